@@ -1,0 +1,5 @@
+pub mod backend;
+pub mod cpu;
+pub mod error;
+pub mod plan;
+pub mod policy;

@@ -1,0 +1,114 @@
+//! Owns the description of one forward: which rows run, where their K/V goes, and which keys each row sees.
+//!
+//! A plan is data. The batcher concatenates what every session asks for; a backend uploads the arrays once and each
+//! layer reads them. Visibility is a *prefix* of the own sequence for every row: block-causal rows see up to the end of
+//! their block, rows of a full stage see the whole sequence, so one exclusive end per row covers all of them
+//! ([BD3-LM] mask `M_BC`: a query in block b sees blocks <= b).
+#![forbid(unsafe_code)]
+
+/// Who sees whom inside a sequence, in absolute positions from 0 (design section 2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Visibility {
+    /// Query i sees key j iff `j / B <= i / B`. B = 1 is causal.
+    BlockCausal(usize),
+    /// Every query sees every key of the sequence.
+    Full,
+}
+
+impl Visibility {
+    /// Exclusive end of the keys that the query at `position` sees in a sequence of `len` positions.
+    pub fn end(self, position: usize, len: usize) -> usize {
+        match self {
+            Visibility::Full => len,
+            Visibility::BlockCausal(block_len) => (position / block_len + 1).saturating_mul(block_len).min(len),
+        }
+    }
+}
+
+/// What a row is for. A column of the plan, not a separate code path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Prompt blocks entering the pages.
+    Prefill,
+    /// A block in which something may be revealed now.
+    Denoise,
+    /// A finished block whose final K/V is written.
+    Commit,
+    /// Visible tokens being scored for a later remask.
+    Score,
+}
+
+/// One forward over T rows of S sequences. Flat arrays, CSR offsets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// (T) token ids.
+    pub ids: Vec<u32>,
+    /// (T) absolute positions, for RoPE.
+    pub positions: Vec<u32>,
+    /// (T) K/V slot of each row: `page * page_size + offset`.
+    pub slots: Vec<u32>,
+    /// (T) exclusive end of the visible keys, in positions of the row's own sequence.
+    pub visible: Vec<u32>,
+    /// (S + 1) row offsets of the sequences; first 0, last T.
+    pub indptr: Vec<u32>,
+    /// (S + 1) offsets into `pages`.
+    pub page_indptr: Vec<u32>,
+    /// Page tables of the sequences, one after the other: key j of sequence s lies in page
+    /// `pages[page_indptr[s] + j / page_size]` at offset `j % page_size`.
+    pub pages: Vec<u32>,
+}
+
+impl Plan {
+    /// An empty plan, ready for [`Plan::push`].
+    pub fn new() -> Self {
+        Plan { indptr: vec![0], page_indptr: vec![0], ..Plan::default() }
+    }
+
+    /// T.
+    pub fn num_rows(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// S.
+    pub fn num_sequences(&self) -> usize {
+        self.indptr.len().saturating_sub(1)
+    }
+
+    /// Appends one sequence: `rows` as (position, token id), its page table, and who sees whom in a sequence of `len` positions.
+    pub fn push(&mut self, rows: &[(usize, u32)], pages: &[u32], page_size: usize, visibility: Visibility, len: usize) {
+        for &(position, id) in rows {
+            assert!(position < len, "row at position {position} of a sequence of {len}");
+            let page = pages[position / page_size] as usize;
+            self.ids.push(id);
+            self.positions.push(position as u32);
+            self.slots.push((page * page_size + position % page_size) as u32);
+            self.visible.push(visibility.end(position, len) as u32);
+        }
+        self.indptr.push(self.ids.len() as u32);
+        self.pages.extend_from_slice(pages);
+        self.page_indptr.push(self.pages.len() as u32);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn visibility_ends() {
+        let b4 = Visibility::BlockCausal(4);
+        assert_eq!([0, 3, 4, 9].map(|i| b4.end(i, 10)), [4, 4, 8, 10]);
+        assert_eq!([0, 5].map(|i| Visibility::BlockCausal(1).end(i, 10)), [1, 6]);
+        assert_eq!(Visibility::Full.end(0, 10), 10);
+        assert_eq!(Visibility::BlockCausal(usize::MAX).end(3, 10), 10);
+    }
+
+    #[test]
+    fn push_maps_positions_to_slots() {
+        let mut plan = Plan::new();
+        plan.push(&[(3, 7), (4, 8)], &[5, 2], 4, Visibility::BlockCausal(4), 6);
+        assert_eq!(plan.slots, [23, 8]);
+        assert_eq!(plan.visible, [4, 6]);
+        assert_eq!((plan.indptr.as_slice(), plan.page_indptr.as_slice()), (&[0, 2][..], &[0, 2][..]));
+    }
+}
