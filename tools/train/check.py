@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Check an exported model directory: files, ids, and (optionally) the logits of the official model class.
+
+    python3 check.py ../../models/NAME [--reference FOLDER]
+
+FOLDER holds the official `modeling_bd3lm.py` and `configuration_bd3lm.py` (kuleshov-group/bd3lms, models/hf); it
+needs the packages transformers and einops.
+"""
+import argparse
+import importlib
+import json
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from sample import load_exported
+
+
+def check_tokenizer(folder, config):
+    tok = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    vocab = config["vocab_size"]
+    assert tok.get_vocab_size() == vocab and sorted(tok.get_vocab().values()) == list(range(vocab))
+    names = [tok.id_to_token(config[k]) for k in ("bos_token_id", "pad_token_id", "mask_token_id")]
+    assert names == ["<|endoftext|>", "<|pad|>", "<|mask|>"] and config["mask_token_id"] == vocab - 1, names
+    for text in ("Once upon a time, there was a \"cat\".\nIt didn't  run!\n", " x", "caf\u00e9 \u2603 42"):
+        assert tok.decode(tok.encode(text).ids, skip_special_tokens=False) == text, text
+    assert tok.encode("a<|mask|>b<|endoftext|>").ids[1::2] == [vocab - 1, 0]
+    print("tokenizer: ok")
+
+
+def check_reference(folder, config, reference):
+    """Largest difference between our logits and those of the official class, for the three uses."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(reference)))
+    package = os.path.basename(os.path.abspath(reference))
+    official = importlib.import_module(package + ".modeling_bd3lm")
+    kwargs = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "torch_dtype")}
+    tensors = {k: v.float() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+    ours, _ = load_exported(folder)
+    n, mask_id = config["model_length"], config["mask_token_id"]
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randint(2, mask_id, (2, n), generator=generator)
+    clean[:, 0] = config["bos_token_id"]
+    noisy = clean.masked_fill((torch.rand(2, n, generator=generator) < 0.4) & (torch.arange(n) > 0), mask_id)
+    joined, sigma = torch.cat((noisy, clean), dim=1), torch.zeros(2)
+    worst = 0.0
+    for block in (4, 16, n):
+        theirs = official.BD3LM(official.BD3LMConfig(**{**kwargs, "block_size": block})).float().eval()
+        theirs.load_state_dict(tensors, strict=True)
+        with torch.no_grad():
+            pairs = {
+                "training forward": (theirs(joined, sigma, return_dict=False), ours(noisy, clean, block)),
+                "sampling forward": (theirs(noisy, sigma, sample_mode=True, return_dict=False),
+                                     ours(noisy, None, block)),
+            }
+            if block == n:
+                pairs["full attention"] = (pairs["sampling forward"][0], ours(noisy))
+        for name, (a, b) in pairs.items():
+            difference = float((a - b).abs().max())
+            worst = max(worst, difference)
+            print(f"block {block:3d}, {name}: largest difference {difference:.1e} (logits up to {a.abs().max():.1f})")
+    assert worst < 1e-3, worst
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("folder")
+    ap.add_argument("--reference", help="folder with the official modelling files")
+    args = ap.parse_args()
+    with open(os.path.join(args.folder, "config.json")) as f:
+        config = json.load(f)
+    check_tokenizer(args.folder, config)
+    path = os.path.join(args.folder, "model.safetensors")
+    with safe_open(path, "pt") as f:
+        count = sum(f.get_tensor(k).numel() for k in f.keys() if not k.endswith("inv_freq"))
+        finite = all(bool(torch.isfinite(f.get_tensor(k)).all()) for k in f.keys())
+    assert finite
+    print(f"weights: {count:,} parameters in the file, {os.path.getsize(path) / 1e6:.2f} MB")
+    if args.reference:
+        check_reference(args.folder, config, args.reference)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Write a trained model as a directory in the published BD3-LM layout.
+
+    python3 export.py WORK/run/checkpoint.pt ../../models/NAME --tokenizer WORK/data/tokenizer.json
+
+Files are written to a temporary name and renamed, so a reader never sees half a file.
+"""
+import argparse
+import json
+import os
+import shutil
+
+import torch
+from safetensors.torch import save_file
+
+from model import EMBED_SCALE, rope_tables
+
+
+def published_tensors(weights, config, dtype):
+    """Rename to the published tensor names and split the shared matrix into embedding and head."""
+    tensors = {}
+    for name, value in weights.items():
+        value = value.detach()
+        if name == "vocab_embed.embedding":
+            tensors["backbone." + name] = (value * EMBED_SCALE).to(dtype)
+            tensors["backbone.output_layer.linear.weight"] = value.to(dtype)
+        else:
+            tensors["backbone." + name] = value.to(dtype)
+    _, _, inv_freq = rope_tables(1, config["dim"] // config["heads"])
+    tensors["backbone.rotary_emb.inv_freq"] = inv_freq  # stays float32: positions need it
+    return {k: v.contiguous().clone() for k, v in sorted(tensors.items())}
+
+
+def published_config(config, dtype, block_size):
+    return {
+        "architectures": ["BD3LM"],
+        "model_type": "bd3lm",
+        "block_size": block_size,
+        "vocab_size": config["vocab"],
+        "model_length": config["length"],
+        "hidden_dim": config["dim"],
+        "cond_dim": 128,  # unused without adaLN, part of the layout
+        "n_blocks": config["blocks"],
+        "n_heads": config["heads"],
+        "dropout": 0.1,  # the class applies it in training mode only
+        "cross_attn": True,
+        "adaln": False,
+        "causal": False,
+        "time_conditioning": False,
+        "var_min": False,
+        "attn_backend": "sdpa",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "mask_token_id": config["vocab"] - 1,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def replace_json(path, value):
+    with open(path + ".tmp", "w") as f:
+        json.dump(value, f, indent=2)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+def export_directory(weights, config, folder, tokenizer, dtype="bfloat16", block_size=4):
+    """`weights`: name -> tensor as in model.Backbone (normally the averaged ones)."""
+    os.makedirs(folder, exist_ok=True)
+    dtype = getattr(torch, dtype)
+    target = os.path.join(folder, "tokenizer.json")
+    shutil.copyfile(tokenizer, target + ".tmp")
+    os.replace(target + ".tmp", target)
+    replace_json(os.path.join(folder, "config.json"), published_config(config, dtype, block_size))
+    target = os.path.join(folder, "model.safetensors")
+    save_file(published_tensors(weights, config, dtype), target + ".tmp", metadata={"format": "pt"})
+    os.chmod(target + ".tmp", 0o644)
+    os.replace(target + ".tmp", target)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("checkpoint")
+    ap.add_argument("folder")
+    ap.add_argument("--tokenizer", required=True)
+    ap.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    ap.add_argument("--block-size", type=int, default=4, help="block size named in config.json")
+    ap.add_argument("--raw", action="store_true", help="export the last weights instead of their average")
+    args = ap.parse_args()
+    from model import Backbone
+
+    saved = torch.load(args.checkpoint, weights_only=False)
+    names = [n for n, _ in Backbone(**saved["config"]).named_parameters()]
+    weights = dict(zip(names, saved["params" if args.raw else "ema"]))
+    export_directory(weights, saved["config"], args.folder, args.tokenizer, args.dtype, args.block_size)
+    size = os.path.getsize(os.path.join(args.folder, "model.safetensors"))
+    print(f"{args.folder}: step {saved['step']}, {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
