@@ -3,3 +3,5 @@ pub mod cpu;
 pub mod error;
 pub mod plan;
 pub mod policy;
+pub mod rng;
+pub mod schedule;

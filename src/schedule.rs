@@ -1,0 +1,541 @@
+//! Owns what a request asks for: stages, the schedules made of them, their spelling on the command line, and the presets.
+//!
+//! ```text
+//! block=4,unmask=uniform:1                                  a draft
+//! block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=refresh:12
+//! ```
+//! A stage is parsed into options, then resolved once against the request's defaults and checked; [`Stage`]'s `Display` is
+//! the canonical spelling and parses back to the same stage.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::backend::TopPRule;
+use crate::error::{Error, Result};
+use crate::plan::Visibility;
+
+/// The ranking by which masked positions are revealed, best first; ties to the lower position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rank {
+    /// A uniformly random order. With one reveal per forward this is BD3-LM's first-hitting sampler.
+    Uniform,
+    /// Highest probability of the chosen token first.
+    Confidence,
+    /// Largest top-1 minus top-2 probability first.
+    Margin,
+    /// Lowest entropy first.
+    Entropy,
+    /// Lowest position first.
+    Left,
+}
+
+/// Which masked positions of the current block a forward reveals. Every rule reveals at least one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Unmask {
+    /// The best `n`.
+    Count { rank: Rank, n: usize },
+    /// LLaDA's quota: m masks over `steps` forwards, `m / steps` each and one more in the first `m % steps`.
+    Linear { rank: Rank, steps: usize },
+    /// Dream's integer schedule over `linspace(1, 1e-3, steps + 1)` in f32: `floor(masks left * (1 - s/t))`, the rest in the last step.
+    /// Steps whose count is zero are skipped without a forward: Dream runs them, and throws their result away.
+    Timestep { rank: Rank, steps: usize },
+    /// Everything with confidence >= the threshold, and always the most confident.
+    Threshold(f32),
+    /// Lowest entropies first while (cumulative sum - largest so far) <= the bound, in nats.
+    EntropyBound(f32),
+}
+
+/// How tokens are chosen for a second look (design section 3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RemaskBy {
+    /// Lowest probability at the forward that revealed the token. Free.
+    Snapshot,
+    /// Lowest probability in one forward over the finished text, nothing masked.
+    PostHoc,
+    /// Lowest probability while masked: g forwards, each hiding one of g interleaved groups.
+    HeldOut(usize),
+    /// Uniformly random.
+    Random,
+}
+
+/// Masks `floor(ratio * N)` of the N generated positions again.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Remask {
+    pub ratio: f64,
+    pub by: RemaskBy,
+}
+
+/// Which K/V a stage may reuse (design section 4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvPolicy {
+    /// Everything visible is recomputed wherever reuse would not be exact.
+    Exact,
+    /// All rows every r forwards; between them only masked rows and rows revealed since the last forward. Approximate.
+    Refresh(usize),
+    /// As `Refresh`, without any full forward: the previous stage's K/V serve the kept tokens. Approximate.
+    Draft,
+}
+
+/// Whether the model's attention spans the canvas or ends with the block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Visibility `block_causal(block_len)`: what block diffusion models are trained with.
+    Block,
+    /// Visibility full; only the decision is restricted to the block (LLaDA's semi-autoregressive mode).
+    Canvas,
+}
+
+/// One entry of a schedule, resolved and checked.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Stage {
+    /// `None` is `full`: one block spanning the sequence.
+    pub block_len: Option<usize>,
+    pub scope: Scope,
+    pub remask: Option<Remask>,
+    pub unmask: Unmask,
+    pub temperature: f32,
+    pub top_p: f32,
+    pub top_p_rule: TopPRule,
+    pub kv: KvPolicy,
+    /// Record the probability after temperature and nucleus as snapshot confidence instead of the raw one.
+    pub truncated_confidence: bool,
+}
+
+impl Stage {
+    /// Who sees whom in this stage.
+    pub fn visibility(&self) -> Visibility {
+        match (self.block_len, self.scope) {
+            (Some(block_len), Scope::Block) => Visibility::BlockCausal(block_len),
+            _ => Visibility::Full,
+        }
+    }
+
+    /// Length of a decision block in a sequence of `len` positions.
+    pub fn block_len_in(&self, len: usize) -> usize {
+        self.block_len.unwrap_or(len).clamp(1, len.max(1))
+    }
+}
+
+/// A checked list of stages: the first drafts, every later one remasks and regenerates.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    pub stages: Vec<Stage>,
+}
+
+/// Sampling parameters that stages inherit unless they say otherwise.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Defaults {
+    pub temperature: f32,
+    pub top_p: f32,
+    pub top_p_rule: TopPRule,
+    /// Scope of stages that do not name one: `Block` for block diffusion models, `Canvas` for models trained with full attention.
+    pub scope: Scope,
+}
+
+impl Default for Defaults {
+    /// Temperature 1, nucleus 0.9 by the BD3-LM rule, block scope.
+    fn default() -> Self {
+        Defaults { temperature: 1.0, top_p: 0.9, top_p_rule: TopPRule::Within, scope: Scope::Block }
+    }
+}
+
+/// A stage as typed: everything optional.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StageSpec {
+    block: Option<Option<usize>>,
+    scope: Option<Scope>,
+    ratio: Option<f64>,
+    by: Option<RemaskBy>,
+    unmask: Option<UnmaskSpec>,
+    order: Option<Rank>,
+    steps: Option<usize>,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_p_rule: Option<TopPRule>,
+    kv: Option<KvPolicy>,
+    truncated_confidence: Option<bool>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum UnmaskSpec {
+    Rank(Rank, Option<usize>),
+    Linear(usize),
+    Timestep(usize),
+    Threshold(f32),
+    EntropyBound(f32),
+}
+
+const KEYS: &str = "block, visible, remask, by, unmask, order, steps, temperature, top_p, top_p_rule, kv, confidence";
+
+impl FromStr for StageSpec {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let mut spec = StageSpec::default();
+        for item in text.split(',') {
+            let (key, value) =
+                item.split_once('=').ok_or_else(|| Error::request(format!("stage `{text}`: expected key=value, found `{item}`; keys: {KEYS}")))?;
+            let bad = |want: &str| Error::request(format!("stage `{text}`: {key} wants {want}, found `{value}`"));
+            fn set<T>(slot: &mut Option<T>, value: Option<T>, twice: Error, bad: Error) -> Result<()> {
+                if slot.is_some() {
+                    return Err(twice);
+                }
+                *slot = Some(value.ok_or(bad)?);
+                Ok(())
+            }
+            let twice = Error::request(format!("stage `{text}`: {key} is given twice"));
+            match key {
+                "block" => set(&mut spec.block, parse_block(value), twice, bad("a length of at least 1, or full"))?,
+                "visible" => {
+                    let scope = match value {
+                        "block" => Some(Scope::Block),
+                        "canvas" => Some(Scope::Canvas),
+                        _ => None,
+                    };
+                    set(&mut spec.scope, scope, twice, bad("block or canvas"))?;
+                }
+                "remask" => {
+                    let ratio = value.parse().ok().filter(|r| (0.0..=1.0).contains(r));
+                    set(&mut spec.ratio, ratio, twice, bad("a ratio from 0 to 1"))?;
+                }
+                "by" => set(&mut spec.by, parse_by(value), twice, bad("snapshot, post-hoc, held-out:GROUPS (2 or more) or random"))?,
+                "unmask" => {
+                    let want = "uniform:N, confidence:N, margin:N, entropy:N, left:N, threshold:T, linear:STEPS, timestep:STEPS or entropy-bound:NATS";
+                    set(&mut spec.unmask, parse_unmask(value), twice, bad(want))?;
+                }
+                "order" => set(&mut spec.order, parse_rank(value), twice, bad("uniform, confidence, margin, entropy or left"))?,
+                "steps" => set(&mut spec.steps, parse_count(value), twice, bad("a number of forwards, at least 1"))?,
+                "temperature" => {
+                    let t = value.parse().ok().filter(|t| valid_temperature(*t));
+                    set(&mut spec.temperature, t, twice, bad("a finite number of at least 0"))?;
+                }
+                "top_p" => set(&mut spec.top_p, value.parse().ok().filter(|p| valid_top_p(*p)), twice, bad("a number above 0, at most 1"))?,
+                "top_p_rule" => {
+                    let rule = match value {
+                        "within" => Some(TopPRule::Within),
+                        "crossing" => Some(TopPRule::Crossing),
+                        _ => None,
+                    };
+                    set(&mut spec.top_p_rule, rule, twice, bad("within or crossing"))?;
+                }
+                "kv" => set(&mut spec.kv, parse_kv(value), twice, bad("exact, refresh:FORWARDS or draft"))?,
+                "confidence" => {
+                    let truncated = match value {
+                        "raw" => Some(false),
+                        "truncated" => Some(true),
+                        _ => None,
+                    };
+                    set(&mut spec.truncated_confidence, truncated, twice, bad("raw or truncated"))?;
+                }
+                _ => return Err(Error::request(format!("stage `{text}`: unknown key `{key}`; keys: {KEYS}"))),
+            }
+        }
+        Ok(spec)
+    }
+}
+
+/// Finite and not negative.
+pub fn valid_temperature(t: f32) -> bool {
+    t.is_finite() && t >= 0.0
+}
+
+/// Above 0 and at most 1.
+pub fn valid_top_p(p: f32) -> bool {
+    p > 0.0 && p <= 1.0
+}
+
+fn parse_count(text: &str) -> Option<usize> {
+    text.parse().ok().filter(|n| (1..=1 << 32).contains(n))
+}
+
+fn parse_block(text: &str) -> Option<Option<usize>> {
+    if text == "full" { Some(None) } else { parse_count(text).map(Some) }
+}
+
+fn parse_rank(text: &str) -> Option<Rank> {
+    [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left].into_iter().find(|r| r.to_string() == text)
+}
+
+fn parse_by(text: &str) -> Option<RemaskBy> {
+    match text.split_once(':') {
+        None => match text {
+            "snapshot" => Some(RemaskBy::Snapshot),
+            "post-hoc" => Some(RemaskBy::PostHoc),
+            "random" => Some(RemaskBy::Random),
+            _ => None,
+        },
+        Some(("held-out", groups)) => parse_count(groups).filter(|g| *g >= 2).map(RemaskBy::HeldOut),
+        Some(_) => None,
+    }
+}
+
+fn parse_unmask(text: &str) -> Option<UnmaskSpec> {
+    let Some((rule, value)) = text.split_once(':') else {
+        return parse_rank(text).map(|rank| UnmaskSpec::Rank(rank, None));
+    };
+    match rule {
+        "linear" => parse_count(value).map(UnmaskSpec::Linear),
+        "timestep" => parse_count(value).map(UnmaskSpec::Timestep),
+        "threshold" => value.parse().ok().filter(|t: &f32| (0.0..=1.0).contains(t)).map(UnmaskSpec::Threshold),
+        "entropy-bound" => value.parse().ok().filter(|b: &f32| b.is_finite() && *b >= 0.0).map(UnmaskSpec::EntropyBound),
+        _ => Some(UnmaskSpec::Rank(parse_rank(rule)?, Some(parse_count(value)?))),
+    }
+}
+
+fn parse_kv(text: &str) -> Option<KvPolicy> {
+    match text.split_once(':') {
+        None if text == "exact" => Some(KvPolicy::Exact),
+        None if text == "draft" => Some(KvPolicy::Draft),
+        Some(("refresh", r)) => parse_count(r).map(KvPolicy::Refresh),
+        _ => None,
+    }
+}
+
+impl StageSpec {
+    /// Fills in the defaults and checks the stage in its place (`index` 0 drafts).
+    fn resolve(&self, index: usize, defaults: &Defaults) -> Result<Stage> {
+        let fail = |what: &str| Err(Error::request(format!("stage {index}: {what}")));
+        let unmask = match (self.unmask.unwrap_or(UnmaskSpec::Rank(Rank::Uniform, None)), self.steps) {
+            (UnmaskSpec::Rank(rank, n), None) => Unmask::Count { rank, n: n.unwrap_or(1) },
+            (UnmaskSpec::Rank(rank, None), Some(steps)) => Unmask::Linear { rank, steps },
+            (UnmaskSpec::Linear(steps), None) => Unmask::Linear { rank: self.order.unwrap_or(Rank::Confidence), steps },
+            (UnmaskSpec::Timestep(steps), None) => Unmask::Timestep { rank: self.order.unwrap_or(Rank::Confidence), steps },
+            (UnmaskSpec::Threshold(t), None) => Unmask::Threshold(t),
+            (UnmaskSpec::EntropyBound(b), None) => Unmask::EntropyBound(b),
+            (_, Some(_)) => return fail("steps goes with a ranking alone, as in unmask=uniform,steps=12"),
+        };
+        if self.order.is_some() && !matches!(self.unmask, Some(UnmaskSpec::Linear(_) | UnmaskSpec::Timestep(_))) {
+            return fail("order goes with unmask=linear:STEPS or unmask=timestep:STEPS");
+        }
+        let remask = match (index, self.ratio) {
+            (0, None) if self.by.is_none() => None,
+            (0, _) => return fail("the first stage drafts, it has nothing to remask"),
+            (_, None) => return fail("a refining stage needs remask=RATIO"),
+            (_, Some(ratio)) => Some(Remask { ratio, by: self.by.unwrap_or(RemaskBy::Snapshot) }),
+        };
+        let kv = self.kv.unwrap_or(KvPolicy::Exact);
+        if kv == KvPolicy::Draft && index == 0 {
+            return fail("kv=draft reuses the K/V of an earlier stage, the first stage has none");
+        }
+        if kv == KvPolicy::Draft && matches!(remask, Some(Remask { by: RemaskBy::HeldOut(_), .. })) {
+            return fail("kv=draft cannot follow held-out scoring, whose forwards overwrite the draft's K/V; use kv=refresh:R");
+        }
+        Ok(Stage {
+            block_len: self.block.unwrap_or(None),
+            scope: self.scope.unwrap_or(defaults.scope),
+            remask,
+            unmask,
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            top_p_rule: self.top_p_rule.unwrap_or(defaults.top_p_rule),
+            kv,
+            truncated_confidence: self.truncated_confidence.unwrap_or(false),
+        })
+    }
+}
+
+/// Named schedules and the stages they expand to.
+pub const PRESETS: [(&str, &[&str]); 6] = [
+    ("draft", &["block=4,unmask=uniform:1"]),
+    // Figures behind the refine stage: one full pass and frozen K/V lost nothing at 12 forwards for ratio 0.35 on a 3M-parameter model.
+    ("did", &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact"]),
+    ("did-fast", &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=refresh:12"]),
+    ("global", &["block=full,unmask=uniform:1"]),
+    ("semi-ar", &["block=32,visible=canvas,unmask=linear:32"]),
+    (
+        "three",
+        &[
+            "block=4,unmask=uniform:1",
+            "block=64,remask=0.35,by=snapshot,unmask=linear:6,order=uniform",
+            "block=full,remask=0.2,by=snapshot,unmask=linear:12,order=uniform",
+        ],
+    ),
+];
+
+impl Schedule {
+    /// Resolves typed stages against the request's defaults. Errors name the stage and what it may hold.
+    pub fn resolve(specs: &[StageSpec], defaults: &Defaults) -> Result<Schedule> {
+        if specs.is_empty() {
+            return Err(Error::request("a schedule needs at least one stage"));
+        }
+        if specs.len() > 255 {
+            return Err(Error::request(format!("a schedule holds at most 255 stages, found {}", specs.len())));
+        }
+        let stages = specs.iter().enumerate().map(|(index, spec)| spec.resolve(index, defaults)).collect::<Result<Vec<_>>>()?;
+        Ok(Schedule { stages })
+    }
+
+    /// Expands a preset. Errors list the names.
+    pub fn preset(name: &str, defaults: &Defaults) -> Result<Schedule> {
+        let Some((_, stages)) = PRESETS.iter().find(|(preset, _)| *preset == name) else {
+            let names: Vec<_> = PRESETS.iter().map(|(preset, _)| *preset).collect();
+            return Err(Error::request(format!("unknown preset `{name}`; presets: {}", names.join(", "))));
+        };
+        Schedule::resolve(&stages.iter().map(|s| s.parse()).collect::<Result<Vec<_>>>()?, defaults)
+    }
+}
+
+impl fmt::Display for Rank {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Rank::Uniform => "uniform",
+            Rank::Confidence => "confidence",
+            Rank::Margin => "margin",
+            Rank::Entropy => "entropy",
+            Rank::Left => "left",
+        })
+    }
+}
+
+impl fmt::Display for Unmask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Unmask::Count { rank, n } => write!(f, "{rank}:{n}"),
+            Unmask::Linear { rank, steps } => write!(f, "linear:{steps},order={rank}"),
+            Unmask::Timestep { rank, steps } => write!(f, "timestep:{steps},order={rank}"),
+            Unmask::Threshold(t) => write!(f, "threshold:{t}"),
+            Unmask::EntropyBound(b) => write!(f, "entropy-bound:{b}"),
+        }
+    }
+}
+
+impl fmt::Display for RemaskBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            RemaskBy::Snapshot => f.write_str("snapshot"),
+            RemaskBy::PostHoc => f.write_str("post-hoc"),
+            RemaskBy::HeldOut(groups) => write!(f, "held-out:{groups}"),
+            RemaskBy::Random => f.write_str("random"),
+        }
+    }
+}
+
+impl fmt::Display for KvPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            KvPolicy::Exact => f.write_str("exact"),
+            KvPolicy::Refresh(r) => write!(f, "refresh:{r}"),
+            KvPolicy::Draft => f.write_str("draft"),
+        }
+    }
+}
+
+impl fmt::Display for TopPRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            TopPRule::Within => "within",
+            TopPRule::Crossing => "crossing",
+        })
+    }
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.block_len {
+            Some(block_len) => write!(f, "block={block_len}")?,
+            None => f.write_str("block=full")?,
+        }
+        f.write_str(match self.scope {
+            Scope::Block => ",visible=block",
+            Scope::Canvas => ",visible=canvas",
+        })?;
+        if let Some(remask) = self.remask {
+            write!(f, ",remask={},by={}", remask.ratio, remask.by)?;
+        }
+        write!(f, ",unmask={},temperature={},top_p={},top_p_rule={},kv={}", self.unmask, self.temperature, self.top_p, self.top_p_rule, self.kv)?;
+        f.write_str(if self.truncated_confidence { ",confidence=truncated" } else { ",confidence=raw" })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn one(index: usize, text: &str) -> Result<Stage> {
+        text.parse::<StageSpec>()?.resolve(index, &Defaults::default())
+    }
+
+    #[test]
+    fn presets_resolve_and_print_back() {
+        for (name, _) in PRESETS {
+            let schedule = Schedule::preset(name, &Defaults::default()).unwrap();
+            for (index, stage) in schedule.stages.iter().enumerate() {
+                assert_eq!(one(index, &stage.to_string()).unwrap(), *stage, "{name}: {stage}");
+            }
+        }
+    }
+
+    #[test]
+    fn steps_is_a_quota_over_a_ranking() {
+        assert_eq!(one(0, "block=4,unmask=uniform,steps=3").unwrap().unmask, Unmask::Linear { rank: Rank::Uniform, steps: 3 });
+        assert_eq!(one(0, "block=4,unmask=linear:3").unwrap().unmask, Unmask::Linear { rank: Rank::Confidence, steps: 3 });
+        assert_eq!(one(0, "block=4").unwrap().unmask, Unmask::Count { rank: Rank::Uniform, n: 1 });
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (index, text, word) in [
+            (0, "nonsense", "key=value"),
+            (0, "colour=red", "unknown key"),
+            (0, "block=0", "at least 1"),
+            (0, "block=-4", "at least 1"),
+            (0, "block=99999999999999999999", "at least 1"),
+            (0, "block=4,block=8", "twice"),
+            (0, "block=4,remask=0.5", "drafts"),
+            (0, "block=4,by=random", "drafts"),
+            (0, "kv=draft", "earlier stage"),
+            (1, "block=full", "remask=RATIO"),
+            (1, "remask=1.5", "0 to 1"),
+            (1, "remask=nan", "0 to 1"),
+            (1, "remask=0.5,by=held-out:1", "GROUPS"),
+            (1, "remask=0.5,by=held-out:4,kv=draft", "overwrite"),
+            (1, "remask=0.5,kv=refresh:0", "FORWARDS"),
+            (0, "unmask=uniform:0", "uniform:N"),
+            (0, "unmask=threshold:2", "threshold:T"),
+            (0, "unmask=uniform:1,steps=4", "ranking alone"),
+            (0, "unmask=confidence:1,order=left", "order goes with"),
+            (0, "temperature=-1", "at least 0"),
+            (0, "temperature=inf", "at least 0"),
+            (0, "top_p=0", "above 0"),
+            (0, "", "key=value"),
+        ] {
+            let error = one(index, text).expect_err(text).to_string();
+            assert!(error.contains(word), "`{text}` says: {error}");
+        }
+        assert!(Schedule::resolve(&[], &Defaults::default()).is_err());
+        assert!(Schedule::preset("best", &Defaults::default()).unwrap_err().to_string().contains("did"));
+    }
+
+    proptest! {
+        #[test]
+        fn parsing_never_panics(text in "[a-z_=:,.0-9-]{0,60}") {
+            let _ = text.parse::<StageSpec>().map(|spec| spec.resolve(1, &Defaults::default()));
+        }
+
+        #[test]
+        fn every_stage_prints_back(block in prop_oneof![Just(None), (1usize..2000).prop_map(Some)], ratio in 0.0f64..=1.0, n in 1usize..99,
+                                   rule in 0usize..9, by in 0usize..4, kv in 0usize..2, t in 0.0f32..3.0, p in 0.01f32..=1.0, flags in 0usize..8) {
+            let rank = [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left][n % 5];
+            let stage = Stage {
+                block_len: block,
+                scope: if flags & 1 == 0 { Scope::Block } else { Scope::Canvas },
+                remask: Some(Remask { ratio, by: [RemaskBy::Snapshot, RemaskBy::PostHoc, RemaskBy::HeldOut(n + 1), RemaskBy::Random][by] }),
+                unmask: match rule {
+                    0..5 => Unmask::Count { rank, n },
+                    5 => Unmask::Linear { rank, steps: n },
+                    6 => Unmask::Timestep { rank, steps: n },
+                    7 => Unmask::Threshold(t / 3.0),
+                    _ => Unmask::EntropyBound(t),
+                },
+                temperature: t,
+                top_p: p,
+                top_p_rule: if flags & 2 == 0 { TopPRule::Within } else { TopPRule::Crossing },
+                kv: [KvPolicy::Exact, KvPolicy::Refresh(n)][kv],
+                truncated_confidence: flags & 4 != 0,
+            };
+            prop_assert_eq!(one(1, &stage.to_string()).unwrap(), stage);
+        }
+    }
+}
