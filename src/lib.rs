@@ -1,6 +1,8 @@
 pub mod backend;
+pub mod canvas;
 pub mod cpu;
 pub mod error;
+pub mod pages;
 pub mod plan;
 pub mod policy;
 pub mod rng;
