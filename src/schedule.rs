@@ -75,6 +75,8 @@ pub enum KvPolicy {
     Refresh(usize),
     /// As `Refresh`, without any full forward: the previous stage's K/V serve the kept tokens. Approximate.
     Draft,
+    /// Nothing is reused: every forward recomputes all rows it can see. The slow twin of `Exact`, equal to it token for token.
+    Recompute,
 }
 
 /// Whether the model's attention spans the canvas or ends with the block.
@@ -219,7 +221,7 @@ impl FromStr for StageSpec {
                     };
                     set(&mut spec.top_p_rule, rule, twice, bad("within or crossing"))?;
                 }
-                "kv" => set(&mut spec.kv, parse_kv(value), twice, bad("exact, refresh:FORWARDS or draft"))?,
+                "kv" => set(&mut spec.kv, parse_kv(value), twice, bad("exact, refresh:FORWARDS, draft or recompute"))?,
                 "confidence" => {
                     let truncated = match value {
                         "raw" => Some(false),
@@ -287,6 +289,7 @@ fn parse_kv(text: &str) -> Option<KvPolicy> {
     match text.split_once(':') {
         None if text == "exact" => Some(KvPolicy::Exact),
         None if text == "draft" => Some(KvPolicy::Draft),
+        None if text == "recompute" => Some(KvPolicy::Recompute),
         Some(("refresh", r)) => parse_count(r).map(KvPolicy::Refresh),
         _ => None,
     }
@@ -417,6 +420,7 @@ impl fmt::Display for KvPolicy {
             KvPolicy::Exact => f.write_str("exact"),
             KvPolicy::Refresh(r) => write!(f, "refresh:{r}"),
             KvPolicy::Draft => f.write_str("draft"),
+            KvPolicy::Recompute => f.write_str("recompute"),
         }
     }
 }
@@ -516,7 +520,7 @@ mod tests {
 
         #[test]
         fn every_stage_prints_back(block in prop_oneof![Just(None), (1usize..2000).prop_map(Some)], ratio in 0.0f64..=1.0, n in 1usize..99,
-                                   rule in 0usize..9, by in 0usize..4, kv in 0usize..2, t in 0.0f32..3.0, p in 0.01f32..=1.0, flags in 0usize..8) {
+                                   rule in 0usize..9, by in 0usize..4, kv in 0usize..3, t in 0.0f32..3.0, p in 0.01f32..=1.0, flags in 0usize..8) {
             let rank = [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left][n % 5];
             let stage = Stage {
                 block_len: block,
@@ -532,7 +536,7 @@ mod tests {
                 temperature: t,
                 top_p: p,
                 top_p_rule: if flags & 2 == 0 { TopPRule::Within } else { TopPRule::Crossing },
-                kv: [KvPolicy::Exact, KvPolicy::Refresh(n)][kv],
+                kv: [KvPolicy::Exact, KvPolicy::Refresh(n), KvPolicy::Recompute][kv],
                 truncated_confidence: flags & 4 != 0,
             };
             prop_assert_eq!(one(1, &stage.to_string()).unwrap(), stage);

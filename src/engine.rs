@@ -1,0 +1,620 @@
+//! The one place that knows everyone: [`Engine::tick`] batches, plans, runs the forward, decides, commits and streams.
+//!
+//! Requests are submitted at any time and come back through their [`Handle`]: events as they happen, then one [`Output`].
+//! Requests of different lengths, schedules and stages share forwards. The engine prints nothing, starts no thread of its own
+//! (the backend may), and holds memory for admitted requests only.
+#![forbid(unsafe_code)]
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
+
+use crate::backend::{Backend, Decision, Draw};
+use crate::batcher::{self, Budget};
+use crate::config::{Attention, ModelConfig};
+use crate::error::{Error, Result};
+use crate::model::{Model, Progress, Scratch};
+use crate::pages::{PageTable, PagePool, PrefixKey, PrefixState};
+use crate::plan::Plan;
+use crate::schedule::{Defaults, Schedule, Scope};
+use crate::session::{DrawSource, Event, EventKind, Finish, Next, Session, SessionSpec, StageReport, Stop};
+use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
+
+/// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
+pub const MAX_STRETCH: usize = 4;
+
+/// Habits of an engine.
+#[derive(Clone, Debug)]
+pub struct EngineOptions {
+    pub budget: Budget,
+    /// K/V pages in the pool; `None` makes room for `budget.max_sessions` sequences of the model's length.
+    pub kv_pages: Option<usize>,
+    /// Positions per page.
+    pub page_size: usize,
+    /// Fill freed pages with NaN, so that a read of a stale slot shows (tests).
+    pub poison_freed_pages: bool,
+    /// Another place for `tokenizer.json`.
+    pub tokenizer: Option<std::path::PathBuf>,
+}
+
+impl Default for EngineOptions {
+    /// 512 rows a forward, 8 sessions, pages of 16.
+    fn default() -> Self {
+        EngineOptions {
+            budget: Budget { max_rows: 512, max_sessions: 8 },
+            kv_pages: None,
+            page_size: 16,
+            poison_freed_pages: false,
+            tokenizer: None,
+        }
+    }
+}
+
+/// What is given of the text.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Prompt {
+    /// BOS, then this text, then `length` generated positions.
+    Text { text: String, length: usize },
+    /// These ids as they are, then `length` generated positions.
+    Tokens { tokens: Vec<u32>, length: usize },
+    /// BOS, then text and holes in turn: infilling.
+    Infill(Vec<Segment>),
+    /// The canvas itself: `Some(id)` fixed, `None` generated.
+    Canvas(Vec<Option<u32>>),
+}
+
+/// A piece of an infilling prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Segment {
+    Text(String),
+    /// This many generated positions.
+    Hole(usize),
+}
+
+/// When a draft may end before its length.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StopOptions {
+    /// Treat the end-of-text token as an ordinary one.
+    pub ignore_eos: bool,
+    /// The text ends before the first of these.
+    pub texts: Vec<String>,
+    /// [`Stop::entropy`].
+    pub entropy: Option<f64>,
+}
+
+/// One sample to generate.
+#[derive(Clone)]
+pub struct Request {
+    pub prompt: Prompt,
+    pub schedule: Schedule,
+    pub seed: u64,
+    /// Index of this sample among those of one seed.
+    pub sample: u32,
+    pub stop: StopOptions,
+    /// See [`SessionSpec::separate_commit`].
+    pub separate_commit: bool,
+    /// See [`SessionSpec::forced`].
+    pub forced: Vec<u32>,
+    /// See [`SessionSpec::draws`].
+    pub draws: Option<DrawSource>,
+}
+
+impl Request {
+    pub fn new(prompt: Prompt, schedule: Schedule, seed: u64, sample: u32) -> Request {
+        Request { prompt, schedule, seed, sample, stop: StopOptions::default(), separate_commit: false, forced: Vec::new(), draws: None }
+    }
+}
+
+/// Wall times of one sample, in milliseconds from its admission.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// Waiting for admission; not part of the others.
+    pub queued_ms: f64,
+    pub first_token_ms: f64,
+    pub draft_ms: f64,
+    pub refine_ms: f64,
+    pub total_ms: f64,
+}
+
+/// A finished sample.
+#[derive(Clone, Debug)]
+pub struct Output {
+    pub sample: u32,
+    pub finish: Finish,
+    /// Positions before the first generated one.
+    pub prompt_tokens: usize,
+    /// The whole sequence, fixed positions included.
+    pub canvas: Vec<u32>,
+    /// Which positions were generated, ascending; the four vectors below follow it.
+    pub positions: Vec<usize>,
+    pub tokens: Vec<u32>,
+    pub draft: Vec<u32>,
+    pub confidence: Vec<f32>,
+    /// (stage, step).
+    pub revealed_at: Vec<(u8, u32)>,
+    pub stages: Vec<StageReport>,
+    pub timings: Timings,
+}
+
+impl Output {
+    /// Generated tokens per second from admission to final text.
+    pub fn tokens_per_s(&self) -> f64 {
+        self.tokens.len() as f64 / (self.timings.total_ms / 1e3).max(1e-9)
+    }
+}
+
+enum Message {
+    Event(Event),
+    Finished(Box<Result<Output>>),
+}
+
+/// The caller's end of a request. Dropping it cancels the request.
+pub struct Handle {
+    messages: Receiver<Message>,
+    cancel: Arc<AtomicBool>,
+    finished: RefCell<Option<Result<Output>>>,
+}
+
+impl Handle {
+    /// Events that have happened since the last call; never waits.
+    pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
+        std::iter::from_fn(|| match self.messages.try_recv().ok()? {
+            Message::Event(event) => Some(event),
+            Message::Finished(result) => {
+                *self.finished.borrow_mut() = Some(*result);
+                None
+            }
+        })
+    }
+
+    /// The outcome, once the request is finished and its events were read; given once.
+    pub fn take_output(&self) -> Option<Result<Output>> {
+        self.finished.borrow_mut().take()
+    }
+
+    /// Ends the request at the next tick; its output then holds what stands.
+    pub fn cancel(&self) {
+        self.cancel.store(true, Ordering::Relaxed);
+    }
+}
+
+struct Active {
+    id: u64,
+    session: Session,
+    table: PageTable,
+    committed_pages: usize,
+    prefix: Option<PrefixKey>,
+    messages: Sender<Message>,
+    cancel: Arc<AtomicBool>,
+    submitted: Instant,
+    admitted: Instant,
+    timings: Timings,
+    failed: Option<Error>,
+}
+
+/// A model on a backend, and everything in flight.
+pub struct Engine<B: Backend> {
+    backend: B,
+    model: Model<B>,
+    tokenizer: std::result::Result<Arc<Tokenizer>, Error>,
+    banned: Vec<u32>,
+    options: EngineOptions,
+    pool: PagePool,
+    kv: B::KvCache,
+    scratch: Scratch<B>,
+    queue: VecDeque<Active>,
+    active: Vec<Active>,
+    turn: usize,
+    next_id: u64,
+}
+
+impl<B: Backend> Engine<B> {
+    /// Opens a Hugging Face directory. A missing tokenizer is an error only for calls that need text.
+    pub fn load(model_dir: &Path, backend: B, options: EngineOptions) -> Result<Engine<B>> {
+        Engine::load_with_progress(model_dir, backend, options, &mut |_, _| {})
+    }
+
+    /// [`Engine::load`], reporting tensors packed and tensors in all.
+    pub fn load_with_progress(model_dir: &Path, backend: B, options: EngineOptions, progress: Progress) -> Result<Engine<B>> {
+        let config = ModelConfig::load(model_dir)?;
+        let tokenizer_path = options.tokenizer.clone().unwrap_or_else(|| model_dir.join("tokenizer.json"));
+        let tokenizer = Tokenizer::load(&tokenizer_path, config.vocab_size).map(Arc::new);
+        let weights = Weights::open(model_dir)?;
+        let model = Model::load(&backend, config, &weights, progress)?;
+        drop(weights);
+        let config = model.config();
+        if options.page_size == 0 || options.budget.max_rows == 0 || options.budget.max_sessions == 0 {
+            return Err(Error::request("page size, row budget and session limit must be at least 1"));
+        }
+        let per_sequence = config.model_length.div_ceil(options.page_size);
+        let num_pages = options.kv_pages.unwrap_or(per_sequence.saturating_mul(options.budget.max_sessions)).max(1);
+        let bytes = num_pages.saturating_mul(options.page_size).saturating_mul(config.kv_bytes_per_token(backend.dtype().bytes()));
+        if num_pages > u32::MAX as usize / options.page_size || bytes > isize::MAX as usize / 4 {
+            return Err(Error::request(format!("{num_pages} K/V pages of {} positions are more than can be addressed", options.page_size)));
+        }
+        // MASK, padding and embedding rows without a token are never drawn.
+        let mut banned = vec![config.mask_id];
+        banned.extend(config.pad_id);
+        if let Ok(tokenizer) = &tokenizer {
+            banned.extend(tokenizer.unused_ids(config.vocab_size));
+        }
+        banned.sort_unstable();
+        banned.dedup();
+        let kv = backend.kv_cache(model.kv_shape(num_pages, options.page_size))?;
+        let scratch = Scratch::new(&backend, config, 16)?;
+        let pool = PagePool::new(num_pages, options.page_size);
+        Ok(Engine { backend, model, tokenizer, banned, options, pool, kv, scratch, queue: VecDeque::new(), active: Vec::new(), turn: 0, next_id: 0 })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    pub fn backend(&self) -> &B {
+        &self.backend
+    }
+
+    /// The tokenizer, or why there is none.
+    pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
+        self.tokenizer.as_ref().map_err(Clone::clone)
+    }
+
+    /// Ids that are never drawn, ascending.
+    pub fn banned(&self) -> &[u32] {
+        &self.banned
+    }
+
+    /// Sampling defaults that fit the model: block scope for block diffusion, canvas scope for full attention.
+    pub fn defaults(config: &ModelConfig) -> Defaults {
+        let scope = if config.attention == Attention::Full { Scope::Canvas } else { Scope::Block };
+        Defaults { scope, ..Defaults::default() }
+    }
+
+    /// The canvas of a prompt: BOS first where the prompt is text.
+    pub fn canvas(&self, prompt: &Prompt) -> Result<Vec<Option<u32>>> {
+        let config = self.config();
+        let holes = |length: usize, fixed: usize| -> Result<std::iter::RepeatN<Option<u32>>> {
+            if length == 0 {
+                return Err(Error::request("length: expected at least 1 generated token, found 0"));
+            }
+            self.check_len(length.saturating_add(fixed))?;
+            Ok(std::iter::repeat_n(None, length))
+        };
+        let mut canvas = vec![Some(config.bos_id)];
+        match prompt {
+            Prompt::Text { text, length } => {
+                canvas.extend(self.tokenizer()?.encode(text)?.into_iter().map(Some));
+                canvas.extend(holes(*length, canvas.len())?);
+            }
+            Prompt::Tokens { tokens, length } => {
+                canvas = tokens.iter().copied().map(Some).collect();
+                canvas.extend(holes(*length, canvas.len())?);
+            }
+            Prompt::Infill(segments) => {
+                for segment in segments {
+                    match segment {
+                        Segment::Text(text) => canvas.extend(self.tokenizer()?.encode(text)?.into_iter().map(Some)),
+                        Segment::Hole(length) => canvas.extend(holes(*length, canvas.len())?),
+                    }
+                }
+            }
+            Prompt::Canvas(given) => canvas.clone_from(given),
+        }
+        self.check_len(canvas.len())?;
+        if let Some(id) = canvas.iter().flatten().find(|id| **id as usize >= config.vocab_size) {
+            return Err(Error::request(format!("token id {id} is outside the vocabulary of {}", config.vocab_size)));
+        }
+        Ok(canvas)
+    }
+
+    fn check_len(&self, len: usize) -> Result<()> {
+        let trained = self.config().model_length;
+        if len > trained.saturating_mul(MAX_STRETCH) {
+            let most = trained * MAX_STRETCH;
+            return Err(Error::request(format!("{len} positions asked for: the model was trained on {trained}, at most {most} are served")));
+        }
+        Ok(())
+    }
+
+    /// Queues a request. Errors: a prompt or schedule that cannot be served, or more pages than the pool has in all.
+    pub fn submit(&mut self, request: Request) -> Result<Handle> {
+        let config = self.config();
+        if config.attention == Attention::Causal {
+            return Err(Error::request("this checkpoint is autoregressive (`causal`: true): it scores text, it cannot generate by diffusion"));
+        }
+        let fixed = self.canvas(&request.prompt)?;
+        let mask_id = config.mask_id;
+        let mut stop = Stop { tokens: Vec::new(), entropy: request.stop.entropy, text: None };
+        if !request.stop.ignore_eos {
+            stop.tokens.push(config.eos_id);
+        }
+        if let Some(empty) = request.stop.texts.iter().find(|t| t.is_empty()) {
+            return Err(Error::request(format!("stop text `{empty}` is empty")));
+        }
+        if !request.stop.texts.is_empty() {
+            let (tokenizer, texts) = (self.tokenizer()?.clone(), request.stop.texts.clone());
+            stop.text = Some(Arc::new(move |tokens: &[u32]| stop_at(&tokenizer, &texts, tokens)));
+        }
+        let needed = self.pool.pages_for(fixed.len());
+        if needed > self.pool.capacity() {
+            return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
+        }
+        let session = Session::new(SessionSpec {
+            fixed,
+            mask_id,
+            schedule: request.schedule,
+            seed: request.seed,
+            sample: request.sample,
+            stop,
+            separate_commit: request.separate_commit,
+            forced: request.forced,
+            draws: request.draws,
+        })?;
+        let (sender, messages) = channel();
+        let cancel = Arc::new(AtomicBool::new(false));
+        let prefix_len = session.prefix_len();
+        let prefix = (prefix_len > 0).then(|| PrefixKey {
+            block_len: session.prefix_block_len(),
+            tokens: session.canvas().tokens()[..prefix_len].to_vec(),
+        });
+        let now = Instant::now();
+        self.queue.push_back(Active {
+            id: self.next_id,
+            session,
+            table: PageTable::default(),
+            committed_pages: needed,
+            prefix,
+            messages: sender,
+            cancel: cancel.clone(),
+            submitted: now,
+            admitted: now,
+            timings: Timings::default(),
+            failed: None,
+        });
+        self.next_id += 1;
+        Ok(Handle { messages, cancel, finished: RefCell::new(None) })
+    }
+
+    /// True while something is queued or in flight.
+    pub fn is_busy(&self) -> bool {
+        !self.queue.is_empty() || !self.active.is_empty()
+    }
+
+    /// Pages not held by any sequence, for tests and reports.
+    pub fn free_pages(&self) -> usize {
+        self.pool.num_free()
+    }
+
+    /// Runs until nothing is left to do.
+    pub fn run(&mut self) -> Result<()> {
+        while self.tick()? {}
+        Ok(())
+    }
+
+    /// One iteration: admit, batch, plan, forward, decide, commit, stream. False when idle. A request that fails ends with its
+    /// error in its handle and leaves the others alone; an error here means the engine itself cannot go on.
+    pub fn tick(&mut self) -> Result<bool> {
+        self.drop_cancelled();
+        self.admit();
+        let rows = self.advance();
+        let chosen = batcher::choose(&rows, self.turn, &self.options.budget);
+        self.turn = self.turn.wrapping_add(1) % self.active.len().max(1);
+        if !chosen.is_empty() {
+            let plan = self.plan(&chosen)?;
+            self.model.forward(&self.backend, &plan, &mut self.kv, &mut self.scratch, None)?;
+            let answers = self.decide(&chosen, &plan)?;
+            self.commit(&chosen, answers);
+        }
+        self.retire()?;
+        Ok(self.is_busy())
+    }
+
+    /// Cancelled requests, and those whose handle is gone, end where they stand.
+    fn drop_cancelled(&mut self) {
+        let gone = |a: &Active| a.cancel.load(Ordering::Relaxed) || Arc::strong_count(&a.cancel) == 1;
+        for active in self.active.iter_mut().chain(&mut self.queue).filter(|a| gone(a)) {
+            active.session.cancel();
+        }
+    }
+
+    fn admit(&mut self) {
+        while self.active.len() < self.options.budget.max_sessions
+            && let Some(waiting) = self.queue.front()
+            && self.pool.commit(waiting.committed_pages)
+        {
+            let mut active = self.queue.pop_front().expect("looked at above");
+            active.admitted = Instant::now();
+            active.timings.queued_ms = ms(active.submitted, active.admitted);
+            active.session.start();
+            self.active.push(active);
+        }
+    }
+
+    /// Brings every session to its next forward and says how many rows it needs; `None` for those that wait or are done.
+    fn advance(&mut self) -> Vec<Option<usize>> {
+        let mut rows = Vec::with_capacity(self.active.len());
+        for active in &mut self.active {
+            if active.session.wants_prefix()
+                && active.session.step().is_none()
+                && let Some(key) = &active.prefix
+            {
+                match self.pool.prefix(key, active.id) {
+                    PrefixState::Yours => {}
+                    PrefixState::Pending => {
+                        rows.push(None);
+                        continue;
+                    }
+                    PrefixState::Ready(pages) => {
+                        active.table.adopt(pages);
+                        active.session.skip_prefill();
+                    }
+                }
+            }
+            let mut events = Vec::new();
+            let next = active.session.next(&mut events);
+            active.send(events);
+            rows.push(match next {
+                Next::Forward => active.session.step().map(|s| s.rows.len()),
+                Next::Finished => None,
+            });
+        }
+        rows
+    }
+
+    fn plan(&mut self, chosen: &[usize]) -> Result<Plan> {
+        let mut plan = Plan::new();
+        for &i in chosen {
+            let Active { session, table, .. } = &mut self.active[i];
+            let step = session.step().expect("chosen for its step");
+            for copy in table.make_writable(&mut self.pool, step.rows.iter().map(|(p, _)| *p)) {
+                self.backend.copy_page(&mut self.kv, copy.src, copy.dst)?;
+            }
+            plan.push(&step.rows, table.pages(), self.options.page_size, step.visibility, step.len);
+        }
+        Ok(plan)
+    }
+
+    /// Answers per chosen session. A row that cannot be decided fails its own session only.
+    fn decide(&mut self, chosen: &[usize], plan: &Plan) -> Result<Vec<Result<Vec<Decision>>>> {
+        let asks: Vec<(Vec<u32>, Vec<Draw>)> = chosen
+            .iter()
+            .enumerate()
+            .map(|(s, &i)| {
+                let step = self.active[i].session.step().expect("chosen for its step");
+                step.asks.iter().map(|ask| (plan.indptr[s] + ask.row as u32, ask.draw)).unzip()
+            })
+            .collect();
+        let rows: Vec<u32> = asks.iter().flat_map(|a| &a.0).copied().collect();
+        let draws: Vec<Draw> = asks.iter().flat_map(|a| &a.1).copied().collect();
+        match self.model.decide(&self.backend, &rows, &draws, &self.banned, &mut self.scratch) {
+            Ok(all) => {
+                let mut all = all.into_iter();
+                Ok(asks.iter().map(|(rows, _)| Ok(all.by_ref().take(rows.len()).collect())).collect())
+            }
+            // Found by asking again, one session at a time.
+            Err(_) => Ok(asks.iter().map(|(r, d)| self.model.decide(&self.backend, r, d, &self.banned, &mut self.scratch)).collect()),
+        }
+    }
+
+    fn commit(&mut self, chosen: &[usize], answers: Vec<Result<Vec<Decision>>>) {
+        for (&i, answer) in chosen.iter().zip(answers) {
+            let active = &mut self.active[i];
+            let prefill = active.session.is_prefilling();
+            let mut events = Vec::new();
+            let len = active.session.canvas().len();
+            match answer.and_then(|decisions| active.session.apply(&decisions, &mut events)) {
+                Err(error) => {
+                    active.failed = Some(error);
+                    active.session.cancel();
+                }
+                Ok(()) => {
+                    if prefill && let Some(key) = &active.prefix {
+                        let pages = active.table.pages().to_vec();
+                        self.pool.publish(key, active.id, &pages);
+                    }
+                    if active.timings.first_token_ms == 0.0 && events.iter().any(|e| e.kind == EventKind::Reveal) {
+                        active.timings.first_token_ms = ms(active.admitted, Instant::now());
+                    }
+                }
+            }
+            let now = active.session.canvas().len();
+            if now < len {
+                // The draft ended early: what lies beyond goes back at once.
+                let freed = active.table.truncate(&mut self.pool, now);
+                self.poison(&freed);
+                let active = &mut self.active[i];
+                let needed = self.pool.pages_for(now);
+                self.pool.uncommit(active.committed_pages - needed);
+                active.committed_pages = needed;
+            }
+            self.active[i].send(events);
+        }
+    }
+
+    /// Finished sessions leave: their pages return, their output goes to the handle.
+    fn retire(&mut self) -> Result<()> {
+        for queue in [true, false] {
+            let count = if queue { self.queue.len() } else { self.active.len() };
+            for i in (0..count).rev() {
+                let active = if queue { &self.queue[i] } else { &self.active[i] };
+                if active.session.is_finished() {
+                    let mut done = if queue { self.queue.remove(i).expect("counted") } else { self.active.remove(i) };
+                    let freed = done.table.truncate(&mut self.pool, 0);
+                    self.pool.abandon(done.id);
+                    if !queue {
+                        self.pool.uncommit(done.committed_pages);
+                    }
+                    self.poison(&freed);
+                    done.finish();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn poison(&mut self, pages: &[u32]) {
+        if self.options.poison_freed_pages {
+            for &page in pages {
+                self.backend.poison_page(&mut self.kv, page).expect("poisoning is for tests on the CPU");
+            }
+        }
+    }
+}
+
+impl Active {
+    fn send(&self, events: Vec<Event>) {
+        for event in events {
+            // A handle that is gone is noticed at the next tick.
+            let _ = self.messages.send(Message::Event(event));
+        }
+    }
+
+    fn finish(mut self) {
+        let result = match self.failed.take() {
+            Some(error) => Err(error),
+            None => Ok(self.output()),
+        };
+        let _ = self.messages.send(Message::Finished(Box::new(result)));
+    }
+
+    fn output(&self) -> Output {
+        let canvas = self.session.canvas();
+        let positions: Vec<usize> = canvas.generated().collect();
+        let stages = self.session.reports().to_vec();
+        let draft_ms = stages.first().map_or(0.0, |s| s.ms);
+        let refine_ms = stages.iter().skip(1).map(|s| s.ms).sum();
+        Output {
+            sample: self.session.sample(),
+            finish: self.session.finish(),
+            prompt_tokens: self.session.prompt_len(),
+            canvas: canvas.tokens().to_vec(),
+            tokens: positions.iter().map(|p| canvas.tokens()[*p]).collect(),
+            draft: self.session.draft().to_vec(),
+            confidence: positions.iter().map(|p| canvas.confidence(*p)).collect(),
+            revealed_at: positions.iter().map(|p| canvas.revealed_at(*p)).collect(),
+            positions,
+            stages,
+            timings: Timings { draft_ms, refine_ms, total_ms: ms(self.admitted, Instant::now()), ..self.timings },
+        }
+    }
+}
+
+fn ms(from: Instant, to: Instant) -> f64 {
+    to.duration_since(from).as_secs_f64() * 1e3
+}
+
+/// Byte offset of the first of `texts` in `text`.
+pub fn find_stop(text: &str, texts: &[String]) -> Option<usize> {
+    texts.iter().filter_map(|t| text.find(t.as_str())).min()
+}
+
+/// The fewest tokens whose text holds a stop text.
+fn stop_at(tokenizer: &Tokenizer, texts: &[String], tokens: &[u32]) -> Option<usize> {
+    find_stop(&tokenizer.decode(tokens), texts)?;
+    (1..=tokens.len()).find(|n| find_stop(&tokenizer.decode(&tokens[..*n]), texts).is_some())
+}

@@ -1,0 +1,13 @@
+//! MDLM (arXiv 2406.07524): the layout of BD3-LM under full attention. Config keys only; weights load through `bd3lm.rs`.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+
+use crate::config::{Attention, Family, Keys, ModelConfig};
+use crate::error::Result;
+use crate::model::bd3lm;
+
+/// Reads the published keys. MDLM checkpoints have no `block_size` and no `cross_attn`, and always carry adaLN.
+pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    bd3lm::shared_config(dir, keys, Family::Mdlm, Attention::Full)
+}

@@ -1,0 +1,681 @@
+//! Owns one request's life: fixed tokens, place in the schedule, canvas, which K/V is final, counters.
+//!
+//! A session is asked for its next forward ([`Session::next`]) and told what came of it ([`Session::apply`]). It says which
+//! rows it needs, who sees whom, and which rows decide; it never touches a page, a tensor or another session, so the whole
+//! of draft-then-refine runs in tests without a model.
+//!
+//! ```text
+//! stage 0: Prefill -> [ Denoise ... (commit fused into the next block's first Denoise) ] -> finish
+//! stage k: (Score ...) -> remask -> [ Denoise ... ] -> finish
+//! ```
+//!
+//! One number, `committed`, carries the reuse: positions below it hold K/V that is final under the stage's visibility. A
+//! denoising forward of a block that ends at `e` needs rows `committed..e`: the block itself, and every finished block before
+//! it whose final K/V is not written yet. Prompt blocks, finished blocks and infilled blocks are all the same case.
+//! [BD3-LM] A finished block never sees a later one, so this equals recomputing everything. Under full visibility nothing
+//! is ever final and every exact forward needs all rows.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::backend::{Decision, Draw};
+use crate::canvas::{Canvas, State};
+use crate::error::{Error, Result};
+use crate::plan::{Kind, Visibility};
+use crate::policy::{self, BlockProgress, Candidate};
+use crate::rng::{self, DrawKey, STAGE_STEP, Uniforms};
+use crate::schedule::{KvPolicy, Remask, RemaskBy, Schedule, Stage};
+
+/// Number of trailing tokens the low-entropy stop looks at ([BD3-LM] `_check_stop_conds`).
+pub const ENTROPY_WINDOW: usize = 256;
+
+/// What one session generates, fully resolved.
+#[derive(Clone)]
+pub struct SessionSpec {
+    /// The canvas: `Some(token)` fixed, `None` to be generated.
+    pub fixed: Vec<Option<u32>>,
+    pub mask_id: u32,
+    pub schedule: Schedule,
+    pub seed: u64,
+    pub sample: u32,
+    pub stop: Stop,
+    /// Write a finished block's K/V in a forward of its own instead of together with the next block's first forward.
+    pub separate_commit: bool,
+    /// Per position: the token a reveal must choose (likelihood scoring). Empty to sample.
+    pub forced: Vec<u32>,
+    /// Source of uniforms; `None` is [`rng::uniforms`]. Tests replay recorded draws through it.
+    pub draws: Option<DrawSource>,
+}
+
+/// Replaces the counter RNG.
+pub type DrawSource = Arc<dyn Fn(&DrawKey) -> Uniforms + Send + Sync>;
+
+/// Given the generated tokens so far: how many of them to keep, if the text should end there.
+pub type TextStop = Arc<dyn Fn(&[u32]) -> Option<usize> + Send + Sync>;
+
+/// When a draft ends before its length. Checked whenever a block of stage 0 is finished; needs generated positions up to the end.
+#[derive(Clone, Default)]
+pub struct Stop {
+    /// Any of these tokens ends the text, and is kept as its last token.
+    pub tokens: Vec<u32>,
+    /// Ends the text before its last 256 tokens when their unigram entropy (nats) falls below this ([BD3-LM] uses 4.0).
+    pub entropy: Option<f64>,
+    pub text: Option<TextStop>,
+}
+
+/// Why a session ended where it did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    Length,
+    EndOfText,
+    StopText,
+    LowEntropy,
+    Cancelled,
+}
+
+impl Finish {
+    pub fn name(self) -> &'static str {
+        match self {
+            Finish::Length => "length",
+            Finish::EndOfText => "end-of-text",
+            Finish::StopText => "stop-text",
+            Finish::LowEntropy => "low-entropy",
+            Finish::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// One row that decides: an index into the step's rows and what is asked of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ask {
+    pub row: usize,
+    pub position: usize,
+    pub draw: Draw,
+    order: f64,
+}
+
+/// One forward of one session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    pub kind: Kind,
+    /// (position, token id), positions ascending.
+    pub rows: Vec<(usize, u32)>,
+    pub visibility: Visibility,
+    /// Sequence length: no row sees a key at or beyond it.
+    pub len: usize,
+    pub asks: Vec<Ask>,
+}
+
+/// What happened to a set of positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    /// Masked positions took these tokens.
+    Reveal,
+    /// These tokens were masked again; `confidence` holds the scores that chose them.
+    Remask,
+    /// A block of the stage is finished.
+    Commit,
+    /// The sequence is finished: all generated positions.
+    Done,
+}
+
+/// One step of a sequence, as `--trace` writes it and library callers receive it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    pub sample: u32,
+    pub stage: u8,
+    pub block: usize,
+    pub step: u32,
+    pub kind: EventKind,
+    pub positions: Vec<usize>,
+    pub tokens: Vec<u32>,
+    pub confidence: Vec<f32>,
+}
+
+/// Forwards of a stage by kind; each forward counts once (rows committed inside a denoising forward cost rows, not forwards).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Forwards {
+    pub prefill: usize,
+    pub denoise: usize,
+    pub commit: usize,
+    pub joint: usize,
+    /// Scoring forwards of post-hoc and held-out remasking.
+    pub score: usize,
+}
+
+/// What a stage did and cost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StageReport {
+    pub stage: Stage,
+    pub forwards: Forwards,
+    /// Query rows processed.
+    pub rows: usize,
+    pub remasked: Vec<usize>,
+    /// Remasked tokens that came back different.
+    pub changed: usize,
+    pub ms: f64,
+    /// Positions masked again, paired with the token each held.
+    before: Vec<(usize, u32)>,
+}
+
+impl StageReport {
+    /// Denoising forwards, as the papers count them: commits, prefill and scoring are not included ([BD3-LM] B.9).
+    pub fn nfe(&self) -> usize {
+        self.forwards.denoise
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Prefill,
+    /// Scoring forward `group` before the stage's remask.
+    Score {
+        group: usize,
+    },
+    Denoise,
+    Finished,
+}
+
+/// What a session wants next.
+#[derive(Debug, PartialEq)]
+pub enum Next {
+    /// Run the step of [`Session::step`].
+    Forward,
+    Finished,
+}
+
+/// One sequence on its way through a schedule.
+pub struct Session {
+    spec: SessionSpec,
+    canvas: Canvas,
+    phase: Phase,
+    stage: usize,
+    /// Positions below hold final K/V under the current stage's visibility.
+    committed: usize,
+    block: usize,
+    progress: BlockProgress,
+    /// Denoising forwards of this stage so far.
+    denoised: u32,
+    /// Forwards since all rows were recomputed, for `refresh:r`.
+    since_full: Option<usize>,
+    /// Positions revealed since the last forward that computed them.
+    fresh: Vec<usize>,
+    scores: Vec<(usize, f64)>,
+    pending: Option<Step>,
+    reports: Vec<StageReport>,
+    stage_start: Instant,
+    draft: Vec<u32>,
+    finish: Finish,
+    prompt_len: usize,
+}
+
+impl Session {
+    /// Checks what only the whole request can tell. `fixed` must hold at least one position to generate.
+    pub fn new(spec: SessionSpec) -> Result<Session> {
+        let canvas = Canvas::new(&spec.fixed, spec.mask_id);
+        if canvas.num_masks() == 0 {
+            return Err(Error::request("nothing to generate: every position is fixed"));
+        }
+        if let Some(position) = spec.fixed.iter().position(|f| *f == Some(spec.mask_id)) {
+            return Err(Error::request(format!("position {position} is fixed to the mask id {}", spec.mask_id)));
+        }
+        assert!(spec.forced.is_empty() || spec.forced.len() == spec.fixed.len(), "one forced token per position");
+        if let Some(block_len) = spec.schedule.stages.iter().filter_map(|s| s.block_len).min()
+            && canvas.len() / block_len >= 1 << 24
+        {
+            return Err(Error::request(format!("{} positions make more than 2^24 blocks of {block_len}", canvas.len())));
+        }
+        let prompt_len = canvas.fixed_prefix();
+        let mut session = Session {
+            canvas,
+            phase: Phase::Prefill,
+            stage: 0,
+            committed: 0,
+            block: 0,
+            progress: BlockProgress { masks_at_start: 0, masks: 0, step: 0 },
+            denoised: 0,
+            since_full: None,
+            fresh: Vec::new(),
+            scores: Vec::new(),
+            pending: None,
+            reports: Vec::new(),
+            stage_start: Instant::now(),
+            draft: Vec::new(),
+            finish: Finish::Length,
+            prompt_len,
+            spec,
+        };
+        session.open_report();
+        Ok(session)
+    }
+
+    pub fn canvas(&self) -> &Canvas {
+        &self.canvas
+    }
+
+    pub fn sample(&self) -> u32 {
+        self.spec.sample
+    }
+
+    /// Positions before the first generated one.
+    pub fn prompt_len(&self) -> usize {
+        self.prompt_len
+    }
+
+    pub fn finish(&self) -> Finish {
+        self.finish
+    }
+
+    pub fn reports(&self) -> &[StageReport] {
+        &self.reports
+    }
+
+    /// Tokens of the generated positions when stage 0 was done.
+    pub fn draft(&self) -> &[u32] {
+        &self.draft
+    }
+
+    /// Length of the shareable prompt: its whole blocks under the draft's block-causal visibility, 0 where none is exact.
+    pub fn prefix_len(&self) -> usize {
+        let stage = &self.spec.schedule.stages[0];
+        match stage.visibility() {
+            Visibility::BlockCausal(block_len) if stage.kv != KvPolicy::Recompute => self.prompt_len / block_len * block_len,
+            _ => 0,
+        }
+    }
+
+    /// True until the prompt's whole blocks are in the pages.
+    pub fn wants_prefix(&self) -> bool {
+        self.phase == Phase::Prefill && self.prefix_len() > 0
+    }
+
+    /// Block length of the visibility that the prefix was computed under.
+    pub fn prefix_block_len(&self) -> usize {
+        self.spec.schedule.stages[0].block_len.unwrap_or(usize::MAX)
+    }
+
+    /// True while the pending step is the prompt's prefill.
+    pub fn is_prefilling(&self) -> bool {
+        self.pending.as_ref().is_some_and(|s| s.kind == Kind::Prefill)
+    }
+
+    /// True once nothing is left to do.
+    pub fn is_finished(&self) -> bool {
+        self.phase == Phase::Finished && self.pending.is_none()
+    }
+
+    /// Another session's pages hold the prefix already.
+    pub fn skip_prefill(&mut self) {
+        assert!(self.wants_prefix());
+        self.committed = self.prefix_len();
+        self.phase = Phase::Denoise;
+    }
+
+    /// The clock of the first stage starts now: time spent waiting for admission is not the stage's.
+    pub fn start(&mut self) {
+        self.stage_start = Instant::now();
+    }
+
+    /// Ends the session as it stands.
+    pub fn cancel(&mut self) {
+        self.pending = None;
+        self.finish = Finish::Cancelled;
+        self.phase = Phase::Finished;
+    }
+
+    /// The forward wanted now; asking again before [`Session::apply`] gives the same one.
+    pub fn step(&self) -> Option<&Step> {
+        self.pending.as_ref()
+    }
+
+    /// Moves on to the next forward, through stage ends where there is nothing left to do. Events of remasking and of the end
+    /// of the sequence are pushed on the way.
+    pub fn next(&mut self, events: &mut Vec<Event>) -> Next {
+        while self.pending.is_none() {
+            match self.phase {
+                Phase::Finished => return Next::Finished,
+                Phase::Prefill => {
+                    let len = self.prefix_len();
+                    self.phase = Phase::Denoise;
+                    if len > 0 {
+                        self.set_step(Kind::Prefill, 0..len, Vec::new());
+                    }
+                }
+                Phase::Score { group } => self.set_score_step(group),
+                Phase::Denoise => {
+                    if !self.set_denoise_step() {
+                        self.end_stage(events);
+                    }
+                }
+            }
+        }
+        Next::Forward
+    }
+
+    fn stage(&self) -> &Stage {
+        &self.spec.schedule.stages[self.stage]
+    }
+
+    fn uniforms(&self, block: usize, step: u32, position: usize) -> Uniforms {
+        let key = DrawKey {
+            seed: self.spec.seed,
+            sample: self.spec.sample,
+            stage: self.stage as u8,
+            block: block as u32,
+            step,
+            position: position as u32,
+        };
+        self.spec.draws.as_ref().map_or_else(|| rng::uniforms(key), |draws| draws(&key))
+    }
+
+    fn draw(&self, u: f64, forced: Option<u32>) -> Draw {
+        let stage = self.stage();
+        Draw {
+            u,
+            temperature: stage.temperature,
+            top_p: stage.top_p,
+            top_p_rule: stage.top_p_rule,
+            forced,
+            truncated_confidence: stage.truncated_confidence,
+        }
+    }
+
+    fn set_step(&mut self, kind: Kind, positions: impl IntoIterator<Item = usize>, asks: Vec<Ask>) {
+        let rows: Vec<_> = positions.into_iter().map(|p| (p, self.canvas.tokens()[p])).collect();
+        self.pending = Some(Step { kind, rows, visibility: self.stage().visibility(), len: self.canvas.len(), asks });
+    }
+
+    /// The next denoising (or separate commit) forward; false if no position of the stage is masked any more.
+    fn set_denoise_step(&mut self) -> bool {
+        let stage = *self.stage();
+        let len = self.canvas.len();
+        let block_len = stage.block_len_in(len);
+        let Some(block) = self.canvas.next_masked_block(self.block, block_len) else {
+            return false;
+        };
+        let range = block * block_len..((block + 1) * block_len).min(len);
+        let blockwise = matches!(stage.visibility(), Visibility::BlockCausal(_));
+        if self.spec.separate_commit && blockwise && self.committed < range.start && stage.kv != KvPolicy::Recompute {
+            self.set_step(Kind::Commit, self.committed..range.start, Vec::new());
+            return true;
+        }
+        let masked: Vec<usize> = self.canvas.masked_in(range.clone()).collect();
+        if block != self.block || self.progress.masks_at_start == 0 {
+            self.block = block;
+            self.progress = BlockProgress { masks_at_start: masked.len(), masks: masked.len(), step: 0 };
+            // A block the stage has not entered yet has no K/V under the stage's visibility.
+            if blockwise && stage.kv != KvPolicy::Draft {
+                self.since_full = None;
+            }
+        }
+        self.progress.masks = masked.len();
+        self.progress.step = policy::next_step(&stage.unmask, self.progress);
+
+        let end = if blockwise { range.end } else { len };
+        let partial = match stage.kv {
+            KvPolicy::Exact | KvPolicy::Recompute => false,
+            KvPolicy::Refresh(r) => self.since_full.is_some_and(|n| n < r),
+            KvPolicy::Draft => true,
+        };
+        let positions: Vec<usize> = if partial {
+            let mut rows = self.fresh.clone();
+            rows.extend(&masked);
+            rows.sort_unstable();
+            rows
+        } else {
+            let first = if stage.kv == KvPolicy::Recompute { 0 } else { self.committed };
+            (first..end).collect()
+        };
+        let asks = masked
+            .iter()
+            .map(|&position| {
+                let row = positions.binary_search(&position).expect("a masked row is always recomputed");
+                let uniforms = self.uniforms(block, self.denoised, position);
+                let forced = self.spec.forced.get(position).copied();
+                Ask { row, position, draw: self.draw(uniforms.token, forced), order: uniforms.order }
+            })
+            .collect();
+        self.since_full = Some(if partial { self.since_full.unwrap_or(0) + 1 } else { 1 });
+        self.set_step(Kind::Denoise, positions, asks);
+        true
+    }
+
+    /// Scoring forward `group`: visible text for post-hoc, one interleaved group hidden for held-out.
+    fn set_score_step(&mut self, group: usize) {
+        let groups = match self.stage().remask {
+            Some(Remask { by: RemaskBy::HeldOut(groups), .. }) => Some(groups),
+            _ => None,
+        };
+        let scored: Vec<usize> = self.canvas.generated().enumerate().filter(|(i, _)| groups.is_none_or(|g| i % g == group)).map(|(_, p)| p).collect();
+        let asks = scored
+            .iter()
+            .map(|&position| Ask { row: position, position, draw: self.draw(0.0, Some(self.canvas.tokens()[position])), order: 0.0 })
+            .collect();
+        self.set_step(Kind::Score, 0..self.canvas.len(), asks);
+        if groups.is_some() {
+            let mask_id = self.spec.mask_id;
+            let step = self.pending.as_mut().expect("just set");
+            for position in scored {
+                step.rows[position].1 = mask_id;
+            }
+        }
+    }
+
+    /// Takes the answers to the pending step's asks, in their order. On an error the session is as before the call.
+    pub fn apply(&mut self, decisions: &[Decision], events: &mut Vec<Event>) -> Result<()> {
+        let step = self.pending.as_ref().expect("apply follows a step");
+        assert_eq!(step.asks.len(), decisions.len(), "one decision per ask");
+        let candidates: Vec<Candidate> = step
+            .asks
+            .iter()
+            .zip(decisions)
+            .map(|(ask, decision)| Candidate { position: ask.position, decision: *decision, order: ask.order })
+            .collect();
+        let chosen = match step.kind {
+            Kind::Denoise => policy::select(&self.stage().unmask, self.progress, &candidates)?,
+            _ => Vec::new(),
+        };
+        let step = self.pending.take().expect("checked above");
+        let report = self.reports.last_mut().expect("opened with the stage");
+        report.rows += step.rows.len();
+        match step.kind {
+            Kind::Prefill => {
+                report.forwards.prefill += 1;
+                self.committed = step.rows.len();
+            }
+            Kind::Commit => {
+                report.forwards.commit += 1;
+                self.committed = step.rows.last().map_or(self.committed, |(p, _)| p + 1);
+                self.fresh.clear();
+            }
+            Kind::Score => {
+                report.forwards.score += 1;
+                self.scores.extend(candidates.iter().map(|c| (c.position, f64::from(c.decision.confidence))));
+                self.end_score(events);
+            }
+            Kind::Denoise => {
+                report.forwards.denoise += 1;
+                self.reveal(&candidates, &chosen, events);
+            }
+        }
+        Ok(())
+    }
+
+    fn event(&self, kind: EventKind, step: u32, positions: Vec<usize>, confidence: Vec<f32>) -> Event {
+        let tokens = positions.iter().map(|p| self.canvas.tokens()[*p]).collect();
+        Event { sample: self.spec.sample, stage: self.stage as u8, block: self.block, step, kind, positions, tokens, confidence }
+    }
+
+    fn snapshots(&self, positions: &[usize]) -> Vec<f32> {
+        positions.iter().map(|p| self.canvas.confidence(*p)).collect()
+    }
+
+    fn reveal(&mut self, candidates: &[Candidate], chosen: &[usize], events: &mut Vec<Event>) {
+        let stage = *self.stage();
+        let step = self.denoised;
+        self.fresh.clear();
+        for &i in chosen {
+            let Candidate { position, decision, .. } = candidates[i];
+            // Below f32's normal range a probability is still not zero.
+            self.canvas.reveal(position, decision.token, decision.confidence.clamp(f32::MIN_POSITIVE, 1.0), self.stage as u8, step);
+            self.fresh.push(position);
+        }
+        let revealed = self.fresh.clone();
+        let confidence = self.snapshots(&revealed);
+        events.push(self.event(EventKind::Reveal, step, revealed, confidence));
+
+        self.denoised += 1;
+        self.progress.step += 1;
+        let block_len = stage.block_len_in(self.canvas.len());
+        let start = self.block * block_len;
+        if matches!(stage.visibility(), Visibility::BlockCausal(_)) && matches!(stage.kv, KvPolicy::Exact | KvPolicy::Refresh(_)) {
+            // Everything before the block went through this forward, or an earlier one, in its final form.
+            self.committed = self.committed.max(start);
+        }
+        let end = (start + block_len).min(self.canvas.len());
+        if self.canvas.masked_in(start..end).next().is_none() {
+            let block: Vec<usize> = (start..end).filter(|p| self.canvas.state(*p) == State::Revealed).collect();
+            let confidence = self.snapshots(&block);
+            events.push(self.event(EventKind::Commit, step, block, confidence));
+            self.progress.masks_at_start = 0;
+            if self.stage == 0 {
+                self.check_stop(end);
+            }
+        }
+    }
+
+    /// Ends the draft early where a stop condition holds for what stands before `end`.
+    fn check_stop(&mut self, end: usize) {
+        let generated_to_the_end = (self.prompt_len..self.canvas.len()).all(|p| self.canvas.state(p) != State::Fixed);
+        if !generated_to_the_end || self.canvas.masked_in(self.prompt_len..end).next().is_some() {
+            return;
+        }
+        let tokens = &self.canvas.tokens()[..end];
+        let generated = &tokens[self.prompt_len..];
+        let cut = if let Some(at) = generated.iter().position(|t| self.spec.stop.tokens.contains(t)) {
+            Some((self.prompt_len + at + 1, Finish::EndOfText))
+        } else if let Some(keep) = self.spec.stop.text.as_ref().and_then(|stop| stop(generated)) {
+            Some((self.prompt_len + keep.max(1), Finish::StopText))
+        } else if let Some(limit) = self.spec.stop.entropy
+            && end > ENTROPY_WINDOW
+            && unigram_entropy(&tokens[end - ENTROPY_WINDOW..]) < limit
+        {
+            Some(((end - ENTROPY_WINDOW).max(self.prompt_len + 1), Finish::LowEntropy))
+        } else {
+            None
+        };
+        if let Some((len, finish)) = cut {
+            self.canvas.truncate(len);
+            self.fresh.retain(|p| *p < len);
+            self.committed = self.committed.min(len);
+            self.finish = finish;
+        }
+    }
+
+    fn open_report(&mut self) {
+        let report = StageReport {
+            stage: *self.stage(),
+            forwards: Forwards::default(),
+            rows: 0,
+            remasked: Vec::new(),
+            changed: 0,
+            ms: 0.0,
+            before: Vec::new(),
+        };
+        self.reports.push(report);
+        self.stage_start = Instant::now();
+    }
+
+    /// The stage has no mask left: final K/V for a stage that wants to reuse it, then the next stage or the end.
+    fn end_stage(&mut self, events: &mut Vec<Event>) {
+        let next = self.spec.schedule.stages.get(self.stage + 1).copied();
+        if next.is_some_and(|n| n.kv == KvPolicy::Draft) {
+            let len = self.canvas.len();
+            let first = match self.stage().visibility() {
+                Visibility::BlockCausal(_) => self.committed,
+                // Under full visibility the last reveals changed what every row saw.
+                Visibility::Full if self.fresh.is_empty() => len,
+                Visibility::Full => 0,
+            };
+            if first < len {
+                return self.set_step(Kind::Commit, first..len, Vec::new());
+            }
+        }
+        let report = self.reports.last_mut().expect("opened with the stage");
+        report.changed = report.before.iter().filter(|(p, token)| self.canvas.tokens()[*p] != *token).count();
+        report.ms = self.stage_start.elapsed().as_secs_f64() * 1e3;
+        if self.stage == 0 {
+            self.draft = self.canvas.generated().map(|p| self.canvas.tokens()[p]).collect();
+        }
+        if next.is_none() {
+            self.phase = Phase::Finished;
+            let generated: Vec<usize> = self.canvas.generated().collect();
+            let confidence = self.snapshots(&generated);
+            events.push(self.event(EventKind::Done, self.denoised, generated, confidence));
+            return;
+        }
+        let previous = *self.stage();
+        self.stage += 1;
+        self.open_report();
+        self.block = 0;
+        self.denoised = 0;
+        self.scores.clear();
+        let stage = *self.stage();
+        match stage.remask.expect("later stages remask").by {
+            RemaskBy::PostHoc | RemaskBy::HeldOut(_) => {
+                self.committed = 0;
+                self.phase = Phase::Score { group: 0 };
+            }
+            by @ (RemaskBy::Snapshot | RemaskBy::Random) => {
+                let score = |p: usize| match by {
+                    RemaskBy::Random => self.uniforms(0, STAGE_STEP, p).order,
+                    _ => f64::from(self.canvas.confidence(p)),
+                };
+                self.scores = self.canvas.generated().map(|p| (p, score(p))).collect();
+                // Same visibility as before: blocks before the first mask are still final.
+                let keep = if previous.visibility() == stage.visibility() { self.committed } else { 0 };
+                self.remask(keep, events);
+            }
+        }
+    }
+
+    fn end_score(&mut self, events: &mut Vec<Event>) {
+        let Phase::Score { group } = self.phase else { unreachable!("a score step belongs to the score phase") };
+        match self.stage().remask.expect("scored for a remask").by {
+            RemaskBy::HeldOut(groups) if group + 1 < groups.min(self.canvas.generated().count()) => self.phase = Phase::Score { group: group + 1 },
+            _ => self.remask(0, events),
+        }
+    }
+
+    /// Masks the lowest scores again and starts denoising. `final_before`: K/V below it is final under this stage's visibility.
+    fn remask(&mut self, final_before: usize, events: &mut Vec<Event>) {
+        let remask = self.stage().remask.expect("later stages remask");
+        self.scores.sort_unstable_by_key(|(position, _)| *position);
+        let positions = policy::remask(remask.ratio, &self.scores);
+        let score_of = |p: &usize| self.scores[self.scores.binary_search_by_key(p, |s| s.0).expect("scored")].1 as f32;
+        let scores = positions.iter().map(score_of).collect();
+        events.push(self.event(EventKind::Remask, 0, positions.clone(), scores));
+        for &position in &positions {
+            let token = self.canvas.tokens()[position];
+            self.reports.last_mut().expect("opened with the stage").before.push((position, token));
+            self.canvas.remask(position, self.stage as u8);
+        }
+        let block_len = self.stage().block_len_in(self.canvas.len());
+        let first_mask = positions.first().map_or(self.canvas.len(), |p| p / block_len * block_len);
+        self.committed = final_before.min(first_mask);
+        self.fresh.clear();
+        self.since_full = None;
+        self.progress.masks_at_start = 0;
+        self.reports.last_mut().expect("opened with the stage").remasked = positions;
+        self.phase = Phase::Denoise;
+    }
+}
+
+/// Unigram entropy of a token sequence, in nats.
+pub fn unigram_entropy(tokens: &[u32]) -> f64 {
+    let mut sorted = tokens.to_vec();
+    sorted.sort_unstable();
+    let n = tokens.len() as f64;
+    sorted.chunk_by(|a, b| a == b).map(|run| run.len() as f64 / n).map(|p| -p * p.ln()).sum()
+}

@@ -1,0 +1,58 @@
+//! Owns text <-> ids: `tokenizer.json` as published, with user text always read as text.
+//!
+//! Special tokens spelled out in a prompt are encoded letter by letter: a literal `<|mask|>` in user text is text, never a MASK.
+#![forbid(unsafe_code)]
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// A model's tokenizer.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    path: PathBuf,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` and checks it against the model's vocabulary.
+    pub fn load(path: &Path, vocab_size: usize) -> Result<Tokenizer> {
+        if !path.exists() {
+            let what = "no tokenizer: expected tokenizer.json in the model directory (BD3-LM and MDLM checkpoints use the GPT-2 one), or --tokenizer FILE";
+            return Err(Error::tokenizer(path, what));
+        }
+        let mut inner = tokenizers::Tokenizer::from_file(path).map_err(|e| Error::tokenizer(path, format!("not a tokenizer: {e}")))?;
+        inner.set_encode_special_tokens(true);
+        if let Some((token, id)) = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id)
+            && id as usize >= vocab_size
+        {
+            return Err(Error::tokenizer(path, format!("token `{token}` has id {id}, the model's vocabulary has {vocab_size}")));
+        }
+        Ok(Tokenizer { inner, path: path.to_path_buf() })
+    }
+
+    /// Ids of `text`, nothing added.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Text of `ids`, special tokens left out. Ids without a token give nothing.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        self.inner.decode(ids, true).unwrap_or_default()
+    }
+
+    /// Text of `ids` with special tokens spelled out.
+    pub fn decode_all(&self, ids: &[u32]) -> String {
+        self.inner.decode(ids, false).unwrap_or_default()
+    }
+
+    /// Ids below `vocab_size` that no token has: padding rows of the embedding.
+    pub fn unused_ids(&self, vocab_size: usize) -> Vec<u32> {
+        (0..vocab_size as u32).filter(|id| self.inner.id_to_token(*id).is_none()).collect()
+    }
+
+    /// Id of a token by its exact spelling.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+}
