@@ -1,0 +1,158 @@
+//! Owns the conversation with the CUDA driver: is it there, how many devices, what are they. Creates no context.
+
+use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::fmt;
+use std::sync::OnceLock;
+
+use cudarc::driver::sys;
+use serde::Serialize;
+
+use super::symbol;
+use crate::error::{Error, Result};
+
+/// One CUDA device, as the driver describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DeviceInfo {
+    pub ordinal: usize,
+    pub name: String,
+    /// Major and minor: (9, 0) is sm_90.
+    pub compute_capability: (u32, u32),
+    pub memory_bytes: u64,
+}
+
+impl fmt::Display for DeviceInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (major, minor) = self.compute_capability;
+        let gib = self.memory_bytes as f64 / (1u64 << 30) as f64;
+        write!(f, "cuda:{} {} (sm_{major}{minor}, {gib:.1} GiB)", self.ordinal, self.name)
+    }
+}
+
+/// How many CUDA devices this process sees. A driver that reports none is an error as well: zero never comes back.
+pub fn device_count() -> Result<usize> {
+    let driver = driver()?;
+    let mut count: c_int = 0;
+    // SAFETY: `count` is writable for the call; the driver is initialised by `driver()`.
+    driver.check("cuDeviceGetCount", unsafe { (driver.device_get_count)(&mut count) })?;
+    match usize::try_from(count) {
+        Ok(count) if count > 0 => Ok(count),
+        _ => Err(no_device("the driver reports none")),
+    }
+}
+
+/// Describes device `ordinal`.
+pub fn probe(ordinal: usize) -> Result<DeviceInfo> {
+    let count = device_count()?;
+    if ordinal >= count {
+        let valid = if count == 1 { "only cuda:0 exists".to_owned() } else { format!("cuda:0 to cuda:{} exist", count - 1) };
+        return Err(Error::device(format!("cuda:{ordinal}: no such device, {valid}; choose one of them or --device cpu")));
+    }
+    let driver = driver()?;
+    let mut device: c_int = 0;
+    // SAFETY: `device` is writable; ordinal < count, which came from a c_int.
+    driver.check("cuDeviceGet", unsafe { (driver.device_get)(&mut device, ordinal as c_int) })?;
+    let mut name = [0u8; 256];
+    // SAFETY: the driver writes at most the given length, the terminating NUL included.
+    driver.check("cuDeviceGetName", unsafe { (driver.device_get_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) })?;
+    let mut memory_bytes = 0usize;
+    // SAFETY: `memory_bytes` is writable; `device` came from cuDeviceGet.
+    driver.check("cuDeviceTotalMem", unsafe { (driver.device_total_mem)(&mut memory_bytes, device) })?;
+    let attribute = |which: sys::CUdevice_attribute| -> Result<u32> {
+        let mut value: c_int = 0;
+        // SAFETY: `value` is writable; `device` came from cuDeviceGet.
+        driver.check("cuDeviceGetAttribute", unsafe { (driver.device_get_attribute)(&mut value, which as c_int, device) })?;
+        u32::try_from(value)
+            .map_err(|_| Error::device(format!("cuda:{ordinal}: the driver reports {value} for attribute {}", which as c_int)))
+    };
+    let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let name = CStr::from_bytes_until_nul(&name).map_or_else(|_| "unnamed".to_owned(), |name| name.to_string_lossy().into_owned());
+    Ok(DeviceInfo { ordinal, name, compute_capability: (major, minor), memory_bytes: memory_bytes as u64 })
+}
+
+/// Why the network cannot run on `cuda:ordinal`: no driver, no such device, or a device for which this version has no engine.
+pub fn unavailable(ordinal: usize) -> Error {
+    match probe(ordinal) {
+        Err(error) => error,
+        Ok(device) => Error::device(format!(
+            "{device} is present, but redraft {} runs the network on the CPU only: its CUDA side compiles and checks kernels \
+             (`redraft kernels`); use --device cpu or --device auto",
+            env!("CARGO_PKG_VERSION")
+        )),
+    }
+}
+
+fn no_device(reason: &str) -> Error {
+    Error::device(format!("no CUDA device: {reason}; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"))
+}
+
+/// The functions in use, with result codes as the plain integers they are.
+struct Driver {
+    device_get_count: unsafe extern "C" fn(*mut c_int) -> c_int,
+    device_get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int,
+    device_get_name: unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int,
+    device_get_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
+    device_total_mem: unsafe extern "C" fn(*mut usize, c_int) -> c_int,
+    error_name: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
+    error_string: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
+}
+
+/// The driver, opened and initialised once.
+fn driver() -> Result<&'static Driver> {
+    static DRIVER: OnceLock<Result<Driver>> = OnceLock::new();
+    DRIVER.get_or_init(open).as_ref().map_err(Error::clone)
+}
+
+fn open() -> Result<Driver> {
+    // SAFETY: opens and closes the library by name; the driver's initialisers may run at any time before use.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::device("no CUDA driver: libcuda cannot be opened; install the NVIDIA driver, or use --device cpu"));
+    }
+    // SAFETY: the library is present by the check above, which is all that keeps this from panicking.
+    let library = unsafe { sys::culib() };
+    // SAFETY: signatures from cuda.h (CUresult and CUdevice are int); `library` is 'static.
+    let (driver, init) = unsafe {
+        let driver = Driver {
+            device_get_count: symbol(library, "cuDeviceGetCount")?,
+            device_get: symbol(library, "cuDeviceGet")?,
+            device_get_name: symbol(library, "cuDeviceGetName")?,
+            device_get_attribute: symbol(library, "cuDeviceGetAttribute")?,
+            device_total_mem: symbol(library, "cuDeviceTotalMem_v2")?,
+            error_name: symbol(library, "cuGetErrorName")?,
+            error_string: symbol(library, "cuGetErrorString")?,
+        };
+        (driver, symbol::<unsafe extern "C" fn(c_uint) -> c_int>(library, "cuInit")?)
+    };
+    // SAFETY: cuInit takes flags that must be 0 and may be called again.
+    let code = unsafe { init(0) };
+    if code == sys::CUresult::CUDA_ERROR_NO_DEVICE as c_int {
+        return Err(no_device(&driver.describe(code)));
+    }
+    driver.check("cuInit", code)?;
+    Ok(driver)
+}
+
+impl Driver {
+    fn check(&self, call: &str, code: c_int) -> Result<()> {
+        if code == sys::CUresult::CUDA_SUCCESS as c_int {
+            return Ok(());
+        }
+        Err(Error::device(format!("{call} failed: {}; check nvidia-smi, or use --device cpu", self.describe(code))))
+    }
+
+    /// `CUDA_ERROR_NO_DEVICE, no CUDA-capable device is detected`, or the bare number where the driver knows no name.
+    fn describe(&self, code: c_int) -> String {
+        let text = |function: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
+            let mut text: *const c_char = std::ptr::null();
+            // SAFETY: `text` is writable; the functions accept any code and answer with a static string or null.
+            let answer = unsafe { function(code, &mut text) };
+            // SAFETY: a non-null answer is a NUL-terminated static string.
+            (answer == 0 && !text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+        };
+        match (text(self.error_name), text(self.error_string)) {
+            (Some(name), Some(what)) => format!("{name}, {what}"),
+            (Some(name), None) => name,
+            _ => format!("driver error {code}"),
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! Owns the table of kernels that `build.rs` embeds, and the two reports about it: what there is, and what compiling it costs.
+#![forbid(unsafe_code)]
+
+use serde::Serialize;
+
+use super::compile::compiler;
+use super::params::defines;
+use crate::error::Result;
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// One `kernels/<stem>.cu`.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernel {
+    pub stem: &'static str,
+    pub source: &'static str,
+    /// FNV-1a of all headers and the source.
+    pub hash: u64,
+    /// Preprocessor constants.
+    pub defines: &'static [(&'static str, u32)],
+}
+
+impl Kernel {
+    /// The `extern "C"` entries, in the order of the source.
+    pub fn entries(&self) -> Vec<&'static str> {
+        let declared = self.source.lines().filter_map(|line| line.strip_prefix("KERNEL("));
+        declared.filter_map(|rest| rest.split(',').next()).map(str::trim).collect()
+    }
+
+    /// Compiler options for `arch`, word for word.
+    pub fn options(&self, arch: &str) -> Vec<String> {
+        let fixed = ["--std=c++17", "--ptxas-options=-v"].map(str::to_owned);
+        let defines = self.defines.iter().map(|(name, value)| format!("-D{name}={value}"));
+        std::iter::once(format!("--gpu-architecture={arch}")).chain(fixed).chain(defines).collect()
+    }
+}
+
+/// All kernels, by stem.
+pub fn kernels() -> Vec<Kernel> {
+    SOURCES.iter().map(|&(stem, source, hash)| Kernel { stem, source, hash, defines: defines(stem) }).collect()
+}
+
+/// Headers of all kernels as (name, text).
+pub fn headers() -> &'static [(&'static str, &'static str)] {
+    HEADERS
+}
+
+/// What `redraft kernels list` prints about one kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct KernelInfo {
+    pub stem: &'static str,
+    pub entries: Vec<&'static str>,
+    pub defines: Vec<String>,
+    pub hash: String,
+    /// The first line of its header comment.
+    pub summary: &'static str,
+}
+
+/// The kernels that this binary carries. Needs no library.
+pub fn kernels_list() -> Vec<KernelInfo> {
+    let info = |kernel: Kernel| KernelInfo {
+        stem: kernel.stem,
+        entries: kernel.entries(),
+        defines: kernel.defines.iter().map(|(name, value)| format!("{name}={value}")).collect(),
+        hash: format!("{:016x}", kernel.hash),
+        summary: kernel.source.lines().next().unwrap_or_default().trim_start_matches("//").trim(),
+    };
+    kernels().into_iter().map(info).collect()
+}
+
+/// What `redraft kernels check` prints about one entry on one architecture.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct KernelReport {
+    pub stem: &'static str,
+    pub entry: String,
+    pub arch: String,
+    pub registers: u32,
+    /// Spill stores and loads together; every kernel is written to have none.
+    pub spill_bytes: u32,
+    pub shared_bytes: u32,
+    pub stack_bytes: u32,
+    /// Of the whole file, which all its entries share.
+    pub cubin_bytes: usize,
+    pub compile_ms: f64,
+}
+
+/// Compiles every kernel for every architecture named, in that order. All names are checked before the first compilation.
+pub fn kernels_check(archs: &[String]) -> Result<Vec<KernelReport>> {
+    let compiler = compiler()?;
+    archs.iter().try_for_each(|arch| compiler.check_arch(arch))?;
+    let mut reports = Vec::new();
+    for arch in archs {
+        for kernel in kernels() {
+            let compiled = compiler.compile(&kernel, arch)?;
+            reports.extend(compiled.entries.into_iter().map(|used| KernelReport {
+                stem: kernel.stem,
+                entry: used.entry,
+                arch: arch.clone(),
+                registers: used.registers,
+                spill_bytes: used.spill_bytes,
+                shared_bytes: used.shared_bytes,
+                stack_bytes: used.stack_bytes,
+                cubin_bytes: compiled.cubin.len(),
+                compile_ms: compiled.compile_ms,
+            }));
+        }
+    }
+    Ok(reports)
+}
+
+/// The list as aligned text.
+pub fn list_table(list: &[KernelInfo]) -> String {
+    let row = |k: &KernelInfo| vec![k.stem.into(), k.entries.join(" "), k.defines.join(" "), k.hash.clone(), k.summary.into()];
+    table(&["kernel", "entries", "defines", "hash", "what"], list.iter().map(row))
+}
+
+/// The report as aligned text.
+pub fn report_table(reports: &[KernelReport]) -> String {
+    let row = |r: &KernelReport| {
+        let numbers = [r.registers, r.spill_bytes, r.shared_bytes, r.stack_bytes].map(|n| n.to_string());
+        let mut cells = vec![r.entry.clone(), r.arch.clone()];
+        cells.extend(numbers);
+        cells.extend([r.cubin_bytes.to_string(), format!("{:.0}", r.compile_ms)]);
+        cells
+    };
+    table(&["entry", "arch", "registers", "spill B", "shared B", "stack B", "cubin B", "compile ms"], reports.iter().map(row))
+}
+
+/// Columns as wide as their widest cell; numbers stand at the right.
+fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let head = head.iter().map(|cell| (*cell).to_owned()).collect();
+    let rows: Vec<Vec<String>> = std::iter::once(head).chain(rows).collect();
+    let columns = rows[0].len();
+    let widths: Vec<usize> = (0..columns).map(|c| rows.iter().map(|row| row[c].len()).max().unwrap_or(0)).collect();
+    let is_number: Vec<bool> = (0..columns).map(|c| rows.len() > 1 && rows[1..].iter().all(|row| row[c].parse::<f64>().is_ok())).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row.iter().enumerate().map(|(c, cell)| {
+            let width = widths[c];
+            if is_number[c] { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
+        });
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_is_complete() {
+        let list = kernels_list();
+        assert_eq!(list.iter().map(|k| k.stem).collect::<Vec<_>>(), ["embed", "layer_norm", "remask"]);
+        for kernel in &list {
+            assert!(!kernel.entries.is_empty() && !kernel.defines.is_empty(), "{}", kernel.stem);
+            assert!(kernel.entries.iter().all(|entry| entry.starts_with(kernel.stem)), "{}: {:?}", kernel.stem, kernel.entries);
+            assert!(kernel.summary.starts_with(&format!("{}: ", kernel.stem)), "{}: {:?}", kernel.stem, kernel.summary);
+        }
+        assert_eq!(list[1].entries, ["layer_norm_f32", "layer_norm_bf16"]);
+    }
+
+    /// Device code that is not portable C++ has one home, beside its host twin.
+    #[test]
+    fn inline_assembly_stays_in_the_header() {
+        for kernel in kernels() {
+            assert!(!kernel.source.contains("asm"), "{}", kernel.stem);
+            assert!(!kernel.source.contains("REDRAFT_EMULATE"), "{}", kernel.stem);
+        }
+    }
+
+    #[test]
+    fn tables_align() {
+        let report = KernelReport {
+            stem: "remask",
+            entry: "remask".into(),
+            arch: "sm_90a".into(),
+            registers: 32,
+            spill_bytes: 0,
+            shared_bytes: 1064,
+            stack_bytes: 0,
+            cubin_bytes: 9000,
+            compile_ms: 31.4,
+        };
+        let text = report_table(&[report]);
+        assert_eq!(
+            text,
+            "entry   arch    registers  spill B  shared B  stack B  cubin B  compile ms\n\
+             remask  sm_90a         32        0      1064        0     9000          31\n"
+        );
+        assert!(list_table(&kernels_list()).lines().count() == 4);
+    }
+}

@@ -1,0 +1,37 @@
+//! The door to NVIDIA machines: what the driver reports, and what NVRTC makes of the kernels.
+//!
+//! Libraries are opened at run time and their absence is an [`Error`] with the next move. This version finds
+//! devices ([`probe`]) and compiles and reports its kernels ([`kernels_list`], [`kernels_check`]); it does not run the network on a
+//! GPU, and [`unavailable`] says so in one sentence.
+//!
+//! cudarc supplies the search for the libraries and the numbers of the driver's interface. Its own entry points panic when a library
+//! or a symbol is absent and read foreign codes as enums; symbols are therefore looked up one by one, as functions that return plain
+//! integers. `unsafe` is in this file, `device.rs` and `compile.rs`.
+
+mod compile;
+mod device;
+mod kernels;
+pub mod params;
+
+pub use compile::{Compiled, Compiler, EntryUse, compiler};
+pub use device::{DeviceInfo, device_count, probe, unavailable};
+pub use kernels::{Kernel, KernelInfo, KernelReport, headers, kernels, kernels_check, kernels_list, list_table, report_table};
+
+use libloading::Library;
+
+use crate::error::{Error, Result};
+
+/// One function of an opened library.
+///
+/// # Safety
+/// `F` must be the C signature of `name`, and `library` must stay open as long as the function is used.
+unsafe fn symbol<F: Copy>(library: &Library, name: &str) -> Result<F> {
+    // SAFETY: the caller vouches for the signature and the lifetime.
+    let found = unsafe { library.get::<F>(name) };
+    found.map(|f| *f).map_err(|e| Error::device(format!("{}; the library is too old or is not NVIDIA's", loader_words(&e))))
+}
+
+/// What the dynamic loader itself says, which libloading keeps one level below its own sentence.
+fn loader_words(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), |source| source.to_string())
+}
