@@ -159,18 +159,57 @@ pub trait Backend {
     fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, out: &mut Self::Buffer) -> Result<()>;
     /// LayerNorm over each of `rows` rows of width `weight.len()`: `(x - mean) / sqrt(var + eps) * weight + bias`, biased variance,
     /// statistics in f32 or wider. `bias` carries a folded adaLN shift.
-    fn layer_norm(&self, rows: usize, x: &Self::Buffer, weight: &Self::Vector, bias: Option<&Self::Vector>, eps: f32, out: &mut Self::Buffer) -> Result<()>;
+    fn layer_norm(
+        &self,
+        rows: usize,
+        x: &Self::Buffer,
+        weight: &Self::Vector,
+        bias: Option<&Self::Vector>,
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`. With bf16 weights x is rounded to bf16 (nearest even) first; f32 accumulation over k in a fixed order.
-    fn linear(&self, rows: usize, x: &Self::Buffer, weight: &Self::Matrix, bias: Option<&Self::Vector>, epilogue: Epilogue, out: &mut Self::Buffer) -> Result<()>;
+    fn linear(
+        &self,
+        rows: usize,
+        x: &Self::Buffer,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        epilogue: Epilogue,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// Rotates q (in place) and k of each fused QKV row by its position (half-split RoPE: pairs (i, i + D/2), angle `position * base^(-2i/D)`, f32), then writes
     /// k and v to the row's slot of `layer`.
-    fn rope_append(&self, batch: &Self::Batch, heads: HeadShape, base: f32, qkv: &mut Self::Buffer, layer: usize, kv: &mut Self::KvCache) -> Result<()>;
+    fn rope_append(
+        &self,
+        batch: &Self::Batch,
+        heads: HeadShape,
+        base: f32,
+        qkv: &mut Self::Buffer,
+        layer: usize,
+        kv: &mut Self::KvCache,
+    ) -> Result<()>;
     /// `out (T, H * D)`: softmax(q k^T / sqrt(D)) v for each row over keys [0, visible) of its own sequence, through the page table. Head h reads
     /// K/V head `h / (H / K)`. A row with no visible key gives zeros. Slots at or beyond the end of a row's visible range are never read into its result.
-    fn attention(&self, batch: &Self::Batch, heads: HeadShape, qkv: &Self::Buffer, layer: usize, kv: &Self::KvCache, out: &mut Self::Buffer) -> Result<()>;
+    fn attention(
+        &self,
+        batch: &Self::Batch,
+        heads: HeadShape,
+        qkv: &Self::Buffer,
+        layer: usize,
+        kv: &Self::KvCache,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `out[r, :] = x[rows[r], :]` for rows of `width` elements.
     fn gather(&self, rows: &[u32], width: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// LM head and token choice for `draws.len()` rows of `hidden` (width k of `head`): logits = hidden head^T + bias, banned ids excluded, then the law of
     /// `policy::decide_row`. Logits of all rows never exist at once. NaN logits are an error naming the row. Waits.
-    fn decide(&self, hidden: &Self::Buffer, head: &Self::Matrix, bias: Option<&Self::Vector>, banned: &[u32], draws: &[Draw]) -> Result<Vec<Decision>>;
+    fn decide(
+        &self,
+        hidden: &Self::Buffer,
+        head: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        banned: &[u32],
+        draws: &[Draw],
+    ) -> Result<Vec<Decision>>;
 }

@@ -166,7 +166,10 @@ mod tests {
     fn blocks_and_prefix() {
         let mut canvas = Canvas::new(&[Some(1), Some(2), None, Some(3), None, None], 9);
         assert_eq!((canvas.fixed_prefix(), canvas.num_masks()), (2, 3));
-        assert_eq!((canvas.next_masked_block(0, 2), canvas.next_masked_block(2, 2), canvas.next_masked_block(3, 2)), (Some(1), Some(2), None));
+        assert_eq!(
+            (canvas.next_masked_block(0, 2), canvas.next_masked_block(2, 2), canvas.next_masked_block(3, 2)),
+            (Some(1), Some(2), None)
+        );
         canvas.truncate(4);
         assert_eq!((canvas.len(), canvas.num_masks(), canvas.generated().collect::<Vec<_>>()), (4, 1, vec![2]));
     }

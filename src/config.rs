@@ -103,8 +103,12 @@ impl Keys<'_> {
 
     fn family(&self) -> Result<Family> {
         let model_type = self.map.get("model_type").and_then(Value::as_str).unwrap_or_default();
-        let architectures: Vec<&str> =
-            self.map.get("architectures").and_then(Value::as_array).map(|a| a.iter().filter_map(Value::as_str).collect()).unwrap_or_default();
+        let architectures: Vec<&str> = self
+            .map
+            .get("architectures")
+            .and_then(Value::as_array)
+            .map(|a| a.iter().filter_map(Value::as_str).collect())
+            .unwrap_or_default();
         let known = [(Family::Bd3lm, "bd3lm", "BD3LM"), (Family::Mdlm, "mdlm", "MDLM")];
         known.iter().find(|(_, t, a)| model_type == *t || (model_type.is_empty() && architectures.contains(a))).map(|k| k.0).ok_or_else(|| {
             self.error(format!("model_type `{model_type}`, architectures {architectures:?}: not a supported family; supported: bd3lm (BD3LM), mdlm (MDLM)"))

@@ -56,10 +56,9 @@ impl Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Config { path, what }
-            | Error::Weights { path, what }
-            | Error::Tokenizer { path, what }
-            | Error::Io { path, what } => write!(f, "{}: {what}", path.display()),
+            Error::Config { path, what } | Error::Weights { path, what } | Error::Tokenizer { path, what } | Error::Io { path, what } => {
+                write!(f, "{}: {what}", path.display())
+            }
             Error::Request { what } | Error::Device { what } | Error::Kernel { what } => f.write_str(what),
             Error::OutOfPages { needed, capacity } => {
                 write!(f, "request needs {needed} K/V pages, the pool holds {capacity}; raise --kv-pages or shorten the request")

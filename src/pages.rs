@@ -56,7 +56,13 @@ pub struct PageCopy {
 impl PagePool {
     pub fn new(num_pages: usize, page_size: usize) -> Self {
         assert!(page_size > 0 && num_pages <= u32::MAX as usize / page_size, "{num_pages} pages of {page_size}");
-        PagePool { page_size, refs: vec![0; num_pages], free: (0..num_pages as u32).rev().collect(), committed: 0, prefixes: HashMap::new() }
+        PagePool {
+            page_size,
+            refs: vec![0; num_pages],
+            free: (0..num_pages as u32).rev().collect(),
+            committed: 0,
+            prefixes: HashMap::new(),
+        }
     }
 
     pub fn page_size(&self) -> usize {

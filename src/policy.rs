@@ -96,10 +96,11 @@ fn nucleus(mass: &mut [f64], logits: &[f32], top_p: f64, rule: TopPRule) {
     for (rank, &id) in order.iter().enumerate() {
         let before = cumulative;
         cumulative += mass[id] / total;
-        open = open && match rule {
-            TopPRule::Within => cumulative <= top_p,
-            TopPRule::Crossing => before < top_p,
-        };
+        open = open
+            && match rule {
+                TopPRule::Within => cumulative <= top_p,
+                TopPRule::Crossing => before < top_p,
+            };
         if rank > 0 && !open {
             mass[id] = 0.0;
         }
@@ -229,7 +230,8 @@ pub fn remask(ratio: f64, scores: &[(usize, f64)]) -> Vec<usize> {
 mod tests {
     use super::*;
 
-    const PLAIN: Draw = Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
+    const PLAIN: Draw =
+        Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
 
     fn logits(p: &[f32]) -> Vec<f32> {
         p.iter().map(|p| p.ln()).collect()

@@ -176,8 +176,9 @@ impl FromStr for StageSpec {
     fn from_str(text: &str) -> Result<Self> {
         let mut spec = StageSpec::default();
         for item in text.split(',') {
-            let (key, value) =
-                item.split_once('=').ok_or_else(|| Error::request(format!("stage `{text}`: expected key=value, found `{item}`; keys: {KEYS}")))?;
+            let (key, value) = item
+                .split_once('=')
+                .ok_or_else(|| Error::request(format!("stage `{text}`: expected key=value, found `{item}`; keys: {KEYS}")))?;
             let bad = |want: &str| Error::request(format!("stage `{text}`: {key} wants {want}, found `{value}`"));
             fn set<T>(slot: &mut Option<T>, value: Option<T>, twice: Error, bad: Error) -> Result<()> {
                 if slot.is_some() {
@@ -447,7 +448,11 @@ impl fmt::Display for Stage {
         if let Some(remask) = self.remask {
             write!(f, ",remask={},by={}", remask.ratio, remask.by)?;
         }
-        write!(f, ",unmask={},temperature={},top_p={},top_p_rule={},kv={}", self.unmask, self.temperature, self.top_p, self.top_p_rule, self.kv)?;
+        write!(
+            f,
+            ",unmask={},temperature={},top_p={},top_p_rule={},kv={}",
+            self.unmask, self.temperature, self.top_p, self.top_p_rule, self.kv
+        )?;
         f.write_str(if self.truncated_confidence { ",confidence=truncated" } else { ",confidence=raw" })
     }
 }

@@ -447,7 +447,8 @@ impl Session {
             Some(Remask { by: RemaskBy::HeldOut(groups), .. }) => Some(groups),
             _ => None,
         };
-        let scored: Vec<usize> = self.canvas.generated().enumerate().filter(|(i, _)| groups.is_none_or(|g| i % g == group)).map(|(_, p)| p).collect();
+        let scored: Vec<usize> =
+            self.canvas.generated().enumerate().filter(|(i, _)| groups.is_none_or(|g| i % g == group)).map(|(_, p)| p).collect();
         let asks = scored
             .iter()
             .map(|&position| Ask { row: position, position, draw: self.draw(0.0, Some(self.canvas.tokens()[position])), order: 0.0 })
@@ -643,7 +644,9 @@ impl Session {
     fn end_score(&mut self, events: &mut Vec<Event>) {
         let Phase::Score { group } = self.phase else { unreachable!("a score step belongs to the score phase") };
         match self.stage().remask.expect("scored for a remask").by {
-            RemaskBy::HeldOut(groups) if group + 1 < groups.min(self.canvas.generated().count()) => self.phase = Phase::Score { group: group + 1 },
+            RemaskBy::HeldOut(groups) if group + 1 < groups.min(self.canvas.generated().count()) => {
+                self.phase = Phase::Score { group: group + 1 }
+            }
             _ => self.remask(0, events),
         }
     }

@@ -32,7 +32,8 @@ impl Tokenizer {
 
     /// Ids of `text`, nothing added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
+        let encoding =
+            self.inner.encode_fast(text, false).map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
         Ok(encoding.get_ids().to_vec())
     }
 

@@ -20,6 +20,8 @@ pub struct Weights {
     tensors: BTreeMap<String, Entry>,
     /// What to name in errors about absent tensors.
     source: PathBuf,
+    /// Any tensor of any shape, with values of its own making ([`Weights::random`]).
+    random: bool,
 }
 
 struct Shard {
@@ -27,7 +29,6 @@ struct Shard {
     map: Mmap,
 }
 
-#[derive(Clone)]
 struct Entry {
     shard: usize,
     dtype: Dtype,
@@ -49,11 +50,17 @@ impl Weights {
         } else {
             return Err(Error::weights(&single, "no weights: expected model.safetensors, or model.safetensors.index.json with its shards"));
         };
-        let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source };
+        let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source, random: false };
         for path in files {
             weights.add_shard(path)?;
         }
         Ok(weights)
+    }
+
+    /// Weights that were never trained: every tensor asked for exists, with small values that depend on its name and index alone.
+    /// For benches, where the shape matters and the text does not.
+    pub fn random() -> Weights {
+        Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: PathBuf::from("random weights"), random: true }
     }
 
     fn add_shard(&mut self, path: PathBuf) -> Result<()> {
@@ -61,8 +68,8 @@ impl Weights {
         // SAFETY: the mapping is read-only and private to this process; as with every mapped file, another process that truncates it while
         // it is being read can raise SIGBUS. All offsets used below were validated against the mapped length by `read_metadata`.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::weights(&path, format!("cannot map: {e}")))?;
-        let (header, metadata) =
-            SafeTensors::read_metadata(&map).map_err(|e| Error::weights(&path, format!("not a safetensors file of {} bytes: {e}", map.len())))?;
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|e| Error::weights(&path, format!("not a safetensors file of {} bytes: {e}", map.len())))?;
         let shard = self.shards.len();
         // `read_metadata` returns the header's own length; the 8-byte length field stands before it.
         let data = header + 8;
@@ -82,6 +89,10 @@ impl Weights {
 
     /// The tensor, if its shape is the expected one and its dtype is a float this crate reads.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
+        if self.random {
+            let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+            return Ok(Tensor { name: name.to_string(), len: shape.iter().product(), data: Data::Random(seed) });
+        }
         let Some(entry) = self.tensors.get(name) else {
             return Err(Error::weights(&self.source, format!("tensor {name} is missing; expected shape {shape:?}")));
         };
@@ -92,7 +103,7 @@ impl Weights {
         if !matches!(entry.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
             return Err(Error::weights(&shard.path, format!("tensor {name}: expected dtype F32, BF16 or F16, found {:?}", entry.dtype)));
         }
-        Ok(Tensor { name: name.to_string(), entry: entry.clone(), shard })
+        Ok(Tensor { name: name.to_string(), len: shape.iter().product(), data: Data::Mapped(entry, shard) })
     }
 
     /// True if a tensor of that name exists.
@@ -126,7 +137,9 @@ fn shard_files(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for (tensor, file) in map {
         let name = file.as_str().filter(|f| !f.is_empty() && !f.contains(['/', '\\']));
-        let name = name.ok_or_else(|| Error::weights(index, format!("weight_map[{tensor}]: expected a file name in the same directory, found {file}")))?;
+        let name = name.ok_or_else(|| {
+            Error::weights(index, format!("weight_map[{tensor}]: expected a file name in the same directory, found {file}"))
+        })?;
         files.push(dir.join(name));
     }
     files.sort();
@@ -134,11 +147,16 @@ fn shard_files(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// A named tensor of a mapped file.
+/// A named tensor.
 pub struct Tensor<'a> {
     name: String,
-    entry: Entry,
-    shard: &'a Shard,
+    len: usize,
+    data: Data<'a>,
+}
+
+enum Data<'a> {
+    Mapped(&'a Entry, &'a Shard),
+    Random(u64),
 }
 
 impl Tensor<'_> {
@@ -146,36 +164,45 @@ impl Tensor<'_> {
     ///
     /// Errors: a value that is NaN or infinite, named with its index.
     pub fn read(&self, first: usize, dst: &mut [f32]) -> Result<()> {
-        let size = match self.entry.dtype {
+        let (entry, shard) = match self.data {
+            Data::Mapped(entry, shard) => (entry, shard),
+            Data::Random(seed) => {
+                for (i, value) in dst.iter_mut().enumerate() {
+                    let hash = (seed ^ (first + i) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                    *value = ((hash >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.1;
+                }
+                return Ok(());
+            }
+        };
+        let size = match entry.dtype {
             Dtype::F32 => 4,
             _ => 2,
         };
-        let bytes = &self.shard.map[self.entry.start..self.entry.end];
+        let bytes = &shard.map[entry.start..entry.end];
         let bytes = &bytes[first * size..(first + dst.len()) * size];
-        match self.entry.dtype {
+        match entry.dtype {
             Dtype::F32 => convert(bytes, dst, f32::from_le_bytes),
             Dtype::BF16 => convert(bytes, dst, |b: [u8; 2]| half::bf16::from_le_bytes(b).to_f32()),
             _ => convert(bytes, dst, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32()),
         }
         if let Some(at) = dst.iter().position(|v| !v.is_finite()) {
-            return Err(Error::weights(&self.shard.path, format!("tensor {}: element {} is {}", self.name, first + at, dst[at])));
+            return Err(Error::weights(&shard.path, format!("tensor {}: element {} is {}", self.name, first + at, dst[at])));
         }
         Ok(())
     }
 
     /// The whole tensor.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; self.entry.shape.iter().product()];
+        let mut values = vec![0.0; self.len];
         self.read(0, &mut values)?;
         Ok(values)
     }
 
     /// Hands the file's pages back to the system; reading again would fault them in anew.
     pub fn release(&self) {
+        let Data::Mapped(entry, shard) = self.data else { return };
         // SAFETY: the mapping is read-only and file-backed, so dropped pages are read from the file again on the next access.
-        let advised = unsafe {
-            self.shard.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, self.entry.start, self.entry.end - self.entry.start)
-        };
+        let advised = unsafe { shard.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, entry.start, entry.end - entry.start) };
         // Advice only: a system that refuses it keeps more memory, nothing else changes.
         let _ = advised;
     }

@@ -34,7 +34,9 @@ pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
 /// The keys that BD3-LM and MDLM have in common.
 pub(crate) fn shared_config(dir: &Path, keys: &Keys, family: Family, attention: Attention) -> Result<ModelConfig> {
     if keys.flag("time_conditioning", false)? {
-        return Err(keys.error("key `time_conditioning` is true: only models without time conditioning are supported (their adaLN is constant)"));
+        return Err(
+            keys.error("key `time_conditioning` is true: only models without time conditioning are supported (their adaLN is constant)")
+        );
     }
     let vocab_size = keys.size("vocab_size", 1 << 24)?;
     let hidden_dim = keys.size("hidden_dim", 1 << 16)?;
@@ -66,6 +68,47 @@ pub(crate) fn shared_config(dir: &Path, keys: &Keys, family: Family, attention: 
         eos_id,
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| *id != eos_id),
     })
+}
+
+/// Names and shapes of every tensor that [`load`] reads, in its order.
+pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
+    let mut list: Vec<(String, Vec<usize>)> = Vec::new();
+    let mut add = |name: String, shape: &[usize]| list.push((format!("backbone.{name}"), shape.to_vec()));
+    if let Some(d) = config.cond_dim {
+        for (layer, shape) in [(0, [d, TIMESTEP_DIM]), (2, [d, d])] {
+            add(format!("sigma_map.mlp.{layer}.weight"), &shape);
+            add(format!("sigma_map.mlp.{layer}.bias"), &[d]);
+        }
+    }
+    add("vocab_embed.embedding".into(), &[v, c]);
+    for i in 0..config.num_layers {
+        if let Some(d) = config.cond_dim {
+            add(format!("blocks.{i}.adaLN_modulation.weight"), &[6 * c, d]);
+            add(format!("blocks.{i}.adaLN_modulation.bias"), &[6 * c]);
+        }
+        let leaves: [(&str, &[usize]); 8] = [
+            ("mlp.2.bias", &[c]),
+            ("norm1.weight", &[c]),
+            ("attn_qkv.weight", &[3 * c, c]),
+            ("attn_out.weight", &[c, c]),
+            ("norm2.weight", &[c]),
+            ("mlp.0.weight", &[f, c]),
+            ("mlp.0.bias", &[f]),
+            ("mlp.2.weight", &[c, f]),
+        ];
+        for (leaf, shape) in leaves {
+            add(format!("blocks.{i}.{leaf}"), shape);
+        }
+    }
+    if let Some(d) = config.cond_dim {
+        add("output_layer.adaLN_modulation.weight".into(), &[2 * c, d]);
+        add("output_layer.adaLN_modulation.bias".into(), &[2 * c]);
+    }
+    add("output_layer.norm_final.weight".into(), &[c]);
+    add("output_layer.linear.weight".into(), &[v, c]);
+    add("output_layer.linear.bias".into(), &[v]);
+    list
 }
 
 /// Reads whole tensors and packs matrices, counting progress.
@@ -130,7 +173,10 @@ impl<B: Backend> Reader<'_, B> {
 
 /// `W x + b` in f64, row by row.
 fn affine<'a>(weight: &'a [f32], bias: &'a [f32], x: &'a [f64]) -> impl Iterator<Item = f64> + 'a {
-    weight.chunks_exact(x.len()).zip(bias).map(move |(row, b)| f64::from(*b) + row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum::<f64>())
+    weight
+        .chunks_exact(x.len())
+        .zip(bias)
+        .map(move |(row, b)| f64::from(*b) + row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum::<f64>())
 }
 
 fn silu(x: f64) -> f64 {
@@ -140,9 +186,12 @@ fn silu(x: f64) -> f64 {
 /// Packs a BD3-LM or MDLM checkpoint. Errors name the missing or misshapen tensor.
 pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
     let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
-    let per_layer = if config.cond_dim.is_some() { 10 } else { 8 };
-    let total = 4 + per_layer * config.num_layers + if config.cond_dim.is_some() { 6 } else { 0 };
-    let mut r = Reader { backend, weights, progress, done: 0, total };
+    let expected = tensors(&config);
+    // Shapes first: a checkpoint that does not fit is refused before anything is packed.
+    for (name, shape) in &expected {
+        weights.tensor(name, shape)?;
+    }
+    let mut r = Reader { backend, weights, progress, done: 0, total: expected.len() };
 
     let condition = match config.cond_dim {
         None => None,
@@ -184,7 +233,10 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
             attn_out: r.matrix(&name("attn_out.weight"), c, c, part(2))?,
             mlp_norm: r.norm(&name("norm2.weight"), c, pair(3))?,
             up: r.matrix(&name("mlp.0.weight"), f, c, None)?,
-            up_bias: { let bias = r.values(&name("mlp.0.bias"), f)?; backend.vector(&bias)? },
+            up_bias: {
+                let bias = r.values(&name("mlp.0.bias"), f)?;
+                backend.vector(&bias)?
+            },
             down: r.matrix(&name("mlp.2.weight"), c, f, part(5))?,
             down_bias: backend.vector(&down_bias)?,
         });

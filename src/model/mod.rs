@@ -10,10 +10,11 @@
 
 pub mod bd3lm;
 pub mod mdlm;
+pub mod shapes;
 
 use crate::backend::{Backend, Decision, Draw, Epilogue, KvShape};
 use crate::config::{Family, ModelConfig};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::weights::Weights;
 
@@ -44,6 +45,14 @@ struct Layer<B: Backend> {
     /// (C, F) and (C).
     down: B::Matrix,
     down_bias: B::Vector,
+}
+
+/// Everything that keeps a checkpoint from loading: missing and misshapen tensors. Values are not read.
+pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
+    let tensors = match config.family {
+        Family::Bd3lm | Family::Mdlm => bd3lm::tensors(config),
+    };
+    tensors.iter().filter_map(|(name, shape)| weights.tensor(name, shape).err()).collect()
 }
 
 /// Weights of one checkpoint on a backend.
@@ -119,7 +128,14 @@ impl<B: Backend> Model<B> {
 
     /// Runs the plan's rows through all layers, writing their K/V. The residual stream stays in `scratch` for
     /// [`Model::decide`] or [`Model::logits`].
-    pub fn forward(&self, backend: &B, plan: &Plan, kv: &mut B::KvCache, scratch: &mut Scratch<B>, mut probe: Option<Probe<B>>) -> Result<()> {
+    pub fn forward(
+        &self,
+        backend: &B,
+        plan: &Plan,
+        kv: &mut B::KvCache,
+        scratch: &mut Scratch<B>,
+        mut probe: Option<Probe<B>>,
+    ) -> Result<()> {
         let config = &self.config;
         let rows = plan.num_rows();
         scratch.reserve(backend, config, rows)?;
@@ -161,7 +177,13 @@ impl<B: Backend> Model<B> {
     }
 
     /// Logits of all `num_rows` rows of the last forward, before any ban or shift, a few rows at a time: `sink(first_row, logits)`.
-    pub fn logits(&self, backend: &B, num_rows: usize, scratch: &mut Scratch<B>, sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
+    pub fn logits(
+        &self,
+        backend: &B,
+        num_rows: usize,
+        scratch: &mut Scratch<B>,
+        sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
         let vocab_size = self.config.vocab_size;
         let mut out = backend.alloc(LOGIT_ROWS.min(num_rows) * vocab_size)?;
         let mut host = vec![0.0; LOGIT_ROWS.min(num_rows) * vocab_size];

@@ -1,0 +1,300 @@
+//! `redraft bench`: where the time of a schedule goes, by stage, over presets, batch sizes and lengths.
+//!
+//! Every figure is a median over `--runs` runs after one warm-up; end-of-text is ignored so that all runs do the same work.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+use serde_json::json;
+
+use super::model::Format;
+use super::{DeviceFlags, Progress};
+use crate::backend::{Backend, DType};
+use crate::config::ModelConfig;
+use crate::cpu::Cpu;
+use crate::engine::{Engine, Output, Prompt, Request};
+use crate::error::{Error, Result};
+use crate::model::shapes;
+use crate::plan::Visibility;
+use crate::schedule::{Schedule, StageSpec};
+
+#[derive(Args)]
+pub(super) struct Flags {
+    /// Model directory [default: the model that ships]
+    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
+    model: Option<PathBuf>,
+    /// Random weights of a published shape instead of a checkpoint: bd3lm-owt (170M) or tiny
+    #[arg(long, value_name = "NAME")]
+    shape: Option<String>,
+    /// Presets to measure, comma separated
+    #[arg(long, value_delimiter = ',', default_value = "draft,did,did-fast", conflicts_with = "stage")]
+    preset: Vec<String>,
+    /// A schedule of its own, as for generate
+    #[arg(long, value_name = "KEY=VAL,...")]
+    stage: Vec<StageSpec>,
+    /// Samples in flight together, comma separated
+    #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    batch: Vec<u32>,
+    /// Generated tokens, comma separated [default: what the model was trained for]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
+    length: Vec<u32>,
+    /// Measured runs per row
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+    /// table or json
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+    /// Also draw the stage times as an SVG
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceFlags,
+}
+
+/// One measured configuration.
+#[derive(Serialize)]
+struct Row {
+    schedule: String,
+    batch: u32,
+    length: u32,
+    tokens_per_s: f64,
+    total_ms: f64,
+    first_token_ms: f64,
+    stages: Vec<StageRow>,
+}
+
+/// One stage of one sample (the first of the batch; all do the same).
+#[derive(Serialize)]
+struct StageRow {
+    block_len: String,
+    kv: String,
+    nfe: usize,
+    forwards: usize,
+    rows: usize,
+    ms: f64,
+    ms_per_forward: f64,
+}
+
+/// Times of single forwards, outside any schedule.
+#[derive(Serialize)]
+struct Probe {
+    name: String,
+    rows: usize,
+    median_ms: f64,
+    best_ms: f64,
+    /// Weight products of the layers and the head over all rows.
+    gflop: f64,
+    gflop_per_s: f64,
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let mid = values.len() / 2;
+    if values.len() % 2 == 1 { values[mid] } else { (values[mid - 1] + values[mid]) / 2.0 }
+}
+
+pub(super) fn run(flags: Flags) -> Result<()> {
+    let (label, config) = match &flags.shape {
+        Some(name) => (name.clone(), shapes::config(name)?),
+        None => {
+            let dir = super::model_dir(flags.model.as_deref())?;
+            (dir.display().to_string(), super::model_config(&dir)?)
+        }
+    };
+    let lengths = if flags.length.is_empty() { vec![(config.model_length - 1) as u32] } else { flags.length.clone() };
+    let longest = *lengths.iter().max().expect("not empty") as usize + 1;
+    let most = *flags.batch.iter().max().expect("not empty") as usize;
+    let defaults = Engine::<Cpu>::defaults(&config);
+    let schedules: Vec<(String, Schedule)> = if flags.stage.is_empty() {
+        flags.preset.iter().map(|p| Ok((p.clone(), Schedule::preset(p, &defaults)?))).collect::<Result<_>>()?
+    } else {
+        vec![("stages".into(), Schedule::resolve(&flags.stage, &defaults)?)]
+    };
+    let limit = config.model_length.saturating_mul(crate::engine::MAX_STRETCH);
+    if longest > limit {
+        return Err(Error::request(format!("--length: {longest} positions asked for, at most {limit} are served")));
+    }
+    let backend = flags.device.backend()?;
+    let mut options = flags.device.options(longest, most);
+    // All samples of a batch run together: that is what a batch means here.
+    options.budget.max_sessions = most;
+    options.budget.max_rows = usize::MAX;
+    options.kv_pages = Some(longest.div_ceil(options.page_size) * most);
+    let mut engine = match &flags.shape {
+        Some(_) => Engine::random(config.clone(), backend, options)?,
+        None => Engine::load(&config.dir, backend, options)?,
+    };
+    let probes = probe(&mut engine, longest, flags.runs)?;
+    let mut progress = Progress::new("measuring");
+    let mut rows = Vec::new();
+    for (name, schedule) in &schedules {
+        for &batch in &flags.batch {
+            for &length in &lengths {
+                progress.show(|| format!("{name} batch {batch} length {length}"));
+                rows.push(measure(&mut engine, name, schedule, batch, length, flags.runs)?);
+            }
+        }
+    }
+    drop(progress);
+    let device = engine.backend().name();
+    let dtype = flags.device.dtype();
+    if let Some(path) = &flags.plot {
+        let svg = plot(&rows, &format!("{label}, {device}, {}", dtype.name()));
+        super::write_atomically(path, |out| out.write_all(svg.as_bytes()))?;
+    }
+    let text = if flags.format == Format::Json {
+        format!(
+            "{}\n",
+            json!({"model": label, "device": device, "dtype": dtype.name(), "runs": flags.runs, "forwards": probes, "rows": rows})
+        )
+    } else {
+        table(&label, &device, dtype, flags.runs, &probes, &rows)
+    };
+    super::print(&text)?;
+    Ok(())
+}
+
+/// Multiply-adds of the weight products over `rows` rows, with the head on `head_rows`, in GFLOP.
+fn gflop(config: &ModelConfig, rows: usize, head_rows: usize) -> f64 {
+    let c = config.hidden_dim;
+    let layer = c * config.heads.qkv_width() + config.heads.q_width() * c + 2 * c * config.mlp_dim;
+    2.0 * (rows * layer * config.num_layers + head_rows * c * config.vocab_size) as f64 / 1e9
+}
+
+/// A draft step of 4 rows over a cached prefix, the same with a fused commit, and a full pass, each deciding its masked rows.
+fn probe(engine: &mut Engine<Cpu>, len: usize, runs: u32) -> Result<Vec<Probe>> {
+    let half = (len / 2 / 4 * 4).max(4).min(len);
+    let mut cases = vec![("full pass, all rows decided".to_string(), 0..len, len, Visibility::Full)];
+    if len >= half + 4 {
+        cases.push((format!("draft step at position {half}"), half..half + 4, 4, Visibility::BlockCausal(4)));
+        cases.push((format!("draft step with fused commit at {half}"), half - 4..half + 4, 4, Visibility::BlockCausal(4)));
+    }
+    let mut probes = Vec::new();
+    for (name, range, decided, visibility) in cases {
+        let rows = range.len();
+        let mut times = engine.time_forward(range, decided, visibility, len, runs.max(5) as usize)?;
+        let median_ms = median(&mut times);
+        let gflop = gflop(engine.config(), rows, decided);
+        probes.push(Probe { name, rows, median_ms, best_ms: times[0], gflop, gflop_per_s: gflop / (median_ms / 1e3) });
+    }
+    Ok(probes)
+}
+
+fn measure(engine: &mut Engine<Cpu>, name: &str, schedule: &Schedule, batch: u32, length: u32, runs: u32) -> Result<Row> {
+    let mut walls = Vec::new();
+    let mut outputs: Vec<Output> = Vec::new();
+    for run in 0..=runs {
+        let start = Instant::now();
+        let mut handles = Vec::new();
+        for sample in 0..batch {
+            let mut canvas = vec![Some(engine.config().bos_id)];
+            canvas.resize(length as usize + 1, None);
+            let mut request = Request::new(Prompt::Canvas(canvas), schedule.clone(), u64::from(run), sample);
+            request.stop.ignore_eos = true;
+            handles.push(engine.submit(request)?);
+        }
+        super::drain(engine, &handles, |_, _| Ok(()))?;
+        let wall = start.elapsed().as_secs_f64() * 1e3;
+        for (i, handle) in handles.iter().enumerate() {
+            let output = handle.take_output().expect("drained")?;
+            if run > 0 && i == 0 {
+                outputs.push(output);
+            }
+        }
+        if run > 0 {
+            walls.push(wall);
+        }
+    }
+    let mid = |f: &dyn Fn(&Output) -> f64| median(&mut outputs.iter().map(f).collect::<Vec<_>>());
+    let total_ms = median(&mut walls);
+    let stages = (0..schedule.stages.len())
+        .map(|k| {
+            let report = &outputs[0].stages[k];
+            let f = report.forwards;
+            let forwards = f.prefill + f.denoise + f.commit + f.joint + f.score;
+            let ms = mid(&|o| o.stages[k].ms);
+            StageRow {
+                block_len: report.stage.block_len.map_or("full".into(), |b| b.to_string()),
+                kv: report.stage.kv.to_string(),
+                nfe: report.nfe(),
+                forwards,
+                rows: report.rows,
+                ms,
+                ms_per_forward: ms / forwards.max(1) as f64,
+            }
+        })
+        .collect();
+    Ok(Row {
+        schedule: name.into(),
+        batch,
+        length,
+        tokens_per_s: f64::from(batch) * f64::from(length) / (total_ms / 1e3),
+        total_ms,
+        first_token_ms: mid(&|o| o.timings.first_token_ms),
+        stages,
+    })
+}
+
+fn table(label: &str, device: &str, dtype: DType, runs: u32, probes: &[Probe], rows: &[Row]) -> String {
+    let mut out = format!("{label}, {device}, {}, medians of {runs} runs\n\n", dtype.name());
+    let _ = writeln!(out, "{:<42} {:>6} {:>11} {:>9} {:>9}", "one forward", "rows", "median ms", "best ms", "GFLOP/s");
+    for p in probes {
+        let _ = writeln!(out, "{:<42} {:>6} {:>11.3} {:>9.3} {:>9.1}", p.name, p.rows, p.median_ms, p.best_ms, p.gflop_per_s);
+    }
+    let head = ["schedule", "batch", "length", "stage", "kv", "NFE", "forwards", "rows", "ms", "ms/fwd", "total ms", "tokens/s"];
+    let _ = writeln!(
+        out,
+        "\n{:<10} {:>5} {:>6} {:>6} {:>11} {:>5} {:>8} {:>7} {:>9} {:>8} {:>9} {:>9}",
+        head[0], head[1], head[2], head[3], head[4], head[5], head[6], head[7], head[8], head[9], head[10], head[11]
+    );
+    for row in rows {
+        for (k, s) in row.stages.iter().enumerate() {
+            let (lead, tail) = if k == 0 {
+                (
+                    format!("{:<10} {:>5} {:>6}", row.schedule, row.batch, row.length),
+                    format!("{:>9.1} {:>9.1}", row.total_ms, row.tokens_per_s),
+                )
+            } else {
+                (" ".repeat(23), String::new())
+            };
+            let line = format!(
+                "{lead} {:>6} {:>11} {:>5} {:>8} {:>7} {:>9.1} {:>8.3} {tail}",
+                s.block_len, s.kv, s.nfe, s.forwards, s.rows, s.ms, s.ms_per_forward
+            );
+            let _ = writeln!(out, "{}", line.trim_end());
+        }
+    }
+    out
+}
+
+/// Horizontal bars, one per row, split by stage.
+fn plot(rows: &[Row], title: &str) -> String {
+    const COLOURS: [&str; 4] = ["#4477aa", "#ee6677", "#228833", "#ccbb44"];
+    let longest = rows.iter().map(|r| r.stages.iter().map(|s| s.ms).sum::<f64>()).fold(1e-9, f64::max);
+    let height = 60 + 26 * rows.len();
+    let escape = |t: &str| t.replace('&', "&amp;").replace('<', "&lt;");
+    let mut svg = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"860\" height=\"{height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
+         <rect width=\"860\" height=\"{height}\" fill=\"white\"/>\n<text x=\"10\" y=\"20\" font-size=\"14\">{}</text>\n\
+         <text x=\"10\" y=\"38\">milliseconds per sample by stage (blue: draft; then refine stages)</text>\n",
+        escape(title)
+    );
+    for (i, row) in rows.iter().enumerate() {
+        let y = 50 + 26 * i;
+        let _ = writeln!(svg, "<text x=\"10\" y=\"{}\">{} batch {} length {}</text>", y + 14, escape(&row.schedule), row.batch, row.length);
+        let mut x = 230.0;
+        for (k, stage) in row.stages.iter().enumerate() {
+            let width = 460.0 * stage.ms / longest;
+            let _ =
+                writeln!(svg, "<rect x=\"{x:.1}\" y=\"{y}\" width=\"{width:.1}\" height=\"18\" fill=\"{}\"/>", COLOURS[k % COLOURS.len()]);
+            x += width;
+        }
+        let total: f64 = row.stages.iter().map(|s| s.ms).sum();
+        let _ = writeln!(svg, "<text x=\"{:.1}\" y=\"{}\">{total:.0} ms, {:.0} tokens/s</text>", x + 6.0, y + 14, row.tokens_per_s);
+    }
+    svg.push_str("</svg>\n");
+    svg
+}

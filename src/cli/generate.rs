@@ -1,0 +1,338 @@
+//! `redraft generate`: flags to requests, requests to text, JSON and trace.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use super::output::{self, Run};
+use super::watch::Watch;
+use super::{DeviceFlags, Piped, TopPRuleFlag};
+use crate::config::ModelConfig;
+use crate::cpu::Cpu;
+use crate::engine::{Engine, Prompt, Request, Segment, StopOptions};
+use crate::error::{Error, Result};
+use crate::schedule::{Defaults, Schedule, StageSpec, valid_temperature, valid_top_p};
+use crate::tokenizer::Tokenizer;
+
+/// Generated tokens where `--length` does not say, if the model is long enough.
+const DEFAULT_LENGTH: usize = 192;
+
+#[derive(Args)]
+pub(super) struct Flags {
+    /// Model directory: config.json, model.safetensors, tokenizer.json [default: the model that ships]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Text to continue
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["prompt_file", "infill", "stdin"])]
+    prompt: Option<String>,
+    /// File with the text to continue, - for stdin
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["infill", "stdin"])]
+    prompt_file: Option<PathBuf>,
+    /// Text with holes of N tokens: "The [____:12] sat on the [____:4]."
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["length", "stdin"])]
+    infill: Option<String>,
+    /// `-` reads the prompt from stdin
+    #[arg(value_name = "-", value_parser = ["-"])]
+    stdin: Option<String>,
+    /// Tokens to generate
+    #[arg(long, value_name = "N")]
+    length: Option<usize>,
+    /// draft, did, did-fast, global, semi-ar or three
+    #[arg(long, default_value = "did", conflicts_with = "stage")]
+    preset: String,
+    /// A stage, e.g. block=4,unmask=uniform:1 then block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact
+    #[arg(long, value_name = "KEY=VAL,...")]
+    stage: Vec<StageSpec>,
+    /// Seed of the counter-based generator
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Samples to write, sharing the prompt and the batch
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    samples: u32,
+    /// Softmax temperature of stages that do not name one; 0 is greedy
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Nucleus of stages that do not name one
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Whether the token that crosses p is kept
+    #[arg(long, value_enum)]
+    top_p_rule: Option<TopPRuleFlag>,
+    #[command(flatten)]
+    device: DeviceFlags,
+    /// text, json (one object per sample) or jsonl (the same)
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+    /// Show the text being written (on a terminal)
+    #[arg(long)]
+    watch: bool,
+    /// Milliseconds between the pictures of --watch
+    #[arg(long, default_value_t = 25, value_name = "MS")]
+    watch_delay: u64,
+    /// Write every reveal, remask and commit as JSON lines
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// End the text before this string; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Treat the end-of-text token as an ordinary one and always write the full length
+    #[arg(long)]
+    ignore_eos: bool,
+    /// End the draft when the unigram entropy of the last 256 tokens falls below this (BD3-LM stops at 4.0)
+    #[arg(long, value_name = "NATS")]
+    stop_entropy: Option<f64>,
+    /// Write a finished block's K/V in a forward of its own (same text, more forwards)
+    #[arg(long)]
+    separate_commit: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Format {
+    Text,
+    Json,
+    Jsonl,
+}
+
+/// Sampling flags checked and laid over the model's defaults.
+pub(super) fn defaults(config: &ModelConfig, temperature: Option<f32>, top_p: Option<f32>, rule: Option<TopPRuleFlag>) -> Result<Defaults> {
+    let mut defaults = Engine::<Cpu>::defaults(config);
+    if let Some(t) = temperature {
+        if !valid_temperature(t) {
+            return Err(Error::request(format!("--temperature: expected a finite number of at least 0, found {t}")));
+        }
+        defaults.temperature = t;
+    }
+    if let Some(p) = top_p {
+        if !valid_top_p(p) {
+            return Err(Error::request(format!("--top-p: expected a number above 0, at most 1, found {p}")));
+        }
+        defaults.top_p = p;
+    }
+    if let Some(rule) = rule {
+        defaults.top_p_rule = rule.into();
+    }
+    Ok(defaults)
+}
+
+/// Splits `"The [____:12] sat."` into text and holes. A hole is `[`, one or more `_`, `:`, a count, `]`; anything else is text.
+pub(super) fn parse_infill(text: &str) -> Result<Vec<Segment>> {
+    let mut segments = Vec::new();
+    let mut plain = String::new();
+    let mut rest = text;
+    while let Some(open) = rest.find('[') {
+        let hole = rest[open + 1..].split_once(']').and_then(|(inner, after)| {
+            let count = inner.trim_start_matches('_').strip_prefix(':')?;
+            (inner.starts_with('_') && !count.is_empty() && count.bytes().all(|b| b.is_ascii_digit())).then_some((count, after))
+        });
+        match hole {
+            Some((count, after)) => {
+                plain.push_str(&rest[..open]);
+                if !plain.is_empty() {
+                    segments.push(Segment::Text(std::mem::take(&mut plain)));
+                }
+                let length =
+                    count.parse().ok().filter(|n| *n > 0).ok_or_else(|| Error::request(format!("--infill: hole of `{count}` tokens")))?;
+                segments.push(Segment::Hole(length));
+                rest = after;
+            }
+            None => {
+                plain.push_str(&rest[..=open]);
+                rest = &rest[open + 1..];
+            }
+        }
+    }
+    plain.push_str(rest);
+    if !plain.is_empty() {
+        segments.push(Segment::Text(plain));
+    }
+    if !segments.iter().any(|s| matches!(s, Segment::Hole(_))) {
+        return Err(Error::request("--infill: no hole found; write one as [____:12] for twelve tokens"));
+    }
+    Ok(segments)
+}
+
+impl Flags {
+    fn prompt_text(&self) -> Result<String> {
+        match (&self.prompt, &self.prompt_file, &self.stdin) {
+            (Some(text), ..) => Ok(text.clone()),
+            (_, Some(path), _) => super::read_text(path),
+            (.., Some(_)) => super::read_text(Path::new("-")),
+            _ => Ok(String::new()),
+        }
+    }
+
+    /// The prompt, and how many positions it makes with what is to be generated.
+    fn prompt(&self, config: &ModelConfig, tokenizer: &Tokenizer) -> Result<(Prompt, usize)> {
+        if let Some(text) = &self.infill {
+            let segments = parse_infill(text)?;
+            let mut len = 1usize;
+            for segment in &segments {
+                len = len.saturating_add(match segment {
+                    Segment::Text(text) => tokenizer.encode(text)?.len(),
+                    Segment::Hole(n) => *n,
+                });
+            }
+            return Ok((Prompt::Infill(segments), len));
+        }
+        let text = self.prompt_text()?;
+        let fixed = 1 + tokenizer.encode(&text)?.len();
+        let room = config.model_length.saturating_sub(fixed);
+        let length = self.length.unwrap_or(if room == 0 { DEFAULT_LENGTH } else { DEFAULT_LENGTH.min(room) });
+        Ok((Prompt::Text { text, length }, fixed.saturating_add(length)))
+    }
+}
+
+pub(super) fn run(flags: Flags) -> Result<()> {
+    let dir = super::model_dir(flags.model.as_deref())?;
+    let config = super::model_config(&dir)?;
+    let defaults = defaults(&config, flags.temperature, flags.top_p, flags.top_p_rule)?;
+    let schedule =
+        if flags.stage.is_empty() { Schedule::preset(&flags.preset, &defaults)? } else { Schedule::resolve(&flags.stage, &defaults)? };
+    if flags.stop_entropy.is_some_and(|h| !h.is_finite() || h < 0.0) {
+        return Err(Error::request("--stop-entropy: expected a finite number of nats, at least 0"));
+    }
+    let tokenizer_path = flags.device.tokenizer.clone().unwrap_or_else(|| dir.join("tokenizer.json"));
+    let tokenizer = Tokenizer::load(&tokenizer_path, config.vocab_size)?;
+    let (prompt, len) = flags.prompt(&config, &tokenizer)?;
+    if len > config.model_length.saturating_mul(crate::engine::MAX_STRETCH) || len <= 1 {
+        // The engine's own check, before anything large is loaded.
+        return Err(Error::request(format!(
+            "{len} positions asked for (prompt and --length): the model was trained on {}, at most {} are served",
+            config.model_length,
+            config.model_length * crate::engine::MAX_STRETCH
+        )));
+    }
+    if let Prompt::Text { length: 0, .. } = prompt {
+        return Err(Error::request("--length: expected at least 1 generated token, found 0"));
+    }
+    let mut trace = flags.trace.as_deref().map(Trace::create).transpose()?;
+
+    let loading = std::time::Instant::now();
+    let mut engine = flags.device.engine(&dir, len, flags.samples as usize)?;
+    let load_ms = loading.elapsed().as_secs_f64() * 1e3;
+    let stop = StopOptions { ignore_eos: flags.ignore_eos, texts: flags.stop.clone(), entropy: flags.stop_entropy };
+    let run = Run {
+        model: dir.display().to_string(),
+        device: crate::backend::Backend::name(engine.backend()),
+        dtype: flags.device.dtype().name(),
+        seed: flags.seed,
+        schedule: schedule.clone(),
+        load_ms,
+        end_of_text: (!flags.ignore_eos).then_some(config.eos_id),
+        stop: flags.stop.clone(),
+    };
+
+    let mut watch = (flags.watch && flags.format == Format::Text).then(|| Watch::new(flags.watch_delay)).flatten();
+    if let Some(watch) = &mut watch {
+        watch.start(&engine.canvas(&prompt)?, &tokenizer, &schedule);
+    }
+    let mut handles = Vec::new();
+    for sample in 0..flags.samples {
+        let mut request = Request::new(prompt.clone(), schedule.clone(), flags.seed, sample);
+        request.stop = stop.clone();
+        request.separate_commit = flags.separate_commit;
+        handles.push(engine.submit(request)?);
+    }
+
+    // Samples are printed in order, each as soon as those before it are out.
+    let mut outputs: Vec<Option<String>> = vec![None; handles.len()];
+    let mut printed = 0;
+    let mut failed = None;
+    let mut piped = Piped::Open;
+    let mut progress = super::Progress::new("generating");
+    let mut revealed = 0usize;
+    loop {
+        let busy = engine.tick()?;
+        for (i, handle) in handles.iter().enumerate().skip(printed) {
+            for event in handle.events() {
+                revealed += if event.kind == crate::session::EventKind::Reveal { event.positions.len() } else { 0 };
+                if let Some(trace) = &mut trace {
+                    trace.write(&event);
+                }
+                if let Some(watch) = watch.as_mut().filter(|_| i == 0) {
+                    watch.event(&event, &tokenizer);
+                }
+            }
+            if let Some(result) = handle.take_output() {
+                let text = result.map(|output| match flags.format {
+                    Format::Text => output::text(&output, &run, &tokenizer, flags.samples > 1),
+                    Format::Json | Format::Jsonl => output::json(&output, &run, &tokenizer, flags.infill.is_some()),
+                });
+                match text {
+                    Ok(text) => outputs[i] = Some(text),
+                    Err(error) => {
+                        failed.get_or_insert(error);
+                        outputs[i] = Some(String::new());
+                    }
+                }
+            }
+        }
+        if watch.is_none() {
+            progress.show(|| format!("{revealed} tokens revealed, {printed} of {} samples done", handles.len()));
+        }
+        while piped == Piped::Open && printed < outputs.len() && outputs[printed].is_some() {
+            if let Some(watch) = watch.as_mut().filter(|_| printed == 0) {
+                watch.finish();
+            }
+            piped = super::print(&outputs[printed].take().expect("looked at above"))?;
+            printed += 1;
+        }
+        if !busy || piped == Piped::Closed {
+            break;
+        }
+    }
+    // A trace that could not be written is a failure, but not a reason to lose the text.
+    trace.map_or(Ok(()), Trace::close)?;
+    failed.map_or(Ok(()), Err)
+}
+
+/// The `--trace` file. The first error is kept and reported at the end; generation goes on without the trace.
+struct Trace {
+    path: PathBuf,
+    out: BufWriter<File>,
+    error: Option<std::io::Error>,
+}
+
+impl Trace {
+    fn create(path: &Path) -> Result<Trace> {
+        let file = File::create(path).map_err(|e| Error::io(path, &e))?;
+        Ok(Trace { path: path.to_path_buf(), out: BufWriter::new(file), error: None })
+    }
+
+    fn write(&mut self, event: &crate::session::Event) {
+        if self.error.is_none()
+            && let Err(error) = writeln!(self.out, "{}", output::trace_line(event))
+        {
+            eprintln!("redraft: {}: {error}; going on without the trace", self.path.display());
+            self.error = Some(error);
+        }
+    }
+
+    fn close(mut self) -> Result<()> {
+        let outcome = self.error.take().map_or_else(|| self.out.flush(), Err);
+        outcome.map_err(|e| Error::io(&self.path, &e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn infill_syntax() {
+        let hole = Segment::Hole;
+        let text = |t: &str| Segment::Text(t.into());
+        assert_eq!(
+            parse_infill("The [____:12] sat on the [_:4].").unwrap(),
+            [text("The "), hole(12), text(" sat on the "), hole(4), text(".")]
+        );
+        assert_eq!(parse_infill("[__:3]").unwrap(), [hole(3)]);
+        assert_eq!(parse_infill("a [b] [:3] [_] [_:x] [_:2]").unwrap(), [text("a [b] [:3] [_] [_:x] "), hole(2)]);
+        assert_eq!(parse_infill("[[_:2]").unwrap(), [text("["), hole(2)]);
+        assert!(parse_infill("no hole").is_err());
+        assert!(parse_infill("[_:0]").is_err());
+        assert!(parse_infill("[_:99999999999999999999999]").is_err());
+    }
+}

@@ -1,0 +1,315 @@
+//! Owns the command line: typed flags, resolved once into what the commands need, and the exit code.
+//!
+//! Text goes to stdout and nothing else does; progress, tables meant for reading along and errors go to stderr. Exit codes:
+//! 0 done, 1 failed, 2 misused. A closed pipe is success: whoever reads has seen enough.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod generate;
+#[cfg(feature = "cuda")]
+mod kernels;
+mod model;
+mod output;
+mod score;
+mod watch;
+
+use std::io::{IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::backend::{Backend, DType, TopPRule};
+use crate::batcher::Budget;
+use crate::config::ModelConfig;
+use crate::cpu::Cpu;
+use crate::engine::{Engine, EngineOptions};
+use crate::error::{Error, Result};
+
+/// Directory under `models/` that is used without `--model`.
+const SHIPPED_MODEL: &str = "redraft-stories-7m";
+
+/// Draft-then-refine inference for diffusion language models.
+#[derive(Parser)]
+#[command(name = "redraft", version, about, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Write text: draft with small blocks, mask the least confident tokens again, regenerate them globally
+    Generate(generate::Flags),
+    /// Run the network once over given tokens and save the logits
+    Forward(model::ForwardFlags),
+    /// Per-token negative log-likelihood and perplexity of a text
+    Score(score::Flags),
+    /// Say what a model directory holds
+    Inspect(model::InspectFlags),
+    /// Measure latency by stage, tokens per second, forwards and rows
+    Bench(bench::Flags),
+    /// List the CUDA kernels, or compile them and report registers, spills and shared memory
+    #[cfg(feature = "cuda")]
+    #[command(subcommand)]
+    Kernels(kernels::Command),
+}
+
+/// Where and how the network runs.
+#[derive(Args, Clone)]
+pub(crate) struct DeviceFlags {
+    /// auto, cpu, cuda or cuda:INDEX
+    #[arg(long, default_value = "auto", value_parser = parse_device)]
+    device: Device,
+    /// Weights and K/V in this type; activations stay f32 on the CPU
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: DTypeFlag,
+    /// CPU threads [default: all cores]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// tokenizer.json, where the model directory has none
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DTypeFlag {
+    F32,
+    Bf16,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Device {
+    Auto,
+    Cpu,
+    Cuda(usize),
+}
+
+fn parse_device(text: &str) -> Result<Device, String> {
+    match text.split_once(':').unwrap_or((text, "0")) {
+        ("auto", "0") => Ok(Device::Auto),
+        ("cpu", "0") => Ok(Device::Cpu),
+        ("cuda", index) => index.parse().map(Device::Cuda).map_err(|_| format!("expected a device index after `cuda:`, found `{index}`")),
+        _ => Err("expected auto, cpu, cuda or cuda:INDEX".into()),
+    }
+}
+
+impl DeviceFlags {
+    /// The backend asked for. `auto` is the CPU as long as no other backend can run the engine.
+    pub(crate) fn backend(&self) -> Result<Cpu> {
+        match self.device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(index) => Err(crate::cuda::unavailable(index)),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => Err(Error::device("this build has no CUDA backend: build with --features cuda, or use --device cpu")),
+            Device::Auto | Device::Cpu => {
+                let threads = self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()), usize::from);
+                Cpu::new(threads, self.dtype())
+            }
+        }
+    }
+
+    pub(crate) fn dtype(&self) -> DType {
+        match self.dtype {
+            DTypeFlag::F32 => DType::F32,
+            DTypeFlag::Bf16 => DType::Bf16,
+        }
+    }
+
+    /// Loads a model for sequences of `len` positions, `sessions` at a time, with just the pages they need.
+    pub(crate) fn engine(&self, dir: &Path, len: usize, sessions: usize) -> Result<Engine<Cpu>> {
+        let mut progress = Progress::new("loading");
+        let options = self.options(len, sessions);
+        let engine = Engine::load_with_progress(dir, self.backend()?, options, &mut |done, total| {
+            progress.show(|| format!("{done}/{total} tensors"));
+        })?;
+        if len > engine.config().model_length {
+            eprintln!(
+                "redraft: {len} positions, the model was trained on {}: expect the text to fall apart beyond",
+                engine.config().model_length
+            );
+        }
+        Ok(engine)
+    }
+
+    pub(crate) fn options(&self, len: usize, sessions: usize) -> EngineOptions {
+        let defaults = EngineOptions::default();
+        let sessions = sessions.clamp(1, defaults.budget.max_sessions);
+        let pages = len.div_ceil(defaults.page_size).saturating_mul(sessions);
+        EngineOptions {
+            budget: Budget { max_sessions: sessions, ..defaults.budget },
+            kv_pages: Some(pages),
+            tokenizer: self.tokenizer.clone(),
+            ..defaults
+        }
+    }
+}
+
+/// `--top-p-rule`.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum TopPRuleFlag {
+    /// Keep tokens while the cumulative probability including the token is at most p (BD3-LM)
+    Within,
+    /// Also keep the token that crosses p (Hugging Face)
+    Crossing,
+}
+
+impl From<TopPRuleFlag> for TopPRule {
+    fn from(flag: TopPRuleFlag) -> Self {
+        match flag {
+            TopPRuleFlag::Within => TopPRule::Within,
+            TopPRuleFlag::Crossing => TopPRule::Crossing,
+        }
+    }
+}
+
+/// The directory asked for, or the model that ships: below the working directory, beside the binary, or where it was built.
+pub(crate) fn model_dir(model: Option<&Path>) -> Result<PathBuf> {
+    if let Some(dir) = model {
+        return Ok(dir.to_path_buf());
+    }
+    let relative = Path::new("models").join(SHIPPED_MODEL);
+    let exe = std::env::current_exe().unwrap_or_default();
+    let beside = exe.ancestors().skip(1).map(|dir| dir.join(&relative));
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join(&relative);
+    std::iter::once(relative.clone()).chain(beside).chain([built]).find(|dir| dir.join("config.json").exists()).ok_or_else(|| {
+        Error::config(&relative, "the model that ships with redraft is not here; run from the repository or give --model DIR")
+    })
+}
+
+/// `config.json` of a directory, and the longest sequence served.
+pub(crate) fn model_config(dir: &Path) -> Result<ModelConfig> {
+    ModelConfig::load(dir)
+}
+
+/// Reads a file, or stdin for `-`.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    let mut text = String::new();
+    let outcome = if path == Path::new("-") {
+        std::io::stdin().read_to_string(&mut text)
+    } else {
+        std::fs::File::open(path).and_then(|mut f| f.read_to_string(&mut text))
+    };
+    outcome.map_err(|e| Error::io(path, &e))?;
+    Ok(text)
+}
+
+/// Writes through a temporary sibling, so that a full disk or an interruption never leaves half a file under the asked name.
+pub(crate) fn write_atomically(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    let mut name = path.file_name().ok_or_else(|| Error::request(format!("{}: not a file name", path.display())))?.to_os_string();
+    name.push(format!(".{}.part", std::process::id()));
+    let part = path.with_file_name(name);
+    let outcome = std::fs::File::create(&part).and_then(|file| {
+        let mut buffered = std::io::BufWriter::new(file);
+        write(&mut buffered)?;
+        buffered.into_inner().map_err(|e| e.into_error())?.sync_all()
+    });
+    outcome.and_then(|()| std::fs::rename(&part, path)).map_err(|e| {
+        // The error matters, not whether the leftover could be removed.
+        let _ = std::fs::remove_file(&part);
+        Error::io(path, &e)
+    })
+}
+
+/// A closed pipe ends the output and is no failure; any other trouble with stdout is.
+pub(crate) fn print(text: &str) -> Result<Piped> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(Piped::Open),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(Piped::Closed),
+        Err(e) => Err(Error::io(Path::new("stdout"), &e)),
+    }
+}
+
+/// Whether stdout still has a reader.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Piped {
+    Open,
+    Closed,
+}
+
+/// A line on stderr for work that takes long: rewritten in place on a terminal, every ten seconds elsewhere.
+pub(crate) struct Progress {
+    what: &'static str,
+    start: Instant,
+    last: Option<Instant>,
+    terminal: bool,
+}
+
+impl Progress {
+    pub(crate) fn new(what: &'static str) -> Self {
+        Progress { what, start: Instant::now(), last: None, terminal: std::io::stderr().is_terminal() }
+    }
+
+    pub(crate) fn show(&mut self, state: impl FnOnce() -> String) {
+        let (patience, interval) = if self.terminal { (1.0, 0.1) } else { (10.0, 10.0) };
+        let due =
+            self.last.map_or_else(|| self.start.elapsed().as_secs_f64() > patience, |l| l.elapsed() > Duration::from_secs_f64(interval));
+        if due {
+            self.last = Some(Instant::now());
+            let end = if self.terminal { '\r' } else { '\n' };
+            eprint!("redraft: {} {}          {end}", self.what, state());
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if self.terminal && self.last.is_some() {
+            eprintln!();
+        }
+    }
+}
+
+/// Runs the engine to the end, showing progress and handing events of request i to `on_event(i, event)`.
+pub(crate) fn drain<B: Backend>(
+    engine: &mut Engine<B>,
+    handles: &[crate::engine::Handle],
+    mut on_event: impl FnMut(usize, crate::session::Event) -> Result<()>,
+) -> Result<()> {
+    let mut progress = Progress::new("generating");
+    let mut revealed = 0;
+    loop {
+        let busy = engine.tick()?;
+        for (i, handle) in handles.iter().enumerate() {
+            for event in handle.events() {
+                if event.kind == crate::session::EventKind::Reveal {
+                    revealed += event.positions.len();
+                }
+                on_event(i, event)?;
+            }
+        }
+        progress.show(|| format!("{revealed} tokens revealed"));
+        if !busy {
+            return Ok(());
+        }
+    }
+}
+
+/// Parses the arguments, runs, and returns the exit code.
+pub fn main() -> u8 {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are answers, not mistakes; clap knows which. A closed pipe is fine here too.
+            let _ = error.print();
+            return if error.use_stderr() { 2 } else { 0 };
+        }
+    };
+    let outcome = match cli.command {
+        Command::Generate(flags) => generate::run(flags),
+        Command::Forward(flags) => model::forward(flags),
+        Command::Score(flags) => score::run(flags),
+        Command::Inspect(flags) => model::inspect(flags),
+        Command::Bench(flags) => bench::run(flags),
+        #[cfg(feature = "cuda")]
+        Command::Kernels(command) => kernels::run(command),
+    };
+    match outcome {
+        Ok(()) => 0,
+        Err(error) => {
+            eprintln!("redraft: {error}");
+            if matches!(error, Error::Request { .. }) { 2 } else { 1 }
+        }
+    }
+}

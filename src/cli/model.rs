@@ -1,0 +1,151 @@
+//! `redraft forward` and `inspect`: commands about a model rather than a text.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use super::DeviceFlags;
+use crate::config::Attention;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::plan::Visibility;
+use crate::tokenizer::Tokenizer;
+use crate::weights::Weights;
+
+#[derive(Args)]
+pub(super) struct ForwardFlags {
+    /// Model directory [default: the model that ships]
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Token ids, comma separated
+    #[arg(long, value_name = "1,2,3", required_unless_present = "tokens_file", conflicts_with = "tokens_file", value_delimiter = ',')]
+    tokens: Vec<u32>,
+    /// JSON array of token ids
+    #[arg(long, value_name = "FILE")]
+    tokens_file: Option<PathBuf>,
+    /// Visibility: a block length, or full [default: what the model was trained with]
+    #[arg(long, value_name = "N|full", value_parser = parse_block_len)]
+    block_len: Option<BlockLen>,
+    /// Where the f32 tensor `logits` [T, V] goes, as safetensors
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    device: DeviceFlags,
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct BlockLen(Option<usize>);
+
+impl BlockLen {
+    pub(super) fn visibility(self) -> Visibility {
+        self.0.map_or(Visibility::Full, Visibility::BlockCausal)
+    }
+}
+
+pub(super) fn parse_block_len(text: &str) -> Result<BlockLen, String> {
+    if text == "full" {
+        return Ok(BlockLen(None));
+    }
+    text.parse().ok().filter(|n| *n > 0).map(|n| BlockLen(Some(n))).ok_or_else(|| "expected a block length of at least 1, or full".into())
+}
+
+/// The visibility a model was trained with.
+pub(super) fn native(attention: Attention) -> Visibility {
+    match attention {
+        Attention::BlockCausal(block_len) => Visibility::BlockCausal(block_len),
+        Attention::Full => Visibility::Full,
+        Attention::Causal => Visibility::BlockCausal(1),
+    }
+}
+
+pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
+    let dir = super::model_dir(flags.model.as_deref())?;
+    let tokens = match &flags.tokens_file {
+        None => flags.tokens.clone(),
+        Some(path) => serde_json::from_str(&super::read_text(path)?)
+            .map_err(|e| Error::io(path, &std::io::Error::other(format!("expected a JSON array of token ids: {e}"))))?,
+    };
+    let config = super::model_config(&dir)?;
+    Engine::<crate::cpu::Cpu>::check_tokens(&config, &tokens)?;
+    let visibility = flags.block_len.map_or(native(config.attention), BlockLen::visibility);
+    let mut engine = flags.device.engine(&dir, tokens.len(), 1)?;
+    let mut data = Vec::with_capacity(tokens.len() * config.vocab_size * 4);
+    engine.logits(&tokens, visibility, &mut |_, logits| {
+        data.extend(logits.iter().flat_map(|l| l.to_le_bytes()));
+        Ok(())
+    })?;
+    let shape = vec![tokens.len(), config.vocab_size];
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, &data).map_err(|e| Error::kernel(e.to_string()))?;
+    let bytes = safetensors::serialize([("logits", view)], None).map_err(|e| Error::kernel(e.to_string()))?;
+    super::write_atomically(&flags.out, |out| out.write_all(&bytes))
+}
+
+#[derive(Args)]
+pub(super) struct InspectFlags {
+    /// Model directory [default: the model that ships]
+    #[arg(value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// table or json
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub(super) enum Format {
+    Table,
+    Json,
+}
+
+pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
+    let dir = super::model_dir(flags.dir.as_deref())?;
+    let config = super::model_config(&dir)?;
+    let weights = Weights::open(&dir)?;
+    let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size);
+    let problems = crate::model::check(&config, &weights);
+    let attention = match config.attention {
+        Attention::BlockCausal(block_len) => format!("block-causal, published block length {block_len}"),
+        Attention::Full => "full".into(),
+        Attention::Causal => "causal (a judge for `score`; cannot generate)".into(),
+    };
+    let mut unsupported: Vec<String> = problems.iter().map(ToString::to_string).collect();
+    unsupported.extend(tokenizer.as_ref().err().map(ToString::to_string));
+    if config.attention == Attention::Causal {
+        unsupported.push("generate: the checkpoint is autoregressive".into());
+    }
+    let kv = |bytes| config.kv_bytes_per_token(bytes);
+    let parameters = weights.num_elements();
+    if flags.format == Format::Json {
+        let object = json!({
+            "dir": dir.display().to_string(), "family": config.family.name(), "parameters": parameters, "bytes": weights.num_bytes(),
+            "dtypes": weights.dtypes(), "vocab_size": config.vocab_size, "hidden_dim": config.hidden_dim, "num_layers": config.num_layers,
+            "num_heads": config.heads.num_heads, "num_kv_heads": config.heads.num_kv_heads, "head_dim": config.heads.head_dim,
+            "mlp_dim": config.mlp_dim, "model_length": config.model_length, "attention": attention, "adaln": config.cond_dim.is_some(),
+            "mask_id": config.mask_id, "bos_id": config.bos_id, "eos_id": config.eos_id, "pad_id": config.pad_id,
+            "kv_bytes_per_token": {"f32": kv(4), "bf16": kv(2)}, "unsupported": unsupported,
+        });
+        super::print(&format!("{object}\n"))?;
+        return Ok(());
+    }
+    let rows = [
+        ("directory", dir.display().to_string()),
+        ("family", config.family.name().into()),
+        ("parameters", format!("{parameters} (buffers included), {} as {}", mib(weights.num_bytes()), weights.dtypes().join(", "))),
+        ("layers", format!("{} of width {}, MLP {}", config.num_layers, config.hidden_dim, config.mlp_dim)),
+        ("heads", format!("{} (K/V {}) of {}", config.heads.num_heads, config.heads.num_kv_heads, config.heads.head_dim)),
+        ("vocabulary", format!("{}; MASK {}, BOS {}, end of text {}", config.vocab_size, config.mask_id, config.bos_id, config.eos_id)),
+        ("attention", attention),
+        ("positions", format!("{} trained, up to {} served", config.model_length, config.model_length * crate::engine::MAX_STRETCH)),
+        ("adaLN", config.cond_dim.map_or("none".into(), |d| format!("constant condition of width {d}, folded at load"))),
+        ("K/V per token", format!("{} bytes in f32, {} in bf16", kv(4), kv(2))),
+        ("K/V per sequence", format!("{} in f32, {} in bf16", mib(kv(4) * config.model_length), mib(kv(2) * config.model_length))),
+        ("unsupported", if unsupported.is_empty() { "nothing".into() } else { unsupported.join("; ") }),
+    ];
+    let table: String = rows.iter().map(|(name, value)| format!("{name:<17} {value}\n")).collect();
+    super::print(&table)?;
+    Ok(())
+}
+
+fn mib(bytes: usize) -> String {
+    format!("{:.1} MiB", bytes as f64 / (1 << 20) as f64)
+}

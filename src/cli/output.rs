@@ -1,0 +1,186 @@
+//! What a finished sample looks like: text, the JSON object of the contract, and trace lines.
+
+use serde::Serialize;
+use serde_json::json;
+
+use crate::engine::{Output, find_stop};
+use crate::schedule::Schedule;
+use crate::session::{Event, EventKind, Forwards};
+use crate::tokenizer::Tokenizer;
+
+/// What is the same for all samples of a run.
+pub(super) struct Run {
+    pub model: String,
+    pub device: String,
+    pub dtype: &'static str,
+    pub seed: u64,
+    pub schedule: Schedule,
+    pub load_ms: f64,
+    /// Where the text ends, if the model writes it.
+    pub end_of_text: Option<u32>,
+    pub stop: Vec<String>,
+}
+
+impl Run {
+    /// Text of generated tokens: up to the end of text and the first stop text, wherever the last stage left them.
+    fn text(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> String {
+        let end = self.end_of_text.and_then(|eos| tokens.iter().position(|t| *t == eos)).unwrap_or(tokens.len());
+        let mut text = tokenizer.decode(&tokens[..end]);
+        if let Some(at) = find_stop(&text, &self.stop) {
+            text.truncate(at);
+        }
+        text
+    }
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    model: &'a str,
+    device: &'a str,
+    dtype: &'a str,
+    seed: u64,
+    sample: u32,
+    schedule: Vec<String>,
+    prompt_tokens: usize,
+    tokens: &'a [u32],
+    text: String,
+    finish: &'a str,
+    draft: Draft<'a>,
+    confidence: &'a [f32],
+    revealed_at: &'a [(u8, u32)],
+    stages: Vec<Stage<'a>>,
+    timings: Timings,
+    tokens_per_s: f64,
+    /// Infilling: positions of the generated tokens, and the whole text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    positions: Option<&'a [usize]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    filled: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Draft<'a> {
+    tokens: &'a [u32],
+    text: String,
+}
+
+#[derive(Serialize)]
+struct Stage<'a> {
+    /// A number, or "full".
+    block_len: serde_json::Value,
+    remask: Option<f64>,
+    by: Option<String>,
+    unmask: String,
+    kv: String,
+    temperature: f32,
+    top_p: f32,
+    nfe: usize,
+    forwards: Counts,
+    rows: usize,
+    remasked: &'a [usize],
+    changed: usize,
+    ms: f64,
+}
+
+#[derive(Serialize)]
+pub(super) struct Counts {
+    prefill: usize,
+    denoise: usize,
+    commit: usize,
+    joint: usize,
+    score: usize,
+}
+
+impl From<Forwards> for Counts {
+    fn from(f: Forwards) -> Self {
+        Counts { prefill: f.prefill, denoise: f.denoise, commit: f.commit, joint: f.joint, score: f.score }
+    }
+}
+
+#[derive(Serialize)]
+struct Timings {
+    load_ms: f64,
+    queued_ms: f64,
+    first_token_ms: f64,
+    draft_ms: f64,
+    refine_ms: f64,
+    total_ms: f64,
+}
+
+/// Microsecond resolution: more digits would only be noise.
+fn round_ms(ms: f64) -> f64 {
+    (ms * 1e3).round() / 1e3
+}
+
+/// The contract's object, on one line.
+pub(super) fn json(output: &Output, run: &Run, tokenizer: &Tokenizer, infill: bool) -> String {
+    let object = Json {
+        model: &run.model,
+        device: &run.device,
+        dtype: run.dtype,
+        seed: run.seed,
+        sample: output.sample,
+        schedule: run.schedule.stages.iter().map(ToString::to_string).collect(),
+        prompt_tokens: output.prompt_tokens,
+        tokens: &output.tokens,
+        text: run.text(tokenizer, &output.tokens),
+        finish: output.finish.name(),
+        draft: Draft { tokens: &output.draft, text: run.text(tokenizer, &output.draft) },
+        confidence: &output.confidence,
+        revealed_at: &output.revealed_at,
+        stages: output
+            .stages
+            .iter()
+            .map(|report| Stage {
+                block_len: report.stage.block_len.map_or(json!("full"), |b| json!(b)),
+                remask: report.stage.remask.map(|r| r.ratio),
+                by: report.stage.remask.map(|r| r.by.to_string()),
+                unmask: report.stage.unmask.to_string(),
+                kv: report.stage.kv.to_string(),
+                temperature: report.stage.temperature,
+                top_p: report.stage.top_p,
+                nfe: report.nfe(),
+                forwards: report.forwards.into(),
+                rows: report.rows,
+                remasked: &report.remasked,
+                changed: report.changed,
+                ms: round_ms(report.ms),
+            })
+            .collect(),
+        timings: Timings {
+            load_ms: round_ms(run.load_ms),
+            queued_ms: round_ms(output.timings.queued_ms),
+            first_token_ms: round_ms(output.timings.first_token_ms),
+            draft_ms: round_ms(output.timings.draft_ms),
+            refine_ms: round_ms(output.timings.refine_ms),
+            total_ms: round_ms(output.timings.total_ms),
+        },
+        tokens_per_s: (output.tokens_per_s() * 10.0).round() / 10.0,
+        positions: infill.then_some(&output.positions),
+        filled: infill.then(|| tokenizer.decode(&output.canvas)),
+    };
+    serde_json::to_string(&object).expect("plain data") + "\n"
+}
+
+/// The whole text, prompt included; samples of a batch are told apart by a header line.
+pub(super) fn text(output: &Output, run: &Run, tokenizer: &Tokenizer, many: bool) -> String {
+    let prompt = tokenizer.decode(&output.canvas[..output.prompt_tokens]);
+    let continues = output.positions.len() + output.prompt_tokens == output.canvas.len();
+    let body = if continues { prompt + &run.text(tokenizer, &output.tokens) } else { tokenizer.decode(&output.canvas) };
+    if many { format!("=== sample {}\n{body}\n\n", output.sample) } else { format!("{body}\n") }
+}
+
+/// One event of `--trace`.
+pub(super) fn trace_line(event: &Event) -> String {
+    let name = match event.kind {
+        EventKind::Reveal => "reveal",
+        EventKind::Remask => "remask",
+        EventKind::Commit => "commit",
+        EventKind::Done => "done",
+    };
+    json!({
+        "sample": event.sample, "stage": event.stage, "block": event.block, "step": event.step, "event": name,
+        "positions": event.positions, "tokens": event.tokens, "confidence": event.confidence,
+    })
+    .to_string()
+}
