@@ -1,3 +1,55 @@
+//! **redraft**: an embeddable inference engine for masked and block diffusion language models whose signature is
+//! *draft-then-refine*. A draft is written with small diffusion blocks over a paged K/V cache; the probability of each token at the
+//! forward that revealed it is kept (snapshot confidence); the weakest tokens are masked again anywhere in the text; a global,
+//! bidirectional pass regenerates them.
+//!
+//! ```no_run
+//! use redraft::{Cpu, DType, Engine, EngineOptions, Prompt, Request, Schedule};
+//!
+//! # fn main() -> redraft::Result<()> {
+//! let cpu = Cpu::new(2, DType::F32)?;
+//! let mut engine = Engine::load("models/redraft-stories-7m".as_ref(), cpu, EngineOptions::default())?;
+//! let schedule = Schedule::preset("did", &Engine::<Cpu>::defaults(engine.config()))?;
+//! let prompt = Prompt::Text { text: "Once upon a time".into(), length: 128 };
+//! let handle = engine.submit(Request::new(prompt, schedule, 7, 0))?;
+//! while engine.tick()? {
+//!     for event in handle.events() {
+//!         println!("{:?} {:?}", event.kind, event.positions);
+//!     }
+//! }
+//! handle.events().for_each(drop);
+//! let output = handle.take_output().expect("the engine is idle")?;
+//! println!("{}", engine.tokenizer()?.decode(&output.canvas));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The path of data
+//!
+//! ```text
+//! text -> tokenizer -> session (schedule) -> batcher -> plan -> model on a Backend -> decide (policy) -> canvas
+//!                                                        | K/V                                   | block final
+//!                                                        v                                       v
+//!                                                      pages <------------- commit --------------+-> events, text
+//! ```
+//!
+//! Leaves first; each room knows only those above it:
+//!
+//! | room | owns |
+//! |---|---|
+//! | [`error`], [`rng`], [`canvas`], [`pages`], [`plan`] | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
+//! | [`config`], [`weights`], [`tokenizer`] | a checkpoint directory, validated |
+//! | [`schedule`], [`policy`] | what a request asks for; which token, which reveals, which remasks |
+//! | [`backend`], [`cpu`], `cuda` | the seam to the machine, the CPU behind it, and the door to CUDA |
+//! | [`model`] | the forward pass and the families |
+//! | [`session`], [`batcher`], [`engine`] | one request's life; who advances; the tick |
+//! | [`cli`] | the command line |
+//!
+//! # Sources
+//!
+//! [DiD] "Diffusion in Diffusion", arXiv 2601.13599. [BD3-LM] arXiv 2503.09573. [MDLM] arXiv 2406.07524. [LLaDA] arXiv 2502.09992.
+//! [Dream] arXiv 2508.15487. [Fast-dLLM] arXiv 2505.22618. [ReMDM] arXiv 2503.00307.
+
 pub mod backend;
 pub mod batcher;
 pub mod canvas;
@@ -17,3 +69,11 @@ pub mod schedule;
 pub mod session;
 pub mod tokenizer;
 pub mod weights;
+
+pub use backend::{Backend, DType};
+pub use batcher::Budget;
+pub use cpu::Cpu;
+pub use engine::{Engine, EngineOptions, Handle, Output, Prompt, Request, Segment, StopOptions};
+pub use error::{Error, Result};
+pub use schedule::{Defaults, Schedule, Stage, StageSpec};
+pub use session::{Event, EventKind, Finish, StageReport};

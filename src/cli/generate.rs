@@ -117,6 +117,7 @@ pub(super) fn defaults(config: &ModelConfig, temperature: Option<f32>, top_p: Op
 }
 
 /// Splits `"The [____:12] sat."` into text and holes. A hole is `[`, one or more `_`, `:`, a count, `]`; anything else is text.
+/// A space before a hole belongs to the hole: vocabularies spell words with the space in front, so the model writes it.
 pub(super) fn parse_infill(text: &str) -> Result<Vec<Segment>> {
     let mut segments = Vec::new();
     let mut plain = String::new();
@@ -129,6 +130,9 @@ pub(super) fn parse_infill(text: &str) -> Result<Vec<Segment>> {
         match hole {
             Some((count, after)) => {
                 plain.push_str(&rest[..open]);
+                if plain.ends_with(' ') {
+                    plain.pop();
+                }
                 if !plain.is_empty() {
                     segments.push(Segment::Text(std::mem::take(&mut plain)));
                 }
@@ -326,10 +330,10 @@ mod tests {
         let text = |t: &str| Segment::Text(t.into());
         assert_eq!(
             parse_infill("The [____:12] sat on the [_:4].").unwrap(),
-            [text("The "), hole(12), text(" sat on the "), hole(4), text(".")]
+            [text("The"), hole(12), text(" sat on the"), hole(4), text(".")]
         );
         assert_eq!(parse_infill("[__:3]").unwrap(), [hole(3)]);
-        assert_eq!(parse_infill("a [b] [:3] [_] [_:x] [_:2]").unwrap(), [text("a [b] [:3] [_] [_:x] "), hole(2)]);
+        assert_eq!(parse_infill("a [b] [:3] [_] [_:x] [_:2]").unwrap(), [text("a [b] [:3] [_] [_:x]"), hole(2)]);
         assert_eq!(parse_infill("[[_:2]").unwrap(), [text("["), hole(2)]);
         assert!(parse_infill("no hole").is_err());
         assert!(parse_infill("[_:0]").is_err());
