@@ -87,7 +87,9 @@ impl Watch {
 
     fn draw(&mut self) {
         self.erase();
-        let width = std::env::var("COLUMNS").ok().and_then(|c| c.parse().ok()).unwrap_or(100usize).clamp(20, 400);
+        let columns = terminal_size::terminal_size_of(std::io::stderr()).map_or(80, |(width, _)| usize::from(width.0));
+        // The last column stays free: some terminals wrap when it is written.
+        let width = columns.saturating_sub(1).clamp(20, 400);
         let (picture, lines) = render(&self.cells, width);
         let mut err = std::io::stderr().lock();
         let _ = writeln!(err, "{picture}\x1b[2m{:.width$}\x1b[0m", self.status);

@@ -2,7 +2,7 @@
 """Train a small mix-scale block-diffusion model on CPU cores and export it.
 
     python3 prepare.py CORPUS WORK/data
-    python3 train.py --data WORK/data --out WORK/run --export ../../models/NAME --minutes 88 --workers 2
+    python3 train.py --data WORK/data --out WORK/run --export ../../models/NAME --minutes 95 --workers 2
 
 Every step holds one micro-batch of full-attention sequences and one of a small block size, in the token shares of
 `--mix`. One process per core, gradients averaged with gloo. `--out` receives log.jsonl, losses.svg and
@@ -404,8 +404,8 @@ def main():
     ap.add_argument("--other-parts", default="tales,children")
     ap.add_argument("--main-share", type=float, default=0.8)
     ap.add_argument("--doc-start-share", type=float, default=0.6)
-    ap.add_argument("--batch-tokens", type=int, default=8192, help="tokens per step, all workers together")
-    ap.add_argument("--minutes", type=float, default=88, help="training time (stopped time does not count)")
+    ap.add_argument("--batch-tokens", type=int, default=5632, help="tokens per step, all workers together")
+    ap.add_argument("--minutes", type=float, default=95, help="training time (stopped time does not count)")
     ap.add_argument("--deadline", help="HH:MM, local time: finish by then whatever happens")
     ap.add_argument("--steps", type=int, help="number of steps, instead of --minutes")
     ap.add_argument("--warmup", type=int, default=40)
