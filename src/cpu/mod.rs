@@ -1,100 +1,186 @@
-//! The CPU backend: portable loops over flat buffers.
-#![forbid(unsafe_code)]
+//! The CPU backend: checks the contract of each op, then hands it to the room of the same name.
+//!
+//! Activations are f32 on cache lines; weights and K/V are words in the order the register tile reads them. Rooms: `simd` (the
+//! vector instructions, one choice at run time), `pool` (threads and disjoint writes), `memory` (aligned buffers), one file
+//! per op, and `oracle` (plain loops that every backend is tested against).
+#![deny(unsafe_code)]
 
+mod attention;
+mod decide;
+mod embed;
+mod kv;
+mod linear;
+mod memory;
+mod norm;
 pub mod oracle;
+#[allow(unsafe_code)]
+pub mod pool;
+mod rope;
+#[allow(unsafe_code)]
+pub mod simd;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::backend::{Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::policy;
+
+use memory::Aligned;
+use pool::Pool;
+use simd::Isa;
+
+/// Work, in multiply-adds, below which sharing it costs more than it saves: a worker that is awake takes about a microsecond
+/// to join, in which one core does a quarter of a million.
+const INLINE_WORK: usize = 1 << 18;
 
 /// The CPU as a [`Backend`].
 pub struct Cpu {
     dtype: DType,
+    machine: Machine,
+}
+
+/// What the ops share: instructions, threads, scratch memory.
+struct Machine {
+    isa: Isa,
+    pool: Pool,
+    serial: Pool,
+    /// x as words, of the product that runs.
+    words: Mutex<Aligned<u32>>,
+    /// Logits of a chunk of rows.
+    logits: Mutex<Aligned<f32>>,
+    rotations: Mutex<rope::Rotations>,
+}
+
+impl Machine {
+    /// The threads where `work` multiply-adds are worth it, the calling thread alone where not.
+    fn pool_for(&self, work: usize) -> &Pool {
+        if work < INLINE_WORK { &self.serial } else { &self.pool }
+    }
+
+    // Scratch holds nothing between calls, so a panic that poisoned it left nothing behind.
+    fn words(&self) -> MutexGuard<'_, Aligned<u32>> {
+        self.words.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn logits(&self) -> MutexGuard<'_, Aligned<f32>> {
+        self.logits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn rotations(&self) -> MutexGuard<'_, rope::Rotations> {
+        self.rotations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Cpu {
-    /// `threads` counts the calling thread; 0 means one per available core.
-    pub fn new(_threads: usize, dtype: DType) -> Result<Cpu> {
-        Ok(Cpu { dtype })
+    /// `threads` counts the calling thread; 0 means one per available core. The best instruction set of the machine is used.
+    pub fn new(threads: usize, dtype: DType) -> Result<Cpu> {
+        Cpu::with_isa(threads, dtype, Isa::detect())
+    }
+
+    /// As [`Cpu::new`] with a chosen instruction set. Fails where the machine lacks it.
+    pub fn with_isa(threads: usize, dtype: DType, isa: Isa) -> Result<Cpu> {
+        if !isa.is_available() {
+            return Err(Error::device(format!("this machine lacks {}; it runs {}", isa.name(), Isa::detect().name())));
+        }
+        let threads = match threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let start = |threads| Pool::new(threads).map_err(|error| Error::device(format!("cannot start {threads} threads: {error}")));
+        let machine = Machine {
+            isa,
+            pool: start(threads)?,
+            serial: start(1)?,
+            words: Mutex::new(Aligned::zeroed(0)),
+            logits: Mutex::new(Aligned::zeroed(0)),
+            rotations: Mutex::default(),
+        };
+        Ok(Cpu { dtype, machine })
     }
 }
 
-/// An (n, k) weight, row-major.
-pub struct Matrix {
-    n: usize,
-    k: usize,
-    data: Vec<f32>,
+/// Activations: f32 on cache lines.
+pub struct Buffer(Aligned<f32>);
+
+impl From<&[f32]> for Buffer {
+    fn from(src: &[f32]) -> Buffer {
+        Buffer(src.into())
+    }
 }
 
-/// (layer, slot, K, D) keys and values.
-pub struct KvCache {
-    shape: KvShape,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+/// A weight, packed for products or kept as a table for lookups.
+pub struct Matrix(Weight);
+
+enum Weight {
+    Packed(linear::Packed),
+    Table(embed::Table),
 }
 
-const LANES: usize = 16;
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = a_chunks.remainder().iter().zip(b_chunks.remainder()).map(|(x, y)| x * y).sum();
-    for (x, y) in a_chunks.zip(b_chunks) {
-        for i in 0..LANES {
-            sums[i] += x[i] * y[i];
+impl Matrix {
+    fn packed(&self) -> &linear::Packed {
+        match &self.0 {
+            Weight::Packed(packed) => packed,
+            Weight::Table(_) => panic!("a product needs a weight from `matrix`, this one is from `table`"),
         }
     }
-    sums.iter().sum::<f32>() + tail
-}
 
-fn gelu_tanh(v: f32) -> f32 {
-    0.5 * v * (1.0 + (0.797_884_6 * (v + 0.044715 * v * v * v)).tanh())
-}
-
-impl Cpu {
-    fn load(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
-        let mut data = vec![0.0; n * k];
-        for first in (0..n).step_by(64) {
-            source(first, &mut data[first * k..(first + 64).min(n) * k])?;
+    fn table(&self) -> &embed::Table {
+        match &self.0 {
+            Weight::Table(table) => table,
+            Weight::Packed(_) => panic!("a lookup needs a weight from `table`, this one is from `matrix`"),
         }
-        for x in &mut data {
-            *x = oracle::stored(self.dtype, *x);
-        }
-        Ok(Matrix { n, k, data })
     }
 
-    fn product(&self, rows: usize, x: &[f32], weight: &Matrix, mut emit: impl FnMut(usize, usize, f32)) {
-        let x: Vec<f32> = x[..rows * weight.k].iter().map(|&v| oracle::stored(self.dtype, v)).collect();
-        for (i, w) in weight.data.chunks_exact(weight.k).enumerate() {
-            for (t, row) in x.chunks_exact(weight.k).enumerate() {
-                emit(t, i, dot(row, w));
-            }
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        match &self.0 {
+            Weight::Packed(packed) => packed.bytes(),
+            Weight::Table(table) => table.bytes(),
         }
+    }
+}
+
+/// All layers' pages.
+pub struct KvCache(kv::KvCache);
+
+/// A plan whose arrays were checked against each other.
+pub struct Batch(Plan);
+
+impl Batch {
+    /// Slots and pages lie in the store, heads agree with it.
+    fn check(&self, heads: HeadShape, qkv: &Buffer, layer: usize, kv: &KvCache) {
+        let (plan, shape) = (&self.0, kv.0.shape);
+        let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
+        assert!(num_kv_heads > 0 && num_heads.is_multiple_of(num_kv_heads), "{heads:?}: H is not a multiple of K");
+        assert!((num_kv_heads, head_dim) == (shape.num_kv_heads, shape.head_dim), "{heads:?} on {shape:?}");
+        assert!(layer < shape.num_layers, "layer {layer} of {shape:?}");
+        assert!(qkv.0.len() >= plan.num_rows() * heads.qkv_width(), "qkv of {} for {} rows of {heads:?}", qkv.0.len(), plan.num_rows());
+        let slots = shape.num_pages * shape.page_size;
+        assert!(plan.slots.iter().all(|&slot| (slot as usize) < slots), "a slot of the plan lies outside {shape:?}");
+        assert!(plan.pages.iter().all(|&page| (page as usize) < shape.num_pages), "a page of the plan lies outside {shape:?}");
     }
 }
 
 impl Backend for Cpu {
-    type Buffer = Vec<f32>;
+    type Buffer = Buffer;
     type Matrix = Matrix;
-    type Vector = Vec<f32>;
+    type Vector = Aligned<f32>;
     type KvCache = KvCache;
-    type Batch = Plan;
+    type Batch = Batch;
 
     fn name(&self) -> String {
-        "cpu (portable, 1 thread)".into()
+        let threads = self.machine.pool.threads();
+        format!("cpu ({}, {threads} thread{})", self.machine.isa.name(), if threads == 1 { "" } else { "s" })
     }
 
     fn dtype(&self) -> DType {
         self.dtype
     }
 
-    fn alloc(&self, len: usize) -> Result<Self::Buffer> {
-        Ok(vec![0.0; len])
+    fn alloc(&self, len: usize) -> Result<Buffer> {
+        Ok(Buffer(Aligned::zeroed(len)))
     }
 
-    fn download(&self, src: &Self::Buffer, offset: usize, dst: &mut [f32]) -> Result<()> {
-        dst.copy_from_slice(&src[offset..offset + dst.len()]);
+    fn download(&self, src: &Buffer, offset: usize, dst: &mut [f32]) -> Result<()> {
+        dst.copy_from_slice(&src.0[offset..offset + dst.len()]);
         Ok(())
     }
 
@@ -102,164 +188,120 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn vector(&self, src: &[f32]) -> Result<Self::Vector> {
-        Ok(src.to_vec())
+    fn vector(&self, src: &[f32]) -> Result<Aligned<f32>> {
+        Ok(src.into())
     }
 
-    fn matrix(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Self::Matrix> {
-        self.load(n, k, source)
+    fn matrix(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+        assert!(n > 0 && k > 0, "a weight of {n} x {k}");
+        Ok(Matrix(Weight::Packed(linear::Packed::new(&self.machine, self.dtype, n, k, source)?)))
     }
 
-    fn table(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Self::Matrix> {
-        self.load(n, k, source)
+    fn table(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+        assert!(n > 0 && k > 0, "a table of {n} x {k}");
+        Ok(Matrix(Weight::Table(embed::Table::new(self.dtype, n, k, source)?)))
     }
 
-    fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache> {
-        let len = shape.num_layers * shape.num_pages * shape.page_size * shape.num_kv_heads * shape.head_dim;
-        Ok(KvCache { shape, keys: vec![f32::NAN; len], values: vec![f32::NAN; len] })
+    fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
+        Ok(KvCache(kv::KvCache::new(self.dtype, shape)?))
     }
 
-    fn copy_page(&self, kv: &mut Self::KvCache, src: u32, dst: u32) -> Result<()> {
-        let s = kv.shape;
-        let page = s.page_size * s.num_kv_heads * s.head_dim;
-        for layer in 0..s.num_layers {
-            let base = layer * s.num_pages;
-            let (from, to) = ((base + src as usize) * page, (base + dst as usize) * page);
-            kv.keys.copy_within(from..from + page, to);
-            kv.values.copy_within(from..from + page, to);
-        }
+    fn copy_page(&self, kv: &mut KvCache, src: u32, dst: u32) -> Result<()> {
+        let pages = kv.0.shape.num_pages;
+        assert!((src as usize) < pages && (dst as usize) < pages, "copy of page {src} to {dst} of {pages}");
+        kv.0.copy_page(src as usize, dst as usize);
         Ok(())
     }
 
-    fn poison_page(&self, kv: &mut Self::KvCache, page: u32) -> Result<()> {
-        let s = kv.shape;
-        let len = s.page_size * s.num_kv_heads * s.head_dim;
-        for layer in 0..s.num_layers {
-            let at = (layer * s.num_pages + page as usize) * len;
-            kv.keys[at..at + len].fill(f32::NAN);
-            kv.values[at..at + len].fill(f32::NAN);
-        }
+    fn poison_page(&self, kv: &mut KvCache, page: u32) -> Result<()> {
+        let pages = kv.0.shape.num_pages;
+        assert!((page as usize) < pages, "page {page} of {pages}");
+        kv.0.poison_page(page as usize);
         Ok(())
     }
 
-    fn batch(&self, plan: &Plan) -> Result<Self::Batch> {
-        Ok(plan.clone())
+    fn batch(&self, plan: &Plan) -> Result<Batch> {
+        let (rows, sequences) = (plan.num_rows(), plan.num_sequences());
+        let lens = [plan.positions.len(), plan.slots.len(), plan.visible.len()];
+        assert!(lens == [rows; 3], "positions, slots, visible of {lens:?} for {rows} rows");
+        let ends = |indptr: &[u32], end: usize| {
+            indptr.len() == sequences + 1 && indptr[0] == 0 && indptr.is_sorted() && indptr[sequences] as usize == end
+        };
+        assert!(rows == 0 || ends(&plan.indptr, rows), "row offsets {:?} of {rows} rows", plan.indptr);
+        assert!(
+            rows == 0 || ends(&plan.page_indptr, plan.pages.len()),
+            "page offsets {:?} of {} pages",
+            plan.page_indptr,
+            plan.pages.len()
+        );
+        Ok(Batch(plan.clone()))
     }
 
-    fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, out: &mut Self::Buffer) -> Result<()> {
-        for (row, &id) in out.chunks_exact_mut(table.k).zip(&batch.ids) {
-            row.copy_from_slice(&table.data[id as usize * table.k..][..table.k]);
-        }
+    fn embed(&self, batch: &Batch, table: &Matrix, out: &mut Buffer) -> Result<()> {
+        let (ids, table) = (&batch.0.ids, table.table());
+        assert!(out.0.len() >= ids.len() * table.width(), "out of {} for {} rows of {}", out.0.len(), ids.len(), table.width());
+        embed::embed(ids, table, &mut out.0);
         Ok(())
     }
 
     fn layer_norm(
         &self,
         rows: usize,
-        x: &Self::Buffer,
-        weight: &Self::Vector,
-        bias: Option<&Self::Vector>,
+        x: &Buffer,
+        weight: &Aligned<f32>,
+        bias: Option<&Aligned<f32>>,
         eps: f32,
-        out: &mut Self::Buffer,
+        out: &mut Buffer,
     ) -> Result<()> {
         let width = weight.len();
-        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).take(rows) {
-            let mean = (x.iter().map(|&v| f64::from(v)).sum::<f64>() / width as f64) as f32;
-            let variance = x.iter().map(|&v| f64::from(v - mean) * f64::from(v - mean)).sum::<f64>() / width as f64;
-            let scale = 1.0 / (variance as f32 + eps).sqrt();
-            for i in 0..width {
-                out[i] = (x[i] - mean) * scale * weight[i] + bias.map_or(0.0, |b| b[i]);
-            }
-        }
+        assert!(width > 0 && bias.is_none_or(|b| b.len() == width), "weight of {width}, bias of {:?}", bias.map(|b| b.len()));
+        assert!(x.0.len().min(out.0.len()) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.0.len(), out.0.len());
+        norm::layer_norm(&self.machine, &x.0[..rows * width], weight, bias.map(|b| &b[..]), eps, &mut out.0[..rows * width]);
         Ok(())
     }
 
     fn linear(
         &self,
         rows: usize,
-        x: &Self::Buffer,
-        weight: &Self::Matrix,
-        bias: Option<&Self::Vector>,
+        x: &Buffer,
+        weight: &Matrix,
+        bias: Option<&Aligned<f32>>,
         epilogue: Epilogue,
-        out: &mut Self::Buffer,
+        out: &mut Buffer,
     ) -> Result<()> {
-        let n = weight.n;
-        self.product(rows, x, weight, |t, i, dot| {
-            let value = dot + bias.map_or(0.0, |b| b[i]);
-            let out = &mut out[t * n + i];
-            *out = match epilogue {
-                Epilogue::Store => value,
-                Epilogue::Gelu => gelu_tanh(value),
-                Epilogue::Add => *out + value,
-            };
-        });
+        let weight = weight.packed();
+        let (n, k) = (weight.n, weight.k);
+        assert!(x.0.len() >= rows * k && out.0.len() >= rows * n, "x of {}, out of {} for {rows} rows, {n} x {k}", x.0.len(), out.0.len());
+        assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(|b| b.len()));
+        linear::linear(&self.machine, rows, &x.0, weight, bias.map(|b| &b[..]), epilogue, &mut out.0);
         Ok(())
     }
 
-    fn rope_append(
-        &self,
-        batch: &Self::Batch,
-        heads: HeadShape,
-        base: f32,
-        qkv: &mut Self::Buffer,
-        layer: usize,
-        kv: &mut Self::KvCache,
-    ) -> Result<()> {
-        let s = kv.shape;
-        let len = s.num_pages * s.page_size * s.num_kv_heads * s.head_dim;
-        let layer = layer * len..(layer + 1) * len;
-        oracle::rope_append(self.dtype, batch, heads, base, qkv, &mut kv.keys[layer.clone()], &mut kv.values[layer]);
+    fn rope_append(&self, batch: &Batch, heads: HeadShape, base: f32, qkv: &mut Buffer, layer: usize, kv: &mut KvCache) -> Result<()> {
+        batch.check(heads, qkv, layer, kv);
+        rope::rope_append(&self.machine, &batch.0, heads, base, &mut qkv.0, layer, &mut kv.0);
         Ok(())
     }
 
-    fn attention(
-        &self,
-        batch: &Self::Batch,
-        heads: HeadShape,
-        qkv: &Self::Buffer,
-        layer: usize,
-        kv: &Self::KvCache,
-        out: &mut Self::Buffer,
-    ) -> Result<()> {
-        let s = kv.shape;
-        let len = s.num_pages * s.page_size * s.num_kv_heads * s.head_dim;
-        let layer = layer * len..(layer + 1) * len;
-        let result = oracle::attention(batch, heads, s.page_size, qkv, &kv.keys[layer.clone()], &kv.values[layer]);
-        for (o, r) in out.iter_mut().zip(result) {
-            *o = r as f32;
-        }
+    fn attention(&self, batch: &Batch, heads: HeadShape, qkv: &Buffer, layer: usize, kv: &KvCache, out: &mut Buffer) -> Result<()> {
+        batch.check(heads, qkv, layer, kv);
+        let rows = batch.0.num_rows();
+        assert!(out.0.len() >= rows * heads.q_width(), "out of {} for {rows} rows of {}", out.0.len(), heads.q_width());
+        attention::attention(&self.machine, &batch.0, heads, &qkv.0, layer, &kv.0, &mut out.0);
         Ok(())
     }
 
-    fn gather(&self, rows: &[u32], width: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()> {
-        for (out, &row) in out.chunks_exact_mut(width).zip(rows) {
-            out.copy_from_slice(&x[row as usize * width..][..width]);
-        }
+    fn gather(&self, rows: &[u32], width: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        assert!(out.0.len() >= rows.len() * width, "out of {} for {} rows of {width}", out.0.len(), rows.len());
+        embed::gather(rows, width, &x.0, &mut out.0);
         Ok(())
     }
 
-    fn decide(
-        &self,
-        hidden: &Self::Buffer,
-        head: &Self::Matrix,
-        bias: Option<&Self::Vector>,
-        banned: &[u32],
-        draws: &[Draw],
-    ) -> Result<Vec<Decision>> {
-        let mut decisions = Vec::with_capacity(draws.len());
-        for (first, draws) in (0..).step_by(32).zip(draws.chunks(32)) {
-            let mut logits = vec![0.0; draws.len() * head.n];
-            self.product(draws.len(), &hidden[first * head.k..], head, |t, i, dot| {
-                logits[t * head.n + i] = dot + bias.map_or(0.0, |b| b[i]);
-            });
-            for (t, (row, draw)) in logits.chunks_exact(head.n).zip(draws).enumerate() {
-                let decision = policy::decide_row(row, banned, draw).map_err(|error| match error {
-                    Error::Kernel { what } => Error::kernel(format!("row {}: {what}", first + t)),
-                    other => other,
-                })?;
-                decisions.push(decision);
-            }
-        }
-        Ok(decisions)
+    fn decide(&self, hidden: &Buffer, head: &Matrix, bias: Option<&Aligned<f32>>, banned: &[u32], draws: &[Draw]) -> Result<Vec<Decision>> {
+        let head = head.packed();
+        let (n, k) = (head.n, head.k);
+        assert!(hidden.0.len() >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.0.len(), draws.len());
+        assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(|b| b.len()));
+        decide::decide(&self.machine, &hidden.0, head, bias.map(|b| &b[..]), banned, draws)
     }
 }

@@ -1,0 +1,201 @@
+//! The paged K/V store: how a page lies in memory.
+//!
+//! A head of a layer is one contiguous region of pages. Inside a page, slots come in groups of sixteen (fewer where the page
+//! is smaller), each laid out as the register tile wants to read it:
+//!
+//! | | words of a group | step of the product | columns |
+//! |---|---|---|---|
+//! | keys (q k^T) | (steps of D, lanes) | one d in f32, two neighbouring d in bf16 | slots |
+//! | values (p v) | (steps of lanes, D padded to 16) | one slot in f32, two neighbouring slots in bf16 | d |
+#![forbid(unsafe_code)]
+
+use crate::backend::{DType, KvShape};
+use crate::cpu::memory::Aligned;
+use crate::cpu::simd::LANES;
+use crate::error::{Error, Result};
+
+/// All layers' keys and values.
+pub struct KvCache {
+    pub shape: KvShape,
+    pub layout: Layout,
+    /// (layers, K, pages, words of a page)
+    keys: Aligned<u32>,
+    values: Aligned<u32>,
+}
+
+/// Sizes of a group of slots, in 32-bit words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    pub dtype: DType,
+    pub page_size: usize,
+    /// Slots of a group.
+    pub lanes: usize,
+    /// D rounded up to whole vectors.
+    pub value_width: usize,
+    /// Steps of q k^T.
+    pub key_steps: usize,
+    /// Steps of p v over one group.
+    pub value_steps: usize,
+}
+
+impl Layout {
+    fn new(dtype: DType, page_size: usize, head_dim: usize) -> Layout {
+        let lanes = page_size.min(LANES);
+        let per_word = 4 / dtype.bytes();
+        Layout {
+            dtype,
+            page_size,
+            lanes,
+            value_width: head_dim.next_multiple_of(LANES),
+            key_steps: head_dim.div_ceil(per_word),
+            value_steps: lanes.div_ceil(per_word),
+        }
+    }
+
+    /// Words of a group's keys.
+    pub fn key_group(&self) -> usize {
+        self.key_steps * self.lanes
+    }
+    /// Words of a group's values.
+    pub fn value_group(&self) -> usize {
+        self.value_steps * self.value_width
+    }
+    fn key_page(&self) -> usize {
+        self.page_size / self.lanes * self.key_group()
+    }
+    fn value_page(&self) -> usize {
+        self.page_size / self.lanes * self.value_group()
+    }
+}
+
+/// One head of one layer, to read.
+#[derive(Clone, Copy)]
+pub struct Head<'a> {
+    pub layout: Layout,
+    keys: &'a [u32],
+    values: &'a [u32],
+}
+
+impl<'a> Head<'a> {
+    /// Keys and values of the group of slots that begins at `slot`.
+    #[inline(always)]
+    pub fn group(&self, slot: usize) -> (&'a [u32], &'a [u32]) {
+        let group = slot / self.layout.lanes;
+        let (keys, values) = (self.layout.key_group(), self.layout.value_group());
+        (&self.keys[group * keys..][..keys], &self.values[group * values..][..values])
+    }
+}
+
+impl KvCache {
+    /// Pages full of NaN.
+    pub fn new(dtype: DType, shape: KvShape) -> Result<KvCache> {
+        let KvShape { num_layers, num_pages, page_size, num_kv_heads, head_dim } = shape;
+        if !page_size.is_power_of_two() {
+            return Err(Error::request(format!("page size {page_size} is not a power of two")));
+        }
+        assert!(num_kv_heads > 0 && head_dim > 0, "{shape:?} holds nothing");
+        let layout = Layout::new(dtype, page_size, head_dim);
+        let pages = num_layers * num_kv_heads * num_pages;
+        let mut kv = KvCache {
+            shape,
+            layout,
+            keys: Aligned::zeroed(pages * layout.key_page()),
+            values: Aligned::zeroed(pages * layout.value_page()),
+        };
+        let poison = kv.poison();
+        kv.keys.fill(poison);
+        kv.values.fill(poison);
+        Ok(kv)
+    }
+
+    /// NaN in every element of a word.
+    fn poison(&self) -> u32 {
+        match self.layout.dtype {
+            DType::F32 => f32::NAN.to_bits(),
+            DType::Bf16 => 0x7fc0_7fc0,
+        }
+    }
+
+    pub fn copy_page(&mut self, src: usize, dst: usize) {
+        let (keys, values) = (self.layout.key_page(), self.layout.value_page());
+        for head in 0..self.shape.num_layers * self.shape.num_kv_heads {
+            let (from, to) = (head * self.shape.num_pages + src, head * self.shape.num_pages + dst);
+            self.keys.copy_within(from * keys..(from + 1) * keys, to * keys);
+            self.values.copy_within(from * values..(from + 1) * values, to * values);
+        }
+    }
+
+    pub fn poison_page(&mut self, page: usize) {
+        let (keys, values, poison) = (self.layout.key_page(), self.layout.value_page(), self.poison());
+        for head in 0..self.shape.num_layers * self.shape.num_kv_heads {
+            let at = head * self.shape.num_pages + page;
+            self.keys[at * keys..(at + 1) * keys].fill(poison);
+            self.values[at * values..(at + 1) * values].fill(poison);
+        }
+    }
+
+    /// Head `head` of `layer`.
+    pub fn head(&self, layer: usize, head: usize) -> Head<'_> {
+        let at = (layer * self.shape.num_kv_heads + head) * self.shape.num_pages;
+        let (keys, values) = (self.layout.key_page(), self.layout.value_page());
+        let len = self.shape.num_pages;
+        Head { layout: self.layout, keys: &self.keys[at * keys..][..len * keys], values: &self.values[at * values..][..len * values] }
+    }
+
+    /// Keys and values of `layer`, (K, pages, words of a page), to write with [`write_key`] and [`write_value`].
+    pub fn layer_mut(&mut self, layer: usize) -> (&mut [u32], &mut [u32]) {
+        let pages = self.shape.num_kv_heads * self.shape.num_pages;
+        let (keys, values) = (pages * self.layout.key_page(), pages * self.layout.value_page());
+        (&mut self.keys[layer * keys..][..keys], &mut self.values[layer * values..][..values])
+    }
+
+    /// Words of one head of one layer: keys, values.
+    pub fn head_words(&self) -> (usize, usize) {
+        (self.shape.num_pages * self.layout.key_page(), self.shape.num_pages * self.layout.value_page())
+    }
+}
+
+/// Writes `key (D)` to `slot` of one head's words.
+pub fn write_key(layout: &Layout, words: &mut [u32], slot: usize, key: &[f32]) {
+    let lane = slot % layout.lanes;
+    let group = &mut words[slot / layout.lanes * layout.key_group()..][..layout.key_group()];
+    match layout.dtype {
+        DType::F32 => {
+            for (step, key) in group.chunks_exact_mut(layout.lanes).zip(key) {
+                step[lane] = key.to_bits();
+            }
+        }
+        DType::Bf16 => {
+            for (step, key) in group.chunks_exact_mut(layout.lanes).zip(key.chunks(2)) {
+                // The missing half of an odd D is zero: it meets a zero of q.
+                step[lane] = bf16_bits(key[0]) | key.get(1).map_or(0, |&k| bf16_bits(k)) << 16;
+            }
+        }
+    }
+}
+
+/// Writes `value (D)` to `slot` of one head's words.
+pub fn write_value(layout: &Layout, words: &mut [u32], slot: usize, value: &[f32]) {
+    let lane = slot % layout.lanes;
+    let group = &mut words[slot / layout.lanes * layout.value_group()..][..layout.value_group()];
+    match layout.dtype {
+        DType::F32 => {
+            for (word, value) in group[lane * layout.value_width..].iter_mut().zip(value) {
+                *word = value.to_bits();
+            }
+        }
+        DType::Bf16 => {
+            let (shift, other) = if lane.is_multiple_of(2) { (0, 0xffff_0000) } else { (16, 0x0000_ffff) };
+            for (word, &value) in group[lane / 2 * layout.value_width..].iter_mut().zip(value) {
+                *word = *word & other | bf16_bits(value) << shift;
+            }
+        }
+    }
+}
+
+/// Nearest even, in the low half. A NaN keeps its upper half and becomes quiet.
+#[inline(always)]
+fn bf16_bits(x: f32) -> u32 {
+    let bits = x.to_bits();
+    if x.is_nan() { bits >> 16 | 0x40 } else { (bits + 0x7fff + (bits >> 16 & 1)) >> 16 }
+}

@@ -1,0 +1,74 @@
+//! LayerNorm of rows: one pass for the mean, one for the variance, one to write.
+#![forbid(unsafe_code)]
+
+use crate::cpu::Machine;
+use crate::cpu::simd::{Kernel, LANES, Simd};
+
+/// Rows of a task: about 16 K elements, a few microseconds.
+const TASK_ELEMENTS: usize = 1 << 14;
+
+/// See [`crate::backend::Backend::layer_norm`]; `x` and `out` are (rows, C), C = `weight.len()`.
+pub fn layer_norm(machine: &Machine, x: &[f32], weight: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
+    let width = weight.len();
+    let rows_at_once = (TASK_ELEMENTS / width).max(1);
+    machine.pool.chunks(out, rows_at_once * width, &|i, out| {
+        let x = &x[i * rows_at_once * width..][..out.len()];
+        machine.isa.run(Rows { x, weight, bias, eps, out });
+    });
+}
+
+struct Rows<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    bias: Option<&'a [f32]>,
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Rows<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let width = self.weight.len();
+        let count = width as f32;
+        let (weight, weight_tail) = self.weight.as_chunks::<LANES>();
+        let (bias, bias_tail) = self.bias.unwrap_or(&[]).as_chunks::<LANES>();
+        for (x, out) in self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width)) {
+            let (x, x_tail) = x.as_chunks::<LANES>();
+            let (out, out_tail) = out.as_chunks_mut::<LANES>();
+
+            let mut sum = simd.splat(0.0);
+            for x in x {
+                sum = simd.add(sum, simd.load(x));
+            }
+            let mut tail = 0.0;
+            for x in x_tail {
+                tail += x;
+            }
+            let mean = (simd.sum(sum) + tail) / count;
+
+            let mut squares = simd.splat(0.0);
+            for x in x {
+                let centred = simd.sub(simd.load(x), simd.splat(mean));
+                squares = simd.fma(centred, centred, squares);
+            }
+            let mut tail = 0.0;
+            for x in x_tail {
+                tail += (x - mean) * (x - mean);
+            }
+            let scale = 1.0 / ((simd.sum(squares) + tail) / count + self.eps).sqrt();
+
+            for (i, (x, out)) in x.iter().zip(out).enumerate() {
+                let unit = simd.mul(simd.sub(simd.load(x), simd.splat(mean)), simd.splat(scale));
+                let shift = match bias.get(i) {
+                    Some(bias) => simd.load(bias),
+                    None => simd.splat(0.0),
+                };
+                simd.store(simd.fma(unit, simd.load(&weight[i]), shift), out);
+            }
+            for (i, (x, out)) in x_tail.iter().zip(out_tail).enumerate() {
+                *out = (x - mean) * scale * weight_tail[i] + bias_tail.get(i).copied().unwrap_or(0.0);
+            }
+        }
+    }
+}

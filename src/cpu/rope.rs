@@ -1,0 +1,112 @@
+//! Rotary positions: rotates q and k of fused rows in place, then writes k and v to their slots.
+//!
+//! Rotation runs over rows and the writes over K/V heads, each of which owns one region of the store, so neither needs a lock.
+#![forbid(unsafe_code)]
+
+use crate::backend::HeadShape;
+use crate::cpu::Machine;
+use crate::cpu::kv::{KvCache, write_key, write_value};
+use crate::cpu::oracle::rope_angle;
+use crate::cpu::simd::{Kernel, LANES, Simd};
+use crate::plan::Plan;
+
+/// Elements of qkv a task takes, a few microseconds.
+const TASK_ELEMENTS: usize = 1 << 14;
+
+/// cos and sin by position for one (base, head_dim): computed once per position in f64 from the f32 angle, kept between
+/// forwards. 4 KiB per 8 positions at D = 64.
+#[derive(Default)]
+pub struct Rotations {
+    base: f32,
+    head_dim: usize,
+    /// (positions, D): D/2 cosines, then D/2 sines.
+    table: Vec<f32>,
+}
+
+impl Rotations {
+    /// The table with at least `positions` rows.
+    fn table(&mut self, base: f32, head_dim: usize, positions: usize) -> &[f32] {
+        if self.base.to_bits() != base.to_bits() || self.head_dim != head_dim {
+            *self = Rotations { base, head_dim, table: Vec::new() };
+        }
+        let half = head_dim / 2;
+        let inverse: Vec<f32> = (0..half).map(|i| rope_angle(1, base, i, head_dim)).collect();
+        for position in self.table.len() / (2 * half).max(1)..positions {
+            let angles = || inverse.iter().map(|f| f64::from(position as f32 * f));
+            self.table.extend(angles().map(|angle| angle.cos() as f32));
+            self.table.extend(angles().map(|angle| angle.sin() as f32));
+        }
+        &self.table
+    }
+}
+
+/// See [`crate::backend::Backend::rope_append`].
+pub fn rope_append(machine: &Machine, plan: &Plan, heads: HeadShape, base: f32, qkv: &mut [f32], layer: usize, kv: &mut KvCache) {
+    let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
+    let rows = plan.num_rows();
+    let width = heads.qkv_width();
+    let qkv = &mut qkv[..rows * width];
+    let Some(&last) = plan.positions.iter().max() else { return };
+
+    let mut rotations = machine.rotations();
+    let table = rotations.table(base, head_dim, last as usize + 1);
+    let rows_at_once = (TASK_ELEMENTS / width).max(1);
+    machine.pool.chunks(qkv, rows_at_once * width, &|i, rows| {
+        let positions = &plan.positions[i * rows_at_once..];
+        machine.isa.run(Rotate { rows, width, rotated: (num_heads + num_kv_heads) * head_dim, head_dim, positions, table });
+    });
+
+    let layout = kv.layout;
+    let (key_words, value_words) = kv.head_words();
+    let (keys, values) = kv.layer_mut(layer);
+    let qkv = &*qkv;
+    let first_key = heads.q_width();
+    let first_value = first_key + num_kv_heads * head_dim;
+    let append = |first: usize, head: usize, words: &mut [u32], write: fn(&_, &mut [u32], usize, &[f32])| {
+        for (row, &slot) in qkv.chunks_exact(width).zip(&plan.slots) {
+            write(&layout, words, slot as usize, &row[first + head * head_dim..][..head_dim]);
+        }
+    };
+    // A write costs about as much as four multiply-adds of a product.
+    let pool = machine.pool_for(4 * rows * num_kv_heads * head_dim);
+    pool.chunks(keys, key_words, &|head, words| append(first_key, head, words, write_key));
+    pool.chunks(values, value_words, &|head, words| append(first_value, head, words, write_value));
+}
+
+/// Rotates the first `rotated` columns of each row, head by head.
+struct Rotate<'a> {
+    rows: &'a mut [f32],
+    width: usize,
+    rotated: usize,
+    head_dim: usize,
+    positions: &'a [u32],
+    table: &'a [f32],
+}
+
+impl Kernel for Rotate<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let half = self.head_dim / 2;
+        for (row, &position) in self.rows.chunks_exact_mut(self.width).zip(self.positions) {
+            let (cos, sin) = self.table[position as usize * 2 * half..][..2 * half].split_at(half);
+            for head in row[..self.rotated].chunks_exact_mut(self.head_dim) {
+                // An odd D leaves its last element alone, as the pairs (i, i + D/2) do.
+                let (low, high) = head[..2 * half].split_at_mut(half);
+                let ((low, low_tail), (high, high_tail)) = (low.as_chunks_mut::<LANES>(), high.as_chunks_mut::<LANES>());
+                let ((cos, cos_tail), (sin, sin_tail)) = (cos.as_chunks::<LANES>(), sin.as_chunks::<LANES>());
+                for i in 0..low.len() {
+                    let (a, b) = (simd.load(&low[i]), simd.load(&high[i]));
+                    let (c, s) = (simd.load(&cos[i]), simd.load(&sin[i]));
+                    simd.store(simd.sub(simd.mul(a, c), simd.mul(b, s)), &mut low[i]);
+                    simd.store(simd.add(simd.mul(b, c), simd.mul(a, s)), &mut high[i]);
+                }
+                for i in 0..low_tail.len() {
+                    let (a, b) = (low_tail[i], high_tail[i]);
+                    low_tail[i] = a * cos_tail[i] - b * sin_tail[i];
+                    high_tail[i] = b * cos_tail[i] + a * sin_tail[i];
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! AVX-512 and AVX2 lanes. A token exists only where `detect` saw every feature its methods use.
+
+use std::arch::x86_64::*;
+
+use super::{Kernel, LANES, Simd};
+
+/// AVX-512 F, BW, DQ, VL and, with `BF16`, `vdpbf16ps`.
+#[derive(Clone, Copy)]
+pub struct Avx512<const BF16: bool>(());
+
+/// AVX2 and FMA; sixteen lanes are two registers.
+#[derive(Clone, Copy)]
+pub struct Avx2(());
+
+impl<const BF16: bool> Avx512<BF16> {
+    #[inline]
+    pub fn detect() -> Option<Self> {
+        // Each macro is one load and a bit test after its first use.
+        let base = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma");
+        (base && (!BF16 || is_x86_feature_detected!("avx512bf16"))).then_some(Self(()))
+    }
+
+    #[inline]
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        fn plain<K: Kernel, const BF16: bool>(simd: Avx512<BF16>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+        fn bf16<K: Kernel, const BF16: bool>(simd: Avx512<BF16>, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: `self` exists, so `detect` saw the features of the branch taken.
+        unsafe { if BF16 { bf16(self, kernel) } else { plain(self, kernel) } }
+    }
+}
+
+impl Avx2 {
+    #[inline]
+    pub fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+    }
+
+    #[inline]
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma")]
+        fn entry<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: `self` exists, so `detect` saw both features.
+        unsafe { entry(self, kernel) }
+    }
+}
+
+/// One register instruction of a set whose token is `self`.
+macro_rules! op {
+    ($e:expr) => {
+        // SAFETY: register-only intrinsics whose features `detect` saw before it made `self`.
+        unsafe { $e }
+    };
+}
+
+impl<const BF16: bool> Simd for Avx512<BF16> {
+    type F = __m512;
+    type W = __m512i;
+    // 24 accumulators + 4 of B + 1 of A of 32 registers.
+    const NV: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        op!(_mm512_set1_ps(x))
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> __m512 {
+        // SAFETY: reads the sixteen floats behind `x`, unaligned; features as in `op`.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, x: __m512, to: &mut [f32; LANES]) {
+        // SAFETY: writes the sixteen floats behind `to`, unaligned; features as in `op`.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_add_ps(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_sub_ps(a, b))
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_mul_ps(a, b))
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_div_ps(a, b))
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        op!(_mm512_fmadd_ps(a, b, c))
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        op!(_mm512_max_ps(a, b))
+    }
+    #[inline(always)]
+    fn round(self, x: __m512) -> __m512 {
+        op!(_mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x))
+    }
+    #[inline(always)]
+    fn scale(self, x: __m512, n: __m512) -> __m512 {
+        op!(_mm512_scalef_ps(x, n))
+    }
+    #[inline(always)]
+    fn select_gt(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        op!(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x))
+    }
+    #[inline(always)]
+    fn mask_ge(self, a: __m512, b: __m512) -> u32 {
+        op!(u32::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b)))
+    }
+    #[inline(always)]
+    fn sum(self, x: __m512) -> f32 {
+        op!(_mm512_reduce_add_ps(x))
+    }
+    #[inline(always)]
+    fn max_lane(self, x: __m512) -> f32 {
+        op!(_mm512_reduce_max_ps(x))
+    }
+    #[inline(always)]
+    fn store_bf16(self, x: __m512, to: &mut [u16; LANES]) {
+        // SAFETY: writes the sixteen halves behind `to`, unaligned; features as in `op`, the first branch only with BF16.
+        unsafe {
+            let rounded = if BF16 {
+                std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x))
+            } else {
+                let bits = _mm512_castps_si512(x);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+                // A NaN keeps its upper half and becomes quiet; the addition above could carry it to infinity.
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+                let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
+                _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(nan, nearest, quiet)))
+            };
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), rounded);
+        }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> __m512 {
+        // SAFETY: reads the sixteen halves behind `x`, unaligned; features as in `op`.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast())))) }
+    }
+
+    #[inline(always)]
+    fn word(self, x: u32) -> __m512i {
+        op!(_mm512_set1_epi32(x as i32))
+    }
+    #[inline(always)]
+    fn words(self, x: &[u32; LANES]) -> __m512i {
+        // SAFETY: reads the sixteen words behind `x`, unaligned; features as in `op`.
+        unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn step_f32(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
+        op!(_mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), acc))
+    }
+    #[inline(always)]
+    fn step_bf16(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
+        // SAFETY: features as in `op`, the first branch only with BF16; the transmutes rename 512 bits.
+        unsafe {
+            if BF16 {
+                _mm512_dpbf16_ps(acc, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b))
+            } else {
+                let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                let low = |w| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(w));
+                let acc = _mm512_fmadd_ps(low(a), low(b), acc);
+                let high = |w| _mm512_castsi512_ps(_mm512_and_si512(w, high));
+                _mm512_fmadd_ps(high(a), high(b), acc)
+            }
+        }
+    }
+    #[inline(always)]
+    fn prefetch(self, at: *const u32) {
+        // SAFETY: a hint; it never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+}
+
+/// The two halves of a sixteen-lane value.
+type Pair<T> = [T; 2];
+
+impl Avx2 {
+    #[inline(always)]
+    fn pair<T: Copy, R>(a: Pair<T>, f: impl Fn(T) -> R) -> Pair<R> {
+        [f(a[0]), f(a[1])]
+    }
+}
+
+impl Simd for Avx2 {
+    type F = Pair<__m256>;
+    type W = Pair<__m256i>;
+    // 12 accumulators + 2 of B + 1 of A of 16 registers.
+    const NV: usize = 1;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        op!([_mm256_set1_ps(x); 2])
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32; LANES]) -> Self::F {
+        // SAFETY: reads the sixteen floats behind `x`, unaligned; features as in `op`.
+        unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
+    }
+    #[inline(always)]
+    fn store(self, x: Self::F, to: &mut [f32; LANES]) {
+        // SAFETY: writes the sixteen floats behind `to`, unaligned; features as in `op`.
+        unsafe {
+            _mm256_storeu_ps(to.as_mut_ptr(), x[0]);
+            _mm256_storeu_ps(to.as_mut_ptr().add(8), x[1]);
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        op!([_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])])
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        op!([_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])])
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        op!([_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])])
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        op!([_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])])
+    }
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        op!([_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])])
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        op!([_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])])
+    }
+    #[inline(always)]
+    fn round(self, x: Self::F) -> Self::F {
+        op!(Self::pair(x, |x| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x)))
+    }
+    #[inline(always)]
+    fn scale(self, x: Self::F, n: Self::F) -> Self::F {
+        op!({
+            let power = Self::pair(n, |n| {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            });
+            self.mul(x, power)
+        })
+    }
+    #[inline(always)]
+    fn select_gt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F {
+        op!([
+            _mm256_blendv_ps(y[0], x[0], _mm256_cmp_ps::<_CMP_GT_OQ>(a[0], b[0])),
+            _mm256_blendv_ps(y[1], x[1], _mm256_cmp_ps::<_CMP_GT_OQ>(a[1], b[1]))
+        ])
+    }
+    #[inline(always)]
+    fn mask_ge(self, a: Self::F, b: Self::F) -> u32 {
+        op!({
+            let low = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a[0], b[0]));
+            let high = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(a[1], b[1]));
+            (low | high << 8) as u32
+        })
+    }
+    #[inline(always)]
+    fn sum(self, x: Self::F) -> f32 {
+        op!({
+            let eight = _mm256_add_ps(x[0], x[1]);
+            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        })
+    }
+    #[inline(always)]
+    fn max_lane(self, x: Self::F) -> f32 {
+        op!({
+            let eight = _mm256_max_ps(x[0], x[1]);
+            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        })
+    }
+    #[inline(always)]
+    fn store_bf16(self, x: Self::F, to: &mut [u16; LANES]) {
+        // SAFETY: writes the sixteen halves behind `to`, unaligned; features as in `op`.
+        unsafe {
+            let halves = Self::pair(x, |x| {
+                let bits = _mm256_castps_si256(x);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+                // A NaN keeps its upper half and becomes quiet; the addition above could carry it to infinity.
+                let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+                _mm256_srli_epi32::<16>(_mm256_blendv_epi8(nearest, quiet, nan))
+            });
+            // packus works within 128-bit lanes: bring the quarters back in order.
+            let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(halves[0], halves[1]));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), packed);
+        }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::F {
+        // SAFETY: reads the sixteen halves behind `x`, unaligned; features as in `op`.
+        unsafe {
+            let halves = [_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x.as_ptr().add(8).cast())];
+            Self::pair(halves, |h| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(h))))
+        }
+    }
+
+    #[inline(always)]
+    fn word(self, x: u32) -> Self::W {
+        op!([_mm256_set1_epi32(x as i32); 2])
+    }
+    #[inline(always)]
+    fn words(self, x: &[u32; LANES]) -> Self::W {
+        // SAFETY: reads the sixteen words behind `x`, unaligned; features as in `op`.
+        unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] }
+    }
+    #[inline(always)]
+    fn step_f32(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F {
+        op!([
+            _mm256_fmadd_ps(_mm256_castsi256_ps(a[0]), _mm256_castsi256_ps(b[0]), acc[0]),
+            _mm256_fmadd_ps(_mm256_castsi256_ps(a[1]), _mm256_castsi256_ps(b[1]), acc[1])
+        ])
+    }
+    #[inline(always)]
+    fn step_bf16(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F {
+        op!({
+            let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            let low = |w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w));
+            let high = |w| _mm256_castsi256_ps(_mm256_and_si256(w, mask));
+            let half = |i: usize| _mm256_fmadd_ps(high(a[i]), high(b[i]), _mm256_fmadd_ps(low(a[i]), low(b[i]), acc[i]));
+            [half(0), half(1)]
+        })
+    }
+    #[inline(always)]
+    fn prefetch(self, at: *const u32) {
+        // SAFETY: a hint; it never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+}

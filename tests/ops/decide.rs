@@ -1,0 +1,269 @@
+//! `decide` against `policy::decide_row`. The head is an identity, so hidden rows are the logits.
+
+use redraft::backend::{Backend, DType, Decision, Draw, Epilogue, TopPRule};
+use redraft::cpu::{Cpu, oracle};
+use redraft::error::Error;
+use redraft::policy::decide_row;
+
+use crate::{TestBackend, cpus, noise};
+
+const PLAIN: Draw = Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
+
+/// Runs rows of V logits through a head of 16 features whose products reproduce them: logits come from the bias, rows from a
+/// one-hot hidden state. Each row then has its own weight column, exact in f32; bf16 rounds the logits, which both sides see.
+fn decide<B: TestBackend>(b: &B, rows: &[Vec<f32>], banned: &[u32], draws: &[Draw]) -> Result<Vec<Decision>, Error> {
+    let (k, vocab) = (rows.len(), rows[0].len());
+    let mut weight = vec![0.0; vocab * k];
+    for (feature, row) in rows.iter().enumerate() {
+        for (id, &logit) in row.iter().enumerate() {
+            weight[id * k + feature] = logit;
+        }
+    }
+    let mut hidden = vec![0.0; k * k];
+    (0..k).for_each(|i| hidden[i * k + i] = 1.0);
+    b.decide(&b.upload(&hidden), &b.pack(&weight, vocab, k), None, banned, draws)
+}
+
+/// The logits as the backend sees them.
+fn stored(dtype: DType, row: &[f32]) -> Vec<f32> {
+    row.iter().map(|&v| oracle::stored(dtype, v)).collect()
+}
+
+/// Whether the token of `draw` stays the same when u and p move by more than f32 sums err.
+fn is_clear(row: &[f32], banned: &[u32], draw: &Draw) -> bool {
+    let token = |du: f64, dp: f32| {
+        let moved = Draw { u: (draw.u + du).clamp(0.0, 1.0 - 1e-9), top_p: if draw.top_p < 1.0 { draw.top_p + dp } else { 1.0 }, ..*draw };
+        decide_row(row, banned, &moved).unwrap().token
+    };
+    let at = token(0.0, 0.0);
+    [(1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-5), (0.0, -1e-5), (1e-5, 1e-5), (-1e-5, -1e-5)].iter().all(|&(du, dp)| token(du, dp) == at)
+}
+
+#[track_caller]
+fn assert_decision(what: &str, got: &Decision, want: &Decision) {
+    assert_eq!(got.token, want.token, "{what}: {got:?}, expected {want:?}");
+    let close = |a: f32, b: f32, tolerance: f32| (a - b).abs() <= tolerance || a == b;
+    // f32 exponentials with f64 sums: 1e-6 relative; entropy sums terms of up to ln V.
+    assert!(close(got.confidence, want.confidence, 2e-6 * (1e-3 + want.confidence)), "{what}: {got:?}, expected {want:?}");
+    assert!(close(got.log_prob, want.log_prob, 2e-6 * (1.0 + want.log_prob.abs())), "{what}: {got:?}, expected {want:?}");
+    assert!(close(got.margin, want.margin, 2e-6), "{what}: {got:?}, expected {want:?}");
+    assert!(close(got.entropy, want.entropy, 2e-5), "{what}: {got:?}, expected {want:?}");
+}
+
+#[test]
+fn agrees_with_the_law_over_many_draws() {
+    for b in cpus(2) {
+        let (mut clear, mut total) = (0, 0);
+        for vocab in [1, 2, 15, 16, 17, 100, 2047, 2048, 2049, 5000] {
+            // Spreads from nearly uniform to nearly certain.
+            let rows: Vec<Vec<f32>> =
+                (0..12).map(|i| noise(vocab, 100 + i).iter().map(|v| v * [0.1, 3.0, 12.0][i as usize % 3]).collect()).collect();
+            for (variant, &(temperature, top_p, top_p_rule)) in [
+                (1.0, 1.0, TopPRule::Within),
+                (0.0, 1.0, TopPRule::Within),
+                (0.7, 1.0, TopPRule::Within),
+                (1.6, 0.9, TopPRule::Crossing),
+                (1.0, 0.9, TopPRule::Within),
+                (0.5, 0.3, TopPRule::Crossing),
+                (1.0, 0.999, TopPRule::Within),
+                (1.0, 1e-6, TopPRule::Within),
+            ]
+            .iter()
+            .enumerate()
+            {
+                let uniforms = noise(12, variant as u64 + 7);
+                let draw = |i: usize| Draw {
+                    u: f64::from(uniforms[i]) / 2.0 + 0.5,
+                    temperature,
+                    top_p,
+                    top_p_rule,
+                    truncated_confidence: i.is_multiple_of(2),
+                    ..PLAIN
+                };
+                let draws: Vec<Draw> = (0..12).map(draw).collect();
+                let banned: &[u32] = if vocab > 2 { &[1, vocab as u32 - 1] } else { &[] };
+                let got = decide(&b, &rows, banned, &draws).unwrap();
+                for i in 0..12 {
+                    total += 1;
+                    let row = stored(b.dtype(), &rows[i]);
+                    let mut draw = draws[i];
+                    if !is_clear(&row, banned, &draw) {
+                        // Still held to the law in everything that does not hang on the boundary.
+                        draw.forced = Some(got[i].token);
+                        draw.truncated_confidence = false;
+                        if draws[i].truncated_confidence {
+                            continue;
+                        }
+                    } else {
+                        clear += 1;
+                    }
+                    let want = decide_row(&row, banned, &draw).unwrap();
+                    assert_decision(&format!("{} {:?} V {vocab} variant {variant} row {i}", b.name(), b.dtype()), &got[i], &want);
+                }
+            }
+        }
+        assert!(clear * 10 > total * 8, "{clear} of {total} draws were clear of boundaries");
+    }
+}
+
+#[test]
+fn draws_walk_the_whole_distribution() {
+    // A thousand evenly spaced u over V = 5000: tokens ascend and every one is what the law says.
+    for b in cpus(2).iter().filter(|b| b.dtype() == DType::F32) {
+        let row = noise(5000, 11);
+        let draws: Vec<Draw> = (0..1000).map(|i| Draw { u: (f64::from(i) + 0.5) / 1000.0, ..PLAIN }).collect();
+        let rows = vec![row.clone(); 1];
+        for draws in draws.chunks(100) {
+            let hidden = b.upload(&vec![1.0; draws.len()]);
+            let got = b.decide(&hidden, &b.pack(&rows[0], 5000, 1), None, &[], draws).unwrap();
+            assert!(got.is_sorted_by_key(|d| d.token));
+            for (draw, got) in draws.iter().zip(&got).filter(|(draw, _)| is_clear(&row, &[], draw)) {
+                assert_decision(&b.name(), got, &decide_row(&row, &[], draw).unwrap());
+            }
+        }
+    }
+}
+
+#[test]
+fn ties_go_to_the_lower_id() {
+    for b in cpus(1) {
+        let mut row = vec![0.0; 5000];
+        for id in [2047, 2048, 2500, 4999] {
+            row[id] = 5.0;
+        }
+        let greedy = Draw { temperature: 0.0, ..PLAIN };
+        // Four equal tokens of about 0.027 each: p = 0.06 keeps two within, three crossing.
+        let nucleus = |u, top_p_rule| Draw { u, top_p: 0.06, top_p_rule, truncated_confidence: true, ..PLAIN };
+        let draws = [greedy, nucleus(0.99, TopPRule::Within), nucleus(0.99, TopPRule::Crossing), nucleus(0.0, TopPRule::Crossing)];
+        let rows = vec![row; 4];
+        let got = decide(&b, &rows, &[], &draws).unwrap();
+        assert_eq!(got.iter().map(|d| d.token).collect::<Vec<_>>(), [2047, 2048, 2500, 2047], "{}", b.name());
+        assert_eq!(got[0].margin, 0.0);
+        assert_eq!((got[0].confidence > 0.02, got[1].confidence, got[2].confidence), (true, 0.5, 1.0 / 3.0));
+        for (got, draw) in got.iter().zip(&draws) {
+            assert_decision(&b.name(), got, &decide_row(&rows[0], &[], draw).unwrap());
+        }
+    }
+}
+
+#[test]
+fn all_equal_huge_and_infinitely_small_logits() {
+    for b in cpus(1) {
+        let mut one_left = vec![f32::NEG_INFINITY; 3000];
+        one_left[2999] = -3.0;
+        let mut far = vec![-1e30; 3000];
+        far[7] = 1e30;
+        let rows = [vec![0.0; 3000], vec![1e30; 3000], vec![-1e30; 3000], one_left, far];
+        for draw in [PLAIN, Draw { temperature: 0.0, ..PLAIN }, Draw { top_p: 0.5003, temperature: 0.8, ..PLAIN }] {
+            for (row, u) in rows.iter().zip([0.3001, 0.60011, 0.9999, 0.5, 0.5]) {
+                // -inf cannot come out of a product with zeros beside it: one row at a time, so nothing multiplies it by 0.
+                let hidden = b.upload(&[1.0]);
+                let draw = Draw { u, ..draw };
+                let got = b.decide(&hidden, &b.pack(row, 3000, 1), None, &[], &[draw]).unwrap()[0];
+                assert_decision(&format!("{} {draw:?}", b.name()), &got, &decide_row(&stored(b.dtype(), row), &[], &draw).unwrap());
+            }
+        }
+    }
+}
+
+#[test]
+fn banned_ids_are_never_chosen_and_take_no_mass() {
+    for b in cpus(1) {
+        let mut row = noise(4000, 12);
+        row[3] = 50.0;
+        row[2100] = f32::NAN;
+        let banned = [3, 2100, 9999];
+        for u in [0.0, 0.4, 0.999_999_9] {
+            let draw = Draw { u, ..PLAIN };
+            let got = b.decide(&b.upload(&[1.0]), &b.pack(&row, 4000, 1), None, &banned, &[draw]).unwrap()[0];
+            assert!(!banned.contains(&got.token));
+            let want = decide_row(&stored(b.dtype(), &row), &banned, &draw).unwrap();
+            assert!((got.entropy - want.entropy).abs() < 2e-5);
+        }
+    }
+}
+
+#[test]
+fn forced_tokens_are_scored() {
+    for b in cpus(1) {
+        let rows = vec![noise(3000, 13); 3];
+        let draws = [0, 1500, 2999].map(|t| Draw { forced: Some(t), truncated_confidence: true, temperature: 0.3, top_p: 0.1, ..PLAIN });
+        for (got, draw) in decide(&b, &rows, &[5], &draws).unwrap().iter().zip(&draws) {
+            assert_decision(&b.name(), got, &decide_row(&stored(b.dtype(), &rows[0]), &[5], draw).unwrap());
+        }
+        for bad in [5, 3000, u32::MAX] {
+            let error = decide(&b, &rows, &[5], &[Draw { forced: Some(bad), ..PLAIN }]).unwrap_err();
+            assert!(matches!(&error, Error::Request { what } if what.contains(&bad.to_string()) && what.contains("row 0")), "{error:?}");
+        }
+    }
+}
+
+#[test]
+fn logits_that_are_not_finite_are_an_error_that_names_the_row() {
+    for b in cpus(2) {
+        for bad in [f32::NAN, f32::INFINITY] {
+            for at in [0, 1, 17, 2047, 2048, 2999] {
+                for rest in [0.0, f32::NEG_INFINITY] {
+                    let mut weight = vec![rest; 3000];
+                    weight[at] = bad;
+                    let draws = vec![PLAIN; 70];
+                    // Only row 66 meets the weight; elsewhere 0 * NaN would spread it, so logits come in by the bias.
+                    let mut hidden = vec![0.0; 70];
+                    hidden[66] = 1.0;
+                    let one = b.decide(&b.upload(&[1.0]), &b.pack(&weight, 3000, 1), None, &[], &[PLAIN]);
+                    assert!(
+                        matches!(&one, Err(Error::Kernel { what }) if what.contains("row 0") && what.contains(&at.to_string())),
+                        "{one:?}"
+                    );
+                    hidden.fill(1.0);
+                    hidden[66] = f32::NAN;
+                    let many = b.decide(&b.upload(&hidden), &b.pack(&vec![1.0; 3000], 3000, 1), None, &[], &draws);
+                    assert!(matches!(&many, Err(Error::Kernel { what }) if what.contains("row 66")), "{many:?}");
+                }
+            }
+        }
+        let nothing = b.decide(&b.upload(&[1.0]), &b.pack(&[f32::NEG_INFINITY; 20], 20, 1), None, &[], &[PLAIN]);
+        assert!(matches!(nothing, Err(Error::Kernel { .. })));
+        let banned = b.decide(&b.upload(&[1.0]), &b.pack(&[1.0, 2.0], 2, 1), None, &[0, 1], &[PLAIN]);
+        assert!(matches!(banned, Err(Error::Kernel { .. })));
+    }
+}
+
+#[test]
+fn a_decision_does_not_depend_on_its_neighbours_or_on_threads() {
+    let (vocab, k, rows) = (3001, 40, 130);
+    let (weight, hidden, bias) = (noise(vocab * k, 14), noise(rows * k, 15), noise(vocab, 16));
+    let draws: Vec<Draw> = noise(rows, 17)
+        .iter()
+        .enumerate()
+        .map(|(i, &u)| Draw { u: f64::from(u) / 2.0 + 0.5, top_p: [1.0, 0.9][i % 2], temperature: [1.0, 0.8, 0.0][i % 3], ..PLAIN })
+        .collect();
+    for (one, two) in cpus(1).iter().zip(&cpus(2)) {
+        let run = |b: &Cpu, rows: std::ops::Range<usize>| {
+            let bias = b.vector(&bias).unwrap();
+            let hidden = b.upload(&hidden[rows.start * k..rows.end * k]);
+            b.decide(&hidden, &b.pack(&weight, vocab, k), Some(&bias), &[7], &draws[rows]).unwrap()
+        };
+        let all = run(one, 0..rows);
+        assert_eq!(all, run(two, 0..rows));
+        for rows in [0..1, 129..130, 60..70, 5..8] {
+            assert_eq!(run(one, rows.clone()), all[rows], "{}", one.name());
+        }
+    }
+}
+
+#[test]
+fn the_head_is_the_product_of_linear() {
+    let (vocab, k) = (200, 30);
+    for b in cpus(2) {
+        let (weight, hidden, bias) = (noise(vocab * k, 18), noise(3 * k, 19), noise(vocab, 20));
+        let (packed, hidden, bias) = (b.pack(&weight, vocab, k), b.upload(&hidden), b.vector(&bias).unwrap());
+        let mut logits = b.alloc(3 * vocab).unwrap();
+        b.linear(3, &hidden, &packed, Some(&bias), Epilogue::Store, &mut logits).unwrap();
+        let logits = b.read(&logits, 3 * vocab);
+        let greedy = Draw { temperature: 0.0, ..PLAIN };
+        for (row, got) in logits.chunks(vocab).zip(b.decide(&hidden, &packed, Some(&bias), &[], &[greedy; 3]).unwrap()) {
+            assert_decision(&b.name(), &got, &decide_row(row, &[], &greedy).unwrap());
+        }
+    }
+}

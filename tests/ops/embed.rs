@@ -1,0 +1,60 @@
+//! `embed`, `gather` and the memory methods.
+
+use redraft::backend::{Backend, DType};
+use redraft::cpu::{Cpu, oracle};
+use redraft::error::Error;
+use redraft::plan::{Plan, Visibility};
+
+use crate::{TestBackend, assert_same, cpus, noise};
+
+#[test]
+fn embed_reads_rows_as_stored() {
+    for b in cpus(1) {
+        for (n, k) in [(1, 1), (7, 5), (600, 33)] {
+            let values = noise(n * k, 1);
+            let table = b
+                .table(n, k, &mut |first, dst| {
+                    dst.copy_from_slice(&values[first * k..][..dst.len()]);
+                    Ok(())
+                })
+                .unwrap();
+            let ids: Vec<u32> = (0..9).map(|i| (i * 131 % n) as u32).collect();
+            let rows: Vec<_> = ids.iter().enumerate().map(|(i, &id)| (i, id)).collect();
+            let mut plan = Plan::new();
+            plan.push(&rows, &[0], 16, Visibility::Full, 9);
+            let mut out = b.alloc(9 * k).unwrap();
+            b.embed(&b.batch(&plan).unwrap(), &table, &mut out).unwrap();
+            assert_same(&b.name(), &b.read(&out, 9 * k), &oracle::embed(b.dtype(), &ids, &values, k));
+        }
+    }
+}
+
+#[test]
+fn gather_copies_rows() {
+    for b in cpus(1) {
+        let x = noise(10 * 7, 2);
+        let mut out = b.alloc(3 * 7).unwrap();
+        b.gather(&[9, 0, 9], 7, &b.upload(&x), &mut out).unwrap();
+        assert_same(&b.name(), &b.read(&out, 21), &[&x[63..], &x[..7], &x[63..]].concat());
+    }
+}
+
+#[test]
+fn a_failing_source_is_passed_on() {
+    let b = Cpu::new(2, DType::Bf16).unwrap();
+    let mut fail = |first: usize, dst: &mut [f32]| {
+        dst.fill(0.0);
+        if first > 100 { Err(Error::kernel("truncated")) } else { Ok(()) }
+    };
+    assert_eq!(b.matrix(1000, 3, &mut fail).err(), Some(Error::kernel("truncated")));
+    assert_eq!(b.table(1000, 3, &mut fail).err(), Some(Error::kernel("truncated")));
+}
+
+#[test]
+fn buffers_begin_at_zero_and_download_from_an_offset() {
+    let b = Cpu::new(1, DType::F32).unwrap();
+    assert_same("alloc", &b.read(&b.alloc(5).unwrap(), 5), &[0.0; 5]);
+    let mut two = [0.0; 2];
+    b.download(&b.upload(&[1.0, 2.0, 3.0]), 1, &mut two).unwrap();
+    assert_eq!(two, [2.0, 3.0]);
+}
