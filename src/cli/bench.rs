@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::model::Format;
 use super::{DeviceFlags, Progress};
-use crate::backend::{Backend, DType};
+use crate::backend::{Backend, DType, Epilogue};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::{Engine, Output, Prompt, Request};
@@ -88,6 +88,19 @@ struct Probe {
     /// Weight products of the layers and the head over all rows.
     gflop: f64,
     gflop_per_s: f64,
+    /// What the products and the reading of the weights take at the measured ceilings, whichever is more.
+    floor_ms: f64,
+    /// Median over floor.
+    times_floor: f64,
+}
+
+/// What this machine does at best, measured in the same run.
+#[derive(Serialize)]
+struct Ceilings {
+    /// One large product of packed weights (512 x 768 x 3072).
+    matrix_gflop_per_s: f64,
+    /// Plain reading of as many bytes as the weights have, all threads: memory, or cache where they fit.
+    read_gb_per_s: f64,
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -127,7 +140,8 @@ pub(super) fn run(flags: Flags) -> Result<()> {
         Some(_) => Engine::random(config.clone(), backend, options)?,
         None => Engine::load(&config.dir, backend, options)?,
     };
-    let probes = probe(&mut engine, longest, flags.runs)?;
+    let ceilings = ceilings(&engine)?;
+    let probes = probe(&mut engine, &ceilings, longest, flags.runs)?;
     let mut progress = Progress::new("measuring");
     let mut rows = Vec::new();
     for (name, schedule) in &schedules {
@@ -148,10 +162,10 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     let text = if flags.format == Format::Json {
         format!(
             "{}\n",
-            json!({"model": label, "device": device, "dtype": dtype.name(), "runs": flags.runs, "forwards": probes, "rows": rows})
+            json!({"model": label, "device": device, "dtype": dtype.name(), "runs": flags.runs, "ceilings": ceilings, "forwards": probes, "rows": rows})
         )
     } else {
-        table(&label, &device, dtype, flags.runs, &probes, &rows)
+        table(&label, &device, dtype, flags.runs, &ceilings, &probes, &rows)
     };
     super::print(&text)?;
     Ok(())
@@ -164,8 +178,53 @@ fn gflop(config: &ModelConfig, rows: usize, head_rows: usize) -> f64 {
     2.0 * (rows * layer * config.num_layers + head_rows * c * config.vocab_size) as f64 / 1e9
 }
 
+/// Bytes of the weights a forward reads: layers and head, without the embedding table.
+fn weight_bytes(config: &ModelConfig, dtype: DType) -> usize {
+    (gflop(config, 1, 1) * 1e9 / 2.0) as usize * dtype.bytes()
+}
+
+fn ceilings(engine: &Engine<Cpu>) -> Result<Ceilings> {
+    const ROWS: usize = 512;
+    const K: usize = 768;
+    const N: usize = 3072;
+    let backend = engine.backend();
+    let value = |i: usize| (i % 17) as f32 / 17.0 - 0.5;
+    let mut source = |first: usize, dst: &mut [f32]| {
+        dst.iter_mut().enumerate().for_each(|(i, v)| *v = value(first + i));
+        Ok(())
+    };
+    let (square, weight) = (backend.matrix(K, K, &mut source)?, backend.matrix(N, K, &mut source)?);
+    // Rows that are not zero: a product of zeros with a bias.
+    let bias = backend.vector(&(0..K).map(value).collect::<Vec<_>>())?;
+    let (mut x, mut out) = (backend.alloc(ROWS * K)?, backend.alloc(ROWS * N)?);
+    backend.linear(ROWS, &out, &square, Some(&bias), Epilogue::Store, &mut x)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..8 {
+        let start = Instant::now();
+        backend.linear(ROWS, &x, &weight, None, Epilogue::Store, &mut out)?;
+        backend.synchronize()?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    let matrix_gflop_per_s = 2.0 * (ROWS * K * N) as f64 / best / 1e9;
+
+    // Up to 512 MiB: beyond that the rate no longer depends on the size.
+    let words = vec![1u64; (weight_bytes(engine.config(), backend.dtype()) / 8).clamp(1 << 17, 1 << 26)];
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let mut best = f64::INFINITY;
+    for _ in 0..6 {
+        let start = Instant::now();
+        let sum: u64 = std::thread::scope(|scope| {
+            let parts: Vec<_> = words.chunks(words.len().div_ceil(threads)).map(|part| scope.spawn(|| part.iter().sum::<u64>())).collect();
+            parts.into_iter().map(|part| part.join().expect("summing does not panic")).sum()
+        });
+        best = best.min(start.elapsed().as_secs_f64());
+        assert_eq!(sum, words.len() as u64);
+    }
+    Ok(Ceilings { matrix_gflop_per_s, read_gb_per_s: words.len() as f64 * 8.0 / best / 1e9 })
+}
+
 /// A draft step of 4 rows over a cached prefix, the same with a fused commit, and a full pass, each deciding its masked rows.
-fn probe(engine: &mut Engine<Cpu>, len: usize, runs: u32) -> Result<Vec<Probe>> {
+fn probe(engine: &mut Engine<Cpu>, ceilings: &Ceilings, len: usize, runs: u32) -> Result<Vec<Probe>> {
     let half = (len / 2 / 4 * 4).max(4).min(len);
     let mut cases = vec![("full pass, all rows decided".to_string(), 0..len, len, Visibility::Full)];
     if len >= half + 4 {
@@ -178,7 +237,10 @@ fn probe(engine: &mut Engine<Cpu>, len: usize, runs: u32) -> Result<Vec<Probe>> 
         let mut times = engine.time_forward(range, decided, visibility, len, runs.max(5) as usize)?;
         let median_ms = median(&mut times);
         let gflop = gflop(engine.config(), rows, decided);
-        probes.push(Probe { name, rows, median_ms, best_ms: times[0], gflop, gflop_per_s: gflop / (median_ms / 1e3) });
+        let read_ms = weight_bytes(engine.config(), engine.backend().dtype()) as f64 / ceilings.read_gb_per_s / 1e6;
+        let floor_ms = (gflop / ceilings.matrix_gflop_per_s * 1e3).max(read_ms);
+        let gflop_per_s = gflop / (median_ms / 1e3);
+        probes.push(Probe { name, rows, median_ms, best_ms: times[0], gflop, gflop_per_s, floor_ms, times_floor: median_ms / floor_ms });
     }
     Ok(probes)
 }
@@ -238,11 +300,22 @@ fn measure(engine: &mut Engine<Cpu>, name: &str, schedule: &Schedule, batch: u32
     })
 }
 
-fn table(label: &str, device: &str, dtype: DType, runs: u32, probes: &[Probe], rows: &[Row]) -> String {
-    let mut out = format!("{label}, {device}, {}, medians of {runs} runs\n\n", dtype.name());
-    let _ = writeln!(out, "{:<42} {:>6} {:>11} {:>9} {:>9}", "one forward", "rows", "median ms", "best ms", "GFLOP/s");
+fn table(label: &str, device: &str, dtype: DType, runs: u32, ceilings: &Ceilings, probes: &[Probe], rows: &[Row]) -> String {
+    let mut out = format!("{label}, {device}, {}, medians of {runs} runs\n", dtype.name());
+    let Ceilings { matrix_gflop_per_s, read_gb_per_s } = ceilings;
+    let _ = writeln!(
+        out,
+        "ceilings of this run: {matrix_gflop_per_s:.0} GFLOP/s in one large product, {read_gb_per_s:.0} GB/s read over the weights\n"
+    );
+    let _ = writeln!(
+        out,
+        "{:<42} {:>6} {:>11} {:>9} {:>9} {:>9} {:>8}",
+        "one forward", "rows", "median ms", "best ms", "GFLOP/s", "floor ms", "x floor"
+    );
     for p in probes {
-        let _ = writeln!(out, "{:<42} {:>6} {:>11.3} {:>9.3} {:>9.1}", p.name, p.rows, p.median_ms, p.best_ms, p.gflop_per_s);
+        let Probe { name, rows, median_ms, best_ms, gflop_per_s, floor_ms, times_floor, .. } = p;
+        let _ =
+            writeln!(out, "{name:<42} {rows:>6} {median_ms:>11.3} {best_ms:>9.3} {gflop_per_s:>9.1} {floor_ms:>9.3} {times_floor:>8.2}");
     }
     let head = ["schedule", "batch", "length", "stage", "kv", "NFE", "forwards", "rows", "ms", "ms/fwd", "total ms", "tokens/s"];
     let _ = writeln!(
