@@ -1,0 +1,163 @@
+//! Hidden states, logits and likelihoods against the official networks.
+
+use redraft::backend::DType;
+
+use crate::fixture::{self, Fixture, argmax, relative, text, visibility};
+
+/// Bound for f32. The golden values are f32 themselves and within 7e-6 of an f64 evaluation of the same formulas (fixtures/README.md);
+/// another f32 order of summation may be as far off on its own side, and half as much again is room. (Portable loops: 2e-6.)
+const F32_BOUND: f64 = 2e-5;
+
+/// Standard deviation, relative to a dot product's own scale, that rounding both operands to bf16 gives it: each operand's
+/// relative error is uniform within half a unit, 2^-9, so its deviation is 2^-9 / sqrt 3, and there are two operands.
+const BF16_DEVIATION: f64 = 1.0 / 512.0 * 0.816_496_580_927_726;
+
+/// Bound for bf16 weights, K/V and operands after `layers` layers: each layer rounds seven times (the
+/// operands of qkv, output, up and down; keys, values and attention weights), the embedding or the head once more. Independent errors
+/// add in squares, a maximum over some thousand values reaches about four deviations, and a norm or scale may enlarge the stream's error
+/// by half.
+fn bf16_bound(layers: usize) -> f64 {
+    4.0 * 1.5 * BF16_DEVIATION * ((7 * layers + 1) as f64).sqrt()
+}
+
+/// One line of the table: a fixture's case at a layer, or at the logits.
+struct Row {
+    fixture: String,
+    case: String,
+    layer: String,
+    error: f64,
+    bound: f64,
+}
+
+fn print(title: &str, rows: &[Row]) {
+    println!("{title}\n{:<22} {:<7} {:<8} {:>10} {:>10}", "fixture", "case", "layer", "worst", "bound");
+    for r in rows {
+        println!("{:<22} {:<7} {:<8} {:>10.2e} {:>10.2e}", r.fixture, r.case, r.layer, r.error, r.bound);
+    }
+}
+
+/// Compares every case of a fixture layer by layer and stops at the first difference, which it names.
+fn compare(fixture: &Fixture, threads: usize, dtype: DType, rows: &mut Vec<Row>) -> (usize, usize) {
+    let mut engine = fixture.engine(threads, dtype);
+    let (width, vocab) = (engine.config().hidden_dim, engine.config().vocab_size);
+    let (mut equal, mut total) = (0, 0);
+    for case in fixture.cases() {
+        let name = text(case, "name");
+        let tokens = fixture.tokens(text(case, "tokens"));
+        assert_eq!(tokens.len() as u64, case["T"].as_u64().expect("T"), "{} {name}: length", fixture.name);
+        let (hidden, logits) = fixture::forward(&mut engine, &tokens, visibility(&case["block_len"]));
+        let mut check = |layer: String, depth: usize, found: &[f32], golden: &[f32], width: usize| {
+            let bound = if dtype == DType::F32 { F32_BOUND } else { bf16_bound(depth) };
+            let error = relative(found, golden, width);
+            rows.push(Row { fixture: fixture.name.clone(), case: name.into(), layer: layer.clone(), error, bound });
+            assert!(error <= bound, "{} {name}: first difference at {layer}: relative error {error:.2e}, bound {bound:.2e}", fixture.name);
+        };
+        let names = case["hidden"].as_array().expect("hidden");
+        assert!(names.is_empty() || names.len() == hidden.len(), "{} {name}: one golden state per layer", fixture.name);
+        for (i, golden) in names.iter().enumerate() {
+            let (shape, golden) = fixture.floats(golden.as_str().expect("a name"));
+            assert_eq!(shape, [tokens.len(), width], "{} {name}: hidden {i}", fixture.name);
+            let layer = if i == 0 { "embed".to_string() } else { format!("layer {i}") };
+            check(layer, i, &hidden[i], &golden, width);
+        }
+        let (shape, golden) = fixture.floats(text(case, "logits"));
+        assert_eq!(shape, [tokens.len(), vocab], "{} {name}: logits", fixture.name);
+        check("logits".into(), hidden.len(), &logits, &golden, vocab);
+
+        let bound = rows.last().expect("just pushed").bound;
+        for (t, (found, golden)) in logits.chunks_exact(vocab).zip(golden.chunks_exact(vocab)).enumerate() {
+            let (found, best) = (argmax(found), argmax(golden));
+            total += 1;
+            equal += usize::from(found == best);
+            // Two logits, each off by at most the bound, change places only if they were closer than twice that.
+            let scale = golden.iter().fold(0.0f64, |m, g| m.max(f64::from(g.abs())));
+            let gap = f64::from(golden[best] - golden[found]);
+            let slack = if dtype == DType::F32 { 0.0 } else { 2.0 * bound * scale };
+            assert!(gap <= slack, "{} {name}: row {t}: argmax {found}, golden {best}, whose logit is {gap:.2e} higher", fixture.name);
+        }
+    }
+    (equal, total)
+}
+
+fn all(threads: usize, dtype: DType, title: &str) -> (usize, usize) {
+    let mut rows = Vec::new();
+    let (mut equal, mut total) = (0, 0);
+    for fixture in fixture::all() {
+        let (e, t) = compare(&fixture, threads, dtype, &mut rows);
+        (equal, total) = (equal + e, total + t);
+    }
+    print(title, &rows);
+    println!("argmax equal in {equal} of {total} rows");
+    for fixture in fixture::all() {
+        let worst = rows.iter().filter(|r| r.fixture == fixture.name).map(|r| r.error).fold(0.0, f64::max);
+        println!("{:<22} worst relative error {worst:.2e}", fixture.name);
+    }
+    (equal, total)
+}
+
+#[test]
+fn every_layer_agrees_in_f32_on_one_thread() {
+    let (equal, total) = all(1, DType::F32, "f32, 1 thread");
+    assert_eq!(equal, total);
+}
+
+#[test]
+fn every_layer_agrees_in_f32_on_two_threads() {
+    let (equal, total) = all(2, DType::F32, "f32, 2 threads");
+    assert_eq!(equal, total);
+}
+
+#[test]
+fn every_layer_agrees_in_bf16_up_to_its_rounding() {
+    let (equal, total) = all(2, DType::Bf16, "bf16, 2 threads");
+    // Rows whose two best logits lie within the rounding of each other may differ; they are few.
+    assert!(equal * 100 >= total * 90, "argmax equal in {equal} of {total} rows");
+}
+
+/// The same weights in one file and in two, to the last bit.
+#[test]
+fn shards_are_the_same_model() {
+    let (whole, sharded) = (Fixture::open("bd3lm-plain"), Fixture::open("bd3lm-plain-sharded"));
+    assert!(sharded.dir.join("model.safetensors.index.json").exists() && !sharded.dir.join("model.safetensors").exists());
+    for case in whole.cases() {
+        let tokens = whole.tokens(text(case, "tokens"));
+        let run = |f: &Fixture| fixture::forward(&mut f.engine(1, DType::F32), &tokens, visibility(&case["block_len"]));
+        assert_eq!(run(&whole), run(&sharded), "{}", text(case, "name"));
+    }
+}
+
+/// Stored as bf16, the weights are exactly the rounded ones: an f32 run of that file and of the rounded values agree, and a bf16 run of the
+/// f32 file packs the same weights.
+#[test]
+fn weights_stored_in_bf16_are_the_rounded_ones() {
+    let (whole, rounded) = (Fixture::open("bd3lm-plain"), Fixture::open("bd3lm-plain-bf16"));
+    let mut differ = false;
+    for case in whole.cases() {
+        let tokens = whole.tokens(text(case, "tokens"));
+        let embed = |f: &Fixture, dtype| fixture::forward(&mut f.engine(1, dtype), &tokens, visibility(&case["block_len"])).0.remove(0);
+        assert_eq!(embed(&whole, DType::Bf16), embed(&rounded, DType::F32), "{}", text(case, "name"));
+        differ |= embed(&whole, DType::F32) != embed(&rounded, DType::F32);
+    }
+    assert!(differ, "rounding changes nothing: the fixture tests nothing");
+}
+
+/// Per-token likelihood of the autoregressive baseline.
+#[test]
+fn likelihoods_of_the_autoregressive_baseline_agree() {
+    let fixture = Fixture::open("bd3lm-ar");
+    let mut engine = fixture.engine(2, DType::F32);
+    for case in fixture.cases() {
+        let name = text(case, "name");
+        let tokens = fixture.tokens(text(case, "tokens"));
+        let (_, golden) = fixture.floats(text(case, "nll"));
+        let found = engine.causal_nll(&tokens).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(found.len(), tokens.len() - 1, "{name}");
+        // A log-likelihood is a difference of logits: it inherits their absolute error, twice.
+        let (_, logits) = fixture.floats(text(case, "logits"));
+        let scale = logits.iter().fold(0.0f64, |m, l| m.max(f64::from(l.abs())));
+        for (i, (found, golden)) in found.iter().zip(&golden).enumerate() {
+            let error = (found - f64::from(*golden)).abs();
+            assert!(error <= 2.0 * F32_BOUND * scale, "{name}: token {}: nll {found}, golden {golden}", i + 1);
+        }
+    }
+}
