@@ -7,31 +7,28 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
-use crate::backend::{Backend, Decision, Draw, TopPRule};
+use crate::backend::{Backend, Decision, Draw};
 use crate::batcher::{self, Budget};
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::{Model, Progress, Scratch};
 use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
-use crate::plan::{Plan, Visibility};
-use crate::schedule::{Defaults, Schedule, Scope};
-use crate::session::{DrawSource, Event, EventKind, Finish, Next, Session, SessionSpec, StageReport, Stop};
+use crate::plan::Plan;
+use crate::request::{Handle, Output, Prompt, Request, Segment, Timings};
+use crate::request::{Message, stop_at};
+use crate::schedule::{Defaults, Scope};
+use crate::session::{Event, EventKind, Next, Session, SessionSpec, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
 pub const MAX_STRETCH: usize = 4;
-
-/// Draws of scoring and of benches: the plain distribution.
-const PLAIN_DRAW: Draw =
-    Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
 
 /// Habits of an engine.
 #[derive(Clone, Debug)]
@@ -60,134 +57,6 @@ impl Default for EngineOptions {
     }
 }
 
-/// What is given of the text.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Prompt {
-    /// BOS, then this text, then `length` generated positions.
-    Text { text: String, length: usize },
-    /// These ids as they are, then `length` generated positions.
-    Tokens { tokens: Vec<u32>, length: usize },
-    /// BOS, then text and holes in turn: infilling.
-    Infill(Vec<Segment>),
-    /// The canvas itself: `Some(id)` fixed, `None` generated.
-    Canvas(Vec<Option<u32>>),
-}
-
-/// A piece of an infilling prompt.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Segment {
-    Text(String),
-    /// This many generated positions.
-    Hole(usize),
-}
-
-/// When a draft may end before its length.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct StopOptions {
-    /// Treat the end-of-text token as an ordinary one.
-    pub ignore_eos: bool,
-    /// The text ends before the first of these.
-    pub texts: Vec<String>,
-    /// [`Stop::entropy`].
-    pub entropy: Option<f64>,
-}
-
-/// One sample to generate.
-#[derive(Clone)]
-pub struct Request {
-    pub prompt: Prompt,
-    pub schedule: Schedule,
-    pub seed: u64,
-    /// Index of this sample among those of one seed.
-    pub sample: u32,
-    pub stop: StopOptions,
-    /// See [`SessionSpec::separate_commit`].
-    pub separate_commit: bool,
-    /// See [`SessionSpec::forced`].
-    pub forced: Vec<u32>,
-    /// See [`SessionSpec::draws`].
-    pub draws: Option<DrawSource>,
-}
-
-impl Request {
-    pub fn new(prompt: Prompt, schedule: Schedule, seed: u64, sample: u32) -> Request {
-        Request { prompt, schedule, seed, sample, stop: StopOptions::default(), separate_commit: false, forced: Vec::new(), draws: None }
-    }
-}
-
-/// Wall times of one sample, in milliseconds from its admission.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Timings {
-    /// Waiting for admission; not part of the others.
-    pub queued_ms: f64,
-    pub first_token_ms: f64,
-    pub draft_ms: f64,
-    pub refine_ms: f64,
-    pub total_ms: f64,
-}
-
-/// A finished sample.
-#[derive(Clone, Debug)]
-pub struct Output {
-    pub sample: u32,
-    pub finish: Finish,
-    /// Positions before the first generated one.
-    pub prompt_tokens: usize,
-    /// The whole sequence, fixed positions included.
-    pub canvas: Vec<u32>,
-    /// Which positions were generated, ascending; the four vectors below follow it.
-    pub positions: Vec<usize>,
-    pub tokens: Vec<u32>,
-    pub draft: Vec<u32>,
-    pub confidence: Vec<f32>,
-    /// (stage, step).
-    pub revealed_at: Vec<(u8, u32)>,
-    pub stages: Vec<StageReport>,
-    pub timings: Timings,
-}
-
-impl Output {
-    /// Generated tokens per second from admission to final text.
-    pub fn tokens_per_s(&self) -> f64 {
-        self.tokens.len() as f64 / (self.timings.total_ms / 1e3).max(1e-9)
-    }
-}
-
-enum Message {
-    Event(Event),
-    Finished(Box<Result<Output>>),
-}
-
-/// The caller's end of a request. Dropping it cancels the request.
-pub struct Handle {
-    messages: Receiver<Message>,
-    cancel: Arc<AtomicBool>,
-    finished: RefCell<Option<Result<Output>>>,
-}
-
-impl Handle {
-    /// Events that have happened since the last call; never waits.
-    pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
-        std::iter::from_fn(|| match self.messages.try_recv().ok()? {
-            Message::Event(event) => Some(event),
-            Message::Finished(result) => {
-                *self.finished.borrow_mut() = Some(*result);
-                None
-            }
-        })
-    }
-
-    /// The outcome, once the request is finished and its events were read; given once.
-    pub fn take_output(&self) -> Option<Result<Output>> {
-        self.finished.borrow_mut().take()
-    }
-
-    /// Ends the request at the next tick; its output then holds what stands.
-    pub fn cancel(&self) {
-        self.cancel.store(true, Ordering::Relaxed);
-    }
-}
-
 struct Active {
     id: u64,
     session: Session,
@@ -204,14 +73,14 @@ struct Active {
 
 /// A model on a backend, and everything in flight.
 pub struct Engine<B: Backend> {
-    backend: B,
-    model: Model<B>,
+    pub(crate) backend: B,
+    pub(crate) model: Model<B>,
     tokenizer: std::result::Result<Arc<Tokenizer>, Error>,
-    banned: Vec<u32>,
-    options: EngineOptions,
-    pool: PagePool,
-    kv: B::KvCache,
-    scratch: Scratch<B>,
+    pub(crate) banned: Vec<u32>,
+    pub(crate) options: EngineOptions,
+    pub(crate) pool: PagePool,
+    pub(crate) kv: B::KvCache,
+    pub(crate) scratch: Scratch<B>,
     queue: VecDeque<Active>,
     active: Vec<Active>,
     turn: usize,
@@ -345,7 +214,7 @@ impl<B: Backend> Engine<B> {
         Ok(canvas)
     }
 
-    fn check_len(&self, len: usize) -> Result<()> {
+    pub(crate) fn check_len(&self, len: usize) -> Result<()> {
         let trained = self.config().model_length;
         if len > trained.saturating_mul(MAX_STRETCH) {
             let most = trained * MAX_STRETCH;
@@ -413,123 +282,6 @@ impl<B: Backend> Engine<B> {
         });
         self.next_id += 1;
         Ok(Handle { messages, cancel, finished: RefCell::new(None) })
-    }
-
-    /// Refuses ids outside the vocabulary, and nothing at all.
-    pub fn check_tokens(config: &ModelConfig, tokens: &[u32]) -> Result<()> {
-        if tokens.is_empty() {
-            return Err(Error::request("tokens: expected at least one id, found none"));
-        }
-        if let Some((i, id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= config.vocab_size) {
-            return Err(Error::request(format!("tokens: id {id} at index {i} is outside the vocabulary of {}", config.vocab_size)));
-        }
-        Ok(())
-    }
-
-    /// One forward over all of `tokens` in pages of its own; what came of it is read from the scratch, then the pages are freed.
-    fn once<T>(
-        &mut self,
-        rows: &[(usize, u32)],
-        len: usize,
-        visibility: Visibility,
-        probe: Option<crate::model::Probe<B>>,
-        read: impl FnOnce(&Model<B>, &B, &mut Scratch<B>) -> Result<T>,
-    ) -> Result<T> {
-        self.check_len(len)?;
-        let needed = self.pool.pages_for(len);
-        if !self.pool.commit(needed) {
-            return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
-        }
-        let mut table = PageTable::default();
-        table.make_writable(&mut self.pool, 0..len);
-        let mut plan = Plan::new();
-        plan.push(rows, table.pages(), self.options.page_size, visibility, len);
-        let outcome = self
-            .model
-            .forward(&self.backend, &plan, &mut self.kv, &mut self.scratch, probe)
-            .and_then(|()| read(&self.model, &self.backend, &mut self.scratch));
-        let freed = table.truncate(&mut self.pool, 0);
-        self.pool.uncommit(needed);
-        self.poison(&freed);
-        outcome
-    }
-
-    /// Logits of all of `tokens` under `visibility`, before any ban or shift, a few rows at a time: `sink(first_row, logits)`.
-    pub fn logits(&mut self, tokens: &[u32], visibility: Visibility, sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
-        self.logits_with_probe(tokens, visibility, None, sink)
-    }
-
-    /// [`Engine::logits`], with the residual stream after the embedding and after each layer shown to `probe`.
-    pub fn logits_with_probe(
-        &mut self,
-        tokens: &[u32],
-        visibility: Visibility,
-        probe: Option<crate::model::Probe<B>>,
-        sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
-    ) -> Result<()> {
-        Self::check_tokens(self.config(), tokens)?;
-        let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
-        self.once(&rows, tokens.len(), visibility, probe, |model, backend, scratch| model.logits(backend, tokens.len(), scratch, sink))
-    }
-
-    /// Negative log-likelihood (nats) of tokens 1.. under an autoregressive checkpoint: row i predicts token i + 1.
-    pub fn causal_nll(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
-        Self::check_tokens(self.config(), tokens)?;
-        let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
-        let draws: Vec<Draw> = tokens[1..].iter().map(|t| Draw { forced: Some(*t), ..PLAIN_DRAW }).collect();
-        let index: Vec<u32> = (0..draws.len() as u32).collect();
-        let mask = [self.config().mask_id];
-        let decisions = self.once(&rows, tokens.len(), Visibility::BlockCausal(1), None, |model, backend, scratch| {
-            model.decide(backend, &index, &draws, &mask, scratch)
-        })?;
-        Ok(decisions.iter().map(|d| -f64::from(d.log_prob)).collect())
-    }
-
-    /// Milliseconds of single forwards, for benches: rows `range` of a masked sequence of `len` over K/V that are already written,
-    /// deciding the last `decided` rows; once unmeasured, then `runs` times.
-    pub fn time_forward(
-        &mut self,
-        range: Range<usize>,
-        decided: usize,
-        visibility: Visibility,
-        len: usize,
-        runs: usize,
-    ) -> Result<Vec<f64>> {
-        let mask_id = self.config().mask_id;
-        let rows: Vec<_> = (0..len).map(|p| (p, mask_id)).collect();
-        let index: Vec<u32> = ((range.len() - decided) as u32..range.len() as u32).collect();
-        let draw = Draw { u: 0.5, top_p: 0.9, ..PLAIN_DRAW };
-        let (draws, banned, page_size) = (vec![draw; decided], self.banned.clone(), self.options.page_size);
-        let mut times = Vec::with_capacity(runs);
-        let (backend, model, pool, kv, scratch) = (&self.backend, &self.model, &mut self.pool, &mut self.kv, &mut self.scratch);
-        let mut table = PageTable::default();
-        let needed = pool.pages_for(len);
-        if !pool.commit(needed) {
-            return Err(Error::OutOfPages { needed, capacity: pool.capacity() });
-        }
-        table.make_writable(pool, 0..len);
-        let mut step = |rows: &[(usize, u32)], decide: bool| -> Result<f64> {
-            let start = Instant::now();
-            let mut plan = Plan::new();
-            plan.push(rows, table.pages(), page_size, visibility, len);
-            model.forward(backend, &plan, kv, scratch, None)?;
-            if decide {
-                model.decide(backend, &index, &draws, &banned, scratch)?;
-            }
-            Ok(ms(start, Instant::now()))
-        };
-        let mut measure = || -> Result<()> {
-            step(&rows, false)?;
-            for run in 0..=runs {
-                let time = step(&rows[range.clone()], true)?;
-                times.extend((run > 0).then_some(time));
-            }
-            Ok(())
-        };
-        let outcome = measure();
-        table.truncate(pool, 0);
-        pool.uncommit(needed);
-        outcome.map(|()| times)
     }
 
     /// True while something is queued or in flight.
@@ -709,7 +461,7 @@ impl<B: Backend> Engine<B> {
         Ok(())
     }
 
-    fn poison(&mut self, pages: &[u32]) {
+    pub(crate) fn poison(&mut self, pages: &[u32]) {
         if self.options.poison_freed_pages {
             for &page in pages {
                 self.backend.poison_page(&mut self.kv, page).expect("poisoning is for tests on the CPU");
@@ -756,17 +508,6 @@ impl Active {
     }
 }
 
-fn ms(from: Instant, to: Instant) -> f64 {
+pub(crate) fn ms(from: Instant, to: Instant) -> f64 {
     to.duration_since(from).as_secs_f64() * 1e3
-}
-
-/// Byte offset of the first of `texts` in `text`.
-pub fn find_stop(text: &str, texts: &[String]) -> Option<usize> {
-    texts.iter().filter_map(|t| text.find(t.as_str())).min()
-}
-
-/// The fewest tokens whose text holds a stop text.
-fn stop_at(tokenizer: &Tokenizer, texts: &[String], tokens: &[u32]) -> Option<usize> {
-    find_stop(&tokenizer.decode(tokens), texts)?;
-    (1..=tokens.len()).find(|n| find_stop(&tokenizer.decode(&tokens[..*n]), texts).is_some())
 }

@@ -42,7 +42,8 @@
 //! | [`schedule`], [`policy`] | what a request asks for; which token, which reveals, which remasks |
 //! | [`backend`], [`cpu`], `cuda` | the seam to the machine, the CPU behind it, and the door to CUDA |
 //! | [`model`] | the forward pass and the families |
-//! | [`session`], [`batcher`], [`engine`] | one request's life; who advances; the tick |
+//! | [`session`], [`batcher`], [`request`] | one request's life; who advances; what callers hand in and get back |
+//! | [`engine`], [`oneshot`] | the tick; forwards outside any session |
 //! | [`cli`] | the command line |
 //!
 //! # Sources
@@ -61,9 +62,11 @@ pub mod cuda;
 pub mod engine;
 pub mod error;
 pub mod model;
+pub mod oneshot;
 pub mod pages;
 pub mod plan;
 pub mod policy;
+pub mod request;
 pub mod rng;
 pub mod schedule;
 pub mod session;
@@ -73,7 +76,8 @@ pub mod weights;
 pub use backend::{Backend, DType};
 pub use batcher::Budget;
 pub use cpu::Cpu;
-pub use engine::{Engine, EngineOptions, Handle, Output, Prompt, Request, Segment, StopOptions};
+pub use engine::{Engine, EngineOptions};
 pub use error::{Error, Result};
+pub use request::{Handle, Output, Prompt, Request, Segment, StopOptions, Timings};
 pub use schedule::{Defaults, Schedule, Stage, StageSpec};
 pub use session::{Event, EventKind, Finish, StageReport};

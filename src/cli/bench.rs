@@ -15,10 +15,11 @@ use super::{DeviceFlags, Progress};
 use crate::backend::{Backend, DType, Epilogue};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
-use crate::engine::{Engine, Output, Prompt, Request};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::shapes;
 use crate::plan::Visibility;
+use crate::request::{Output, Prompt, Request};
 use crate::schedule::{Schedule, StageSpec};
 
 #[derive(Args)]

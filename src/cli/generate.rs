@@ -11,8 +11,9 @@ use super::watch::Watch;
 use super::{DeviceFlags, Piped, TopPRuleFlag};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
-use crate::engine::{Engine, Prompt, Request, Segment, StopOptions};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::request::{Prompt, Request, Segment, StopOptions};
 use crate::schedule::{Defaults, Schedule, StageSpec, valid_temperature, valid_top_p};
 use crate::tokenizer::Tokenizer;
 

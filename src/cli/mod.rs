@@ -264,7 +264,7 @@ impl Drop for Progress {
 /// Runs the engine to the end, showing progress and handing events of request i to `on_event(i, event)`.
 pub(crate) fn drain<B: Backend>(
     engine: &mut Engine<B>,
-    handles: &[crate::engine::Handle],
+    handles: &[crate::request::Handle],
     mut on_event: impl FnMut(usize, crate::session::Event) -> Result<()>,
 ) -> Result<()> {
     let mut progress = Progress::new("generating");

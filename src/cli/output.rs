@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::json;
 
-use crate::engine::{Output, find_stop};
+use crate::request::{Output, find_stop};
 use crate::schedule::Schedule;
 use crate::session::{Event, EventKind, Forwards};
 use crate::tokenizer::Tokenizer;

@@ -12,9 +12,9 @@ use serde_json::json;
 use super::DeviceFlags;
 use super::model::{Format, native};
 use crate::config::Attention;
-use crate::engine::{Prompt, Request};
 use crate::error::{Error, Result};
 use crate::plan::Visibility;
+use crate::request::{Prompt, Request};
 use crate::schedule::{Defaults, Schedule};
 use crate::tokenizer::Tokenizer;
 

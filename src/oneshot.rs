@@ -1,0 +1,138 @@
+//! Owns forwards outside any session: logits of given tokens, likelihood under an autoregressive judge, timed single forwards.
+//!
+//! Each takes pages of its own from the engine's pool and gives them back, so it may run between ticks.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+use std::time::Instant;
+
+use crate::backend::{Backend, Draw, TopPRule};
+use crate::config::ModelConfig;
+use crate::engine::{Engine, ms};
+use crate::error::{Error, Result};
+use crate::model::{Model, Probe, Scratch};
+use crate::pages::PageTable;
+use crate::plan::{Plan, Visibility};
+
+/// Draws of scoring and of benches: the plain distribution.
+const PLAIN_DRAW: Draw =
+    Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
+
+impl<B: Backend> Engine<B> {
+    /// Refuses ids outside the vocabulary, and nothing at all.
+    pub fn check_tokens(config: &ModelConfig, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::request("tokens: expected at least one id, found none"));
+        }
+        if let Some((i, id)) = tokens.iter().enumerate().find(|(_, id)| **id as usize >= config.vocab_size) {
+            return Err(Error::request(format!("tokens: id {id} at index {i} is outside the vocabulary of {}", config.vocab_size)));
+        }
+        Ok(())
+    }
+
+    /// One forward over all of `tokens` in pages of its own; what came of it is read from the scratch, then the pages are freed.
+    fn once<T>(
+        &mut self,
+        rows: &[(usize, u32)],
+        len: usize,
+        visibility: Visibility,
+        probe: Option<Probe<B>>,
+        read: impl FnOnce(&Model<B>, &B, &mut Scratch<B>) -> Result<T>,
+    ) -> Result<T> {
+        self.check_len(len)?;
+        let needed = self.pool.pages_for(len);
+        if !self.pool.commit(needed) {
+            return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
+        }
+        let mut table = PageTable::default();
+        table.make_writable(&mut self.pool, 0..len);
+        let mut plan = Plan::new();
+        plan.push(rows, table.pages(), self.options.page_size, visibility, len);
+        let outcome = self
+            .model
+            .forward(&self.backend, &plan, &mut self.kv, &mut self.scratch, probe)
+            .and_then(|()| read(&self.model, &self.backend, &mut self.scratch));
+        let freed = table.truncate(&mut self.pool, 0);
+        self.pool.uncommit(needed);
+        self.poison(&freed);
+        outcome
+    }
+
+    /// Logits of all of `tokens` under `visibility`, before any ban or shift, a few rows at a time: `sink(first_row, logits)`.
+    pub fn logits(&mut self, tokens: &[u32], visibility: Visibility, sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
+        self.logits_with_probe(tokens, visibility, None, sink)
+    }
+
+    /// [`Engine::logits`], with the residual stream after the embedding and after each layer shown to `probe`.
+    pub fn logits_with_probe(
+        &mut self,
+        tokens: &[u32],
+        visibility: Visibility,
+        probe: Option<Probe<B>>,
+        sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        Self::check_tokens(self.config(), tokens)?;
+        let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
+        self.once(&rows, tokens.len(), visibility, probe, |model, backend, scratch| model.logits(backend, tokens.len(), scratch, sink))
+    }
+
+    /// Negative log-likelihood (nats) of tokens 1.. under an autoregressive checkpoint: row i predicts token i + 1.
+    pub fn causal_nll(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
+        Self::check_tokens(self.config(), tokens)?;
+        let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
+        let draws: Vec<Draw> = tokens[1..].iter().map(|t| Draw { forced: Some(*t), ..PLAIN_DRAW }).collect();
+        let index: Vec<u32> = (0..draws.len() as u32).collect();
+        let mask = [self.config().mask_id];
+        let decisions = self.once(&rows, tokens.len(), Visibility::BlockCausal(1), None, |model, backend, scratch| {
+            model.decide(backend, &index, &draws, &mask, scratch)
+        })?;
+        Ok(decisions.iter().map(|d| -f64::from(d.log_prob)).collect())
+    }
+
+    /// Milliseconds of single forwards, for benches: rows `range` of a masked sequence of `len` over K/V that are already written,
+    /// deciding the last `decided` rows; once unmeasured, then `runs` times.
+    pub fn time_forward(
+        &mut self,
+        range: Range<usize>,
+        decided: usize,
+        visibility: Visibility,
+        len: usize,
+        runs: usize,
+    ) -> Result<Vec<f64>> {
+        let mask_id = self.config().mask_id;
+        let rows: Vec<_> = (0..len).map(|p| (p, mask_id)).collect();
+        let index: Vec<u32> = ((range.len() - decided) as u32..range.len() as u32).collect();
+        let draw = Draw { u: 0.5, top_p: 0.9, ..PLAIN_DRAW };
+        let (draws, banned, page_size) = (vec![draw; decided], self.banned.clone(), self.options.page_size);
+        let mut times = Vec::with_capacity(runs);
+        let (backend, model, pool, kv, scratch) = (&self.backend, &self.model, &mut self.pool, &mut self.kv, &mut self.scratch);
+        let mut table = PageTable::default();
+        let needed = pool.pages_for(len);
+        if !pool.commit(needed) {
+            return Err(Error::OutOfPages { needed, capacity: pool.capacity() });
+        }
+        table.make_writable(pool, 0..len);
+        let mut step = |rows: &[(usize, u32)], decide: bool| -> Result<f64> {
+            let start = Instant::now();
+            let mut plan = Plan::new();
+            plan.push(rows, table.pages(), page_size, visibility, len);
+            model.forward(backend, &plan, kv, scratch, None)?;
+            if decide {
+                model.decide(backend, &index, &draws, &banned, scratch)?;
+            }
+            Ok(ms(start, Instant::now()))
+        };
+        let mut measure = || -> Result<()> {
+            step(&rows, false)?;
+            for run in 0..=runs {
+                let time = step(&rows[range.clone()], true)?;
+                times.extend((run > 0).then_some(time));
+            }
+            Ok(())
+        };
+        let outcome = measure();
+        table.truncate(pool, 0);
+        pool.uncommit(needed);
+        outcome.map(|()| times)
+    }
+}

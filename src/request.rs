@@ -1,0 +1,152 @@
+//! Owns what callers hand in and get back: requests, their handles, finished samples.
+#![forbid(unsafe_code)]
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
+
+use crate::error::Result;
+use crate::schedule::Schedule;
+use crate::session::{DrawSource, Event, Finish, StageReport};
+use crate::tokenizer::Tokenizer;
+
+/// What is given of the text.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Prompt {
+    /// BOS, then this text, then `length` generated positions.
+    Text { text: String, length: usize },
+    /// These ids as they are, then `length` generated positions.
+    Tokens { tokens: Vec<u32>, length: usize },
+    /// BOS, then text and holes in turn: infilling.
+    Infill(Vec<Segment>),
+    /// The canvas itself: `Some(id)` fixed, `None` generated.
+    Canvas(Vec<Option<u32>>),
+}
+
+/// A piece of an infilling prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Segment {
+    Text(String),
+    /// This many generated positions.
+    Hole(usize),
+}
+
+/// When a draft may end before its length.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StopOptions {
+    /// Treat the end-of-text token as an ordinary one.
+    pub ignore_eos: bool,
+    /// The text ends before the first of these.
+    pub texts: Vec<String>,
+    /// [`crate::session::Stop::entropy`].
+    pub entropy: Option<f64>,
+}
+
+/// One sample to generate.
+#[derive(Clone)]
+pub struct Request {
+    pub prompt: Prompt,
+    pub schedule: Schedule,
+    pub seed: u64,
+    /// Index of this sample among those of one seed.
+    pub sample: u32,
+    pub stop: StopOptions,
+    /// See [`crate::session::SessionSpec::separate_commit`].
+    pub separate_commit: bool,
+    /// See [`crate::session::SessionSpec::forced`].
+    pub forced: Vec<u32>,
+    /// See [`crate::session::SessionSpec::draws`].
+    pub draws: Option<DrawSource>,
+}
+
+impl Request {
+    pub fn new(prompt: Prompt, schedule: Schedule, seed: u64, sample: u32) -> Request {
+        Request { prompt, schedule, seed, sample, stop: StopOptions::default(), separate_commit: false, forced: Vec::new(), draws: None }
+    }
+}
+
+/// Wall times of one sample, in milliseconds from its admission.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// Waiting for admission; not part of the others.
+    pub queued_ms: f64,
+    pub first_token_ms: f64,
+    pub draft_ms: f64,
+    pub refine_ms: f64,
+    pub total_ms: f64,
+}
+
+/// A finished sample.
+#[derive(Clone, Debug)]
+pub struct Output {
+    pub sample: u32,
+    pub finish: Finish,
+    /// Positions before the first generated one.
+    pub prompt_tokens: usize,
+    /// The whole sequence, fixed positions included.
+    pub canvas: Vec<u32>,
+    /// Which positions were generated, ascending; the four vectors below follow it.
+    pub positions: Vec<usize>,
+    pub tokens: Vec<u32>,
+    pub draft: Vec<u32>,
+    pub confidence: Vec<f32>,
+    /// (stage, step).
+    pub revealed_at: Vec<(u8, u32)>,
+    pub stages: Vec<StageReport>,
+    pub timings: Timings,
+}
+
+impl Output {
+    /// Generated tokens per second from admission to final text.
+    pub fn tokens_per_s(&self) -> f64 {
+        self.tokens.len() as f64 / (self.timings.total_ms / 1e3).max(1e-9)
+    }
+}
+
+/// What travels from the engine to a handle.
+pub(crate) enum Message {
+    Event(Event),
+    Finished(Box<Result<Output>>),
+}
+
+/// The caller's end of a request. Dropping it cancels the request.
+pub struct Handle {
+    pub(crate) messages: Receiver<Message>,
+    pub(crate) cancel: Arc<AtomicBool>,
+    pub(crate) finished: RefCell<Option<Result<Output>>>,
+}
+
+impl Handle {
+    /// Events that have happened since the last call; never waits.
+    pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
+        std::iter::from_fn(|| match self.messages.try_recv().ok()? {
+            Message::Event(event) => Some(event),
+            Message::Finished(result) => {
+                *self.finished.borrow_mut() = Some(*result);
+                None
+            }
+        })
+    }
+
+    /// The outcome, once the request is finished and its events were read; given once.
+    pub fn take_output(&self) -> Option<Result<Output>> {
+        self.finished.borrow_mut().take()
+    }
+
+    /// Ends the request at the next tick; its output then holds what stands.
+    pub fn cancel(&self) {
+        self.cancel.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Byte offset of the first of `texts` in `text`.
+pub fn find_stop(text: &str, texts: &[String]) -> Option<usize> {
+    texts.iter().filter_map(|t| text.find(t.as_str())).min()
+}
+
+/// The fewest tokens whose text holds a stop text.
+pub(crate) fn stop_at(tokenizer: &Tokenizer, texts: &[String], tokens: &[u32]) -> Option<usize> {
+    find_stop(&tokenizer.decode(tokens), texts)?;
+    (1..=tokens.len()).find(|n| find_stop(&tokenizer.decode(&tokens[..*n]), texts).is_some())
+}
