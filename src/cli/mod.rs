@@ -195,18 +195,27 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
 }
 
 /// Writes through a temporary sibling, so that a full disk or an interruption never leaves half a file under the asked name.
+/// Pipes and devices are written as they are: renaming over one would replace it.
 pub(crate) fn write_atomically(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
-    let mut name = path.file_name().ok_or_else(|| Error::request(format!("{}: not a file name", path.display())))?.to_os_string();
-    name.push(format!(".{}.part", std::process::id()));
-    let part = path.with_file_name(name);
-    let outcome = std::fs::File::create(&part).and_then(|file| {
+    let special = path.metadata().is_ok_and(|m| !m.is_file());
+    let target = if special {
+        path.to_path_buf()
+    } else {
+        let mut name = path.file_name().ok_or_else(|| Error::request(format!("{}: not a file name", path.display())))?.to_os_string();
+        name.push(format!(".{}.part", std::process::id()));
+        path.with_file_name(name)
+    };
+    let outcome = std::fs::OpenOptions::new().write(true).create(!special).truncate(!special).open(&target).and_then(|file| {
         let mut buffered = std::io::BufWriter::new(file);
         write(&mut buffered)?;
-        buffered.into_inner().map_err(|e| e.into_error())?.sync_all()
+        let file = buffered.into_inner().map_err(|e| e.into_error())?;
+        if special { Ok(()) } else { file.sync_all().and_then(|()| std::fs::rename(&target, path)) }
     });
-    outcome.and_then(|()| std::fs::rename(&part, path)).map_err(|e| {
-        // The error matters, not whether the leftover could be removed.
-        let _ = std::fs::remove_file(&part);
+    outcome.map_err(|e| {
+        if !special {
+            // The error matters, not whether the leftover could be removed.
+            let _ = std::fs::remove_file(&target);
+        }
         Error::io(path, &e)
     })
 }
