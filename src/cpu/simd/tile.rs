@@ -32,6 +32,8 @@ pub fn accumulate<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
         assert!((steps - 1) * b_stride + LANES <= b.len(), "tile reads {steps} vectors at stride {b_stride} from {} words", b.len());
     }
     let (a, b) = (a.as_ptr(), b.map(<[u32]>::as_ptr));
+    // A local copy, indexed by constants once the loops unroll: behind the reference every sum is stored in every step.
+    let mut sums = *acc;
     for step in 0..steps {
         simd.prefetch(ahead.wrapping_add(step * LANES));
         let mut columns = [simd.word(0); NV];
@@ -39,7 +41,7 @@ pub fn accumulate<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
             // SAFETY: `step < steps`, and the assertion above bounds the last vector of each `b[v]`.
             columns[v] = simd.words(unsafe { &*b[v].add(step * b_stride).cast() });
         }
-        for (m, row) in acc.iter_mut().enumerate() {
+        for (m, row) in sums.iter_mut().enumerate() {
             // SAFETY: `m < M` and `step < steps`; the assertion above bounds the last word of the last row.
             let x = simd.word(unsafe { *a.add(m * a_stride + step) });
             for v in 0..NV {
@@ -47,4 +49,5 @@ pub fn accumulate<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
             }
         }
     }
+    *acc = sums;
 }
