@@ -595,8 +595,8 @@ impl Session {
             let len = self.canvas.len();
             let first = match self.stage().visibility() {
                 Visibility::BlockCausal(_) => self.committed,
-                // Under full visibility the last reveals changed what every row saw.
-                Visibility::Full if self.fresh.is_empty() => len,
+                // Under full visibility the last reveals changed what every row saw, and a stage without reveals wrote nothing.
+                Visibility::Full if self.committed == len => len,
                 Visibility::Full => 0,
             };
             if first < len {
@@ -634,8 +634,9 @@ impl Session {
                     _ => f64::from(self.canvas.confidence(p)),
                 };
                 self.scores = self.canvas.generated().map(|p| (p, score(p))).collect();
-                // Same visibility as before: blocks before the first mask are still final.
-                let keep = if previous.visibility() == stage.visibility() { self.committed } else { 0 };
+                // Same visibility as before: blocks before the first mask are still final. Under full visibility none ever is.
+                let same = previous.visibility() == stage.visibility() && stage.visibility() != Visibility::Full;
+                let keep = if same { self.committed } else { 0 };
                 self.remask(keep, events);
             }
         }
