@@ -82,7 +82,10 @@ impl Fixture {
     }
 
     pub fn engine(&self, threads: usize, dtype: DType) -> Engine<Cpu> {
-        let backend = Cpu::new(threads, dtype).expect("the CPU is always there");
+        self.engine_on(Cpu::new(threads, dtype).expect("the CPU is always there"))
+    }
+
+    pub fn engine_on(&self, backend: Cpu) -> Engine<Cpu> {
         // A stale slot that is read shows as NaN.
         let options = EngineOptions { poison_freed_pages: true, ..EngineOptions::default() };
         Engine::load(&self.dir, backend, options).unwrap_or_else(|e| panic!("{}: {e}", self.name))

@@ -1,6 +1,8 @@
 //! Hidden states, logits and likelihoods against the official networks.
 
 use redraft::backend::DType;
+use redraft::cpu::Cpu;
+use redraft::cpu::simd::Isa;
 
 use crate::fixture::{self, Fixture, argmax, relative, text, visibility};
 
@@ -37,8 +39,8 @@ fn print(title: &str, rows: &[Row]) {
 }
 
 /// Compares every case of a fixture layer by layer and stops at the first difference, which it names.
-fn compare(fixture: &Fixture, threads: usize, dtype: DType, rows: &mut Vec<Row>) -> (usize, usize) {
-    let mut engine = fixture.engine(threads, dtype);
+fn compare(fixture: &Fixture, backend: Cpu, dtype: DType, rows: &mut Vec<Row>) -> (usize, usize) {
+    let mut engine = fixture.engine_on(backend);
     let (width, vocab) = (engine.config().hidden_dim, engine.config().vocab_size);
     let (mut equal, mut total) = (0, 0);
     for case in fixture.cases() {
@@ -79,37 +81,44 @@ fn compare(fixture: &Fixture, threads: usize, dtype: DType, rows: &mut Vec<Row>)
     (equal, total)
 }
 
-fn all(threads: usize, dtype: DType, title: &str) -> (usize, usize) {
-    let mut rows = Vec::new();
+/// Every fixture with every instruction set that this machine runs. Returns rows with the golden argmax, and all rows.
+fn all(threads: usize, dtype: DType) -> (usize, usize) {
     let (mut equal, mut total) = (0, 0);
-    for fixture in fixture::all() {
-        let (e, t) = compare(&fixture, threads, dtype, &mut rows);
-        (equal, total) = (equal + e, total + t);
+    let sets: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect();
+    assert!(sets.contains(&Isa::Portable), "plain loops run everywhere");
+    for isa in sets {
+        let title = format!("{}, {threads} threads, {}", dtype.name(), isa.name());
+        let mut rows = Vec::new();
+        for fixture in fixture::all() {
+            let backend = Cpu::with_isa(threads, dtype, isa).unwrap_or_else(|e| panic!("{title}: {e}"));
+            let (e, t) = compare(&fixture, backend, dtype, &mut rows);
+            (equal, total) = (equal + e, total + t);
+        }
+        print(&title, &rows);
+        for fixture in fixture::all() {
+            let worst = rows.iter().filter(|r| r.fixture == fixture.name).map(|r| r.error).fold(0.0, f64::max);
+            println!("{title}: {:<20} worst relative error {worst:.2e}", fixture.name);
+        }
     }
-    print(title, &rows);
-    println!("argmax equal in {equal} of {total} rows");
-    for fixture in fixture::all() {
-        let worst = rows.iter().filter(|r| r.fixture == fixture.name).map(|r| r.error).fold(0.0, f64::max);
-        println!("{:<22} worst relative error {worst:.2e}", fixture.name);
-    }
+    println!("{}, {threads} threads: argmax equal in {equal} of {total} rows", dtype.name());
     (equal, total)
 }
 
 #[test]
 fn every_layer_agrees_in_f32_on_one_thread() {
-    let (equal, total) = all(1, DType::F32, "f32, 1 thread");
+    let (equal, total) = all(1, DType::F32);
     assert_eq!(equal, total);
 }
 
 #[test]
 fn every_layer_agrees_in_f32_on_two_threads() {
-    let (equal, total) = all(2, DType::F32, "f32, 2 threads");
+    let (equal, total) = all(2, DType::F32);
     assert_eq!(equal, total);
 }
 
 #[test]
 fn every_layer_agrees_in_bf16_up_to_its_rounding() {
-    let (equal, total) = all(2, DType::Bf16, "bf16, 2 threads");
+    let (equal, total) = all(2, DType::Bf16);
     // Rows whose two best logits lie within the rounding of each other may differ; they are few.
     assert!(equal * 100 >= total * 90, "argmax equal in {equal} of {total} rows");
 }

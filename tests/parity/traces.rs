@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use redraft::backend::DType;
 use redraft::cpu::Cpu;
-use redraft::engine::{Engine, Handle, Output, Prompt, Request};
+use redraft::engine::Engine;
+use redraft::request::{Handle, Output, Prompt, Request};
 use redraft::rng::Uniforms;
 use redraft::schedule::{Defaults, Schedule};
 use redraft::session::{DrawSource, Event, EventKind, Finish};
