@@ -201,16 +201,16 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     let tokenizer_path = flags.device.tokenizer.clone().unwrap_or_else(|| dir.join("tokenizer.json"));
     let tokenizer = Tokenizer::load(&tokenizer_path, config.vocab_size)?;
     let (prompt, len) = flags.prompt(&config, &tokenizer)?;
-    if len > config.model_length.saturating_mul(crate::engine::MAX_STRETCH) || len <= 1 {
+    if let Prompt::Text { length: 0, .. } = prompt {
+        return Err(Error::request("--length: expected at least 1 generated token, found 0"));
+    }
+    if len > config.model_length.saturating_mul(crate::engine::MAX_STRETCH) {
         // The engine's own check, before anything large is loaded.
         return Err(Error::request(format!(
             "{len} positions asked for (prompt and --length): the model was trained on {}, at most {} are served",
             config.model_length,
             config.model_length * crate::engine::MAX_STRETCH
         )));
-    }
-    if let Prompt::Text { length: 0, .. } = prompt {
-        return Err(Error::request("--length: expected at least 1 generated token, found 0"));
     }
     let mut trace = flags.trace.as_deref().map(Trace::create).transpose()?;
 

@@ -170,6 +170,19 @@ pub(super) fn text(output: &Output, run: &Run, tokenizer: &Tokenizer, many: bool
     if many { format!("=== sample {}\n{body}\n\n", output.sample) } else { format!("{body}\n") }
 }
 
+#[derive(Serialize)]
+struct TraceLine<'a> {
+    sample: u32,
+    stage: u8,
+    block: usize,
+    step: u32,
+    event: &'a str,
+    positions: &'a [usize],
+    tokens: &'a [u32],
+    /// As f32, so that the digits are those of the JSON output.
+    confidence: &'a [f32],
+}
+
 /// One event of `--trace`.
 pub(super) fn trace_line(event: &Event) -> String {
     let name = match event.kind {
@@ -178,9 +191,15 @@ pub(super) fn trace_line(event: &Event) -> String {
         EventKind::Commit => "commit",
         EventKind::Done => "done",
     };
-    json!({
-        "sample": event.sample, "stage": event.stage, "block": event.block, "step": event.step, "event": name,
-        "positions": event.positions, "tokens": event.tokens, "confidence": event.confidence,
-    })
-    .to_string()
+    let line = TraceLine {
+        sample: event.sample,
+        stage: event.stage,
+        block: event.block,
+        step: event.step,
+        event: name,
+        positions: &event.positions,
+        tokens: &event.tokens,
+        confidence: &event.confidence,
+    };
+    serde_json::to_string(&line).expect("plain data")
 }
