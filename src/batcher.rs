@@ -14,33 +14,57 @@ pub struct Budget {
     pub max_sessions: usize,
 }
 
-/// Indices of the sessions that run now. `rows[i]` is what session i needs, `None` if it waits; `turn` is who is asked first.
-pub fn choose(rows: &[Option<usize>], turn: usize, budget: &Budget) -> Vec<usize> {
+/// What a session asks of the next forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need {
+    pub rows: usize,
+    /// The model it wants; a forward runs one model.
+    pub weights: usize,
+}
+
+/// The model that runs now, and the indices of the sessions that share its forward. `needs[i]` is what session i wants, `None` if
+/// it waits; `turn` is who is asked first, and names the model.
+pub fn choose(needs: &[Option<Need>], turn: usize, budget: &Budget) -> (usize, Vec<usize>) {
     let mut chosen = Vec::new();
-    let mut total = 0;
-    for i in (0..rows.len()).map(|i| (i + turn) % rows.len()) {
-        let Some(need) = rows[i] else { continue };
-        if chosen.is_empty() || total + need <= budget.max_rows {
-            total += need;
+    let (mut total, mut weights) = (0, 0);
+    for i in (0..needs.len()).map(|i| (i + turn) % needs.len()) {
+        let Some(need) = needs[i] else { continue };
+        if chosen.is_empty() {
+            weights = need.weights;
+        }
+        if chosen.is_empty() || (need.weights == weights && total + need.rows <= budget.max_rows) {
+            total += need.rows;
             chosen.push(i);
         }
     }
     chosen.sort_unstable();
-    chosen
+    (weights, chosen)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn needs<const N: usize>(rows: [Option<(usize, usize)>; N]) -> [Option<Need>; N] {
+        rows.map(|r| r.map(|(rows, weights)| Need { rows, weights }))
+    }
+
     #[test]
     fn fills_the_budget_in_turn_and_always_runs_one() {
         let budget = Budget { max_rows: 10, max_sessions: 8 };
-        let rows = [Some(4), None, Some(4), Some(4), Some(2)];
-        assert_eq!(choose(&rows, 0, &budget), [0, 2, 4]);
-        assert_eq!(choose(&rows, 3, &budget), [0, 3, 4]);
-        assert_eq!(choose(&[Some(99), Some(99)], 1, &budget), [1]);
-        assert_eq!(choose(&[None, None], 0, &budget), Vec::<usize>::new());
-        assert_eq!(choose(&[], 0, &budget), Vec::<usize>::new());
+        let four = needs([Some((4, 0)), None, Some((4, 0)), Some((4, 0)), Some((2, 0))]);
+        assert_eq!(choose(&four, 0, &budget), (0, vec![0, 2, 4]));
+        assert_eq!(choose(&four, 3, &budget), (0, vec![0, 3, 4]));
+        assert_eq!(choose(&needs([Some((99, 0)), Some((99, 0))]), 1, &budget), (0, vec![1]));
+        assert_eq!(choose(&[None, None], 0, &budget), (0, vec![]));
+        assert_eq!(choose(&[], 0, &budget), (0, vec![]));
+    }
+
+    #[test]
+    fn a_forward_runs_one_model() {
+        let budget = Budget { max_rows: 10, max_sessions: 8 };
+        let mixed = needs([Some((1, 0)), Some((1, 1)), Some((1, 0)), Some((1, 1))]);
+        assert_eq!(choose(&mixed, 0, &budget), (0, vec![0, 2]));
+        assert_eq!(choose(&mixed, 1, &budget), (1, vec![1, 3]));
     }
 }

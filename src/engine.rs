@@ -14,7 +14,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use crate::backend::{Backend, Decision, Draw};
-use crate::batcher::{self, Budget};
+use crate::batcher::{self, Budget, Need};
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::{Model, Progress, Scratch};
@@ -71,16 +71,35 @@ struct Active {
     failed: Option<Error>,
 }
 
-/// A model on a backend, and everything in flight.
+/// One model with its own K/V store; page numbers mean the same in all of them.
+pub(crate) struct Loaded<B: Backend> {
+    pub(crate) model: Model<B>,
+    pub(crate) kv: B::KvCache,
+    pub(crate) scratch: Scratch<B>,
+}
+
+impl<B: Backend> Loaded<B> {
+    fn new(backend: &B, model: Model<B>, pool: &PagePool) -> Result<Loaded<B>> {
+        let (num_pages, page_size) = (pool.capacity(), pool.page_size());
+        let bytes = model.config().kv_bytes_per_token(backend.dtype().bytes()).checked_mul(num_pages * page_size);
+        if bytes.is_none_or(|bytes| bytes > isize::MAX as usize / 4) {
+            return Err(Error::request(format!("{num_pages} K/V pages of {page_size} positions are more than can be addressed")));
+        }
+        let kv = backend.kv_cache(model.kv_shape(num_pages, page_size))?;
+        let scratch = Scratch::new(backend, model.config(), 16)?;
+        Ok(Loaded { model, kv, scratch })
+    }
+}
+
+/// Models on a backend, and everything in flight.
 pub struct Engine<B: Backend> {
     pub(crate) backend: B,
-    pub(crate) model: Model<B>,
+    /// Never empty; 0 is the one the engine was loaded with, the others belong to stages that name them.
+    pub(crate) models: Vec<Loaded<B>>,
     tokenizer: std::result::Result<Arc<Tokenizer>, Error>,
     pub(crate) banned: Vec<u32>,
     pub(crate) options: EngineOptions,
     pub(crate) pool: PagePool,
-    pub(crate) kv: B::KvCache,
-    pub(crate) scratch: Scratch<B>,
     queue: VecDeque<Active>,
     active: Vec<Active>,
     turn: usize,
@@ -122,8 +141,7 @@ impl<B: Backend> Engine<B> {
         }
         let per_sequence = config.model_length.div_ceil(options.page_size);
         let num_pages = options.kv_pages.unwrap_or(per_sequence.saturating_mul(options.budget.max_sessions)).max(1);
-        let bytes = num_pages.saturating_mul(options.page_size).saturating_mul(config.kv_bytes_per_token(backend.dtype().bytes()));
-        if num_pages > u32::MAX as usize / options.page_size || bytes > isize::MAX as usize / 4 {
+        if num_pages > u32::MAX as usize / options.page_size {
             return Err(Error::request(format!("{num_pages} K/V pages of {} positions are more than can be addressed", options.page_size)));
         }
         // MASK, padding and embedding rows without a token are never drawn.
@@ -134,27 +152,36 @@ impl<B: Backend> Engine<B> {
         }
         banned.sort_unstable();
         banned.dedup();
-        let kv = backend.kv_cache(model.kv_shape(num_pages, options.page_size))?;
-        let scratch = Scratch::new(&backend, config, 16)?;
         let pool = PagePool::new(num_pages, options.page_size);
-        Ok(Engine {
-            backend,
-            model,
-            tokenizer,
-            banned,
-            options,
-            pool,
-            kv,
-            scratch,
-            queue: VecDeque::new(),
-            active: Vec::new(),
-            turn: 0,
-            next_id: 0,
-        })
+        let models = vec![Loaded::new(&backend, model, &pool)?];
+        Ok(Engine { backend, models, tokenizer, banned, options, pool, queue: VecDeque::new(), active: Vec::new(), turn: 0, next_id: 0 })
     }
 
+    /// Loads another model for stages that name it (`weights=INDEX`), with K/V pages of its own. Returns the index.
+    ///
+    /// Errors: as [`Engine::load`], or a vocabulary that differs from the first model's.
+    pub fn add_model(&mut self, model_dir: &Path, progress: Progress) -> Result<usize> {
+        let config = ModelConfig::load(model_dir)?;
+        let first = self.config();
+        if (config.vocab_size, config.mask_id) != (first.vocab_size, first.mask_id) {
+            let (found, expected) =
+                (format!("{} tokens, MASK {}", config.vocab_size, config.mask_id), format!("{}, MASK {}", first.vocab_size, first.mask_id));
+            return Err(Error::config(
+                &model_dir.join("config.json"),
+                format!("vocabulary of {found}: expected that of the first model, {expected}"),
+            ));
+        }
+        if config.attention == Attention::Causal {
+            return Err(Error::config(&model_dir.join("config.json"), "an autoregressive checkpoint cannot run a stage"));
+        }
+        let model = Model::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
+        self.models.push(Loaded::new(&self.backend, model, &self.pool)?);
+        Ok(self.models.len() - 1)
+    }
+
+    /// The first model's configuration.
     pub fn config(&self) -> &ModelConfig {
-        self.model.config()
+        self.models[0].model.config()
     }
 
     pub fn backend(&self) -> &B {
@@ -233,6 +260,12 @@ impl<B: Backend> Engine<B> {
                 "this checkpoint is autoregressive (`causal`: true): it scores text, it cannot generate by diffusion",
             ));
         }
+        if let Some(missing) = request.schedule.stages.iter().map(|s| s.weights).find(|w| *w >= self.models.len()) {
+            return Err(Error::request(format!(
+                "a stage names weights={missing}, {} models are loaded (counted from 0)",
+                self.models.len()
+            )));
+        }
         let fixed = self.canvas(&request.prompt)?;
         let mask_id = config.mask_id;
         let mut stop = Stop { tokens: Vec::new(), entropy: request.stop.entropy, text: None };
@@ -305,13 +338,14 @@ impl<B: Backend> Engine<B> {
     pub fn tick(&mut self) -> Result<bool> {
         self.drop_cancelled();
         self.admit();
-        let rows = self.advance();
-        let chosen = batcher::choose(&rows, self.turn, &self.options.budget);
+        let needs = self.advance();
+        let (weights, chosen) = batcher::choose(&needs, self.turn, &self.options.budget);
         self.turn = self.turn.wrapping_add(1) % self.active.len().max(1);
         if !chosen.is_empty() {
-            let plan = self.plan(&chosen)?;
-            self.model.forward(&self.backend, &plan, &mut self.kv, &mut self.scratch, None)?;
-            let answers = self.decide(&chosen, &plan)?;
+            let plan = self.plan(&chosen, weights)?;
+            let Loaded { model, kv, scratch } = &mut self.models[weights];
+            model.forward(&self.backend, &plan, kv, scratch, None)?;
+            let answers = self.decide(&chosen, weights, &plan);
             self.commit(&chosen, answers);
         }
         self.retire()?;
@@ -340,8 +374,8 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Brings every session to its next forward and says how many rows it needs; `None` for those that wait or are done.
-    fn advance(&mut self) -> Vec<Option<usize>> {
-        let mut rows = Vec::with_capacity(self.active.len());
+    fn advance(&mut self) -> Vec<Option<Need>> {
+        let mut needs = Vec::with_capacity(self.active.len());
         for active in &mut self.active {
             if active.session.wants_prefix()
                 && active.session.step().is_none()
@@ -350,7 +384,7 @@ impl<B: Backend> Engine<B> {
                 match self.pool.prefix(key, active.id) {
                     PrefixState::Yours => {}
                     PrefixState::Pending => {
-                        rows.push(None);
+                        needs.push(None);
                         continue;
                     }
                     PrefixState::Ready(pages) => {
@@ -362,21 +396,22 @@ impl<B: Backend> Engine<B> {
             let mut events = Vec::new();
             let next = active.session.next(&mut events);
             active.send(events);
-            rows.push(match next {
-                Next::Forward => active.session.step().map(|s| s.rows.len()),
+            needs.push(match next {
+                Next::Forward => active.session.step().map(|s| Need { rows: s.rows.len(), weights: s.weights }),
                 Next::Finished => None,
             });
         }
-        rows
+        needs
     }
 
-    fn plan(&mut self, chosen: &[usize]) -> Result<Plan> {
+    fn plan(&mut self, chosen: &[usize], weights: usize) -> Result<Plan> {
         let mut plan = Plan::new();
         for &i in chosen {
             let Active { session, table, .. } = &mut self.active[i];
             let step = session.step().expect("chosen for its step");
             for copy in table.make_writable(&mut self.pool, step.rows.iter().map(|(p, _)| *p)) {
-                self.backend.copy_page(&mut self.kv, copy.src, copy.dst)?;
+                // Other models' pages need no copy: their stages write every row before reading it.
+                self.backend.copy_page(&mut self.models[weights].kv, copy.src, copy.dst)?;
             }
             plan.push(&step.rows, table.pages(), self.options.page_size, step.visibility, step.len);
         }
@@ -384,7 +419,7 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Answers per chosen session. A row that cannot be decided fails its own session only.
-    fn decide(&mut self, chosen: &[usize], plan: &Plan) -> Result<Vec<Result<Vec<Decision>>>> {
+    fn decide(&mut self, chosen: &[usize], weights: usize, plan: &Plan) -> Vec<Result<Vec<Decision>>> {
         let asks: Vec<(Vec<u32>, Vec<Draw>)> = chosen
             .iter()
             .enumerate()
@@ -395,13 +430,14 @@ impl<B: Backend> Engine<B> {
             .collect();
         let rows: Vec<u32> = asks.iter().flat_map(|a| &a.0).copied().collect();
         let draws: Vec<Draw> = asks.iter().flat_map(|a| &a.1).copied().collect();
-        match self.model.decide(&self.backend, &rows, &draws, &self.banned, &mut self.scratch) {
+        let Loaded { model, scratch, .. } = &mut self.models[weights];
+        match model.decide(&self.backend, &rows, &draws, &self.banned, scratch) {
             Ok(all) => {
                 let mut all = all.into_iter();
-                Ok(asks.iter().map(|(rows, _)| Ok(all.by_ref().take(rows.len()).collect())).collect())
+                asks.iter().map(|(rows, _)| Ok(all.by_ref().take(rows.len()).collect())).collect()
             }
             // Found by asking again, one session at a time.
-            Err(_) => Ok(asks.iter().map(|(r, d)| self.model.decide(&self.backend, r, d, &self.banned, &mut self.scratch)).collect()),
+            Err(_) => asks.iter().map(|(r, d)| model.decide(&self.backend, r, d, &self.banned, scratch)).collect(),
         }
     }
 
@@ -464,7 +500,9 @@ impl<B: Backend> Engine<B> {
     pub(crate) fn poison(&mut self, pages: &[u32]) {
         if self.options.poison_freed_pages {
             for &page in pages {
-                self.backend.poison_page(&mut self.kv, page).expect("poisoning is for tests on the CPU");
+                for loaded in &mut self.models {
+                    self.backend.poison_page(&mut loaded.kv, page).expect("poisoning is for tests on the CPU");
+                }
             }
         }
     }

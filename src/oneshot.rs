@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use crate::backend::{Backend, Draw, TopPRule};
 use crate::config::ModelConfig;
-use crate::engine::{Engine, ms};
+use crate::engine::{Engine, Loaded, ms};
 use crate::error::{Error, Result};
 use crate::model::{Model, Probe, Scratch};
 use crate::pages::PageTable;
@@ -48,10 +48,8 @@ impl<B: Backend> Engine<B> {
         table.make_writable(&mut self.pool, 0..len);
         let mut plan = Plan::new();
         plan.push(rows, table.pages(), self.options.page_size, visibility, len);
-        let outcome = self
-            .model
-            .forward(&self.backend, &plan, &mut self.kv, &mut self.scratch, probe)
-            .and_then(|()| read(&self.model, &self.backend, &mut self.scratch));
+        let Loaded { model, kv, scratch } = &mut self.models[0];
+        let outcome = model.forward(&self.backend, &plan, kv, scratch, probe).and_then(|()| read(model, &self.backend, scratch));
         let freed = table.truncate(&mut self.pool, 0);
         self.pool.uncommit(needed);
         self.poison(&freed);
@@ -105,7 +103,8 @@ impl<B: Backend> Engine<B> {
         let draw = Draw { u: 0.5, top_p: 0.9, ..PLAIN_DRAW };
         let (draws, banned, page_size) = (vec![draw; decided], self.banned.clone(), self.options.page_size);
         let mut times = Vec::with_capacity(runs);
-        let (backend, model, pool, kv, scratch) = (&self.backend, &self.model, &mut self.pool, &mut self.kv, &mut self.scratch);
+        let (backend, pool) = (&self.backend, &mut self.pool);
+        let Loaded { model, kv, scratch } = &mut self.models[0];
         let mut table = PageTable::default();
         let needed = pool.pages_for(len);
         if !pool.commit(needed) {

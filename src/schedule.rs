@@ -102,6 +102,8 @@ pub struct Stage {
     pub kv: KvPolicy,
     /// Record the probability after temperature and nucleus as snapshot confidence instead of the raw one.
     pub truncated_confidence: bool,
+    /// Which of the engine's models runs the stage: 0 is the one it was loaded with.
+    pub weights: usize,
 }
 
 impl Stage {
@@ -157,6 +159,7 @@ pub struct StageSpec {
     top_p_rule: Option<TopPRule>,
     kv: Option<KvPolicy>,
     truncated_confidence: Option<bool>,
+    weights: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -168,7 +171,7 @@ enum UnmaskSpec {
     EntropyBound(f32),
 }
 
-const KEYS: &str = "block, visible, remask, by, unmask, order, steps, temperature, top_p, top_p_rule, kv, confidence";
+const KEYS: &str = "block, visible, remask, by, unmask, order, steps, temperature, top_p, top_p_rule, kv, confidence, weights";
 
 impl FromStr for StageSpec {
     type Err = Error;
@@ -231,12 +234,19 @@ impl FromStr for StageSpec {
                     };
                     set(&mut spec.truncated_confidence, truncated, twice, bad("raw or truncated"))?;
                 }
+                "weights" => {
+                    let index = value.parse().ok().filter(|n| *n < MAX_MODELS);
+                    set(&mut spec.weights, index, twice, bad("the index of a --model, from 0"))?;
+                }
                 _ => return Err(Error::request(format!("stage `{text}`: unknown key `{key}`; keys: {KEYS}"))),
             }
         }
         Ok(spec)
     }
 }
+
+/// Models one engine may hold.
+pub const MAX_MODELS: usize = 16;
 
 /// Finite and not negative.
 pub fn valid_temperature(t: f32) -> bool {
@@ -298,7 +308,7 @@ fn parse_kv(text: &str) -> Option<KvPolicy> {
 
 impl StageSpec {
     /// Fills in the defaults and checks the stage in its place (`index` 0 drafts).
-    fn resolve(&self, index: usize, defaults: &Defaults) -> Result<Stage> {
+    fn resolve(&self, index: usize, defaults: &Defaults, previous: Option<&Stage>) -> Result<Stage> {
         let fail = |what: &str| Err(Error::request(format!("stage {index}: {what}")));
         let unmask = match (self.unmask.unwrap_or(UnmaskSpec::Rank(Rank::Uniform, None)), self.steps) {
             (UnmaskSpec::Rank(rank, n), None) => Unmask::Count { rank, n: n.unwrap_or(1) },
@@ -325,6 +335,10 @@ impl StageSpec {
         if kv == KvPolicy::Draft && matches!(remask, Some(Remask { by: RemaskBy::HeldOut(_), .. })) {
             return fail("kv=draft cannot follow held-out scoring, whose forwards overwrite the draft's K/V; use kv=refresh:R");
         }
+        let weights = self.weights.unwrap_or(0);
+        if kv == KvPolicy::Draft && previous.is_some_and(|p| p.weights != weights) {
+            return fail("kv=draft cannot reuse the K/V of other weights; use kv=refresh:R");
+        }
         Ok(Stage {
             block_len: self.block.unwrap_or(None),
             scope: self.scope.unwrap_or(defaults.scope),
@@ -335,6 +349,7 @@ impl StageSpec {
             top_p_rule: self.top_p_rule.unwrap_or(defaults.top_p_rule),
             kv,
             truncated_confidence: self.truncated_confidence.unwrap_or(false),
+            weights,
         })
     }
 }
@@ -366,7 +381,10 @@ impl Schedule {
         if specs.len() > 255 {
             return Err(Error::request(format!("a schedule holds at most 255 stages, found {}", specs.len())));
         }
-        let stages = specs.iter().enumerate().map(|(index, spec)| spec.resolve(index, defaults)).collect::<Result<Vec<_>>>()?;
+        let mut stages: Vec<Stage> = Vec::with_capacity(specs.len());
+        for (index, spec) in specs.iter().enumerate() {
+            stages.push(spec.resolve(index, defaults, stages.last())?);
+        }
         Ok(Schedule { stages })
     }
 
@@ -453,7 +471,8 @@ impl fmt::Display for Stage {
             ",unmask={},temperature={},top_p={},top_p_rule={},kv={}",
             self.unmask, self.temperature, self.top_p, self.top_p_rule, self.kv
         )?;
-        f.write_str(if self.truncated_confidence { ",confidence=truncated" } else { ",confidence=raw" })
+        f.write_str(if self.truncated_confidence { ",confidence=truncated" } else { ",confidence=raw" })?;
+        if self.weights > 0 { write!(f, ",weights={}", self.weights) } else { Ok(()) }
     }
 }
 
@@ -463,7 +482,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn one(index: usize, text: &str) -> Result<Stage> {
-        text.parse::<StageSpec>()?.resolve(index, &Defaults::default())
+        text.parse::<StageSpec>()?.resolve(index, &Defaults::default(), None)
     }
 
     #[test]
@@ -509,18 +528,22 @@ mod tests {
             (0, "temperature=inf", "at least 0"),
             (0, "top_p=0", "above 0"),
             (0, "", "key=value"),
+            (0, "weights=-1", "--model"),
+            (0, "weights=16", "--model"),
         ] {
             let error = one(index, text).expect_err(text).to_string();
             assert!(error.contains(word), "`{text}` says: {error}");
         }
         assert!(Schedule::resolve(&[], &Defaults::default()).is_err());
+        let other = ["block=4", "remask=0.5,kv=draft,weights=1"].map(|s| s.parse().unwrap());
+        assert!(Schedule::resolve(&other, &Defaults::default()).unwrap_err().to_string().contains("other weights"));
         assert!(Schedule::preset("best", &Defaults::default()).unwrap_err().to_string().contains("did"));
     }
 
     proptest! {
         #[test]
         fn parsing_never_panics(text in "[a-z_=:,.0-9-]{0,60}") {
-            let _ = text.parse::<StageSpec>().map(|spec| spec.resolve(1, &Defaults::default()));
+            let _ = text.parse::<StageSpec>().map(|spec| spec.resolve(1, &Defaults::default(), None));
         }
 
         #[test]
@@ -543,6 +566,7 @@ mod tests {
                 top_p_rule: if flags & 2 == 0 { TopPRule::Within } else { TopPRule::Crossing },
                 kv: [KvPolicy::Exact, KvPolicy::Refresh(n), KvPolicy::Recompute][kv],
                 truncated_confidence: flags & 4 != 0,
+                weights: n % MAX_MODELS,
             };
             prop_assert_eq!(one(1, &stage.to_string()).unwrap(), stage);
         }

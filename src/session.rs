@@ -102,6 +102,8 @@ pub struct Step {
     /// (position, token id), positions ascending.
     pub rows: Vec<(usize, u32)>,
     pub visibility: Visibility,
+    /// The model that runs it.
+    pub weights: usize,
     /// Sequence length: no row sees a key at or beyond it.
     pub len: usize,
     pub asks: Vec<Ask>,
@@ -383,7 +385,8 @@ impl Session {
 
     fn set_step(&mut self, kind: Kind, positions: impl IntoIterator<Item = usize>, asks: Vec<Ask>) {
         let rows: Vec<_> = positions.into_iter().map(|p| (p, self.canvas.tokens()[p])).collect();
-        self.pending = Some(Step { kind, rows, visibility: self.stage().visibility(), len: self.canvas.len(), asks });
+        self.pending =
+            Some(Step { kind, rows, visibility: self.stage().visibility(), weights: self.stage().weights, len: self.canvas.len(), asks });
     }
 
     /// The next denoising (or separate commit) forward; false if no position of the stage is masked any more.
@@ -634,7 +637,7 @@ impl Session {
                     _ => f64::from(self.canvas.confidence(p)),
                 };
                 self.scores = self.canvas.generated().map(|p| (p, score(p))).collect();
-                // Same visibility as before: blocks before the first mask are still final. Under full visibility none ever is.
+                // Same weights and visibility as before: blocks before the first mask are still final. Under full visibility none ever is.
                 let same = previous.visibility() == stage.visibility() && stage.visibility() != Visibility::Full;
                 let keep = if same { self.committed } else { 0 };
                 self.remask(keep, events);

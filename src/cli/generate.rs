@@ -22,9 +22,9 @@ const DEFAULT_LENGTH: usize = 192;
 
 #[derive(Args)]
 pub(super) struct Flags {
-    /// Model directory: config.json, model.safetensors, tokenizer.json [default: the model that ships]
+    /// Model directory: config.json, model.safetensors, tokenizer.json [default: the model that ships]. Repeat it for stages with weights=1, 2, ...
     #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
+    model: Vec<PathBuf>,
     /// Text to continue
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["prompt_file", "infill", "stdin"])]
     prompt: Option<String>,
@@ -190,7 +190,7 @@ impl Flags {
 }
 
 pub(super) fn run(flags: Flags) -> Result<()> {
-    let dir = super::model_dir(flags.model.as_deref())?;
+    let dir = super::model_dir(flags.model.first().map(PathBuf::as_path))?;
     let config = super::model_config(&dir)?;
     let defaults = defaults(&config, flags.temperature, flags.top_p, flags.top_p_rule)?;
     let schedule =
@@ -216,15 +216,18 @@ pub(super) fn run(flags: Flags) -> Result<()> {
 
     let loading = std::time::Instant::now();
     let mut engine = flags.device.engine(&dir, len, flags.samples as usize)?;
+    for other in flags.model.iter().skip(1) {
+        engine.add_model(other, &mut |_, _| {})?;
+    }
     let load_ms = loading.elapsed().as_secs_f64() * 1e3;
     let stop = StopOptions { ignore_eos: flags.ignore_eos, texts: flags.stop.clone(), entropy: flags.stop_entropy };
     let run = Run {
-        model: dir.display().to_string(),
         device: crate::backend::Backend::name(engine.backend()),
         dtype: flags.device.dtype().name(),
         seed: flags.seed,
         schedule: schedule.clone(),
         load_ms,
+        models: std::iter::once(&dir).chain(flags.model.iter().skip(1)).map(|d| d.display().to_string()).collect(),
         end_of_text: (!flags.ignore_eos).then_some(config.eos_id),
         stop: flags.stop.clone(),
     };

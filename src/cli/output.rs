@@ -10,7 +10,8 @@ use crate::tokenizer::Tokenizer;
 
 /// What is the same for all samples of a run.
 pub(super) struct Run {
-    pub model: String,
+    /// Directories, the first being the one that names the run.
+    pub models: Vec<String>,
     pub device: String,
     pub dtype: &'static str,
     pub seed: u64,
@@ -36,6 +37,9 @@ impl Run {
 #[derive(Serialize)]
 struct Json<'a> {
     model: &'a str,
+    /// Where stages name more than one (`weights=INDEX`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    models: Option<&'a Vec<String>>,
     device: &'a str,
     dtype: &'a str,
     seed: u64,
@@ -115,7 +119,8 @@ fn round_ms(ms: f64) -> f64 {
 /// The contract's object, on one line.
 pub(super) fn json(output: &Output, run: &Run, tokenizer: &Tokenizer, infill: bool) -> String {
     let object = Json {
-        model: &run.model,
+        model: &run.models[0],
+        models: (run.models.len() > 1).then_some(&run.models),
         device: &run.device,
         dtype: run.dtype,
         seed: run.seed,
