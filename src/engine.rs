@@ -7,6 +7,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -343,9 +344,10 @@ impl<B: Backend> Engine<B> {
         self.turn = self.turn.wrapping_add(1) % self.active.len().max(1);
         if !chosen.is_empty() {
             let plan = self.plan(&chosen, weights)?;
+            let (rows, draws) = self.asks(&chosen, &plan);
             let Loaded { model, kv, scratch } = &mut self.models[weights];
-            model.forward(&self.backend, &plan, kv, scratch, None)?;
-            let answers = self.decide(&chosen, weights, &plan);
+            model.forward(&self.backend, &plan, &rows, kv, scratch, None)?;
+            let answers = self.decide(&chosen, weights, &draws);
             self.commit(&chosen, answers);
         }
         self.retire()?;
@@ -418,26 +420,32 @@ impl<B: Backend> Engine<B> {
         Ok(plan)
     }
 
+    /// Rows of the plan that decide, and what is asked of each.
+    fn asks(&self, chosen: &[usize], plan: &Plan) -> (Vec<u32>, Vec<Draw>) {
+        let steps = chosen.iter().map(|i| self.active[*i].session.step().expect("chosen for its step"));
+        steps.zip(&plan.indptr).flat_map(|(step, first)| step.asks.iter().map(move |ask| (first + ask.row as u32, ask.draw))).unzip()
+    }
+
     /// Answers per chosen session. A row that cannot be decided fails its own session only.
-    fn decide(&mut self, chosen: &[usize], weights: usize, plan: &Plan) -> Vec<Result<Vec<Decision>>> {
-        let asks: Vec<(Vec<u32>, Vec<Draw>)> = chosen
+    fn decide(&mut self, chosen: &[usize], weights: usize, draws: &[Draw]) -> Vec<Result<Vec<Decision>>> {
+        let mut first = 0;
+        let ranges: Vec<Range<usize>> = chosen
             .iter()
-            .enumerate()
-            .map(|(s, &i)| {
-                let step = self.active[i].session.step().expect("chosen for its step");
-                step.asks.iter().map(|ask| (plan.indptr[s] + ask.row as u32, ask.draw)).unzip()
+            .map(|i| {
+                let asks = self.active[*i].session.step().expect("chosen for its step").asks.len();
+                first += asks;
+                first - asks..first
             })
             .collect();
-        let rows: Vec<u32> = asks.iter().flat_map(|a| &a.0).copied().collect();
-        let draws: Vec<Draw> = asks.iter().flat_map(|a| &a.1).copied().collect();
         let Loaded { model, scratch, .. } = &mut self.models[weights];
-        match model.decide(&self.backend, &rows, &draws, &self.banned, scratch) {
-            Ok(all) => {
-                let mut all = all.into_iter();
-                asks.iter().map(|(rows, _)| Ok(all.by_ref().take(rows.len()).collect())).collect()
-            }
+        let mut ask = |range: Range<usize>| {
+            let rows: Vec<u32> = range.clone().map(|r| r as u32).collect();
+            model.decide(&self.backend, &rows, &draws[range], &self.banned, scratch)
+        };
+        match ask(0..draws.len()) {
+            Ok(all) => ranges.into_iter().map(|range| Ok(all[range].to_vec())).collect(),
             // Found by asking again, one session at a time.
-            Err(_) => asks.iter().map(|(r, d)| model.decide(&self.backend, r, d, &self.banned, scratch)).collect(),
+            Err(_) => ranges.into_iter().map(ask).collect(),
         }
     }
 

@@ -33,12 +33,13 @@ impl<B: Backend> Engine<B> {
     /// One forward over all of `tokens` in pages of its own; what came of it is read from the scratch, then the pages are freed.
     fn once<T>(
         &mut self,
-        rows: &[(usize, u32)],
-        len: usize,
+        tokens: &[u32],
         visibility: Visibility,
         probe: Option<Probe<B>>,
         read: impl FnOnce(&Model<B>, &B, &mut Scratch<B>) -> Result<T>,
     ) -> Result<T> {
+        Self::check_tokens(self.config(), tokens)?;
+        let len = tokens.len();
         self.check_len(len)?;
         let needed = self.pool.pages_for(len);
         if !self.pool.commit(needed) {
@@ -47,9 +48,11 @@ impl<B: Backend> Engine<B> {
         let mut table = PageTable::default();
         table.make_writable(&mut self.pool, 0..len);
         let mut plan = Plan::new();
-        plan.push(rows, table.pages(), self.options.page_size, visibility, len);
+        let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
+        plan.push(&rows, table.pages(), self.options.page_size, visibility, len);
+        let wanted: Vec<u32> = (0..len as u32).collect();
         let Loaded { model, kv, scratch } = &mut self.models[0];
-        let outcome = model.forward(&self.backend, &plan, kv, scratch, probe).and_then(|()| read(model, &self.backend, scratch));
+        let outcome = model.forward(&self.backend, &plan, &wanted, kv, scratch, probe).and_then(|()| read(model, &self.backend, scratch));
         let freed = table.truncate(&mut self.pool, 0);
         self.pool.uncommit(needed);
         self.poison(&freed);
@@ -69,19 +72,15 @@ impl<B: Backend> Engine<B> {
         probe: Option<Probe<B>>,
         sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
-        Self::check_tokens(self.config(), tokens)?;
-        let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
-        self.once(&rows, tokens.len(), visibility, probe, |model, backend, scratch| model.logits(backend, tokens.len(), scratch, sink))
+        self.once(tokens, visibility, probe, |model, backend, scratch| model.logits(backend, tokens.len(), scratch, sink))
     }
 
     /// Negative log-likelihood (nats) of tokens 1.. under an autoregressive checkpoint: row i predicts token i + 1.
     pub fn causal_nll(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
-        Self::check_tokens(self.config(), tokens)?;
-        let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
-        let draws: Vec<Draw> = tokens[1..].iter().map(|t| Draw { forced: Some(*t), ..PLAIN_DRAW }).collect();
+        let draws: Vec<Draw> = tokens.iter().skip(1).map(|t| Draw { forced: Some(*t), ..PLAIN_DRAW }).collect();
         let index: Vec<u32> = (0..draws.len() as u32).collect();
         let mask = [self.config().mask_id];
-        let decisions = self.once(&rows, tokens.len(), Visibility::BlockCausal(1), None, |model, backend, scratch| {
+        let decisions = self.once(tokens, Visibility::BlockCausal(1), None, |model, backend, scratch| {
             model.decide(backend, &index, &draws, &mask, scratch)
         })?;
         Ok(decisions.iter().map(|d| -f64::from(d.log_prob)).collect())
@@ -99,7 +98,7 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Vec<f64>> {
         let mask_id = self.config().mask_id;
         let rows: Vec<_> = (0..len).map(|p| (p, mask_id)).collect();
-        let index: Vec<u32> = ((range.len() - decided) as u32..range.len() as u32).collect();
+        let wanted: Vec<u32> = ((range.len() - decided) as u32..range.len() as u32).collect();
         let draw = Draw { u: 0.5, top_p: 0.9, ..PLAIN_DRAW };
         let (draws, banned, page_size) = (vec![draw; decided], self.banned.clone(), self.options.page_size);
         let mut times = Vec::with_capacity(runs);
@@ -111,20 +110,19 @@ impl<B: Backend> Engine<B> {
             return Err(Error::OutOfPages { needed, capacity: pool.capacity() });
         }
         table.make_writable(pool, 0..len);
-        let mut step = |rows: &[(usize, u32)], decide: bool| -> Result<f64> {
+        let mut step = |rows: &[(usize, u32)], wanted: &[u32], draws: &[Draw]| -> Result<f64> {
             let start = Instant::now();
             let mut plan = Plan::new();
             plan.push(rows, table.pages(), page_size, visibility, len);
-            model.forward(backend, &plan, kv, scratch, None)?;
-            if decide {
-                model.decide(backend, &index, &draws, &banned, scratch)?;
-            }
+            model.forward(backend, &plan, wanted, kv, scratch, None)?;
+            let decided: Vec<u32> = (0..draws.len() as u32).collect();
+            model.decide(backend, &decided, draws, &banned, scratch)?;
             Ok(ms(start, Instant::now()))
         };
         let mut measure = || -> Result<()> {
-            step(&rows, false)?;
+            step(&rows, &[], &[])?;
             for run in 0..=runs {
-                let time = step(&rows[range.clone()], true)?;
+                let time = step(&rows[range.clone()], &wanted, &draws)?;
                 times.extend((run > 0).then_some(time));
             }
             Ok(())

@@ -74,6 +74,20 @@ impl Plan {
         self.indptr.len().saturating_sub(1)
     }
 
+    /// The plan of the given rows alone (ascending), over the same pages.
+    pub fn select(&self, rows: &[u32]) -> Plan {
+        let pick = |values: &[u32]| rows.iter().map(|r| values[*r as usize]).collect();
+        Plan {
+            ids: pick(&self.ids),
+            positions: pick(&self.positions),
+            slots: pick(&self.slots),
+            visible: pick(&self.visible),
+            indptr: self.indptr.iter().map(|end| rows.partition_point(|r| r < end) as u32).collect(),
+            page_indptr: self.page_indptr.clone(),
+            pages: self.pages.clone(),
+        }
+    }
+
     /// Appends one sequence: `rows` as (position, token id), its page table, and who sees whom in a sequence of `len` positions.
     pub fn push(&mut self, rows: &[(usize, u32)], pages: &[u32], page_size: usize, visibility: Visibility, len: usize) {
         for &(position, id) in rows {
@@ -101,6 +115,18 @@ mod tests {
         assert_eq!([0, 5].map(|i| Visibility::BlockCausal(1).end(i, 10)), [1, 6]);
         assert_eq!(Visibility::Full.end(0, 10), 10);
         assert_eq!(Visibility::BlockCausal(usize::MAX).end(3, 10), 10);
+    }
+
+    #[test]
+    fn selected_rows_keep_their_sequence() {
+        let mut plan = Plan::new();
+        plan.push(&[(0, 1), (1, 2), (2, 3)], &[7], 4, Visibility::Full, 3);
+        plan.push(&[(0, 4)], &[8], 4, Visibility::Full, 1);
+        plan.push(&[(1, 5), (2, 6)], &[9], 4, Visibility::BlockCausal(2), 4);
+        let part = plan.select(&[0, 2, 5]);
+        assert_eq!((part.ids, part.positions, part.slots, part.visible), (vec![1, 3, 6], vec![0, 2, 2], vec![28, 30, 38], vec![3, 3, 4]));
+        assert_eq!((part.indptr, part.page_indptr, part.pages), (vec![0, 2, 2, 3], vec![0, 1, 2, 3], vec![7, 8, 9]));
+        assert_eq!(plan.select(&[0, 1, 2, 3, 4, 5]), plan);
     }
 
     #[test]

@@ -172,11 +172,13 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     Ok(())
 }
 
-/// Multiply-adds of the weight products over `rows` rows, with the head on `head_rows`, in GFLOP.
-fn gflop(config: &ModelConfig, rows: usize, head_rows: usize) -> f64 {
+/// Multiply-adds of the weight products over `rows` rows, of which `decided` go on past the last layer's K/V, in GFLOP.
+fn gflop(config: &ModelConfig, rows: usize, decided: usize) -> f64 {
     let c = config.hidden_dim;
-    let layer = c * config.heads.qkv_width() + config.heads.q_width() * c + 2 * c * config.mlp_dim;
-    2.0 * (rows * layer * config.num_layers + head_rows * c * config.vocab_size) as f64 / 1e9
+    let qkv = c * config.heads.qkv_width();
+    let rest = config.heads.q_width() * c + 2 * c * config.mlp_dim;
+    let layers = rows * (qkv + rest) * (config.num_layers - 1) + rows * qkv + decided * rest;
+    2.0 * (layers + decided * c * config.vocab_size) as f64 / 1e9
 }
 
 /// Bytes of the weights a forward reads: layers and head, without the embedding table.
