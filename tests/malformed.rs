@@ -1,0 +1,469 @@
+//! Checkpoints are hostile input: each spoiled copy of a good directory is refused with an error that names the culprit, and none panics.
+
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+use redraft::{Cpu, DType, Engine, EngineOptions, Error};
+use serde_json::{Map, Value, json};
+use tempfile::TempDir;
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// A copy of a fixture's checkpoint that may be spoiled.
+struct Copy {
+    dir: TempDir,
+}
+
+impl Copy {
+    fn of(name: &str) -> Copy {
+        let dir = tempfile::tempdir().expect("a directory");
+        for entry in std::fs::read_dir(fixture(name)).expect("a fixture") {
+            let path = entry.expect("an entry").path();
+            let file = path.file_name().expect("a name").to_str().expect("a plain name").to_string();
+            if file.starts_with("config") || file.starts_with("model") || file.starts_with("tokenizer") {
+                std::fs::copy(&path, dir.path().join(file)).expect("a copy");
+            }
+        }
+        Copy { dir }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).expect("a file")
+    }
+
+    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
+        std::fs::write(self.path(name), bytes).expect("a file");
+    }
+
+    fn json(&self, name: &str) -> Value {
+        serde_json::from_slice(&self.read(name)).expect("JSON")
+    }
+
+    /// Rewrites a JSON file.
+    fn edit(&self, name: &str, edit: impl FnOnce(&mut Map<String, Value>)) {
+        let mut value = self.json(name);
+        edit(value.as_object_mut().expect("an object"));
+        self.write(name, value.to_string());
+    }
+
+    /// Header and data of the weights.
+    fn weights(&self) -> (Map<String, Value>, Vec<u8>) {
+        let bytes = self.read("model.safetensors");
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+        let map = serde_json::from_slice::<Value>(&bytes[8..header]).expect("JSON").as_object().expect("an object").clone();
+        (map, bytes[header..].to_vec())
+    }
+
+    fn set_weights(&self, header: &Map<String, Value>, data: &[u8]) {
+        self.write("model.safetensors", container(&Value::Object(header.clone()).to_string(), data));
+    }
+
+    fn load(&self) -> Result<Engine<Cpu>, Error> {
+        Engine::load(self.dir.path(), Cpu::new(1, DType::F32).expect("the CPU is always there"), EngineOptions::default())
+    }
+
+    /// Loading fails, and the error's text holds every word; `kind` names its variant.
+    fn refused(&self, label: &str, kind: &str, words: &[&str]) {
+        let error = self.load().err().unwrap_or_else(|| panic!("{label}: was loaded"));
+        let (debug, text) = (format!("{error:?}"), error.to_string());
+        assert!(debug.starts_with(kind), "{label}: expected {kind}, found {debug}");
+        for word in words {
+            assert!(text.contains(word), "{label}: no `{word}` in: {text}");
+        }
+    }
+}
+
+/// A safetensors file.
+fn container(header: &str, data: &[u8]) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    bytes.extend_from_slice(data);
+    bytes
+}
+
+const WEIGHTS: &str = "model.safetensors";
+const NORM: &str = "backbone.blocks.0.norm1.weight";
+const EMBEDDING: &str = "backbone.vocab_embed.embedding";
+
+/// The copy itself is good: what follows fails for its own reason.
+#[test]
+fn an_unspoiled_copy_loads() {
+    for name in ["bd3lm-plain", "bd3lm-plain-sharded", "bd3lm-adaln", "mdlm"] {
+        Copy::of(name).load().unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+}
+
+#[test]
+fn truncated_weights() {
+    let copy = Copy::of("bd3lm-plain");
+    let bytes = copy.read(WEIGHTS);
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    for len in [0, 1, 7, 8, 9, header / 2, header - 1, header, header + 1, (header + bytes.len()) / 2, bytes.len() - 1] {
+        copy.write(WEIGHTS, &bytes[..len]);
+        let label = format!("{len} of {} bytes", bytes.len());
+        copy.refused(&label, "Weights", &[WEIGHTS]);
+    }
+    let longer = [&bytes[..], &[0; 16]].concat();
+    copy.write(WEIGHTS, longer);
+    copy.refused("16 bytes too many", "Weights", &[WEIGHTS]);
+}
+
+#[test]
+fn lying_headers() {
+    let copy = Copy::of("bd3lm-plain");
+    let (header, data) = copy.weights();
+    for length in [u64::MAX, u64::MAX - 7, 1 << 62, 1 << 40, 1 << 32, i64::MAX as u64] {
+        let mut bytes = copy.read(WEIGHTS);
+        bytes[..8].copy_from_slice(&length.to_le_bytes());
+        copy.write(WEIGHTS, bytes);
+        copy.refused(&format!("header of {length} bytes"), "Weights", &[WEIGHTS]);
+        copy.set_weights(&header, &data);
+    }
+    for text in ["", "{", "[]", "null", "{}x", "\u{0}", "{\"a\": 1}", "{\"a\": {\"dtype\": \"F32\"}}", &"[".repeat(100_000)] {
+        copy.write(WEIGHTS, container(text, &data));
+        copy.refused(&format!("header `{}`", &text[..text.len().min(20)]), "Weights", &[WEIGHTS]);
+    }
+    let norm = header[NORM]["data_offsets"].clone();
+    let (start, end) = (norm[0].as_u64().expect("an offset"), norm[1].as_u64().expect("an offset"));
+    for offsets in [
+        json!([start - 4, end - 4]),
+        json!([start + 4, end + 4]),
+        json!([end, start]),
+        json!([start, end + 4]),
+        json!([u64::MAX - 3, u64::MAX]),
+        json!([0, u64::MAX]),
+        json!([-4, 0]),
+        json!([start]),
+    ] {
+        let mut spoiled = header.clone();
+        spoiled[NORM]["data_offsets"] = offsets.clone();
+        copy.set_weights(&spoiled, &data);
+        copy.refused(&format!("offsets {offsets}"), "Weights", &[WEIGHTS]);
+    }
+    // Two tensors over the same bytes.
+    let mut spoiled = header.clone();
+    spoiled[NORM]["data_offsets"] = header["backbone.blocks.0.norm2.weight"]["data_offsets"].clone();
+    copy.set_weights(&spoiled, &data);
+    copy.refused("overlapping tensors", "Weights", &[WEIGHTS]);
+}
+
+#[test]
+fn wrong_tensors() {
+    let copy = Copy::of("bd3lm-plain");
+    let (header, data) = copy.weights();
+    let spoil = |label: &str, words: &[&str], edit: &dyn Fn(&mut Map<String, Value>)| {
+        let mut spoiled = header.clone();
+        edit(&mut spoiled);
+        copy.set_weights(&spoiled, &data);
+        copy.refused(label, "Weights", &[&[WEIGHTS], words].concat());
+    };
+    for name in [NORM, EMBEDDING, "backbone.output_layer.linear.bias", "backbone.blocks.0.mlp.2.weight"] {
+        spoil("renamed", &[name, "missing"], &|h| {
+            let tensor = h.remove(name).expect("a tensor");
+            h.insert(format!("{name}.old"), tensor);
+        });
+    }
+    spoil("transposed", &[EMBEDDING, "[67, 32]", "[32, 67]"], &|h| h[EMBEDDING]["shape"] = json!([32, 67]));
+    spoil("flat", &[EMBEDDING, "[67, 32]", "[2144]"], &|h| h[EMBEDDING]["shape"] = json!([67 * 32]));
+    spoil("one more dimension", &[NORM, "[32]", "[1, 32]"], &|h| h[NORM]["shape"] = json!([1, 32]));
+    for dtype in ["I32", "U32"] {
+        spoil("integers", &[NORM, dtype, "BF16"], &|h| h[NORM]["dtype"] = json!(dtype));
+    }
+    spoil("wide integers", &[WEIGHTS], &|h| h[NORM]["dtype"] = json!("I64"));
+    spoil("no such dtype", &[WEIGHTS], &|h| h[NORM]["dtype"] = json!("F7"));
+    spoil("a huge shape", &[WEIGHTS], &|h| h[NORM]["shape"] = json!([u64::MAX, 2]));
+
+    // 64-bit integers and floats that fill their bytes honestly.
+    for dtype in ["I64", "F64"] {
+        let (mut spoiled, mut data) = (header.clone(), data.clone());
+        let start = data.len() as u64;
+        data.extend([0; 32 * 8]);
+        let name = "backbone.extra";
+        spoiled.insert(name.into(), json!({"dtype": dtype, "shape": [32], "data_offsets": [start, start + 256]}));
+        copy.set_weights(&spoiled, &data);
+        copy.load().unwrap_or_else(|e| panic!("a tensor nobody asks for is nobody's business: {e}"));
+        let good = spoiled.remove(NORM).expect("a tensor");
+        let other = spoiled.remove(name).expect("a tensor");
+        spoiled.insert(NORM.into(), other);
+        spoiled.insert(name.into(), good);
+        copy.set_weights(&spoiled, &data);
+        copy.refused(dtype, "Weights", &[WEIGHTS, NORM, dtype, "F32, BF16 or F16"]);
+    }
+}
+
+/// In every kind of tensor: packed matrices, tables, norms and biases, folded modulation.
+#[test]
+fn values_that_are_not_finite() {
+    for (fixture, names) in [
+        (
+            "bd3lm-plain",
+            &[NORM, EMBEDDING, "backbone.blocks.0.attn_qkv.weight", "backbone.blocks.0.mlp.2.bias", "backbone.output_layer.linear.weight"]
+                [..],
+        ),
+        (
+            "bd3lm-adaln",
+            &["backbone.blocks.1.adaLN_modulation.weight", "backbone.sigma_map.mlp.0.bias", "backbone.output_layer.linear.bias"],
+        ),
+        ("bd3lm-head64", &["backbone.blocks.1.attn_out.weight"]),
+    ] {
+        for name in names {
+            for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let copy = Copy::of(fixture);
+                let (header, mut data) = copy.weights();
+                let tensor = &header[*name];
+                let size = if tensor["dtype"] == "BF16" { 2 } else { 4 };
+                let end = tensor["data_offsets"][1].as_u64().expect("an offset") as usize;
+                let count = (end - tensor["data_offsets"][0].as_u64().expect("an offset") as usize) / size;
+                // The last element: reading to the end is reading all of it. The upper half of an f32 is its bf16.
+                data[end - size..end].copy_from_slice(&value.to_le_bytes()[4 - size..]);
+                copy.set_weights(&header, &data);
+                let element = format!("element {}", count - 1);
+                copy.refused(&format!("{value} in {name}"), "Weights", &[WEIGHTS, name, &element, &value.to_string()]);
+            }
+        }
+    }
+}
+
+#[test]
+fn broken_configurations() {
+    let copy = Copy::of("bd3lm-adaln");
+    let good = copy.json("config.json");
+    for text in ["", "{", "[]", "null", "3", "\"bd3lm\"", "{\"model_type\": \"bd3lm\",}", "\u{feff}{}", &"[".repeat(100_000)] {
+        copy.write("config.json", text);
+        copy.refused(&format!("config `{}`", &text[..text.len().min(30)]), "Config", &["config.json"]);
+    }
+    copy.write("config.json", [0xff, 0xfe, 0x00]);
+    copy.refused("config that is not UTF-8", "Config", &["config.json"]);
+    let spoil = |key: &str, value: Option<Value>, words: &[&str]| {
+        let label = format!("{key}: {value:?}");
+        let mut spoiled = good.clone();
+        let map = spoiled.as_object_mut().expect("an object");
+        match value {
+            None => map.remove(key).map(drop).unwrap_or_else(|| panic!("{label}: no such key")),
+            Some(value) => drop(map.insert(key.into(), value)),
+        }
+        copy.write("config.json", spoiled.to_string());
+        copy.refused(&label, "Config", &[&["config.json"], words].concat());
+    };
+    for key in ["vocab_size", "hidden_dim", "n_heads", "n_blocks", "model_length", "cond_dim"] {
+        for value in [None, Some(Value::Null)] {
+            spoil(key, value, &[key, "missing"]);
+        }
+        for value in [
+            json!(0),
+            json!(-4),
+            json!(1u64 << 60),
+            json!(u64::MAX),
+            json!(1e300),
+            json!(32.5),
+            json!("32"),
+            json!([32]),
+            json!(true),
+            json!({}),
+        ] {
+            spoil(key, Some(value.clone()), &[key, &value.to_string()]);
+        }
+    }
+    for value in [json!(0), json!(-1), json!("4"), json!(u64::MAX)] {
+        spoil("block_size", Some(value), &["block_size"]);
+    }
+    // Three heads of 32 are 96.
+    for value in [5, 7, 96, 97] {
+        spoil("n_heads", Some(json!(value)), &["hidden_dim 96", &format!("n_heads {value}"), "even"]);
+    }
+    for key in ["time_conditioning", "causal", "cross_attn", "adaln"] {
+        for value in [json!(1), json!("true"), json!([])] {
+            spoil(key, Some(value), &[key, "true or false"]);
+        }
+    }
+    spoil("time_conditioning", Some(json!(true)), &["time_conditioning", "only models without"]);
+    spoil("vocab_size", Some(json!(2)), &["vocab_size", "at least 3"]);
+    for key in ["mask_token_id", "eos_token_id", "bos_token_id", "pad_token_id"] {
+        for value in [json!(131), json!(-1), json!("x"), json!(u64::MAX)] {
+            spoil(key, Some(value), &[key, "131"]);
+        }
+    }
+    for value in [json!("llama"), json!("BD3LM"), json!("bd3lm ")] {
+        let shown = value.as_str().expect("text").to_string();
+        spoil("model_type", Some(value), &[&shown, "bd3lm", "mdlm"]);
+    }
+    copy.write("config.json", json!({"vocab_size": 131}).to_string());
+    copy.refused("no family", "Config", &["config.json", "supported"]);
+    std::fs::remove_file(copy.path("config.json")).expect("a file");
+    copy.refused("no config", "Config", &["config.json"]);
+    let nowhere = Engine::load(&copy.path("nowhere"), Cpu::new(1, DType::F32).expect("a CPU"), EngineOptions::default());
+    assert!(nowhere.err().expect("refused").to_string().contains("nowhere"));
+}
+
+/// A configuration that does not describe the weights beside it: the first tensor that does not fit is named, with both shapes.
+#[test]
+fn configurations_of_another_model() {
+    let copy = Copy::of("bd3lm-adaln");
+    for (key, value, words) in [
+        ("vocab_size", json!(130), [EMBEDDING, "[130, 96]", "[131, 96]"]),
+        ("hidden_dim", json!(192), [EMBEDDING, "[131, 192]", "[131, 96]"]),
+        ("n_blocks", json!(3), ["backbone.blocks.2.", "missing", "expected shape"]),
+        ("cond_dim", json!(64), ["backbone.sigma_map.mlp.0.weight", "[64, 256]", "["]),
+    ] {
+        let good = copy.json("config.json");
+        copy.edit("config.json", |c| {
+            c.insert(key.into(), value);
+            // The ids of the published defaults, wherever the vocabulary ends.
+            c.retain(|k, _| !k.ends_with("_token_id"));
+        });
+        // A vocabulary smaller than the tokenizer's is the tokenizer's mistake; here the weights are looked at.
+        std::fs::rename(copy.path("tokenizer.json"), copy.path("aside")).expect("a file");
+        copy.refused(key, "Weights", &[&[WEIGHTS], &words[..]].concat());
+        std::fs::rename(copy.path("aside"), copy.path("tokenizer.json")).expect("a file");
+        copy.write("config.json", good.to_string());
+    }
+    // adaLN where the checkpoint has none.
+    let plain = Copy::of("bd3lm-plain");
+    plain.edit("config.json", |c| {
+        c.insert("adaln".into(), json!(true));
+        c.insert("cond_dim".into(), json!(128));
+    });
+    plain.refused("adaLN without its tensors", "Weights", &[WEIGHTS, "sigma_map", "missing"]);
+    // A config that asks for more layers than memory could hold is refused by the first tensor that is not there.
+    plain.edit("config.json", |c| {
+        c.insert("adaln".into(), json!(false));
+        c.insert("n_blocks".into(), json!(1024));
+    });
+    plain.refused("1024 layers", "Weights", &["backbone.blocks.1.", "missing"]);
+}
+
+/// A tokenizer is needed for text only, so its errors come with the first call that needs it.
+#[test]
+fn broken_tokenizers() {
+    let refused = |copy: &Copy, label: &str, words: &[&str]| {
+        let engine = copy.load().unwrap_or_else(|e| panic!("{label}: {e}"));
+        let error = engine.tokenizer().err().unwrap_or_else(|| panic!("{label}: was loaded"));
+        assert!(matches!(error, Error::Tokenizer { .. }), "{label}: {error:?}");
+        for word in [&["tokenizer.json"], words].concat() {
+            assert!(error.to_string().contains(word), "{label}: no `{word}` in: {error}");
+        }
+        let text = redraft::Prompt::Text { text: "a".into(), length: 2 };
+        assert_eq!(engine.canvas(&text).expect_err("text"), error, "{label}");
+        let stops = redraft::Request { stop: redraft::StopOptions { texts: vec!["a".into()], ..Default::default() }, ..request() };
+        let mut engine = engine;
+        assert_eq!(engine.submit(stops).err().expect("a stop text"), error, "{label}");
+        // Ids need none.
+        let handle = engine.submit(request()).unwrap_or_else(|e| panic!("{label}: {e}"));
+        engine.run().unwrap_or_else(|e| panic!("{label}: {e}"));
+        handle.events().for_each(drop);
+        assert_eq!(handle.take_output().expect("an outcome").expect("a text").tokens.len(), 4, "{label}");
+    };
+    for text in ["", "{", "[]", "null", "{}", "{\"version\": \"1.0\"}", &"[".repeat(100_000)] {
+        let copy = Copy::of("bd3lm-plain");
+        copy.write("tokenizer.json", text);
+        refused(&copy, &format!("tokenizer `{}`", &text[..text.len().min(20)]), &["not a tokenizer"]);
+    }
+    let copy = Copy::of("bd3lm-plain");
+    copy.write("tokenizer.json", [0xff, 0xfe]);
+    refused(&copy, "not UTF-8", &["not a tokenizer"]);
+    std::fs::remove_file(copy.path("tokenizer.json")).expect("a file");
+    refused(&copy, "no tokenizer", &["no tokenizer", "--tokenizer"]);
+    // A larger model's tokenizer: 130 tokens for a vocabulary of 67.
+    std::fs::copy(fixture("bd3lm-adaln").join("tokenizer.json"), copy.path("tokenizer.json")).expect("a copy");
+    refused(&copy, "too large", &["has id", "the model's vocabulary has 67"]);
+}
+
+fn request() -> redraft::Request {
+    let schedule = redraft::Schedule::preset("draft", &redraft::Defaults::default()).expect("a preset");
+    let mut request = redraft::Request::new(redraft::Prompt::Tokens { tokens: vec![1], length: 4 }, schedule, 0, 0);
+    request.stop.ignore_eos = true;
+    request
+}
+
+#[test]
+fn broken_indices() {
+    let index = "model.safetensors.index.json";
+    let copy = Copy::of("bd3lm-plain-sharded");
+    let good = copy.json(index);
+    for text in ["", "{", "[]", "{}", "{\"weight_map\": []}", "{\"weight_map\": 3}", "null"] {
+        copy.write(index, text);
+        copy.refused(&format!("index `{text}`"), "Weights", &[index]);
+    }
+    copy.write(index, "{\"weight_map\": {}}");
+    copy.refused("an empty index", "Weights", &[index, "missing"]);
+    let (first, second) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
+    let point = |label: &str, file: Value, words: &[&str]| {
+        let mut spoiled = good.clone();
+        spoiled["weight_map"][NORM] = file;
+        copy.write(index, spoiled.to_string());
+        copy.refused(label, "Weights", words);
+    };
+    point("a shard that is not there", json!("model-00003-of-00002.safetensors"), &["model-00003-of-00002.safetensors", "cannot open"]);
+    let outside = fixture("bd3lm-plain").join(WEIGHTS).display().to_string();
+    for path in ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..\\model.safetensors", "", &outside] {
+        point("a path", json!(path), &[index, NORM, "same directory"]);
+    }
+    for value in [json!(3), json!(null), json!(["a"])] {
+        point("no name", value, &[index, NORM]);
+    }
+    point("a directory", json!("."), &["cannot"]);
+    copy.write(index, good.to_string());
+    copy.load().expect("good again");
+    let (a, b) = (copy.read(first), copy.read(second));
+    copy.write(second, &a);
+    copy.refused("the same shard twice", "Weights", &[second, "appears in two shards"]);
+    copy.write(second, &b[..b.len() - 3]);
+    copy.refused("a truncated shard", "Weights", &[second]);
+    std::fs::remove_file(copy.path(second)).expect("a file");
+    copy.refused("a missing shard", "Weights", &[second]);
+    std::fs::remove_file(copy.path(index)).expect("a file");
+    copy.refused("no weights", "Weights", &["model.safetensors", "index"]);
+}
+
+/// Whatever loads runs: neither loading nor a forward over what was loaded panics.
+fn load_and_run(copy: &Copy) -> Result<(), Error> {
+    let mut engine = copy.load()?;
+    engine.logits(&[1, 2], redraft::plan::Visibility::Full, &mut |_, _| Ok(()))?;
+    let handle = engine.submit(request())?;
+    engine.run()?;
+    handle.events().for_each(drop);
+    handle.take_output().expect("an outcome").map(drop)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn flipped_header_bytes_never_panic(flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+        let copy = Copy::of("bd3lm-plain");
+        let mut bytes = copy.read(WEIGHTS);
+        let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        for (at, value) in flips {
+            bytes[at.index(header)] = value;
+        }
+        copy.write(WEIGHTS, bytes);
+        let _ = load_and_run(&copy);
+    }
+
+    #[test]
+    fn flipped_config_bytes_never_panic(flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+        let copy = Copy::of("bd3lm-plain");
+        let mut bytes = copy.read("config.json");
+        let len = bytes.len();
+        for (at, value) in flips {
+            bytes[at.index(len)] = value;
+        }
+        copy.write("config.json", bytes);
+        let _ = load_and_run(&copy);
+    }
+
+    /// Any bytes in any file of the directory.
+    #[test]
+    fn random_files_never_panic(which in 0usize..4, bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        let name = ["config.json", WEIGHTS, "tokenizer.json", "model.safetensors.index.json"][which];
+        let copy = Copy::of(if which == 3 { "bd3lm-plain-sharded" } else { "bd3lm-plain" });
+        copy.write(name, bytes);
+        let _ = load_and_run(&copy);
+    }
+}
