@@ -16,14 +16,17 @@ use crate::backend::{DType, HeadShape};
 use crate::cpu::Machine;
 use crate::cpu::kv::{Head, KvCache};
 use crate::cpu::memory::Aligned;
-use crate::cpu::pool::Tile;
-use crate::cpu::simd::tile::{MAX_ROWS, accumulate};
+use crate::cpu::pool::{Order, Tile};
+use crate::cpu::simd::tile::{accumulate, accumulate_pieces};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::plan::Plan;
 
 /// Keys of a tile, four vectors of scores.
 const TILE: usize = 64;
 const GROUPS: usize = TILE / LANES;
+
+/// Queries of a register tile: 6 x 4 vectors of sums.
+const MAX_ROWS: usize = 6;
 
 /// Queries of a task: their accumulators at D = 64 are 6 KiB, beside 16 or 32 KiB of a tile's keys and values in L1.
 const TASK_QUERIES: usize = 24;
@@ -47,7 +50,7 @@ pub fn attention(machine: &Machine, plan: &Plan, heads: HeadShape, qkv: &[f32], 
     }
     let pool = machine.pool_for(work * heads.q_width() * 2);
     let width = heads.q_width();
-    pool.tiles(&mut out[..plan.num_rows() * width], width, &row_bounds, queries_per_head * head_dim, &|tile| {
+    pool.tiles(&mut out[..plan.num_rows() * width], width, &row_bounds, queries_per_head * head_dim, Order::RowsFirst, &|tile| {
         let s = sequences[row_bounds.partition_point(|&bound| bound <= tile.rows.start) - 1];
         let pages = &plan.pages[plan.page_indptr[s] as usize..plan.page_indptr[s + 1] as usize];
         let kv_head = tile.cols.start / (queries_per_head * head_dim);
@@ -236,25 +239,13 @@ fn step<S: Simd, const BF16: bool, const M: usize>(
     let (scores, _) = state.scores.as_chunks_mut::<LANES>();
     let mut group = 0;
     while group < num_groups {
-        if S::NV == 4 && num_groups == GROUPS {
-            let mut acc = [[simd.splat(0.0); GROUPS]; M];
-            let keys = [groups[0].0, groups[1].0, groups[2].0, groups[3].0];
-            accumulate::<S, BF16, M, GROUPS>(simd, layout.key_steps, q, layout.key_steps, keys, LANES, keys[0].as_ptr(), &mut acc);
-            for m in 0..M {
-                for g in 0..GROUPS {
-                    simd.store(simd.mul(acc[m][g], simd.splat(scale)), &mut scores[m * GROUPS + g]);
-                }
-            }
-            group = GROUPS;
+        group += if S::WIDE && num_groups - group == 4 {
+            score::<S, BF16, M, 4>(simd, layout.key_steps, q, groups, group, scale, scores)
+        } else if S::WIDE && num_groups - group >= 2 {
+            score::<S, BF16, M, 2>(simd, layout.key_steps, q, groups, group, scale, scores)
         } else {
-            let mut acc = [[simd.splat(0.0); 1]; M];
-            let keys = groups[group].0;
-            accumulate::<S, BF16, M, 1>(simd, layout.key_steps, q, layout.key_steps, [keys], LANES, keys.as_ptr(), &mut acc);
-            for m in 0..M {
-                simd.store(simd.mul(acc[m][0], simd.splat(scale)), &mut scores[m * GROUPS + group]);
-            }
-            group += 1;
-        }
+            score::<S, BF16, M, 1>(simd, layout.key_steps, q, groups, group, scale, scores)
+        };
     }
     if !count.is_multiple_of(LANES) {
         for m in 0..M {
@@ -295,74 +286,87 @@ fn step<S: Simd, const BF16: bool, const M: usize>(
 
     // Values.
     let width = layout.value_width;
+    let per_word = if BF16 { 2 } else { 1 };
     if BF16 && !count.is_multiple_of(2) {
         let last = &groups[num_groups - 1].1[(count - 1) % LANES / 2 * width..][..width];
         for (word, last) in state.last_pair.iter_mut().zip(last) {
             *word = last & 0xffff;
         }
     }
+    let mut pieces = [(0, &state.last_pair[..]); GROUPS + 1];
+    for (g, group) in groups.iter().enumerate().take(num_groups) {
+        pieces[g] = ((count - g * LANES).min(LANES) / per_word, group.1);
+    }
+    pieces[num_groups].0 = if BF16 { count % 2 } else { 0 };
+    let pieces = &pieces[..=num_groups];
     let sums = &mut state.sums[from * width..][..M * width];
     let weights: &[u32] = if BF16 { &state.pairs } else { bytemuck::cast_slice(&state.scores) };
     let mut column = 0;
     while column < width {
-        if S::NV == 4 && width - column >= 4 * LANES {
-            values::<S, BF16, M, 4>(simd, width, column, count, weights, groups, &state.last_pair, rescale, sums);
-            column += 4 * LANES;
-        } else {
-            values::<S, BF16, M, 1>(simd, width, column, count, weights, groups, &state.last_pair, rescale, sums);
-            column += LANES;
-        }
+        let vectors = (width - column) / LANES;
+        column += LANES
+            * if S::WIDE && vectors >= 4 {
+                weigh::<S, BF16, M, 4>(simd, width, column, weights, pieces, rescale, sums)
+            } else if S::WIDE && vectors >= 2 {
+                weigh::<S, BF16, M, 2>(simd, width, column, weights, pieces, rescale, sums)
+            } else {
+                weigh::<S, BF16, M, 1>(simd, width, column, weights, pieces, rescale, sums)
+            };
     }
 }
 
-/// `sums[m][column..] = sums * rescale + weights (M, count) values (count, D)` for NV vectors of columns.
+/// Scaled scores of M queries with NV groups of keys from `group` on; returns NV.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn values<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
+fn score<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
+    simd: S,
+    steps: usize,
+    q: &[u32],
+    groups: &Groups,
+    group: usize,
+    scale: f32,
+    scores: &mut [[f32; LANES]],
+) -> usize {
+    let mut keys = [groups[0].0; NV];
+    for (v, keys) in keys.iter_mut().enumerate() {
+        *keys = groups[group + v].0;
+    }
+    let acc = accumulate::<S, BF16, M, NV, 0>(simd, steps, q, steps, keys, LANES, 0, [[simd.splat(0.0); NV]; M]);
+    for m in 0..M {
+        let row = &mut scores[m * GROUPS + group..][..NV];
+        for v in 0..NV {
+            simd.store(simd.mul(acc[m][v], simd.splat(scale)), &mut row[v]);
+        }
+    }
+    NV
+}
+
+/// `sums[m][column..] = sums * rescale + weights (M, keys) values (keys, D)` for NV vectors of columns; returns NV.
+#[inline(always)]
+fn weigh<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
     simd: S,
     width: usize,
     column: usize,
-    count: usize,
     weights: &[u32],
-    groups: &Groups,
-    last_pair: &[u32],
+    pieces: &[(usize, &[u32])],
     rescale: [S::F; M],
     sums: &mut [f32],
-) {
-    let per_word = if BF16 { 2 } else { 1 };
-    let stride = TILE / per_word;
+) -> usize {
+    let stride = if BF16 { TILE / 2 } else { TILE };
     let mut acc = [[simd.splat(0.0); NV]; M];
     for m in 0..M {
-        let (row, _) = sums[m * width + column..].as_chunks::<LANES>();
+        let row = &sums[m * width + column..][..NV * LANES].as_chunks::<LANES>().0[..NV];
         for v in 0..NV {
             acc[m][v] = simd.mul(simd.load(&row[v]), rescale[m]);
         }
     }
-    for (g, group) in groups.iter().enumerate().take(count.div_ceil(LANES)) {
-        let slots = (count - g * LANES).min(LANES);
-        let steps = slots / per_word;
-        let weights = &weights[g * LANES / per_word..];
-        if steps > 0 {
-            let mut b = [group.1; NV];
-            for (v, b) in b.iter_mut().enumerate() {
-                *b = &b[column + v * LANES..];
-            }
-            accumulate::<S, BF16, M, NV>(simd, steps, weights, stride, b, width, b[0].as_ptr(), &mut acc);
-        }
-        if steps * per_word < slots {
-            let mut b = [last_pair; NV];
-            for (v, b) in b.iter_mut().enumerate() {
-                *b = &b[column + v * LANES..];
-            }
-            accumulate::<S, BF16, M, NV>(simd, 1, &weights[steps..], stride, b, width, b[0].as_ptr(), &mut acc);
-        }
-    }
+    acc = accumulate_pieces::<S, BF16, M, NV>(simd, weights, stride, pieces, column, width, acc);
     for m in 0..M {
-        let (row, _) = sums[m * width + column..].as_chunks_mut::<LANES>();
+        let row = &mut sums[m * width + column..][..NV * LANES].as_chunks_mut::<LANES>().0[..NV];
         for v in 0..NV {
             simd.store(acc[m][v], &mut row[v]);
         }
     }
+    NV
 }
 
 /// A tile of pages smaller than a group, copied into whole groups.

@@ -4,8 +4,8 @@
 //! `sum exp(l - max)` and the moment that the entropy needs, all in f32 lanes over a tile that stays in L1; tiles are joined
 //! in f64. The draw is the inverse CDF of `policy::decide_row` on two levels: the tile by cumulative mass, then the id inside it.
 //! The nucleus sorts nothing but its own edge: tokens below `(1 - p) / V` can never be kept, since whatever follows a kept
-//! token weighs at least `1 - p` together and no more than that token each; the rest is halved around pivots until the edge
-//! lies among a few dozen.
+//! token weighs at least `1 - p` together and no more than that token each; the rest is counted into bins of logit, and only
+//! the bin where the cumulative mass crosses p is put in order.
 #![forbid(unsafe_code)]
 
 use crate::backend::{Decision, Draw, Epilogue, TopPRule};
@@ -177,88 +177,89 @@ fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argma
     (chosen, f64::from(one[0]) / total)
 }
 
-/// A token that may be kept.
-#[derive(Clone, Copy)]
-struct Candidate {
-    logit: f32,
-    id: u32,
-    mass: f64,
-}
-
 /// Draws from the nucleus; `total` is the mass of the whole row after temperature, relative to `max`.
 fn nucleus(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, total: f64, draw: &Draw) -> (usize, f64) {
     let top_p = f64::from(draw.top_p);
     // Logit at which the probability is (1 - p) / V, with room for the rounding of masses. The most probable token stays in.
-    let least = (total * (1.0 - top_p) / logits.len() as f64).ln() * f64::from(draw.temperature);
-    let floor = (f64::from(max) + least - 1e-4 * (1.0 + least.abs()) * f64::from(draw.temperature).max(1.0)).min(f64::from(max)) as f32;
+    let least = (total * (1.0 - top_p) / logits.len() as f64).ln().max(-87.0) * f64::from(draw.temperature);
+    let room = 1e-4 * (1.0 + least.abs()) * f64::from(draw.temperature).max(1.0);
+    let floor = (f64::from(max) + least - room).min(f64::from(max)) as f32;
+    // Ids ascending, their logits and their masses.
     let mut ids = Vec::new();
-    for (i, tile) in tiles.iter().enumerate().filter(|(_, tile)| tile.max >= floor) {
-        let _ = tile;
+    for (i, _) in tiles.iter().enumerate().filter(|(_, tile)| tile.max >= floor) {
         machine.isa.run(AtLeast { logits: &logits[i * TILE..logits.len().min((i + 1) * TILE)], floor, first: i * TILE, ids: &mut ids });
     }
-    let mut exponentials: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
-    machine.isa.run(Exponentials { logits: &mut exponentials, max, inverse_temperature: 1.0 / draw.temperature });
-    let mut candidates: Vec<Candidate> = ids
-        .iter()
-        .zip(&exponentials)
-        .map(|(&id, &e)| Candidate { logit: logits[id as usize], id, mass: f64::from(e) })
-        .filter(|c| c.mass > 0.0)
-        .collect();
+    let values: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
+    let mut masses = values.clone();
+    machine.isa.run(Exponentials { logits: &mut masses, max, inverse_temperature: 1.0 / draw.temperature });
 
-    let kept = edge(&mut candidates, total, top_p, draw.top_p_rule);
-    let kept = &mut candidates[..kept];
-    kept.sort_unstable_by_key(|c| c.id);
-    let kept_total: f64 = kept.iter().map(|c| c.mass).sum();
+    let (last_logit, last_id) = edge(&ids, &values, &masses, max, floor, total, draw);
+    let kept = |i: usize| values[i] > last_logit || values[i] == last_logit && ids[i] <= last_id;
+    let kept_total: f64 = (0..ids.len()).filter(|&i| kept(i)).map(|i| f64::from(masses[i])).sum();
     let target = draw.u * kept_total;
     let mut cumulative = 0.0;
-    let mut chosen = kept[0];
-    for &candidate in &*kept {
-        cumulative += candidate.mass;
-        chosen = candidate;
+    let mut chosen = 0;
+    for i in (0..ids.len()).filter(|&i| kept(i) && masses[i] > 0.0) {
+        cumulative += f64::from(masses[i]);
+        chosen = i;
         if cumulative > target {
             break;
         }
     }
-    (chosen.id as usize, chosen.mass / kept_total)
+    (ids[chosen] as usize, f64::from(masses[chosen]) / kept_total)
 }
 
-/// Brings the kept candidates to the front, in some order, and returns how many they are, at least one.
+/// The last kept token, as (logit, id), in the order larger logit first, lower id first. In that order a token is kept while
+/// the cumulative probability obeys the rule, and the first always.
 ///
-/// In the order larger logit first, lower id first, a candidate is kept while the cumulative probability obeys the rule; so
-/// the kept ones are a prefix. The prefix is found by partitions around pivots instead of a sort of everything.
-fn edge(candidates: &mut [Candidate], total: f64, top_p: f64, rule: TopPRule) -> usize {
-    let ahead = |a: &Candidate, b: &Candidate| b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id));
-    // [0, low) is kept and [high, len) is not; `before` is the mass of [0, low).
-    let (mut low, mut high, mut before) = (0, candidates.len(), 0.0);
-    while high - low > 32 {
-        let middle = (high - low) / 2;
-        let open = &mut candidates[low..high];
-        open.select_nth_unstable_by(middle, ahead);
-        let upper: f64 = open[..middle].iter().map(|c| c.mass).sum();
-        let all_kept = match rule {
-            TopPRule::Within => (before + upper) / total <= top_p,
-            TopPRule::Crossing => (before + upper) / total < top_p,
-        };
-        if all_kept {
-            (low, before) = (low + middle, before + upper);
-        } else {
-            high = low + middle;
-        }
+/// Tokens fall into bins by logit: a bin's tokens all come before the next one's. Whole bins are kept until one holds the
+/// edge, and only that one is sorted.
+fn edge(ids: &[u32], values: &[f32], masses: &[f32], max: f32, floor: f32, total: f64, draw: &Draw) -> (f32, u32) {
+    const BINS: usize = 1024;
+    let top_p = f64::from(draw.top_p);
+    let within = |before: f64, mass: f64| match draw.top_p_rule {
+        TopPRule::Within => (before + mass) / total <= top_p,
+        TopPRule::Crossing => before / total < top_p,
+    };
+    let scale = (BINS - 1) as f32 / (max - floor).max(f32::MIN_POSITIVE);
+    // Monotonic in the value: a difference, a product and a cut to an integer all are.
+    let bin = |value: f32| (((max - value) * scale) as usize).min(BINS - 1);
+    let mut bins = [0.0f64; BINS];
+    for (&value, &mass) in values.iter().zip(masses) {
+        bins[bin(value)] += f64::from(mass);
     }
-    candidates[low..high].sort_unstable_by(ahead);
-    for (i, candidate) in candidates.iter().enumerate().take(high).skip(low) {
-        let after = before + candidate.mass;
-        let kept = match rule {
-            TopPRule::Within => after / total <= top_p,
-            TopPRule::Crossing => before / total < top_p,
+    // The first bin that is not kept whole. For the crossing rule that is one whose end reaches p: its tokens may cross.
+    let mut before = 0.0;
+    let mut edge_bin = BINS - 1;
+    for (i, &mass) in bins.iter().enumerate() {
+        let whole = match draw.top_p_rule {
+            TopPRule::Within => (before + mass) / total <= top_p,
+            TopPRule::Crossing => (before + mass) / total < top_p,
         };
-        if !kept {
-            // Position 0 is the most probable token: whatever the rule says, it stays.
-            return i.max(1);
+        if !whole {
+            edge_bin = i;
+            break;
         }
-        before = after;
+        before += if i + 1 < BINS { mass } else { 0.0 };
     }
-    high
+    let mut order: Vec<usize> = (0..ids.len()).filter(|&i| bin(values[i]) == edge_bin).collect();
+    order.sort_unstable_by(|&a, &b| values[b].total_cmp(&values[a]).then(ids[a].cmp(&ids[b])));
+    // Whatever the rule says, the most probable token stays: nothing is before it.
+    let mut last = None;
+    for i in order {
+        let mass = f64::from(masses[i]);
+        if !within(before, mass) && (last.is_some() || before > 0.0) {
+            break;
+        }
+        last = Some((values[i], ids[i]));
+        before += mass;
+    }
+    // Nothing of this bin: the edge is the lowest token of the bins above it, which `values` above its own bin all beat.
+    last.unwrap_or_else(|| {
+        let above = (0..ids.len()).filter(|&i| bin(values[i]) < edge_bin);
+        let lowest = above.min_by(|&a, &b| values[a].total_cmp(&values[b]).then(ids[b].cmp(&ids[a])));
+        lowest.map_or((max, u32::MAX), |i| (values[i], ids[i]))
+    })
 }
 
 /// Maximum, mass and moment of every tile.

@@ -11,7 +11,7 @@
 
 use crate::backend::{DType, KvShape};
 use crate::cpu::memory::Aligned;
-use crate::cpu::simd::LANES;
+use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
 
 /// All layers' keys and values.
@@ -142,7 +142,7 @@ impl KvCache {
         Head { layout: self.layout, keys: &self.keys[at * keys..][..len * keys], values: &self.values[at * values..][..len * values] }
     }
 
-    /// Keys and values of `layer`, (K, pages, words of a page), to write with [`write_key`] and [`write_value`].
+    /// Keys and values of `layer`, (K, pages, words of a page), to write with [`Append`].
     pub fn layer_mut(&mut self, layer: usize) -> (&mut [u32], &mut [u32]) {
         let pages = self.shape.num_kv_heads * self.shape.num_pages;
         let (keys, values) = (pages * self.layout.key_page(), pages * self.layout.value_page());
@@ -155,47 +155,86 @@ impl KvCache {
     }
 }
 
-/// Writes `key (D)` to `slot` of one head's words.
-pub fn write_key(layout: &Layout, words: &mut [u32], slot: usize, key: &[f32]) {
-    let lane = slot % layout.lanes;
-    let group = &mut words[slot / layout.lanes * layout.key_group()..][..layout.key_group()];
-    match layout.dtype {
-        DType::F32 => {
-            for (step, key) in group.chunks_exact_mut(layout.lanes).zip(key) {
-                step[lane] = key.to_bits();
+/// Writes keys or values of one head: row t of `rows`, of `width` elements, holds D of them at `first`, which go to `slots[t]`
+/// of the head's `words`.
+pub struct Append<'a> {
+    pub layout: Layout,
+    pub kind: Kind,
+    pub rows: &'a [f32],
+    pub width: usize,
+    pub first: usize,
+    pub head_dim: usize,
+    pub slots: &'a [u32],
+    pub words: &'a mut [u32],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Keys,
+    Values,
+}
+
+impl Kernel for Append<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let layout = self.layout;
+        let lanes = layout.lanes;
+        // D as stored, padded to whole vectors with zeros: the half past an odd D meets a zero of q.
+        let mut narrow = vec![0u16; layout.value_width];
+        let mut wide = vec![0.0f32; layout.value_width];
+        for (row, &slot) in self.rows.chunks_exact(self.width).zip(self.slots) {
+            let (group, lane) = (slot as usize / lanes, slot as usize % lanes);
+            let row = &row[self.first..][..self.head_dim];
+            if layout.dtype == DType::Bf16 {
+                wide[..self.head_dim].copy_from_slice(row);
+                for (wide, narrow) in wide.as_chunks::<LANES>().0.iter().zip(narrow.as_chunks_mut::<LANES>().0) {
+                    simd.store_bf16(simd.load(wide), narrow);
+                }
             }
-        }
-        DType::Bf16 => {
-            for (step, key) in group.chunks_exact_mut(layout.lanes).zip(key.chunks(2)) {
-                // The missing half of an odd D is zero: it meets a zero of q.
-                step[lane] = bf16_bits(key[0]) | key.get(1).map_or(0, |&k| bf16_bits(k)) << 16;
+            match (self.kind, layout.dtype) {
+                (Kind::Keys, DType::F32) => {
+                    let group = &mut self.words[group * layout.key_group()..][..layout.key_group()];
+                    scatter(group, lanes, lane, row.iter().map(|key| key.to_bits()));
+                }
+                (Kind::Keys, DType::Bf16) => {
+                    let group = &mut self.words[group * layout.key_group()..][..layout.key_group()];
+                    let (pairs, _) = narrow.as_chunks::<2>();
+                    scatter(group, lanes, lane, pairs.iter().map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16));
+                }
+                (Kind::Values, DType::F32) => {
+                    let group = &mut self.words[group * layout.value_group()..][..layout.value_group()];
+                    group[lane * layout.value_width..][..self.head_dim].copy_from_slice(bytemuck::cast_slice(row));
+                }
+                (Kind::Values, DType::Bf16) => {
+                    let group = &mut self.words[group * layout.value_group()..][..layout.value_group()];
+                    let group = &mut group[lane / 2 * layout.value_width..][..self.head_dim];
+                    if lane.is_multiple_of(2) {
+                        for (word, &half) in group.iter_mut().zip(&narrow) {
+                            *word = *word & 0xffff_0000 | u32::from(half);
+                        }
+                    } else {
+                        for (word, &half) in group.iter_mut().zip(&narrow) {
+                            *word = *word & 0x0000_ffff | u32::from(half) << 16;
+                        }
+                    }
+                }
             }
         }
     }
 }
 
-/// Writes `value (D)` to `slot` of one head's words.
-pub fn write_value(layout: &Layout, words: &mut [u32], slot: usize, value: &[f32]) {
-    let lane = slot % layout.lanes;
-    let group = &mut words[slot / layout.lanes * layout.value_group()..][..layout.value_group()];
-    match layout.dtype {
-        DType::F32 => {
-            for (word, value) in group[lane * layout.value_width..].iter_mut().zip(value) {
-                *word = value.to_bits();
-            }
-        }
-        DType::Bf16 => {
-            let (shift, other) = if lane.is_multiple_of(2) { (0, 0xffff_0000) } else { (16, 0x0000_ffff) };
-            for (word, &value) in group[lane / 2 * layout.value_width..].iter_mut().zip(value) {
-                *word = *word & other | bf16_bits(value) << shift;
-            }
-        }
-    }
-}
-
-/// Nearest even, in the low half. A NaN keeps its upper half and becomes quiet.
+/// `group (steps, lanes)`: column `lane` becomes `words`.
 #[inline(always)]
-fn bf16_bits(x: f32) -> u32 {
-    let bits = x.to_bits();
-    if x.is_nan() { bits >> 16 | 0x40 } else { (bits + 0x7fff + (bits >> 16 & 1)) >> 16 }
+fn scatter(group: &mut [u32], lanes: usize, lane: usize, words: impl Iterator<Item = u32>) {
+    if lanes == LANES {
+        // A constant stride for the usual page.
+        for (step, word) in group.as_chunks_mut::<LANES>().0.iter_mut().zip(words) {
+            step[lane] = word;
+        }
+    } else {
+        for (step, word) in group.chunks_exact_mut(lanes).zip(words) {
+            step[lane] = word;
+        }
+    }
 }

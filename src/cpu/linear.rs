@@ -1,24 +1,37 @@
 //! Matrix products with weights packed once: `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`.
 //!
 //! A packed weight is a list of panels of 64 columns; a panel is `(steps, 64)` words, a step being one k in f32 or two
-//! neighbouring k in bf16 (the layout `vdpbf16ps` reads). One task takes a few panels and a range of rows: it walks the rows
-//! in tiles of up to six, so the panel comes from memory once and from L2 afterwards. Accumulation over k is in ascending
-//! order for every tile shape, hence a row's result does not depend on its neighbours.
+//! neighbouring k in bf16 (the layout `vdpbf16ps` reads). One task takes some panels and a range of rows and walks the rows in
+//! tiles, so a panel comes from memory once and from L2 afterwards.
+//!
+//! A tile keeps 24 vectors of sums in registers: 6 rows by a panel. Up to three rows take two panels side by side, so that
+//! eight sums at least are in flight and hide the latency of the multiply. Seven to twelve rows take one tall tile of half a
+//! panel: a panel's words come from L2 at about 24 bytes a cycle, and each read then serves all rows. Accumulation over k is
+//! in ascending order for every shape, hence a row's result does not depend on its neighbours.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, RowSource};
 use crate::cpu::Machine;
 use crate::cpu::memory::Aligned;
-use crate::cpu::pool::Tile;
-use crate::cpu::simd::tile::{MAX_ROWS, accumulate};
+use crate::cpu::pool::{Order, Tile};
+use crate::cpu::simd::tile::accumulate;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::Result;
 
-/// Columns of a panel: four vectors, the width of the widest register tile.
+/// Columns of a panel: four vectors.
 pub const PANEL: usize = 64;
 
 /// Steps accumulated before a tile moves on: 2048 steps of a panel are 512 KiB, half of a core's L2.
 const MAX_STEPS: usize = 2048;
+
+/// Weights beyond this do not stay in L3 between calls; few rows then ask ahead for what they read, 4 KiB in advance. At four
+/// rows that is 39 GB/s instead of 33 from memory, but a fifth slower from L3.
+const STREAM_WORDS: usize = 4 << 20;
+const AHEAD: usize = 4096;
+
+/// Words of x that a task walks per panel: 400 KiB stay in L2 beside a panel or two. With 1024 rows of k = 768, x from L3
+/// costs 15 % of the speed.
+const X_WORDS: usize = 100 << 10;
 
 /// An (n, k) weight in panels.
 pub struct Packed {
@@ -148,7 +161,7 @@ struct Product<'a> {
 /// See [`crate::backend::Backend::linear`]. `x` holds at least rows * k, `out` at least rows * n.
 pub fn linear(machine: &Machine, rows: usize, x: &[f32], weight: &Packed, bias: Option<&[f32]>, epilogue: Epilogue, out: &mut [f32]) {
     let Packed { n, k, steps, .. } = *weight;
-    if rows == 0 || n == 0 {
+    if rows == 0 {
         return;
     }
     let mut scratch = machine.words();
@@ -157,23 +170,29 @@ pub fn linear(machine: &Machine, rows: usize, x: &[f32], weight: &Packed, bias: 
     let panels = n.div_ceil(PANEL);
     let pool = machine.pool_for(rows * panels * PANEL * steps);
     let (row_bounds, panels_at_once) = divide(pool.threads(), rows, panels, steps);
-    pool.tiles(&mut out[..rows * n], n, &row_bounds, panels_at_once * PANEL, &|tile| {
+    pool.tiles(&mut out[..rows * n], n, &row_bounds, panels_at_once * PANEL, Order::ColumnsFirst, &|tile| {
         machine.isa.run(Panels { product, tile });
     });
 }
 
-/// Row bounds and panels of a task. Enough tasks for the threads to end together, each worth at least half a microsecond;
-/// rows are cut only when the panels are too few, since every cut reads the panel again.
+/// Row bounds and panels of a task. Rows are cut where x outgrows L2, or where the panels are too few for the threads (every
+/// cut reads the panels again). Panels are cut so that the threads end together, into tasks worth half a microsecond at least.
 fn divide(threads: usize, rows: usize, panels: usize, steps: usize) -> (Vec<usize>, usize) {
-    if threads == 1 {
-        return (vec![0, rows], panels);
+    let mut cuts = (rows * steps).div_ceil(X_WORDS).min(rows.div_ceil(96));
+    let mut panels_at_once = panels;
+    if threads > 1 {
+        let smallest = 1 << 16;
+        let panel_work = rows.div_ceil(cuts) * steps * PANEL;
+        // An even number where there are plenty: few rows read two side by side.
+        panels_at_once = (panels / (8 * threads)).max(smallest / panel_work.max(1)).clamp(1, panels);
+        if panels_at_once > 1 {
+            panels_at_once = panels_at_once.next_multiple_of(2);
+        }
+        let columns = panels.div_ceil(panels_at_once);
+        if columns * cuts < 4 * threads {
+            cuts = (4 * threads).div_ceil(columns).min(rows.div_ceil(24)).max(cuts);
+        }
     }
-    let wanted = 8 * threads;
-    let smallest = 1 << 16;
-    let panel_work = rows * steps * PANEL;
-    let panels_at_once = (panels / wanted).max(smallest / panel_work.max(1)).max(1);
-    let columns = panels.div_ceil(panels_at_once);
-    let cuts = if columns < 4 * threads { (4 * threads).div_ceil(columns).min(rows.div_ceil(4 * MAX_ROWS)) } else { 1 };
     ((0..=cuts).map(|i| i * rows / cuts).collect(), panels_at_once)
 }
 
@@ -194,157 +213,188 @@ impl Kernel for Panels<'_, '_> {
     }
 }
 
+/// Where a register tile stands: rows `row..`, panels `panel..`, steps `first_step..last_step`.
+#[derive(Clone, Copy)]
+struct At {
+    row: usize,
+    panel: usize,
+    first_step: usize,
+    last_step: usize,
+    /// Address from which the tile's steps prefetch.
+    ahead: usize,
+}
+
+/// A register tile of as many rows as `$rows` says, out of `$m` and the last.
+macro_rules! tile {
+    ($self:ident, $simd:ident, $at:ident, $partial:ident, $rows:expr, $nv:literal, $pf:literal, [$($m:literal),*], $last:literal) => {
+        match $rows {
+            $($m => $self.tile::<S, BF16, $m, $nv, $pf>($simd, $at, $partial),)*
+            _ => $self.tile::<S, BF16, $last, $nv, $pf>($simd, $at, $partial),
+        }
+    };
+}
+
 impl Panels<'_, '_> {
     #[inline(always)]
     fn panels<S: Simd, const BF16: bool>(&mut self, simd: S) {
-        let steps = self.product.weight.steps;
-        // Sums of all k blocks but the last; (rows, 64). Empty where one block is enough.
-        let mut partial = Aligned::<f32>::zeroed(if steps > MAX_STEPS { self.tile.rows.len() * PANEL } else { 0 });
-        for first_col in self.tile.cols.clone().step_by(PANEL) {
-            let panel = self.product.weight.panel(first_col / PANEL);
-            let ahead = panel.as_ptr().wrapping_add(panel.len());
+        let Packed { steps, ref words, .. } = *self.product.weight;
+        let rows = self.tile.rows.clone();
+        let panels = self.tile.cols.start / PANEL..self.tile.cols.end.div_ceil(PANEL);
+        // Sums of all parts of k but the last, (rows, two panels); empty where one part is enough.
+        let mut partial = Aligned::<f32>::zeroed(if steps > MAX_STEPS { rows.len() * 2 * PANEL } else { 0 });
+        let streams = words.len() > STREAM_WORDS;
+        let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
+        let blocks = if tall { 1 } else { rows.len().div_ceil(6) };
+        let mut panel = panels.start;
+        while panel < panels.end {
+            let width = if S::WIDE && rows.len() <= 3 { 2.min(panels.end - panel) } else { 1 };
             let mut first_step = 0;
-            loop {
+            while first_step < steps {
                 let last_step = steps.min(first_step + MAX_STEPS);
-                let part = Part { first_col, panel, first_step, last_step, last: last_step == steps };
-                self.rows::<S, BF16>(simd, part, ahead, &mut partial);
-                if last_step == steps {
-                    break;
+                for block in 0..blocks {
+                    // Blocks of nearly equal height: one of two rows would wait for its own sums.
+                    let row = rows.start + block * rows.len() / blocks;
+                    let height = rows.start + (block + 1) * rows.len() / blocks - row;
+                    // One block asks for what it will read itself; of several, the first ones ask for the next panel, a line
+                    // per step while there are four to share the lines.
+                    let here = words.as_ptr().addr() + (panel * steps + first_step) * PANEL * size_of::<u32>();
+                    let next = here + steps * PANEL * size_of::<u32>();
+                    let share = (last_step - first_step) * LANES * size_of::<u32>();
+                    let (ahead, greedy) = match blocks {
+                        1 => (here + AHEAD, streams),
+                        2 | 3 => (next, streams && block == 0),
+                        _ => (next + block.min(3) * share, false),
+                    };
+                    let at = At { row, panel, first_step, last_step, ahead };
+                    let partial = &mut partial[..];
+                    if !S::WIDE {
+                        tile!(self, simd, at, partial, height, 1, 1, [1, 2, 3, 4, 5], 6);
+                    } else if tall {
+                        tile!(self, simd, at, partial, height, 2, 1, [7, 8, 9, 10, 11], 12);
+                    } else if width == 2 && greedy {
+                        tile!(self, simd, at, partial, height, 8, 4, [1, 2], 3);
+                    } else if width == 2 {
+                        tile!(self, simd, at, partial, height, 8, 1, [1, 2], 3);
+                    } else if greedy {
+                        tile!(self, simd, at, partial, height, 4, 4, [1, 2, 3, 4, 5], 6);
+                    } else {
+                        tile!(self, simd, at, partial, height, 4, 1, [1, 2, 3, 4, 5], 6);
+                    }
                 }
                 first_step = last_step;
             }
+            panel += width;
         }
     }
 
-    /// All rows of the tile over one part of a panel, in blocks of nearly equal height: 128 rows are 18 blocks of six and
-    /// four of five, since a block of two would wait for its own sums.
+    /// M rows by NV vectors: two panels, one, or one in parts.
     #[inline(always)]
-    fn rows<S: Simd, const BF16: bool>(&mut self, simd: S, part: Part, ahead: *const u32, partial: &mut [f32]) {
-        let rows = self.tile.rows.clone();
-        let blocks = rows.len().div_ceil(MAX_ROWS);
-        for block in 0..blocks {
-            let first = rows.start + block * rows.len() / blocks;
-            let last = rows.start + (block + 1) * rows.len() / blocks;
-            // The first four blocks ask for the next panel, a line of 16 words per step each.
-            let ahead =
-                if block < 4 { ahead.wrapping_add((block * part.len() + 4 * part.first_step) * LANES) } else { part.panel.as_ptr() };
-            match last - first {
-                1 => self.block::<S, BF16, 1>(simd, part, first, ahead, partial),
-                2 => self.block::<S, BF16, 2>(simd, part, first, ahead, partial),
-                3 => self.block::<S, BF16, 3>(simd, part, first, ahead, partial),
-                4 => self.block::<S, BF16, 4>(simd, part, first, ahead, partial),
-                5 => self.block::<S, BF16, 5>(simd, part, first, ahead, partial),
-                _ => self.block::<S, BF16, 6>(simd, part, first, ahead, partial),
-            }
+    fn tile<S: Simd, const BF16: bool, const M: usize, const NV: usize, const PF: usize>(&mut self, simd: S, at: At, partial: &mut [f32]) {
+        for column in (0..PANEL).step_by(NV * LANES) {
+            self.columns::<S, BF16, M, NV, PF>(simd, at, column, partial);
         }
     }
 
+    /// As [`Self::tile`] from `column` of the first panel on.
     #[inline(always)]
-    fn block<S: Simd, const BF16: bool, const M: usize>(
+    fn columns<S: Simd, const BF16: bool, const M: usize, const NV: usize, const PF: usize>(
         &mut self,
         simd: S,
-        part: Part,
-        row: usize,
-        ahead: *const u32,
-        partial: &mut [f32],
-    ) {
-        if S::NV == 4 {
-            self.columns::<S, BF16, M, 4>(simd, part, row, 0, ahead, partial);
-        } else {
-            for column in (0..PANEL).step_by(LANES) {
-                self.columns::<S, BF16, M, 1>(simd, part, row, column, ahead, partial);
-            }
-        }
-    }
-
-    /// M rows by NV vectors of columns, the first at `column` of the panel.
-    #[inline(always)]
-    fn columns<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
-        &mut self,
-        simd: S,
-        part: Part,
-        row: usize,
+        at: At,
         column: usize,
-        ahead: *const u32,
         partial: &mut [f32],
     ) {
-        let product = self.product;
-        let steps = product.weight.steps;
+        const PER_PANEL: usize = PANEL / LANES;
+        let col = at.panel * PANEL + column;
+        if col >= self.tile.cols.end {
+            return;
+        }
+        let in_tile = col - self.tile.cols.start;
+        let Product { x, weight, bias, epilogue } = self.product;
+        let steps = weight.steps;
+        let first_row = self.tile.rows.start;
         let mut acc = [[simd.splat(0.0); NV]; M];
-        if part.first_step > 0 {
-            for (m, acc) in acc.iter_mut().enumerate() {
-                let sums = partial_row(partial, row + m - self.tile.rows.start);
-                for (v, acc) in acc.iter_mut().enumerate() {
-                    *acc = simd.load(&sums[column / LANES + v]);
+        if at.first_step > 0 {
+            for (m, row) in acc.iter_mut().enumerate() {
+                let sums = partial_row(partial, at.row + m - first_row);
+                for v in 0..NV {
+                    row[v] = simd.load(&sums[column / LANES + v]);
                 }
             }
         }
-        let x = &product.x[row * steps + part.first_step..];
-        let mut b = [part.panel; NV];
+        let mut b = [&weight.words[..]; NV];
         for (v, b) in b.iter_mut().enumerate() {
-            *b = &part.panel[part.first_step * PANEL + column + v * LANES..];
+            *b = &weight.panel(at.panel + v / PER_PANEL)[at.first_step * PANEL + column + v % PER_PANEL * LANES..];
         }
-        accumulate::<S, BF16, M, NV>(simd, part.len(), x, steps, b, PANEL, ahead, &mut acc);
-        for (m, acc) in acc.iter().enumerate() {
-            if !part.last {
-                let sums = partial_row(partial, row + m - self.tile.rows.start);
-                for (v, acc) in acc.iter().enumerate() {
-                    simd.store(*acc, &mut sums[column / LANES + v]);
+        if M > 3 {
+            // The lines of `out` travel while the tile computes: 1024 rows of 3072 columns gain a fifth.
+            for m in 0..M {
+                let out = self.tile.row(at.row + m)[in_tile..].as_ptr();
+                for v in 0..NV {
+                    simd.prefetch(out.wrapping_add(v * LANES).addr());
+                }
+            }
+        }
+        let x = &x[at.row * steps + at.first_step..];
+        acc = accumulate::<S, BF16, M, NV, PF>(simd, at.last_step - at.first_step, x, steps, b, PANEL, at.ahead, acc);
+        if at.last_step < steps {
+            for (m, row) in acc.iter().enumerate() {
+                let sums = partial_row(partial, at.row + m - first_row);
+                for v in 0..NV {
+                    simd.store(row[v], &mut sums[column / LANES + v]);
+                }
+            }
+            return;
+        }
+        if let Some(bias) = bias {
+            for v in 0..NV {
+                let bias = load_up_to(simd, bias.get(col + v * LANES..).unwrap_or(&[]));
+                for row in &mut acc {
+                    row[v] = simd.add(row[v], bias);
+                }
+            }
+        }
+        if epilogue == Epilogue::Gelu {
+            for row in &mut acc {
+                for value in row {
+                    *value = simd.gelu_tanh(*value);
+                }
+            }
+        }
+        for (m, values) in acc.iter().enumerate() {
+            let out = &mut self.tile.row(at.row + m)[in_tile..];
+            let (whole, tail) = out.as_chunks_mut::<LANES>();
+            if whole.len() >= NV {
+                for v in 0..NV {
+                    let value = if epilogue == Epilogue::Add { simd.add(simd.load(&whole[v]), values[v]) } else { values[v] };
+                    simd.store(value, &mut whole[v]);
                 }
                 continue;
             }
-            let in_tile = part.first_col - self.tile.cols.start + column;
-            let out = self.tile.row(row + m);
-            for (v, acc) in acc.iter().enumerate() {
-                let col = part.first_col + column + v * LANES;
-                finish(simd, *acc, product.bias.and_then(|b| b.get(col..)), product.epilogue, out.get_mut(in_tile + v * LANES..));
+            let num_whole = whole.len();
+            for (v, value) in values.iter().enumerate() {
+                let mut value = *value;
+                if let Some(out) = whole.get_mut(v) {
+                    if epilogue == Epilogue::Add {
+                        value = simd.add(simd.load(out), value);
+                    }
+                    simd.store(value, out);
+                } else if v == num_whole {
+                    if epilogue == Epilogue::Add {
+                        value = simd.add(load_up_to(simd, tail), value);
+                    }
+                    let mut lanes = [0.0; LANES];
+                    simd.store(value, &mut lanes);
+                    tail.copy_from_slice(&lanes[..tail.len()]);
+                }
             }
         }
-    }
-}
-
-/// Steps `first_step..last_step` of the panel at column `first_col`.
-#[derive(Clone, Copy)]
-struct Part<'a> {
-    first_col: usize,
-    panel: &'a [u32],
-    first_step: usize,
-    last_step: usize,
-    last: bool,
-}
-
-impl Part<'_> {
-    fn len(&self) -> usize {
-        self.last_step - self.first_step
     }
 }
 
 #[inline(always)]
 fn partial_row(partial: &mut [f32], row: usize) -> &mut [[f32; LANES]] {
-    partial[row * PANEL..][..PANEL].as_chunks_mut().0
-}
-
-/// Bias, epilogue and store of up to sixteen columns; `out` and `bias` begin at the first one and may end early.
-#[inline(always)]
-fn finish<S: Simd>(simd: S, acc: S::F, bias: Option<&[f32]>, epilogue: Epilogue, out: Option<&mut [f32]>) {
-    let Some(out) = out else { return };
-    let mut value = acc;
-    if let Some(bias) = bias {
-        value = simd.add(value, load_up_to(simd, bias));
-    }
-    match epilogue {
-        Epilogue::Store => {}
-        Epilogue::Gelu => value = simd.gelu_tanh(value),
-        Epilogue::Add => value = simd.add(load_up_to(simd, out), value),
-    }
-    match out.first_chunk_mut() {
-        Some(out) => simd.store(value, out),
-        None => {
-            let mut lanes = [0.0; LANES];
-            simd.store(value, &mut lanes);
-            out.copy_from_slice(&lanes[..out.len()]);
-        }
-    }
+    partial[row * 2 * PANEL..][..2 * PANEL].as_chunks_mut().0
 }
 
 /// The first sixteen values, zeros where there are fewer.

@@ -221,15 +221,28 @@ impl Pool {
     }
 
     /// Cuts the row-major `data` of `width` columns into tiles at the ascending `row_bounds` and every `col_step` columns, and
-    /// runs `body` once for each. Tiles of one column range are neighbours in the order, so a thread meets them together.
-    pub fn tiles<T: Send>(&self, data: &mut [T], width: usize, row_bounds: &[usize], col_step: usize, body: &(dyn Fn(Tile<'_, T>) + Sync)) {
+    /// runs `body` once for each.
+    pub fn tiles<T: Send>(
+        &self,
+        data: &mut [T],
+        width: usize,
+        row_bounds: &[usize],
+        col_step: usize,
+        order: Order,
+        body: &(dyn Fn(Tile<'_, T>) + Sync),
+    ) {
         assert!(row_bounds.is_sorted(), "row bounds {row_bounds:?} must ascend");
         let Some(last) = row_bounds.last() else { return };
         assert!(last * width <= data.len(), "tiles of {last} rows of {width} exceed {} elements", data.len());
         let num_rows = row_bounds.len() - 1;
         let base = SendPtr(data.as_mut_ptr());
-        self.run(num_rows * width.div_ceil(col_step), &|i| {
-            let (row, col) = (i % num_rows, i / num_rows * col_step);
+        let num_cols = width.div_ceil(col_step);
+        self.run(num_rows * num_cols, &|i| {
+            let (row, col) = match order {
+                Order::RowsFirst => (i % num_rows, i / num_rows),
+                Order::ColumnsFirst => (i / num_cols, i % num_cols),
+            };
+            let col = col * col_step;
             let base = &base;
             body(Tile {
                 base: base.0,
@@ -257,6 +270,15 @@ impl Drop for Pool {
 struct SendPtr<T>(*mut T);
 // SAFETY: threads use it only for the disjoint ranges that `chunks` and `tiles` hand out, of elements that are Send.
 unsafe impl<T: Send> Sync for SendPtr<T> {}
+
+/// Which tiles a thread meets one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Those of one column range.
+    RowsFirst,
+    /// Those of one row range.
+    ColumnsFirst,
+}
 
 /// An exclusive rectangle of a row-major buffer.
 pub struct Tile<'a, T> {

@@ -5,7 +5,7 @@
 
 use crate::backend::HeadShape;
 use crate::cpu::Machine;
-use crate::cpu::kv::{KvCache, write_key, write_value};
+use crate::cpu::kv::{Append, Kind, KvCache};
 use crate::cpu::oracle::rope_angle;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::plan::Plan;
@@ -62,15 +62,14 @@ pub fn rope_append(machine: &Machine, plan: &Plan, heads: HeadShape, base: f32, 
     let qkv = &*qkv;
     let first_key = heads.q_width();
     let first_value = first_key + num_kv_heads * head_dim;
-    let append = |first: usize, head: usize, words: &mut [u32], write: fn(&_, &mut [u32], usize, &[f32])| {
-        for (row, &slot) in qkv.chunks_exact(width).zip(&plan.slots) {
-            write(&layout, words, slot as usize, &row[first + head * head_dim..][..head_dim]);
-        }
+    let append = |kind: Kind, head: usize, words: &mut [u32]| {
+        let first = head * head_dim + if kind == Kind::Keys { first_key } else { first_value };
+        machine.isa.run(Append { layout, kind, rows: qkv, width, first, head_dim, slots: &plan.slots, words });
     };
     // A write costs about as much as four multiply-adds of a product.
     let pool = machine.pool_for(4 * rows * num_kv_heads * head_dim);
-    pool.chunks(keys, key_words, &|head, words| append(first_key, head, words, write_key));
-    pool.chunks(values, value_words, &|head, words| append(first_value, head, words, write_value));
+    pool.chunks(keys, key_words, &|head, words| append(Kind::Keys, head, words));
+    pool.chunks(values, value_words, &|head, words| append(Kind::Values, head, words));
 }
 
 /// Rotates the first `rotated` columns of each row, head by head.

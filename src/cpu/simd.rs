@@ -103,8 +103,8 @@ pub trait Simd: Copy {
     type F: Copy;
     /// 16 x 32-bit words.
     type W: Copy;
-    /// Vectors across in a register tile of six rows: 6 x NV accumulators, NV of B and one of A fit the register file.
-    const NV: usize;
+    /// Whether the register file holds 24 accumulators beside the operands; else twelve.
+    const WIDE: bool;
 
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
@@ -140,8 +140,8 @@ pub trait Simd: Copy {
     fn step_f32(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F;
     /// `acc + a.low b.low + a.high b.high` on bf16 pairs.
     fn step_bf16(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F;
-    /// Asks for the line at `at` in L2; any address is allowed.
-    fn prefetch(self, at: *const u32);
+    /// Asks for the line at `address` in L2; any address is allowed.
+    fn prefetch(self, address: usize);
 
     /// e^x with a relative error of at most 2^-22; below -87.3 it is 0, NaN stays NaN, and above 88.3 the result is meaningless.
     #[inline(always)]

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use redraft::cpu::pool::Pool;
+use redraft::cpu::pool::{Order, Pool};
 
 #[test]
 fn every_task_runs_once() {
@@ -77,17 +77,19 @@ fn chunks_and_tiles_cover_everything_once() {
     assert!(data.iter().enumerate().all(|(at, v)| *v == at / 10 + 1));
 
     let (rows, width) = (17, 23);
-    let mut data = vec![0usize; rows * width + 5];
-    pool.tiles(&mut data, width, &[0, 4, 4, 9, 17], 7, &|mut tile| {
-        for row in tile.rows.clone() {
-            let first = tile.cols.start;
-            for (i, v) in tile.row(row).iter_mut().enumerate() {
-                *v += row * width + first + i + 1;
+    for order in [Order::RowsFirst, Order::ColumnsFirst] {
+        let mut data = vec![0usize; rows * width + 5];
+        pool.tiles(&mut data, width, &[0, 4, 4, 9, 17], 7, order, &|mut tile| {
+            for row in tile.rows.clone() {
+                let first = tile.cols.start;
+                for (i, v) in tile.row(row).iter_mut().enumerate() {
+                    *v += row * width + first + i + 1;
+                }
             }
-        }
-    });
-    assert!(data[..rows * width].iter().enumerate().all(|(at, v)| *v == at + 1));
-    assert!(data[rows * width..].iter().all(|v| *v == 0));
+        });
+        assert!(data[..rows * width].iter().enumerate().all(|(at, v)| *v == at + 1));
+        assert!(data[rows * width..].iter().all(|v| *v == 0));
+    }
 }
 
 #[test]

@@ -18,7 +18,7 @@ impl Portable {
 impl Simd for Portable {
     type F = F;
     type W = [u32; LANES];
-    const NV: usize = 1;
+    const WIDE: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {
@@ -118,5 +118,5 @@ impl Simd for Portable {
         })
     }
     #[inline(always)]
-    fn prefetch(self, _at: *const u32) {}
+    fn prefetch(self, _address: usize) {}
 }

@@ -68,8 +68,8 @@ macro_rules! op {
 impl<const BF16: bool> Simd for Avx512<BF16> {
     type F = __m512;
     type W = __m512i;
-    // 24 accumulators + 4 of B + 1 of A of 32 registers.
-    const NV: usize = 4;
+    // 24 accumulators, at most eight of B and one of A; 32 registers, B may come from memory.
+    const WIDE: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -186,9 +186,9 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         }
     }
     #[inline(always)]
-    fn prefetch(self, at: *const u32) {
+    fn prefetch(self, address: usize) {
         // SAFETY: a hint; it never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address)) }
     }
 }
 
@@ -205,8 +205,8 @@ impl Avx2 {
 impl Simd for Avx2 {
     type F = Pair<__m256>;
     type W = Pair<__m256i>;
-    // 12 accumulators + 2 of B + 1 of A of 16 registers.
-    const NV: usize = 1;
+    // Six values are twelve registers of sixteen.
+    const WIDE: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -350,8 +350,8 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
-    fn prefetch(self, at: *const u32) {
+    fn prefetch(self, address: usize) {
         // SAFETY: a hint; it never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address)) }
     }
 }
