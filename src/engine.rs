@@ -298,8 +298,11 @@ impl<B: Backend> Engine<B> {
         let (sender, messages) = channel();
         let cancel = Arc::new(AtomicBool::new(false));
         let prefix_len = session.prefix_len();
-        let prefix = (prefix_len > 0)
-            .then(|| PrefixKey { block_len: session.prefix_block_len(), tokens: session.canvas().tokens()[..prefix_len].to_vec() });
+        let prefix = (prefix_len > 0).then(|| PrefixKey {
+            weights: session.prefix_weights(),
+            block_len: session.prefix_block_len(),
+            tokens: session.canvas().tokens()[..prefix_len].to_vec(),
+        });
         let now = Instant::now();
         self.queue.push_back(Active {
             id: self.next_id,

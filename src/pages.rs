@@ -21,9 +21,10 @@ pub struct PagePool {
     prefixes: HashMap<PrefixKey, Prefix>,
 }
 
-/// A prompt whose K/V can be shared: same leading tokens, same block length (K/V depend on who sees whom).
+/// A prompt whose K/V can be shared: same leading tokens, same weights, same block length (K/V depend on who sees whom).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PrefixKey {
+    pub weights: usize,
     pub block_len: usize,
     pub tokens: Vec<u32>,
 }
@@ -208,7 +209,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn key(n: u32) -> PrefixKey {
-        PrefixKey { block_len: 4, tokens: vec![n; 8] }
+        PrefixKey { weights: 0, block_len: 4, tokens: vec![n; 8] }
     }
 
     #[test]

@@ -297,6 +297,11 @@ impl Session {
         self.spec.schedule.stages[0].block_len.unwrap_or(usize::MAX)
     }
 
+    /// Model that the prefix is computed with.
+    pub fn prefix_weights(&self) -> usize {
+        self.spec.schedule.stages[0].weights
+    }
+
     /// True while the pending step is the prompt's prefill.
     pub fn is_prefilling(&self) -> bool {
         self.pending.as_ref().is_some_and(|s| s.kind == Kind::Prefill)
@@ -638,7 +643,8 @@ impl Session {
                 };
                 self.scores = self.canvas.generated().map(|p| (p, score(p))).collect();
                 // Same weights and visibility as before: blocks before the first mask are still final. Under full visibility none ever is.
-                let same = previous.visibility() == stage.visibility() && stage.visibility() != Visibility::Full;
+                let same = (previous.weights, previous.visibility()) == (stage.weights, stage.visibility());
+                let same = same && stage.visibility() != Visibility::Full;
                 let keep = if same { self.committed } else { 0 };
                 self.remask(keep, events);
             }
