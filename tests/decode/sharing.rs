@@ -1,5 +1,6 @@
 //! Prompts computed once for many samples, and requests that end before their time.
 
+use redraft::schedule::KvPolicy;
 use redraft::{DType, EngineOptions, Finish, Output, Request};
 
 use crate::support::*;
@@ -167,4 +168,50 @@ fn events_join_to_the_outcome() {
     assert_eq!(output.confidence, confidence[9..]);
     assert_eq!(reveals, output.stages.iter().map(|s| s.nfe()).sum::<usize>());
     assert_eq!(output.draft.len(), 23);
+}
+
+/// Two models in one engine: each stage runs the model it names over K/V of its own, alone or beside requests that name others, and a
+/// prompt that one model has computed is not taken for the other's.
+#[test]
+fn stages_may_name_other_weights() {
+    // Same vocabulary, nothing else in common.
+    let (first, second) = (fixture().with_file_name("bd3lm-plain"), fixture().with_file_name("mdlm"));
+    let schedules = [
+        schedule(&["block=4,unmask=uniform:1"]),
+        schedule(&["block=4,unmask=uniform:1,weights=1"]),
+        schedule(&["block=4,unmask=uniform:1", "block=4,remask=0.5,unmask=uniform:1,weights=1", "block=4,remask=0.5,unmask=uniform:1"]),
+        schedule(&["block=4,unmask=uniform:1,weights=1", "block=full,remask=0.5,by=post-hoc,unmask=uniform:2,kv=refresh:3"]),
+    ];
+    let requests: Vec<Request> = schedules.iter().zip(0..).map(|(s, i)| request(&PROMPT, 17, s, 7, i)).collect();
+    let two = |threads| {
+        let mut engine = engine_with(&first, threads, DType::F32, options());
+        assert_eq!(engine.add_model(&second, &mut |_, _| {}).expect("a second model"), 1);
+        engine
+    };
+    let expected = alone(&mut two(1), &requests, "two models, alone");
+    let free = two(1).free_pages();
+    let mut engine = two(2);
+    same(&together(&mut engine, &requests, "two models"), &expected, true, "two models");
+    assert_eq!(engine.free_pages(), free);
+    // A schedule of one model is that model's, whatever its index.
+    let only = |dir: &std::path::Path, sample| {
+        let draft = request(&PROMPT, 17, &schedules[0], 7, sample);
+        alone(&mut engine_with(dir, 1, DType::F32, options()), &[draft], "one model").remove(0)
+    };
+    same(&expected[..2], &[only(&first, 0), only(&second, 1)], true, "one model at a time");
+    assert_ne!(expected[0].tokens, expected[1].tokens, "two models write two texts");
+    // Reuse is exact across them.
+    let mut slow = requests.clone();
+    for stage in slow.iter_mut().flat_map(|r| &mut r.schedule.stages).filter(|s| s.kv == KvPolicy::Exact) {
+        stage.kv = KvPolicy::Recompute;
+    }
+    same(&alone(&mut two(1), &slow, "recomputed"), &expected, true, "recomputed");
+
+    let mut one = engine_with(&first, 1, DType::F32, options());
+    let error = one.submit(requests[1].clone()).err().expect("one model is loaded").to_string();
+    assert!(error.contains("weights=1") && error.contains("1 models"), "{error}");
+    let error = one.add_model(&fixture(), &mut |_, _| {}).expect_err("another vocabulary").to_string();
+    assert!(error.contains("131 tokens") && error.contains("67"), "{error}");
+    let error = one.add_model(&fixture().with_file_name("bd3lm-ar"), &mut |_, _| {}).expect_err("a judge").to_string();
+    assert!(error.contains("autoregressive"), "{error}");
 }

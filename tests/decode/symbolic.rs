@@ -35,23 +35,25 @@ struct Slot {
     visibility: Visibility,
 }
 
-/// The store of one sequence.
+/// The stores of one sequence, one for each of two models.
 #[derive(Clone, Default)]
 struct Network {
-    slots: Vec<Option<Slot>>,
+    slots: [Vec<Option<Slot>>; 2],
 }
 
 impl Network {
     /// Runs a step and answers its asks. `exact`: every slot read must hold the canvas's token, written under this step's visibility.
     fn forward(&mut self, step: &Step, canvas: &[u32], exact: bool, label: &str) -> Vec<Decision> {
-        self.slots.resize(step.len.max(self.slots.len()), None);
+        let weights = step.weights as u64;
+        let slots = &mut self.slots[step.weights];
+        slots.resize(step.len.max(slots.len()), None);
         let mut shown = canvas.to_vec();
         for &(position, token) in &step.rows {
             shown[position] = token;
         }
         for &(p, token) in &step.rows {
-            let keys = [hash([1, u64::from(token), p as u64]), 0];
-            self.slots[p] = Some(Slot { keys, token, visibility: step.visibility });
+            let keys = [hash([1, weights, u64::from(token), p as u64]), 0];
+            slots[p] = Some(Slot { keys, token, visibility: step.visibility });
         }
         let see = |slots: &[Option<Slot>], p: usize, layer: usize| -> Vec<u64> {
             (0..step.visibility.end(p, step.len))
@@ -66,11 +68,11 @@ impl Network {
                 .collect()
         };
         let middle: Vec<u64> =
-            step.rows.iter().map(|&(p, token)| hash([2, u64::from(token), p as u64].into_iter().chain(see(&self.slots, p, 0)))).collect();
+            step.rows.iter().map(|&(p, token)| hash([2, u64::from(token), p as u64].into_iter().chain(see(slots, p, 0)))).collect();
         for (&(p, _), h1) in step.rows.iter().zip(&middle) {
-            self.slots[p].as_mut().expect("just written").keys[1] = hash([3, *h1]);
+            slots[p].as_mut().expect("just written").keys[1] = hash([3, *h1]);
         }
-        let out = |row: usize| hash([4, middle[row]].into_iter().chain(see(&self.slots, step.rows[row].0, 1)));
+        let out = |row: usize| hash([4, middle[row]].into_iter().chain(see(slots, step.rows[row].0, 1)));
         let asked: Vec<(u64, Draw)> = step.asks.iter().map(|ask| (out(ask.row), ask.draw)).collect();
         asked.iter().map(|(out, draw)| decision(*out, draw)).collect()
     }
@@ -437,6 +439,12 @@ struct Case {
 }
 
 impl Case {
+    /// Whether stage k may reuse the K/V of the one before: same weights, and no scoring forward in between that hides tokens.
+    fn may_keep(&self, k: usize) -> bool {
+        let weights = |k: usize| self.stages[k].contains("weights=1");
+        k > 0 && weights(k) == weights(k - 1) && !self.stages[k].contains("held-out")
+    }
+
     /// The schedule with `kv` of stage k.
     fn schedule(&self, kv: impl Fn(usize) -> String) -> Schedule {
         let specs: Vec<_> = self
@@ -480,6 +488,10 @@ fn by() -> impl Strategy<Value = String> {
     ]
 }
 
+fn weights() -> impl Strategy<Value = &'static str> {
+    prop_oneof![3 => Just(""), 1 => Just(",weights=1")]
+}
+
 fn case() -> impl Strategy<Value = Case> {
     let token = 0u32..VOCAB as u32;
     // A prompt, then anything: holes and fixed positions mixed, or holes alone.
@@ -494,10 +506,10 @@ fn case() -> impl Strategy<Value = Case> {
         }
         fixed
     });
-    let draft = (block(), unmask()).prop_map(|(block, unmask)| format!("{block},unmask={unmask}"));
+    let draft = (block(), unmask(), weights()).prop_map(|(block, unmask, weights)| format!("{block},unmask={unmask}{weights}"));
     let ratio = prop_oneof![Just(0.0), Just(1.0), 0.0f64..=1.0];
-    let refine =
-        (block(), unmask(), ratio, by()).prop_map(|(block, unmask, ratio, by)| format!("{block},unmask={unmask},remask={ratio},by={by}"));
+    let refine = (block(), unmask(), ratio, by(), weights())
+        .prop_map(|(block, unmask, ratio, by, weights)| format!("{block},unmask={unmask},remask={ratio},by={by}{weights}"));
     let stages = (draft, proptest::collection::vec(refine, 0..4)).prop_map(|(draft, mut refine)| {
         refine.insert(0, draft);
         refine
@@ -542,6 +554,15 @@ fn an_exact_full_stage_after_kv_draft_recomputes_every_row() {
     assert_eq!(last("exact").events, last("recompute").events);
 }
 
+/// K/V of other weights are nobody's: a stage of the same visibility with another model starts from nothing.
+#[test]
+fn a_stage_with_other_weights_keeps_nothing() {
+    let stages = ["block=2,visible=block", "block=2,visible=block,remask=0.5,weights=1", "block=2,visible=block,remask=0.5"];
+    let case = case_of(&[Some(3), Some(4), Some(5), None, None, None, None, None], &stages);
+    let all = |kv: &'static str| run(&case, &case.schedule(|_| kv.into()), PLAIN);
+    assert_eq!(all("exact").events, all("recompute").events);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
@@ -581,7 +602,7 @@ proptest! {
         case in case(), kv in proptest::collection::vec((0usize..5, 2usize..6), 4), separate in any::<bool>()
     ) {
         let schedule = case.schedule(|k| match kv[k] {
-            (0, _) if k > 0 && !case.stages[k].contains("held-out") => "draft".into(),
+            (0, _) if case.may_keep(k) => "draft".into(),
             (0 | 1, _) => "exact".into(),
             (2, _) => "recompute".into(),
             (_, r) => format!("refresh:{r}"),
@@ -593,7 +614,7 @@ proptest! {
     #[test]
     fn exact_equals_recomputing_between_approximate_stages(case in case(), kv in proptest::collection::vec((0usize..6, 2usize..6), 4)) {
         let schedule = |same: &str| case.schedule(|k| match kv[k] {
-            (0 | 1, _) if k > 0 && !case.stages[k].contains("held-out") => "draft".into(),
+            (0 | 1, _) if case.may_keep(k) => "draft".into(),
             (0..=3, _) => same.into(),
             (_, r) => format!("refresh:{r}"),
         });
@@ -684,11 +705,11 @@ fn the_symbolic_network_is_sensitive() {
     assert_eq!(stale(&|_| {}), good);
     // Forward 6 is in the second block: the first block's slots are read and not written any more.
     for layer in 0..2 {
-        let other = stale(&|network| network.slots[1].as_mut().unwrap().keys[layer] ^= 1);
+        let other = stale(&|network| network.slots[0][1].as_mut().unwrap().keys[layer] ^= 1);
         assert_eq!((&other[..6], other != good), (&good[..6], true), "layer {layer}");
     }
     let caught = std::panic::catch_unwind(|| {
-        let mut network = Network { slots: vec![None; 4] };
+        let mut network = Network::default();
         let mut session = Session::new(spec(&case, &schedule, PLAIN)).unwrap();
         session.next(&mut Vec::new());
         let mut step = session.step().unwrap().clone();
