@@ -329,6 +329,26 @@ fn the_echoed_schedule_can_be_typed() {
     }
 }
 
+/// `--model` again gives later stages other weights.
+#[test]
+fn stages_may_name_other_models() {
+    let work = Work::new();
+    let (first, second, other) = (fixture("bd3lm-plain"), fixture("mdlm"), fixture("bd3lm-adaln"));
+    let run = |second: &str, weights: &str| {
+        let stage = format!("block=full,remask=0.5,unmask=uniform:2,weights={weights}");
+        let args = ["generate", "--model", &first, "--model", second, "--length", "12", "--ignore-eos", "--format", "json", "--stage"];
+        work.run(&[&args[..], &["block=4,unmask=uniform:1", "--stage", &stage]].concat())
+    };
+    let object = run(&second, "1").json().remove(0);
+    assert_eq!(object["models"], serde_json::json!([first, second]));
+    assert!(object["schedule"][1].as_str().is_some_and(|s| s.contains("weights=1")), "{}", object["schedule"]);
+    let same = run(&second, "0").json().remove(0);
+    assert_eq!(same["draft"], object["draft"], "the first model drafts");
+    assert_ne!(same["tokens"], object["tokens"], "another one refines");
+    run(&second, "2").fails(2, &["weights=2", "2 models"]);
+    run(&other, "1").fails(1, &[&other, "131"]);
+}
+
 /// 0 done, 1 failed, 2 misused; mistakes are named.
 #[test]
 fn exit_codes() {
