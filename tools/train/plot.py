@@ -27,7 +27,8 @@ def plot_log(log_path, out_path):
     if evals:
         right.legend(fontsize=6, ncol=2)
     figure.tight_layout()
-    figure.savefig(out_path)
+    # no date in the file: the same log gives the same picture
+    figure.savefig(out_path, metadata={"Date": None} if out_path.endswith(".svg") else None)
     plt.close(figure)
 
 
