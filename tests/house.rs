@@ -1,0 +1,235 @@
+//! Rules of the house that a machine can check.
+
+use std::path::{Path, PathBuf};
+
+use redraft::schedule::PRESETS;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Files below `dir`, as paths from the root of the repository, sorted.
+fn files(dir: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut open = vec![root().join(dir)];
+    while let Some(dir) = open.pop() {
+        for entry in std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())) {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() {
+                open.push(path);
+            } else {
+                let path = path.strip_prefix(root()).expect("below the root").to_str().expect("UTF-8");
+                found.push(path.replace('\\', "/"));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn sources() -> Vec<(String, String)> {
+    let sources: Vec<_> = files("src").into_iter().filter(|f| f.ends_with(".rs")).map(|f| (read(&f), f)).map(|(t, f)| (f, t)).collect();
+    assert!(sources.len() > 20, "src has files: {}", sources.len());
+    sources
+}
+
+fn read(file: &str) -> String {
+    std::fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"))
+}
+
+fn fail_on(rule: &str, broken: Vec<String>) {
+    assert!(broken.is_empty(), "{rule}:\n  {}", broken.join("\n  "));
+}
+
+/// `text` with comments taken out, line by line (strings with `//` in them lose their tail, which no rule here minds).
+fn code(text: &str) -> String {
+    text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
+}
+
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_alphanumeric() && c != '_')
+}
+
+/// Rooms where unsafe code may live: mapped files, vector instructions, the thread pool's handover, and foreign interfaces.
+const FENCED: [&str; 6] = ["src/weights.rs", "src/capi.rs", "src/cpu/simd.rs", "src/cpu/simd/", "src/cpu/pool.rs", "src/cuda/"];
+
+#[test]
+fn unsafe_code_stays_in_its_rooms() {
+    let broken = sources()
+        .into_iter()
+        .filter(|(file, _)| !FENCED.iter().any(|room| file.starts_with(room)))
+        .filter(|(_, text)| !text.contains("#![forbid(unsafe_code)]") && words(&code(text)).any(|word| word == "unsafe"))
+        .map(|(file, _)| file)
+        .collect();
+    fail_on("unsafe outside the fenced rooms", broken);
+}
+
+/// Every unsafe block says what makes it true (clippy checks blocks; this also covers builds that nobody lints).
+#[test]
+fn unsafe_code_carries_its_reason() {
+    let broken = sources()
+        .into_iter()
+        .filter(|(_, text)| words(&code(text)).any(|word| word == "unsafe") && !text.contains("SAFETY:") && !text.contains("# Safety"))
+        .map(|(file, _)| file)
+        .collect();
+    fail_on("unsafe without a SAFETY comment", broken);
+}
+
+#[test]
+fn rooms_stay_small_and_say_what_they_own() {
+    let mut broken = Vec::new();
+    for (file, text) in sources() {
+        let lines = text.lines().count();
+        if lines > 900 {
+            broken.push(format!("{file}: {lines} lines, at most 900"));
+        }
+        if file != "src/main.rs" && !text.starts_with("//!") {
+            broken.push(format!("{file}: no head comment"));
+        }
+    }
+    fail_on("rooms", broken);
+}
+
+/// The library prints nothing and leaves nothing unfinished; only the command line talks.
+#[test]
+fn only_the_command_line_prints() {
+    let mut broken = Vec::new();
+    for (file, text) in sources() {
+        let body = code(&text);
+        let talks = ["println!", "eprintln!", "print!", "eprint!"].iter().any(|m| body.contains(m));
+        if talks && !file.starts_with("src/cli/") && file != "src/main.rs" && !text.contains("#[cfg(test)]") {
+            broken.push(format!("{file}: prints"));
+        }
+        broken.extend(["todo!", "unimplemented!", "dbg!"].iter().filter(|m| body.contains(**m)).map(|m| format!("{file}: {m}")));
+    }
+    fail_on("printing and unfinished code", broken);
+}
+
+/// Knowledge points down: leaves know nobody, the policy no page, the model no request, a session no tensor.
+#[test]
+fn knowledge_points_down() {
+    let mut broken = Vec::new();
+    for (file, forbidden) in [
+        ("src/error.rs", &["crate::"][..]),
+        ("src/rng.rs", &["crate::"]),
+        ("src/canvas.rs", &["crate::"]),
+        ("src/pages.rs", &["crate::"]),
+        ("src/plan.rs", &["crate::engine", "crate::session", "crate::pages", "crate::model"]),
+        ("src/policy.rs", &["crate::pages", "crate::engine", "crate::session", "crate::model", "crate::batcher"]),
+        ("src/batcher.rs", &["crate::backend", "crate::policy", "crate::canvas", "crate::model"]),
+        ("src/session.rs", &["crate::pages", "crate::engine", "crate::model", "crate::batcher", "crate::cli"]),
+        ("src/model/mod.rs", &["crate::session", "crate::request", "crate::engine", "crate::batcher", "crate::schedule"]),
+        ("src/engine.rs", &["crate::cli", "crate::cpu", "crate::cuda"]),
+        ("src/backend.rs", &["crate::cpu", "crate::cuda", "crate::engine", "crate::session"]),
+    ] {
+        // Tests at the end of a file may know more.
+        let text = read(file);
+        let body = code(text.split("#[cfg(test)]").next().expect("a body"));
+        broken.extend(forbidden.iter().filter(|f| body.contains(**f)).map(|f| format!("{file} knows {f}")));
+    }
+    fail_on("knowledge points down", broken);
+}
+
+#[test]
+fn the_map_lists_every_room() {
+    let text = read("src/lib.rs");
+    let rooms = text.lines().filter_map(|line| line.trim().strip_prefix("pub mod ")).map(|name| name.trim_end_matches(';'));
+    let head: String = text.lines().take_while(|line| line.starts_with("//!")).collect();
+    let broken: Vec<String> = rooms.clone().filter(|room| !head.contains(&format!("`{room}`"))).map(String::from).collect();
+    assert!(rooms.count() > 10, "src/lib.rs is the table of contents");
+    fail_on("modules that the head of src/lib.rs does not list", broken);
+}
+
+/// Text files of the repository: those that git tracks, or all of them where there is no git.
+fn tracked() -> Vec<String> {
+    let listed = std::process::Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output();
+    let names: Vec<String> = match listed {
+        Ok(output) if output.status.success() => {
+            String::from_utf8(output.stdout).expect("UTF-8").split('\0').filter(|f| !f.is_empty()).map(String::from).collect()
+        }
+        _ => ["src", "tools", "docs", "kernels", "tests"].iter().flat_map(|dir| files(dir)).chain(["README.md".into()]).collect(),
+    };
+    assert!(names.iter().any(|f| f == "src/lib.rs"), "{} files", names.len());
+    names.into_iter().filter(|f| root().join(f).is_file()).collect()
+}
+
+/// What is written here must mean something on another machine.
+#[test]
+fn no_file_names_a_machine() {
+    let mut broken = Vec::new();
+    for file in tracked().into_iter().filter(|f| f != "tests/house.rs") {
+        // Weights and pictures are not text.
+        let Ok(text) = std::fs::read_to_string(root().join(&file)) else { continue };
+        for (number, line) in text.lines().enumerate() {
+            if ["/work/", "/root/", "/tmp/", "/home/"].iter().any(|path| line.contains(path)) {
+                broken.push(format!("{file}:{}: {}", number + 1, line.trim().chars().take(100).collect::<String>()));
+            }
+        }
+    }
+    fail_on("paths of one machine", broken);
+}
+
+#[test]
+fn every_preset_is_documented() {
+    let mut broken = Vec::new();
+    for file in ["README.md", "docs/schedules.md"] {
+        let text = read(file);
+        broken.extend(PRESETS.iter().filter(|(name, _)| !text.contains(&format!("`{name}`"))).map(|(name, _)| format!("{file}: {name}")));
+    }
+    fail_on("presets without a word", broken);
+}
+
+/// Links between our own pages lead somewhere.
+#[test]
+fn links_lead_somewhere() {
+    let mut broken = Vec::new();
+    let mut links = 0;
+    for page in tracked().into_iter().filter(|f| f.ends_with(".md")) {
+        let text = read(&page);
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let target = target.split(['#', ' ']).next().unwrap_or_default();
+            if target.is_empty() || target.contains("://") || target.starts_with("mailto:") {
+                continue;
+            }
+            links += 1;
+            let path: PathBuf = root().join(&page).parent().expect("a directory").join(target);
+            if !path.exists() {
+                broken.push(format!("{page}: {target}"));
+            }
+        }
+    }
+    assert!(links > 10, "{links} links");
+    fail_on("links to nothing", broken);
+}
+
+#[test]
+fn every_dependency_has_its_reason() {
+    let text = read("Cargo.toml");
+    let lines: Vec<&str> = text.lines().collect();
+    let mut section = "";
+    let (mut broken, mut count) = (Vec::new(), 0);
+    for (i, line) in lines.iter().enumerate() {
+        if line.starts_with('[') {
+            section = line;
+        } else if section.contains("dependencies") && line.contains('=') && !line.starts_with('#') {
+            count += 1;
+            // One reason may stand over several lines.
+            let reason = lines[..i].iter().rev().find(|l| l.is_empty() || l.starts_with(['#', '[']));
+            if !reason.is_some_and(|l| l.starts_with('#')) {
+                broken.push(line.to_string());
+            }
+        }
+    }
+    assert!(count >= 10, "{count} dependencies");
+    fail_on("dependencies without a reason beside them", broken);
+}
+
+/// A kernel has a test of its own name, which runs it on the CPU.
+#[test]
+fn every_kernel_has_its_test() {
+    let stems =
+        files("kernels").into_iter().filter_map(|f| f.strip_suffix(".cu").and_then(|f| f.strip_prefix("kernels/")).map(String::from));
+    let broken: Vec<String> = stems.clone().filter(|stem| !root().join(format!("tests/kernels/{stem}.rs")).exists()).collect();
+    assert!(stems.count() >= 3);
+    fail_on("kernels without a test", broken);
+}
