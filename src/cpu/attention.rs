@@ -2,8 +2,9 @@
 //!
 //! One task takes one K/V head and up to two dozen queries (rows of one sequence times the query heads that share the K/V
 //! head) and walks the keys in tiles of 64 counted from position 0, with an online softmax: scores of up to six queries by 64
-//! keys in registers, then their exponentials times the values. A query sees `count` keys of a tile; neighbours with the
-//! same count share the register tile. What a query computes is fixed by its own visible end, never by who shares its tile.
+//! keys in registers, then their exponentials times the values. What a query computes, and in which order, is fixed by its
+//! own visible end, never by who shares its tile: queries that see different counts of a tile's keys share the scores and the
+//! values of the groups that all of them see whole, and take the rest apart.
 //!
 //! Slots at or past the end are kept out twice: their scores become -inf before the maximum, and their values are not among
 //! the steps of the second product, because 0 * NaN is NaN. In bf16, where values come in pairs, an odd end masks the second
@@ -12,12 +13,14 @@
 //! With bf16 pages, q and the exponentials are rounded to bf16 for the two products; sums and maxima stay f32.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use crate::backend::{DType, HeadShape};
 use crate::cpu::Machine;
 use crate::cpu::kv::{Head, KvCache};
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::{Order, Tile};
-use crate::cpu::simd::tile::{accumulate, accumulate_pieces};
+use crate::cpu::simd::tile::{Piece, Product};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::plan::Plan;
 
@@ -54,12 +57,13 @@ pub fn attention(machine: &Machine, plan: &Plan, heads: HeadShape, qkv: &[f32], 
         let s = sequences[row_bounds.partition_point(|&bound| bound <= tile.rows.start) - 1];
         let pages = &plan.pages[plan.page_indptr[s] as usize..plan.page_indptr[s + 1] as usize];
         let kv_head = tile.cols.start / (queries_per_head * head_dim);
-        machine.isa.run(Queries { heads, qkv, visible: &plan.visible, pages, head: kv.head(layer, kv_head), tile });
+        machine.isa.run(Queries { machine, heads, qkv, visible: &plan.visible, pages, head: kv.head(layer, kv_head), tile });
     });
 }
 
 /// The queries of one output tile: rows of one sequence, all heads that share one K/V head.
 struct Queries<'a, 'b> {
+    machine: &'a Machine,
     heads: HeadShape,
     qkv: &'a [f32],
     visible: &'a [u32],
@@ -68,8 +72,9 @@ struct Queries<'a, 'b> {
     tile: Tile<'b, f32>,
 }
 
-/// Running state of the queries of a task.
-struct State {
+/// Scratch of a task: the running state of its queries, and one register tile's scores. Kept between tasks.
+#[derive(Default)]
+pub struct State {
     /// (queries, key steps) q as words
     q: Aligned<u32>,
     /// (queries, D padded) sums of exponentials times values
@@ -104,7 +109,8 @@ impl Queries<'_, '_> {
     #[inline(always)]
     fn attend<S: Simd, const BF16: bool>(mut self, simd: S) {
         let layout = self.head.layout;
-        let mut state = self.state::<S, BF16>(simd);
+        let mut state = self.machine.attention_state();
+        self.begin::<S, BF16>(simd, &mut state);
         let queries_per_head = self.heads.num_heads / self.heads.num_kv_heads;
         let queries = self.tile.rows.len() * queries_per_head;
         let visible = &self.visible[self.tile.rows.clone()];
@@ -119,50 +125,50 @@ impl Queries<'_, '_> {
                 gathered.groups()
             };
             let count = |query: usize| (visible[query / queries_per_head] as usize).saturating_sub(first).min(TILE);
+            // Runs of queries that see any key of this tile, in blocks of nearly equal height.
             let mut query = 0;
             while query < queries {
-                let count_here = count(query);
+                if count(query) == 0 {
+                    query += 1;
+                    continue;
+                }
                 let mut run = 1;
-                while query + run < queries && count(query + run) == count_here {
+                while query + run < queries && count(query + run) > 0 {
                     run += 1;
                 }
-                if count_here > 0 {
-                    let blocks = run.div_ceil(MAX_ROWS);
-                    for block in 0..blocks {
-                        let (from, to) = (query + block * run / blocks, query + (block + 1) * run / blocks);
-                        match to - from {
-                            1 => step::<S, BF16, 1>(simd, &self.head, &groups, &mut state, from, count_here, self.heads.head_dim),
-                            2 => step::<S, BF16, 2>(simd, &self.head, &groups, &mut state, from, count_here, self.heads.head_dim),
-                            3 => step::<S, BF16, 3>(simd, &self.head, &groups, &mut state, from, count_here, self.heads.head_dim),
-                            4 => step::<S, BF16, 4>(simd, &self.head, &groups, &mut state, from, count_here, self.heads.head_dim),
-                            5 => step::<S, BF16, 5>(simd, &self.head, &groups, &mut state, from, count_here, self.heads.head_dim),
-                            _ => step::<S, BF16, 6>(simd, &self.head, &groups, &mut state, from, count_here, self.heads.head_dim),
-                        }
+                let blocks = run.div_ceil(MAX_ROWS);
+                for block in 0..blocks {
+                    let (from, to) = (query + block * run / blocks, query + (block + 1) * run / blocks);
+                    let mut counts = [0; MAX_ROWS];
+                    for (m, count_of) in counts.iter_mut().enumerate().take(to - from) {
+                        *count_of = count(from + m);
                     }
+                    step::<S, BF16>(simd, &self.head, &groups, &mut state, from, &counts[..to - from], self.heads.head_dim);
                 }
                 query += run;
             }
         }
-        self.write(&state);
+        self.write(simd, &state);
+        self.machine.keep_attention_state(state);
     }
 
     /// q as words and empty sums.
     #[inline(always)]
-    fn state<S: Simd, const BF16: bool>(&self, simd: S) -> State {
+    fn begin<S: Simd, const BF16: bool>(&self, simd: S, state: &mut State) {
         let HeadShape { num_heads, num_kv_heads, head_dim } = self.heads;
         let layout = self.head.layout;
         let queries_per_head = num_heads / num_kv_heads;
         let queries = self.tile.rows.len() * queries_per_head;
-        let mut state = State {
-            q: Aligned::zeroed(queries * layout.key_steps),
-            sums: Aligned::zeroed(queries * layout.value_width),
-            max: vec![f32::NEG_INFINITY; queries],
-            mass: vec![0.0; queries],
-            scores: Aligned::zeroed(MAX_ROWS * TILE),
-            pairs: Aligned::zeroed(if BF16 { MAX_ROWS * TILE / 2 } else { 0 }),
-            last_pair: Aligned::zeroed(if BF16 { layout.value_width } else { 0 }),
-        };
-        for (query, words) in state.q.chunks_exact_mut(layout.key_steps).enumerate() {
+        state.sums.reserve(queries * layout.value_width).fill(0.0);
+        state.max.clear();
+        state.max.resize(queries, f32::NEG_INFINITY);
+        state.mass.clear();
+        state.mass.resize(queries, 0.0);
+        state.scores.reserve(MAX_ROWS * TILE);
+        state.pairs.reserve(MAX_ROWS * TILE / 2);
+        state.last_pair.reserve(layout.value_width);
+        let q_words = state.q.reserve(queries * layout.key_steps);
+        for (query, words) in q_words.chunks_exact_mut(layout.key_steps).enumerate() {
             let row = self.tile.rows.start + query / queries_per_head;
             let first = row * self.heads.qkv_width() + self.tile.cols.start + query % queries_per_head * head_dim;
             let q = &self.qkv[first..first + head_dim];
@@ -175,13 +181,12 @@ impl Queries<'_, '_> {
             for (q, halves) in q.iter().zip(halves.iter_mut()) {
                 simd.store_bf16(simd.load(q), halves);
             }
-            // The half past an odd D stays zero.
+            // The half past an odd D is zero.
             let rest = halves.get_mut(q.len()).map_or(halves_tail, |halves| halves);
-            for (half, q) in rest.iter_mut().zip(tail) {
-                *half = half::bf16::from_f32(*q).to_bits();
+            for (i, half) in rest.iter_mut().enumerate() {
+                *half = tail.get(i).map_or(0, |&q| half::bf16::from_f32(q).to_bits());
             }
         }
-        state
     }
 
     /// The groups of the tile at position `first`, read where they lie.
@@ -200,10 +205,11 @@ impl Queries<'_, '_> {
 
     /// Sums over masses; zeros where nothing was visible.
     #[inline(always)]
-    fn write(&mut self, state: &State) {
+    fn write<S: Simd>(&mut self, simd: S, state: &State) {
         let head_dim = self.heads.head_dim;
         let queries_per_head = self.heads.num_heads / self.heads.num_kv_heads;
-        for (query, sums) in state.sums.chunks_exact(self.head.layout.value_width).enumerate() {
+        for (query, &mass) in state.mass.iter().enumerate() {
+            let sums = &state.sums[query * self.head.layout.value_width..][..self.head.layout.value_width];
             let row = self.tile.rows.start + query / queries_per_head;
             let out = self.tile.row(row);
             let out = &mut out[query % queries_per_head * head_dim..][..head_dim];
@@ -211,63 +217,89 @@ impl Queries<'_, '_> {
                 out.fill(0.0);
                 continue;
             }
-            let scale = 1.0 / state.mass[query];
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = sum * scale;
+            let scale = simd.splat(1.0 / mass);
+            let (out, tail) = out.as_chunks_mut::<LANES>();
+            let (sums, _) = sums.as_chunks::<LANES>();
+            for (out, sums) in out.iter_mut().zip(sums) {
+                simd.store(simd.mul(simd.load(sums), scale), out);
+            }
+            if !tail.is_empty() {
+                let mut lanes = [0.0; LANES];
+                simd.store(simd.mul(simd.load(&sums[out.len()]), scale), &mut lanes);
+                tail.copy_from_slice(&lanes[..tail.len()]);
             }
         }
     }
 }
 
-/// M queries from `from` on meet the first `count` keys of a tile.
+/// Up to six queries from `from` on meet a tile's keys: each the first `counts[m]`, at least one.
 #[inline(always)]
-fn step<S: Simd, const BF16: bool, const M: usize>(
+fn step<S: Simd, const BF16: bool>(
     simd: S,
     head: &Head,
     groups: &Groups,
     state: &mut State,
     from: usize,
-    count: usize,
+    counts: &[usize],
     head_dim: usize,
 ) {
     let layout = head.layout;
-    let num_groups = count.div_ceil(LANES);
-    let scale = 1.0 / (head_dim as f32).sqrt();
+    let width = layout.value_width;
+    let scale = simd.splat(1.0 / (head_dim as f32).sqrt());
+    let (mut least, mut most) = (TILE, 0);
+    for &count in counts {
+        (least, most) = (least.min(count), most.max(count));
+    }
 
-    // Scores.
+    // Scores of everybody with every group that somebody sees. What lies past a query's own end stays in lanes of its own.
     let q = &state.q[from * layout.key_steps..];
     let (scores, _) = state.scores.as_chunks_mut::<LANES>();
+    let num_groups = most.div_ceil(LANES);
     let mut group = 0;
     while group < num_groups {
         group += if S::WIDE && num_groups - group == 4 {
-            score::<S, BF16, M, 4>(simd, layout.key_steps, q, groups, group, scale, scores)
+            score::<S, BF16, 4>(simd, layout.key_steps, q, groups, group, counts.len(), scores)
         } else if S::WIDE && num_groups - group >= 2 {
-            score::<S, BF16, M, 2>(simd, layout.key_steps, q, groups, group, scale, scores)
+            score::<S, BF16, 2>(simd, layout.key_steps, q, groups, group, counts.len(), scores)
         } else {
-            score::<S, BF16, M, 1>(simd, layout.key_steps, q, groups, group, scale, scores)
+            score::<S, BF16, 1>(simd, layout.key_steps, q, groups, group, counts.len(), scores)
         };
     }
-    if !count.is_multiple_of(LANES) {
-        for m in 0..M {
-            scores[m * GROUPS + num_groups - 1][count % LANES..].fill(f32::NEG_INFINITY);
-        }
-    }
 
-    // Exponentials, with the sums so far rescaled to the new maximum.
-    let mut rescale = [simd.splat(0.0); M];
-    let (pairs, _) = bytemuck::cast_slice_mut::<u32, u16>(&mut state.pairs).as_chunks_mut::<LANES>();
-    for m in 0..M {
-        let row = &mut scores[m * GROUPS..][..num_groups];
-        let mut largest = simd.load(&row[0]);
-        for scores in &row[1..] {
+    // New maxima, with the sums so far rescaled to them.
+    let mut shift = [0.0; MAX_ROWS];
+    for (m, &count) in counts.iter().enumerate() {
+        let row = &mut scores[m * GROUPS..][..count.div_ceil(LANES)];
+        if !count.is_multiple_of(LANES) {
+            row[count / LANES][count % LANES..].fill(f32::NEG_INFINITY);
+        }
+        let mut largest = simd.splat(f32::NEG_INFINITY);
+        for scores in row.iter() {
             largest = simd.max(largest, simd.load(scores));
         }
-        let largest = simd.max_lane(largest);
+        let largest = simd.max_lane(simd.mul(largest, scale));
         let before = state.max[from + m];
         let max = if before > largest { before } else { largest };
+        if before != max && before > f32::NEG_INFINITY {
+            let factor = simd.exp(simd.splat(before - max));
+            for sums in state.sums[(from + m) * width..][..width].as_chunks_mut::<LANES>().0 {
+                simd.store(simd.mul(simd.load(sums), factor), sums);
+            }
+            let mut lanes = [0.0; LANES];
+            simd.store(factor, &mut lanes);
+            state.mass[from + m] *= lanes[0];
+        }
+        state.max[from + m] = max;
+        shift[m] = max;
+    }
+
+    // Exponentials.
+    let (pairs, _) = bytemuck::cast_slice_mut::<u32, u16>(&mut state.pairs).as_chunks_mut::<LANES>();
+    for (m, &count) in counts.iter().enumerate() {
         let mut mass = simd.splat(0.0);
-        for (g, scores) in row.iter_mut().enumerate() {
-            let exponential = simd.exp(simd.sub(simd.load(scores), simd.splat(max)));
+        let shift = simd.splat(shift[m]);
+        for (g, scores) in scores[m * GROUPS..][..count.div_ceil(LANES)].iter_mut().enumerate() {
+            let exponential = simd.exp(simd.sub(simd.mul(simd.load(scores), scale), shift));
             if BF16 {
                 let pair = &mut pairs[m * GROUPS + g];
                 simd.store_bf16(exponential, pair);
@@ -277,95 +309,117 @@ fn step<S: Simd, const BF16: bool, const M: usize>(
                 mass = simd.add(mass, exponential);
             }
         }
-        rescale[m] = simd.exp(simd.splat(before - max));
-        let mut factor = [0.0; LANES];
-        simd.store(rescale[m], &mut factor);
-        state.mass[from + m] = state.mass[from + m] * factor[0] + simd.sum(mass);
-        state.max[from + m] = max;
+        state.mass[from + m] += simd.sum(mass);
     }
 
-    // Values.
-    let width = layout.value_width;
-    let per_word = if BF16 { 2 } else { 1 };
-    if BF16 && !count.is_multiple_of(2) {
-        let last = &groups[num_groups - 1].1[(count - 1) % LANES / 2 * width..][..width];
-        for (word, last) in state.last_pair.iter_mut().zip(last) {
-            *word = last & 0xffff;
+    // Values: together as far as all see whole groups, then apart.
+    let together = if least == most { most.div_ceil(LANES) } else { least / LANES };
+    if together > 0 {
+        values::<S, BF16>(simd, groups, state, width, from, 0..counts.len(), 0..together, most.min(together * LANES));
+    }
+    let mut m = 0;
+    while m < counts.len() {
+        let count = counts[m];
+        let mut run = 1;
+        while m + run < counts.len() && counts[m + run] == count {
+            run += 1;
         }
-    }
-    let mut pieces = [(0, &state.last_pair[..]); GROUPS + 1];
-    for (g, group) in groups.iter().enumerate().take(num_groups) {
-        pieces[g] = ((count - g * LANES).min(LANES) / per_word, group.1);
-    }
-    pieces[num_groups].0 = if BF16 { count % 2 } else { 0 };
-    let pieces = &pieces[..=num_groups];
-    let sums = &mut state.sums[from * width..][..M * width];
-    let weights: &[u32] = if BF16 { &state.pairs } else { bytemuck::cast_slice(&state.scores) };
-    let mut column = 0;
-    while column < width {
-        let vectors = (width - column) / LANES;
-        column += LANES
-            * if S::WIDE && vectors >= 4 {
-                weigh::<S, BF16, M, 4>(simd, width, column, weights, pieces, rescale, sums)
-            } else if S::WIDE && vectors >= 2 {
-                weigh::<S, BF16, M, 2>(simd, width, column, weights, pieces, rescale, sums)
-            } else {
-                weigh::<S, BF16, M, 1>(simd, width, column, weights, pieces, rescale, sums)
-            };
+        if count > together * LANES {
+            values::<S, BF16>(simd, groups, state, width, from, m..m + run, together..count.div_ceil(LANES), count);
+        }
+        m += run;
     }
 }
 
-/// Scaled scores of M queries with NV groups of keys from `group` on; returns NV.
+/// `sums (rows, D) += weights (rows, keys) values (keys, D)` over the keys of the groups in `range` below `count`.
 #[inline(always)]
-fn score<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
+#[allow(clippy::too_many_arguments)]
+fn values<S: Simd, const BF16: bool>(
+    simd: S,
+    groups: &Groups,
+    state: &mut State,
+    width: usize,
+    from: usize,
+    rows: Range<usize>,
+    range: Range<usize>,
+    count: usize,
+) {
+    let per_word = if BF16 { 2 } else { 1 };
+    // Steps and words of each group; an odd count of pairs ends in a masked copy of the last.
+    let mut pieces = [(0, &[][..]); GROUPS + 1];
+    let mut num_pieces = 0;
+    for g in range.clone() {
+        pieces[num_pieces] = ((count - g * LANES).min(LANES) / per_word, groups[g].1);
+        num_pieces += 1;
+    }
+    if BF16 && !count.is_multiple_of(2) {
+        let last = &groups[range.end - 1].1[(count - 1) % LANES / 2 * width..][..width];
+        for (word, last) in state.last_pair.iter_mut().zip(last) {
+            *word = last & 0xffff;
+        }
+        pieces[num_pieces] = (1, &state.last_pair);
+        num_pieces += 1;
+    }
+    let weights: &[u32] = if BF16 { &state.pairs } else { bytemuck::cast_slice(&state.scores) };
+    let a = &weights[(rows.start * TILE + range.start * LANES) / per_word..];
+    let (sums, _) = state.sums[(from + rows.start) * width..].as_chunks_mut::<LANES>();
+    let pieces = &pieces[..num_pieces];
+    let mut vector = 0;
+    while vector < width / LANES {
+        let left = width / LANES - vector;
+        vector += if S::WIDE && left >= 4 {
+            weigh::<S, BF16, 4>(simd, rows.len(), a, pieces, width, vector, sums)
+        } else if S::WIDE && left >= 2 {
+            weigh::<S, BF16, 2>(simd, rows.len(), a, pieces, width, vector, sums)
+        } else {
+            weigh::<S, BF16, 1>(simd, rows.len(), a, pieces, width, vector, sums)
+        };
+    }
+}
+
+/// [`values`] for NV vectors of columns from `vector` on; returns NV.
+#[inline(always)]
+fn weigh<S: Simd, const BF16: bool, const NV: usize>(
+    simd: S,
+    rows: usize,
+    a: &[u32],
+    pieces: &[(usize, &[u32])],
+    width: usize,
+    vector: usize,
+    sums: &mut [[f32; LANES]],
+) -> usize {
+    let mut columns = [Piece { steps: 0, b: [a; NV] }; GROUPS + 1];
+    for (column, &(steps, words)) in columns.iter_mut().zip(pieces) {
+        let mut b = [words; NV];
+        for (v, b) in b.iter_mut().enumerate() {
+            *b = &b[(vector + v) * LANES..];
+        }
+        *column = Piece { steps, b };
+    }
+    let (a_stride, ahead) = (if BF16 { TILE / 2 } else { TILE }, a.as_ptr().addr());
+    let (pieces, sums, sums_stride) = (&columns[..pieces.len()], &mut sums[vector..], width / LANES);
+    Product { a, a_stride, pieces, b_stride: width, sums, sums_stride, fresh: false, ahead }.run::<S, BF16>(simd, rows);
+    NV
+}
+
+/// Scores, before the scale, of `rows` queries with NV groups of keys from `group` on; returns NV.
+#[inline(always)]
+fn score<S: Simd, const BF16: bool, const NV: usize>(
     simd: S,
     steps: usize,
     q: &[u32],
     groups: &Groups,
     group: usize,
-    scale: f32,
+    rows: usize,
     scores: &mut [[f32; LANES]],
 ) -> usize {
-    let mut keys = [groups[0].0; NV];
-    for (v, keys) in keys.iter_mut().enumerate() {
-        *keys = groups[group + v].0;
+    let mut b = [groups[0].0; NV];
+    for (v, b) in b.iter_mut().enumerate() {
+        *b = groups[group + v].0;
     }
-    let acc = accumulate::<S, BF16, M, NV, 0>(simd, steps, q, steps, keys, LANES, 0, [[simd.splat(0.0); NV]; M]);
-    for m in 0..M {
-        let row = &mut scores[m * GROUPS + group..][..NV];
-        for v in 0..NV {
-            simd.store(simd.mul(acc[m][v], simd.splat(scale)), &mut row[v]);
-        }
-    }
-    NV
-}
-
-/// `sums[m][column..] = sums * rescale + weights (M, keys) values (keys, D)` for NV vectors of columns; returns NV.
-#[inline(always)]
-fn weigh<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
-    simd: S,
-    width: usize,
-    column: usize,
-    weights: &[u32],
-    pieces: &[(usize, &[u32])],
-    rescale: [S::F; M],
-    sums: &mut [f32],
-) -> usize {
-    let stride = if BF16 { TILE / 2 } else { TILE };
-    let mut acc = [[simd.splat(0.0); NV]; M];
-    for m in 0..M {
-        let row = &sums[m * width + column..][..NV * LANES].as_chunks::<LANES>().0[..NV];
-        for v in 0..NV {
-            acc[m][v] = simd.mul(simd.load(&row[v]), rescale[m]);
-        }
-    }
-    acc = accumulate_pieces::<S, BF16, M, NV>(simd, weights, stride, pieces, column, width, acc);
-    for m in 0..M {
-        let row = &mut sums[m * width + column..][..NV * LANES].as_chunks_mut::<LANES>().0[..NV];
-        for v in 0..NV {
-            simd.store(acc[m][v], &mut row[v]);
-        }
-    }
+    let ahead = b[0].as_ptr().addr();
+    let (pieces, sums) = (&[Piece { steps, b }], &mut scores[group..]);
+    Product { a: q, a_stride: steps, pieces, b_stride: LANES, sums, sums_stride: GROUPS, fresh: true, ahead }.run::<S, BF16>(simd, rows);
     NV
 }
 

@@ -14,7 +14,7 @@ use crate::backend::{DType, Epilogue, RowSource};
 use crate::cpu::Machine;
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::{Order, Tile};
-use crate::cpu::simd::tile::accumulate;
+use crate::cpu::simd::tile::{self, Piece};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::Result;
 
@@ -213,26 +213,25 @@ impl Kernel for Panels<'_, '_> {
     }
 }
 
-/// Where a register tile stands: rows `row..`, panels `panel..`, steps `first_step..last_step`.
+/// Where a register tile stands: `rows` rows from `row` on, panels from `panel` on, steps `first_step..last_step`.
 #[derive(Clone, Copy)]
 struct At {
     row: usize,
+    rows: usize,
     panel: usize,
     first_step: usize,
     last_step: usize,
-    /// Address from which the tile's steps prefetch.
+    /// Address from which the tile's steps prefetch, and whether each asks for all it can.
     ahead: usize,
+    greedy: bool,
 }
 
-/// A register tile of as many rows as `$rows` says, out of `$m` and the last.
-macro_rules! tile {
-    ($self:ident, $simd:ident, $at:ident, $partial:ident, $rows:expr, $nv:literal, $pf:literal, [$($m:literal),*], $last:literal) => {
-        match $rows {
-            $($m => $self.tile::<S, BF16, $m, $nv, $pf>($simd, $at, $partial),)*
-            _ => $self.tile::<S, BF16, $last, $nv, $pf>($simd, $at, $partial),
-        }
-    };
-}
+/// Most vectors of sums of a tile.
+const SUMS: usize = 24;
+
+/// Sums of a tile, on a cache line.
+#[repr(align(64))]
+struct Sums([[f32; LANES]; SUMS]);
 
 impl Panels<'_, '_> {
     #[inline(always)]
@@ -240,11 +239,13 @@ impl Panels<'_, '_> {
         let Packed { steps, ref words, .. } = *self.product.weight;
         let rows = self.tile.rows.clone();
         let panels = self.tile.cols.start / PANEL..self.tile.cols.end.div_ceil(PANEL);
-        // Sums of all parts of k but the last, (rows, two panels); empty where one part is enough.
-        let mut partial = Aligned::<f32>::zeroed(if steps > MAX_STEPS { rows.len() * 2 * PANEL } else { 0 });
         let streams = words.len() > STREAM_WORDS;
         let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
         let blocks = if tall { 1 } else { rows.len().div_ceil(6) };
+        // Where k is walked in parts, the sums of every block wait for the next part.
+        let mut one = Sums([[0.0; LANES]; SUMS]);
+        let mut all = Aligned::<f32>::zeroed(if steps > MAX_STEPS { blocks * SUMS * LANES * 2 } else { 0 });
+        let (all, _) = all.as_chunks_mut::<LANES>();
         let mut panel = panels.start;
         while panel < panels.end {
             let width = if S::WIDE && rows.len() <= 3 { 2.min(panels.end - panel) } else { 1 };
@@ -265,20 +266,28 @@ impl Panels<'_, '_> {
                         2 | 3 => (next, streams && block == 0),
                         _ => (next + block.min(3) * share, false),
                     };
-                    let at = At { row, panel, first_step, last_step, ahead };
-                    let partial = &mut partial[..];
+                    let at = At { row, rows: height, panel, first_step, last_step, ahead, greedy };
                     if !S::WIDE {
-                        tile!(self, simd, at, partial, height, 1, 1, [1, 2, 3, 4, 5], 6);
-                    } else if tall {
-                        tile!(self, simd, at, partial, height, 2, 1, [7, 8, 9, 10, 11], 12);
-                    } else if width == 2 && greedy {
-                        tile!(self, simd, at, partial, height, 8, 4, [1, 2], 3);
+                        for column in (0..PANEL).step_by(LANES) {
+                            let sums = if all.is_empty() { &mut one.0 } else { &mut all[(4 * block + column / LANES) * 6..] };
+                            self.columns(simd, at, column, sums, |simd, rows, product: tile::Product<1>| {
+                                product.run::<S, BF16>(simd, rows)
+                            });
+                        }
+                        continue;
+                    }
+                    let sums = if all.is_empty() { &mut one.0 } else { &mut all[block * SUMS * 2..] };
+                    if tall {
+                        let (left, right) = if last_step - first_step == steps { (0, 0) } else { (0, SUMS) };
+                        let run = |simd, rows, product: tile::Product<2>| product.run_tall::<S, BF16>(simd, rows);
+                        self.columns(simd, at, 0, &mut sums[left..], run);
+                        self.columns(simd, at, PANEL / 2, &mut sums[right..], run);
                     } else if width == 2 {
-                        tile!(self, simd, at, partial, height, 8, 1, [1, 2], 3);
-                    } else if greedy {
-                        tile!(self, simd, at, partial, height, 4, 4, [1, 2, 3, 4, 5], 6);
+                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<8>| product.run_wide::<S, BF16>(simd, rows));
                     } else {
-                        tile!(self, simd, at, partial, height, 4, 1, [1, 2, 3, 4, 5], 6);
+                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<4>| {
+                            if at.greedy { product.run_greedy::<S, BF16>(simd, rows) } else { product.run::<S, BF16>(simd, rows) }
+                        });
                     }
                 }
                 first_step = last_step;
@@ -287,125 +296,83 @@ impl Panels<'_, '_> {
         }
     }
 
-    /// M rows by NV vectors: two panels, one, or one in parts.
+    /// One register tile from `column` of the panel on: the product by `run` into `sums`, then, at the end of k, the output.
     #[inline(always)]
-    fn tile<S: Simd, const BF16: bool, const M: usize, const NV: usize, const PF: usize>(&mut self, simd: S, at: At, partial: &mut [f32]) {
-        for column in (0..PANEL).step_by(NV * LANES) {
-            self.columns::<S, BF16, M, NV, PF>(simd, at, column, partial);
-        }
-    }
-
-    /// As [`Self::tile`] from `column` of the first panel on.
-    #[inline(always)]
-    fn columns<S: Simd, const BF16: bool, const M: usize, const NV: usize, const PF: usize>(
+    fn columns<S: Simd, const NV: usize>(
         &mut self,
         simd: S,
         at: At,
         column: usize,
-        partial: &mut [f32],
+        sums: &mut [[f32; LANES]],
+        run: impl Fn(S, usize, tile::Product<NV>),
     ) {
         const PER_PANEL: usize = PANEL / LANES;
+        let Product { x, weight, .. } = self.product;
+        let steps = weight.steps;
         let col = at.panel * PANEL + column;
         if col >= self.tile.cols.end {
             return;
-        }
-        let in_tile = col - self.tile.cols.start;
-        let Product { x, weight, bias, epilogue } = self.product;
-        let steps = weight.steps;
-        let first_row = self.tile.rows.start;
-        let mut acc = [[simd.splat(0.0); NV]; M];
-        if at.first_step > 0 {
-            for (m, row) in acc.iter_mut().enumerate() {
-                let sums = partial_row(partial, at.row + m - first_row);
-                for v in 0..NV {
-                    row[v] = simd.load(&sums[column / LANES + v]);
-                }
-            }
         }
         let mut b = [&weight.words[..]; NV];
         for (v, b) in b.iter_mut().enumerate() {
             *b = &weight.panel(at.panel + v / PER_PANEL)[at.first_step * PANEL + column + v % PER_PANEL * LANES..];
         }
-        if M > 3 {
-            // The lines of `out` travel while the tile computes: 1024 rows of 3072 columns gain a fifth.
-            for m in 0..M {
-                let out = self.tile.row(at.row + m)[in_tile..].as_ptr();
-                for v in 0..NV {
-                    simd.prefetch(out.wrapping_add(v * LANES).addr());
-                }
-            }
+        let pieces = [Piece { steps: at.last_step - at.first_step, b }];
+        let a = &x[at.row * steps + at.first_step..];
+        let fresh = at.first_step == 0;
+        let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: PANEL, sums, sums_stride: NV, fresh, ahead: at.ahead };
+        run(simd, at.rows, product);
+        if at.last_step == steps {
+            self.finish(simd, at, col, NV, sums);
         }
-        let x = &x[at.row * steps + at.first_step..];
-        acc = accumulate::<S, BF16, M, NV, PF>(simd, at.last_step - at.first_step, x, steps, b, PANEL, at.ahead, acc);
-        if at.last_step < steps {
-            for (m, row) in acc.iter().enumerate() {
-                let sums = partial_row(partial, at.row + m - first_row);
-                for v in 0..NV {
-                    simd.store(row[v], &mut sums[column / LANES + v]);
+    }
+
+    /// Bias, epilogue and store of the tile whose sums, (rows, vectors), are complete.
+    #[inline(always)]
+    fn finish<S: Simd>(&mut self, simd: S, at: At, col: usize, vectors: usize, sums: &[[f32; LANES]]) {
+        let Product { bias, epilogue, .. } = self.product;
+        let in_tile = col - self.tile.cols.start;
+        let bias = bias.map_or(&[][..], |bias| &bias[col..]);
+        let (bias, bias_tail) = bias.as_chunks::<LANES>();
+        for (row, sums) in (at.row..at.row + at.rows).zip(sums.chunks_exact(vectors)) {
+            let (out, out_tail) = self.tile.row(row)[in_tile..].as_chunks_mut::<LANES>();
+            for (v, sums) in sums.iter().enumerate().take(out.len() + 1) {
+                let mut value = simd.load(sums);
+                if self.product.bias.is_some() {
+                    let bias = match bias.get(v) {
+                        Some(bias) => simd.load(bias),
+                        None => load_tail(simd, bias_tail),
+                    };
+                    value = simd.add(value, bias);
                 }
-            }
-            return;
-        }
-        if let Some(bias) = bias {
-            for v in 0..NV {
-                let bias = load_up_to(simd, bias.get(col + v * LANES..).unwrap_or(&[]));
-                for row in &mut acc {
-                    row[v] = simd.add(row[v], bias);
+                if epilogue == Epilogue::Gelu {
+                    value = simd.gelu_tanh(value);
                 }
-            }
-        }
-        if epilogue == Epilogue::Gelu {
-            for row in &mut acc {
-                for value in row {
-                    *value = simd.gelu_tanh(*value);
-                }
-            }
-        }
-        for (m, values) in acc.iter().enumerate() {
-            let out = &mut self.tile.row(at.row + m)[in_tile..];
-            let (whole, tail) = out.as_chunks_mut::<LANES>();
-            if whole.len() >= NV {
-                for v in 0..NV {
-                    let value = if epilogue == Epilogue::Add { simd.add(simd.load(&whole[v]), values[v]) } else { values[v] };
-                    simd.store(value, &mut whole[v]);
-                }
-                continue;
-            }
-            let num_whole = whole.len();
-            for (v, value) in values.iter().enumerate() {
-                let mut value = *value;
-                if let Some(out) = whole.get_mut(v) {
-                    if epilogue == Epilogue::Add {
-                        value = simd.add(simd.load(out), value);
+                match out.get_mut(v) {
+                    Some(out) => {
+                        if epilogue == Epilogue::Add {
+                            value = simd.add(simd.load(out), value);
+                        }
+                        simd.store(value, out);
                     }
-                    simd.store(value, out);
-                } else if v == num_whole {
-                    if epilogue == Epilogue::Add {
-                        value = simd.add(load_up_to(simd, tail), value);
+                    None => {
+                        if epilogue == Epilogue::Add {
+                            value = simd.add(load_tail(simd, out_tail), value);
+                        }
+                        let mut lanes = [0.0; LANES];
+                        simd.store(value, &mut lanes);
+                        out_tail.copy_from_slice(&lanes[..out_tail.len()]);
                     }
-                    let mut lanes = [0.0; LANES];
-                    simd.store(value, &mut lanes);
-                    tail.copy_from_slice(&lanes[..tail.len()]);
                 }
             }
         }
     }
 }
 
+/// Up to fifteen values, then zeros.
 #[inline(always)]
-fn partial_row(partial: &mut [f32], row: usize) -> &mut [[f32; LANES]] {
-    partial[row * 2 * PANEL..][..2 * PANEL].as_chunks_mut().0
-}
-
-/// The first sixteen values, zeros where there are fewer.
-#[inline(always)]
-fn load_up_to<S: Simd>(simd: S, x: &[f32]) -> S::F {
-    match x.first_chunk() {
-        Some(x) => simd.load(x),
-        None => {
-            let mut lanes = [0.0; LANES];
-            lanes[..x.len()].copy_from_slice(x);
-            simd.load(&lanes)
-        }
-    }
+fn load_tail<S: Simd>(simd: S, x: &[f32]) -> S::F {
+    let mut lanes = [0.0; LANES];
+    lanes[..x.len()].copy_from_slice(x);
+    simd.load(&lanes)
 }

@@ -35,6 +35,12 @@ impl<T: Pod> Aligned<T> {
     }
 }
 
+impl<T: Pod> Default for Aligned<T> {
+    fn default() -> Self {
+        Self::zeroed(0)
+    }
+}
+
 impl<T: Pod> Deref for Aligned<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {

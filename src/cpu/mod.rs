@@ -49,6 +49,8 @@ struct Machine {
     /// Logits of a chunk of rows.
     logits: Mutex<Aligned<f32>>,
     rotations: Mutex<rope::Rotations>,
+    /// One for each thread that was ever inside attention at once.
+    attention_states: Mutex<Vec<attention::State>>,
 }
 
 impl Machine {
@@ -63,6 +65,12 @@ impl Machine {
     }
     fn logits(&self) -> MutexGuard<'_, Aligned<f32>> {
         self.logits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+    fn attention_state(&self) -> attention::State {
+        self.attention_states.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+    fn keep_attention_state(&self, state: attention::State) {
+        self.attention_states.lock().unwrap_or_else(PoisonError::into_inner).push(state);
     }
     fn rotations(&self) -> MutexGuard<'_, rope::Rotations> {
         self.rotations.lock().unwrap_or_else(PoisonError::into_inner)
@@ -89,9 +97,10 @@ impl Cpu {
             isa,
             pool: start(threads)?,
             serial: start(1)?,
-            words: Mutex::new(Aligned::zeroed(0)),
-            logits: Mutex::new(Aligned::zeroed(0)),
+            words: Mutex::default(),
+            logits: Mutex::default(),
             rotations: Mutex::default(),
+            attention_states: Mutex::default(),
         };
         Ok(Cpu { dtype, machine })
     }

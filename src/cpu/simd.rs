@@ -106,6 +106,9 @@ pub trait Simd: Copy {
     /// Whether the register file holds 24 accumulators beside the operands; else twelve.
     const WIDE: bool;
 
+    /// Runs `kernel` as a function of its own, compiled for this set.
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output;
+
     fn splat(self, x: f32) -> Self::F;
     fn load(self, x: &[f32; LANES]) -> Self::F;
     fn store(self, x: Self::F, to: &mut [f32; LANES]);

@@ -1,7 +1,7 @@
 //! Sixteen lanes as an array: correct on any machine, and as fast as the compiler makes it.
 #![forbid(unsafe_code)]
 
-use super::{LANES, Simd};
+use super::{Kernel, LANES, Simd};
 
 #[derive(Clone, Copy)]
 pub struct Portable;
@@ -19,6 +19,11 @@ impl Simd for Portable {
     type F = F;
     type W = [u32; LANES];
     const WIDE: bool = false;
+
+    #[inline(never)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        kernel.run(self)
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> F {

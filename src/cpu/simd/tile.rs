@@ -1,111 +1,144 @@
 //! The register tile under every matrix product: M rows by NV vectors of columns, accumulated over k in ascending order.
 //!
 //! Every (M, NV) does the same instruction sequence per output element, so a row's result does not depend on how many rows
-//! or columns share its tile. Closed over words: one f32, or two bf16 of neighbouring k.
+//! or columns share its tile. Closed over words: one f32, or two bf16 of neighbouring k. Each tile is a function of its own,
+//! called with its operands in memory: a call costs a few nanoseconds, and the crate compiles in a third of the time.
 
-use super::{LANES, Simd};
+use super::{Kernel, LANES, Simd};
 
-/// `acc[m][v] += sum over steps of a[m][step] * b[v][step]`, steps ascending.
-///
-/// `a`: row m starts at word `m * a_stride`. `b[v]`: step s is sixteen words at `s * b_stride`. `ahead`: each
-/// step prefetches PF lines from PF times the step lines past this address, which may be any.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-pub fn accumulate<S: Simd, const BF16: bool, const M: usize, const NV: usize, const PF: usize>(
-    simd: S,
-    steps: usize,
-    a: &[u32],
-    a_stride: usize,
-    b: [&[u32]; NV],
-    b_stride: usize,
-    ahead: usize,
-    acc: [[S::F; NV]; M],
-) -> [[S::F; NV]; M] {
-    check(M, steps, a, a_stride);
-    let mut columns = [std::ptr::null(); NV];
-    for v in 0..NV {
-        check_columns(steps, b[v], b_stride);
-        columns[v] = b[v].as_ptr();
+/// Some steps of b: vector v of step s is the sixteen words at `s * b_stride` of `b[v]`.
+#[derive(Clone, Copy)]
+pub struct Piece<'a, const NV: usize> {
+    pub steps: usize,
+    pub b: [&'a [u32]; NV],
+}
+
+/// `sums[m][v] (+)= sum over steps of a[m][step] b[v][step]`, steps ascending through the pieces.
+pub struct Product<'a, const NV: usize> {
+    /// Row m starts at word `m * a_stride`.
+    pub a: &'a [u32],
+    pub a_stride: usize,
+    pub pieces: &'a [Piece<'a, NV>],
+    pub b_stride: usize,
+    /// Row m starts at vector `m * sums_stride`.
+    pub sums: &'a mut [[f32; LANES]],
+    pub sums_stride: usize,
+    /// Start from zeros instead of from `sums`.
+    pub fresh: bool,
+    /// Address from which lines are prefetched, some per step; it may be any.
+    pub ahead: usize,
+}
+
+impl<const NV: usize> Product<'_, NV> {
+    /// One to six rows, one prefetch per step.
+    #[inline(always)]
+    pub fn run<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
+        match rows {
+            1 => simd.outlined(Tile::<BF16, 1, NV, 1>(self)),
+            2 => simd.outlined(Tile::<BF16, 2, NV, 1>(self)),
+            3 => simd.outlined(Tile::<BF16, 3, NV, 1>(self)),
+            4 => simd.outlined(Tile::<BF16, 4, NV, 1>(self)),
+            5 => simd.outlined(Tile::<BF16, 5, NV, 1>(self)),
+            6 => simd.outlined(Tile::<BF16, 6, NV, 1>(self)),
+            _ => panic!("a tile of {rows} rows"),
+        }
     }
-    // SAFETY: checked above.
-    unsafe { walk::<S, BF16, M, NV, PF>(simd, steps, a.as_ptr(), a_stride, columns, b_stride, ahead, acc) }
 }
 
-/// As [`accumulate`] over the steps of several pieces of b, one after the other; the vectors of a piece begin at `column`
-/// and lie side by side.
-#[inline(always)]
-pub fn accumulate_pieces<S: Simd, const BF16: bool, const M: usize, const NV: usize>(
-    simd: S,
-    a: &[u32],
-    a_stride: usize,
-    pieces: &[(usize, &[u32])],
-    column: usize,
-    b_stride: usize,
-    mut acc: [[S::F; NV]; M],
-) -> [[S::F; NV]; M] {
-    let mut first = 0;
-    for &(steps, b) in pieces {
-        if steps == 0 {
-            continue;
+impl Product<'_, 4> {
+    /// One to six rows, four prefetches per step.
+    #[inline(always)]
+    pub fn run_greedy<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
+        match rows {
+            1 => simd.outlined(Tile::<BF16, 1, 4, 4>(self)),
+            2 => simd.outlined(Tile::<BF16, 2, 4, 4>(self)),
+            3 => simd.outlined(Tile::<BF16, 3, 4, 4>(self)),
+            4 => simd.outlined(Tile::<BF16, 4, 4, 4>(self)),
+            5 => simd.outlined(Tile::<BF16, 5, 4, 4>(self)),
+            6 => simd.outlined(Tile::<BF16, 6, 4, 4>(self)),
+            _ => panic!("a tile of {rows} rows"),
         }
-        let b = &b[column..];
-        check(M, first + steps, a, a_stride);
-        check_columns(steps, &b[(NV - 1) * LANES..], b_stride);
-        let mut columns = [b.as_ptr(); NV];
-        for (v, column) in columns.iter_mut().enumerate() {
-            *column = column.wrapping_add(v * LANES);
-        }
-        // SAFETY: checked above.
-        acc = unsafe { walk::<S, BF16, M, NV, 0>(simd, steps, a.as_ptr().add(first), a_stride, columns, b_stride, 0, acc) };
-        first += steps;
     }
-    acc
 }
 
-#[inline(always)]
-fn check(rows: usize, steps: usize, a: &[u32], a_stride: usize) {
-    assert!((rows - 1) * a_stride + steps <= a.len(), "tile reads {rows} rows of {steps} words at stride {a_stride} from {}", a.len());
-}
-
-#[inline(always)]
-fn check_columns(steps: usize, b: &[u32], b_stride: usize) {
-    let read = if steps == 0 { 0 } else { (steps - 1) * b_stride + LANES };
-    assert!(read <= b.len(), "tile reads {steps} vectors at stride {b_stride} from {} words", b.len());
-}
-
-/// # Safety
-/// For every step below `steps`, `m < M` and `v < NV`: the word `a[m * a_stride + step]` and the sixteen words at
-/// `b[v] + step * b_stride` can be read.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn walk<S: Simd, const BF16: bool, const M: usize, const NV: usize, const PF: usize>(
-    simd: S,
-    steps: usize,
-    a: *const u32,
-    a_stride: usize,
-    b: [*const u32; NV],
-    b_stride: usize,
-    ahead: usize,
-    acc: [[S::F; NV]; M],
-) -> [[S::F; NV]; M] {
-    // By value and indexed by constants once the loops unroll: behind a reference every sum is stored in every step.
-    let mut sums = acc;
-    for step in 0..steps {
-        for line in 0..PF {
-            simd.prefetch(ahead.wrapping_add((step * PF + line) * LANES * size_of::<u32>()));
+impl Product<'_, 2> {
+    /// Seven to twelve rows.
+    #[inline(always)]
+    pub fn run_tall<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
+        match rows {
+            7 => simd.outlined(Tile::<BF16, 7, 2, 1>(self)),
+            8 => simd.outlined(Tile::<BF16, 8, 2, 1>(self)),
+            9 => simd.outlined(Tile::<BF16, 9, 2, 1>(self)),
+            10 => simd.outlined(Tile::<BF16, 10, 2, 1>(self)),
+            11 => simd.outlined(Tile::<BF16, 11, 2, 1>(self)),
+            12 => simd.outlined(Tile::<BF16, 12, 2, 1>(self)),
+            _ => panic!("a tall tile of {rows} rows"),
         }
-        let mut columns = [simd.word(0); NV];
-        for v in 0..NV {
-            // SAFETY: the caller's promise.
-            columns[v] = simd.words(unsafe { &*b[v].add(step * b_stride).cast() });
+    }
+}
+
+impl Product<'_, 8> {
+    /// One to three rows.
+    #[inline(always)]
+    pub fn run_wide<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
+        match rows {
+            1 => simd.outlined(Tile::<BF16, 1, 8, 1>(self)),
+            2 => simd.outlined(Tile::<BF16, 2, 8, 1>(self)),
+            3 => simd.outlined(Tile::<BF16, 3, 8, 1>(self)),
+            _ => panic!("a wide tile of {rows} rows"),
         }
-        for (m, row) in sums.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            let x = simd.word(unsafe { *a.add(m * a_stride + step) });
+    }
+}
+
+struct Tile<'a, const BF16: bool, const M: usize, const NV: usize, const PF: usize>(Product<'a, NV>);
+
+impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel for Tile<'_, BF16, M, NV, PF> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Product { a, a_stride, pieces, b_stride, sums: memory, sums_stride, fresh, ahead } = self.0;
+        let mut sums = [[simd.splat(0.0); NV]; M];
+        if !fresh {
+            for (m, row) in sums.iter_mut().enumerate() {
+                let memory = &memory[m * sums_stride..][..NV];
+                for v in 0..NV {
+                    row[v] = simd.load(&memory[v]);
+                }
+            }
+        }
+        let mut first = 0;
+        for piece in pieces {
+            let steps = piece.steps;
+            let reads = (M - 1) * a_stride + first + steps;
+            assert!(reads <= a.len(), "a tile reads {M} rows of {steps} words at {first}, stride {a_stride}, from {}", a.len());
+            let reads = if steps == 0 { 0 } else { (steps - 1) * b_stride + LANES };
+            for b in piece.b {
+                assert!(reads <= b.len(), "a tile reads {steps} vectors at stride {b_stride} from {} words", b.len());
+            }
+            for step in 0..steps {
+                for line in 0..PF {
+                    simd.prefetch(ahead.wrapping_add((step * PF + line) * LANES * size_of::<u32>()));
+                }
+                let mut columns = [simd.word(0); NV];
+                for (column, b) in columns.iter_mut().zip(piece.b) {
+                    // SAFETY: `step < steps`; the second assertion bounds the last vector of each `b[v]`.
+                    *column = simd.words(unsafe { &*b.as_ptr().add(step * b_stride).cast() });
+                }
+                for (m, row) in sums.iter_mut().enumerate() {
+                    // SAFETY: `m < M` and `step < steps`; the first assertion bounds the last word of the last row.
+                    let x = simd.word(unsafe { *a.as_ptr().add(m * a_stride + first + step) });
+                    for v in 0..NV {
+                        row[v] = if BF16 { simd.step_bf16(row[v], x, columns[v]) } else { simd.step_f32(row[v], x, columns[v]) };
+                    }
+                }
+            }
+            first += steps;
+        }
+        for (m, row) in sums.iter().enumerate() {
+            let memory = &mut memory[m * sums_stride..][..NV];
             for v in 0..NV {
-                row[v] = if BF16 { simd.step_bf16(row[v], x, columns[v]) } else { simd.step_f32(row[v], x, columns[v]) };
+                simd.store(row[v], &mut memory[v]);
             }
         }
     }
-    sums
 }

@@ -27,10 +27,12 @@ impl<const BF16: bool> Avx512<BF16> {
 
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[inline(never)]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
         fn plain<K: Kernel, const BF16: bool>(simd: Avx512<BF16>, kernel: K) -> K::Output {
             kernel.run(simd)
         }
+        #[inline(never)]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
         fn bf16<K: Kernel, const BF16: bool>(simd: Avx512<BF16>, kernel: K) -> K::Output {
             kernel.run(simd)
@@ -48,6 +50,7 @@ impl Avx2 {
 
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[inline(never)]
         #[target_feature(enable = "avx2,fma")]
         fn entry<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
             kernel.run(simd)
@@ -70,6 +73,11 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     type W = __m512i;
     // 24 accumulators, at most eight of B and one of A; 32 registers, B may come from memory.
     const WIDE: bool = true;
+
+    #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        self.run(kernel)
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -207,6 +215,11 @@ impl Simd for Avx2 {
     type W = Pair<__m256i>;
     // Six values are twelve registers of sixteen.
     const WIDE: bool = false;
+
+    #[inline(always)]
+    fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
+        self.run(kernel)
+    }
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
