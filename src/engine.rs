@@ -243,7 +243,8 @@ impl<B: Backend> Engine<B> {
     }
 
     pub(crate) fn check_len(&self, len: usize) -> Result<()> {
-        let trained = self.config().model_length;
+        // Every stage's model sees every position.
+        let trained = self.models.iter().map(|m| m.model.config().model_length).min().unwrap_or(0);
         if len > trained.saturating_mul(MAX_STRETCH) {
             let most = trained * MAX_STRETCH;
             return Err(Error::request(format!(

@@ -544,13 +544,14 @@ impl Session {
         }
         let end = (start + block_len).min(self.canvas.len());
         if self.canvas.masked_in(start..end).next().is_none() {
-            let block: Vec<usize> = (start..end).filter(|p| self.canvas.state(*p) == State::Revealed).collect();
-            let confidence = self.snapshots(&block);
-            events.push(self.event(EventKind::Commit, step, block, confidence));
             self.progress.masks_at_start = 0;
             if self.stage == 0 {
                 self.check_stop(end);
             }
+            let end = end.min(self.canvas.len());
+            let block: Vec<usize> = (start..end).filter(|p| self.canvas.state(*p) == State::Revealed).collect();
+            let confidence = self.snapshots(&block);
+            events.push(self.event(EventKind::Commit, step, block, confidence));
         }
     }
 
