@@ -1,10 +1,11 @@
 //! Owns checkpoint files: safetensors, single or sharded with an index, mapped and read as named, shape-checked views.
 //!
-//! Weights are read once, straight into their packed form. [`Tensor::release`] then hands the mapped pages back, so the
-//! file and its packed copy are never resident together. Unsafe lives here for the mapping alone.
+//! Weights are read once, straight into their packed form, and the mapped pages are handed back as they are read, so the file
+//! and its packed copy are never resident together. Unsafe lives here for the mapping alone.
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
@@ -13,6 +14,9 @@ use safetensors::tensor::Dtype;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+
+/// Reads of at least this much hand their pages back; below it the call costs more than the memory is worth.
+const RELEASE_BYTES: usize = 1 << 16;
 
 /// All tensors of a model directory.
 pub struct Weights {
@@ -178,8 +182,9 @@ impl Tensor<'_> {
             Dtype::F32 => 4,
             _ => 2,
         };
-        let bytes = &shard.map[entry.start..entry.end];
-        let bytes = &bytes[first * size..(first + dst.len()) * size];
+        let range = entry.start + first * size..entry.start + (first + dst.len()) * size;
+        assert!(range.end <= entry.end, "elements {first}..{} of tensor {}", first + dst.len(), self.name);
+        let bytes = &shard.map[range.clone()];
         match entry.dtype {
             Dtype::F32 => convert(bytes, dst, f32::from_le_bytes),
             Dtype::BF16 => convert(bytes, dst, |b: [u8; 2]| half::bf16::from_le_bytes(b).to_f32()),
@@ -188,6 +193,7 @@ impl Tensor<'_> {
         if let Some(at) = dst.iter().position(|v| !v.is_finite()) {
             return Err(Error::weights(&shard.path, format!("tensor {}: element {} is {}", self.name, first + at, dst[at])));
         }
+        shard.release(range);
         Ok(())
     }
 
@@ -197,12 +203,16 @@ impl Tensor<'_> {
         self.read(0, &mut values)?;
         Ok(values)
     }
+}
 
-    /// Hands the file's pages back to the system; reading again would fault them in anew.
-    pub fn release(&self) {
-        let Data::Mapped(entry, shard) = self.data else { return };
+impl Shard {
+    /// Hands the pages of a byte range back to the system once they were read; reading again would fault them in anew.
+    fn release(&self, bytes: Range<usize>) {
+        if bytes.len() < RELEASE_BYTES {
+            return;
+        }
         // SAFETY: the mapping is read-only and file-backed, so dropped pages are read from the file again on the next access.
-        let advised = unsafe { shard.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, entry.start, entry.end - entry.start) };
+        let advised = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
         // Advice only: a system that refuses it keeps more memory, nothing else changes.
         let _ = advised;
     }

@@ -144,7 +144,6 @@ impl<B: Backend> Reader<'_, B> {
             }
             Ok(())
         })?;
-        tensor.release();
         Ok(packed)
     }
 
@@ -165,7 +164,6 @@ impl<B: Backend> Reader<'_, B> {
     fn modulation(&mut self, name: &str, condition: &[f64], parts: usize, width: usize) -> Result<Vec<f32>> {
         let tensor = self.tensor(&format!("{name}.weight"), &[parts * width, condition.len()])?;
         let weight = tensor.to_vec()?;
-        tensor.release();
         let bias = self.values(&format!("{name}.bias"), parts * width)?;
         Ok(affine(&weight, &bias, condition).map(|v| v as f32).collect())
     }
@@ -211,7 +209,6 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
 
     let embedding = r.tensor("backbone.vocab_embed.embedding", &[v, c])?;
     let table = backend.table(v, c, &mut |first, dst| embedding.read(first * c, dst))?;
-    embedding.release();
 
     let mut layers = Vec::with_capacity(config.num_layers);
     for i in 0..config.num_layers {
