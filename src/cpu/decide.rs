@@ -4,9 +4,11 @@
 //! `sum exp(l - max)` and the moment that the entropy needs, all in f32 lanes over a tile that stays in L1; tiles are joined
 //! in f64. The draw is the inverse CDF of `policy::decide_row` on two levels: the tile by cumulative mass, then the id inside it.
 //! The nucleus sorts nothing but its own edge: tokens below `(1 - p) / V` can never be kept, since whatever follows a kept
-//! token weighs at least `1 - p` together and no more than that token each; the rest is counted into bins of logit, and only
-//! the bin where the cumulative mass crosses p is put in order.
+//! token weighs at least `1 - p` together and no more than that token each; above that, thresholds close in on the logit where
+//! the cumulative mass meets p, three per pass, until a few tokens are left to put in order.
 #![forbid(unsafe_code)]
+
+use std::cmp::Ordering;
 
 use crate::backend::{Decision, Draw, Epilogue, TopPRule};
 use crate::cpu::Machine;
@@ -146,7 +148,7 @@ fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argma
     };
     let total: f64 = masses.iter().sum();
     if draw.top_p < 1.0 {
-        return nucleus(machine, logits, tiles, max, total, draw);
+        return nucleus(machine, logits, max, total, draw);
     }
     let target = draw.u * total;
     let mut before = 0.0;
@@ -178,88 +180,119 @@ fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argma
 }
 
 /// Draws from the nucleus; `total` is the mass of the whole row after temperature, relative to `max`.
-fn nucleus(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, total: f64, draw: &Draw) -> (usize, f64) {
-    let top_p = f64::from(draw.top_p);
-    // Logit at which the probability is (1 - p) / V, with room for the rounding of masses. The most probable token stays in.
-    let least = (total * (1.0 - top_p) / logits.len() as f64).ln().max(-87.0) * f64::from(draw.temperature);
-    let room = 1e-4 * (1.0 + least.abs()) * f64::from(draw.temperature).max(1.0);
-    let floor = (f64::from(max) + least - room).min(f64::from(max)) as f32;
-    // Ids ascending, their logits and their masses.
-    let mut ids = Vec::new();
-    for (i, _) in tiles.iter().enumerate().filter(|(_, tile)| tile.max >= floor) {
-        machine.isa.run(AtLeast { logits: &logits[i * TILE..logits.len().min((i + 1) * TILE)], floor, first: i * TILE, ids: &mut ids });
-    }
-    let values: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
-    let mut masses = values.clone();
+fn nucleus(machine: &Machine, logits: &[f32], max: f32, total: f64, draw: &Draw) -> (usize, f64) {
+    let mut masses = machine.spare_row();
+    masses.clear();
+    masses.extend_from_slice(logits);
     machine.isa.run(Exponentials { logits: &mut masses, max, inverse_temperature: 1.0 / draw.temperature });
 
-    let (last_logit, last_id) = edge(&ids, &values, &masses, max, floor, total, draw);
-    let kept = |i: usize| values[i] > last_logit || values[i] == last_logit && ids[i] <= last_id;
-    let kept_total: f64 = (0..ids.len()).filter(|&i| kept(i)).map(|i| f64::from(masses[i])).sum();
-    let target = draw.u * kept_total;
-    let mut cumulative = 0.0;
-    let mut chosen = 0;
-    for i in (0..ids.len()).filter(|&i| kept(i) && masses[i] > 0.0) {
-        cumulative += f64::from(masses[i]);
-        chosen = i;
-        if cumulative > target {
-            break;
-        }
+    let cut = edge(machine, logits, &masses, max, total, draw);
+    let mut tiles = machine.isa.run(Above { logits, masses: &masses, threshold: cut.logit });
+    for &id in &cut.at {
+        tiles[id as usize / TILE] += f64::from(masses[id as usize]);
     }
-    (ids[chosen] as usize, f64::from(masses[chosen]) / kept_total)
+    let kept = |id: usize| logits[id] > cut.logit || logits[id] == cut.logit && cut.at.last().is_some_and(|&last| id <= last as usize);
+    let kept_total: f64 = tiles.iter().sum();
+    let target = draw.u * kept_total;
+    let mut before = 0.0;
+    let mut chosen = None;
+    for (i, &mass) in tiles.iter().enumerate().filter(|(_, mass)| **mass > 0.0) {
+        let ids = i * TILE..logits.len().min((i + 1) * TILE);
+        if before + mass <= target {
+            before += mass;
+            // Should rounding leave the target past the last tile, its last kept token is the answer.
+            chosen = ids.rev().find(|&id| kept(id) && masses[id] > 0.0).or(chosen);
+            continue;
+        }
+        let mut cumulative = before;
+        for id in ids.filter(|&id| kept(id) && masses[id] > 0.0) {
+            cumulative += f64::from(masses[id]);
+            chosen = Some(id);
+            if cumulative > target {
+                break;
+            }
+        }
+        break;
+    }
+    // The most probable token is always kept and weighs 1, so there is one.
+    let chosen = chosen.unwrap_or(0);
+    let share = f64::from(masses[chosen]) / kept_total;
+    machine.keep_spare_row(masses);
+    (chosen, share)
 }
 
-/// The last kept token, as (logit, id), in the order larger logit first, lower id first. In that order a token is kept while
-/// the cumulative probability obeys the rule, and the first always.
-///
-/// Tokens fall into bins by logit: a bin's tokens all come before the next one's. Whole bins are kept until one holds the
-/// edge, and only that one is sorted.
-fn edge(ids: &[u32], values: &[f32], masses: &[f32], max: f32, floor: f32, total: f64, draw: &Draw) -> (f32, u32) {
-    const BINS: usize = 1024;
+/// The end of the nucleus: tokens above `logit` are kept, and of those equal to it the ones in `at`, ids ascending.
+struct Cut {
+    logit: f32,
+    at: Vec<u32>,
+}
+
+/// Where the nucleus ends. In the order larger logit first, lower id first, a token is kept while the cumulative probability
+/// obeys the rule, and the first always.
+fn edge(machine: &Machine, logits: &[f32], masses: &[f32], max: f32, total: f64, draw: &Draw) -> Cut {
     let top_p = f64::from(draw.top_p);
-    let within = |before: f64, mass: f64| match draw.top_p_rule {
-        TopPRule::Within => (before + mass) / total <= top_p,
-        TopPRule::Crossing => before / total < top_p,
+    // Whether the tokens above a threshold, of this mass together, are all kept. Where they are not, what comes after them is
+    // not either: under the crossing rule they reach p, so nothing may follow.
+    let all_kept = |mass: f64| match draw.top_p_rule {
+        TopPRule::Within => mass / total <= top_p,
+        TopPRule::Crossing => mass / total < top_p,
     };
-    let scale = (BINS - 1) as f32 / (max - floor).max(f32::MIN_POSITIVE);
-    // Monotonic in the value: a difference, a product and a cut to an integer all are.
-    let bin = |value: f32| (((max - value) * scale) as usize).min(BINS - 1);
-    let mut bins = [0.0f64; BINS];
-    for (&value, &mass) in values.iter().zip(masses) {
-        bins[bin(value)] += f64::from(mass);
-    }
-    // The first bin that is not kept whole. For the crossing rule that is one whose end reaches p: its tokens may cross.
+    // Logit at which the probability is (1 - p) / V, with room for the rounding of masses.
+    let least = (total * (1.0 - top_p) / logits.len() as f64).ln().max(-87.0) * f64::from(draw.temperature);
+    let room = 1e-4 * (1.0 + least.abs()) * f64::from(draw.temperature).max(1.0);
+    // Tokens above `high` are kept, of mass `before` together; tokens at or below `low` are not.
+    let mut high = max;
+    let mut low = ((f64::from(max) + least - room) as f32).min(max.next_down());
     let mut before = 0.0;
-    let mut edge_bin = BINS - 1;
-    for (i, &mass) in bins.iter().enumerate() {
-        let whole = match draw.top_p_rule {
+    // A pass halves the interval twice: forty bring any two f32 together that a temperature would tell apart.
+    for _ in 0..40 {
+        let middle = low + (high - low) / 2.0;
+        let thresholds = [low + (middle - low) / 2.0, middle, middle + (high - middle) / 2.0];
+        let above = machine.isa.run(Thresholds { logits, masses, thresholds, low, high });
+        if above.between <= 32 {
+            break;
+        }
+        let (old_low, old_high) = (low, high);
+        for (threshold, mass) in thresholds.into_iter().zip(above.mass) {
+            if all_kept(mass) {
+                // The lowest threshold above which all is kept; the higher ones bring nothing new.
+                if threshold < high {
+                    (high, before) = (threshold, mass);
+                }
+                break;
+            }
+            low = low.max(threshold);
+        }
+        if (old_low, old_high) == (low, high) {
+            // Neighbours: one value is left.
+            break;
+        }
+    }
+    let mut order: Vec<u32> = Vec::new();
+    for (i, tile) in logits.chunks(TILE).enumerate() {
+        machine.isa.run(Between { logits: tile, low, high, first: i * TILE, ids: &mut order });
+    }
+    // Stable, so equal logits stay by id; 0 and -0 are equal. None is NaN: the row was checked.
+    order.sort_by(|&a, &b| logits[b as usize].partial_cmp(&logits[a as usize]).unwrap_or(Ordering::Equal));
+    let mut cut = Cut { logit: high, at: Vec::new() };
+    for id in order {
+        let (logit, mass) = (logits[id as usize], f64::from(masses[id as usize]));
+        let kept = match draw.top_p_rule {
             TopPRule::Within => (before + mass) / total <= top_p,
-            TopPRule::Crossing => (before + mass) / total < top_p,
+            TopPRule::Crossing => before / total < top_p,
         };
-        if !whole {
-            edge_bin = i;
+        // Whatever the rule says, the most probable token stays: nothing is before it.
+        if !kept && before > 0.0 {
             break;
         }
-        before += if i + 1 < BINS { mass } else { 0.0 };
-    }
-    let mut order: Vec<usize> = (0..ids.len()).filter(|&i| bin(values[i]) == edge_bin).collect();
-    order.sort_unstable_by(|&a, &b| values[b].total_cmp(&values[a]).then(ids[a].cmp(&ids[b])));
-    // Whatever the rule says, the most probable token stays: nothing is before it.
-    let mut last = None;
-    for i in order {
-        let mass = f64::from(masses[i]);
-        if !within(before, mass) && (last.is_some() || before > 0.0) {
-            break;
-        }
-        last = Some((values[i], ids[i]));
         before += mass;
+        if logit < cut.logit {
+            cut.at.clear();
+        }
+        cut.logit = logit;
+        cut.at.push(id);
     }
-    // Nothing of this bin: the edge is the lowest token of the bins above it, which `values` above its own bin all beat.
-    last.unwrap_or_else(|| {
-        let above = (0..ids.len()).filter(|&i| bin(values[i]) < edge_bin);
-        let lowest = above.min_by(|&a, &b| values[a].total_cmp(&values[b]).then(ids[b].cmp(&ids[a])));
-        lowest.map_or((max, u32::MAX), |i| (values[i], ids[i]))
-    })
+    cut
 }
 
 /// Maximum, mass and moment of every tile.
@@ -378,28 +411,109 @@ impl Kernel for Exponentials<'_> {
     }
 }
 
-/// Appends the ids, `first` onwards, of logits at or above `floor`, ascending.
-struct AtLeast<'a> {
+/// Mass of the tokens above `threshold`, of every tile.
+struct Above<'a> {
     logits: &'a [f32],
-    floor: f32,
+    masses: &'a [f32],
+    threshold: f32,
+}
+
+impl Kernel for Above<'_> {
+    type Output = Vec<f64>;
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Vec<f64> {
+        let mut sums = Vec::with_capacity(self.logits.len().div_ceil(TILE));
+        for (logits, masses) in self.logits.chunks(TILE).zip(self.masses.chunks(TILE)) {
+            let mut sum = simd.splat(0.0);
+            in_lanes(logits, masses, |logits, masses| {
+                let mass = simd.select_gt(simd.load(logits), simd.splat(self.threshold), simd.load(masses), simd.splat(0.0));
+                sum = simd.add(sum, mass);
+            });
+            sums.push(f64::from(simd.sum(sum)));
+        }
+        sums
+    }
+}
+
+/// Mass of the tokens above each threshold, and how many lie in (low, high].
+struct Thresholds<'a> {
+    logits: &'a [f32],
+    masses: &'a [f32],
+    thresholds: [f32; 3],
+    low: f32,
+    high: f32,
+}
+
+struct AboveThresholds {
+    mass: [f64; 3],
+    between: usize,
+}
+
+impl Kernel for Thresholds<'_> {
+    type Output = AboveThresholds;
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> AboveThresholds {
+        let mut above = AboveThresholds { mass: [0.0; 3], between: 0 };
+        let thresholds = self.thresholds.map(|threshold| simd.splat(threshold));
+        let (low, high, zero, one) = (simd.splat(self.low), simd.splat(self.high), simd.splat(0.0), simd.splat(1.0));
+        for (logits, masses) in self.logits.chunks(TILE).zip(self.masses.chunks(TILE)) {
+            let mut sums = [zero; 3];
+            let mut between = zero;
+            in_lanes(logits, masses, |logits, masses| {
+                let (logits, masses) = (simd.load(logits), simd.load(masses));
+                for i in 0..3 {
+                    sums[i] = simd.add(sums[i], simd.select_gt(logits, thresholds[i], masses, zero));
+                }
+                let above_low = simd.select_gt(logits, low, one, zero);
+                between = simd.add(between, simd.select_gt(logits, high, zero, above_low));
+            });
+            for (mass, sum) in above.mass.iter_mut().zip(sums) {
+                *mass += f64::from(simd.sum(sum));
+            }
+            above.between += simd.sum(between) as usize;
+        }
+        above
+    }
+}
+
+/// Appends the ids, `first` onwards, of logits in (low, high], ascending.
+struct Between<'a> {
+    logits: &'a [f32],
+    low: f32,
+    high: f32,
     first: usize,
     ids: &'a mut Vec<u32>,
 }
 
-impl Kernel for AtLeast<'_> {
+impl Kernel for Between<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (blocks, tail) = self.logits.as_chunks::<LANES>();
-        let mut last = [f32::NEG_INFINITY; LANES];
-        last[..tail.len()].copy_from_slice(tail);
-        let floor = simd.splat(self.floor);
-        for (i, block) in blocks.iter().chain([&last]).enumerate() {
-            let mut mask = simd.mask_ge(simd.load(block), floor);
+        let (low, high) = (simd.splat(self.low), simd.splat(self.high));
+        let mut at = self.first;
+        in_lanes(self.logits, self.logits, |logits, _| {
+            let logits = simd.load(logits);
+            let mut mask = simd.mask_ge(high, logits) & !simd.mask_ge(low, logits);
             while mask != 0 {
-                self.ids.push((self.first + i * LANES) as u32 + mask.trailing_zeros());
+                self.ids.push(at as u32 + mask.trailing_zeros());
                 mask &= mask - 1;
             }
-        }
+            at += LANES;
+        });
+    }
+}
+
+/// Calls `each` with sixteen elements of both at a time, the last ones padded with -inf.
+#[inline(always)]
+fn in_lanes(a: &[f32], b: &[f32], mut each: impl FnMut(&[f32; LANES], &[f32; LANES])) {
+    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        each(a, b);
+    }
+    if !a_tail.is_empty() {
+        let mut last = [[f32::NEG_INFINITY; LANES]; 2];
+        last[0][..a_tail.len()].copy_from_slice(a_tail);
+        last[1][..b_tail.len()].copy_from_slice(b_tail);
+        each(&last[0], &last[1]);
     }
 }

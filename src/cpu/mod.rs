@@ -51,6 +51,8 @@ struct Machine {
     rotations: Mutex<rope::Rotations>,
     /// One for each thread that was ever inside attention at once.
     attention_states: Mutex<Vec<attention::State>>,
+    /// One for each thread that was ever inside a nucleus at once: as long as the vocabulary.
+    spare_rows: Mutex<Vec<Vec<f32>>>,
 }
 
 impl Machine {
@@ -71,6 +73,12 @@ impl Machine {
     }
     fn keep_attention_state(&self, state: attention::State) {
         self.attention_states.lock().unwrap_or_else(PoisonError::into_inner).push(state);
+    }
+    fn spare_row(&self) -> Vec<f32> {
+        self.spare_rows.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+    fn keep_spare_row(&self, row: Vec<f32>) {
+        self.spare_rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
     }
     fn rotations(&self) -> MutexGuard<'_, rope::Rotations> {
         self.rotations.lock().unwrap_or_else(PoisonError::into_inner)
@@ -101,6 +109,7 @@ impl Cpu {
             logits: Mutex::default(),
             rotations: Mutex::default(),
             attention_states: Mutex::default(),
+            spare_rows: Mutex::default(),
         };
         Ok(Cpu { dtype, machine })
     }

@@ -29,14 +29,15 @@ fn stored(dtype: DType, row: &[f32]) -> Vec<f32> {
     row.iter().map(|&v| oracle::stored(dtype, v)).collect()
 }
 
-/// Whether the token of `draw` stays the same when u and p move by more than f32 sums err.
+/// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p move by more than f32 sums err.
 fn is_clear(row: &[f32], banned: &[u32], draw: &Draw) -> bool {
-    let token = |du: f64, dp: f32| {
+    let decision = |du: f64, dp: f32| {
         let moved = Draw { u: (draw.u + du).clamp(0.0, 1.0 - 1e-9), top_p: if draw.top_p < 1.0 { draw.top_p + dp } else { 1.0 }, ..*draw };
-        decide_row(row, banned, &moved).unwrap().token
+        decide_row(row, banned, &moved).unwrap()
     };
-    let at = token(0.0, 0.0);
-    [(1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-5), (0.0, -1e-5), (1e-5, 1e-5), (-1e-5, -1e-5)].iter().all(|&(du, dp)| token(du, dp) == at)
+    let at = decision(0.0, 0.0);
+    let same = |moved: Decision| moved.token == at.token && moved.confidence == at.confidence;
+    [(1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-5), (0.0, -1e-5), (1e-5, 1e-5), (-1e-5, -1e-5)].iter().all(|&(du, dp)| same(decision(du, dp)))
 }
 
 #[track_caller]
@@ -264,6 +265,35 @@ fn the_head_is_the_product_of_linear() {
         let greedy = Draw { temperature: 0.0, ..PLAIN };
         for (row, got) in logits.chunks(vocab).zip(b.decide(&hidden, &packed, Some(&bias), &[], &[greedy; 3]).unwrap()) {
             assert_decision(&b.name(), &got, &decide_row(row, &[], &greedy).unwrap());
+        }
+    }
+}
+
+#[test]
+fn the_edge_of_a_nucleus_among_ties_and_clusters() {
+    let vocab = 4000;
+    // A few values many times over; two clusters far apart; one cluster of neighbouring floats.
+    let levels: Vec<f32> = noise(vocab, 21).iter().map(|v| (v * 4.0).round() * 0.5 + 0.0).collect();
+    let clusters: Vec<f32> = noise(vocab, 22).iter().map(|v| if *v > 0.9 { 5.0 + v * 1e-3 } else { -5.0 + v * 1e-3 }).collect();
+    let neighbours: Vec<f32> = (0..vocab).map(|i| f32::from_bits(3.0f32.to_bits() + (i * 37 % vocab) as u32)).collect();
+    for b in cpus(2).iter().filter(|b| b.dtype() == DType::F32) {
+        for row in [&levels, &clusters, &neighbours] {
+            let packed = b.pack(row, vocab, 1);
+            let mut clear = 0;
+            for (i, top_p) in [0.013, 0.1234, 0.37, 0.5019, 0.71, 0.9003, 0.98765].into_iter().enumerate() {
+                for top_p_rule in [TopPRule::Within, TopPRule::Crossing] {
+                    for temperature in [0.5, 1.0, 2.0] {
+                        let u = 0.137 * (i + 1) as f64;
+                        let draw = Draw { u, temperature, top_p, top_p_rule, truncated_confidence: true, ..PLAIN };
+                        let got = b.decide(&b.upload(&[1.0]), &packed, None, &[], &[draw]).unwrap()[0];
+                        if is_clear(row, &[], &draw) {
+                            clear += 1;
+                            assert_decision(&format!("{} {draw:?}", b.name()), &got, &decide_row(row, &[], &draw).unwrap());
+                        }
+                    }
+                }
+            }
+            assert!(clear > 20, "{clear} of 42");
         }
     }
 }
