@@ -12,6 +12,9 @@ use crate::backend::HeadShape;
 use crate::error::{Error, Result};
 use crate::model::{bd3lm, mdlm};
 
+/// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
+pub const MAX_STRETCH: usize = 4;
+
 /// Checkpoint families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
@@ -83,7 +86,23 @@ impl ModelConfig {
         }
     }
 
-    /// Trainable parameters and buffers are counted by the loader; this is K/V bytes per token over all layers.
+    /// Positions served at most.
+    pub fn max_len(&self) -> usize {
+        self.model_length.saturating_mul(MAX_STRETCH)
+    }
+
+    /// Refuses sequences that are longer than this model is served with.
+    pub fn check_len(&self, len: usize) -> Result<()> {
+        if len > self.max_len() {
+            let (trained, most) = (self.model_length, self.max_len());
+            let what =
+                format!("{len} positions asked for (prompt and length): the model was trained on {trained}, at most {most} are served");
+            return Err(Error::request(what));
+        }
+        Ok(())
+    }
+
+    /// K/V bytes per token over all layers.
     pub fn kv_bytes_per_token(&self, element_bytes: usize) -> usize {
         2 * self.num_layers * self.heads.num_kv_heads * self.heads.head_dim * element_bytes
     }

@@ -28,9 +28,6 @@ use crate::session::{Event, EventKind, Next, Session, SessionSpec, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
-/// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
-pub const MAX_STRETCH: usize = 4;
-
 /// Habits of an engine.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
@@ -244,14 +241,7 @@ impl<B: Backend> Engine<B> {
 
     pub(crate) fn check_len(&self, len: usize) -> Result<()> {
         // Every stage's model sees every position.
-        let trained = self.models.iter().map(|m| m.model.config().model_length).min().unwrap_or(0);
-        if len > trained.saturating_mul(MAX_STRETCH) {
-            let most = trained * MAX_STRETCH;
-            return Err(Error::request(format!(
-                "{len} positions asked for: the model was trained on {trained}, at most {most} are served"
-            )));
-        }
-        Ok(())
+        self.models.iter().try_for_each(|loaded| loaded.model.config().check_len(len))
     }
 
     /// Queues a request. Errors: a prompt or schedule that cannot be served, or more pages than the pool has in all.

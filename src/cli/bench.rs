@@ -16,7 +16,7 @@ use crate::backend::{Backend, DType, Epilogue};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::shapes;
 use crate::plan::Visibility;
 use crate::request::{Output, Prompt, Request};
@@ -127,10 +127,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     } else {
         vec![("stages".into(), Schedule::resolve(&flags.stage, &defaults)?)]
     };
-    let limit = config.model_length.saturating_mul(crate::engine::MAX_STRETCH);
-    if longest > limit {
-        return Err(Error::request(format!("--length: {longest} positions asked for, at most {limit} are served")));
-    }
+    config.check_len(longest)?;
     let backend = flags.device.backend()?;
     let mut options = flags.device.options(longest, most);
     // All samples of a batch run together: that is what a batch means here.

@@ -204,14 +204,8 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     if let Prompt::Text { length: 0, .. } = prompt {
         return Err(Error::request("--length: expected at least 1 generated token, found 0"));
     }
-    if len > config.model_length.saturating_mul(crate::engine::MAX_STRETCH) {
-        // The engine's own check, before anything large is loaded.
-        return Err(Error::request(format!(
-            "{len} positions asked for (prompt and --length): the model was trained on {}, at most {} are served",
-            config.model_length,
-            config.model_length * crate::engine::MAX_STRETCH
-        )));
-    }
+    // The engine checks this too, but only once everything is loaded.
+    config.check_len(len)?;
     let mut trace = flags.trace.as_deref().map(Trace::create).transpose()?;
 
     let loading = std::time::Instant::now();

@@ -135,7 +135,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
         ("heads", format!("{} (K/V {}) of {}", config.heads.num_heads, config.heads.num_kv_heads, config.heads.head_dim)),
         ("vocabulary", format!("{}; MASK {}, BOS {}, end of text {}", config.vocab_size, config.mask_id, config.bos_id, config.eos_id)),
         ("attention", attention),
-        ("positions", format!("{} trained, up to {} served", config.model_length, config.model_length * crate::engine::MAX_STRETCH)),
+        ("positions", format!("{} trained, up to {} served", config.model_length, config.max_len())),
         ("adaLN", config.cond_dim.map_or("none".into(), |d| format!("constant condition of width {d}, folded at load"))),
         ("K/V per token", format!("{} bytes in f32, {} in bf16", kv(4), kv(2))),
         ("K/V per sequence", format!("{} in f32, {} in bf16", mib(kv(4) * config.model_length), mib(kv(2) * config.model_length))),
