@@ -48,8 +48,15 @@
 //!
 //! # Sources
 //!
-//! [DiD] "Diffusion in Diffusion", arXiv 2601.13599. [BD3-LM] arXiv 2503.09573. [MDLM] arXiv 2406.07524. [LLaDA] arXiv 2502.09992.
-//! [Dream] arXiv 2508.15487. [Fast-dLLM] arXiv 2505.22618. [ReMDM] arXiv 2503.00307.
+//! | key in comments | |
+//! |---|---|
+//! | DiD | "Diffusion in Diffusion", arXiv 2601.13599 |
+//! | BD3-LM | arXiv 2503.09573 |
+//! | MDLM | arXiv 2406.07524 |
+//! | LLaDA | arXiv 2502.09992 |
+//! | Dream | arXiv 2508.15487 |
+//! | Fast-dLLM | arXiv 2505.22618 |
+//! | ReMDM | arXiv 2503.00307 |
 
 pub mod backend;
 pub mod batcher;
