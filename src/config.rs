@@ -96,7 +96,7 @@ impl ModelConfig {
         if len > self.max_len() {
             let (trained, most) = (self.model_length, self.max_len());
             let what =
-                format!("{len} positions asked for (prompt and length): the model was trained on {trained}, at most {most} are served");
+                format!("{len} positions asked for (prompt and --length): the model was trained on {trained}, at most {most} are served");
             return Err(Error::request(what));
         }
         Ok(())
