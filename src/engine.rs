@@ -551,3 +551,16 @@ impl Active {
 pub(crate) fn ms(from: Instant, to: Instant) -> f64 {
     to.duration_since(from).as_secs_f64() * 1e3
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An engine may be built on one thread and ticked on another; its handles may live on a third.
+    #[test]
+    fn engines_and_handles_cross_threads() {
+        fn crosses<T: Send>() {}
+        crosses::<Engine<crate::cpu::Cpu>>();
+        crosses::<Handle>();
+    }
+}
