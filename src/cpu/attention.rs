@@ -396,9 +396,9 @@ fn weigh<S: Simd, const BF16: bool, const NV: usize>(
         }
         *column = Piece { steps, b };
     }
-    let (a_stride, ahead) = (if BF16 { TILE / 2 } else { TILE }, a.as_ptr().addr());
+    let a_stride = if BF16 { TILE / 2 } else { TILE };
     let (pieces, sums, sums_stride) = (&columns[..pieces.len()], &mut sums[vector..], width / LANES);
-    Product { a, a_stride, pieces, b_stride: width, sums, sums_stride, fresh: false, ahead }.run::<S, BF16>(simd, rows);
+    Product { a, a_stride, pieces, b_stride: width, sums, sums_stride, fresh: false, ahead: 0, ahead_steps: 0 }.run::<S, BF16>(simd, rows);
     NV
 }
 
@@ -417,9 +417,9 @@ fn score<S: Simd, const BF16: bool, const NV: usize>(
     for (v, b) in b.iter_mut().enumerate() {
         *b = groups[group + v].0;
     }
-    let ahead = b[0].as_ptr().addr();
     let (pieces, sums) = (&[Piece { steps, b }], &mut scores[group..]);
-    Product { a: q, a_stride: steps, pieces, b_stride: LANES, sums, sums_stride: GROUPS, fresh: true, ahead }.run::<S, BF16>(simd, rows);
+    Product { a: q, a_stride: steps, pieces, b_stride: LANES, sums, sums_stride: GROUPS, fresh: true, ahead: 0, ahead_steps: 0 }
+        .run::<S, BF16>(simd, rows);
     NV
 }
 

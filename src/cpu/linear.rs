@@ -4,11 +4,14 @@
 //! neighbouring k in bf16 (the layout `vdpbf16ps` reads). One task takes some panels and a range of rows and walks the rows in
 //! tiles, so a panel comes from memory once and from L2 afterwards.
 //!
-//! A tile keeps 24 vectors of sums in registers: 6 rows by a panel. Up to three rows take two panels side by side, so that
+//! A tile keeps 24 vectors of sums in registers: 6 rows by a panel. One or two rows take two panels side by side, so that
 //! eight sums at least are in flight and hide the latency of the multiply. Seven to twelve rows take one tall tile of half a
 //! panel: a panel's words come from L2 at about 24 bytes a cycle, and each read then serves all rows. Accumulation over k is
 //! in ascending order for every shape, hence a row's result does not depend on its neighbours.
 #![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::backend::{DType, Epilogue, RowSource};
 use crate::cpu::Machine;
@@ -21,17 +24,17 @@ use crate::error::Result;
 /// Columns of a panel: four vectors.
 pub const PANEL: usize = 64;
 
-/// Steps accumulated before a tile moves on: 2048 steps of a panel are 512 KiB, half of a core's L2.
-const MAX_STEPS: usize = 2048;
+/// Steps of a part of a panel, 128 KiB: with the part that comes next and 100 Ki words of x it stays within a core's L2 of
+/// 1 MiB while all rows of a task go by.
+const PART: usize = 512;
 
-/// Weights beyond this do not stay in L3 between calls; few rows then ask ahead for what they read, 4 KiB in advance. At four
-/// rows that is 39 GB/s instead of 33 from memory, but a fifth slower from L3.
-const STREAM_WORDS: usize = 4 << 20;
-const AHEAD: usize = 4096;
-
-/// Words of x that a task walks per panel: 400 KiB stay in L2 beside a panel or two. With 1024 rows of k = 768, x from L3
-/// costs 15 % of the speed.
+/// Words of one part's steps of x, over the rows of a task.
 const X_WORDS: usize = 100 << 10;
+
+/// Where all packed weights together exceed this, a forward finds them in memory and not in L3. Few rows then ask for what they
+/// will read, 4 KiB in advance: 39 GB/s instead of 33 on one core at four rows, but a fifth slower from L3.
+const STREAM_WORDS: usize = 8 << 20;
+const AHEAD: usize = 4096;
 
 /// An (n, k) weight in panels.
 pub struct Packed {
@@ -42,13 +45,23 @@ pub struct Packed {
     steps: usize,
     /// (panels, steps, 64); columns past n and the odd half past k are zero.
     words: Aligned<u32>,
+    /// Words of all packed weights of the machine, these included.
+    all_words: Arc<AtomicUsize>,
+}
+
+impl Drop for Packed {
+    fn drop(&mut self) {
+        self.all_words.fetch_sub(self.words.len(), Ordering::Relaxed);
+    }
 }
 
 impl Packed {
     /// Reads the (n, k) rows a few panels at a time.
     pub fn new(machine: &Machine, dtype: DType, n: usize, k: usize, source: &mut RowSource) -> Result<Packed> {
         let steps = steps(dtype, k);
-        let mut packed = Packed { n, k, dtype, steps, words: Aligned::zeroed(n.div_ceil(PANEL) * steps * PANEL) };
+        let words = Aligned::zeroed(n.div_ceil(PANEL) * steps * PANEL);
+        machine.packed_words.fetch_add(words.len(), Ordering::Relaxed);
+        let mut packed = Packed { n, k, dtype, steps, words, all_words: machine.packed_words.clone() };
         let panels_at_once = 2 * machine.pool.threads();
         let mut rows = vec![0.0; panels_at_once.min(n.div_ceil(PANEL)) * PANEL * k];
         if packed.words.is_empty() {
@@ -178,7 +191,7 @@ pub fn linear(machine: &Machine, rows: usize, x: &[f32], weight: &Packed, bias: 
 /// Row bounds and panels of a task. Rows are cut where x outgrows L2, or where the panels are too few for the threads (every
 /// cut reads the panels again). Panels are cut so that the threads end together, into tasks worth half a microsecond at least.
 fn divide(threads: usize, rows: usize, panels: usize, steps: usize) -> (Vec<usize>, usize) {
-    let mut cuts = (rows * steps).div_ceil(X_WORDS).min(rows.div_ceil(96));
+    let mut cuts = (rows * part_of(steps)).div_ceil(X_WORDS).min(rows.div_ceil(96));
     let mut panels_at_once = panels;
     if threads > 1 {
         let smallest = 1 << 16;
@@ -194,6 +207,11 @@ fn divide(threads: usize, rows: usize, panels: usize, steps: usize) -> (Vec<usiz
         }
     }
     ((0..=cuts).map(|i| i * rows / cuts).collect(), panels_at_once)
+}
+
+/// Steps of a part: equal parts of at most [`PART`].
+fn part_of(steps: usize) -> usize {
+    steps.div_ceil(steps.div_ceil(PART))
 }
 
 /// The panels and rows of one output tile.
@@ -221,8 +239,9 @@ struct At {
     panel: usize,
     first_step: usize,
     last_step: usize,
-    /// Address from which the tile's steps prefetch, and whether each asks for all it can.
+    /// Address from which the tile prefetches, by how many of its steps, and whether each asks for four lines.
     ahead: usize,
+    ahead_steps: usize,
     greedy: bool,
 }
 
@@ -239,34 +258,40 @@ impl Panels<'_, '_> {
         let Packed { steps, ref words, .. } = *self.product.weight;
         let rows = self.tile.rows.clone();
         let panels = self.tile.cols.start / PANEL..self.tile.cols.end.div_ceil(PANEL);
-        let streams = words.len() > STREAM_WORDS;
+        let streams = self.product.weight.all_words.load(Ordering::Relaxed) > STREAM_WORDS;
         let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
         let blocks = if tall { 1 } else { rows.len().div_ceil(6) };
+        let part = if blocks == 1 { steps } else { part_of(steps) };
         // Where k is walked in parts, the sums of every block wait for the next part.
         let mut one = Sums([[0.0; LANES]; SUMS]);
-        let mut all = Aligned::<f32>::zeroed(if steps > MAX_STEPS { blocks * SUMS * LANES * 2 } else { 0 });
+        let mut all = Aligned::<f32>::zeroed(if part < steps { blocks * SUMS * LANES } else { 0 });
         let (all, _) = all.as_chunks_mut::<LANES>();
         let mut panel = panels.start;
         while panel < panels.end {
-            let width = if S::WIDE && rows.len() <= 3 { 2.min(panels.end - panel) } else { 1 };
+            let width = if S::WIDE && rows.len() <= 2 { 2.min(panels.end - panel) } else { 1 };
             let mut first_step = 0;
             while first_step < steps {
-                let last_step = steps.min(first_step + MAX_STEPS);
+                let last_step = steps.min(first_step + part);
                 for block in 0..blocks {
                     // Blocks of nearly equal height: one of two rows would wait for its own sums.
                     let row = rows.start + block * rows.len() / blocks;
                     let height = rows.start + (block + 1) * rows.len() / blocks - row;
-                    // One block asks for what it will read itself; of several, the first ones ask for the next panel, a line
-                    // per step while there are four to share the lines.
-                    let here = words.as_ptr().addr() + (panel * steps + first_step) * PANEL * size_of::<u32>();
-                    let next = here + steps * PANEL * size_of::<u32>();
-                    let share = (last_step - first_step) * LANES * size_of::<u32>();
-                    let (ahead, greedy) = match blocks {
-                        1 => (here + AHEAD, streams),
-                        2 | 3 => (next, streams && block == 0),
-                        _ => (next + block.min(3) * share, false),
+                    // One block asks for what it will read itself, if that is far. Several ask for the part that comes next, the
+                    // first four a line per step; spread over all blocks the requests come 5 % too late.
+                    let line = LANES * size_of::<u32>();
+                    let step = PANEL * size_of::<u32>();
+                    let here = words.as_ptr().addr() + (panel * steps + first_step) * step;
+                    let next = here + (last_step - first_step) * step;
+                    let num = last_step - first_step;
+                    let (ahead, ahead_steps, greedy) = match blocks {
+                        1 if streams => (here + AHEAD, num, true),
+                        1 => (here, 0, false),
+                        2 | 3 if block == 0 => (next, num, true),
+                        2 | 3 => (here, 0, false),
+                        _ if block < 4 => (next + block * num * line, num, false),
+                        _ => (here, 0, false),
                     };
-                    let at = At { row, rows: height, panel, first_step, last_step, ahead, greedy };
+                    let at = At { row, rows: height, panel, first_step, last_step, ahead, ahead_steps, greedy };
                     if !S::WIDE {
                         for column in (0..PANEL).step_by(LANES) {
                             let sums = if all.is_empty() { &mut one.0 } else { &mut all[(4 * block + column / LANES) * 6..] };
@@ -276,12 +301,11 @@ impl Panels<'_, '_> {
                         }
                         continue;
                     }
-                    let sums = if all.is_empty() { &mut one.0 } else { &mut all[block * SUMS * 2..] };
+                    let sums = if all.is_empty() { &mut one.0 } else { &mut all[block * SUMS..] };
                     if tall {
-                        let (left, right) = if last_step - first_step == steps { (0, 0) } else { (0, SUMS) };
                         let run = |simd, rows, product: tile::Product<2>| product.run_tall::<S, BF16>(simd, rows);
-                        self.columns(simd, at, 0, &mut sums[left..], run);
-                        self.columns(simd, at, PANEL / 2, &mut sums[right..], run);
+                        self.columns(simd, at, 0, sums, run);
+                        self.columns(simd, at, PANEL / 2, sums, run);
                     } else if width == 2 {
                         self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<8>| product.run_wide::<S, BF16>(simd, rows));
                     } else {
@@ -320,7 +344,17 @@ impl Panels<'_, '_> {
         let pieces = [Piece { steps: at.last_step - at.first_step, b }];
         let a = &x[at.row * steps + at.first_step..];
         let fresh = at.first_step == 0;
-        let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: PANEL, sums, sums_stride: NV, fresh, ahead: at.ahead };
+        let product = tile::Product {
+            a,
+            a_stride: steps,
+            pieces: &pieces,
+            b_stride: PANEL,
+            sums,
+            sums_stride: NV,
+            fresh,
+            ahead: at.ahead,
+            ahead_steps: at.ahead_steps,
+        };
         run(simd, at.rows, product);
         if at.last_step == steps {
             self.finish(simd, at, col, NV, sums);

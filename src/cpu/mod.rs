@@ -19,7 +19,8 @@ mod rope;
 #[allow(unsafe_code)]
 pub mod simd;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::backend::{Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource};
 use crate::error::{Error, Result};
@@ -44,6 +45,8 @@ struct Machine {
     isa: Isa,
     pool: Pool,
     serial: Pool,
+    /// Words of all packed weights that live.
+    packed_words: Arc<AtomicUsize>,
     /// x as words, of the product that runs.
     words: Mutex<Aligned<u32>>,
     /// Logits of a chunk of rows.
@@ -105,6 +108,7 @@ impl Cpu {
             isa,
             pool: start(threads)?,
             serial: start(1)?,
+            packed_words: Arc::default(),
             words: Mutex::default(),
             logits: Mutex::default(),
             rotations: Mutex::default(),

@@ -25,12 +25,13 @@ pub struct Product<'a, const NV: usize> {
     pub sums_stride: usize,
     /// Start from zeros instead of from `sums`.
     pub fresh: bool,
-    /// Address from which lines are prefetched, some per step; it may be any.
+    /// Address from which lines are prefetched, and by how many steps from the first on; any address will do.
     pub ahead: usize,
+    pub ahead_steps: usize,
 }
 
 impl<const NV: usize> Product<'_, NV> {
-    /// One to six rows, one prefetch per step.
+    /// One to six rows, one line per asking step.
     #[inline(always)]
     pub fn run<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
         match rows {
@@ -46,7 +47,7 @@ impl<const NV: usize> Product<'_, NV> {
 }
 
 impl Product<'_, 4> {
-    /// One to six rows, four prefetches per step.
+    /// One to six rows, four lines per asking step.
     #[inline(always)]
     pub fn run_greedy<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
         match rows {
@@ -78,13 +79,12 @@ impl Product<'_, 2> {
 }
 
 impl Product<'_, 8> {
-    /// One to three rows.
+    /// One or two rows; three would need 33 registers.
     #[inline(always)]
     pub fn run_wide<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
         match rows {
             1 => simd.outlined(Tile::<BF16, 1, 8, 1>(self)),
             2 => simd.outlined(Tile::<BF16, 2, 8, 1>(self)),
-            3 => simd.outlined(Tile::<BF16, 3, 8, 1>(self)),
             _ => panic!("a wide tile of {rows} rows"),
         }
     }
@@ -96,7 +96,7 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Product { a, a_stride, pieces, b_stride, sums: memory, sums_stride, fresh, ahead } = self.0;
+        let Product { a, a_stride, pieces, b_stride, sums: memory, sums_stride, fresh, ahead, ahead_steps } = self.0;
         let mut sums = [[simd.splat(0.0); NV]; M];
         if !fresh {
             for (m, row) in sums.iter_mut().enumerate() {
@@ -115,22 +115,32 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
             for b in piece.b {
                 assert!(reads <= b.len(), "a tile reads {steps} vectors at stride {b_stride} from {} words", b.len());
             }
-            for step in 0..steps {
+            // A macro, since a closure used twice may not be inlined, and then neither are the instructions in it.
+            macro_rules! advance {
+                ($step:ident) => {
+                    let mut columns = [simd.word(0); NV];
+                    for (column, b) in columns.iter_mut().zip(piece.b) {
+                        // SAFETY: `step < steps`; the second assertion bounds the last vector of each `b[v]`.
+                        *column = simd.words(unsafe { &*b.as_ptr().add($step * b_stride).cast() });
+                    }
+                    for (m, row) in sums.iter_mut().enumerate() {
+                        // SAFETY: `m < M` and `step < steps`; the first assertion bounds the last word of the last row.
+                        let x = simd.word(unsafe { *a.as_ptr().add(m * a_stride + first + $step) });
+                        for v in 0..NV {
+                            row[v] = if BF16 { simd.step_bf16(row[v], x, columns[v]) } else { simd.step_f32(row[v], x, columns[v]) };
+                        }
+                    }
+                };
+            }
+            let asking = ahead_steps.min(steps);
+            for step in 0..asking {
                 for line in 0..PF {
                     simd.prefetch(ahead.wrapping_add((step * PF + line) * LANES * size_of::<u32>()));
                 }
-                let mut columns = [simd.word(0); NV];
-                for (column, b) in columns.iter_mut().zip(piece.b) {
-                    // SAFETY: `step < steps`; the second assertion bounds the last vector of each `b[v]`.
-                    *column = simd.words(unsafe { &*b.as_ptr().add(step * b_stride).cast() });
-                }
-                for (m, row) in sums.iter_mut().enumerate() {
-                    // SAFETY: `m < M` and `step < steps`; the first assertion bounds the last word of the last row.
-                    let x = simd.word(unsafe { *a.as_ptr().add(m * a_stride + first + step) });
-                    for v in 0..NV {
-                        row[v] = if BF16 { simd.step_bf16(row[v], x, columns[v]) } else { simd.step_f32(row[v], x, columns[v]) };
-                    }
-                }
+                advance!(step);
+            }
+            for step in asking..steps {
+                advance!(step);
             }
             first += steps;
         }
