@@ -28,7 +28,7 @@ use crate::plan::Plan;
 const TILE: usize = 64;
 const GROUPS: usize = TILE / LANES;
 
-/// Queries of a register tile: 6 x 4 vectors of sums.
+/// Most queries of a register tile: 6 x 4 vectors of sums.
 const MAX_ROWS: usize = 6;
 
 /// Queries of a task: their accumulators at D = 64 are 6 KiB, beside 16 or 32 KiB of a tile's keys and values in L1.
@@ -136,7 +136,7 @@ impl Queries<'_, '_> {
                 while query + run < queries && count(query + run) > 0 {
                     run += 1;
                 }
-                let blocks = run.div_ceil(MAX_ROWS);
+                let blocks = run.div_ceil(if BF16 { S::BF16_ROWS } else { MAX_ROWS });
                 for block in 0..blocks {
                     let (from, to) = (query + block * run / blocks, query + (block + 1) * run / blocks);
                     let mut counts = [0; MAX_ROWS];

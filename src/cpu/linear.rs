@@ -260,7 +260,8 @@ impl Panels<'_, '_> {
         let panels = self.tile.cols.start / PANEL..self.tile.cols.end.div_ceil(PANEL);
         let streams = self.product.weight.all_words.load(Ordering::Relaxed) > STREAM_WORDS;
         let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
-        let blocks = if tall { 1 } else { rows.len().div_ceil(6) };
+        let tallest = if BF16 { S::BF16_ROWS } else { 6 };
+        let blocks = if tall { 1 } else { rows.len().div_ceil(tallest) };
         let part = if blocks == 1 { steps } else { part_of(steps) };
         // Where k is walked in parts, the sums of every block wait for the next part.
         let mut one = Sums([[0.0; LANES]; SUMS]);

@@ -105,6 +105,8 @@ pub trait Simd: Copy {
     type W: Copy;
     /// Whether the register file holds 24 accumulators beside the operands; else twelve.
     const WIDE: bool;
+    /// Rows of a register tile on bf16 pairs: six, or four where a pair is widened into two operands that need registers too.
+    const BF16_ROWS: usize;
 
     /// Runs `kernel` as a function of its own, compiled for this set.
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output;

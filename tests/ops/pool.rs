@@ -101,3 +101,10 @@ fn drop_ends_sleeping_and_polling_workers() {
         drop(pool);
     }
 }
+
+#[test]
+fn everything_can_move_to_another_thread() {
+    use redraft::cpu::{Batch, Buffer, Cpu, KvCache, Matrix};
+    fn moves<T: Send + Sync>() {}
+    moves::<(Pool, Cpu, Buffer, Matrix, KvCache, Batch)>();
+}

@@ -19,6 +19,7 @@ impl Simd for Portable {
     type F = F;
     type W = [u32; LANES];
     const WIDE: bool = false;
+    const BF16_ROWS: usize = 4;
 
     #[inline(never)]
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output {

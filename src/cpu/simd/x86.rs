@@ -73,6 +73,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     type W = __m512i;
     // 24 accumulators, at most eight of B and one of A; 32 registers, B may come from memory.
     const WIDE: bool = true;
+    const BF16_ROWS: usize = if BF16 { 6 } else { 4 };
 
     #[inline(always)]
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
@@ -215,6 +216,7 @@ impl Simd for Avx2 {
     type W = Pair<__m256i>;
     // Six values are twelve registers of sixteen.
     const WIDE: bool = false;
+    const BF16_ROWS: usize = 4;
 
     #[inline(always)]
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
