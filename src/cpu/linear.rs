@@ -123,7 +123,8 @@ fn words_of<'a>(machine: &Machine, dtype: DType, rows: usize, k: usize, x: &'a [
     let words = scratch.reserve(rows * steps);
     // 16 KiB of x per task at least.
     let rows_at_once = (4096 / k.max(1)).max(rows.div_ceil(4 * machine.pool.threads())).max(1);
-    machine.pool.chunks(words, rows_at_once * steps, &|i, words| {
+    // An element costs about as much as eight multiply-adds of a product.
+    machine.pool_for(8 * rows * k).chunks(words, rows_at_once * steps, &|i, words| {
         let x = &x[i * rows_at_once * k..];
         machine.isa.run(Round { x, k, words: bytemuck::cast_slice_mut(words) });
     });
@@ -239,9 +240,8 @@ struct At {
     panel: usize,
     first_step: usize,
     last_step: usize,
-    /// Address from which the tile prefetches, by how many of its steps, and whether each asks for four lines.
+    /// Address from which the tile's steps prefetch, and whether each asks for four lines.
     ahead: usize,
-    ahead_steps: usize,
     greedy: bool,
 }
 
@@ -277,22 +277,18 @@ impl Panels<'_, '_> {
                     // Blocks of nearly equal height: one of two rows would wait for its own sums.
                     let row = rows.start + block * rows.len() / blocks;
                     let height = rows.start + (block + 1) * rows.len() / blocks - row;
-                    // One block asks for what it will read itself, if that is far. Several ask for the part that comes next, the
-                    // first four a line per step; spread over all blocks the requests come 5 % too late.
-                    let line = LANES * size_of::<u32>();
+                    // One block asks for what it will read itself. Several ask for the part that comes next, the first four a line
+                    // per step and the others again for the last lines; spread over all, the requests come 5 % too late.
                     let step = PANEL * size_of::<u32>();
                     let here = words.as_ptr().addr() + (panel * steps + first_step) * step;
                     let next = here + (last_step - first_step) * step;
-                    let num = last_step - first_step;
-                    let (ahead, ahead_steps, greedy) = match blocks {
-                        1 if streams => (here + AHEAD, num, true),
-                        1 => (here, 0, false),
-                        2 | 3 if block == 0 => (next, num, true),
-                        2 | 3 => (here, 0, false),
-                        _ if block < 4 => (next + block * num * line, num, false),
-                        _ => (here, 0, false),
+                    let (ahead, greedy) = match blocks {
+                        1 => (here + AHEAD, streams),
+                        2 | 3 if block == 0 => (next, true),
+                        2 | 3 => (here, false),
+                        _ => (next + block.min(3) * (last_step - first_step) * step / 4, false),
                     };
-                    let at = At { row, rows: height, panel, first_step, last_step, ahead, ahead_steps, greedy };
+                    let at = At { row, rows: height, panel, first_step, last_step, ahead, greedy };
                     if !S::WIDE {
                         for column in (0..PANEL).step_by(LANES) {
                             let sums = if all.is_empty() { &mut one.0 } else { &mut all[(4 * block + column / LANES) * 6..] };
@@ -345,17 +341,7 @@ impl Panels<'_, '_> {
         let pieces = [Piece { steps: at.last_step - at.first_step, b }];
         let a = &x[at.row * steps + at.first_step..];
         let fresh = at.first_step == 0;
-        let product = tile::Product {
-            a,
-            a_stride: steps,
-            pieces: &pieces,
-            b_stride: PANEL,
-            sums,
-            sums_stride: NV,
-            fresh,
-            ahead: at.ahead,
-            ahead_steps: at.ahead_steps,
-        };
+        let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: PANEL, sums, sums_stride: NV, fresh, ahead: at.ahead };
         run(simd, at.rows, product);
         if at.last_step == steps {
             self.finish(simd, at, col, NV, sums);

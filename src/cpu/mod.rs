@@ -30,9 +30,10 @@ use memory::Aligned;
 use pool::Pool;
 use simd::Isa;
 
-/// Work, in multiply-adds, below which sharing it costs more than it saves: a worker that is awake takes about a microsecond
-/// to join, in which one core does a quarter of a million.
-const INLINE_WORK: usize = 1 << 18;
+/// Work, in multiply-adds, below which sharing it costs more than it saves. A worker that is awake joins within a microsecond
+/// where the cores share a cache and takes several where they do not, and what it wrote has to come back; one core does half
+/// a million multiply-adds in two.
+const INLINE_WORK: usize = 1 << 19;
 
 /// The CPU as a [`Backend`].
 pub struct Cpu {

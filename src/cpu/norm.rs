@@ -11,7 +11,8 @@ const TASK_ELEMENTS: usize = 1 << 14;
 pub fn layer_norm(machine: &Machine, x: &[f32], weight: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
     let width = weight.len();
     let rows_at_once = (TASK_ELEMENTS / width).max(1);
-    machine.pool.chunks(out, rows_at_once * width, &|i, out| {
+    // An element costs about as much as sixteen multiply-adds of a product.
+    machine.pool_for(16 * out.len()).chunks(out, rows_at_once * width, &|i, out| {
         let x = &x[i * rows_at_once * width..][..out.len()];
         machine.isa.run(Rows { x, weight, bias, eps, out });
     });

@@ -51,7 +51,8 @@ pub fn rope_append(machine: &Machine, plan: &Plan, heads: HeadShape, base: f32, 
     let mut rotations = machine.rotations();
     let table = rotations.table(base, head_dim, last as usize + 1);
     let rows_at_once = (TASK_ELEMENTS / width).max(1);
-    machine.pool.chunks(qkv, rows_at_once * width, &|i, rows| {
+    // An element costs about as much as sixteen multiply-adds of a product.
+    machine.pool_for(16 * rows * width).chunks(qkv, rows_at_once * width, &|i, rows| {
         let positions = &plan.positions[i * rows_at_once..];
         machine.isa.run(Rotate { rows, width, rotated: (num_heads + num_kv_heads) * head_dim, head_dim, positions, table });
     });
@@ -66,10 +67,12 @@ pub fn rope_append(machine: &Machine, plan: &Plan, heads: HeadShape, base: f32, 
         let first = head * head_dim + if kind == Kind::Keys { first_key } else { first_value };
         machine.isa.run(Append { layout, kind, rows: qkv, width, first, head_dim, slots: &plan.slots, words });
     };
-    // A write costs about as much as four multiply-adds of a product.
-    let pool = machine.pool_for(4 * rows * num_kv_heads * head_dim);
-    pool.chunks(keys, key_words, &|head, words| append(Kind::Keys, head, words));
-    pool.chunks(values, value_words, &|head, words| append(Kind::Values, head, words));
+    let mut regions: Vec<_> = keys.chunks_exact_mut(key_words).zip(values.chunks_exact_mut(value_words)).collect();
+    machine.pool_for(32 * rows * num_kv_heads * head_dim).chunks(&mut regions, 1, &|head, region| {
+        let (keys, values) = &mut region[0];
+        append(Kind::Keys, head, keys);
+        append(Kind::Values, head, values);
+    });
 }
 
 /// Rotates the first `rotated` columns of each row, head by head.

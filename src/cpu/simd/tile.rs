@@ -25,13 +25,12 @@ pub struct Product<'a, const NV: usize> {
     pub sums_stride: usize,
     /// Start from zeros instead of from `sums`.
     pub fresh: bool,
-    /// Address from which lines are prefetched, and by how many steps from the first on; any address will do.
+    /// Address from which each step prefetches the next lines. Any address is safe; one that is not mapped costs a page walk.
     pub ahead: usize,
-    pub ahead_steps: usize,
 }
 
 impl<const NV: usize> Product<'_, NV> {
-    /// One to six rows, one line per asking step.
+    /// One to six rows, one line prefetched per step.
     #[inline(always)]
     pub fn run<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
         match rows {
@@ -47,7 +46,7 @@ impl<const NV: usize> Product<'_, NV> {
 }
 
 impl Product<'_, 4> {
-    /// One to six rows, four lines per asking step.
+    /// One to six rows, four lines prefetched per step.
     #[inline(always)]
     pub fn run_greedy<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
         match rows {
@@ -96,7 +95,7 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Product { a, a_stride, pieces, b_stride, sums: memory, sums_stride, fresh, ahead, ahead_steps } = self.0;
+        let Product { a, a_stride, pieces, b_stride, sums: memory, sums_stride, fresh, ahead } = self.0;
         let mut sums = [[simd.splat(0.0); NV]; M];
         if !fresh {
             for (m, row) in sums.iter_mut().enumerate() {
@@ -115,32 +114,22 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
             for b in piece.b {
                 assert!(reads <= b.len(), "a tile reads {steps} vectors at stride {b_stride} from {} words", b.len());
             }
-            // A macro, since a closure used twice may not be inlined, and then neither are the instructions in it.
-            macro_rules! advance {
-                ($step:ident) => {
-                    let mut columns = [simd.word(0); NV];
-                    for (column, b) in columns.iter_mut().zip(piece.b) {
-                        // SAFETY: `step < steps`; the second assertion bounds the last vector of each `b[v]`.
-                        *column = simd.words(unsafe { &*b.as_ptr().add($step * b_stride).cast() });
-                    }
-                    for (m, row) in sums.iter_mut().enumerate() {
-                        // SAFETY: `m < M` and `step < steps`; the first assertion bounds the last word of the last row.
-                        let x = simd.word(unsafe { *a.as_ptr().add(m * a_stride + first + $step) });
-                        for v in 0..NV {
-                            row[v] = if BF16 { simd.step_bf16(row[v], x, columns[v]) } else { simd.step_f32(row[v], x, columns[v]) };
-                        }
-                    }
-                };
-            }
-            let asking = ahead_steps.min(steps);
-            for step in 0..asking {
+            for step in 0..steps {
                 for line in 0..PF {
                     simd.prefetch(ahead.wrapping_add((step * PF + line) * LANES * size_of::<u32>()));
                 }
-                advance!(step);
-            }
-            for step in asking..steps {
-                advance!(step);
+                let mut columns = [simd.word(0); NV];
+                for (column, b) in columns.iter_mut().zip(piece.b) {
+                    // SAFETY: `step < steps`; the second assertion bounds the last vector of each `b[v]`.
+                    *column = simd.words(unsafe { &*b.as_ptr().add(step * b_stride).cast() });
+                }
+                for (m, row) in sums.iter_mut().enumerate() {
+                    // SAFETY: `m < M` and `step < steps`; the first assertion bounds the last word of the last row.
+                    let x = simd.word(unsafe { *a.as_ptr().add(m * a_stride + first + step) });
+                    for v in 0..NV {
+                        row[v] = if BF16 { simd.step_bf16(row[v], x, columns[v]) } else { simd.step_f32(row[v], x, columns[v]) };
+                    }
+                }
             }
             first += steps;
         }
