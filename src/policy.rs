@@ -90,7 +90,8 @@ pub fn decide_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decisio
 fn nucleus(mass: &mut [f64], logits: &[f32], top_p: f64, rule: TopPRule) {
     let total: f64 = mass.iter().sum();
     let mut order: Vec<usize> = (0..mass.len()).filter(|&id| mass[id] > 0.0).collect();
-    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+    // No NaN gets here; 0.0 and -0.0 are the same logit.
+    order.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(&b)));
     let mut cumulative = 0.0;
     let mut open = true;
     for (rank, &id) in order.iter().enumerate() {
