@@ -38,8 +38,8 @@ pub struct EngineOptions {
     pub page_size: usize,
     /// Fill freed pages with NaN, so that a read of a stale slot shows (tests).
     pub poison_freed_pages: bool,
-    /// Another place for `tokenizer.json`.
-    pub tokenizer: Option<std::path::PathBuf>,
+    /// Use this one instead of reading the directory's `tokenizer.json`.
+    pub tokenizer: Option<Arc<Tokenizer>>,
 }
 
 impl Default for EngineOptions {
@@ -113,8 +113,10 @@ impl<B: Backend> Engine<B> {
     /// [`Engine::load`], reporting tensors packed and tensors in all.
     pub fn load_with_progress(model_dir: &Path, backend: B, options: EngineOptions, progress: Progress) -> Result<Engine<B>> {
         let config = ModelConfig::load(model_dir)?;
-        let tokenizer_path = options.tokenizer.clone().unwrap_or_else(|| model_dir.join("tokenizer.json"));
-        let tokenizer = Tokenizer::load(&tokenizer_path, config.vocab_size).map(Arc::new);
+        let tokenizer = match &options.tokenizer {
+            Some(tokenizer) => Ok(tokenizer.clone()),
+            None => Tokenizer::load(&model_dir.join("tokenizer.json"), config.vocab_size).map(Arc::new),
+        };
         Engine::build(config, &Weights::open(model_dir)?, tokenizer, backend, options, progress)
     }
 
@@ -344,7 +346,7 @@ impl<B: Backend> Engine<B> {
             let answers = self.decide(&chosen, weights, &draws);
             self.commit(&chosen, answers);
         }
-        self.retire()?;
+        self.retire();
         Ok(self.is_busy())
     }
 
@@ -479,7 +481,7 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Finished sessions leave: their pages return, their output goes to the handle.
-    fn retire(&mut self) -> Result<()> {
+    fn retire(&mut self) {
         for queue in [true, false] {
             let count = if queue { self.queue.len() } else { self.active.len() };
             for i in (0..count).rev() {
@@ -496,7 +498,6 @@ impl<B: Backend> Engine<B> {
                 }
             }
         }
-        Ok(())
     }
 
     pub(crate) fn poison(&mut self, pages: &[u32]) {

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 
 /// A model's tokenizer.
+#[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
@@ -50,10 +51,5 @@ impl Tokenizer {
     /// Ids below `vocab_size` that no token has: padding rows of the embedding.
     pub fn unused_ids(&self, vocab_size: usize) -> Vec<u32> {
         (0..vocab_size as u32).filter(|id| self.inner.id_to_token(*id).is_none()).collect()
-    }
-
-    /// Id of a token by its exact spelling.
-    pub fn id(&self, token: &str) -> Option<u32> {
-        self.inner.token_to_id(token)
     }
 }

@@ -110,11 +110,6 @@ impl Weights {
         Ok(Tensor { name: name.to_string(), len: shape.iter().product(), data: Data::Mapped(entry, shard) })
     }
 
-    /// True if a tensor of that name exists.
-    pub fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
-    }
-
     /// Number of elements over all tensors (buffers included).
     pub fn num_elements(&self) -> usize {
         self.tensors.values().map(|e| e.shape.iter().product::<usize>()).sum()

@@ -115,7 +115,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
         Some(name) => (name.clone(), shapes::config(name)?),
         None => {
             let dir = super::model_dir(flags.model.as_deref())?;
-            (dir.display().to_string(), super::model_config(&dir)?)
+            (dir.display().to_string(), ModelConfig::load(&dir)?)
         }
     };
     let lengths = if flags.length.is_empty() { vec![(config.model_length - 1) as u32] } else { flags.length.clone() };
@@ -261,7 +261,7 @@ fn measure(engine: &mut Engine<Cpu>, name: &str, schedule: &Schedule, batch: u32
             request.stop.ignore_eos = true;
             handles.push(engine.submit(request)?);
         }
-        super::drain(engine, &handles, |_, _| Ok(()))?;
+        super::drain(engine, &handles)?;
         let wall = start.elapsed().as_secs_f64() * 1e3;
         for (i, handle) in handles.iter().enumerate() {
             let output = handle.take_output().expect("drained")?;

@@ -191,15 +191,14 @@ impl Flags {
 
 pub(super) fn run(flags: Flags) -> Result<()> {
     let dir = super::model_dir(flags.model.first().map(PathBuf::as_path))?;
-    let config = super::model_config(&dir)?;
+    let config = ModelConfig::load(&dir)?;
     let defaults = defaults(&config, flags.temperature, flags.top_p, flags.top_p_rule)?;
     let schedule =
         if flags.stage.is_empty() { Schedule::preset(&flags.preset, &defaults)? } else { Schedule::resolve(&flags.stage, &defaults)? };
     if flags.stop_entropy.is_some_and(|h| !h.is_finite() || h < 0.0) {
         return Err(Error::request("--stop-entropy: expected a finite number of nats, at least 0"));
     }
-    let tokenizer_path = flags.device.tokenizer.clone().unwrap_or_else(|| dir.join("tokenizer.json"));
-    let tokenizer = Tokenizer::load(&tokenizer_path, config.vocab_size)?;
+    let tokenizer = flags.device.tokenizer(&config)?;
     let (prompt, len) = flags.prompt(&config, &tokenizer)?;
     if let Prompt::Text { length: 0, .. } = prompt {
         return Err(Error::request("--length: expected at least 1 generated token, found 0"));
@@ -209,7 +208,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     let mut trace = flags.trace.as_deref().map(Trace::create).transpose()?;
 
     let loading = std::time::Instant::now();
-    let mut engine = flags.device.engine(&dir, len, flags.samples as usize)?;
+    let mut engine = flags.device.engine(&dir, Some(tokenizer.clone()), len, flags.samples as usize)?;
     for other in flags.model.iter().skip(1) {
         engine.add_model(other, &mut |_, _| {})?;
     }

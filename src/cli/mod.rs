@@ -15,6 +15,7 @@ mod watch;
 
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -25,6 +26,7 @@ use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
 
 /// Directory under `models/` that is used without `--model`.
 const SHIPPED_MODEL: &str = "redraft-stories-7m";
@@ -117,9 +119,9 @@ impl DeviceFlags {
     }
 
     /// Loads a model for sequences of `len` positions, `sessions` at a time, with just the pages they need.
-    pub(crate) fn engine(&self, dir: &Path, len: usize, sessions: usize) -> Result<Engine<Cpu>> {
+    pub(crate) fn engine(&self, dir: &Path, tokenizer: Option<Arc<Tokenizer>>, len: usize, sessions: usize) -> Result<Engine<Cpu>> {
         let mut progress = Progress::new("loading");
-        let options = self.options(len, sessions);
+        let options = EngineOptions { tokenizer, ..self.options(len, sessions) };
         let engine = Engine::load_with_progress(dir, self.backend()?, options, &mut |done, total| {
             progress.show(|| format!("{done}/{total} tensors"));
         })?;
@@ -132,16 +134,17 @@ impl DeviceFlags {
         Ok(engine)
     }
 
+    /// The tokenizer that `--tokenizer` names, or the directory's own; prompts are measured with it before anything large is loaded.
+    pub(crate) fn tokenizer(&self, config: &ModelConfig) -> Result<Arc<Tokenizer>> {
+        let path = self.tokenizer.clone().unwrap_or_else(|| config.dir.join("tokenizer.json"));
+        Tokenizer::load(&path, config.vocab_size).map(Arc::new)
+    }
+
     pub(crate) fn options(&self, len: usize, sessions: usize) -> EngineOptions {
         let defaults = EngineOptions::default();
         let sessions = sessions.clamp(1, defaults.budget.max_sessions);
         let pages = len.div_ceil(defaults.page_size).saturating_mul(sessions);
-        EngineOptions {
-            budget: Budget { max_sessions: sessions, ..defaults.budget },
-            kv_pages: Some(pages),
-            tokenizer: self.tokenizer.clone(),
-            ..defaults
-        }
+        EngineOptions { budget: Budget { max_sessions: sessions, ..defaults.budget }, kv_pages: Some(pages), ..defaults }
     }
 }
 
@@ -175,11 +178,6 @@ pub(crate) fn model_dir(model: Option<&Path>) -> Result<PathBuf> {
     std::iter::once(relative.clone()).chain(beside).chain([built]).find(|dir| dir.join("config.json").exists()).ok_or_else(|| {
         Error::config(&relative, "the model that ships with redraft is not here; run from the repository or give --model DIR")
     })
-}
-
-/// `config.json` of a directory, and the longest sequence served.
-pub(crate) fn model_config(dir: &Path) -> Result<ModelConfig> {
-    ModelConfig::load(dir)
 }
 
 /// Reads a file, or stdin for `-`.
@@ -270,22 +268,15 @@ impl Drop for Progress {
     }
 }
 
-/// Runs the engine to the end, showing progress and handing events of request i to `on_event(i, event)`.
-pub(crate) fn drain<B: Backend>(
-    engine: &mut Engine<B>,
-    handles: &[crate::request::Handle],
-    mut on_event: impl FnMut(usize, crate::session::Event) -> Result<()>,
-) -> Result<()> {
+/// Runs the engine to the end, showing progress, for callers that want the outputs alone.
+pub(crate) fn drain<B: Backend>(engine: &mut Engine<B>, handles: &[crate::request::Handle]) -> Result<()> {
     let mut progress = Progress::new("generating");
     let mut revealed = 0;
     loop {
         let busy = engine.tick()?;
-        for (i, handle) in handles.iter().enumerate() {
-            for event in handle.events() {
-                if event.kind == crate::session::EventKind::Reveal {
-                    revealed += event.positions.len();
-                }
-                on_event(i, event)?;
+        for event in handles.iter().flat_map(crate::request::Handle::events) {
+            if event.kind == crate::session::EventKind::Reveal {
+                revealed += event.positions.len();
             }
         }
         progress.show(|| format!("{revealed} tokens revealed"));

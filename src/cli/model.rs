@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::DeviceFlags;
-use crate::config::Attention;
+use crate::config::{Attention, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::plan::Visibility;
@@ -66,10 +66,10 @@ pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
         Some(path) => serde_json::from_str(&super::read_text(path)?)
             .map_err(|e| Error::io(path, &std::io::Error::other(format!("expected a JSON array of token ids: {e}"))))?,
     };
-    let config = super::model_config(&dir)?;
+    let config = ModelConfig::load(&dir)?;
     Engine::<crate::cpu::Cpu>::check_tokens(&config, &tokens)?;
     let visibility = flags.block_len.map_or(native(config.attention), BlockLen::visibility);
-    let mut engine = flags.device.engine(&dir, tokens.len(), 1)?;
+    let mut engine = flags.device.engine(&dir, None, tokens.len(), 1)?;
     let mut data = Vec::with_capacity(tokens.len() * config.vocab_size * 4);
     engine.logits(&tokens, visibility, &mut |_, logits| {
         data.extend(logits.iter().flat_map(|l| l.to_le_bytes()));
@@ -99,7 +99,7 @@ pub(super) enum Format {
 
 pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let dir = super::model_dir(flags.dir.as_deref())?;
-    let config = super::model_config(&dir)?;
+    let config = ModelConfig::load(&dir)?;
     let weights = Weights::open(&dir)?;
     let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size);
     let problems = crate::model::check(&config, &weights);

@@ -11,12 +11,11 @@ use serde_json::json;
 
 use super::DeviceFlags;
 use super::model::{Format, native};
-use crate::config::Attention;
+use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
 use crate::plan::Visibility;
 use crate::request::{Prompt, Request};
 use crate::schedule::{Defaults, Schedule};
-use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
 pub(super) struct Flags {
@@ -51,13 +50,12 @@ fn parse_visibility(text: &str) -> Result<Visibility, String> {
 
 pub(super) fn run(flags: Flags) -> Result<()> {
     let dir = super::model_dir(flags.model.as_deref())?;
-    let config = super::model_config(&dir)?;
+    let config = ModelConfig::load(&dir)?;
     let visibility = flags.visibility.unwrap_or(native(config.attention));
     if config.attention == Attention::Causal && visibility != Visibility::BlockCausal(1) {
         return Err(Error::request("--visibility: this checkpoint is autoregressive, it scores with `causal` only"));
     }
-    let tokenizer_path = flags.device.tokenizer.clone().unwrap_or_else(|| dir.join("tokenizer.json"));
-    let tokenizer = Tokenizer::load(&tokenizer_path, config.vocab_size)?;
+    let tokenizer = flags.device.tokenizer(&config)?;
     let tokens = tokenizer.encode(&super::read_text(&flags.file)?)?;
     if tokens.is_empty() {
         return Err(Error::request(format!("{}: no text to score", flags.file.display())));
@@ -65,7 +63,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     // Windows stand side by side, each behind a BOS of its own: nothing is scored twice, and a window's first tokens have little context.
     let window = config.model_length.max(2) - 1;
     let windows: Vec<&[u32]> = tokens.chunks(window).collect();
-    let mut engine = flags.device.engine(&dir, window.min(tokens.len()) + 1, windows.len())?;
+    let mut engine = flags.device.engine(&dir, Some(tokenizer.clone()), window.min(tokens.len()) + 1, windows.len())?;
     let mut nll = Vec::with_capacity(tokens.len());
     if config.attention == Attention::Causal {
         for window in &windows {
@@ -86,7 +84,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
             request.forced = std::iter::once(config.bos_id).chain(window.iter().copied()).collect();
             handles.push(engine.submit(request)?);
         }
-        super::drain(&mut engine, &handles, |_, _| Ok(()))?;
+        super::drain(&mut engine, &handles)?;
         for handle in &handles {
             let output = handle.take_output().expect("drained")?;
             nll.extend(output.confidence.iter().map(|p| -f64::from(*p).ln()));
