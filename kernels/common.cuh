@@ -1,8 +1,8 @@
 // Words shared by all kernels: integer names, the kernel and layout macros, bf16, warp and CTA reductions, the Philox generator.
 //
 // Plain CUDA C++ with builtin types only, no toolkit header: NVRTC alone compiles it, and compiles it fastest. Everything that is
-// not portable C++ (inline asm, and the intrinsics that `emulate.h` supplies) is used here or has a host twin under
-// REDRAFT_EMULATE, so that the unmodified body of every kernel also runs on a CPU, where the tests hold it to its twin.
+// not portable C++ has a host twin (`primitives.cuh`), so that the unmodified body of every kernel also runs on a CPU, where the tests
+// hold it to its twin.
 // THREADS, the CTA size, arrives as a define.
 #pragma once
 
@@ -20,32 +20,11 @@ static_assert(THREADS % 32 == 0 && THREADS >= 32 && THREADS <= 1024, "a CTA is a
 #define FIELD(Params, field, offset) static_assert(OFFSET_OF(Params, field) == (offset), #Params "." #field)
 #define LAYOUT(Params, size) static_assert(sizeof(Params) == (size), #Params)
 
-#ifdef REDRAFT_EMULATE
-#include "emulate.h"
-#define OFFSET_OF(Params, field) __builtin_offsetof(Params, field)
-#else
-// NVRTC has no offsetof; this is the constant expression that its front end offers in its place.
-#define OFFSET_OF(Params, field) __INTADDR__(&((Params*)0)->field)
-// One entry: parameters arrive by value in constant memory under the name `p`.
-#define KERNEL(name, Params) extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Params p)
-#endif
+#include "primitives.cuh"
 
 // ---- numbers ----
 
 __device__ __forceinline__ float f32_from_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); }
-
-// Nearest even; NaN becomes 0x7fff, as the instruction does.
-__device__ __forceinline__ u16 bf16_from_f32(float value) {
-#ifdef REDRAFT_EMULATE
-    const u32 bits = __float_as_uint(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
-    return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-#else
-    u16 bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-#endif
-}
 
 __device__ __forceinline__ float quiet_nan() { return __uint_as_float(0x7fc00000u); }
 

@@ -6,22 +6,24 @@
 #include "common.cuh"
 
 struct EmbedParams {
-    const u32* ids;     // (T)
+    const u32* ids;     // (T); a canvas where `index` is given
+    const u32* index;   // (T) places in `ids`, or null: row t reads ids[t]
     const void* table;  // (vocab, width) f32 or bf16
     float* out;         // (T, width)
     u32 width;
     u32 vocab;
 };
 FIELD(EmbedParams, ids, 0);
-FIELD(EmbedParams, table, 8);
-FIELD(EmbedParams, out, 16);
-FIELD(EmbedParams, width, 24);
-FIELD(EmbedParams, vocab, 28);
-LAYOUT(EmbedParams, 32);
+FIELD(EmbedParams, index, 8);
+FIELD(EmbedParams, table, 16);
+FIELD(EmbedParams, out, 24);
+FIELD(EmbedParams, width, 32);
+FIELD(EmbedParams, vocab, 36);
+LAYOUT(EmbedParams, 40);
 
 template <typename Table>
 __device__ __forceinline__ void embed_row(const EmbedParams& p) {
-    const u32 id = p.ids[blockIdx.x];
+    const u32 id = p.ids[p.index ? p.index[blockIdx.x] : blockIdx.x];
     float* out = p.out + (u64)blockIdx.x * p.width;
     if (id >= p.vocab) {
         for (u32 i = threadIdx.x; i < p.width; i += THREADS) out[i] = quiet_nan();

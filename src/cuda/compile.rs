@@ -13,7 +13,8 @@ use std::time::Instant;
 use cudarc::nvrtc::sys;
 use libloading::Library;
 
-use super::kernels::{Kernel, headers};
+use super::driver::Build;
+use super::kernels::{Kernel, headers, options};
 use super::{loader_words, symbol};
 use crate::error::{Error, Result};
 
@@ -83,10 +84,10 @@ impl Compiler {
         Ok(())
     }
 
-    /// Compiles `kernel` to machine code for `arch`.
-    pub fn compile(&self, kernel: &Kernel, arch: &str) -> Result<Compiled> {
+    /// Compiles `build`, whose source is `kernel`, to machine code for `arch`.
+    pub fn compile(&self, kernel: &Kernel, build: &Build, arch: &str) -> Result<Compiled> {
         self.check_arch(arch)?;
-        let options = kernel.options(arch);
+        let options = options(build, arch);
         let (major, minor) = self.version;
         let identity = format!("kernel {} [{} {:016x}, NVRTC {major}.{minor}]", kernel.stem, options.join(" "), kernel.hash);
         let program = Program::new(&self.functions, kernel).map_err(|what| Error::kernel(format!("{identity}: {what}")))?;

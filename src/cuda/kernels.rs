@@ -4,7 +4,8 @@
 use serde::Serialize;
 
 use super::compile::compiler;
-use super::params::defines;
+use super::driver::Build;
+use super::{embed, norm, remask};
 use crate::error::Result;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -16,8 +17,6 @@ pub struct Kernel {
     pub source: &'static str,
     /// FNV-1a of all headers and the source.
     pub hash: u64,
-    /// Preprocessor constants.
-    pub defines: &'static [(&'static str, u32)],
 }
 
 impl Kernel {
@@ -27,17 +26,33 @@ impl Kernel {
         declared.filter_map(|rest| rest.split(',').next()).map(str::trim).collect()
     }
 
-    /// Compiler options for `arch`, word for word.
-    pub fn options(&self, arch: &str) -> Vec<String> {
-        let fixed = ["--std=c++17", "--ptxas-options=-v"].map(str::to_owned);
-        let defines = self.defines.iter().map(|(name, value)| format!("-D{name}={value}"));
-        std::iter::once(format!("--gpu-architecture={arch}")).chain(fixed).chain(defines).collect()
-    }
+}
+
+/// `-DNAME=VALUE` of a build's constants, in its order.
+pub(super) fn define_options(build: &Build) -> impl Iterator<Item = String> {
+    build.defines.iter().map(|(name, value)| format!("-D{name}={value}"))
+}
+
+/// Compiler options of a build for `arch`, word for word.
+pub(super) fn options(build: &Build, arch: &str) -> Vec<String> {
+    let fixed = ["--std=c++17", "--ptxas-options=-v"].map(str::to_owned);
+    std::iter::once(format!("--gpu-architecture={arch}")).chain(fixed).chain(define_options(build)).collect()
+}
+
+/// The builds that are checked and measured: every kernel with the constants that the supported models ask for. A launcher may ask for
+/// others at load, such as an unusual page size.
+pub fn builds() -> Vec<Build> {
+    [embed::builds(), norm::builds(), remask::builds()].concat()
+}
+
+/// The kernel of a stem.
+pub(super) fn kernel(stem: &str) -> Kernel {
+    kernels().into_iter().find(|kernel| kernel.stem == stem).unwrap_or_else(|| panic!("no kernels/{stem}.cu"))
 }
 
 /// All kernels, by stem.
 pub fn kernels() -> Vec<Kernel> {
-    SOURCES.iter().map(|&(stem, source, hash)| Kernel { stem, source, hash, defines: defines(stem) }).collect()
+    SOURCES.iter().map(|&(stem, source, hash)| Kernel { stem, source, hash }).collect()
 }
 
 /// Headers of all kernels as (name, text).
@@ -50,7 +65,8 @@ pub fn headers() -> &'static [(&'static str, &'static str)] {
 pub struct KernelInfo {
     pub stem: &'static str,
     pub entries: Vec<&'static str>,
-    pub defines: Vec<String>,
+    /// One line of constants for each build that `check` compiles.
+    pub builds: Vec<String>,
     pub hash: String,
     /// The first line of its header comment.
     pub summary: &'static str,
@@ -61,18 +77,25 @@ pub fn kernels_list() -> Vec<KernelInfo> {
     let info = |kernel: Kernel| KernelInfo {
         stem: kernel.stem,
         entries: kernel.entries(),
-        defines: kernel.defines.iter().map(|(name, value)| format!("{name}={value}")).collect(),
+        builds: builds().iter().filter(|build| build.stem == kernel.stem).map(constants).collect(),
         hash: format!("{:016x}", kernel.hash),
         summary: kernel.source.lines().next().unwrap_or_default().trim_start_matches("//").trim(),
     };
     kernels().into_iter().map(info).collect()
 }
 
-/// What `redraft kernels check` prints about one entry on one architecture.
+/// `NAME=VALUE NAME=VALUE`.
+fn constants(build: &Build) -> String {
+    build.defines.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
+}
+
+/// What `redraft kernels check` prints about one entry of one build on one architecture.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct KernelReport {
     pub stem: &'static str,
     pub entry: String,
+    /// The constants of the build.
+    pub build: String,
     pub arch: String,
     pub registers: u32,
     /// Spill stores and loads together; every kernel is written to have none.
@@ -84,17 +107,18 @@ pub struct KernelReport {
     pub compile_ms: f64,
 }
 
-/// Compiles every kernel for every architecture named, in that order. All names are checked before the first compilation.
+/// Compiles every build for every architecture named, in that order. All names are checked before the first compilation.
 pub fn kernels_check(archs: &[String]) -> Result<Vec<KernelReport>> {
     let compiler = compiler()?;
     archs.iter().try_for_each(|arch| compiler.check_arch(arch))?;
     let mut reports = Vec::new();
     for arch in archs {
-        for kernel in kernels() {
-            let compiled = compiler.compile(&kernel, arch)?;
+        for build in builds() {
+            let compiled = compiler.compile(&kernel(build.stem), &build, arch)?;
             reports.extend(compiled.entries.into_iter().map(|used| KernelReport {
-                stem: kernel.stem,
+                stem: build.stem,
                 entry: used.entry,
+                build: constants(&build),
                 arch: arch.clone(),
                 registers: used.registers,
                 spill_bytes: used.spill_bytes,
@@ -110,20 +134,20 @@ pub fn kernels_check(archs: &[String]) -> Result<Vec<KernelReport>> {
 
 /// The list as aligned text.
 pub fn list_table(list: &[KernelInfo]) -> String {
-    let row = |k: &KernelInfo| vec![k.stem.into(), k.entries.join(" "), k.defines.join(" "), k.hash.clone(), k.summary.into()];
-    table(&["kernel", "entries", "defines", "hash", "what"], list.iter().map(row))
+    let row = |k: &KernelInfo| vec![k.stem.into(), k.entries.join(" "), k.builds.join("; "), k.hash.clone(), k.summary.into()];
+    table(&["kernel", "entries", "builds", "hash", "what"], list.iter().map(row))
 }
 
 /// The report as aligned text.
 pub fn report_table(reports: &[KernelReport]) -> String {
     let row = |r: &KernelReport| {
         let numbers = [r.registers, r.spill_bytes, r.shared_bytes, r.stack_bytes].map(|n| n.to_string());
-        let mut cells = vec![r.entry.clone(), r.arch.clone()];
+        let mut cells = vec![r.entry.clone(), r.build.clone(), r.arch.clone()];
         cells.extend(numbers);
         cells.extend([r.cubin_bytes.to_string(), format!("{:.0}", r.compile_ms)]);
         cells
     };
-    table(&["entry", "arch", "registers", "spill B", "shared B", "stack B", "cubin B", "compile ms"], reports.iter().map(row))
+    table(&["entry", "build", "arch", "registers", "spill B", "shared B", "stack B", "cubin B", "compile ms"], reports.iter().map(row))
 }
 
 /// Columns as wide as their widest cell; numbers stand at the right.
@@ -152,13 +176,13 @@ mod tests {
     #[test]
     fn every_kernel_is_complete() {
         let list = kernels_list();
-        assert_eq!(list.iter().map(|k| k.stem).collect::<Vec<_>>(), ["embed", "layer_norm", "remask"]);
+        assert_eq!(list.iter().map(|k| k.stem).collect::<Vec<_>>(), ["embed", "norm", "remask"]);
         for kernel in &list {
-            assert!(!kernel.entries.is_empty() && !kernel.defines.is_empty(), "{}", kernel.stem);
+            assert!(!kernel.entries.is_empty() && !kernel.builds.is_empty(), "{}", kernel.stem);
             assert!(kernel.entries.iter().all(|entry| entry.starts_with(kernel.stem)), "{}: {:?}", kernel.stem, kernel.entries);
             assert!(kernel.summary.starts_with(&format!("{}: ", kernel.stem)), "{}: {:?}", kernel.stem, kernel.summary);
         }
-        assert_eq!(list[1].entries, ["layer_norm_f32", "layer_norm_bf16"]);
+        assert_eq!(list[1].entries, ["norm_layer_f32", "norm_layer_bf16"]);
     }
 
     /// Device code that is not portable C++ has one home, beside its host twin.
@@ -175,6 +199,7 @@ mod tests {
         let report = KernelReport {
             stem: "remask",
             entry: "remask".into(),
+            build: "THREADS=256".into(),
             arch: "sm_90a".into(),
             registers: 32,
             spill_bytes: 0,
@@ -186,8 +211,8 @@ mod tests {
         let text = report_table(&[report]);
         assert_eq!(
             text,
-            "entry   arch    registers  spill B  shared B  stack B  cubin B  compile ms\n\
-             remask  sm_90a         32        0      1064        0     9000          31\n"
+            "entry   build        arch    registers  spill B  shared B  stack B  cubin B  compile ms\n\
+             remask  THREADS=256  sm_90a         32        0      1064        0     9000          31\n"
         );
         assert!(list_table(&kernels_list()).lines().count() == 4);
     }

@@ -10,12 +10,18 @@
 
 mod compile;
 mod device;
+pub mod driver;
+pub mod embed;
 mod kernels;
+pub mod machine;
+pub mod norm;
 pub mod params;
+pub mod remask;
 
 pub use compile::{Compiled, Compiler, EntryUse, compiler};
 pub use device::{DeviceInfo, device_count, probe, unavailable};
-pub use kernels::{Kernel, KernelInfo, KernelReport, headers, kernels, kernels_check, kernels_list, list_table, report_table};
+pub use driver::{Build, Driver};
+pub use kernels::{Kernel, builds, KernelInfo, KernelReport, headers, kernels, kernels_check, kernels_list, list_table, report_table};
 
 use libloading::Library;
 

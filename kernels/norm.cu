@@ -1,4 +1,4 @@
-// layer_norm: out[r, :] = (x[r, :] - mean) / sqrt(var + eps) * weight + bias, biased variance, statistics in f32.
+// norm: out[r, :] = (x[r, :] - mean) / sqrt(var + eps) * weight + bias, biased variance, statistics in f32.
 //
 // Layout: one CTA per row; thread i owns columns i, i + THREADS, ...; two CTA sums (warp shuffles, then one word per warp).
 // The mean is subtracted before squaring: the one-pass form E[x^2] - E[x]^2 loses all digits on rows with a large mean.
@@ -6,7 +6,7 @@
 // `bias` may be null. `out` may be `x` itself where both are f32: a column is read and written by the same thread only.
 #include "common.cuh"
 
-struct LayerNormParams {
+struct NormParams {
     const float* x;       // (rows, width)
     const float* weight;  // (width)
     const float* bias;    // (width) or null
@@ -14,16 +14,16 @@ struct LayerNormParams {
     u32 width;
     float eps;
 };
-FIELD(LayerNormParams, x, 0);
-FIELD(LayerNormParams, weight, 8);
-FIELD(LayerNormParams, bias, 16);
-FIELD(LayerNormParams, out, 24);
-FIELD(LayerNormParams, width, 32);
-FIELD(LayerNormParams, eps, 36);
-LAYOUT(LayerNormParams, 40);
+FIELD(NormParams, x, 0);
+FIELD(NormParams, weight, 8);
+FIELD(NormParams, bias, 16);
+FIELD(NormParams, out, 24);
+FIELD(NormParams, width, 32);
+FIELD(NormParams, eps, 36);
+LAYOUT(NormParams, 40);
 
 template <typename Out>
-__device__ __forceinline__ void layer_norm_row(const LayerNormParams& p) {
+__device__ __forceinline__ void layer_norm_row(const NormParams& p) {
     const float* x = p.x + (u64)blockIdx.x * p.width;
     Out* out = (Out*)p.out + (u64)blockIdx.x * p.width;
 
@@ -41,5 +41,5 @@ __device__ __forceinline__ void layer_norm_row(const LayerNormParams& p) {
     }
 }
 
-KERNEL(layer_norm_f32, LayerNormParams) { layer_norm_row<float>(p); }
-KERNEL(layer_norm_bf16, LayerNormParams) { layer_norm_row<u16>(p); }
+KERNEL(norm_layer_f32, NormParams) { layer_norm_row<float>(p); }
+KERNEL(norm_layer_bf16, NormParams) { layer_norm_row<u16>(p); }
