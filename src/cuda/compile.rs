@@ -14,7 +14,7 @@ use cudarc::nvrtc::sys;
 use libloading::Library;
 
 use super::driver::Build;
-use super::kernels::{Kernel, headers, options};
+use super::kernels::{Kernel, headers, identity, options};
 use super::{loader_words, symbol};
 use crate::error::{Error, Result};
 
@@ -88,8 +88,7 @@ impl Compiler {
     pub fn compile(&self, kernel: &Kernel, build: &Build, arch: &str) -> Result<Compiled> {
         self.check_arch(arch)?;
         let options = options(build, arch);
-        let (major, minor) = self.version;
-        let identity = format!("kernel {} [{} {:016x}, NVRTC {major}.{minor}]", kernel.stem, options.join(" "), kernel.hash);
+        let identity = format!("kernel {} [{}]", identity(kernel, build, arch, self.version), options.join(" "));
         let program = Program::new(&self.functions, kernel).map_err(|what| Error::kernel(format!("{identity}: {what}")))?;
         let start = Instant::now();
         let outcome = program.compile(&options);

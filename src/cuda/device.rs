@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 use serde::Serialize;
 
+use super::libcuda::library;
 use super::symbol;
 use crate::error::{Error, Result};
 
@@ -86,7 +87,12 @@ fn no_device(reason: &str) -> Error {
     Error::device(format!("no CUDA device: {reason}; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"))
 }
 
-/// The functions in use, with result codes as the plain integers they are.
+/// What the driver says about a code: `CUDA_ERROR_NO_DEVICE, no CUDA-capable device is detected`, or the bare number.
+pub(super) fn describe(code: c_int) -> String {
+    driver().map_or_else(|_| format!("driver error {code}"), |driver| driver.describe(code))
+}
+
+/// The functions that describe devices, with result codes as the plain integers they are.
 struct Driver {
     device_get_count: unsafe extern "C" fn(*mut c_int) -> c_int,
     device_get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int,
@@ -104,12 +110,7 @@ fn driver() -> Result<&'static Driver> {
 }
 
 fn open() -> Result<Driver> {
-    // SAFETY: opens and closes the library by name; the driver's initialisers may run at any time before use.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(Error::device("no CUDA driver: libcuda cannot be opened; install the NVIDIA driver, or use --device cpu"));
-    }
-    // SAFETY: the library is present by the check above, which is all that keeps this from panicking.
-    let library = unsafe { sys::culib() };
+    let library = library()?;
     // SAFETY: signatures from cuda.h (CUresult and CUdevice are int); `library` is 'static.
     let (driver, init) = unsafe {
         let driver = Driver {
@@ -140,7 +141,7 @@ impl Driver {
         Err(Error::device(format!("{call} failed: {}; check nvidia-smi, or use --device cpu", self.describe(code))))
     }
 
-    /// `CUDA_ERROR_NO_DEVICE, no CUDA-capable device is detected`, or the bare number where the driver knows no name.
+    /// Falls back to the bare number where the driver knows no name.
     fn describe(&self, code: c_int) -> String {
         let text = |function: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
             let mut text: *const c_char = std::ptr::null();

@@ -25,7 +25,6 @@ impl Kernel {
         let declared = self.source.lines().filter_map(|line| line.strip_prefix("KERNEL("));
         declared.filter_map(|rest| rest.split(',').next()).map(str::trim).collect()
     }
-
 }
 
 /// `-DNAME=VALUE` of a build's constants, in its order.
@@ -37,6 +36,13 @@ pub(super) fn define_options(build: &Build) -> impl Iterator<Item = String> {
 pub(super) fn options(build: &Build, arch: &str) -> Vec<String> {
     let fixed = ["--std=c++17", "--ptxas-options=-v"].map(str::to_owned);
     std::iter::once(format!("--gpu-architecture={arch}")).chain(fixed).chain(define_options(build)).collect()
+}
+
+/// What a build is, in words that key the cache and head every compile error: stem, defines, architecture, compiler, source.
+pub(super) fn identity(kernel: &Kernel, build: &Build, arch: &str, (major, minor): (u32, u32)) -> String {
+    let defines = build.defines.iter().map(|(name, value)| format!("{name}={value}"));
+    let words = std::iter::once(kernel.stem.to_owned()).chain(defines);
+    words.chain([arch.to_owned(), format!("nvrtc{major}.{minor}"), format!("{:016x}", kernel.hash)]).collect::<Vec<_>>().join("-")
 }
 
 /// The builds that are checked and measured: every kernel with the constants that the supported models ask for. A launcher may ask for

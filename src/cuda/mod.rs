@@ -6,22 +6,30 @@
 //!
 //! cudarc supplies the search for the libraries and the numbers of the driver's interface. Its own entry points panic when a library
 //! or a symbol is absent and read foreign codes as enums; symbols are therefore looked up one by one, as functions that return plain
-//! integers. `unsafe` is in this file, `device.rs` and `compile.rs`.
+//! integers. `unsafe` is in this file and in those that call foreign functions: `device.rs`, `compile.rs`, `libcuda.rs`, `gpu.rs`,
+//! `staging.rs`, `nvtx.rs`.
 
+pub mod cache;
 mod compile;
 mod device;
 pub mod driver;
 pub mod embed;
+mod gpu;
 mod kernels;
+mod libcuda;
 pub mod machine;
 pub mod norm;
+mod nvtx;
 pub mod params;
 pub mod remask;
+mod staging;
+mod trouble;
 
 pub use compile::{Compiled, Compiler, EntryUse, compiler};
 pub use device::{DeviceInfo, device_count, probe, unavailable};
 pub use driver::{Build, Driver};
-pub use kernels::{Kernel, builds, KernelInfo, KernelReport, headers, kernels, kernels_check, kernels_list, list_table, report_table};
+pub use gpu::Gpu;
+pub use kernels::{Kernel, KernelInfo, KernelReport, builds, headers, kernels, kernels_check, kernels_list, list_table, report_table};
 
 use libloading::Library;
 

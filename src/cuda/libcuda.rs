@@ -1,0 +1,89 @@
+//! Owns the table of driver functions that running kernels needs, looked up one by one in libcuda.
+//!
+//! Result codes, handles and device addresses are the plain integers they are: a foreign code is never read as an enum, and a value that
+//! holds handles crosses threads like any other number.
+
+use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::sync::OnceLock;
+
+use cudarc::driver::sys;
+use libloading::Library;
+
+use super::symbol;
+use crate::error::{Error, Result};
+
+/// A context, stream, module, function, graph or event of the driver: an opaque pointer, 0 for none.
+pub(super) type Handle = usize;
+
+macro_rules! functions {
+    ($($(#[$doc:meta])* $field:ident = $symbol:literal ($($arg:ty),*);)*) => {
+        /// Signatures from cuda.h; CUresult and CUdevice are int.
+        pub(super) struct Functions {
+            $($(#[$doc])* pub $field: unsafe extern "C" fn($($arg),*) -> c_int,)*
+        }
+
+        impl Functions {
+            fn of(library: &'static Library) -> Result<Functions> {
+                // SAFETY: the signatures above are those of cuda.h, and the library is never closed.
+                unsafe { Ok(Functions { $($field: symbol(library, $symbol)?,)* }) }
+            }
+        }
+    };
+}
+
+functions! {
+    driver_get_version = "cuDriverGetVersion" (*mut c_int);
+    device_get = "cuDeviceGet" (*mut c_int, c_int);
+    device_get_attribute = "cuDeviceGetAttribute" (*mut c_int, c_int, c_int);
+    primary_context_retain = "cuDevicePrimaryCtxRetain" (*mut Handle, c_int);
+    primary_context_release = "cuDevicePrimaryCtxRelease_v2" (c_int);
+    context_set_current = "cuCtxSetCurrent" (Handle);
+    stream_create = "cuStreamCreate" (*mut Handle, c_uint);
+    stream_destroy = "cuStreamDestroy_v2" (Handle);
+    stream_synchronize = "cuStreamSynchronize" (Handle);
+    stream_begin_capture = "cuStreamBeginCapture_v2" (Handle, c_int);
+    stream_end_capture = "cuStreamEndCapture" (Handle, *mut Handle);
+    mem_alloc = "cuMemAlloc_v2" (*mut u64, usize);
+    mem_free = "cuMemFree_v2" (u64);
+    mem_get_info = "cuMemGetInfo_v2" (*mut usize, *mut usize);
+    /// Page-locked host memory, which copies run from without a stop.
+    mem_host_alloc = "cuMemHostAlloc" (*mut Handle, usize, c_uint);
+    mem_free_host = "cuMemFreeHost" (Handle);
+    copy_to_device = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, Handle);
+    copy_to_host = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Handle);
+    copy_on_device = "cuMemcpyDtoDAsync_v2" (u64, u64, usize, Handle);
+    /// (address, word, number of words, stream).
+    memset_d32 = "cuMemsetD32Async" (u64, c_uint, usize, Handle);
+    event_create = "cuEventCreate" (*mut Handle, c_uint);
+    event_destroy = "cuEventDestroy_v2" (Handle);
+    event_record = "cuEventRecord" (Handle, Handle);
+    event_synchronize = "cuEventSynchronize" (Handle);
+    module_load_data = "cuModuleLoadData" (*mut Handle, *const c_void);
+    module_unload = "cuModuleUnload" (Handle);
+    module_get_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
+    function_get_attribute = "cuFuncGetAttribute" (*mut c_int, c_int, Handle);
+    function_set_attribute = "cuFuncSetAttribute" (Handle, c_int, c_int);
+    /// (function, grid x y z, block x y z, dynamic shared bytes, stream, pointers to the parameters, extra).
+    launch_kernel = "cuLaunchKernel"
+        (Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void);
+    graph_instantiate = "cuGraphInstantiateWithFlags" (*mut Handle, Handle, u64);
+    graph_destroy = "cuGraphDestroy" (Handle);
+    graph_exec_destroy = "cuGraphExecDestroy" (Handle);
+    graph_launch = "cuGraphLaunch" (Handle, Handle);
+}
+
+/// The library, opened once.
+pub(super) fn library() -> Result<&'static Library> {
+    // SAFETY: opens and closes the library by name; the driver's initialisers may run at any time before use.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::device("no CUDA driver: libcuda cannot be opened; install the NVIDIA driver, or use --device cpu"));
+    }
+    // SAFETY: the library is present by the check above, which is all that keeps this from panicking.
+    Ok(unsafe { sys::culib() })
+}
+
+/// The table, looked up once.
+pub(super) fn functions() -> Result<&'static Functions> {
+    static FUNCTIONS: OnceLock<Result<Functions>> = OnceLock::new();
+    FUNCTIONS.get_or_init(|| Functions::of(library()?)).as_ref().map_err(Error::clone)
+}
