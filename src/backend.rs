@@ -2,15 +2,19 @@
 //! plain loops in `cpu/oracle.rs` with the same test bodies.
 //!
 //! Buffers are contiguous, row-major and owned by the caller; inputs are `&`, outputs `&mut`; shapes travel as small
-//! structs with named fields. Methods enqueue work; `download`, `synchronize` and `decide` wait for it. The result of a
+//! structs with named fields. Methods enqueue work; `download`, `synchronize`, `decide` and `end_run` wait for it. The result of a
 //! row depends on that row and its own sequence alone: every reduction has an order fixed by the row's own length,
 //! never by the number of rows beside it or the number of threads (design section 5, law 1).
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
+use crate::canvas::Canvas;
 use crate::error::Result;
 use crate::plan::Plan;
+use crate::schedule::Rank;
 
-/// Element type of weights and K/V. Activations between ops are f32 on the CPU; accumulation is f32 everywhere.
+/// Element type of weights and K/V. The residual stream is f32 everywhere, and so is accumulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DType {
     F32,
@@ -113,6 +117,73 @@ pub struct Decision {
     pub entropy: f32,
 }
 
+/// The unmask rule of one step, its quota already counted (`policy::quota`).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Reveal {
+    /// The best `n` by `rank`.
+    Best { rank: Rank, n: usize },
+    /// Everything with confidence >= the threshold, and always the most confident.
+    Threshold(f32),
+    /// Lowest entropies first while (cumulative sum - largest so far) <= the bound, in nats.
+    EntropyBound(f32),
+}
+
+/// One session's part of a step that is decided on the device: which masked positions are asked, and how they are revealed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SessionStep {
+    /// Positions masked again before the step: the lowest snapshot confidences of the whole sequence.
+    pub remask: Option<usize>,
+    pub stage: u8,
+    pub block: u32,
+    /// Denoising forward within the stage.
+    pub step: u32,
+    /// Every position of it that is masked then is asked.
+    pub range: Range<usize>,
+    /// How many those are.
+    pub asks: usize,
+    /// Without `u`, which the device takes from the counter RNG, and `forced`.
+    pub draw: Draw,
+    pub reveal: Reveal,
+}
+
+/// One step of a run: a forward and what is decided by it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunStep {
+    /// Token ids are ignored: the device reads its canvas. The rows of a sequence are consecutive positions.
+    pub plan: Plan,
+    /// One for each sequence of the plan.
+    pub sessions: Vec<SessionStep>,
+}
+
+/// A sequence at the start of a run.
+#[derive(Clone, Copy, Debug)]
+pub struct RunCanvas<'a> {
+    pub canvas: &'a Canvas,
+    pub seed: u64,
+    pub sample: u32,
+}
+
+/// Several denoising steps of the same sequences, known in advance but for what they reveal.
+#[derive(Clone, Debug)]
+pub struct RunSpec<'a> {
+    pub sequences: Vec<RunCanvas<'a>>,
+    pub steps: Vec<RunStep>,
+    pub banned: &'a [u32],
+    pub mask_id: u32,
+}
+
+/// What a run decided about one asked position.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RunDecision {
+    pub position: usize,
+    pub decision: Decision,
+    /// It was revealed in this step.
+    pub chosen: bool,
+}
+
+/// The decisions of one step, for each of its sequences.
+pub type StepDecisions = Vec<Result<Vec<RunDecision>>>;
+
 /// Reads rows of a weight on demand: `fill(first_row, dst)` writes `dst.len() / k` rows of k f32 values.
 pub type RowSource<'a> = dyn FnMut(usize, &mut [f32]) -> Result<()> + 'a;
 
@@ -128,14 +199,21 @@ pub trait Backend {
     type KvCache;
     /// A plan where the kernels can read it.
     type Batch;
+    /// A list of row indices where the kernels can read it.
+    type Rows;
+    /// A run in progress, where this backend decides steps by itself.
+    type Run;
 
     /// Device name for reports, e.g. `cpu (avx512-bf16, 2 threads)`.
     fn name(&self) -> String;
     /// Weight and K/V dtype.
     fn dtype(&self) -> DType;
 
-    /// `len` zeros.
+    /// `len` f32 zeros.
     fn alloc(&self, len: usize) -> Result<Self::Buffer>;
+    /// `len` zeros for activations that only `linear` and `decide` read: they round to the weight dtype anyway, so a backend may store
+    /// them in it.
+    fn alloc_input(&self, len: usize) -> Result<Self::Buffer>;
     /// Copies `dst.len()` elements starting at `offset`. Waits.
     fn download(&self, src: &Self::Buffer, offset: usize, dst: &mut [f32]) -> Result<()>;
     /// Waits for everything enqueued.
@@ -154,6 +232,12 @@ pub trait Backend {
     fn poison_page(&self, kv: &mut Self::KvCache, page: u32) -> Result<()>;
     /// Makes a plan readable by the kernels; done once per forward.
     fn batch(&self, plan: &Plan) -> Result<Self::Batch>;
+    /// Makes row indices readable by the kernels.
+    fn rows(&self, rows: &[u32]) -> Result<Self::Rows>;
+    /// How many rows a list holds.
+    fn num_rows(&self, rows: &Self::Rows) -> usize;
+    /// The batch of the given rows alone (ascending), over the same pages: [`Plan::select`]. For `attention` only.
+    fn select(&self, batch: &Self::Batch, rows: &Self::Rows) -> Result<Self::Batch>;
 
     /// `out[t, :] = table[ids[t], :]`. T from the batch; `out` holds at least T * k.
     fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, out: &mut Self::Buffer) -> Result<()>;
@@ -200,8 +284,10 @@ pub trait Backend {
         kv: &Self::KvCache,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `out[r, :] = x[rows[r], :]` for rows of `width` elements.
-    fn gather(&self, rows: &[u32], width: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
+    /// `out[r, :] = x[rows[r], :]` for rows of `width` f32 elements.
+    fn gather(&self, rows: &Self::Rows, width: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
+    /// Copies the first `len` elements of an f32 buffer.
+    fn copy(&self, len: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// LM head and token choice for `draws.len()` rows of `hidden` (width k of `head`): logits = hidden head^T + bias, banned ids excluded, then the law of
     /// `policy::decide_row`. Logits of all rows never exist at once. NaN logits are an error naming the row. Waits.
     fn decide(
@@ -212,4 +298,31 @@ pub trait Backend {
         banned: &[u32],
         draws: &[Draw],
     ) -> Result<Vec<Decision>>;
+
+    /// Whether this backend runs several steps by itself ([`Backend::begin_run`]); otherwise every decision is the host's, step by step.
+    fn decides(&self) -> bool;
+    /// Starts a run: several steps whose decisions are made where the network runs, so that nobody waits between them.
+    fn begin_run(&self, spec: &RunSpec) -> Result<Self::Run>;
+    /// Rows that a run's forward of `rows` rows computes: a backend that replays recordings pads to few distinct counts.
+    fn padded_rows(&self, rows: usize) -> usize {
+        rows
+    }
+    /// Makes step `step` the current one: its batch, and the rows that it asks. Steps follow in order.
+    fn step_run(&self, run: &mut Self::Run, step: usize) -> Result<(Self::Batch, Self::Rows)>;
+    /// [`Backend::decide`] for the asked rows of the current step, whose hidden states are `hidden`, then the step's reveals on the
+    /// device's canvas.
+    fn decide_run(&self, run: &mut Self::Run, hidden: &Self::Buffer, head: &Self::Matrix, bias: Option<&Self::Vector>) -> Result<()>;
+    /// Waits for the run and returns what each of its steps decided. A sequence whose row could not be decided has an error from there on.
+    fn end_run(&self, run: Self::Run) -> Result<Vec<StepDecisions>>;
+    /// Enqueues what `body` enqueues. A backend may record it and replay the recording wherever `batch` and `key`, which names the
+    /// weights and buffers that `body` uses, say that it would enqueue the same again.
+    fn replay(&self, batch: &Self::Batch, key: u64, body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+    /// Bytes per second at which this machine reads memory (or copies it, read and written bytes counted), measured over `bytes` bytes: the
+    /// ceiling that benches print beside what they measure.
+    fn streaming(&self, bytes: usize) -> Result<f64>;
+    /// Names what is enqueued inside for profilers.
+    fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _ = name;
+        body()
+    }
 }

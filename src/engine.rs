@@ -14,8 +14,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
-use crate::backend::{Backend, Decision, Draw};
+use crate::backend::{Backend, Decision, Draw, RunDecision, RunSpec, RunStep};
 use crate::batcher::{self, Budget, Need};
+use crate::canvas::State;
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::{Model, Progress, Scratch};
@@ -24,9 +25,14 @@ use crate::plan::Plan;
 use crate::request::{Handle, Output, Prompt, Request, Segment, Timings};
 use crate::request::{Message, stop_at};
 use crate::schedule::{Defaults, Scope};
-use crate::session::{Event, EventKind, Next, Session, SessionSpec, Stop};
+use crate::session::{Event, EventKind, ForeseenStep, Next, Session, SessionSpec, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
+
+/// Steps of a run that is decided on the device: of a request's first, which somebody waits for, and at most. Sixteen block-4 steps are
+/// four blocks; the wait that a longer run would save is already below a tenth of its time.
+const FIRST_RUN: usize = 4;
+const LONGEST_RUN: usize = 16;
 
 /// Habits of an engine.
 #[derive(Clone, Debug)]
@@ -338,7 +344,7 @@ impl<B: Backend> Engine<B> {
         let needs = self.advance();
         let (weights, chosen) = batcher::choose(&needs, self.turn, &self.options.budget);
         self.turn = self.turn.wrapping_add(1) % self.active.len().max(1);
-        if !chosen.is_empty() {
+        if !chosen.is_empty() && !self.run_ahead(&chosen, weights)? {
             let plan = self.plan(&chosen, weights)?;
             let (rows, draws) = self.asks(&chosen, &plan);
             let Loaded { model, kv, scratch } = &mut self.models[weights];
@@ -414,6 +420,109 @@ impl<B: Backend> Engine<B> {
             plan.push(&step.rows, table.pages(), self.options.page_size, step.visibility, step.len);
         }
         Ok(plan)
+    }
+
+    /// Several steps of the chosen sessions at once, where the backend decides by itself and the sessions can say what comes. The host
+    /// follows behind: it applies the device's decisions step by step, and checks that the law chose what the device revealed.
+    /// False: nothing was run.
+    fn run_ahead(&mut self, chosen: &[usize], weights: usize) -> Result<bool> {
+        if !self.backend.decides() {
+            return Ok(false);
+        }
+        // A request that joins waits for the end of a run, and tokens are streamed then: the first run of a request is short.
+        let young = chosen.iter().any(|i| self.active[*i].timings.first_token_ms == 0.0);
+        let max = if young { FIRST_RUN } else { LONGEST_RUN };
+        let foreseen: Vec<Vec<ForeseenStep>> = chosen.iter().map(|i| self.active[*i].session.foresee(max)).collect();
+        let steps = self.run_steps(chosen, weights, &foreseen)?;
+        if steps.is_empty() {
+            return Ok(false);
+        }
+        let spec = RunSpec {
+            sequences: chosen.iter().map(|i| self.active[*i].session.run_canvas()).collect(),
+            steps,
+            banned: &self.banned,
+            mask_id: self.config().mask_id,
+        };
+        let mut run = self.backend.begin_run(&spec)?;
+        let steps = spec.steps;
+        let Loaded { model, kv, scratch } = &mut self.models[weights];
+        model.run(&self.backend, &mut run, &steps, kv, scratch)?;
+        let mut over = vec![false; chosen.len()];
+        for (index, decisions) in self.backend.end_run(run)?.into_iter().enumerate() {
+            if index > 0 {
+                // What lies between two steps: the end of a stage and its remask.
+                for (&i, over) in chosen.iter().zip(&mut over) {
+                    let mut events = Vec::new();
+                    *over |= self.active[i].session.next(&mut events) == Next::Finished;
+                    self.active[i].send(events);
+                }
+            }
+            let alive: Vec<usize> = (0..chosen.len()).filter(|c| !over[*c]).collect();
+            let mut answers = Vec::new();
+            for (c, answer) in decisions.into_iter().enumerate().filter(|(c, _)| alive.contains(c)) {
+                let len = steps[index].sessions[c].range.end;
+                // A draft that ended early leaves the rest of the run behind.
+                over[c] = self.active[chosen[c]].session.canvas().len() < len;
+                if !over[c] {
+                    answers.push((chosen[c], answer));
+                }
+            }
+            let (sessions, answers): (Vec<usize>, Vec<_>) = answers.into_iter().unzip();
+            let lens: Vec<usize> = sessions.iter().map(|i| self.active[*i].session.canvas().len()).collect();
+            let revealed: Vec<Vec<(usize, bool)>> =
+                answers.iter().map(|answer| answer.iter().flatten().map(|d: &RunDecision| (d.position, d.chosen)).collect()).collect();
+            let answers = sessions.iter().zip(answers).map(|(i, answer)| self.accept(*i, answer)).collect();
+            self.commit(&sessions, answers);
+            for ((&i, revealed), len) in sessions.iter().zip(revealed).zip(lens) {
+                let Active { session, failed, .. } = &mut self.active[i];
+                let now = session.canvas().len();
+                let agree = |(position, chosen): &(usize, bool)| {
+                    *position >= now || (session.canvas().state(*position) == State::Revealed) == *chosen
+                };
+                if failed.is_none() && !revealed.iter().all(agree) {
+                    *failed = Some(Error::kernel("the device revealed other positions than the law of the schedule"));
+                    session.cancel();
+                }
+                let c = chosen.iter().position(|c| *c == i).expect("one of them");
+                over[c] |= self.active[i].failed.is_some() || now < len;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Steps that all chosen sessions foresee, with pages for all of their rows.
+    fn run_steps(&mut self, chosen: &[usize], weights: usize, foreseen: &[Vec<ForeseenStep>]) -> Result<Vec<RunStep>> {
+        let count = foreseen.iter().map(Vec::len).min().unwrap_or(0);
+        let mut steps = Vec::with_capacity(count);
+        for index in 0..count {
+            // A later step may need more rows than the batcher allowed the first.
+            let rows: usize = foreseen.iter().map(|steps| steps[index].rows.len()).sum();
+            if index > 0 && chosen.len() > 1 && rows > self.options.budget.max_rows {
+                break;
+            }
+            let mut plan = Plan::new();
+            for (&i, steps) in chosen.iter().zip(foreseen) {
+                let Active { table, .. } = &mut self.active[i];
+                let step = &steps[index];
+                for copy in table.make_writable(&mut self.pool, step.rows.iter().copied()) {
+                    self.backend.copy_page(&mut self.models[weights].kv, copy.src, copy.dst)?;
+                }
+                let rows: Vec<(usize, u32)> = step.rows.iter().map(|p| (*p, 0)).collect();
+                plan.push(&rows, table.pages(), self.options.page_size, step.visibility, step.len);
+            }
+            steps.push(RunStep { plan, sessions: foreseen.iter().map(|steps| steps[index].part.clone()).collect() });
+        }
+        Ok(steps)
+    }
+
+    /// The device's decisions as answers to the session's own asks, which they must match.
+    fn accept(&self, i: usize, answer: Result<Vec<RunDecision>>) -> Result<Vec<Decision>> {
+        let asks = &self.active[i].session.step().expect("foreseen").asks;
+        let decisions = answer?;
+        if !asks.iter().map(|ask| ask.position).eq(decisions.iter().map(|d| d.position)) {
+            return Err(Error::kernel("the device asked other positions than the session"));
+        }
+        Ok(decisions.into_iter().map(|d| d.decision).collect())
     }
 
     /// Rows of the plan that decide, and what is asked of each.

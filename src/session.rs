@@ -19,13 +19,13 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Decision, Draw};
+use crate::backend::{Decision, Draw, Reveal, RunCanvas, SessionStep};
 use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};
 use crate::plan::{Kind, Visibility};
 use crate::policy::{self, BlockProgress, Candidate};
 use crate::rng::{self, DrawKey, STAGE_STEP, Uniforms};
-use crate::schedule::{KvPolicy, Remask, RemaskBy, Schedule, Stage};
+use crate::schedule::{KvPolicy, Remask, RemaskBy, Schedule, Stage, Unmask};
 
 /// Number of trailing tokens the low-entropy stop looks at ([BD3-LM] `_check_stop_conds`).
 pub const ENTROPY_WINDOW: usize = 256;
@@ -109,6 +109,16 @@ pub struct Step {
     pub asks: Vec<Ask>,
 }
 
+/// A step as far as it is known before the ones in front of it are decided.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ForeseenStep {
+    pub part: SessionStep,
+    /// Positions of its rows, ascending.
+    pub rows: Vec<usize>,
+    pub visibility: Visibility,
+    pub len: usize,
+}
+
 /// What happened to a set of positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
@@ -188,6 +198,7 @@ pub enum Next {
 }
 
 /// One sequence on its way through a schedule.
+#[derive(Clone)]
 pub struct Session {
     spec: SessionSpec,
     canvas: Canvas,
@@ -358,6 +369,88 @@ impl Session {
             }
         }
         Next::Forward
+    }
+
+    /// The pending step and the ones after it, at most `max`, as far as their rows and counts do not depend on what is revealed. Empty
+    /// where the pending step itself needs the host: prefill, commits, scoring, injected draws and tokens, K/V policies whose rows
+    /// follow the reveals.
+    ///
+    /// A copy of the session walks ahead and reveals anything: where a rule counts, only *which* positions remain is open, and rows of
+    /// an exact forward do not depend on that. A stop condition may end the text earlier than foreseen.
+    pub fn foresee(&self, max: usize) -> Vec<ForeseenStep> {
+        let mut foreseen = Vec::new();
+        if !self.spec.forced.is_empty() || self.spec.draws.is_some() {
+            return foreseen;
+        }
+        let mut ghost = self.clone();
+        ghost.spec.stop = Stop::default();
+        let mut remask = None;
+        while foreseen.len() < max {
+            let Some(step) = ghost.pending.clone() else {
+                let stage = ghost.stage;
+                ghost.next(&mut Vec::new());
+                if ghost.stage != stage {
+                    // One remask that the device can do: by snapshot, where every later row is computed whatever is masked.
+                    let by_snapshot = ghost.stage().remask.is_some_and(|remask| remask.by == RemaskBy::Snapshot);
+                    if ghost.stage != stage + 1
+                        || !by_snapshot
+                        || ghost.stage().visibility() != Visibility::Full
+                        || ghost.stage().block_len.is_some()
+                    {
+                        break;
+                    }
+                    remask = Some(ghost.reports.last().expect("opened with the stage").remasked.len());
+                }
+                if ghost.pending.is_none() {
+                    break;
+                }
+                continue;
+            };
+            let stage = *ghost.stage();
+            let kv = matches!(stage.kv, KvPolicy::Exact | KvPolicy::Recompute);
+            // Weights of another model are another forward.
+            if step.kind != Kind::Denoise || !kv || step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
+                break;
+            }
+            let reveal = match stage.unmask {
+                Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Timestep { rank, .. } => {
+                    Reveal::Best { rank, n: policy::quota(&stage.unmask, ghost.progress).unwrap_or(1).max(1) }
+                }
+                Unmask::Threshold(t) => Reveal::Threshold(t),
+                Unmask::EntropyBound(bound) => Reveal::EntropyBound(bound),
+            };
+            let block_len = stage.block_len_in(ghost.canvas.len());
+            let start = ghost.block * block_len;
+            let draw = step.asks.first().expect("a denoising step asks").draw;
+            foreseen.push(ForeseenStep {
+                part: SessionStep {
+                    remask: remask.take(),
+                    stage: ghost.stage as u8,
+                    block: ghost.block as u32,
+                    step: ghost.denoised,
+                    range: start..(start + block_len).min(ghost.canvas.len()),
+                    asks: step.asks.len(),
+                    draw,
+                    reveal,
+                },
+                rows: step.rows.iter().map(|(position, _)| *position).collect(),
+                visibility: step.visibility,
+                len: step.len,
+            });
+            if !matches!(reveal, Reveal::Best { .. }) {
+                break;
+            }
+            let anything = Decision { token: 0, confidence: 0.5, log_prob: 0.0, margin: 0.0, entropy: 0.0 };
+            if ghost.apply(&vec![anything; step.asks.len()], &mut Vec::new()).is_err() {
+                break;
+            }
+        }
+        foreseen
+    }
+
+    /// What a run needs to know of this sequence.
+    pub fn run_canvas(&self) -> RunCanvas<'_> {
+        RunCanvas { canvas: &self.canvas, seed: self.spec.seed, sample: self.spec.sample }
     }
 
     fn stage(&self) -> &Stage {

@@ -21,8 +21,9 @@ pub mod simd;
 
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use crate::backend::{Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource};
+use crate::backend::{Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource, RunSpec, StepDecisions};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 
@@ -167,6 +168,9 @@ pub struct KvCache(kv::KvCache);
 /// A plan whose arrays were checked against each other.
 pub struct Batch(Plan);
 
+/// There is no run: every decision is the host's.
+pub enum NoRun {}
+
 impl Batch {
     /// Slots and pages lie in the store, heads agree with it.
     fn check(&self, heads: HeadShape, qkv: &Buffer, layer: usize, kv: &KvCache) {
@@ -188,6 +192,8 @@ impl Backend for Cpu {
     type Vector = Aligned<f32>;
     type KvCache = KvCache;
     type Batch = Batch;
+    type Rows = Vec<u32>;
+    type Run = NoRun;
 
     fn name(&self) -> String {
         let threads = self.machine.pool.threads();
@@ -200,6 +206,11 @@ impl Backend for Cpu {
 
     fn alloc(&self, len: usize) -> Result<Buffer> {
         Ok(Buffer(Aligned::zeroed(len)))
+    }
+
+    fn alloc_input(&self, len: usize) -> Result<Buffer> {
+        // f32 as well: the product rounds what it reads.
+        self.alloc(len)
     }
 
     fn download(&self, src: &Buffer, offset: usize, dst: &mut [f32]) -> Result<()> {
@@ -314,7 +325,24 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn gather(&self, rows: &[u32], width: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
+    fn rows(&self, rows: &[u32]) -> Result<Vec<u32>> {
+        Ok(rows.to_vec())
+    }
+
+    fn num_rows(&self, rows: &Vec<u32>) -> usize {
+        rows.len()
+    }
+
+    fn select(&self, batch: &Batch, rows: &Vec<u32>) -> Result<Batch> {
+        Ok(Batch(batch.0.select(rows)))
+    }
+
+    fn copy(&self, len: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        out.0[..len].copy_from_slice(&x.0[..len]);
+        Ok(())
+    }
+
+    fn gather(&self, rows: &Vec<u32>, width: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
         assert!(out.0.len() >= rows.len() * width, "out of {} for {} rows of {width}", out.0.len(), rows.len());
         embed::gather(rows, width, &x.0, &mut out.0);
         Ok(())
@@ -326,5 +354,49 @@ impl Backend for Cpu {
         assert!(hidden.0.len() >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.0.len(), draws.len());
         assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(|b| b.len()));
         decide::decide(&self.machine, &hidden.0, head, bias.map(|b| &b[..]), banned, draws)
+    }
+
+    /// The host is where the network runs: nothing is saved by deciding elsewhere.
+    fn decides(&self) -> bool {
+        false
+    }
+
+    fn begin_run(&self, _spec: &RunSpec) -> Result<NoRun> {
+        Err(Error::request("the CPU leaves every decision to the host"))
+    }
+
+    fn step_run(&self, run: &mut NoRun, _step: usize) -> Result<(Batch, Vec<u32>)> {
+        match *run {}
+    }
+
+    fn decide_run(&self, run: &mut NoRun, _hidden: &Buffer, _head: &Matrix, _bias: Option<&Aligned<f32>>) -> Result<()> {
+        match *run {}
+    }
+
+    fn end_run(&self, run: NoRun) -> Result<Vec<StepDecisions>> {
+        match run {}
+    }
+
+    /// All threads read their part, often enough that starting them does not count.
+    fn streaming(&self, bytes: usize) -> Result<f64> {
+        let words = vec![1u64; bytes.div_ceil(8).max(1)];
+        let threads = self.machine.pool.threads();
+        let repeats = ((1usize << 27) / words.len()).max(1);
+        let mut best = f64::INFINITY;
+        for _ in 0..4 {
+            let start = Instant::now();
+            let sum: u64 = std::thread::scope(|scope| {
+                let read = |part: &[u64]| (0..repeats).map(|_| std::hint::black_box(part).iter().sum::<u64>()).sum::<u64>();
+                let parts: Vec<_> = words.chunks(words.len().div_ceil(threads)).map(|part| scope.spawn(move || read(part))).collect();
+                parts.into_iter().map(|part| part.join().expect("summing does not panic")).sum()
+            });
+            best = best.min(start.elapsed().as_secs_f64() / repeats as f64);
+            assert_eq!(sum, (words.len() * repeats) as u64);
+        }
+        Ok(8.0 * words.len() as f64 / best)
+    }
+
+    fn replay(&self, _batch: &Batch, _key: u64, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        body()
     }
 }

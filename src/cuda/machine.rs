@@ -1,11 +1,14 @@
-//! What every launcher stands on: a driver, the functions loaded so far, and the workspace that ops share.
+//! What every launcher stands on: a driver, device memory that returns by itself, the functions loaded so far, and the workspace that
+//! ops share.
 //!
 //! Ops run one after the other on one stream, so one workspace serves them all; whoever needs more makes it grow, which moves it and so
-//! outdates every recorded graph (see [`Machine::generation`]).
+//! outdates every recorded graph (see [`Machine::generation`]). For the same reason memory that was dropped may be handed out again at
+//! once: what was enqueued before is done with it when what is enqueued next begins.
 #![forbid(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::driver::{Address, Build, Driver, Function, Launch};
 use super::params::Params;
@@ -14,9 +17,40 @@ use crate::error::Result;
 /// 32-bit counters that are zero before and after every op, for CTAs that agree on who comes last.
 pub const COUNTERS: usize = 1 << 16;
 
+/// Blocks up to this size are kept for the next request of their size instead of being freed, which on a GPU waits for everything.
+const KEPT_BYTES: usize = 1 << 20;
+
+/// Device memory. Dropping it gives it back to its machine.
+#[derive(Debug)]
+pub struct Memory {
+    address: Address,
+    bytes: usize,
+    returned: Sender<(Address, usize)>,
+}
+
+impl Memory {
+    pub fn address(&self) -> Address {
+        self.address
+    }
+
+    /// At least what was asked for.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // A machine that is gone took all of its memory with it.
+        let _ = self.returned.send((self.address, self.bytes));
+    }
+}
+
 /// A driver with its loaded functions and shared memory areas.
 pub struct Machine {
     pub driver: Box<dyn Driver>,
+    returned: (Sender<(Address, usize)>, Receiver<(Address, usize)>),
+    kept: RefCell<HashMap<usize, Vec<Address>>>,
     functions: RefCell<HashMap<(Build, &'static str), Function>>,
     workspace: Cell<(Address, usize)>,
     counters: Cell<Address>,
@@ -29,11 +63,31 @@ impl Machine {
         driver.fill(counters, 0, COUNTERS)?;
         Ok(Machine {
             driver,
+            returned: channel(),
+            kept: RefCell::default(),
             functions: RefCell::new(HashMap::new()),
             workspace: Cell::new((0, 0)),
             counters: Cell::new(counters),
             generation: Cell::new(0),
         })
+    }
+
+    /// Memory of at least `bytes` bytes, of undefined content.
+    pub fn memory(&self, bytes: usize) -> Result<Memory> {
+        for (address, bytes) in self.returned.1.try_iter() {
+            if bytes <= KEPT_BYTES {
+                self.kept.borrow_mut().entry(bytes).or_default().push(address);
+            } else {
+                self.driver.free(address);
+            }
+        }
+        let bytes = if bytes <= KEPT_BYTES { bytes.next_power_of_two().max(256) } else { bytes.next_multiple_of(256) };
+        let kept = self.kept.borrow_mut().get_mut(&bytes).and_then(Vec::pop);
+        let address = match kept {
+            Some(address) => address,
+            None => self.driver.alloc(bytes)?,
+        };
+        Ok(Memory { address, bytes, returned: self.returned.0.clone() })
     }
 
     /// Memory for the inside of one op, at least `bytes`, of undefined content; the next op may overwrite it.
@@ -89,5 +143,7 @@ impl Drop for Machine {
             self.driver.free(self.workspace.get().0);
         }
         self.driver.free(self.counters.get());
+        let kept = self.kept.get_mut().values().flatten().copied();
+        kept.chain(self.returned.1.try_iter().map(|(address, _)| address)).for_each(|address| self.driver.free(address));
     }
 }

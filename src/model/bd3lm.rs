@@ -12,7 +12,7 @@ use std::path::Path;
 use crate::backend::{Backend, HeadShape};
 use crate::config::{Attention, Family, Keys, ModelConfig};
 use crate::error::Result;
-use crate::model::{Layer, Model, Norm, Progress};
+use crate::model::{Layer, Model, Norm, Progress, unique};
 use crate::weights::{Tensor, Weights};
 
 /// Width of the sinusoidal timestep embedding, fixed in the published `TimestepEmbedder`.
@@ -246,5 +246,5 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
     let final_norm = r.norm("backbone.output_layer.norm_final.weight", c, modulation.as_ref().map(|m| m.split_at(c)))?;
     let head = r.matrix("backbone.output_layer.linear.weight", v, c, None)?;
     let head_bias = r.values("backbone.output_layer.linear.bias", v)?;
-    Ok(Model { config, table, layers, final_norm, head, head_bias: backend.vector(&head_bias)? })
+    Ok(Model { id: unique(), config, table, layers, final_norm, head, head_bias: backend.vector(&head_bias)? })
 }

@@ -12,7 +12,9 @@ pub mod bd3lm;
 pub mod mdlm;
 pub mod shapes;
 
-use crate::backend::{Backend, Decision, Draw, Epilogue, KvShape};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::backend::{Backend, Decision, Draw, Epilogue, KvShape, RunStep};
 use crate::config::{Family, ModelConfig};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -25,7 +27,7 @@ const LOGIT_ROWS: usize = 64;
 pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 
 /// Sees the residual stream (T, C): 0 after the embedding, i after layer i.
-pub type Probe<'a, B> = &'a mut dyn FnMut(usize, &<B as Backend>::Buffer) -> Result<()>;
+pub type Probe<'a, B> = &'a mut dyn FnMut(&B, usize, &<B as Backend>::Buffer) -> Result<()>;
 
 struct Norm<B: Backend> {
     weight: B::Vector,
@@ -57,6 +59,8 @@ pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
 
 /// Weights of one checkpoint on a backend.
 pub struct Model<B: Backend> {
+    /// Names these weights among all that ever were.
+    id: u64,
     config: ModelConfig,
     /// (V, C).
     table: B::Matrix,
@@ -69,34 +73,47 @@ pub struct Model<B: Backend> {
 
 /// Activations of a forward, reused between forwards and grown to the largest.
 pub struct Scratch<B: Backend> {
+    /// Names this set of buffers among all that ever were.
+    id: u64,
     rows: usize,
     /// (T, C) residual stream.
     x: B::Buffer,
     /// (T, C) normed rows; attention output.
     h: B::Buffer,
-    /// (T, (H + 2K) D).
+    /// (T, (H + 2K) D); rows on their way between buffers.
     qkv: B::Buffer,
-    /// (T, F); queries of the wanted rows in the last layer.
+    /// (T, (H + 2K) D) queries of the wanted rows in the last layer.
+    picked: B::Buffer,
+    /// (T, F).
     mlp: B::Buffer,
+}
+
+/// A number that no other call in this process returned.
+fn unique() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl<B: Backend> Scratch<B> {
     /// Room for `rows` rows.
     pub fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self> {
         let width = config.hidden_dim.max(config.heads.q_width());
+        let wide = config.heads.qkv_width().max(config.hidden_dim);
         Ok(Scratch {
+            id: unique(),
             rows,
             x: backend.alloc(rows * width)?,
-            h: backend.alloc(rows * width)?,
-            qkv: backend.alloc(rows * config.heads.qkv_width())?,
-            mlp: backend.alloc(rows * config.mlp_dim.max(config.heads.qkv_width()))?,
+            h: backend.alloc_input(rows * width)?,
+            qkv: backend.alloc(rows * wide)?,
+            picked: backend.alloc(rows * wide)?,
+            mlp: backend.alloc_input(rows * config.mlp_dim)?,
         })
     }
 
     fn reserve(&mut self, backend: &B, config: &ModelConfig, rows: usize) -> Result<()> {
         if rows > self.rows {
             // Freed before the larger ones are made: the two sets never exist together.
-            *self = Scratch { rows: 0, x: backend.alloc(0)?, h: backend.alloc(0)?, qkv: backend.alloc(0)?, mlp: backend.alloc(0)? };
+            *self = Scratch::new(backend, config, 0)?;
             *self = Scratch::new(backend, config, rows)?;
         }
         Ok(())
@@ -128,9 +145,6 @@ impl<B: Backend> Model<B> {
 
     /// Runs the plan's rows through all layers, writing their K/V. The residual stream of the `wanted` rows (ascending) stays in
     /// `scratch`, one after the other, for [`Model::decide`] or [`Model::logits`].
-    ///
-    /// In the last layer a row that nobody wants gives its K/V and stops: nothing reads the rest of it. A refining forward that
-    /// decides a sixth of its rows saves most of one layer that way.
     pub fn forward(
         &self,
         backend: &B,
@@ -138,34 +152,50 @@ impl<B: Backend> Model<B> {
         wanted: &[u32],
         kv: &mut B::KvCache,
         scratch: &mut Scratch<B>,
+        probe: Option<Probe<B>>,
+    ) -> Result<()> {
+        let rows = plan.num_rows();
+        scratch.reserve(backend, &self.config, rows)?;
+        let batch = backend.batch(plan)?;
+        let wanted = if wanted.len() < rows { Some(backend.rows(wanted)?) } else { None };
+        self.layers(backend, rows, &batch, wanted.as_ref(), kv, scratch, probe)
+    }
+
+    /// The forward itself. In the last layer a row that is not among `wanted` (`None`: all are) gives its K/V and stops: nothing reads
+    /// the rest of it. A refining forward that decides a sixth of its rows saves most of one layer that way.
+    #[allow(clippy::too_many_arguments)] // one call for each of its two callers, and every name is a different thing
+    fn layers(
+        &self,
+        backend: &B,
+        mut rows: usize,
+        batch: &B::Batch,
+        wanted: Option<&B::Rows>,
+        kv: &mut B::KvCache,
+        scratch: &mut Scratch<B>,
         mut probe: Option<Probe<B>>,
     ) -> Result<()> {
         let config = &self.config;
-        let mut rows = plan.num_rows();
-        scratch.reserve(backend, config, rows)?;
-        let Scratch { x, h, qkv, mlp, .. } = scratch;
-        let mut batch = backend.batch(plan)?;
-        backend.embed(&batch, &self.table, x)?;
-        let mut look = |layer: usize, x: &B::Buffer| probe.as_mut().map_or(Ok(()), |probe| probe(layer, x));
+        let Scratch { x, h, qkv, picked, mlp, .. } = scratch;
+        backend.embed(batch, &self.table, x)?;
+        let mut look = |layer: usize, x: &B::Buffer| probe.as_mut().map_or(Ok(()), |probe| probe(backend, layer, x));
         look(0, x)?;
         for (i, layer) in self.layers.iter().enumerate() {
             backend.layer_norm(rows, x, &layer.attn_norm.weight, layer.attn_norm.bias.as_ref(), config.norm_eps, h)?;
             backend.linear(rows, h, &layer.qkv, None, Epilogue::Store, qkv)?;
-            backend.rope_append(&batch, config.heads, config.rope_base, qkv, i, kv)?;
-            if i + 1 == self.layers.len() && wanted.len() < rows {
-                // Queries and residuals of the wanted rows move up; their K/V are in the pages like everyone's.
-                rows = wanted.len();
-                if rows == 0 {
-                    return Ok(());
+            backend.rope_append(batch, config.heads, config.rope_base, qkv, i, kv)?;
+            match wanted {
+                Some(wanted) if i + 1 == self.layers.len() => {
+                    // Queries and residuals of the wanted rows move up; their K/V are in the pages like everyone's.
+                    rows = backend.num_rows(wanted);
+                    if rows == 0 {
+                        return Ok(());
+                    }
+                    backend.gather(wanted, config.heads.qkv_width(), qkv, picked)?;
+                    backend.gather(wanted, config.hidden_dim, x, qkv)?;
+                    backend.copy(rows * config.hidden_dim, qkv, x)?;
+                    backend.attention(&backend.select(batch, wanted)?, config.heads, picked, i, kv, h)?;
                 }
-                batch = backend.batch(&plan.select(wanted))?;
-                backend.gather(wanted, config.heads.qkv_width(), qkv, mlp)?;
-                backend.gather(wanted, config.hidden_dim, x, qkv)?;
-                let all: Vec<u32> = (0..rows as u32).collect();
-                backend.gather(&all, config.hidden_dim, qkv, x)?;
-                backend.attention(&batch, config.heads, mlp, i, kv, h)?;
-            } else {
-                backend.attention(&batch, config.heads, qkv, i, kv, h)?;
+                _ => backend.attention(batch, config.heads, qkv, i, kv, h)?,
             }
             backend.linear(rows, h, &layer.attn_out, None, Epilogue::Add, x)?;
             backend.layer_norm(rows, x, &layer.mlp_norm.weight, layer.mlp_norm.bias.as_ref(), config.norm_eps, h)?;
@@ -176,12 +206,34 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
+    /// The steps of a run, one after the other, each decided where the network runs.
+    pub fn run(&self, backend: &B, run: &mut B::Run, steps: &[RunStep], kv: &mut B::KvCache, scratch: &mut Scratch<B>) -> Result<()> {
+        let most = steps.iter().map(|step| step.plan.num_rows()).max().unwrap_or(0);
+        scratch.reserve(backend, &self.config, backend.padded_rows(most))?;
+        for (index, step) in steps.iter().enumerate() {
+            let named = step.sessions.first().map(|s| (s.stage, s.block, s.step)).unwrap_or_default();
+            let (stage, block, count) = named;
+            backend.range(&format!("stage {stage} block {block} step {count}"), || {
+                let (batch, asked) = backend.step_run(run, index)?;
+                let all = step.sessions.iter().map(|s| s.asks).sum::<usize>() == step.plan.num_rows();
+                let (rows, asks) = (backend.padded_rows(step.plan.num_rows()), backend.num_rows(&asked));
+                // Weights, K/V and scratch are this engine's; the scratch is the only one of them that moves.
+                backend.replay(&batch, self.id << 32 | scratch.id, &mut || {
+                    self.layers(backend, rows, &batch, (!all).then_some(&asked), kv, scratch, None)?;
+                    let (Scratch { x, h, .. }, Norm { weight, bias }) = (&mut *scratch, &self.final_norm);
+                    backend.layer_norm(asks, x, weight, bias.as_ref(), self.config.norm_eps, h)?;
+                    backend.decide_run(run, h, &self.head, Some(&self.head_bias))
+                })
+            })?;
+        }
+        Ok(())
+    }
+
     /// Final norm of the given rows, counted among the wanted ones of the last forward, into `scratch.h`.
     fn final_rows(&self, backend: &B, rows: &[u32], scratch: &mut Scratch<B>) -> Result<()> {
-        // The MLP buffer is free after the forward and at least as wide as a row.
-        backend.gather(rows, self.config.hidden_dim, &scratch.x, &mut scratch.mlp)?;
+        backend.gather(&backend.rows(rows)?, self.config.hidden_dim, &scratch.x, &mut scratch.qkv)?;
         let Norm { weight, bias } = &self.final_norm;
-        backend.layer_norm(rows.len(), &scratch.mlp, weight, bias.as_ref(), self.config.norm_eps, &mut scratch.h)
+        backend.layer_norm(rows.len(), &scratch.qkv, weight, bias.as_ref(), self.config.norm_eps, &mut scratch.h)
     }
 
     /// Decides rows, counted among the wanted ones of the last forward: `rows[i]` is answered by `draws[i]`.

@@ -6,7 +6,7 @@ use redraft::batcher::Budget;
 use redraft::model::shapes;
 use redraft::schedule::Defaults;
 use redraft::session::Forwards;
-use redraft::{Cpu, DType, Engine, EngineOptions, Finish, Handle, Output, Prompt, Request, Schedule};
+use redraft::{Backend, Cpu, DType, Engine, EngineOptions, Finish, Handle, Output, Prompt, Request, Schedule};
 
 /// A tiny checkpoint with odd shapes: 131 tokens, three heads of 32.
 pub fn fixture() -> PathBuf {
@@ -109,7 +109,7 @@ impl Essence {
 }
 
 /// Runs the engine to its end and takes the outcomes, with the label of a case in every failure.
-pub fn finish(engine: &mut Engine<Cpu>, handles: &[Handle], label: &str) -> Vec<Output> {
+pub fn finish<B: Backend>(engine: &mut Engine<B>, handles: &[Handle], label: &str) -> Vec<Output> {
     engine.run().unwrap_or_else(|e| panic!("{label}: {e}"));
     handles
         .iter()
@@ -126,13 +126,13 @@ pub fn finish(engine: &mut Engine<Cpu>, handles: &[Handle], label: &str) -> Vec<
 }
 
 /// Runs requests together.
-pub fn together(engine: &mut Engine<Cpu>, requests: &[Request], label: &str) -> Vec<Output> {
+pub fn together<B: Backend>(engine: &mut Engine<B>, requests: &[Request], label: &str) -> Vec<Output> {
     let handles: Vec<Handle> = requests.iter().map(|r| engine.submit(r.clone()).unwrap_or_else(|e| panic!("{label}: {e}"))).collect();
     finish(engine, &handles, label)
 }
 
 /// Runs requests one after the other, each with the engine to itself.
-pub fn alone(engine: &mut Engine<Cpu>, requests: &[Request], label: &str) -> Vec<Output> {
+pub fn alone<B: Backend>(engine: &mut Engine<B>, requests: &[Request], label: &str) -> Vec<Output> {
     requests.iter().map(|r| together(engine, std::slice::from_ref(r), label).remove(0)).collect()
 }
 

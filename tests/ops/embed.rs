@@ -34,7 +34,7 @@ fn gather_copies_rows() {
     for b in cpus(1) {
         let x = noise(10 * 7, 2);
         let mut out = b.alloc(3 * 7).unwrap();
-        b.gather(&[9, 0, 9], 7, &b.upload(&x), &mut out).unwrap();
+        b.gather(&b.rows(&[9, 0, 9]).unwrap(), 7, &b.upload(&x), &mut out).unwrap();
         assert_same(&b.name(), &b.read(&out, 21), &[&x[63..], &x[..7], &x[63..]].concat());
     }
 }

@@ -85,7 +85,7 @@ impl Fixture {
         self.engine_on(Cpu::new(threads, dtype).expect("the CPU is always there"))
     }
 
-    pub fn engine_on(&self, backend: Cpu) -> Engine<Cpu> {
+    pub fn engine_on<B: Backend>(&self, backend: B) -> Engine<B> {
         // A stale slot that is read shows as NaN.
         let options = EngineOptions { poison_freed_pages: true, ..EngineOptions::default() };
         Engine::load(&self.dir, backend, options).unwrap_or_else(|e| panic!("{}: {e}", self.name))
@@ -109,15 +109,14 @@ pub fn text<'a>(value: &'a Value, key: &str) -> &'a str {
 }
 
 /// What the engine says about `tokens`: the residual stream after the embedding and after each layer, then the logits; rows of `width`.
-pub fn forward(engine: &mut Engine<Cpu>, tokens: &[u32], visibility: Visibility) -> (Vec<Vec<f32>>, Vec<f32>) {
-    let reader = Cpu::new(1, engine.backend().dtype()).expect("the CPU is always there");
+pub fn forward<B: Backend>(engine: &mut Engine<B>, tokens: &[u32], visibility: Visibility) -> (Vec<Vec<f32>>, Vec<f32>) {
     let width = engine.config().hidden_dim;
     let mut hidden: Vec<Vec<f32>> = Vec::new();
     let mut logits: Vec<f32> = Vec::new();
-    let mut probe = |layer: usize, x: &<Cpu as Backend>::Buffer| {
+    let mut probe = |backend: &B, layer: usize, x: &B::Buffer| {
         assert_eq!(layer, hidden.len(), "layers are shown in order");
         let mut rows = vec![0.0; tokens.len() * width];
-        reader.download(x, 0, &mut rows)?;
+        backend.download(x, 0, &mut rows)?;
         hidden.push(rows);
         Ok(())
     };
