@@ -14,7 +14,7 @@ pub(super) enum Command {
         #[arg(long, value_enum, default_value = "table")]
         format: Format,
     },
-    /// Compile every kernel with NVRTC and fail on any register spill
+    /// Compile every kernel with NVRTC and fail on any register spill, stack or broken budget
     Check {
         /// Architectures, comma separated
         #[arg(long, value_delimiter = ',', default_value = "sm_80,sm_86,sm_89,sm_90a,sm_100,sm_120")]
@@ -44,11 +44,9 @@ pub(super) fn run(command: Command) -> Result<()> {
             } else {
                 super::print(&format!("{} entries over {} compile\n", reports.len(), arch.join(", ")))?;
             }
-            if let Some(spilled) = reports.iter().find(|r| r.spill_bytes > 0) {
-                return Err(Error::kernel(format!(
-                    "{} on {} spills {} bytes of registers",
-                    spilled.entry, spilled.arch, spilled.spill_bytes
-                )));
+            let over = cuda::over_budget(&reports);
+            if !over.is_empty() {
+                return Err(Error::kernel(format!("over budget:\n  {}", over.join("\n  "))));
             }
         }
     }

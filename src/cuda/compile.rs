@@ -13,6 +13,7 @@ use std::time::Instant;
 use cudarc::nvrtc::sys;
 use libloading::Library;
 
+use super::cubin::max_threads;
 use super::driver::Build;
 use super::kernels::{Kernel, headers, identity, options};
 use super::{loader_words, symbol};
@@ -25,6 +26,8 @@ const OLDEST_ARCH: u32 = 80;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EntryUse {
     pub entry: String,
+    /// Most threads of a CTA, from its launch bounds.
+    pub threads: u32,
     pub registers: u32,
     /// Spill stores and spill loads together.
     pub spill_bytes: u32,
@@ -98,7 +101,11 @@ impl Compiler {
             return Err(Error::kernel(format!("{identity}: {what}\n{}", log.trim_end())));
         }
         let cubin = program.cubin().map_err(|what| Error::kernel(format!("{identity}: {what}")))?;
-        let entries = entries_in(&log);
+        let mut entries = entries_in(&log);
+        for used in &mut entries {
+            // Every entry is declared by a macro that sets bounds.
+            used.threads = max_threads(&cubin, &used.entry).unwrap_or(0);
+        }
         if entries.is_empty() {
             return Err(Error::kernel(format!("{identity}: the log names no entry\n{}", log.trim_end())));
         }
@@ -372,7 +379,7 @@ ptxas info    : Function properties for b
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 12 registers, 392 bytes cmem[0]
 ";
-        let a = EntryUse { entry: "a".into(), registers: 32, spill_bytes: 2468, shared_bytes: 1060, stack_bytes: 872 };
+        let a = EntryUse { entry: "a".into(), threads: 0, registers: 32, spill_bytes: 2468, shared_bytes: 1060, stack_bytes: 872 };
         let b = EntryUse { entry: "b".into(), registers: 12, ..EntryUse::default() };
         assert_eq!(entries_in(log), [a, b]);
         assert!(entries_in("").is_empty());

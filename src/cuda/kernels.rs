@@ -1,9 +1,11 @@
 //! Owns the table of kernels that `build.rs` embeds, and the two reports about it: what there is, and what compiling it costs.
 #![forbid(unsafe_code)]
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use serde::Serialize;
 
-use super::compile::compiler;
+use super::compile::{EntryUse, compiler};
 use super::driver::Build;
 use super::{embed, norm, remask};
 use crate::error::Result;
@@ -22,7 +24,7 @@ pub struct Kernel {
 impl Kernel {
     /// The `extern "C"` entries, in the order of the source.
     pub fn entries(&self) -> Vec<&'static str> {
-        let declared = self.source.lines().filter_map(|line| line.strip_prefix("KERNEL("));
+        let declared = self.source.lines().filter_map(|line| line.strip_prefix("KERNEL(").or_else(|| line.strip_prefix("KERNEL_BOUNDS(")));
         declared.filter_map(|rest| rest.split(',').next()).map(str::trim).collect()
     }
 }
@@ -103,6 +105,8 @@ pub struct KernelReport {
     /// The constants of the build.
     pub build: String,
     pub arch: String,
+    /// Threads of a CTA.
+    pub threads: u32,
     pub registers: u32,
     /// Spill stores and loads together; every kernel is written to have none.
     pub spill_bytes: u32,
@@ -113,29 +117,77 @@ pub struct KernelReport {
     pub compile_ms: f64,
 }
 
-/// Compiles every build for every architecture named, in that order. All names are checked before the first compilation.
+/// Compiles every build for every architecture named, and reports in that order. All names are checked before the first compilation.
 pub fn kernels_check(archs: &[String]) -> Result<Vec<KernelReport>> {
     let compiler = compiler()?;
     archs.iter().try_for_each(|arch| compiler.check_arch(arch))?;
-    let mut reports = Vec::new();
-    for arch in archs {
-        for build in builds() {
-            let compiled = compiler.compile(&kernel(build.stem), &build, arch)?;
-            reports.extend(compiled.entries.into_iter().map(|used| KernelReport {
-                stem: build.stem,
-                entry: used.entry,
-                build: constants(&build),
-                arch: arch.clone(),
-                registers: used.registers,
-                spill_bytes: used.spill_bytes,
-                shared_bytes: used.shared_bytes,
-                stack_bytes: used.stack_bytes,
-                cubin_bytes: compiled.cubin.len(),
-                compile_ms: compiled.compile_ms,
-            }));
-        }
-    }
-    Ok(reports)
+    let builds = builds();
+    let jobs: Vec<(&String, &Build)> = archs.iter().flat_map(|arch| builds.iter().map(move |build| (arch, build))).collect();
+    let compile = |&(arch, build): &(&String, &Build)| -> Result<Vec<KernelReport>> {
+        let compiled = compiler.compile(&kernel(build.stem), build, arch)?;
+        let report = |used: EntryUse| KernelReport {
+            stem: build.stem,
+            entry: used.entry,
+            build: constants(build),
+            arch: arch.clone(),
+            threads: used.threads,
+            registers: used.registers,
+            spill_bytes: used.spill_bytes,
+            shared_bytes: used.shared_bytes,
+            stack_bytes: used.stack_bytes,
+            cubin_bytes: compiled.cubin.len(),
+            compile_ms: compiled.compile_ms,
+        };
+        Ok(compiled.entries.into_iter().map(report).collect())
+    };
+    // NVRTC compiles different programs on different threads at once.
+    let next = AtomicUsize::new(0);
+    let worker = || -> Vec<(usize, Result<Vec<KernelReport>>)> {
+        let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|job| *job < jobs.len());
+        std::iter::from_fn(take).map(|job| (job, compile(&jobs[job]))).collect()
+    };
+    let mut outcomes = std::thread::scope(|scope| {
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(jobs.len());
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("compiling does not panic")).collect::<Vec<_>>()
+    });
+    outcomes.sort_by_key(|(job, _)| *job);
+    Ok(outcomes.into_iter().map(|(_, outcome)| outcome).collect::<Result<Vec<_>>>()?.concat())
+}
+
+/// Registers of a multiprocessor, on every architecture from sm_80 on.
+const REGISTERS: u32 = 65_536;
+/// Shared memory that a CTA may have on the smallest of them (sm_86, sm_89, sm_120).
+const SHARED_BYTES: u32 = 99 << 10;
+
+/// The most registers that entries of these names may use, where fewer than a whole multiprocessor's share are part of the design. The
+/// longest matching name counts.
+const REGISTER_BUDGETS: [(&str, u32); 3] = [("embed", 40), ("norm", 64), ("remask", 48)];
+
+/// The most registers that a thread of `entry` may use: its budget, else what lets one CTA run.
+fn register_budget(entry: &str, threads: u32) -> u32 {
+    let named = REGISTER_BUDGETS.iter().filter(|(name, _)| entry.starts_with(name)).max_by_key(|(name, _)| name.len());
+    named.map_or_else(|| (REGISTERS / threads.max(1)).min(255), |(_, registers)| *registers)
+}
+
+/// What is over budget: no kernel spills or uses local memory, and a CTA of each fits every architecture.
+pub fn over_budget(reports: &[KernelReport]) -> Vec<String> {
+    let lines = |r: &KernelReport| {
+        let budget = register_budget(&r.entry, r.threads);
+        let rules = [
+            (r.spill_bytes > 0, format!("spills {} bytes of registers", r.spill_bytes)),
+            (r.stack_bytes > 0, format!("has a stack of {} bytes", r.stack_bytes)),
+            (r.registers > budget, format!("uses {} registers of {budget}", r.registers)),
+            (
+                r.registers * r.threads > REGISTERS,
+                format!("asks for {} threads of {} registers, more than there are", r.threads, r.registers),
+            ),
+            (r.shared_bytes > SHARED_BYTES, format!("has {} bytes of shared memory of {SHARED_BYTES}", r.shared_bytes)),
+        ];
+        let head = format!("{} [{}] on {}", r.entry, r.build, r.arch);
+        rules.into_iter().filter(|(broken, _)| *broken).map(move |(_, what)| format!("{head} {what}")).collect::<Vec<_>>()
+    };
+    reports.iter().flat_map(lines).collect()
 }
 
 /// The list as aligned text.
@@ -147,13 +199,16 @@ pub fn list_table(list: &[KernelInfo]) -> String {
 /// The report as aligned text.
 pub fn report_table(reports: &[KernelReport]) -> String {
     let row = |r: &KernelReport| {
-        let numbers = [r.registers, r.spill_bytes, r.shared_bytes, r.stack_bytes].map(|n| n.to_string());
+        let numbers = [r.threads, r.registers, r.spill_bytes, r.shared_bytes, r.stack_bytes].map(|n| n.to_string());
         let mut cells = vec![r.entry.clone(), r.build.clone(), r.arch.clone()];
         cells.extend(numbers);
         cells.extend([r.cubin_bytes.to_string(), format!("{:.0}", r.compile_ms)]);
         cells
     };
-    table(&["entry", "build", "arch", "registers", "spill B", "shared B", "stack B", "cubin B", "compile ms"], reports.iter().map(row))
+    table(
+        &["entry", "build", "arch", "threads", "registers", "spill B", "shared B", "stack B", "cubin B", "compile ms"],
+        reports.iter().map(row),
+    )
 }
 
 /// Columns as wide as their widest cell; numbers stand at the right.
@@ -200,26 +255,52 @@ mod tests {
         }
     }
 
-    #[test]
-    fn tables_align() {
-        let report = KernelReport {
+    fn report() -> KernelReport {
+        KernelReport {
             stem: "remask",
             entry: "remask".into(),
             build: "THREADS=256".into(),
             arch: "sm_90a".into(),
+            threads: 256,
             registers: 32,
             spill_bytes: 0,
             shared_bytes: 1064,
             stack_bytes: 0,
             cubin_bytes: 9000,
             compile_ms: 31.4,
-        };
-        let text = report_table(&[report]);
+        }
+    }
+
+    #[test]
+    fn tables_align() {
+        let text = report_table(&[report()]);
         assert_eq!(
             text,
-            "entry   build        arch    registers  spill B  shared B  stack B  cubin B  compile ms\n\
-             remask  THREADS=256  sm_90a         32        0      1064        0     9000          31\n"
+            "entry   build        arch    threads  registers  spill B  shared B  stack B  cubin B  compile ms\n\
+             remask  THREADS=256  sm_90a      256         32        0      1064        0     9000          31\n"
         );
-        assert!(list_table(&kernels_list()).lines().count() == 4);
+        assert!(list_table(&kernels_list()).lines().count() == kernels().len() + 1);
+    }
+
+    #[test]
+    fn budgets() {
+        assert!(over_budget(&[report()]).is_empty());
+        let broken = [
+            (KernelReport { spill_bytes: 8, ..report() }, "remask [THREADS=256] on sm_90a spills 8 bytes of registers"),
+            (KernelReport { stack_bytes: 16, ..report() }, "remask [THREADS=256] on sm_90a has a stack of 16 bytes"),
+            (KernelReport { registers: 49, ..report() }, "remask [THREADS=256] on sm_90a uses 49 registers of 48"),
+            (
+                KernelReport { shared_bytes: 101_377, ..report() },
+                "remask [THREADS=256] on sm_90a has 101377 bytes of shared memory of 101376",
+            ),
+            (
+                KernelReport { entry: "other".into(), registers: 200, threads: 384, ..report() },
+                "other [THREADS=256] on sm_90a asks for 384 threads of 200 registers, more than there are",
+            ),
+        ];
+        for (report, line) in broken {
+            assert_eq!(over_budget(&[report]).last().map(String::as_str), Some(line));
+        }
+        assert_eq!([register_budget("embed_f32", 128), register_budget("unnamed", 512), register_budget("unnamed", 32)], [40, 128, 255]);
     }
 }

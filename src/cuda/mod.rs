@@ -11,6 +11,7 @@
 
 pub mod cache;
 mod compile;
+mod cubin;
 mod device;
 pub mod driver;
 pub mod embed;
@@ -29,7 +30,9 @@ pub use compile::{Compiled, Compiler, EntryUse, compiler};
 pub use device::{DeviceInfo, device_count, probe, unavailable};
 pub use driver::{Build, Driver};
 pub use gpu::Gpu;
-pub use kernels::{Kernel, KernelInfo, KernelReport, builds, headers, kernels, kernels_check, kernels_list, list_table, report_table};
+pub use kernels::{
+    Kernel, KernelInfo, KernelReport, builds, headers, kernels, kernels_check, kernels_list, list_table, over_budget, report_table,
+};
 
 use libloading::Library;
 

@@ -13,3 +13,4 @@ mod nvrtc;
 mod params;
 mod remask;
 mod rng;
+mod stubs;

@@ -1,0 +1,258 @@
+//! [`Gpu`] over a driver and a compiler that are stubs: what the driver is told, what is cached, and what is said when a call fails.
+//!
+//! A process opens each library once, so every case runs in a child: this test binary again, asked for `stubs::child` alone.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use redraft::backend::DType;
+use redraft::cuda::embed::{Embed, EmbedParams, embed};
+use redraft::cuda::machine::Machine;
+use redraft::cuda::params::Params;
+use redraft::cuda::{Driver, Gpu};
+use redraft::error::Result;
+
+use crate::emulator::{gxx, here, run, scratch};
+
+const ASKED: &str = "REDRAFT_TEST_STUBS";
+
+/// Uses a GPU in every way, if a parent asked for it, and prints what came of it.
+#[test]
+fn child() {
+    let Some(what) = std::env::var_os(ASKED) else { return };
+    let gpu = match Gpu::open(0) {
+        Ok(gpu) => gpu,
+        Err(error) => return println!("open: {error}"),
+    };
+    let limits = gpu.limits();
+    println!("open: {} as {}, {} multiprocessors, {} B shared", gpu.name(), gpu.arch(), limits.num_sms, limits.shared_per_cta);
+    let mut steps: Vec<(&str, &dyn Fn(&Gpu) -> Result<String>)> = vec![("memory", &memory), ("too much", &too_much)];
+    if what == "launches" {
+        // Machines own their driver; this one is opened beside the first and shares its context.
+        let machine = Gpu::open(0).and_then(|gpu| Machine::new(Box::new(gpu)));
+        match machine.and_then(|machine| launches(&machine)) {
+            Ok(()) => println!("launches: done"),
+            Err(error) => println!("launches: {error}"),
+        }
+        steps.clear();
+    }
+    steps.push(("again", &|gpu| gpu.synchronize().map(|()| "alive".to_owned())));
+    for (name, step) in steps {
+        println!("{name}: {}", step(&gpu).unwrap_or_else(|error| error.to_string()));
+    }
+}
+
+/// Writes larger and smaller than the ring whose sources change right after, copies, fills, and reads of all sizes.
+fn memory(gpu: &Gpu) -> Result<String> {
+    let pattern = |len: usize, seed: usize| -> Vec<u8> { (0..len).map(|i| (i * 7 + i / 251 + seed) as u8).collect() };
+    let large = 37_000_001;
+    let (a, b) = (gpu.alloc(large)?, gpu.alloc(large)?);
+    let mut source = pattern(large, 1);
+    gpu.write(a, &source)?;
+    source.fill(0xee);
+    for i in 0..300 {
+        let mut small = pattern(i * 131 % 3001, i);
+        gpu.write(b + 4096 * i as u64, &small)?;
+        small.fill(0xee);
+    }
+    let read = |address, len| -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len];
+        gpu.read(address, &mut bytes)?;
+        Ok(bytes)
+    };
+    assert_eq!(read(a, large)?, pattern(large, 1));
+    for i in 0..300 {
+        assert_eq!(read(b + 4096 * i as u64, i * 131 % 3001)?, pattern(i * 131 % 3001, i), "{i}");
+    }
+    gpu.copy(a + 256, b, 1 << 20)?;
+    gpu.fill(b + 512, 0x0102_0304, 3)?;
+    let mut expected = pattern(large, 1)[256..256 + (1 << 20)].to_vec();
+    expected[512..524].copy_from_slice(&[4, 3, 2, 1, 4, 3, 2, 1, 4, 3, 2, 1]);
+    assert_eq!(read(b, 1 << 20)?, expected);
+    gpu.copy(a, b, 0)?;
+    gpu.fill(a, 0, 0)?;
+    gpu.write(a, &[])?;
+    gpu.free(a);
+    gpu.free(b);
+    Ok("whole".to_owned())
+}
+
+fn too_much(gpu: &Gpu) -> Result<String> {
+    gpu.alloc(13 << 30).map(|_| "more than there is".to_owned())
+}
+
+fn launches(machine: &Machine) -> Result<()> {
+    let op = Embed { rows: 5, width: 64, vocab: 11, dtype: DType::Bf16, ids: 0x1000, index: None, table: 0x2000, out: 0x3000 };
+    embed(machine, &op)?;
+    embed(machine, &Embed { rows: 0, ..op })?;
+    machine.driver.begin_capture()?;
+    embed(machine, &Embed { rows: 6, ..op })?;
+    // The first use of another entry, and a workspace that moves, in the middle of a recording.
+    embed(machine, &Embed { rows: 7, dtype: DType::F32, ..op })?;
+    machine.workspace(5 << 20)?;
+    machine.workspace(9 << 20)?;
+    for refused in [machine.driver.synchronize(), machine.driver.fill(machine.counters(), 0, 1)] {
+        println!("recording: {}", refused.expect_err("nothing but launches is recorded"));
+    }
+    let graph = machine.driver.end_capture()?;
+    machine.driver.replay(graph)?;
+    machine.driver.replay(graph)?;
+    machine.driver.drop_graph(graph);
+    machine.driver.begin_capture()?;
+    machine.driver.begin_capture()?;
+    let kept = machine.driver.end_capture()?;
+    machine.driver.replay(kept)?;
+    machine.driver.push_range("step");
+    machine.driver.pop_range();
+    machine.driver.synchronize()
+}
+
+/// Directories with the driver, with the compiler, and for built code.
+struct Stubs {
+    driver: PathBuf,
+    compiler: PathBuf,
+}
+
+fn stubs() -> &'static Stubs {
+    static STUBS: OnceLock<Stubs> = OnceLock::new();
+    STUBS.get_or_init(|| {
+        let stubs = Stubs { driver: scratch("stub-driver"), compiler: scratch("stub-compiler") };
+        for (source, library) in [
+            ("stub_cuda.cpp", stubs.driver.join("libcuda.so")),
+            ("stub_nvrtc.cpp", stubs.compiler.join("libnvrtc.so.13")),
+            ("stub_nvrtc.cpp", stubs.compiler.join("libnvrtc-builtins.so.13.0")),
+        ] {
+            let mut command = gxx();
+            command.args(["-shared", "-o"]).arg(library).arg(here().join(source));
+            run(command);
+        }
+        stubs
+    })
+}
+
+/// What a child printed that did `what` under the given environment and cache.
+fn report(what: &str, cache: &Path, env: &[(&str, &str)]) -> String {
+    let stubs = stubs();
+    let mut command = Command::new(std::env::current_exe().expect("the path of this test"));
+    command.args(["--exact", "stubs::child", "--nocapture", "--test-threads=1"]).env(ASKED, what).env("LD_LIBRARY_PATH", &stubs.driver);
+    command.env("REDRAFT_NVRTC_DIR", &stubs.compiler).env("REDRAFT_CACHE_DIR", cache).env("STUB_DEVICES", "1").envs(env.iter().copied());
+    let output = command.output().expect("a child process");
+    let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && !errors.contains("panicked"), "{text}\n{errors}");
+    text.into_owned()
+}
+
+fn has(text: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(text.contains(part), "{part:?} in\n{text}");
+    }
+}
+
+#[test]
+fn memory_arrives_whole_and_is_given_back() {
+    for env in [&[][..], &[("STUB_FAIL", "MemHostAlloc=2")], &[("STUB_FAIL", "EventCreate=2")]] {
+        let text = report("memory", &scratch("cache-memory"), env);
+        has(&text, &["open: cuda:0 Stub 9000 (sm_90, 8.0 GiB) as sm_90a, 132 multiprocessors, 232448 B shared", "memory: whole"]);
+        has(&text, &["too much: cuda:0: out of device memory: 13.0 GiB asked for, 8.0 GiB of 8.0 GiB free; use a smaller --length"]);
+        has(&text, &["again: alive", "stub: 0 buffers and 0 handles left"]);
+    }
+}
+
+#[test]
+fn a_launch_hands_over_grid_and_params() {
+    let params = EmbedParams { ids: 0x1000, index: 0, table: 0x2000, out: 0x3000, width: 64, vocab: 11 };
+    let hex: String = params.bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let text = report("launches", &scratch("cache-launch"), &[]);
+    has(&text, &[&format!("launched embed_bf16 5,1,1 x 128, 0 B: {hex}"), "launches: done", "again: alive"]);
+    // 232,448 B of the device less the 1,000 static ones of the entry.
+    has(&text, &["limit embed_bf16 8 231448", "stub: 0 buffers and 0 handles left"]);
+    has(&text, &["recording: cuda:0: synchronize between begin_capture and end_capture", "recording: cuda:0: fill between"]);
+    for (line, times) in [
+        ("launched embed", 1),
+        (&format!("replayed embed_bf16 6,1,1 x 128, 0 B: {hex}"), 2),
+        ("replayed embed_f32 7,1,1 x 128", 2),
+        ("stub: compiles embed.cu with --gpu-architecture=sm_90a", 1),
+    ] {
+        assert_eq!(text.matches(line).count(), times, "{line} in\n{text}");
+    }
+}
+
+#[test]
+fn built_code_is_found_again() {
+    let cache = scratch("cache-found");
+    let compiles = |env: &[(&str, &str)]| {
+        let text = report("launches", &cache, env);
+        has(&text, &["launches: done"]);
+        text.matches("stub: compiles").count()
+    };
+    let entry = || std::fs::read_dir(&cache).unwrap().map(|e| e.unwrap().path()).find(|p| p.to_string_lossy().contains("sm_90a")).unwrap();
+    let _ = std::fs::remove_dir_all(&cache);
+    assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
+    let name = entry().file_name().unwrap().to_string_lossy().into_owned();
+    assert!(name.starts_with("embed-THREADS=128-sm_90a-nvrtc13.0-") && name.ends_with(".cubin"), "{name}");
+    // Another device, another compiler.
+    assert_eq!([compiles(&[("STUB_CC", "80")]), compiles(&[("STUB_NVRTC", "124"), ("STUB_DRIVER", "12040")])], [1, 1]);
+    std::fs::write(entry(), "damaged").unwrap();
+    assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
+    // Whole by its checksum, and still not machine code.
+    redraft::cuda::cache::Cache::at(&cache).put(name.trim_end_matches(".cubin"), "cubin", b"not an image").unwrap();
+    assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_costs_a_compilation() {
+    let file = scratch("cache-none").join("file");
+    std::fs::write(&file, "not a directory").unwrap();
+    let text = report("launches", &file.join("below"), &[]);
+    has(&text, &["stub: compiles embed.cu", "launches: done"]);
+}
+
+#[test]
+fn a_failure_that_ends_the_context_is_repeated() {
+    let lost = "again: the device failed earlier, and this process cannot use it again: cuda:0: ";
+    for (fails, parts) in [
+        ("StreamSynchronize=719", ["memory: cuda:0: cuStreamSynchronize failed: CUDA_ERROR_LAUNCH_FAILED; a kernel failed", "compute-sanitizer"]),
+        ("StreamSynchronize=214", ["memory: cuda:0: cuStreamSynchronize failed: CUDA_ERROR_ECC_UNCORRECTABLE; the device is lost", "Xid"]),
+        ("MemcpyDtoHAsync_v2=999", ["memory: cuda:0: cuMemcpyDtoHAsync failed: driver error 999; the device is lost", "start again"]),
+        ("EventSynchronize=700", ["memory: cuda:0: cuEventSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS; ", "CUDA_LAUNCH_BLOCKING=1"]),
+    ] {
+        let text = report("memory", &scratch("cache-lost"), &[("STUB_FAIL", fails)]);
+        has(&text, &parts);
+        has(&text, &[lost]);
+    }
+    let text = report("memory", &scratch("cache-lost"), &[("STUB_FAIL", "MemsetD32Async=1")]);
+    has(&text, &["memory: cuda:0: cuMemsetD32Async failed: ", "again: alive"]);
+}
+
+#[test]
+fn a_failing_launch_names_the_kernel() {
+    let text = report("launches", &scratch("cache-failing"), &[("STUB_FAIL", "LaunchKernel=701")]);
+    has(&text, &["launches: cuda:0: cuLaunchKernel of embed_bf16 (grid 5 x 1 x 1, 128 threads, 0 B dynamic shared) failed: ", "again: alive"]);
+    let text = report("launches", &scratch("cache-failing"), &[("STUB_FAIL", "StreamBeginCapture_v2=900")]);
+    has(&text, &["launches: cuda:0: cuStreamBeginCapture failed: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "again: alive"]);
+    let text = report("launches", &scratch("cache-failing"), &[("STUB_FAIL", "GraphInstantiateWithFlags=2")]);
+    has(&text, &["launches: cuda:0: cuGraphInstantiate failed: CUDA_ERROR_OUT_OF_MEMORY", "0 buffers"]);
+}
+
+#[test]
+fn a_driver_older_than_the_compiler() {
+    let env = [("STUB_FAIL", "ModuleLoadData=209"), ("STUB_DRIVER", "12040")];
+    let text = report("launches", &scratch("cache-old"), &env);
+    has(&text, &["launches: cuda:0: embed-THREADS=128-sm_90a-nvrtc13.0-", "cannot be loaded: CUDA_ERROR_NO_BINARY_FOR_GPU"]);
+    has(&text, &["the driver speaks CUDA 12.4 and this code is of CUDA 13.0: update the driver to 580 or later, or set REDRAFT_NVRTC_DIR"]);
+}
+
+#[test]
+fn devices_that_cannot_be_opened() {
+    for (env, part) in [
+        (("STUB_CC", "75"), "open: cuda:0 Stub 9000 (sm_75, 8.0 GiB): the kernels need sm_80 or later; use --device cpu"),
+        (("STUB_ARCH", "89"), "(sm_90, 8.0 GiB): NVRTC 13.0 is older than this device and knows up to sm_89; install a newer CUDA toolkit"),
+        (("STUB_DEVICES", "0"), "open: no CUDA device: the driver reports none"),
+        (("STUB_FAIL", "DevicePrimaryCtxRetain=46"), "CUDA_ERROR_DEVICE_UNAVAILABLE; another process holds the device for itself"),
+        (("STUB_FAIL", "DevicePrimaryCtxRetain=2"), "cuDevicePrimaryCtxRetain failed: CUDA_ERROR_OUT_OF_MEMORY"),
+        (("STUB_FAIL", "StreamCreate=999"), "open: cuda:0: cuStreamCreate failed: driver error 999"),
+    ] {
+        has(&report("memory", &scratch("cache-open"), &[env]), &[part]);
+    }
+}
