@@ -76,6 +76,16 @@ pub enum Epilogue {
     Gelu,
     /// `out += x W^T + b`
     Add,
+    /// `out (rows, n / 2)[t, j] = silu(v[t, 2 j]) v[t, 2 j + 1]` with `v = x W^T + b` and `silu(g) = g / (1 + e^-g)`: gate and up of a column are
+    /// neighbouring weight rows; n is even.
+    SwiGlu,
+}
+
+impl Epilogue {
+    /// Columns of `out` for n weight rows.
+    pub fn out_width(self, n: usize) -> usize {
+        if self == Epilogue::SwiGlu { n / 2 } else { n }
+    }
 }
 
 /// Which published nucleus rule applies (design section 3; did-bd3lm B.6).
@@ -252,7 +262,7 @@ pub trait Backend {
         eps: f32,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`. With bf16 weights x is rounded to bf16 (nearest even) first; f32 accumulation over k in a fixed order.
+    /// `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`, n halved by [`Epilogue::SwiGlu`]. With bf16 weights x is rounded to bf16 (nearest even) first; f32 accumulation over k in a fixed order.
     fn linear(
         &self,
         rows: usize,

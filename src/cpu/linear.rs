@@ -172,7 +172,7 @@ struct Product<'a> {
     epilogue: Epilogue,
 }
 
-/// See [`crate::backend::Backend::linear`]. `x` holds at least rows * k, `out` at least rows * n.
+/// See [`crate::backend::Backend::linear`]. `x` holds at least rows * k, `out` at least rows times the width of the epilogue.
 pub fn linear(machine: &Machine, rows: usize, x: &[f32], weight: &Packed, bias: Option<&[f32]>, epilogue: Epilogue, out: &mut [f32]) {
     let Packed { n, k, steps, .. } = *weight;
     if rows == 0 {
@@ -184,7 +184,8 @@ pub fn linear(machine: &Machine, rows: usize, x: &[f32], weight: &Packed, bias: 
     let panels = n.div_ceil(PANEL);
     let pool = machine.pool_for(rows * panels * PANEL * steps);
     let (row_bounds, panels_at_once) = divide(pool.threads(), rows, panels, steps);
-    pool.tiles(&mut out[..rows * n], n, &row_bounds, panels_at_once * PANEL, Order::ColumnsFirst, &|tile| {
+    let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * PANEL));
+    pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
         machine.isa.run(Panels { product, tile });
     });
 }
@@ -257,7 +258,8 @@ impl Panels<'_, '_> {
     fn panels<S: Simd, const BF16: bool>(&mut self, simd: S) {
         let Packed { steps, ref words, .. } = *self.product.weight;
         let rows = self.tile.rows.clone();
-        let panels = self.tile.cols.start / PANEL..self.tile.cols.end.div_ceil(PANEL);
+        let panel_width = self.product.epilogue.out_width(PANEL);
+        let panels = self.tile.cols.start / panel_width..self.tile.cols.end.div_ceil(panel_width);
         let streams = self.product.weight.all_words.load(Ordering::Relaxed) > STREAM_WORDS;
         let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
         let tallest = if BF16 { S::BF16_ROWS } else { 6 };
@@ -331,7 +333,7 @@ impl Panels<'_, '_> {
         let Product { x, weight, .. } = self.product;
         let steps = weight.steps;
         let col = at.panel * PANEL + column;
-        if col >= self.tile.cols.end {
+        if self.product.epilogue.out_width(col) >= self.tile.cols.end {
             return;
         }
         let mut b = [&weight.words[..]; NV];
@@ -344,7 +346,11 @@ impl Panels<'_, '_> {
         let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: PANEL, sums, sums_stride: NV, fresh, ahead: at.ahead };
         run(simd, at.rows, product);
         if at.last_step == steps {
-            self.finish(simd, at, col, NV, sums);
+            if self.product.epilogue == Epilogue::SwiGlu {
+                self.finish_swiglu(simd, at, col, NV, sums);
+            } else {
+                self.finish(simd, at, col, NV, sums);
+            }
         }
     }
 
@@ -385,6 +391,26 @@ impl Panels<'_, '_> {
                         out_tail.copy_from_slice(&lanes[..out_tail.len()]);
                     }
                 }
+            }
+        }
+    }
+
+    /// The same under SwiGlu: sixteen columns of sums make eight of output.
+    #[inline(always)]
+    fn finish_swiglu<S: Simd>(&mut self, simd: S, at: At, col: usize, vectors: usize, sums: &[[f32; LANES]]) {
+        const PAIRS: usize = LANES / 2;
+        let in_tile = col / 2 - self.tile.cols.start;
+        let bias = self.product.bias.map_or(&[][..], |bias| &bias[col..]);
+        for (row, sums) in (at.row..at.row + at.rows).zip(sums.chunks_exact(vectors)) {
+            let out = &mut self.tile.row(row)[in_tile..];
+            for (v, (sums, out)) in sums.iter().zip(out.chunks_mut(PAIRS)).enumerate() {
+                let (mut gate, mut up, mut value) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+                for i in 0..out.len() {
+                    let at = |side: usize| sums[2 * i + side] + bias.get(v * LANES + 2 * i + side).copied().unwrap_or(0.0);
+                    (gate[i], up[i]) = (at(0), at(1));
+                }
+                simd.store(simd.mul(simd.silu(simd.load(&gate)), simd.load(&up)), &mut value);
+                out.copy_from_slice(&value[..out.len()]);
             }
         }
     }

@@ -305,8 +305,15 @@ impl Backend for Cpu {
     ) -> Result<()> {
         let weight = weight.packed();
         let (n, k) = (weight.n, weight.k);
-        assert!(x.0.len() >= rows * k && out.0.len() >= rows * n, "x of {}, out of {} for {rows} rows, {n} x {k}", x.0.len(), out.0.len());
+        let width = epilogue.out_width(n);
+        assert!(
+            x.0.len() >= rows * k && out.0.len() >= rows * width,
+            "x of {}, out of {} for {rows} rows, {n} x {k}",
+            x.0.len(),
+            out.0.len()
+        );
         assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(|b| b.len()));
+        assert!(epilogue != Epilogue::SwiGlu || n % 2 == 0, "gate and up in pairs of {n} rows");
         linear::linear(&self.machine, rows, &x.0, weight, bias.map(|b| &b[..]), epilogue, &mut out.0);
         Ok(())
     }

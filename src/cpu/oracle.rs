@@ -40,19 +40,22 @@ pub fn gelu_tanh(v: f64) -> f64 {
     0.5 * v * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (v + 0.044715 * v * v * v)).tanh())
 }
 
-/// `epilogue(x (rows, k) weight (n, k)^T + bias)` onto a copy of `out (rows, n)`; x and weight as `dtype` stores them.
+/// `epilogue(x (rows, k) weight (n, k)^T + bias)` onto a copy of `out (rows, n)`, (rows, n / 2) under SwiGlu; x and weight as `dtype` stores them.
 pub fn linear(dtype: DType, x: &[f32], weight: &[f32], k: usize, bias: Option<&[f32]>, epilogue: Epilogue, out: &[f32]) -> Vec<f64> {
     let n = weight.len() / k;
     let mut result = Vec::with_capacity(out.len());
     for (t, row) in x.chunks_exact(k).enumerate() {
+        let mut gate = 0.0;
         for (i, w) in weight.chunks_exact(k).enumerate() {
             let dot: f64 = row.iter().zip(w).map(|(&a, &b)| f64::from(stored(dtype, a)) * f64::from(stored(dtype, b))).sum();
             let value = dot + bias.map_or(0.0, |b| f64::from(b[i]));
-            result.push(match epilogue {
-                Epilogue::Store => value,
-                Epilogue::Gelu => gelu_tanh(value),
-                Epilogue::Add => f64::from(out[t * n + i]) + value,
-            });
+            match epilogue {
+                Epilogue::Store => result.push(value),
+                Epilogue::Gelu => result.push(gelu_tanh(value)),
+                Epilogue::Add => result.push(f64::from(out[t * n + i]) + value),
+                Epilogue::SwiGlu if i % 2 == 0 => gate = value,
+                Epilogue::SwiGlu => result.push(gate / (1.0 + (-gate).exp()) * value),
+            }
         }
     }
     result

@@ -177,4 +177,13 @@ pub trait Simd: Copy {
         let quotient = self.div(v, self.add(self.splat(1.0), self.exp(u)));
         self.select_gt(u, self.splat(88.0), self.splat(-0.0), quotient)
     }
+
+    /// `v / (1 + e^-v)`.
+    #[inline(always)]
+    fn silu(self, v: Self::F) -> Self::F {
+        let minus = self.mul(v, self.splat(-1.0));
+        let quotient = self.div(v, self.add(self.splat(1.0), self.exp(minus)));
+        // As above: beyond this `exp` would overflow, and the value is below 1e-36.
+        self.select_gt(minus, self.splat(88.0), self.splat(-0.0), quotient)
+    }
 }

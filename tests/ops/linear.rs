@@ -10,25 +10,29 @@ const EPS: f64 = f32::EPSILON as f64;
 fn agrees<B: TestBackend>(b: &B, rows: usize, n: usize, k: usize, with_bias: bool, epilogue: Epilogue) {
     let dtype = b.dtype();
     let (x, w) = (noise(rows * k, 1), noise(n * k, 2));
-    let (bias, before) = (noise(n, 3), noise(rows * n, 4));
+    let width = epilogue.out_width(n);
+    let (bias, before) = (noise(n, 3), noise(rows * width, 4));
     let packed = b.pack(&w, n, k);
     let device_bias = b.vector(&bias).unwrap();
     let mut out = b.upload(&before);
     b.linear(rows, &b.upload(&x), &packed, with_bias.then_some(&device_bias), epilogue, &mut out).unwrap();
-    let got = b.read(&out, rows * n);
+    let got = b.read(&out, rows * width);
     let want = oracle::linear(dtype, &x, &w, k, with_bias.then_some(&bias[..]), epilogue, &before);
     // A sequential f32 sum of k products errs by at most k eps/2 sum |a b|, typically sqrt(k) of it; |a b| averages 1/4.
     // bf16 products are exact in f32, but the pairs of `vdpbf16ps` round once more each.
     let sum = 0.25 * k as f64;
     let tolerance = 2.0 * EPS * (sum * (k as f64).sqrt() / 2.0 + 2.0 + k as f64 / 16.0);
-    assert_close(&format!("{} {dtype:?} {rows} x {n} x {k} {epilogue:?} bias {with_bias}", b.name()), &got, &want, |_| tolerance);
+    // A product of two sums: each one's error is scaled by the other, whose size is at most a few times the root of k.
+    let scale = if epilogue == Epilogue::SwiGlu { 2.0 + 2.0 * (k as f64).sqrt() } else { 1.0 };
+    assert_close(&format!("{} {dtype:?} {rows} x {n} x {k} {epilogue:?} bias {with_bias}", b.name()), &got, &want, |_| scale * tolerance);
 }
 
 #[test]
 fn agrees_with_the_oracle() {
     for b in cpus(1) {
         for (rows, n, k) in [(1, 1, 1), (2, 15, 3), (3, 63, 17), (4, 64, 64), (5, 65, 33), (7, 130, 96), (13, 257, 129), (1, 200, 300)] {
-            for epilogue in [Epilogue::Store, Epilogue::Gelu, Epilogue::Add] {
+            for epilogue in [Epilogue::Store, Epilogue::Gelu, Epilogue::Add, Epilogue::SwiGlu] {
+                let n: usize = if epilogue == Epilogue::SwiGlu { 2 * n } else { n };
                 for with_bias in [false, true] {
                     agrees(&b, rows, n, k, with_bias, epilogue);
                 }
@@ -43,6 +47,7 @@ fn long_rows_are_summed_in_parts() {
         for k in [511, 512, 513, 1024, 1025, 2049, 4097] {
             agrees(&b, 20, 70, k, true, Epilogue::Add);
             agrees(&b, 8, 70, k, true, Epilogue::Add);
+            agrees(&b, 8, 70, k, true, Epilogue::SwiGlu);
         }
     }
 }
