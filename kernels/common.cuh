@@ -34,6 +34,10 @@ __device__ __forceinline__ float4 load4(const u16* source) {
     const ushort4 v = *(const ushort4*)source;
     return make_float4(f32_from_bf16(v.x), f32_from_bf16(v.y), f32_from_bf16(v.z), f32_from_bf16(v.w));
 }
+__device__ __forceinline__ void store4(float* target, float4 v) { *(float4*)target = v; }
+__device__ __forceinline__ void store4(u16* target, float4 v) {
+    *(uint2*)target = make_uint2(bf16x2_from_f32(v.x, v.y), bf16x2_from_f32(v.z, v.w));
+}
 __device__ __forceinline__ float load1(const float* source) { return *source; }
 __device__ __forceinline__ float load1(const u16* source) { return f32_from_bf16(*source); }
 __device__ __forceinline__ void store1(float* target, float value) { *target = value; }

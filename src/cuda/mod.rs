@@ -18,6 +18,7 @@ pub mod embed;
 mod gpu;
 mod kernels;
 mod libcuda;
+pub mod linear;
 pub mod machine;
 pub mod norm;
 mod nvtx;
