@@ -15,6 +15,7 @@ mod cubin;
 mod device;
 pub mod driver;
 pub mod embed;
+pub mod gather;
 mod gpu;
 mod kernels;
 mod libcuda;

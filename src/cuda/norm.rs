@@ -1,4 +1,4 @@
-//! Launcher of `norm`: LayerNorm over rows.
+//! Launcher of `norm`: LayerNorm and RMSNorm over rows, with a residual added first.
 #![forbid(unsafe_code)]
 
 use super::driver::{Address, Build, Launch};
@@ -10,18 +10,20 @@ use crate::error::Result;
 const THREADS: u32 = 256;
 
 params! {
-    /// `norm`: entries `norm_layer_f32` and `norm_layer_bf16` by the element type of the output.
-    NormParams, 40 bytes {
+    /// `norm`: entries `norm_layer_f32`, `norm_layer_bf16`, `norm_rms_f32` and `norm_rms_bf16` by the type of the output.
+    NormParams, 48 bytes {
         /// (rows, width) f32.
         x: u64 = 0,
+        /// (rows, width) f32, or 0 for none.
+        residual: u64 = 8,
         /// (width) f32.
-        weight: u64 = 8,
+        weight: u64 = 16,
         /// (width) f32, or 0 for none.
-        bias: u64 = 16,
+        bias: u64 = 24,
         /// (rows, width) f32 or bf16.
-        out: u64 = 24,
-        width: u32 = 32,
-        eps: f32 = 36,
+        out: u64 = 32,
+        width: u32 = 40,
+        eps: f32 = 44,
     }
 }
 
@@ -34,7 +36,7 @@ fn build() -> Build {
     Build { stem: "norm", defines: vec![("THREADS", THREADS)] }
 }
 
-/// `out (rows, width) = (x - mean) / sqrt(var + eps) * weight + bias`.
+/// `out (rows, width) = normalised x * weight + bias`.
 pub struct Norm {
     pub rows: u32,
     pub width: u32,
@@ -46,12 +48,29 @@ pub struct Norm {
     pub out_dtype: DType,
 }
 
+/// What is normal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `(x - mean) / sqrt(var + eps)`
+    Layer,
+    /// `x / sqrt(mean(x^2) + eps)`
+    Rms,
+}
+
+/// LayerNorm.
 pub fn norm(machine: &Machine, op: &Norm) -> Result<()> {
+    add_norm(machine, op, Kind::Layer, None)
+}
+
+/// `x += residual (rows, width) f32`, written back, then the norm.
+pub fn add_norm(machine: &Machine, op: &Norm, kind: Kind, residual: Option<Address>) -> Result<()> {
     let Norm { rows, width, eps, x, weight, bias, out, out_dtype } = *op;
-    let entry = match out_dtype {
-        DType::F32 => "norm_layer_f32",
-        DType::Bf16 => "norm_layer_bf16",
+    let entry = match (kind, out_dtype) {
+        (Kind::Layer, DType::F32) => "norm_layer_f32",
+        (Kind::Layer, DType::Bf16) => "norm_layer_bf16",
+        (Kind::Rms, DType::F32) => "norm_rms_f32",
+        (Kind::Rms, DType::Bf16) => "norm_rms_bf16",
     };
-    let params = NormParams { x, weight, bias: bias.unwrap_or(0), out, width, eps };
+    let params = NormParams { x, residual: residual.unwrap_or(0), weight, bias: bias.unwrap_or(0), out, width, eps };
     machine.launch(build(), entry, Launch::line(rows, THREADS), &params)
 }
