@@ -1,9 +1,11 @@
 //! `redraft kernels`: what the CUDA kernels are, and what NVRTC makes of them.
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 
 use super::model::Format;
+use super::{DTypeFlag, Device};
 use crate::cuda;
+use crate::cuda::machine::Machine;
 use crate::error::{Error, Result};
 
 #[derive(Subcommand)]
@@ -26,6 +28,45 @@ pub(super) enum Command {
         #[arg(long, value_enum, default_value = "table")]
         format: Format,
     },
+    /// Run one kernel alone in a loop, over random inputs, and time it
+    Run(Run),
+}
+
+#[derive(Args)]
+pub(super) struct Run {
+    /// Which kernel; `redraft kernels list` says which there are and what shapes they have
+    name: String,
+    /// Numbers of the shape, where the defaults do not fit
+    #[arg(long, value_name = "KEY=VAL,...", value_delimiter = ',')]
+    shape: Vec<String>,
+    /// Type of weights and K/V
+    #[arg(long, value_enum, default_value = "bf16")]
+    dtype: DTypeFlag,
+    /// cuda or cuda:INDEX
+    #[arg(long, default_value = "cuda", value_parser = parse_place)]
+    device: Place,
+    /// Timed batches of launches
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    repeat: u32,
+    /// Launch one by one instead of from a graph, for profilers that look at single launches
+    #[arg(long)]
+    plain: bool,
+    /// table or json
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+/// A machine that runs kernels.
+#[derive(Clone, Copy)]
+enum Place {
+    Cuda(usize),
+}
+
+fn parse_place(text: &str) -> Result<Place, String> {
+    match super::parse_device(text) {
+        Ok(Device::Cuda(ordinal)) => Ok(Place::Cuda(ordinal)),
+        _ => Err("expected cuda or cuda:INDEX".into()),
+    }
 }
 
 pub(super) fn run(command: Command) -> Result<()> {
@@ -49,8 +90,30 @@ pub(super) fn run(command: Command) -> Result<()> {
                 return Err(Error::kernel(format!("over budget:\n  {}", over.join("\n  "))));
             }
         }
+        Command::Run(asked) => replay(&asked)?,
     }
     Ok(())
+}
+
+fn replay(asked: &Run) -> Result<()> {
+    let Run { name, shape, repeat, plain, .. } = asked;
+    let replay = cuda::Asked { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain };
+    replay.check()?;
+    let Place::Cuda(ordinal) = asked.device;
+    let machine = Machine::new(Box::new(cuda::Gpu::open(ordinal)?))?;
+    let report = cuda::replay(&machine, &replay)?;
+    let text = if asked.format == Format::Json {
+        to_json(&report)
+    } else {
+        let cuda::Report { kernel, median_us, best_us, gb_per_s, gflop_per_s, launches, sets, repeat, device, .. } = &report;
+        let shape = serde_json::to_string(&report.shape).expect("plain data");
+        format!(
+            "{kernel} {shape} on {device}\n\
+             median {median_us:.2} us, best {best_us:.2} us, {gb_per_s:.0} GB/s, {gflop_per_s:.0} GFLOP/s \
+             ({repeat} batches of {launches} launches, {sets} sets of buffers)\n"
+        )
+    };
+    super::print(&text).map(drop)
 }
 
 fn to_json<T: serde::Serialize>(value: &T) -> String {

@@ -80,6 +80,15 @@ enum DTypeFlag {
     Bf16,
 }
 
+impl From<DTypeFlag> for DType {
+    fn from(flag: DTypeFlag) -> DType {
+        match flag {
+            DTypeFlag::F32 => DType::F32,
+            DTypeFlag::Bf16 => DType::Bf16,
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq)]
 enum Device {
     Auto,
@@ -112,10 +121,7 @@ impl DeviceFlags {
     }
 
     pub(crate) fn dtype(&self) -> DType {
-        match self.dtype {
-            DTypeFlag::F32 => DType::F32,
-            DTypeFlag::Bf16 => DType::Bf16,
-        }
+        self.dtype.into()
     }
 
     /// Loads a model for sequences of `len` positions, `sessions` at a time, with just the pages they need.

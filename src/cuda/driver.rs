@@ -57,7 +57,7 @@ pub struct Limits {
     pub num_sms: u32,
     /// Dynamic plus static shared memory that one CTA may ask for.
     pub shared_per_cta: u32,
-    /// Device memory in all, and free now.
+    /// Device memory in all, and free when the driver was opened.
     pub memory_bytes: u64,
     pub free_bytes: u64,
 }
@@ -68,6 +68,7 @@ pub trait Driver: Send {
     fn name(&self) -> String;
     /// For build identities: `sm_90a`, or `host`.
     fn arch(&self) -> String;
+    /// Free of cost: launchers ask at every launch.
     fn limits(&self) -> Limits;
 
     /// At least `bytes` bytes (never 0 at the driver), aligned to 256, of undefined content.

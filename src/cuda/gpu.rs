@@ -33,8 +33,7 @@ pub struct Gpu {
     arch: String,
     /// What the driver speaks, as major and minor of CUDA.
     driver_version: (u32, u32),
-    num_sms: u32,
-    shared_per_cta: u32,
+    limits: Limits,
     device: c_int,
     context: Handle,
     stream: Handle,
@@ -88,14 +87,13 @@ impl Gpu {
             return Err(error);
         }
         let version = version.unsigned_abs();
-        Ok(Gpu {
+        let mut gpu = Gpu {
             functions,
             compiler,
             info,
             arch,
             driver_version: (version / 1000, version % 1000 / 10),
-            num_sms,
-            shared_per_cta,
+            limits: Limits { num_sms, shared_per_cta, memory_bytes: 0, free_bytes: 0 },
             device,
             context,
             stream,
@@ -107,7 +105,9 @@ impl Gpu {
             capturing: Cell::new(false),
             freed_late: RefCell::default(),
             lost: RefCell::default(),
-        })
+        };
+        (gpu.limits.free_bytes, gpu.limits.memory_bytes) = gpu.memory()?;
+        Ok(gpu)
     }
 
     /// The functions, with the context current; an error if the context is lost.
@@ -228,8 +228,7 @@ impl Driver for Gpu {
     }
 
     fn limits(&self) -> Limits {
-        let (free_bytes, memory_bytes) = self.memory().unwrap_or((0, self.info.memory_bytes));
-        Limits { num_sms: self.num_sms, shared_per_cta: self.shared_per_cta, memory_bytes, free_bytes }
+        self.limits
     }
 
     fn alloc(&self, bytes: usize) -> Result<Address> {
@@ -319,7 +318,7 @@ impl Driver for Gpu {
         );
         // SAFETY: the function is loaded, the result writable.
         self.check("cuFuncGetAttribute", unsafe { (f.function_get_attribute)(&mut fixed, shared, function) })?;
-        let room = (self.shared_per_cta as c_int - fixed).max(0);
+        let room = (self.limits.shared_per_cta as c_int - fixed).max(0);
         // SAFETY: the function is loaded; the limit is what the device has beside the function's static part.
         self.check("cuFuncSetAttribute", unsafe { (f.function_set_attribute)(function, dynamic, room) })?;
         let function = Function(function);

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::compile::{EntryUse, compiler};
 use super::driver::Build;
+use super::replay::{REPLAYS, Replay};
 use super::{embed, gather, linear, norm, remask};
 use crate::error::Result;
 
@@ -76,6 +77,8 @@ pub struct KernelInfo {
     /// One line of constants for each build that `check` compiles.
     pub builds: Vec<String>,
     pub hash: String,
+    /// Shape that `kernels run` takes by default; empty where the kernel only runs inside another's replay.
+    pub shape: String,
     /// The first line of its header comment.
     pub summary: &'static str,
 }
@@ -87,6 +90,7 @@ pub fn kernels_list() -> Vec<KernelInfo> {
         entries: kernel.entries(),
         builds: builds().iter().filter(|build| build.stem == kernel.stem).map(constants).collect(),
         hash: format!("{:016x}", kernel.hash),
+        shape: REPLAYS.iter().find(|replay| replay.name == kernel.stem).map(Replay::defaults).unwrap_or_default(),
         summary: kernel.source.lines().next().unwrap_or_default().trim_start_matches("//").trim(),
     };
     kernels().into_iter().map(info).collect()
@@ -192,8 +196,9 @@ pub fn over_budget(reports: &[KernelReport]) -> Vec<String> {
 
 /// The list as aligned text.
 pub fn list_table(list: &[KernelInfo]) -> String {
-    let row = |k: &KernelInfo| vec![k.stem.into(), k.entries.join(" "), k.builds.join("; "), k.hash.clone(), k.summary.into()];
-    table(&["kernel", "entries", "builds", "hash", "what"], list.iter().map(row))
+    let row =
+        |k: &KernelInfo| vec![k.stem.into(), k.entries.join(" "), k.builds.join("; "), k.hash.clone(), k.shape.clone(), k.summary.into()];
+    table(&["kernel", "entries", "builds", "hash", "run --shape", "what"], list.iter().map(row))
 }
 
 /// The report as aligned text.

@@ -25,6 +25,7 @@ pub mod norm;
 mod nvtx;
 pub mod params;
 pub mod remask;
+mod replay;
 mod staging;
 mod trouble;
 
@@ -35,6 +36,7 @@ pub use gpu::Gpu;
 pub use kernels::{
     Kernel, KernelInfo, KernelReport, builds, headers, kernels, kernels_check, kernels_list, list_table, over_budget, report_table,
 };
+pub use replay::{Asked, REPLAYS, Report, replay};
 
 use libloading::Library;
 

@@ -92,6 +92,7 @@ CALL(MemAlloc_v2, size_t* address, size_t bytes)
     if (!current) return 201;
     if (bytes > TOTAL - taken) return 2;
     *address = (size_t)aligned_alloc(256, (bytes + 255) / 256 * 256);
+    if (bytes < 1 << 24) memset((void*)*address, 0, bytes);  // kernels write nothing, and results must be finite
     buffers[*address] = bytes, taken += bytes;
     return 0;
 }

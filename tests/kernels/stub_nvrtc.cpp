@@ -30,10 +30,12 @@ int nvrtcCreateProgram(Program** program, const char* source, const char* name, 
 int nvrtcDestroyProgram(Program** program) { return delete *program, 0; }
 int nvrtcCompileProgram(Program* program, int, const char* const* options) {
     printf("stub: compiles %s with %s\n", program->name.c_str(), options[0]), fflush(stdout);
-    for (size_t at = 0; (at = program->source.find("\nKERNEL(", at)) != std::string::npos; at += 8) {
-        const size_t end = program->source.find(',', at);
-        program->log += "ptxas info    : Compiling entry function '" + program->source.substr(at + 8, end - at - 8) + "' for 'sm_90a'\n";
-        program->log += "ptxas info    : Used 16 registers\n";
+    for (const std::string macro : {"\nKERNEL(", "\nKERNEL_BOUNDS("}) {
+        for (size_t at = 0; (at = program->source.find(macro, at)) != std::string::npos;) {
+            at += macro.size();
+            const std::string entry = program->source.substr(at, program->source.find(',', at) - at);
+            program->log += "ptxas info    : Compiling entry function '" + entry + "' for 'sm_90a'\nptxas info    : Used 16 registers\n";
+        }
     }
     program->image = "\x7f" "ELF of " + program->name;
     return 0;

@@ -186,7 +186,9 @@ fn built_code_is_found_again() {
         has(&text, &["launches: done"]);
         text.matches("stub: compiles").count()
     };
-    let entry = || std::fs::read_dir(&cache).unwrap().map(|e| e.unwrap().path()).find(|p| p.to_string_lossy().contains("sm_90a")).unwrap();
+    let entry = || {
+        std::fs::read_dir(&cache).unwrap().map(|e| e.unwrap().path()).find(|p| p.to_string_lossy().contains("sm_90a-nvrtc13.0")).unwrap()
+    };
     let _ = std::fs::remove_dir_all(&cache);
     assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
     let name = entry().file_name().unwrap().to_string_lossy().into_owned();
@@ -212,7 +214,10 @@ fn a_cache_that_cannot_be_written_costs_a_compilation() {
 fn a_failure_that_ends_the_context_is_repeated() {
     let lost = "again: the device failed earlier, and this process cannot use it again: cuda:0: ";
     for (fails, parts) in [
-        ("StreamSynchronize=719", ["memory: cuda:0: cuStreamSynchronize failed: CUDA_ERROR_LAUNCH_FAILED; a kernel failed", "compute-sanitizer"]),
+        (
+            "StreamSynchronize=719",
+            ["memory: cuda:0: cuStreamSynchronize failed: CUDA_ERROR_LAUNCH_FAILED; a kernel failed", "compute-sanitizer"],
+        ),
         ("StreamSynchronize=214", ["memory: cuda:0: cuStreamSynchronize failed: CUDA_ERROR_ECC_UNCORRECTABLE; the device is lost", "Xid"]),
         ("MemcpyDtoHAsync_v2=999", ["memory: cuda:0: cuMemcpyDtoHAsync failed: driver error 999; the device is lost", "start again"]),
         ("EventSynchronize=700", ["memory: cuda:0: cuEventSynchronize failed: CUDA_ERROR_ILLEGAL_ADDRESS; ", "CUDA_LAUNCH_BLOCKING=1"]),
@@ -228,7 +233,10 @@ fn a_failure_that_ends_the_context_is_repeated() {
 #[test]
 fn a_failing_launch_names_the_kernel() {
     let text = report("launches", &scratch("cache-failing"), &[("STUB_FAIL", "LaunchKernel=701")]);
-    has(&text, &["launches: cuda:0: cuLaunchKernel of embed_bf16 (grid 5 x 1 x 1, 128 threads, 0 B dynamic shared) failed: ", "again: alive"]);
+    has(
+        &text,
+        &["launches: cuda:0: cuLaunchKernel of embed_bf16 (grid 5 x 1 x 1, 128 threads, 0 B dynamic shared) failed: ", "again: alive"],
+    );
     let text = report("launches", &scratch("cache-failing"), &[("STUB_FAIL", "StreamBeginCapture_v2=900")]);
     has(&text, &["launches: cuda:0: cuStreamBeginCapture failed: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "again: alive"]);
     let text = report("launches", &scratch("cache-failing"), &[("STUB_FAIL", "GraphInstantiateWithFlags=2")]);
@@ -255,4 +263,32 @@ fn devices_that_cannot_be_opened() {
     ] {
         has(&report("memory", &scratch("cache-open"), &[env]), &[part]);
     }
+}
+
+#[test]
+fn one_kernel_runs_alone() {
+    let stubs = stubs();
+    let ran = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_redraft"));
+        command.args(["kernels", "run"]).args(args).env("LD_LIBRARY_PATH", &stubs.driver).env("STUB_DEVICES", "1");
+        command.env("REDRAFT_NVRTC_DIR", &stubs.compiler).env("REDRAFT_CACHE_DIR", scratch("cache-run"));
+        let output = command.output().expect("the binary starts");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    for (name, shape) in [("embed", "rows=3,width=8,vocab=5"), ("linear", "rows=3,n=8,k=16"), ("copy", "mebibytes=1")] {
+        let (code, out, err) = ran(&[name, "--shape", shape, "--repeat", "3", "--format", "json"]);
+        assert_eq!((code, err.as_str()), (Some(0), ""), "{out}");
+        let json = &out[out.find("{\n").expect("a report")..=out.rfind("\n}").expect("its end") + 1];
+        let report: serde_json::Value = serde_json::from_str(json).unwrap_or_else(|e| panic!("{e}: {json}"));
+        assert_eq!((report["kernel"].as_str(), report["repeat"].as_u64()), (Some(name), Some(3)));
+        assert!(report["median_us"].as_f64() > Some(0.0) && report["gb_per_s"].as_f64() > Some(0.0), "{report}");
+        // Small launches take turns over many sets of buffers, and everything goes back.
+        assert_eq!(report["sets"].as_u64(), Some(64));
+        has(&out, &["stub: 0 buffers and 0 handles left"]);
+    }
+    let (code, _, err) = ran(&["matmul"]);
+    assert!(code == Some(2) && err.contains("kernel \"matmul\": there are copy, embed, "), "{err}");
+    let (code, _, err) = ran(&["embed", "--shape", "heads=3"]);
+    assert!(code == Some(2) && err.contains("--shape heads=3: embed has rows=4096,width=4096,vocab=50258"), "{err}");
 }

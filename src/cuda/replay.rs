@@ -1,0 +1,479 @@
+//! One kernel alone, over random inputs, in a loop: what `redraft kernels run` does, for timing and for profilers.
+//!
+//! The table has an entry per launcher. Inputs are random, because zeros draw less power and so run at higher clocks. Where a launch moves
+//! less memory than a cache holds, several sets of buffers take turns, so that every launch finds its data where the engine would:
+//! in memory. Launches are recorded in a graph, so that the time of a short kernel is its own and not that of the calls.
+#![forbid(unsafe_code)]
+
+use std::cell::RefCell;
+use std::time::Instant;
+
+use half::bf16;
+use serde::Serialize;
+
+use super::driver::{Address, Driver, Graph};
+use super::embed::{self, Embed};
+use super::gather::{self, Gather};
+use super::linear::{self, Linear};
+use super::machine::Machine;
+use super::norm::{self, Norm};
+use super::remask::{self, RemaskParams, state};
+use crate::backend::{DType, Epilogue};
+use crate::error::{Error, Result};
+
+/// One number of a shape.
+pub struct Key {
+    pub name: &'static str,
+    /// Default on a GPU: about what an 8B model asks for, a few hundred MB of traffic at most.
+    pub device: u32,
+    /// Default under emulation, which is a million times slower.
+    pub emulated: u32,
+}
+
+/// One kernel that can be run alone.
+pub struct Replay {
+    pub name: &'static str,
+    pub keys: &'static [Key],
+    prepare: fn(&Inputs, &Shape) -> Result<Op>,
+}
+
+impl Replay {
+    /// `rows=4096,width=4096`: what `--shape` means on a GPU where it says nothing.
+    pub fn defaults(&self) -> String {
+        self.keys.iter().map(|key| format!("{}={}", key.name, key.device)).collect::<Vec<_>>().join(",")
+    }
+}
+
+const fn key(name: &'static str, device: u32, emulated: u32) -> Key {
+    Key { name, device, emulated }
+}
+
+/// All of them, by stem, behind the copy.
+pub static REPLAYS: &[Replay] = &[
+    // No kernel of ours: the ceiling for those that memory bounds.
+    Replay {
+        name: "copy",
+        keys: &[key("mebibytes", 1024, 1)],
+        prepare: |inputs, shape| {
+            let len = shape.get("mebibytes").checked_mul(1 << 18).ok_or_else(|| Error::request("copy: at most 16383 MiB"))?;
+            let (src, dst) = (inputs.noise(1, len, DType::F32)?, inputs.space(1, len, DType::F32)?);
+            let bytes = 4 * len as usize;
+            Ok(Op {
+                launch: Box::new(move |machine| machine.driver.copy(src, dst, bytes)),
+                recordable: false,
+                out: None,
+                bytes: 2 * bytes as u64,
+                flop: 0,
+            })
+        },
+    },
+    Replay {
+        name: "embed",
+        keys: &[key("rows", 4096, 5), key("width", 4096, 64), key("vocab", 50_258, 100)],
+        prepare: |inputs, shape| {
+            let (rows, width, vocab) = (shape.get("rows"), shape.get("width"), shape.get("vocab"));
+            let ids = inputs.words(rows, |_, random| random % vocab)?;
+            let table = inputs.noise(vocab, width, shape.dtype)?;
+            let out = inputs.space(rows, width, DType::F32)?;
+            let op = Embed { rows, width, vocab, dtype: shape.dtype, ids, index: None, table, out };
+            Ok(Op {
+                launch: Box::new(move |machine| embed::embed(machine, &op)),
+                recordable: true,
+                out: Some((out, count(rows, width), DType::F32)),
+                bytes: count(rows, width) * (shape.dtype.bytes() as u64 + 4),
+                flop: 0,
+            })
+        },
+    },
+    Replay {
+        name: "gather",
+        keys: &[key("rows", 8192, 5), key("width", 8192, 66)],
+        prepare: |inputs, shape| {
+            let (rows, width, dtype) = (shape.get("rows"), shape.get("width"), shape.dtype);
+            let index = inputs.words(rows, |_, random| random % rows)?;
+            let (x, out) = (inputs.noise(rows, width, dtype)?, inputs.space(rows, width, dtype)?);
+            let op = Gather { count: rows, width, rows: Some(index), x, x_dtype: dtype, out, out_dtype: dtype };
+            Ok(Op {
+                launch: Box::new(move |machine| gather::gather(machine, &op)),
+                recordable: true,
+                out: Some((out, count(rows, width), dtype)),
+                bytes: 2 * count(rows, width) * dtype.bytes() as u64,
+                flop: 0,
+            })
+        },
+    },
+    Replay {
+        name: "linear",
+        keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)],
+        prepare: |inputs, shape| {
+            let (rows, n, k) = (shape.get("rows"), shape.get("n"), shape.get("k"));
+            let (x, weight) = (inputs.noise(rows, k, shape.dtype)?, inputs.noise(n, k, shape.dtype)?);
+            let bias = inputs.noise(1, n, DType::F32)?;
+            let out = inputs.space(rows, n, shape.dtype)?;
+            let (dtype, out_dtype) = (shape.dtype, shape.dtype);
+            let op = Linear { rows, n, k, dtype, x, weight, bias: Some(bias), epilogue: Epilogue::Store, out, out_dtype };
+            Ok(Op {
+                launch: Box::new(move |machine| linear::linear(machine, &op)),
+                recordable: true,
+                out: Some((out, count(rows, n), shape.dtype)),
+                bytes: (count(rows, k) + count(n, k) + count(rows, n)) * shape.dtype.bytes() as u64,
+                flop: 2 * count(rows, n) * u64::from(k),
+            })
+        },
+    },
+    Replay {
+        name: "norm",
+        keys: &[key("rows", 4096, 5), key("width", 4096, 64)],
+        prepare: |inputs, shape| {
+            let (rows, width) = (shape.get("rows"), shape.get("width"));
+            let x = inputs.noise(rows, width, DType::F32)?;
+            let (weight, bias) = (inputs.noise(1, width, DType::F32)?, inputs.noise(1, width, DType::F32)?);
+            let out = inputs.space(rows, width, shape.dtype)?;
+            let op = Norm { rows, width, eps: 1e-5, x, weight, bias: Some(bias), out, out_dtype: shape.dtype };
+            Ok(Op {
+                launch: Box::new(move |machine| norm::norm(machine, &op)),
+                recordable: true,
+                out: Some((out, count(rows, width), shape.dtype)),
+                bytes: count(rows, width) * (4 + shape.dtype.bytes() as u64),
+                flop: 0,
+            })
+        },
+    },
+    Replay {
+        name: "remask",
+        keys: &[key("sequences", 64, 3), key("len", 1024, 40)],
+        prepare: |inputs, shape| {
+            let (sequences, len) = (shape.get("sequences"), shape.get("len"));
+            let total = count(sequences, len);
+            let n = u32::try_from(total).map_err(|_| Error::request(format!("{total} positions are more than 32 bits number")))?;
+            let revealed = u32::from_ne_bytes([state::REVEALED; 4]);
+            let params = RemaskParams {
+                indptr: inputs.words(sequences + 1, |s, _| s * len)?,
+                count: inputs.words(sequences, |_, _| 1)?,
+                token: inputs.words(n, |_, random| random % 1000)?,
+                confidence: inputs.noise(sequences, len, DType::F32)?,
+                state: inputs.words(n.div_ceil(4), |_, _| revealed)?,
+                stage: inputs.words(n.div_ceil(4), |_, _| 0)?,
+                step: inputs.words(n, |_, _| 1)?,
+                positions: inputs.words(n, |_, _| 0)?,
+                taken: inputs.words(sequences, |_, _| 0)?,
+                mask_id: 1000,
+                next_stage: 1,
+            };
+            Ok(Op {
+                launch: Box::new(move |machine| remask::remask(machine, sequences, &params)),
+                recordable: true,
+                out: Some((params.confidence, total, DType::F32)),
+                bytes: total * 5,
+                flop: 0,
+            })
+        },
+    },
+];
+
+fn count(rows: u32, width: u32) -> u64 {
+    u64::from(rows) * u64::from(width)
+}
+
+type Launcher = Box<dyn Fn(&Machine) -> Result<()>>;
+
+/// One prepared launch and what it costs at least.
+pub struct Op {
+    launch: Launcher,
+    /// False where it does something else than launch.
+    recordable: bool,
+    /// Where it writes numbers that must be finite, and how many.
+    out: Option<(Address, u64, DType)>,
+    /// Bytes that must come from or go to memory.
+    bytes: u64,
+    /// Multiplications and additions.
+    flop: u64,
+}
+
+/// A resolved shape.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Shape {
+    #[serde(serialize_with = "name_of")]
+    dtype: DType,
+    #[serde(flatten)]
+    values: serde_json::Map<String, serde_json::Value>,
+}
+
+fn name_of<S: serde::Serializer>(dtype: &DType, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.serialize_str(dtype.name())
+}
+
+impl Shape {
+    /// Defaults, with `given` ("KEY=VALUE") in their place.
+    fn resolve(replay: &Replay, given: &[String], dtype: DType, emulated: bool) -> Result<Shape> {
+        let default = |key: &Key| (key.name.to_owned(), if emulated { key.emulated } else { key.device }.into());
+        let mut values: serde_json::Map<_, _> = replay.keys.iter().map(default).collect();
+        for pair in given {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let Some(slot) = values.get_mut(name) else {
+                return Err(Error::request(format!("--shape {pair}: {} has {}", replay.name, replay.defaults())));
+            };
+            let number: u32 = value
+                .parse()
+                .ok()
+                .filter(|n| *n > 0)
+                .ok_or_else(|| Error::request(format!("--shape {pair}: expected {name}=N with N from 1 to {}", u32::MAX)))?;
+            *slot = number.into();
+        }
+        Ok(Shape { dtype, values })
+    }
+
+    fn get(&self, name: &str) -> u32 {
+        let value = self.values.get(name).and_then(serde_json::Value::as_u64);
+        value.and_then(|value| u32::try_from(value).ok()).unwrap_or_else(|| panic!("{name} is no key of this kernel"))
+    }
+}
+
+/// Lends device memory with random content, and frees it when dropped.
+struct Inputs<'a> {
+    driver: &'a dyn Driver,
+    lent: RefCell<Vec<Address>>,
+    /// Noise that all buffers repeat, as f32 and as bf16.
+    tile: [Address; 2],
+    random: RefCell<u64>,
+}
+
+/// Elements of the noise tile: a product of two of its stretches is no longer in step after 2^20 elements either.
+const TILE: usize = 1 << 20;
+
+impl<'a> Inputs<'a> {
+    fn new(driver: &'a dyn Driver) -> Result<Inputs<'a>> {
+        let mut inputs = Inputs { driver, lent: RefCell::default(), tile: [0; 2], random: RefCell::new(1) };
+        // Uniform in [-1, 1): 24 bits, all exact in f32.
+        let noise: Vec<f32> = (0..TILE).map(|_| (inputs.next() >> 8) as f32 / (1 << 23) as f32 - 1.0).collect();
+        let rounded: Vec<bf16> = noise.iter().map(|value| bf16::from_f32(*value)).collect();
+        inputs.tile = [inputs.upload(bytemuck::cast_slice(&noise))?, inputs.upload(bytemuck::cast_slice(&rounded))?];
+        Ok(inputs)
+    }
+
+    /// splitmix64: the upper half of its output.
+    fn next(&self) -> u32 {
+        let mut state = self.random.borrow_mut();
+        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 32) as u32
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Address> {
+        let address = self.driver.alloc(bytes)?;
+        self.lent.borrow_mut().push(address);
+        Ok(address)
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<Address> {
+        let address = self.alloc(bytes.len())?;
+        self.driver.write(address, bytes)?;
+        Ok(address)
+    }
+
+    /// (rows, width) of nothing in particular.
+    fn space(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
+        self.alloc(count(rows, width) as usize * dtype.bytes())
+    }
+
+    /// (rows, width) numbers in [-1, 1).
+    fn noise(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
+        let (bytes, tile_bytes) = (count(rows, width) as usize * dtype.bytes(), TILE * dtype.bytes());
+        let address = self.alloc(bytes)?;
+        let tile = self.tile[usize::from(dtype == DType::Bf16)];
+        for start in (0..bytes).step_by(tile_bytes) {
+            self.driver.copy(tile, address + start as u64, tile_bytes.min(bytes - start))?;
+        }
+        Ok(address)
+    }
+
+    /// `len` 32-bit words, each made of its index and a random one.
+    fn words(&self, len: u32, word: impl Fn(u32, u32) -> u32) -> Result<Address> {
+        let words: Vec<u32> = (0..len).map(|index| word(index, self.next())).collect();
+        self.upload(bytemuck::cast_slice(&words))
+    }
+}
+
+impl Drop for Inputs<'_> {
+    fn drop(&mut self) {
+        self.lent.take().into_iter().for_each(|address| self.driver.free(address));
+    }
+}
+
+/// What is asked of [`replay`].
+pub struct Asked<'a> {
+    pub name: &'a str,
+    /// "KEY=VALUE".
+    pub shape: &'a [String],
+    pub dtype: DType,
+    /// Timed batches of launches.
+    pub repeat: u32,
+    /// Launch one by one instead of from a graph: profilers then see every launch by itself.
+    pub plain: bool,
+}
+
+impl Asked<'_> {
+    /// Refuses names and shapes that are not there, before any machine is opened.
+    pub fn check(&self) -> Result<()> {
+        Shape::resolve(replay_named(self.name)?, self.shape, self.dtype, false).map(drop)
+    }
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub kernel: &'static str,
+    pub shape: Shape,
+    pub device: String,
+    pub arch: String,
+    /// Launches in each timed batch, over `sets` sets of buffers that take turns.
+    pub launches: usize,
+    pub sets: usize,
+    pub repeat: u32,
+    /// Of one launch, over batches.
+    pub median_us: f64,
+    pub best_us: f64,
+    /// What one launch must move and compute.
+    pub bytes: u64,
+    pub flop: u64,
+    pub gb_per_s: f64,
+    pub gflop_per_s: f64,
+}
+
+/// Traffic between two uses of one buffer: four times the largest cache in use (60 MB on H200, 126 MB on B200).
+const COLD_BYTES: u64 = 512 << 20;
+const MAX_SETS: u64 = 64;
+/// Long enough that one wait of 10 us is below a percent.
+const BATCH_SECONDS: f64 = 2e-3;
+const MAX_LAUNCHES: usize = 512;
+
+/// The entry of a name.
+fn replay_named(name: &str) -> Result<&'static Replay> {
+    let names = || REPLAYS.iter().map(|replay| replay.name).collect::<Vec<_>>().join(", ");
+    let found = REPLAYS.iter().find(|replay| replay.name == name);
+    found.ok_or_else(|| Error::request(format!("kernel {name:?}: there are {}", names())))
+}
+
+/// Runs one kernel on a machine and times it.
+pub fn replay(machine: &Machine, asked: &Asked) -> Result<Report> {
+    let driver = machine.driver.as_ref();
+    let emulated = driver.arch() == "host";
+    let replay = replay_named(asked.name)?;
+    let shape = Shape::resolve(replay, asked.shape, asked.dtype, emulated)?;
+    let inputs = Inputs::new(driver)?;
+    let mut ops = vec![(replay.prepare)(&inputs, &shape)?];
+    let (bytes, flop) = (ops[0].bytes, ops[0].flop);
+    let sets = if emulated { 1 } else { (COLD_BYTES / bytes.max(1)).clamp(1, MAX_SETS) };
+    for _ in 1..sets {
+        ops.push((replay.prepare)(&inputs, &shape)?);
+    }
+
+    // Every set once: compiles, loads, grows the workspace, and says how long a launch takes at most.
+    ops.iter().try_for_each(|op| (op.launch)(machine))?;
+    driver.synchronize()?;
+    check(driver, asked.name, &ops[0])?;
+    let start = Instant::now();
+    ops.iter().try_for_each(|op| (op.launch)(machine))?;
+    driver.synchronize()?;
+    let one = start.elapsed().as_secs_f64() / ops.len() as f64;
+    let rounds = if emulated { 1 } else { ((BATCH_SECONDS / one) as usize).clamp(1, MAX_LAUNCHES).div_ceil(ops.len()) };
+
+    let launches = rounds * ops.len();
+    let batch = || (0..rounds).try_for_each(|_| ops.iter().try_for_each(|op| (op.launch)(machine)));
+    let recorded = if asked.plain || !ops[0].recordable { None } else { Some(Recorded::new(driver, &batch)?) };
+    let mut times = Vec::new();
+    for timed in 0..=asked.repeat {
+        let start = Instant::now();
+        match &recorded {
+            Some(recorded) => driver.replay(recorded.graph)?,
+            None => batch()?,
+        }
+        driver.synchronize()?;
+        if timed > 0 {
+            times.push(start.elapsed().as_secs_f64() / launches as f64);
+        }
+    }
+    check(driver, asked.name, &ops[0])?;
+    times.sort_by(f64::total_cmp);
+    let (median, best) = (times[times.len() / 2], times[0]);
+    Ok(Report {
+        kernel: replay.name,
+        shape,
+        device: driver.name(),
+        arch: driver.arch(),
+        launches,
+        sets: ops.len(),
+        repeat: asked.repeat,
+        median_us: median * 1e6,
+        best_us: best * 1e6,
+        bytes,
+        flop,
+        gb_per_s: bytes as f64 / median / 1e9,
+        gflop_per_s: flop as f64 / median / 1e9,
+    })
+}
+
+/// A recorded batch, forgotten when dropped.
+struct Recorded<'a> {
+    driver: &'a dyn Driver,
+    graph: Graph,
+}
+
+impl<'a> Recorded<'a> {
+    fn new(driver: &'a dyn Driver, batch: &dyn Fn() -> Result<()>) -> Result<Recorded<'a>> {
+        driver.begin_capture()?;
+        let launched = batch();
+        let graph = driver.end_capture()?;
+        let recorded = Recorded { driver, graph };
+        launched.map(|()| recorded)
+    }
+}
+
+impl Drop for Recorded<'_> {
+    fn drop(&mut self) {
+        self.driver.drop_graph(self.graph);
+    }
+}
+
+/// Numbers that come out must be finite: random inputs give no reason for anything else.
+fn check(driver: &dyn Driver, name: &str, op: &Op) -> Result<()> {
+    let Some((address, len, dtype)) = op.out else { return Ok(()) };
+    let mut bytes = vec![0u8; len as usize * dtype.bytes()];
+    driver.read(address, &mut bytes)?;
+    let exponent_full = |i: usize| match dtype {
+        DType::F32 => u32::from_le_bytes(bytes[4 * i..4 * i + 4].try_into().expect("four bytes")) & 0x7f80_0000 == 0x7f80_0000,
+        DType::Bf16 => u16::from_le_bytes(bytes[2 * i..2 * i + 2].try_into().expect("two bytes")) & 0x7f80 == 0x7f80,
+    };
+    match (0..len as usize).find(|i| exponent_full(*i)) {
+        None => Ok(()),
+        Some(i) => Err(Error::kernel(format!("{name}: element {i} of {len} of the result is not finite"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_defaults_with_changes() {
+        let embed = replay_named("embed").unwrap();
+        let of = |given: &[&str], emulated| {
+            Shape::resolve(embed, &given.iter().map(|pair| pair.to_string()).collect::<Vec<_>>(), DType::Bf16, emulated)
+        };
+        let shape = of(&["rows=7", "vocab=12"], false).unwrap();
+        assert_eq!(["rows", "width", "vocab"].map(|name| shape.get(name)), [7, 4096, 12]);
+        assert_eq!(of(&[], true).unwrap().get("width"), 64);
+        for (given, part) in [
+            ("heads=3", "--shape heads=3: embed has rows=4096,width=4096,vocab=50258"),
+            ("rows", "expected rows=N with N from 1"),
+            ("rows=0", "expected rows=N"),
+            ("rows=-1", "expected rows=N"),
+            ("rows=4294967296", "expected rows=N"),
+        ] {
+            let text = of(&[given], false).unwrap_err().to_string();
+            assert!(text.contains(part), "{text}");
+        }
+        assert!(replay_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are copy, embed, "));
+    }
+}
