@@ -9,12 +9,9 @@
 // Layout: one CTA per sequence, one histogram bin per thread. Integer counts only, so the result does not depend on timing.
 // Cost: five reads of (confidence, state) per position, the last four from cache, and 4 * 5 + 2 * ceil(len / 256) barriers; bound by
 // latency. A bitonic sort of 1,024 positions would take 55 exchange rounds, each with a barrier.
-#include "common.cuh"
+#include "canvas.cuh"
+#include "select.cuh"
 static_assert(THREADS == 256, "one histogram bin per thread");
-
-#define STATE_FIXED 0
-#define STATE_MASKED 1
-#define STATE_REVEALED 2
 
 struct RemaskParams {
     const u32* indptr;  // (S + 1) offsets of the sequences in the canvas arrays
@@ -41,12 +38,6 @@ FIELD(RemaskParams, taken, 64);
 FIELD(RemaskParams, mask_id, 72);
 FIELD(RemaskParams, next_stage, 76);
 LAYOUT(RemaskParams, 80);
-
-// `f32::total_cmp` as the order of unsigned integers.
-__device__ __forceinline__ u32 ordered_bits(float value) {
-    const u32 bits = __float_as_uint(value);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
 
 KERNEL(remask, RemaskParams) {
     __shared__ u32 histogram[256];

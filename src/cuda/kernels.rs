@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::compile::{EntryUse, compiler};
 use super::driver::Build;
 use super::replay::{REPLAYS, Replay};
-use super::{embed, gather, linear, norm, remask};
+use super::{ask, decide, embed, gather, linear, norm, remask, reveal};
 use crate::error::Result;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -51,7 +51,17 @@ pub(super) fn identity(kernel: &Kernel, build: &Build, arch: &str, (major, minor
 /// The builds that are checked and measured: every kernel with the constants that the supported models ask for. A launcher may ask for
 /// others at load, such as an unusual page size.
 pub fn builds() -> Vec<Build> {
-    [embed::builds(), gather::builds(), linear::builds(), norm::builds(), remask::builds()].concat()
+    [
+        ask::builds(),
+        decide::builds(),
+        embed::builds(),
+        gather::builds(),
+        linear::builds(),
+        norm::builds(),
+        remask::builds(),
+        reveal::builds(),
+    ]
+    .concat()
 }
 
 /// The kernel of a stem.
@@ -242,13 +252,17 @@ mod tests {
     #[test]
     fn every_kernel_is_complete() {
         let list = kernels_list();
-        assert_eq!(list.iter().map(|k| k.stem).collect::<Vec<_>>(), ["embed", "gather", "linear", "norm", "remask"]);
+        assert_eq!(
+            list.iter().map(|k| k.stem).collect::<Vec<_>>(),
+            ["ask", "decide_draw", "decide_nucleus", "decide_tiles", "embed", "gather", "linear", "norm", "remask", "reveal"]
+        );
         for kernel in &list {
             assert!(!kernel.entries.is_empty() && !kernel.builds.is_empty(), "{}", kernel.stem);
             assert!(kernel.entries.iter().all(|entry| entry.starts_with(kernel.stem)), "{}: {:?}", kernel.stem, kernel.entries);
             assert!(kernel.summary.starts_with(&format!("{}: ", kernel.stem)), "{}: {:?}", kernel.stem, kernel.summary);
         }
-        assert_eq!(list[3].entries, ["norm_layer_f32", "norm_layer_bf16", "norm_rms_f32", "norm_rms_bf16"]);
+        let norm = list.iter().find(|kernel| kernel.stem == "norm").expect("norm");
+        assert_eq!(norm.entries, ["norm_layer_f32", "norm_layer_bf16", "norm_rms_f32", "norm_rms_bf16"]);
     }
 
     /// Device code that is not portable C++ has one home, beside its host twin.

@@ -155,6 +155,11 @@ pub fn linear(machine: &Machine, op: &Linear) -> Result<()> {
     linear_as(machine, op, &shape(op.rows, op.n, op.k, machine.driver.limits().num_sms))
 }
 
+/// What [`linear`] takes of the workspace, from its front, for a product of this shape.
+pub(super) fn workspace_bytes(machine: &Machine, rows: u32, n: u32, k: u32) -> usize {
+    shape(rows, n, k, machine.driver.limits().num_sms).partial_bytes()
+}
+
 /// Every way to cut a product: each tile, with K whole and with K split as far as it goes. The same bits come out of all of them.
 pub fn every_shape(rows: u32, n: u32, k: u32) -> Vec<Shape> {
     TILES.iter().flat_map(|tile| [1, 1 << 16].map(|num_sms| Shape::new(*tile, rows, n, k, num_sms))).collect()

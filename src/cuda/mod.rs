@@ -9,9 +9,11 @@
 //! integers. `unsafe` is in this file and in those that call foreign functions: `device.rs`, `compile.rs`, `libcuda.rs`, `gpu.rs`,
 //! `staging.rs`, `nvtx.rs`.
 
+pub mod ask;
 pub mod cache;
 mod compile;
 mod cubin;
+pub mod decide;
 mod device;
 pub mod driver;
 pub mod embed;
@@ -26,6 +28,7 @@ mod nvtx;
 pub mod params;
 pub mod remask;
 mod replay;
+pub mod reveal;
 mod staging;
 mod trouble;
 

@@ -20,7 +20,7 @@ pub trait Params: bytemuck::NoUninit {
 macro_rules! params {
     ($(#[$doc:meta])* $name:ident, $size:literal bytes { $($(#[$field_doc:meta])* $field:ident: $ty:ty = $offset:literal,)* }) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::NoUninit)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
         #[repr(C)]
         pub struct $name {
             $($(#[$field_doc])* pub $field: $ty,)*

@@ -1,0 +1,245 @@
+// decide_nucleus: the answer of a row that draws from a nucleus, from its logits in memory, by the law of `policy::decide_row`.
+//
+// Route B. A nucleus is a prefix of the order (larger logit first, ties to the lower id), and where it ends depends on the mass of the whole
+// row, so the logits of a chunk of rows are written by `linear` (f32, with bias) and read here several times, mostly from L2.
+// Nothing is sorted:
+//   1. the maximum;
+//   2. masses exp((l - max) / T), and their histogram over 256 depths (max - l) / T up to 29 (beyond, e^-29 < 2^-41): the bin in which the nucleus ends;
+//   3. inside that bin, four rounds of a radix select weighted by mass, over the ordered bits of the logit: the last logit kept, and how
+//      many of its equals, lowest ids first;
+//   4. the draw over the kept ids in ascending order: the row is cut into one range per warp, the range that holds the target again, until 32 ids
+//      are left.
+// Masses are integers, in units of 2^-41 of the largest: sums are exact whatever their order (so atomics may build them), every boundary is
+// met by the same numbers, and a row's bits depend on nothing but the row. The unit is below the rounding of an f32 exponential for any token
+// that a nucleus can reach: a kept one weighs at least (1 - p) / V of the row.
+//
+// Layout: one CTA per row; the histogram is kept in copies, so that lanes that meet in a bin meet less often.
+// Cost: V f32 written and read seven times; an exponential per logit in step 2 and a few more in the end. Equal logits all fall into one bin
+// and then queue at eight addresses.
+#include "decide.cuh"
+
+struct DecideNucleusParams {
+    const float* logits;        // (rows, vocab)
+    const u32* banned;          // a bit for every id, or null
+    const DrawRecord* draws;    // (rows)
+    DecisionRecord* decisions;  // (rows) out, for the rows of route B
+    u32 vocab;
+    u32 padding;
+};
+FIELD(DecideNucleusParams, logits, 0);
+FIELD(DecideNucleusParams, banned, 8);
+FIELD(DecideNucleusParams, draws, 16);
+FIELD(DecideNucleusParams, decisions, 24);
+FIELD(DecideNucleusParams, vocab, 32);
+FIELD(DecideNucleusParams, padding, 36);
+LAYOUT(DecideNucleusParams, 40);
+
+#define BINS 256
+#define COPIES 8
+static_assert(THREADS >= BINS, "a thread sums a bin");
+#define UNITS 2199023255552.0f  // 2^41: the sum of 4 million largest masses still fits 63 bits
+
+// A mass in [0, 1] in units.
+__device__ __forceinline__ u64 units(float mass) { return (u64)(mass * UNITS); }
+
+struct Row {
+    const float* logits;
+    const u32* banned;
+    float max;
+    float temperature;
+    float depth_scale;  // bins per nat, at temperature 1
+
+    // -inf where banned.
+    __device__ __forceinline__ float at(u32 id) const { return is_banned(banned, id) ? -infinity() : logits[id]; }
+    __device__ __forceinline__ u64 mass(float logit) const { return units(tempered(logit - max, temperature)); }
+    // Not decreasing as logits fall: every operation rounds monotonously.
+    __device__ __forceinline__ u32 bin(float logit) const { return (u32)fminf((max - logit) * depth_scale, (float)(BINS - 1)); }
+    // Ascending as logits fall. Zeros of either sign are the same logit.
+    __device__ __forceinline__ u32 key(float logit) const { return ~ordered_bits(logit == 0.0f ? 0.0f : logit); }
+};
+
+// Where bin `index` begins among all masses that the histogram holds, and its own mass.
+struct Bin {
+    u64 before, mass;
+    u32 index;
+};
+
+// Adds mass to a bin, in the copy of this thread.
+__device__ __forceinline__ void put(u64* histogram, u32 bin, u64 mass) { atomicAdd(histogram + threadIdx.x % COPIES * BINS + bin, mass); }
+
+__device__ __forceinline__ void empty(u64* histogram) {
+    for (u32 i = threadIdx.x; i < COPIES * BINS; i += THREADS) histogram[i] = 0;
+    __syncthreads();
+}
+
+// Sum of this thread's bin; begins and ends with a barrier.
+__device__ __forceinline__ u64 collect(const u64* histogram) {
+    __syncthreads();
+    u64 mass = 0;
+    if (threadIdx.x < BINS) {
+        for (u32 copy = 0; copy < COPIES; ++copy) mass += histogram[copy * BINS + threadIdx.x];
+    }
+    __syncthreads();
+    return mass;
+}
+
+// The bin that holds unit `limit`, counted from 0 at the first: before <= limit < before + mass. There must be one.
+__device__ __forceinline__ Bin find_bin(u64 mass, u64 limit) {
+    __shared__ Bin found;
+    const u64 before = block_exclusive_sum64(mass);
+    if (before <= limit && limit < before + mass) found = Bin{before, mass, threadIdx.x};  // one thread
+    __syncthreads();
+    const Bin bin = found;
+    __syncthreads();  // `found` may be rewritten by the next call
+    return bin;
+}
+
+// The last unit of mass that the nucleus may hold, or reaches into: a token is kept if the mass up to it, itself included, is at most
+// `limit` (within), or if the mass before it is (crossing).
+__device__ __forceinline__ u64 nucleus_limit(const DrawRecord& draw, u64 total) {
+    const double share = (double)draw.top_p * (double)total;
+    u64 limit = (u64)share;
+    if (draw.flags & DRAW_CROSSING) {  // before < share
+        if ((double)limit < share) ++limit;
+        --limit;
+    }
+    return limit;
+}
+
+// The end of the nucleus: keys below `key` are kept, and the first `equal` ids with that key, of `mass` each.
+struct Edge {
+    u32 key, equal;
+    u64 mass;
+};
+
+// Kept mass of this warp's ids [begin, end): of keys below the edge, and how many lie on it.
+__device__ __forceinline__ void weigh(const Row& row, const Edge& edge, u32 begin, u32 end, u64& above, u32& equals) {
+    above = 0;
+    equals = 0;
+    for (u32 id = begin + lane_id(); id < end; id += 32) {
+        const float logit = row.at(id);
+        const u32 key = row.key(logit);
+        if (key < edge.key) above += row.mass(logit);
+        equals += key == edge.key;
+    }
+    above = warp_sum64(above);
+    for (u32 distance = 16; distance > 0; distance /= 2) equals += __shfl_xor_sync(FULL_WARP, equals, distance);
+}
+
+__device__ __forceinline__ u64 kept_mass(const Edge& edge, u64 above, u32 equals, u32 equals_before) {
+    const u32 left = edge.equal > equals_before ? edge.equal - equals_before : 0;
+    return above + (equals < left ? equals : left) * edge.mass;
+}
+
+// The lowest id up to which the kept mass exceeds `target`, which is below the mass of all; its own mass in `mass`.
+__device__ __forceinline__ u32 draw_id(const Row& row, const Edge& edge, u32 vocab, u64 target, u64& mass) {
+    __shared__ u64 above_of[WARPS];
+    __shared__ u32 equals_of[WARPS];
+    u32 begin = 0, end = vocab, equals_before = 0;
+    u64 before = 0;
+    while (end - begin > 32) {
+        const u32 span = ((end - begin + WARPS - 1) / WARPS + 31) / 32 * 32;
+        const u32 first = begin + warp_id() * span < end ? begin + warp_id() * span : end;
+        u64 above;
+        u32 equals;
+        weigh(row, edge, first, first + span < end ? first + span : end, above, equals);
+        if (lane_id() == 0) above_of[warp_id()] = above, equals_of[warp_id()] = equals;
+        __syncthreads();
+        for (u32 w = 0; w < WARPS; ++w) {  // the same in every thread
+            const u64 part = kept_mass(edge, above_of[w], equals_of[w], equals_before);
+            if (before + part > target) {
+                begin += w * span;
+                end = begin + span < end ? begin + span : end;
+                break;
+            }
+            before += part;
+            equals_before += equals_of[w];
+        }
+        __syncthreads();  // all have read before the next round writes
+    }
+    const u32 id = begin + lane_id();
+    const float logit = id < end ? row.at(id) : -infinity();
+    const u32 key = row.key(logit);
+    const bool equal = id < end && key == edge.key;
+    const u32 equals = __popc(__ballot_sync(FULL_WARP, equal) & ((1u << lane_id()) - 1)) + equals_before;
+    const bool kept = id < end && (key < edge.key || (equal && equals < edge.equal));
+    const u64 mine = kept ? row.mass(logit) : 0;
+    u64 inclusive = mine;
+    for (u32 distance = 1; distance < 32; distance *= 2) {
+        const u64 lower = shuffle_up(inclusive, distance);
+        if (lane_id() >= distance) inclusive += lower;
+    }
+    const u32 reached = __ballot_sync(FULL_WARP, before + inclusive > target);
+    const u32 lane = __popc(~reached & (reached - 1));  // of the lowest set bit
+    mass = shuffle(mine, lane);
+    return begin + lane;
+}
+
+KERNEL(decide_nucleus, DecideNucleusParams) {
+    __shared__ u64 histogram[COPIES * BINS];
+    const DrawRecord draw = p.draws[blockIdx.x];
+    if (!is_nucleus(draw)) return;
+    DecisionRecord* out = p.decisions + blockIdx.x;
+    Row row = {p.logits + (u64)blockIdx.x * p.vocab, p.banned, 0.0f, draw.temperature, fminf(BINS / 29.0f / draw.temperature, 1e30f)};
+
+    Top top = no_top();
+    u64 broken = NO_ID;  // the lowest id
+    for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
+        if (is_banned(p.banned, id)) continue;
+        const float logit = row.logits[id];
+        if (is_broken(logit) && broken == NO_ID) broken = id;
+        top = join(top, Top{logit, -infinity(), id});
+    }
+    broken = block_min(broken);
+    if (broken != NO_ID) return refuse(out, draw, STATUS_BROKEN, (u32)broken);
+    top = block_join(top);
+    if (top.max == -infinity()) return refuse(out, draw, STATUS_NOTHING, 0);
+    row.max = top.max;
+
+    empty(histogram);
+    u64 sum = 0, moment = 0;
+    for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
+        const float logit = row.at(id);
+        const float below = logit - row.max;
+        const float e = expf(below);
+        sum += units(e);
+        moment += units(-moment_of(e, below));
+        const u64 mass = row.mass(logit);
+        if (mass > 0) put(histogram, row.bin(logit), mass);
+    }
+    const u64 in_bin = collect(histogram);
+    const u64 total = block_sum64(in_bin);
+    const u64 limit = nucleus_limit(draw, total);
+    const Bin depth = find_bin(in_bin, limit);
+
+    u32 prefix = 0, fixed_bits = 0;
+    Bin last = {depth.before, 0, 0};
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        empty(histogram);
+        for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
+            const float logit = row.at(id);
+            if (logit == -infinity() || row.bin(logit) != depth.index) continue;
+            const u32 key = row.key(logit);
+            if ((key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, row.mass(logit));
+        }
+        const Bin digit = find_bin(collect(histogram), limit - last.before);
+        last = Bin{last.before + digit.before, digit.mass, 0};
+        prefix |= digit.index << shift;
+        fixed_bits |= 255u << shift;
+    }
+    Edge edge = {prefix, 0, row.mass(from_ordered_bits(~prefix))};
+    edge.equal = (u32)((limit - last.before) / edge.mass) + (draw.flags & DRAW_CROSSING ? 1 : 0);
+    if (last.before == 0 && edge.equal == 0) edge.equal = 1;  // the most probable token always stays
+
+    const u64 kept = last.before + edge.equal * edge.mass;
+    u64 target = (u64)(draw.u * (double)kept);
+    if (target >= kept) target = kept - 1;
+    u64 mass;
+    const u32 token = draw_id(row, edge, p.vocab, target, mass);
+    sum = block_sum64(sum);
+    moment = block_sum64(moment);
+    if (threadIdx.x == 0) {
+        const double share = (double)mass / (double)kept;
+        answer(out, draw, token, row.logits[token], share, top.max, top.second, (double)sum / UNITS, -(double)moment / UNITS);
+    }
+}

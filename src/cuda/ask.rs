@@ -1,0 +1,173 @@
+//! Launcher of `ask`: the masked positions of each session's range as rows of the plan and as draws; and the records of a session that
+//! `reveal` reads as well.
+#![forbid(unsafe_code)]
+
+use super::driver::{Address, Build, Launch};
+use super::machine::Machine;
+use super::params::params;
+use crate::backend::Reveal;
+use crate::error::Result;
+use crate::schedule::Rank;
+
+const THREADS: u32 = 256;
+
+params! {
+    /// One session's part of a step on the device. Its plan rows are consecutive positions.
+    SessionStep, 80 bytes {
+        seed: u64 = 0,
+        /// Place of position 0 in the canvas arrays.
+        canvas_first: u32 = 8,
+        /// Positions whose masks are asked, up to `range_end`.
+        range_begin: u32 = 12,
+        range_end: u32 = 16,
+        /// Plan row of position `rows_begin`.
+        row_first: u32 = 20,
+        rows_begin: u32 = 24,
+        /// Place of its first ask among all.
+        ask_first: u32 = 28,
+        /// How many there are, as the host predicts.
+        ask_count: u32 = 32,
+        sample: u32 = 36,
+        stage: u32 = 40,
+        block: u32 = 44,
+        step: u32 = 48,
+        /// Of every draw, as in `DrawRecord`.
+        temperature: f32 = 52,
+        top_p: f32 = 56,
+        flags: u32 = 60,
+        /// See [`SessionStep::revealing`].
+        rule: u32 = 64,
+        rank: u32 = 68,
+        n: u32 = 72,
+        bound: f32 = 76,
+    }
+}
+
+impl SessionStep {
+    /// The same with the rule of its reveals: the `RULE_*` and `RANK_*` of `kernels/canvas.cuh`.
+    pub fn revealing(self, reveal: &Reveal) -> SessionStep {
+        let rank = |rank: Rank| match rank {
+            Rank::Uniform => 0,
+            Rank::Confidence => 1,
+            Rank::Margin => 2,
+            Rank::Entropy => 3,
+            Rank::Left => 4,
+        };
+        match *reveal {
+            // More than there can be is as good as all.
+            Reveal::Best { rank: by, n } => {
+                SessionStep { rule: 0, rank: rank(by), n: u32::try_from(n).unwrap_or(u32::MAX), bound: 0.0, ..self }
+            }
+            Reveal::Threshold(bound) => SessionStep { rule: 1, rank: 0, n: 0, bound, ..self },
+            Reveal::EntropyBound(bound) => SessionStep { rule: 2, rank: 0, n: 0, bound, ..self },
+        }
+    }
+}
+
+params! {
+    /// What became of a session, over the steps of a run. Zeros at its start; the first trouble stays, and nothing of the session is revealed from
+    /// there on.
+    SessionSummary, 16 bytes {
+        /// See [`trouble`].
+        trouble: u32 = 0,
+        detail: u32 = 4,
+        /// Asks of the last step.
+        asked: u32 = 8,
+        /// How many of them were revealed.
+        revealed: u32 = 12,
+    }
+}
+
+/// Values of [`SessionSummary::trouble`], the `TROUBLE_*` of `kernels/canvas.cuh`.
+pub mod trouble {
+    pub const NONE: u32 = 0;
+    /// Other masks than the host predicted; the detail is their number.
+    pub const COUNT: u32 = 1;
+    /// A row could not be decided, see its record; the detail is the lowest such ask, counted within the session.
+    pub const DECISION: u32 = 2;
+    /// A confidence, margin or entropy is NaN; the detail as above.
+    pub const NAN: u32 = 3;
+}
+
+params! {
+    /// `ask`: one entry. S is the number of sessions.
+    AskParams, 56 bytes {
+        /// (S) [`SessionStep`].
+        sessions: u64 = 0,
+        /// Canvas, u8: see `remask::state`.
+        state: u64 = 8,
+        /// (S) [`SessionSummary`].
+        summaries: u64 = 16,
+        /// (bucket) u32 out: plan rows.
+        rows: u64 = 24,
+        /// (bucket) `decide::DrawRecord` out.
+        draws: u64 = 32,
+        sessions_count: u32 = 40,
+        /// Of all sessions, as the host predicts; the rest of the bucket is padding.
+        asks: u32 = 44,
+        bucket: u32 = 48,
+        padding: u32 = 52,
+    }
+}
+
+/// The builds of this kernel.
+pub(super) fn builds() -> Vec<Build> {
+    vec![build()]
+}
+
+fn build() -> Build {
+    Build { stem: "ask", defines: vec![("THREADS", THREADS)] }
+}
+
+/// The asks of `sessions` sessions, `asks` together, and padding up to `bucket`.
+pub struct Ask {
+    pub sessions: u32,
+    pub asks: u32,
+    pub bucket: u32,
+    /// (sessions) [`SessionStep`].
+    pub steps: Address,
+    /// (sessions) [`SessionSummary`].
+    pub summaries: Address,
+    /// Canvas states.
+    pub state: Address,
+    /// (bucket) u32 out.
+    pub rows: Address,
+    /// (bucket) `decide::DrawRecord` out.
+    pub draws: Address,
+}
+
+pub fn ask(machine: &Machine, op: &Ask) -> Result<()> {
+    let Ask { sessions, asks, bucket, steps, summaries, state, rows, draws } = *op;
+    assert!(asks <= bucket, "{asks} asks in a bucket of {bucket}");
+    let params = AskParams { sessions: steps, state, summaries, rows, draws, sessions_count: sessions, asks, bucket, padding: 0 };
+    machine.launch(build(), "ask", launch(sessions), &params)
+}
+
+/// One CTA more than there are sessions: it writes the padding.
+fn launch(sessions: u32) -> Launch {
+    Launch::line(sessions + 1, THREADS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_padding_has_a_cta_of_its_own() {
+        assert_eq!(launch(0).grid, [1, 1, 1]);
+        assert_eq!(launch(7).grid, [8, 1, 1]);
+    }
+
+    #[test]
+    fn rules_keep_their_numbers() {
+        let of = |reveal: &Reveal| {
+            let step = SessionStep { seed: 9, ..SessionStep::default() }.revealing(reveal);
+            assert_eq!(step.seed, 9);
+            (step.rule, step.rank, step.n, step.bound)
+        };
+        assert_eq!(of(&Reveal::Best { rank: Rank::Left, n: usize::MAX }), (0, 4, u32::MAX, 0.0));
+        assert_eq!(of(&Reveal::Best { rank: Rank::Uniform, n: 3 }), (0, 0, 3, 0.0));
+        assert_eq!(of(&Reveal::Threshold(0.5)), (1, 0, 0, 0.5));
+        assert_eq!(of(&Reveal::EntropyBound(0.25)), (2, 0, 0, 0.25));
+    }
+}

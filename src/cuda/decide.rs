@@ -1,0 +1,392 @@
+//! Launcher of `decide`: LM head and token choice of rows, by the law of `policy::decide_row`.
+//!
+//! Two routes, chosen by each row's own draw. Most rows take A: `decide_tiles` computes logits tile by tile and keeps a few sums, `decide_draw` answers
+//! from those, and the logits of a row never exist. Draws from a nucleus (`top_p < 1`) take B: the logits of a chunk of rows are
+//! written by `linear`, and `decide_nucleus` reads them. Where both routes run, both compute all rows and each answers its own.
+#![forbid(unsafe_code)]
+
+use super::driver::{Address, Build, Launch};
+use super::linear::{self, Linear};
+use super::machine::Machine;
+use super::params::params;
+use crate::backend::{DType, Decision, Draw, Epilogue, TopPRule};
+use crate::error::{Error, Result};
+
+params! {
+    /// What is asked of a row.
+    DrawRecord, 32 bytes {
+        u: f64 = 0,
+        temperature: f32 = 8,
+        top_p: f32 = 12,
+        /// See [`flag`].
+        flags: u32 = 16,
+        /// The token to choose under [`flag::FORCED`].
+        forced: u32 = 20,
+        /// Passed on to the answer.
+        position: u32 = 24,
+        sequence: u32 = 28,
+    }
+}
+
+params! {
+    /// The answer for a row.
+    DecisionRecord, 32 bytes {
+        token: u32 = 0,
+        confidence: f32 = 4,
+        log_prob: f32 = 8,
+        margin: f32 = 12,
+        entropy: f32 = 16,
+        /// See [`status`].
+        status: u32 = 20,
+        position: u32 = 24,
+        /// 1 where `reveal` took the row.
+        chosen: u32 = 28,
+    }
+}
+
+/// Flags of a [`DrawRecord`], the `DRAW_*` of `kernels/decide.cuh`.
+pub mod flag {
+    pub const CROSSING: u32 = 1;
+    pub const TRUNCATED: u32 = 2;
+    pub const FORCED: u32 = 4;
+    /// A row that nobody asks for: it gets no answer.
+    pub const PADDING: u32 = 8;
+}
+
+/// Status of a [`DecisionRecord`], the `STATUS_*` of `kernels/decide.cuh`.
+pub mod status {
+    pub const OK: u32 = 0;
+    /// A logit is NaN or +inf; `token` is the lowest id of such.
+    pub const BROKEN: u32 = 1;
+    /// No finite logit that is not banned.
+    pub const NOTHING: u32 = 2;
+    /// `token`, which was forced, is banned or outside the vocabulary.
+    pub const FORCED: u32 = 3;
+}
+
+impl From<&Draw> for DrawRecord {
+    fn from(draw: &Draw) -> Self {
+        let rule = if draw.top_p_rule == TopPRule::Crossing { flag::CROSSING } else { 0 };
+        let truncated = if draw.truncated_confidence { flag::TRUNCATED } else { 0 };
+        let forced = if draw.forced.is_some() { flag::FORCED } else { 0 };
+        DrawRecord {
+            u: draw.u,
+            temperature: draw.temperature,
+            top_p: draw.top_p,
+            flags: rule | truncated | forced,
+            forced: draw.forced.unwrap_or(0),
+            ..DrawRecord::default()
+        }
+    }
+}
+
+impl DecisionRecord {
+    /// The answer in the words of the backend.
+    ///
+    /// Errors: as `policy::decide_row`, naming `row`.
+    pub fn decision(&self, row: usize) -> Result<Decision> {
+        let DecisionRecord { token, confidence, log_prob, margin, entropy, .. } = *self;
+        match self.status {
+            status::OK => Ok(Decision { token, confidence, log_prob, margin, entropy }),
+            status::BROKEN => {
+                Err(Error::kernel(format!("row {row}: logit of token {token} is NaN or inf: the weights or activations are not finite")))
+            }
+            status::NOTHING => Err(Error::kernel(format!("row {row}: no token has a finite logit that is not banned"))),
+            status::FORCED => Err(Error::request(format!("row {row}: token {token} is banned or outside the vocabulary"))),
+            other => Err(Error::kernel(format!("row {row}: no decision, its status is {other}"))),
+        }
+    }
+}
+
+/// Whether a draw takes route B: [`Decide::any_nucleus`] if one does, [`Decide::any_fused`] if one does not.
+pub fn needs_nucleus(draw: &Draw) -> bool {
+    draw.forced.is_none() && draw.temperature != 0.0 && draw.top_p < 1.0
+}
+
+params! {
+    /// `decide_tiles`: entries `decide_tiles_f32` and `decide_tiles_bf16` by the type of hidden and head.
+    DecideTilesParams, 64 bytes {
+        /// (rows, k) f32 or bf16.
+        hidden: u64 = 0,
+        /// (vocab, k), the same type.
+        head: u64 = 8,
+        /// (vocab) f32, or 0 for none.
+        bias: u64 = 16,
+        /// A bit for every id, or 0 for none.
+        banned: u64 = 24,
+        /// (rows) [`DrawRecord`].
+        draws: u64 = 32,
+        /// (rows, tiles) records of 32 bytes.
+        tiles: u64 = 40,
+        rows: u32 = 48,
+        vocab: u32 = 52,
+        k: u32 = 56,
+        padding: u32 = 60,
+    }
+}
+
+params! {
+    /// `decide_draw`: entries `decide_draw_f32` and `decide_draw_bf16`. Fields as in [`DecideTilesParams`].
+    DecideDrawParams, 64 bytes {
+        hidden: u64 = 0,
+        head: u64 = 8,
+        bias: u64 = 16,
+        banned: u64 = 24,
+        draws: u64 = 32,
+        tiles: u64 = 40,
+        /// (rows) [`DecisionRecord`].
+        decisions: u64 = 48,
+        vocab: u32 = 56,
+        k: u32 = 60,
+    }
+}
+
+params! {
+    /// `decide_nucleus`: one entry.
+    DecideNucleusParams, 40 bytes {
+        /// (rows, vocab) f32.
+        logits: u64 = 0,
+        banned: u64 = 8,
+        draws: u64 = 16,
+        decisions: u64 = 24,
+        vocab: u32 = 32,
+        padding: u32 = 36,
+    }
+}
+
+/// Ids of a vocabulary tile, IDS in `kernels/decide.cuh`.
+const IDS: u32 = 128;
+/// Bytes of a TileRecord there.
+const TILE_BYTES: usize = 32;
+/// Groups of 32 tiles that `decide_draw` has room for, 8 bytes each: 4,194,304 ids.
+const MAX_GROUPS: u32 = 1024;
+/// Threads of `decide_nucleus`, a row.
+const NUCLEUS_THREADS: u32 = 512;
+/// Workspace that tile records or logits may take; beyond it rows go through in chunks. 64 MiB are 334 rows of 50,258 logits, or 5,000 rows of
+/// their tiles.
+const CHUNK_BYTES: usize = 64 << 20;
+
+/// One build of `decide_tiles`: `rows` rows of IDS ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Tile {
+    rows: u32,
+    threads: u32,
+    /// Warps side by side along the ids.
+    col_warps: u32,
+    stages: u32,
+    /// CTAs that one multiprocessor should hold.
+    resident: u32,
+}
+
+/// By rows; up to 64 all rows share one reading of the head. The last fills 96 of the 99 KiB that every machine has.
+const TILES: [Tile; 5] = [
+    Tile { rows: 8, threads: 128, col_warps: 4, stages: 4, resident: 3 },
+    Tile { rows: 16, threads: 128, col_warps: 4, stages: 4, resident: 3 },
+    Tile { rows: 32, threads: 128, col_warps: 4, stages: 4, resident: 2 },
+    Tile { rows: 64, threads: 256, col_warps: 4, stages: 3, resident: 2 },
+    Tile { rows: 128, threads: 256, col_warps: 2, stages: 3, resident: 1 },
+];
+
+impl Tile {
+    fn build(&self) -> Build {
+        let defines = vec![
+            ("THREADS", self.threads),
+            ("TILE_ROWS", self.rows),
+            ("TILE_COL_WARPS", self.col_warps),
+            ("TILE_STAGES", self.stages),
+            ("TILE_CTAS", self.resident),
+        ];
+        Build { stem: "decide_tiles", defines }
+    }
+
+    fn launch(&self, rows: u32, vocab: u32) -> Launch {
+        let shared_bytes = self.stages * (self.rows + IDS) * 128;
+        Launch { grid: [rows.div_ceil(self.rows) * vocab.div_ceil(IDS), 1, 1], block: self.threads, shared_bytes }
+    }
+}
+
+/// The lowest tile that holds all rows, else the highest. Never changes a bit of the result.
+fn tile(rows: u32) -> Tile {
+    *TILES.iter().find(|tile| rows <= tile.rows).unwrap_or(&TILES[TILES.len() - 1])
+}
+
+fn draw_build() -> Build {
+    Build { stem: "decide_draw", defines: vec![("THREADS", 64), ("MAX_GROUPS", MAX_GROUPS)] }
+}
+
+/// Five stages of 8 + 32 rows of 128 bytes.
+fn draw_launch(rows: u32) -> Launch {
+    Launch { grid: [rows, 1, 1], block: 64, shared_bytes: 5 * (8 + 32) * 128 }
+}
+
+fn nucleus_build() -> Build {
+    Build { stem: "decide_nucleus", defines: vec![("THREADS", NUCLEUS_THREADS)] }
+}
+
+/// The builds of these kernels.
+pub(super) fn builds() -> Vec<Build> {
+    TILES.iter().map(Tile::build).chain([draw_build(), nucleus_build()]).collect()
+}
+
+/// Rows of a chunk: as many as `bytes` hold at `row_bytes` each, in whole tiles of 128 where there are several chunks.
+fn chunk_rows(rows: u32, row_bytes: usize, bytes: usize) -> u32 {
+    let fit = u32::try_from(bytes / row_bytes.max(1)).unwrap_or(u32::MAX);
+    if rows <= fit { rows } else { (fit / 128 * 128).max(128) }
+}
+
+/// `decisions[r] = decide_row(hidden[r] head^T + bias)` under `draws[r]`.
+pub struct Decide {
+    pub rows: u32,
+    pub k: u32,
+    pub vocab: u32,
+    /// (rows, k) of `dtype`.
+    pub hidden: Address,
+    /// Of hidden and head.
+    pub dtype: DType,
+    /// (vocab, k).
+    pub head: Address,
+    /// (vocab) f32.
+    pub bias: Option<Address>,
+    /// (vocab) bits, in whole words.
+    pub banned: Option<Address>,
+    /// (rows) [`DrawRecord`].
+    pub draws: Address,
+    /// (rows) [`DecisionRecord`] out; rows of padding are left as they are.
+    pub decisions: Address,
+    /// Some row does not need route B.
+    pub any_fused: bool,
+    /// Some row does: [`needs_nucleus`].
+    pub any_nucleus: bool,
+}
+
+pub fn decide(machine: &Machine, op: &Decide) -> Result<()> {
+    decide_in(machine, op, CHUNK_BYTES)
+}
+
+/// [`decide`] with another bound on the bytes of a chunk, for tests.
+pub fn decide_in(machine: &Machine, op: &Decide, chunk_bytes: usize) -> Result<()> {
+    let Decide { rows, vocab, k, .. } = *op;
+    assert!(vocab > 0 && k > 0, "a head of {vocab} rows of {k}");
+    if vocab > MAX_GROUPS * 32 * IDS {
+        return Err(Error::request(format!("decide: a vocabulary of {vocab} ids, at most {} are supported", MAX_GROUPS * 32 * IDS)));
+    }
+    let tile_bytes = vocab.div_ceil(IDS) as usize * TILE_BYTES;
+    let logit_bytes = vocab as usize * 4;
+    let fused_rows = chunk_rows(rows, tile_bytes, chunk_bytes);
+    let nucleus_rows = chunk_rows(rows, logit_bytes, chunk_bytes);
+    // `linear` takes what it needs from the front of the same workspace.
+    let front = [nucleus_rows, rows % nucleus_rows.max(1)].map(|rows| linear::workspace_bytes(machine, rows, vocab, k));
+    let front = front[0].max(front[1]).next_multiple_of(256);
+    let fused_bytes = if op.any_fused { fused_rows as usize * tile_bytes } else { 0 };
+    let nucleus_bytes = if op.any_nucleus { front + nucleus_rows as usize * logit_bytes } else { 0 };
+    let workspace = machine.workspace(fused_bytes.max(nucleus_bytes))?;
+    if op.any_fused {
+        chunks(op, fused_rows).try_for_each(|chunk| fused(machine, &chunk, workspace))?;
+    }
+    if op.any_nucleus {
+        chunks(op, nucleus_rows).try_for_each(|chunk| nucleus(machine, &chunk, workspace + front as u64))?;
+    }
+    Ok(())
+}
+
+/// The op in pieces of at most `chunk` rows.
+fn chunks(op: &Decide, chunk: u32) -> impl Iterator<Item = Decide> + '_ {
+    (0..op.rows).step_by(chunk.max(1) as usize).map(move |first| Decide {
+        rows: chunk.min(op.rows - first),
+        hidden: op.hidden + u64::from(first) * u64::from(op.k) * op.dtype.bytes() as u64,
+        draws: op.draws + u64::from(first) * size_of::<DrawRecord>() as u64,
+        decisions: op.decisions + u64::from(first) * size_of::<DecisionRecord>() as u64,
+        ..*op
+    })
+}
+
+fn fused(machine: &Machine, op: &Decide, tiles: Address) -> Result<()> {
+    let Decide { rows, k, vocab, hidden, dtype, head, bias, banned, draws, decisions, .. } = *op;
+    let (bias, banned) = (bias.unwrap_or(0), banned.unwrap_or(0));
+    let [tiles_entry, draw_entry] = match dtype {
+        DType::F32 => ["decide_tiles_f32", "decide_draw_f32"],
+        DType::Bf16 => ["decide_tiles_bf16", "decide_draw_bf16"],
+    };
+    let tile = tile(rows);
+    let params = DecideTilesParams { hidden, head, bias, banned, draws, tiles, rows, vocab, k, padding: 0 };
+    machine.launch(tile.build(), tiles_entry, tile.launch(rows, vocab), &params)?;
+    let params = DecideDrawParams { hidden, head, bias, banned, draws, tiles, decisions, vocab, k };
+    machine.launch(draw_build(), draw_entry, draw_launch(rows), &params)
+}
+
+fn nucleus(machine: &Machine, op: &Decide, logits: Address) -> Result<()> {
+    let Decide { rows, k, vocab, hidden, dtype, head, bias, banned, draws, decisions, .. } = *op;
+    let product =
+        Linear { rows, n: vocab, k, dtype, x: hidden, weight: head, bias, epilogue: Epilogue::Store, out: logits, out_dtype: DType::F32 };
+    linear::linear(machine, &product)?;
+    let params = DecideNucleusParams { logits, banned: banned.unwrap_or(0), draws, decisions, vocab, padding: 0 };
+    machine.launch(nucleus_build(), "decide_nucleus", Launch::line(rows, NUCLEUS_THREADS), &params)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_choose_the_tile_and_the_tile_covers_rows_and_ids() {
+        for (rows, height) in [(0, 8), (1, 8), (8, 8), (9, 16), (32, 32), (33, 64), (64, 64), (65, 128), (1000, 128)] {
+            let tile = tile(rows);
+            assert_eq!(tile.rows, height, "{rows} rows");
+            for vocab in [1, 128, 129, 50_258] {
+                let launch = tile.launch(rows, vocab);
+                assert_eq!(launch.grid, [rows.div_ceil(height) * vocab.div_ceil(128), 1, 1]);
+                assert!(launch.shared_bytes + 1024 <= 101_376 && launch.block == tile.threads, "{launch:?}");
+            }
+        }
+        assert!(tile(0).launch(0, 50_258).is_empty());
+    }
+
+    #[test]
+    fn chunks_are_whole_tiles_that_fit() {
+        assert_eq!(chunk_rows(100, 4 * 50_258, CHUNK_BYTES), 100);
+        assert_eq!(chunk_rows(1000, 4 * 50_258, CHUNK_BYTES), 256);
+        assert_eq!(chunk_rows(1000, 32 * 393, CHUNK_BYTES), 1000);
+        assert_eq!(chunk_rows(1000, 1 << 30, CHUNK_BYTES), 128, "one tile is the least");
+        let op = Decide {
+            rows: 300,
+            k: 10,
+            vocab: 7,
+            hidden: 1000,
+            dtype: DType::Bf16,
+            head: 1,
+            bias: None,
+            banned: None,
+            draws: 0,
+            decisions: 64,
+            any_fused: true,
+            any_nucleus: true,
+        };
+        let parts: Vec<_> = chunks(&op, 128).map(|c| (c.rows, c.hidden, c.draws, c.decisions)).collect();
+        assert_eq!(parts, [(128, 1000, 0, 64), (128, 1000 + 2560, 4096, 64 + 4096), (44, 1000 + 5120, 8192, 64 + 8192)]);
+    }
+
+    #[test]
+    fn the_route_of_a_row_is_its_own() {
+        let draw = Draw { u: 0.5, temperature: 1.0, top_p: 0.9, top_p_rule: TopPRule::Crossing, forced: None, truncated_confidence: true };
+        assert!(needs_nucleus(&draw));
+        for other in [Draw { top_p: 1.0, ..draw }, Draw { temperature: 0.0, ..draw }, Draw { forced: Some(3), ..draw }] {
+            assert!(!needs_nucleus(&other));
+        }
+        assert_eq!(DrawRecord::from(&draw).flags, flag::CROSSING | flag::TRUNCATED);
+        let forced = DrawRecord::from(&Draw { forced: Some(3), top_p_rule: TopPRule::Within, ..draw });
+        assert_eq!((forced.flags, forced.forced), (flag::TRUNCATED | flag::FORCED, 3));
+    }
+
+    #[test]
+    fn every_status_has_its_words() {
+        let record = |status| DecisionRecord { token: 17, status, ..DecisionRecord::default() };
+        assert_eq!(record(status::OK).decision(5).unwrap().token, 17);
+        for (code, words) in
+            [(status::BROKEN, "token 17 is NaN or inf"), (status::NOTHING, "no token"), (status::FORCED, "token 17"), (9, "is 9")]
+        {
+            let error = record(code).decision(5).unwrap_err();
+            assert!(error.to_string().contains("row 5") && error.to_string().contains(words), "{error}");
+            assert_eq!(matches!(error, Error::Request { .. }), code == status::FORCED);
+        }
+    }
+}

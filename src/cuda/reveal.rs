@@ -1,0 +1,46 @@
+//! Launcher of `reveal`: which asked positions take their token now, and their new place on the canvas.
+#![forbid(unsafe_code)]
+
+use super::driver::{Build, Launch};
+use super::machine::Machine;
+use super::params::params;
+use crate::error::Result;
+
+/// One histogram bin per thread.
+const THREADS: u32 = 256;
+
+params! {
+    /// `reveal`: one entry. S is the number of sessions, N the number of positions of all sequences.
+    RevealParams, 64 bytes {
+        /// (S) `ask::SessionStep`.
+        sessions: u64 = 0,
+        /// (S) `ask::SessionSummary`.
+        summaries: u64 = 8,
+        /// `decide::DecisionRecord` of all asks; `chosen` is set.
+        decisions: u64 = 16,
+        /// (N) u32 canvas, as in `remask`.
+        token: u64 = 24,
+        /// (N) f32.
+        confidence: u64 = 32,
+        /// (N) u8.
+        state: u64 = 40,
+        /// (N) u8.
+        stage: u64 = 48,
+        /// (N) u32.
+        step: u64 = 56,
+    }
+}
+
+/// The builds of this kernel.
+pub(super) fn builds() -> Vec<Build> {
+    vec![build()]
+}
+
+fn build() -> Build {
+    Build { stem: "reveal", defines: vec![("THREADS", THREADS)] }
+}
+
+/// One CTA for each of `num_sessions`.
+pub fn reveal(machine: &Machine, num_sessions: u32, params: &RevealParams) -> Result<()> {
+    machine.launch(build(), "reveal", Launch::line(num_sessions, THREADS), params)
+}
