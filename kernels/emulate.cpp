@@ -1,12 +1,18 @@
 // Runs the CTAs of one launch on one OS thread: every CUDA thread is a fiber, and a schedule picks who runs next.
 //
-// Checked on the way: all threads reach the same barrier, a warp exchange is joined by all lanes of its mask with the same mask at
-// the same line, no thread exits past a barrier that others wait at. A violation ends the launch with a sentence, not with a hang.
+// Checked on the way: all threads reach the same barrier, a warp operation is joined by all lanes of its mask with the same mask at
+// the same line, no thread exits past a barrier that others wait at, no access leaves its buffer (the driver puts inaccessible pages
+// around each). A violation ends the launch with a sentence, not with a hang or a crash.
 // Not modelled: reordering of plain loads and stores between fibers (they run whole stretches), bank conflicts, occupancy.
+//
+// Each kernel's library holds a copy of this file, and the driver loads a library once per OS thread: nothing here is shared.
+#include <csetjmp>
+#include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <sys/mman.h>
 #include <vector>
 
 #include "emulate.h"
@@ -15,7 +21,9 @@
 #error "the fiber switch is written for x86-64; add one for this machine (six callee-saved registers and the stack pointer)"
 #endif
 
+extern "C" {
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
+}
 
 // Saves the callee-saved registers on the running stack, stores its pointer, and continues on another stack. A ucontext switch
 // costs two system calls more and ten times the time.
@@ -47,38 +55,91 @@ extern char __stop_redraft_shared[] __attribute__((weak, visibility("hidden")));
 
 namespace {
 
-enum class Wait { None, Barrier, Exchange, Exited };
+enum class Wait { None, Barrier, Warp, Exited };
+
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+};
 
 struct Fiber {
     void* stack_pointer;
     Wait wait;
     int site;
-    unsigned mask, deposit;
-    unsigned received[32];
+    std::vector<Copy> copies;     // started and not done
+    std::vector<unsigned> groups;  // ends of the closed groups among them
 };
 
+// Lanes of a warp that meet, by the lowest lane of their mask.
+struct Meeting {
+    unsigned mask, arrived;
+    int site;
+    EmulatedLane lanes[32];
+};
+
+enum Schedule { Forward, Reverse, Random, WarpGreedy };
+enum Copies { Late, Eager };
+
 constexpr size_t STACK_BYTES = 64 << 10;
+constexpr size_t PAGE = 4096;
 constexpr unsigned NAN_PATTERN = 0x7fc0dead;
 
 std::vector<Fiber> fibers;
-std::vector<char> stacks;
-unsigned running, at_barrier;
-void* scheduler_stack;
+std::vector<Meeting> meetings;  // 32 for each warp
+char* stacks;
+size_t stacks_bytes;
+char* dynamic_map;  // the dynamic shared memory ends at an inaccessible page
+size_t dynamic_mapped;
+char* dynamic_shared;
+unsigned count, running, at_barrier, barrier_flags, barrier_result;
+int barrier_site, schedule, copy_timing;
+unsigned long long random_state;
+void* main_stack;
+const char* kernel_name;
 void (*entry)(const void*);
 const void* parameters;
-char failure[256];
+char failure[512];
+sigjmp_buf fault_exit;
+thread_local bool catching;  // this copy runs on this OS thread
+struct sigaction previous_handler;
 
-void fail(const char* format, ...) {
+void describe(const char* format, va_list values) {
     if (failure[0]) return;
-    va_list values;
-    va_start(values, format);
-    vsnprintf(failure, sizeof failure, format, values);
-    va_end(values);
+    const int used = snprintf(failure, sizeof failure, "%s, CTA (%u, %u, %u), thread %u: ", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z, running);
+    vsnprintf(failure + used, sizeof failure - used, format, values);
+}
+
+unsigned random_below(unsigned bound) {
+    random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
+    return (unsigned)((random_state >> 33) % bound);
+}
+
+// The next fiber to run, or `count` if none can.
+unsigned pick() {
+    const unsigned last = running;
+    unsigned i = schedule == Random ? random_below(count) : schedule == WarpGreedy ? last / 32 * 32 : last;
+    if (schedule == Forward) i = i + 1 == count ? 0 : i + 1;
+    if (schedule == Reverse) i = i == 0 ? count - 1 : i - 1;
+    for (unsigned step = 0; step < count; ++step) {
+        if (fibers[i].wait == Wait::None) return i;
+        if (schedule == Reverse) i = i == 0 ? count - 1 : i - 1;
+        else i = i + 1 == count ? 0 : i + 1;
+    }
+    return count;
 }
 
 void yield() {
     const unsigned self = running;
-    redraft_switch(&fibers[self].stack_pointer, scheduler_stack);
+    const unsigned next = failure[0] ? count : pick();
+    if (next == self) return;
+    if (next == count) {
+        redraft_switch(&fibers[self].stack_pointer, main_stack);
+        return;
+    }
+    running = next;
+    threadIdx.x = next;
+    redraft_switch(&fibers[self].stack_pointer, fibers[next].stack_pointer);
 }
 
 void run_thread() {
@@ -88,113 +149,258 @@ void run_thread() {
     abort();  // an exited fiber is never resumed
 }
 
-unsigned random_below(unsigned long long& state, unsigned bound) {
-    state = state * 6364136223846793005ull + 1442695040888963407ull;
-    return (unsigned)((state >> 33) % bound);
+void finish(const Copy& copy) {
+    if (copy.valid) memcpy(copy.to, copy.from, 16);
+    else memset(copy.to, 0, 16);
 }
 
-enum Schedule { Forward, Reverse, Random, WarpGreedy };
-
-// The next fiber to run, or `count` if none can.
-unsigned pick(int schedule, unsigned last, unsigned long long& state) {
-    const unsigned count = fibers.size();
-    const auto ready = [](unsigned i) { return fibers[i].wait == Wait::None; };
-    const unsigned start = schedule == Random ? random_below(state, count) : schedule == WarpGreedy ? last / 32 * 32 : (last + 1) % count;
-    for (unsigned step = 0; step < count; ++step) {
-        const unsigned i = schedule == Reverse ? (last + count - 1 - step) % count : (start + step) % count;
-        if (ready(i)) return i;
-    }
-    return count;
-}
-
-void run_cta(unsigned block, int schedule, unsigned long long& state) {
+void run_cta() {
     for (char* word = __start_redraft_shared; word && word + 4 <= __stop_redraft_shared; word += 4) memcpy(word, &NAN_PATTERN, 4);
-    at_barrier = 0;
-    for (unsigned i = 0; i < block; ++i) {
-        fibers[i] = Fiber{};
+    for (char* word = dynamic_shared; word && word < dynamic_map + dynamic_mapped - PAGE; word += 4) memcpy(word, &NAN_PATTERN, 4);
+    at_barrier = barrier_flags = 0;
+    for (Meeting& meeting : meetings) meeting.arrived = 0;
+    for (unsigned i = 0; i < count; ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.wait = Wait::None;
+        fiber.copies.clear();
+        fiber.groups.clear();
         // Six registers, the address that `ret` takes, and one word so that the entry sees the alignment of a call.
-        void** top = (void**)(((size_t)stacks.data() + (i + 1) * STACK_BYTES) & ~(size_t)15) - 8;
+        void** top = (void**)(stacks + (i + 1) * STACK_BYTES) - 8;
         memset(top, 0, 8 * sizeof(void*));
         top[6] = (void*)run_thread;
-        fibers[i].stack_pointer = top;
+        fiber.stack_pointer = top;
     }
-    unsigned last = schedule == Reverse ? 0 : block - 1;
-    if (schedule == WarpGreedy) last = 0;
-    while (!failure[0]) {
-        const unsigned next = pick(schedule, last, state);
-        if (next == block) break;
-        last = running = next;
-        threadIdx = {next, 0, 0};
-        redraft_switch(&scheduler_stack, fibers[next].stack_pointer);
-    }
+    running = schedule == Forward ? count - 1 : 0;
+    const unsigned first = pick();
+    running = first;
+    threadIdx = {first, 0, 0};
+    redraft_switch(&main_stack, fibers[first].stack_pointer);
+
     unsigned exited = 0;
     for (const Fiber& fiber : fibers) exited += fiber.wait == Wait::Exited;
-    for (unsigned i = 0; i < block && exited < block; ++i) {
+    for (unsigned i = 0; i < count && exited < count && !failure[0]; ++i) {
         const Fiber& fiber = fibers[i];
         if (fiber.wait == Wait::Exited) continue;
-        fail("CTA %u: thread %u waits for ever at the %s of line %d; %u of %u threads have exited", blockIdx.x, i,
-             fiber.wait == Wait::Barrier ? "barrier" : "warp exchange", fiber.site, exited, block);
+        snprintf(failure, sizeof failure, "%s, CTA (%u, %u, %u), thread %u: waits for ever at the %s of line %d; %u of %u threads have exited",
+                 kernel_name, blockIdx.x, blockIdx.y, blockIdx.z, i, fiber.wait == Wait::Barrier ? "barrier" : "warp operation", fiber.site,
+                 exited, count);
     }
+}
+
+void on_fault(int signal, siginfo_t* info, void* context) {
+    if (catching) {
+        if (!failure[0]) {
+            snprintf(failure, sizeof failure, "%s, CTA (%u, %u, %u), thread %u: access outside of any buffer, at %p", kernel_name, blockIdx.x,
+                     blockIdx.y, blockIdx.z, running, info->si_addr);
+        }
+        siglongjmp(fault_exit, 1);
+    }
+    // Somebody else's fault.
+    if (previous_handler.sa_flags & SA_SIGINFO) {
+        previous_handler.sa_sigaction(signal, info, context);
+    } else if (previous_handler.sa_handler != SIG_DFL && previous_handler.sa_handler != SIG_IGN) {
+        previous_handler.sa_handler(signal);
+    } else {
+        sigaction(signal, &previous_handler, nullptr);  // the access is tried again, and ends the process as it would have
+    }
+}
+
+void* map(size_t bytes) {
+    void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    return address == MAP_FAILED ? nullptr : address;
+}
+
+bool reserve(unsigned block, size_t shared_bytes) {
+    static bool installed = false;
+    if (!installed) {
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        sigaction(SIGSEGV, &action, &previous_handler);
+        installed = true;
+    }
+    if (stacks_bytes < block * STACK_BYTES) {
+        if (stacks) munmap(stacks, stacks_bytes);
+        stacks_bytes = block * STACK_BYTES;
+        stacks = (char*)map(stacks_bytes);
+    }
+    const size_t rounded = (shared_bytes + 127) / 128 * 128;
+    const size_t mapped = (rounded + PAGE - 1) / PAGE * PAGE + PAGE;
+    if (dynamic_mapped != mapped) {
+        if (dynamic_map) munmap(dynamic_map, dynamic_mapped);
+        dynamic_mapped = mapped;
+        dynamic_map = (char*)map(mapped);
+        if (dynamic_map) mprotect(dynamic_map + mapped - PAGE, PAGE, PROT_NONE);
+    }
+    if (!stacks || !dynamic_map) return false;
+    dynamic_shared = dynamic_map + mapped - PAGE - rounded;
+    fibers.resize(block);
+    meetings.resize(block);  // 32 for each 32 threads
+    count = block;
+    return true;
 }
 
 }  // namespace
 
-void emulate_barrier(int site) {
+void emulate_fail(const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    describe(format, values);
+    va_end(values);
+    yield();
+    abort();  // nothing runs after a failure
+}
+
+unsigned char* emulate_dynamic_shared() { return (unsigned char*)dynamic_shared; }
+
+unsigned emulate_barrier(bool flag, int site) {
+    if (at_barrier == 0) barrier_site = site;
+    if (barrier_site != site) emulate_fail("one barrier joined from line %d and line %d", barrier_site, site);
     Fiber& self = fibers[running];
     self.wait = Wait::Barrier;
     self.site = site;
-    if (++at_barrier == fibers.size()) {
-        at_barrier = 0;
-        for (Fiber& fiber : fibers) {
-            if (fiber.site != site) fail("CTA %u: one barrier joined from line %d and line %d", blockIdx.x, site, fiber.site);
-            fiber.wait = Wait::None;
-        }
+    barrier_flags += flag;
+    if (++at_barrier == count) {
+        barrier_result = barrier_flags;
+        at_barrier = barrier_flags = 0;
+        for (Fiber& fiber : fibers) fiber.wait = Wait::None;
     }
+    yield();
+    // The next result needs this thread at the next barrier.
+    return barrier_result;
+}
+
+void emulate_warp(unsigned mask, EmulatedLane lane, void (*work)(unsigned, EmulatedLane*), int site) {
+    const unsigned self = running, own = self & 31u, warp = self & ~31u;
+    if (!(mask >> own & 1u)) emulate_fail("not in its own mask %08x, line %d", mask, site);
+    Meeting& meeting = meetings[warp + __builtin_ctz(mask)];
+    if (meeting.arrived == 0) {
+        meeting.mask = mask;
+        meeting.site = site;
+    } else if (meeting.mask != mask || meeting.site != site) {
+        emulate_fail("lanes meet with different masks or from lines %d and %d", meeting.site, site);
+    }
+    meeting.lanes[own] = lane;
+    meeting.arrived |= 1u << own;
+    if (meeting.arrived == mask) {
+        work(mask, meeting.lanes);
+        meeting.arrived = 0;
+        for (unsigned i = 0; i < 32; ++i) {
+            if (mask >> i & 1u) fibers[warp + i].wait = Wait::None;
+        }
+        // In these two orders somebody else may go first.
+        if (schedule == Reverse || schedule == Random) yield();
+        return;
+    }
+    fibers[self].wait = Wait::Warp;
+    fibers[self].site = site;
     yield();
 }
 
-const unsigned* emulate_exchange(unsigned mask, unsigned value, int site) {
-    Fiber& self = fibers[running];
-    const unsigned warp = running & ~31u;
-    self.wait = Wait::Exchange;
-    self.site = site;
-    self.mask = mask;
-    self.deposit = value;
-    if (!(mask >> (running & 31u) & 1u)) fail("CTA %u: thread %u is not in its own mask, line %d", blockIdx.x, running, site);
-    bool complete = true;
+void emulate_mma_work(unsigned, EmulatedLane* lanes) {
+    float a[16][16], b[16][8], d[16][8];
+    const auto wide = [](unsigned bits) { return __uint_as_float(bits << 16); };
     for (unsigned lane = 0; lane < 32; ++lane) {
-        if (!(mask >> lane & 1u)) continue;
-        if (warp + lane >= fibers.size() || fibers[warp + lane].wait != Wait::Exchange) {
-            complete = false;
-        } else if (fibers[warp + lane].mask != mask || fibers[warp + lane].site != site) {
-            fail("CTA %u, warp %u: lanes exchange with different masks or from lines %d and %d", blockIdx.x, warp / 32, site,
-                 fibers[warp + lane].site);
+        const unsigned g = lane / 4, t = lane % 4 * 2;
+        const unsigned* pa = (const unsigned*)lanes[lane].in[0];
+        const unsigned* pb = (const unsigned*)lanes[lane].in[1];
+        const float* pd = (const float*)lanes[lane].out;
+        for (unsigned i = 0; i < 4; ++i) {
+            const unsigned row = g + i % 2 * 8, column = t + i / 2 * 8;
+            a[row][column] = wide(pa[i]);
+            a[row][column + 1] = wide(pa[i] >> 16);
+        }
+        for (unsigned i = 0; i < 2; ++i) {
+            b[t + i * 8][g] = wide(pb[i]);
+            b[t + i * 8 + 1][g] = wide(pb[i] >> 16);
+        }
+        d[g][t] = pd[0];
+        d[g][t + 1] = pd[1];
+        d[g + 8][t] = pd[2];
+        d[g + 8][t + 1] = pd[3];
+    }
+    for (unsigned row = 0; row < 16; ++row) {
+        for (unsigned k = 0; k < 16; ++k) {
+            for (unsigned column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
         }
     }
-    for (unsigned lane = 0; lane < 32 && complete; ++lane) {
-        if (!(mask >> lane & 1u)) continue;
-        for (unsigned from = 0; from < 32; ++from) {
-            fibers[warp + lane].received[from] = mask >> from & 1u ? fibers[warp + from].deposit : NAN_PATTERN;
-        }
-        fibers[warp + lane].wait = Wait::None;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+        const unsigned g = lane / 4, t = lane % 4 * 2;
+        float* pd = (float*)lanes[lane].out;
+        pd[0] = d[g][t];
+        pd[1] = d[g][t + 1];
+        pd[2] = d[g + 8][t];
+        pd[3] = d[g + 8][t + 1];
     }
-    yield();
-    return self.received;
 }
 
-// Runs `grid` CTAs of `block` threads; null, or what went wrong. One launch at a time.
-extern "C" const char* redraft_launch(void (*kernel)(const void*), const void* params, unsigned grid, unsigned block, int schedule) {
+void emulate_cp_async(void* shared, const void* global, bool valid, int site) {
+    if (((size_t)shared | (size_t)global) % 16 != 0) emulate_fail("cp.async of line %d is not aligned to 16 bytes", site);
+    const Copy copy = {shared, global, valid};
+    if (copy_timing == Eager) finish(copy);
+    else fibers[running].copies.push_back(copy);
+}
+
+void emulate_cp_async_commit() {
+    Fiber& self = fibers[running];
+    self.groups.push_back((unsigned)self.copies.size());
+}
+
+void emulate_cp_async_wait(int pending) {
+    Fiber& self = fibers[running];
+    if ((int)self.groups.size() <= pending) return;
+    const size_t closed = self.groups.size() - pending;
+    const unsigned end = self.groups[closed - 1];
+    for (unsigned i = 0; i < end; ++i) finish(self.copies[i]);
+    self.copies.erase(self.copies.begin(), self.copies.begin() + end);
+    self.groups.erase(self.groups.begin(), self.groups.begin() + closed);
+    for (unsigned& group : self.groups) group -= end;
+}
+
+extern "C" {
+
+// Runs the CTAs first, first + stride, ... of a launch; null, or what went wrong. `timing`: Copies.
+const char* redraft_launch(const char* name, void (*kernel)(const void*), const void* params, const unsigned* grid, unsigned block,
+                           unsigned shared_bytes, int order, int timing, unsigned first, unsigned stride) {
+    kernel_name = name;
     entry = kernel;
     parameters = params;
+    schedule = order;
+    copy_timing = timing;
     failure[0] = 0;
-    fibers.resize(block);
-    if (stacks.size() < block * STACK_BYTES) stacks.resize(block * STACK_BYTES);
+    if (!reserve(block, shared_bytes)) return "the host has no memory for the fibers of a CTA";
+    // Faults are handled on a stack of their own: the one that faulted may be the reason.
+    static char alternate[32 << 10];
+    stack_t signal_stack = {}, old_stack = {};
+    signal_stack.ss_sp = alternate;
+    signal_stack.ss_size = sizeof alternate;
+    sigaltstack(&signal_stack, &old_stack);
     blockDim = {block, 1, 1};
-    gridDim = {grid, 1, 1};
-    unsigned long long state = 0x9E3779B97F4A7C15ull;
-    for (unsigned cta = 0; cta < grid && !failure[0]; ++cta) {
-        blockIdx = {cta, 0, 0};
-        run_cta(block, schedule, state);
+    gridDim = {grid[0], grid[1], grid[2]};
+    const unsigned long long ctas = (unsigned long long)grid[0] * grid[1] * grid[2];
+    if (sigsetjmp(fault_exit, 1) == 0) {
+        catching = true;
+        for (unsigned long long cta = first; cta < ctas && !failure[0]; cta += stride) {
+            blockIdx = {(unsigned)(cta % grid[0]), (unsigned)(cta / grid[0] % grid[1]), (unsigned)(cta / grid[0] / grid[1])};
+            random_state = 0x9E3779B97F4A7C15ull ^ cta;
+            run_cta();
+        }
     }
+    catching = false;
+    sigaltstack(&old_stack, nullptr);
     return failure[0] ? failure : nullptr;
+}
+
+// Pages for a buffer between two inaccessible ones; null if there are none.
+void* redraft_map(size_t bytes) {
+    char* address = (char*)mmap(nullptr, bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (address == (char*)MAP_FAILED) return nullptr;
+    if (mprotect(address + PAGE, bytes, PROT_READ | PROT_WRITE) != 0) {
+        munmap(address, bytes + 2 * PAGE);
+        return nullptr;
+    }
+    return address + PAGE;
+}
+
+void redraft_unmap(void* address, size_t bytes) { munmap((char*)address - PAGE, bytes + 2 * PAGE); }
 }

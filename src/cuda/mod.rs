@@ -17,6 +17,7 @@ pub mod decide;
 mod device;
 pub mod driver;
 pub mod embed;
+mod emu;
 pub mod gather;
 mod gpu;
 mod kernels;
@@ -35,6 +36,7 @@ mod trouble;
 pub use compile::{Compiled, Compiler, EntryUse, compiler};
 pub use device::{DeviceInfo, device_count, probe, unavailable};
 pub use driver::{Build, Driver};
+pub use emu::{Copies, Edit, Emulator, EmulatorOptions, Schedule};
 pub use gpu::Gpu;
 pub use kernels::{
     Kernel, KernelInfo, KernelReport, builds, headers, kernels, kernels_check, kernels_list, list_table, over_budget, report_table,

@@ -1,36 +1,39 @@
-//! `embed` copies rows exactly, whatever their width and alignment.
+//! `embed` copies rows exactly, whatever their width and alignment, straight or through an index.
 
 use half::bf16;
-use redraft::cuda::params::EmbedParams;
+use redraft::DType;
+use redraft::cuda::embed::{Embed, embed};
+use redraft::cuda::machine::Machine;
 
-use crate::emulator::{Emulated, Guarded, SCHEDULES, noise, same_bits};
+use crate::emulator::{Array, machines, noise, same_bits, words};
 
 const VOCAB: usize = 11;
 /// The first and last row, a repeated one, and one id outside the vocabulary.
 const IDS: [u32; 5] = [3, 0, VOCAB as u32 - 1, VOCAB as u32, 3];
 
-pub fn holds(kernels: &Emulated) -> Result<(), String> {
+pub fn holds(machine: &Machine) -> Result<(), String> {
     // Vector and scalar paths, more and fewer elements than threads, odd widths.
-    for width in [1, 3, 4, 64, 130, 512, 770] {
-        let table = noise(1, VOCAB * width);
-        let rounded: Vec<bf16> = table.iter().map(|v| bf16::from_f32(*v)).collect();
+    for (width, skew) in [(1, 0), (3, 1), (4, 0), (64, 2), (130, 0), (512, 0), (770, 1)] {
+        let values = noise(1, VOCAB * width);
+        let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
         let row = |source: &dyn Fn(usize) -> f32| -> Vec<f32> {
             let element =
                 |id: u32, i: usize| if id as usize >= VOCAB { f32::from_bits(0x7fc0_0000) } else { source(id as usize * width + i) };
             IDS.iter().flat_map(|id| (0..width).map(move |i| element(*id, i))).collect()
         };
-        let (exact, widened) = (row(&|i| table[i]), row(&|i| rounded[i].to_f32()));
-        for (schedule, skew) in SCHEDULES.into_iter().zip([0, 1, 0, 2]) {
-            let mut ids = Guarded::new(&IDS);
-            let mut table = Guarded::skewed(&table, skew);
-            let mut rounded = Guarded::skewed(&rounded, skew);
-            for (entry, address, expected) in [("embed_f32", table.address(), &exact), ("embed_bf16", rounded.address(), &widened)] {
-                let mut out = Guarded::new(&vec![0f32; IDS.len() * width]);
-                let params =
-                    EmbedParams { ids: ids.address(), table: address, out: out.address(), width: width as u32, vocab: VOCAB as u32 };
-                // SAFETY: the struct of `embed`; the buffers have the shapes of its head and outlive the launch.
-                unsafe { kernels.launch(entry, EmbedParams::launch(IDS.len() as u32), schedule, &params)? };
-                same_bits(expected, &out.values()?, &format!("{entry}, width {width}, {schedule:?}"))?;
+        let (exact, widened) = (row(&|i| values[i]), row(&|i| rounded[i].to_f32()));
+        // A canvas in which the ids stand backwards, every second place.
+        let canvas: Vec<u32> = IDS.iter().rev().flat_map(|id| [*id, u32::MAX]).collect();
+        let places: Vec<u32> = (0..IDS.len() as u32).rev().map(|i| 2 * i).collect();
+        let (ids, canvas, places) = (Array::new(machine, &IDS), Array::new(machine, &canvas), Array::new(machine, &places));
+        let (wide, narrow) = (Array::skewed(machine, &values, skew), Array::skewed(machine, &rounded, skew));
+        for (dtype, table, expected) in [(DType::F32, wide.address(), &exact), (DType::Bf16, narrow.address(), &widened)] {
+            for (ids, index) in [(ids.address(), None), (canvas.address(), Some(places.address()))] {
+                let out = Array::nan(machine, IDS.len() * width);
+                let (rows, vocab) = (IDS.len() as u32, VOCAB as u32);
+                let op = Embed { rows, width: width as u32, vocab, dtype, ids, index, table, out: out.address() };
+                words(embed(machine, &op))?;
+                same_bits(expected, &out.read()?, &format!("{dtype:?}, width {width}, index {}", index.is_some()))?;
             }
         }
     }
@@ -39,5 +42,5 @@ pub fn holds(kernels: &Emulated) -> Result<(), String> {
 
 #[test]
 fn rows_are_copied_exactly() {
-    holds(Emulated::shipped()).unwrap();
+    machines().iter().for_each(|machine| holds(machine).unwrap());
 }

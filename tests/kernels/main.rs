@@ -1,5 +1,5 @@
 //! Every kernel, run on the CPU: the unmodified `kernels/*.cu` are compiled as host C++ and their threads run as fibers, under four
-//! schedules, over shared memory filled with NaN, between guarded buffers, against plain Rust. Needs g++ on x86-64, no GPU.
+//! schedules and two timings of copies, over shared memory filled with NaN, between guarded buffers, against plain Rust. Needs g++ on x86-64, no GPU.
 //!
 //! NVRTC compiles the same sources where it is found; `REDRAFT_REQUIRE_NVRTC=1` turns its absence into a failure.
 #![cfg(feature = "cuda")]
@@ -7,8 +7,8 @@
 mod door;
 mod embed;
 mod emulator;
-mod layer_norm;
 mod mutations;
+mod norm;
 mod nvrtc;
 mod params;
 mod remask;

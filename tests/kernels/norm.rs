@@ -1,10 +1,12 @@
-//! `layer_norm` stays within twice the error of a plain f32 loop, and gives the same bits under every schedule.
+//! `norm` stays within twice the error of a plain f32 loop, and gives the same bits under every schedule.
 
 use half::bf16;
+use redraft::DType;
 use redraft::cpu::oracle;
-use redraft::cuda::params::LayerNormParams;
+use redraft::cuda::machine::Machine;
+use redraft::cuda::norm::{Norm, norm};
 
-use crate::emulator::{Emulated, Guarded, SCHEDULES, Schedule, noise, same_bits};
+use crate::emulator::{Array, machines, noise, same_bits, words};
 
 const ROWS: usize = 4;
 const EPS: f32 = 1e-5;
@@ -38,31 +40,28 @@ struct Case {
 }
 
 impl Case {
-    fn launch(&self, kernels: &Emulated, entry: &str, schedule: Schedule, x: u64, out: u64) -> Result<(), String> {
-        let mut weight = Guarded::new(&self.weight);
-        let mut bias = self.bias.as_ref().map(|b| Guarded::new(b));
-        let bias = bias.as_mut().map_or(0, Guarded::address);
-        let params = LayerNormParams { x, weight: weight.address(), bias, out, width: self.width as u32, eps: EPS };
-        // SAFETY: the struct of `layer_norm`; the buffers have the shapes of its head and outlive the launch.
-        unsafe { kernels.launch(entry, LayerNormParams::launch(ROWS as u32), schedule, &params) }
+    fn launch(&self, machine: &Machine, out_dtype: DType, x: u64, out: u64) -> Result<(), String> {
+        let weight = Array::new(machine, &self.weight);
+        let bias = self.bias.as_ref().map(|b| Array::new(machine, b));
+        let (rows, width, bias) = (ROWS as u32, self.width as u32, bias.as_ref().map(Array::address));
+        words(norm(machine, &Norm { rows, width, eps: EPS, x, weight: weight.address(), bias, out, out_dtype }))
     }
 
     /// f32 output: into a buffer of its own, or over the input.
-    fn run(&self, kernels: &Emulated, schedule: Schedule, in_place: bool) -> Result<Vec<f32>, String> {
-        let mut x = Guarded::new(&self.x);
-        let mut out = Guarded::new(&vec![0f32; self.x.len()]);
+    fn run(&self, machine: &Machine, in_place: bool) -> Result<Vec<f32>, String> {
+        let (x, out) = (Array::new(machine, &self.x), Array::nan(machine, self.x.len()));
         let target = if in_place { x.address() } else { out.address() };
-        self.launch(kernels, "layer_norm_f32", schedule, x.address(), target)?;
-        if in_place { x.values() } else { out.values() }
+        self.launch(machine, DType::F32, x.address(), target)?;
+        if in_place { x.read() } else { out.read() }
     }
 }
 
-pub fn holds(kernels: &Emulated) -> Result<(), String> {
+pub fn holds(machine: &Machine) -> Result<(), String> {
     for width in [1, 7, 32, 255, 256, 257, 768, 1000] {
         for with_bias in [false, true] {
             let bias = with_bias.then(|| noise(4, width));
             let case = Case { width, x: rows(width), weight: noise(3, width), bias };
-            let found = case.run(kernels, Schedule::Forward, false)?;
+            let found = case.run(machine, false)?;
             for (row, (x, found)) in case.x.chunks(width).zip(found.chunks(width)).enumerate() {
                 let exact = oracle::layer_norm(x, &case.weight, case.bias.as_deref(), EPS);
                 let error = |values: &[f32]| values.iter().zip(&exact).map(|(v, e)| (f64::from(*v) - e).abs()).fold(0.0, f64::max);
@@ -80,15 +79,11 @@ pub fn holds(kernels: &Emulated) -> Result<(), String> {
                 }
             }
             let rounded: Vec<bf16> = found.iter().map(|v| bf16::from_f32(*v)).collect();
-            for schedule in SCHEDULES {
-                let what = format!("width {width}, {schedule:?}");
-                same_bits(&found, &case.run(kernels, schedule, false)?, &what)?;
-                same_bits(&found, &case.run(kernels, schedule, true)?, &format!("{what}, in place"))?;
-                let (mut x, mut out) = (Guarded::new(&case.x), Guarded::new(&vec![bf16::ZERO; case.x.len()]));
-                case.launch(kernels, "layer_norm_bf16", schedule, x.address(), out.address())?;
-                if out.values()? != rounded {
-                    return Err(format!("{what}: bf16 output is not the rounded f32 output"));
-                }
+            same_bits(&found, &case.run(machine, true)?, &format!("width {width}, in place"))?;
+            let (x, out) = (Array::new(machine, &case.x), Array::new(machine, &vec![bf16::NAN; case.x.len()]));
+            case.launch(machine, DType::Bf16, x.address(), out.address())?;
+            if out.read()? != rounded {
+                return Err(format!("width {width}: bf16 output is not the rounded f32 output"));
             }
         }
     }
@@ -97,5 +92,5 @@ pub fn holds(kernels: &Emulated) -> Result<(), String> {
 
 #[test]
 fn rows_are_normalised_as_exactly_as_f32_allows() {
-    holds(Emulated::shipped()).unwrap();
+    machines().iter().for_each(|machine| holds(machine).unwrap());
 }

@@ -1,6 +1,6 @@
 //! The real compiler accepts every kernel for every architecture, without spilling. Skipped, with a word, where NVRTC is absent.
 
-use redraft::cuda::{Compiler, Kernel, compiler, kernels, kernels_check, report_table};
+use redraft::cuda::{Build, Compiler, Kernel, compiler, kernels, kernels_check, report_table};
 use redraft::error::Error;
 
 /// A100, RTX 30 and 40, H100 and H200, B200, RTX 50.
@@ -37,9 +37,10 @@ fn every_kernel_compiles_without_spills() {
 #[test]
 fn the_generator_compiles_without_spills() {
     let Some(compiler) = found() else { return };
-    let probe = Kernel { stem: "rng", source: include_str!("rng.cu"), hash: 0, defines: &[("THREADS", 32)] };
+    let probe = Kernel { stem: "rng", source: include_str!("rng.cu"), hash: 0 };
+    let build = Build { stem: "rng", defines: vec![("THREADS", 32)] };
     for arch in ARCHS {
-        let compiled = compiler.compile(&probe, arch).unwrap();
+        let compiled = compiler.compile(&probe, &build, arch).unwrap();
         assert!(compiled.entries.len() == 1 && compiled.entries[0].spill_bytes == 0, "{arch}: {:?}", compiled.entries);
         assert!(compiled.cubin.starts_with(b"\x7fELF"), "{arch}");
     }
@@ -48,9 +49,9 @@ fn the_generator_compiles_without_spills() {
 #[test]
 fn an_error_names_the_build_and_carries_the_log() {
     let Some(compiler) = found() else { return };
-    let broken =
-        Kernel { stem: "broken", source: "#include \"common.cuh\"\nint x = undeclared;\n", hash: 0x17, defines: &[("THREADS", 64)] };
-    let Err(Error::Kernel { what }) = compiler.compile(&broken, "sm_80") else { panic!("compiled") };
+    let broken = Kernel { stem: "broken", source: "#include \"common.cuh\"\nint x = undeclared;\n", hash: 0x17 };
+    let build = Build { stem: "broken", defines: vec![("THREADS", 64)] };
+    let Err(Error::Kernel { what }) = compiler.compile(&broken, &build, "sm_80") else { panic!("compiled") };
     for part in
         ["kernel broken [--gpu-architecture=sm_80", "-DTHREADS=64", "0000000000000017", "NVRTC ", "broken.cu(2): error", "undeclared"]
     {
@@ -58,7 +59,7 @@ fn an_error_names_the_build_and_carries_the_log() {
     }
     // An interior NUL would be cut off silently by a C string.
     let nul = Kernel { source: "int a;\0int b;", ..broken };
-    assert!(matches!(compiler.compile(&nul, "sm_80"), Err(Error::Kernel { .. })));
+    assert!(matches!(compiler.compile(&nul, &build, "sm_80"), Err(Error::Kernel { .. })));
 }
 
 #[test]

@@ -1,22 +1,44 @@
 //! The params structs have the same fields at the same offsets on both sides. Each compiler asserts its own numbers; here the two
 //! lists of numbers are compared.
 
+use redraft::cuda::embed::EmbedParams;
+use redraft::cuda::gather::GatherParams;
 use redraft::cuda::kernels;
-use redraft::cuda::params::{EmbedParams, LayerNormParams, RemaskParams};
+use redraft::cuda::linear::LinearParams;
+use redraft::cuda::norm::NormParams;
+use redraft::cuda::params::Params;
+use redraft::cuda::remask::RemaskParams;
+
+/// What each side says about one struct.
+fn twin<P: Params>(name: &'static str) -> (&'static str, Vec<String>) {
+    let fields = P::FIELDS.iter().map(|(field, offset)| format!("FIELD({name}, {field}, {offset});"));
+    (name, fields.chain([format!("LAYOUT({name}, {});", size_of::<P>())]).collect())
+}
 
 #[test]
 fn both_sides_state_the_same_layout() {
     let twins = [
-        ("embed", "EmbedParams", EmbedParams::FIELDS, size_of::<EmbedParams>()),
-        ("layer_norm", "LayerNormParams", LayerNormParams::FIELDS, size_of::<LayerNormParams>()),
-        ("remask", "RemaskParams", RemaskParams::FIELDS, size_of::<RemaskParams>()),
+        twin::<EmbedParams>("EmbedParams"),
+        twin::<GatherParams>("GatherParams"),
+        twin::<LinearParams>("LinearParams"),
+        twin::<NormParams>("NormParams"),
+        twin::<RemaskParams>("RemaskParams"),
     ];
-    let kernels = kernels();
-    assert_eq!(kernels.iter().map(|k| k.stem).collect::<Vec<_>>(), twins.map(|(stem, ..)| stem), "a kernel without a twin");
-    for (kernel, (stem, name, fields, size)) in kernels.iter().zip(twins) {
-        let stated: Vec<&str> = kernel.source.lines().filter(|l| l.starts_with("FIELD(") || l.starts_with("LAYOUT(")).collect();
-        let mut expected: Vec<String> = fields.iter().map(|(field, offset)| format!("FIELD({name}, {field}, {offset});")).collect();
-        expected.push(format!("LAYOUT({name}, {size});"));
-        assert_eq!(stated, expected, "{stem}");
+    // Every struct that any kernel or header states, by its lines in order.
+    let mut stated: Vec<(String, Vec<String>)> = Vec::new();
+    let texts = kernels().into_iter().map(|k| k.source).chain(redraft::cuda::headers().iter().map(|(_, text)| *text));
+    for line in texts.flat_map(str::lines).filter(|l| l.starts_with("FIELD(") || l.starts_with("LAYOUT(")) {
+        let name = line.split_once('(').and_then(|(_, rest)| rest.split(',').next()).expect("a struct").to_owned();
+        match stated.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, lines)) => lines.push(line.to_owned()),
+            None => stated.push((name, vec![line.to_owned()])),
+        }
+    }
+    for (name, lines) in &stated {
+        let twin = twins.iter().find(|(known, _)| known == name).unwrap_or_else(|| panic!("{name} has no twin in this test"));
+        assert_eq!(*lines, twin.1, "{name}");
+    }
+    for (name, _) in &twins {
+        assert!(stated.iter().any(|(known, _)| known == name), "{name} is in no kernel");
     }
 }

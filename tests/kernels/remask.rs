@@ -1,10 +1,11 @@
 //! `remask` takes what `policy::remask` takes and leaves the canvas as `Canvas::remask` leaves it.
 
 use redraft::canvas::{Canvas, State};
-use redraft::cuda::params::{RemaskParams, state};
+use redraft::cuda::machine::Machine;
+use redraft::cuda::remask::{RemaskParams, remask, state};
 use redraft::policy;
 
-use crate::emulator::{Emulated, Guarded, SCHEDULES, Schedule, noise};
+use crate::emulator::{Array, machines, noise, words};
 
 const MASK: u32 = 50_257;
 const NEXT_STAGE: u8 = 2;
@@ -82,7 +83,7 @@ fn law(sequences: &[Sequence]) -> (Vec<Canvas>, Vec<Vec<u32>>) {
     sequences.iter().map(one).unzip()
 }
 
-fn check(kernels: &Emulated, sequences: &[Sequence], schedule: Schedule) -> Result<(), String> {
+fn check(machine: &Machine, sequences: &[Sequence]) -> Result<(), String> {
     let indptr = sequences.iter().scan(0u32, |end, s| {
         *end += s.canvas.len() as u32;
         Some(*end)
@@ -91,11 +92,11 @@ fn check(kernels: &Emulated, sequences: &[Sequence], schedule: Schedule) -> Resu
     let before = flat(sequences.iter().map(|s| &s.canvas));
     let untouched = vec![u32::MAX; before.token.len()];
 
-    let mut offsets = Guarded::new(&indptr);
-    let mut count = Guarded::new(&sequences.iter().map(|s| s.count).collect::<Vec<_>>());
-    let (mut token, mut confidence) = (Guarded::new(&before.token), Guarded::new(&before.confidence));
-    let (mut state, mut stage, mut step) = (Guarded::new(&before.state), Guarded::new(&before.stage), Guarded::new(&before.step));
-    let (mut positions, mut taken) = (Guarded::new(&untouched), Guarded::new(&vec![u32::MAX; sequences.len()]));
+    let offsets = Array::new(machine, &indptr);
+    let count = Array::new(machine, &sequences.iter().map(|s| s.count).collect::<Vec<_>>());
+    let (token, confidence) = (Array::new(machine, &before.token), Array::new(machine, &before.confidence));
+    let (state, stage, step) = (Array::new(machine, &before.state), Array::new(machine, &before.stage), Array::new(machine, &before.step));
+    let (positions, taken) = (Array::new(machine, &untouched), Array::new(machine, &vec![u32::MAX; sequences.len()]));
     let params = RemaskParams {
         indptr: offsets.address(),
         count: count.address(),
@@ -109,32 +110,26 @@ fn check(kernels: &Emulated, sequences: &[Sequence], schedule: Schedule) -> Resu
         mask_id: MASK,
         next_stage: u32::from(NEXT_STAGE),
     };
-    // SAFETY: the struct of `remask`; the buffers have the shapes of its head and outlive the launch.
-    unsafe { kernels.launch("remask", RemaskParams::launch(sequences.len() as u32), schedule, &params)? };
+    words(remask(machine, sequences.len() as u32, &params))?;
 
     let (canvases, expected) = law(sequences);
-    let after = Flat {
-        token: token.values()?,
-        confidence: confidence.values()?,
-        state: state.values()?,
-        stage: stage.values()?,
-        step: step.values()?,
-    };
-    let (positions, taken) = (positions.values()?, taken.values()?);
+    let after =
+        Flat { token: token.read()?, confidence: confidence.read()?, state: state.read()?, stage: stage.read()?, step: step.read()? };
+    let (positions, taken) = (positions.read()?, taken.read()?);
     for (s, expected) in expected.iter().enumerate() {
         let slots = &positions[indptr[s] as usize..indptr[s + 1] as usize];
         let (found, rest) = slots.split_at((taken[s] as usize).min(slots.len()));
         if taken[s] as usize != expected.len() || found != expected || rest.iter().any(|p| *p != u32::MAX) {
-            return Err(format!("{schedule:?}, sequence {s}: took {} {found:?}, the law takes {} {expected:?}", taken[s], expected.len()));
+            return Err(format!("sequence {s}: took {} {found:?}, the law takes {} {expected:?}", taken[s], expected.len()));
         }
     }
     if after != flat(canvases.iter()) {
-        return Err(format!("{schedule:?}: the right positions, but not the canvas that `Canvas::remask` leaves"));
+        return Err("the right positions, but not the canvas that `Canvas::remask` leaves".into());
     }
     Ok(())
 }
 
-pub fn holds(kernels: &Emulated) -> Result<(), String> {
+pub fn holds(machine: &Machine) -> Result<(), String> {
     // Lengths around the CTA size, an empty sequence, nothing wanted, everything, and more than there is; distinct values and ties.
     let ragged = [
         sequence(10, 1, 1, 1),
@@ -148,16 +143,14 @@ pub fn holds(kernels: &Emulated) -> Result<(), String> {
         sequence(90, 1025, 1 << 12, 512),
         odd_values(3),
     ];
-    for schedule in SCHEDULES {
-        check(kernels, &ragged, schedule)?;
-    }
+    check(machine, &ragged)?;
     for count in 0..=12 {
-        check(kernels, &[odd_values(count), sequence(u64::from(count), 40, 2, count)], Schedule::Random)?;
+        check(machine, &[odd_values(count), sequence(u64::from(count), 40, 2, count)])?;
     }
     Ok(())
 }
 
 #[test]
 fn the_lowest_confidences_are_masked_again() {
-    holds(Emulated::shipped()).unwrap();
+    machines().iter().for_each(|machine| holds(machine).unwrap());
 }

@@ -1,12 +1,15 @@
 //! The device generator and the device rounding, bit for bit against the published answers, `rng.rs` and `half`.
 
 use half::bf16;
-use redraft::cuda::params::Launch;
+use redraft::cuda::driver::Launch;
+use redraft::cuda::machine::Machine;
+use redraft::cuda::{Edit, Emulator, EmulatorOptions};
 use redraft::rng::{DrawKey, uniforms};
 
-use crate::emulator::{Emulated, Guarded, SCHEDULES};
+use crate::emulator::{Array, words};
 
 /// Twin of the struct in `rng.cu`.
+#[derive(Clone, Copy, bytemuck::NoUninit)]
 #[repr(C)]
 struct RngParams {
     counters: u64,
@@ -14,6 +17,7 @@ struct RngParams {
     uniforms: u64,
     rounded: u64,
     n: u32,
+    padding: u32,
 }
 
 /// Counter and key words, and the answers published with Random123 (kat_vectors).
@@ -31,24 +35,27 @@ fn counters() -> Vec<[u32; 6]> {
     KNOWN.iter().map(|(counter, _)| *counter).chain(rest).collect()
 }
 
-pub fn holds(kernels: &Emulated) -> Result<(), String> {
+/// The entry stands in a file of its own, so the machine is made here.
+pub fn holds(edit: Option<Edit>) -> Result<(), String> {
+    let emulator = Emulator::new(EmulatorOptions { edit, ..EmulatorOptions::default() }).map_err(|e| e.to_string())?;
+    let function = emulator.function_in("rng.cu", include_str!("rng.cu"), &[("THREADS", 32)], "rng_probe").map_err(|e| e.to_string())?;
+    let machine = &Machine::new(Box::new(emulator)).map_err(|e| e.to_string())?;
     let counters = counters();
     let n = counters.len();
-    for schedule in SCHEDULES {
-        let mut input = Guarded::new(&counters.concat());
-        let (mut words, mut draws) = (Guarded::new(&vec![0u32; 4 * n]), Guarded::new(&vec![0f64; 2 * n]));
-        let mut rounded = Guarded::new(&vec![0u16; n]);
+    {
+        let input = Array::new(machine, &counters.concat());
+        let (output, draws) = (Array::<u32>::fresh(machine, 4 * n), Array::<f64>::fresh(machine, 2 * n));
+        let rounded = Array::<u16>::fresh(machine, n);
         let params = RngParams {
             counters: input.address(),
-            words: words.address(),
+            words: output.address(),
             uniforms: draws.address(),
             rounded: rounded.address(),
             n: n as u32,
+            padding: 0,
         };
-        let launch = Launch { grid: (n as u32).div_ceil(32), block: 32 };
-        // SAFETY: the struct of `rng_probe`; the buffers have the shapes of its head and outlive the launch.
-        unsafe { kernels.launch("rng_probe", launch, schedule, &params)? };
-        let (words, draws, rounded) = (words.values()?, draws.values()?, rounded.values()?);
+        words(machine.driver.launch(function, Launch::line((n as u32).div_ceil(32), 32), bytemuck::bytes_of(&params)))?;
+        let (words, draws, rounded) = (output.read()?, draws.read()?, rounded.read()?);
         for (i, (_, answer)) in KNOWN.iter().enumerate() {
             if words[4 * i..4 * i + 4] != *answer {
                 return Err(format!("known answer {i}: {:x?}", &words[4 * i..4 * i + 4]));
@@ -80,5 +87,5 @@ pub fn holds(kernels: &Emulated) -> Result<(), String> {
 
 #[test]
 fn device_words_equal_the_published_ones() {
-    holds(Emulated::shipped()).unwrap();
+    holds(None).unwrap();
 }
