@@ -51,6 +51,9 @@ pub(super) struct Run {
     /// Launch one by one instead of from a graph, for profilers that look at single launches
     #[arg(long)]
     plain: bool,
+    /// A small shape, launched once per batch, for tools that slow kernels down
+    #[arg(long)]
+    small: bool,
     /// table or json
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
@@ -96,8 +99,8 @@ pub(super) fn run(command: Command) -> Result<()> {
 }
 
 fn replay(asked: &Run) -> Result<()> {
-    let Run { name, shape, repeat, plain, .. } = asked;
-    let replay = cuda::Asked { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain };
+    let Run { name, shape, repeat, plain, small, .. } = asked;
+    let replay = cuda::Asked { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
     replay.check()?;
     let Place::Cuda(ordinal) = asked.device;
     let machine = Machine::new(Box::new(cuda::Gpu::open(ordinal)?))?;

@@ -5,7 +5,7 @@
 //! in memory. Launches are recorded in a graph, so that the time of a short kernel is its own and not that of the calls.
 #![forbid(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::time::Instant;
 
 use half::bf16;
@@ -26,8 +26,8 @@ pub struct Key {
     pub name: &'static str,
     /// Default on a GPU: about what an 8B model asks for, a few hundred MB of traffic at most.
     pub device: u32,
-    /// Default under emulation, which is a million times slower.
-    pub emulated: u32,
+    /// Default under emulation, which is a million times slower: ragged, a few CTAs.
+    pub small: u32,
 }
 
 /// One kernel that can be run alone.
@@ -44,8 +44,8 @@ impl Replay {
     }
 }
 
-const fn key(name: &'static str, device: u32, emulated: u32) -> Key {
-    Key { name, device, emulated }
+const fn key(name: &'static str, device: u32, small: u32) -> Key {
+    Key { name, device, small }
 }
 
 /// All of them, by stem, behind the copy.
@@ -205,8 +205,8 @@ fn name_of<S: serde::Serializer>(dtype: &DType, serializer: S) -> std::result::R
 
 impl Shape {
     /// Defaults, with `given` ("KEY=VALUE") in their place.
-    fn resolve(replay: &Replay, given: &[String], dtype: DType, emulated: bool) -> Result<Shape> {
-        let default = |key: &Key| (key.name.to_owned(), if emulated { key.emulated } else { key.device }.into());
+    fn resolve(replay: &Replay, given: &[String], dtype: DType, small: bool) -> Result<Shape> {
+        let default = |key: &Key| (key.name.to_owned(), if small { key.small } else { key.device }.into());
         let mut values: serde_json::Map<_, _> = replay.keys.iter().map(default).collect();
         for pair in given {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -233,6 +233,7 @@ impl Shape {
 struct Inputs<'a> {
     driver: &'a dyn Driver,
     lent: RefCell<Vec<Address>>,
+    lent_bytes: Cell<u64>,
     /// Noise that all buffers repeat, as f32 and as bf16.
     tile: [Address; 2],
     random: RefCell<u64>,
@@ -243,7 +244,7 @@ const TILE: usize = 1 << 20;
 
 impl<'a> Inputs<'a> {
     fn new(driver: &'a dyn Driver) -> Result<Inputs<'a>> {
-        let mut inputs = Inputs { driver, lent: RefCell::default(), tile: [0; 2], random: RefCell::new(1) };
+        let mut inputs = Inputs { driver, lent: RefCell::default(), lent_bytes: Cell::new(0), tile: [0; 2], random: RefCell::new(1) };
         // Uniform in [-1, 1): 24 bits, all exact in f32.
         let noise: Vec<f32> = (0..TILE).map(|_| (inputs.next() >> 8) as f32 / (1 << 23) as f32 - 1.0).collect();
         let rounded: Vec<bf16> = noise.iter().map(|value| bf16::from_f32(*value)).collect();
@@ -263,6 +264,7 @@ impl<'a> Inputs<'a> {
     fn alloc(&self, bytes: usize) -> Result<Address> {
         let address = self.driver.alloc(bytes)?;
         self.lent.borrow_mut().push(address);
+        self.lent_bytes.set(self.lent_bytes.get() + bytes as u64);
         Ok(address)
     }
 
@@ -311,12 +313,14 @@ pub struct Asked<'a> {
     pub repeat: u32,
     /// Launch one by one instead of from a graph: profilers then see every launch by itself.
     pub plain: bool,
+    /// The defaults of the emulation and one launch per batch, for tools that slow a kernel down.
+    pub small: bool,
 }
 
 impl Asked<'_> {
     /// Refuses names and shapes that are not there, before any machine is opened.
     pub fn check(&self) -> Result<()> {
-        Shape::resolve(replay_named(self.name)?, self.shape, self.dtype, false).map(drop)
+        Shape::resolve(replay_named(self.name)?, self.shape, self.dtype, self.small).map(drop)
     }
 }
 
@@ -344,6 +348,8 @@ pub struct Report {
 /// Traffic between two uses of one buffer: four times the largest cache in use (60 MB on H200, 126 MB on B200).
 const COLD_BYTES: u64 = 512 << 20;
 const MAX_SETS: u64 = 64;
+/// A launch may read a small part of what it is given, as `embed` does of its table.
+const MAX_HELD_BYTES: u64 = 3 << 30;
 /// Long enough that one wait of 10 us is below a percent.
 const BATCH_SECONDS: f64 = 2e-3;
 const MAX_LAUNCHES: usize = 512;
@@ -358,13 +364,15 @@ fn replay_named(name: &str) -> Result<&'static Replay> {
 /// Runs one kernel on a machine and times it.
 pub fn replay(machine: &Machine, asked: &Asked) -> Result<Report> {
     let driver = machine.driver.as_ref();
-    let emulated = driver.arch() == "host";
+    let small = asked.small || driver.arch() == "host";
     let replay = replay_named(asked.name)?;
-    let shape = Shape::resolve(replay, asked.shape, asked.dtype, emulated)?;
+    let shape = Shape::resolve(replay, asked.shape, asked.dtype, small)?;
     let inputs = Inputs::new(driver)?;
+    let before = inputs.lent_bytes.get();
     let mut ops = vec![(replay.prepare)(&inputs, &shape)?];
+    let held = inputs.lent_bytes.get() - before;
     let (bytes, flop) = (ops[0].bytes, ops[0].flop);
-    let sets = if emulated { 1 } else { (COLD_BYTES / bytes.max(1)).clamp(1, MAX_SETS) };
+    let sets = if small { 1 } else { (COLD_BYTES / bytes.max(1)).min(MAX_HELD_BYTES / held.max(1)).clamp(1, MAX_SETS) };
     for _ in 1..sets {
         ops.push((replay.prepare)(&inputs, &shape)?);
     }
@@ -377,7 +385,7 @@ pub fn replay(machine: &Machine, asked: &Asked) -> Result<Report> {
     ops.iter().try_for_each(|op| (op.launch)(machine))?;
     driver.synchronize()?;
     let one = start.elapsed().as_secs_f64() / ops.len() as f64;
-    let rounds = if emulated { 1 } else { ((BATCH_SECONDS / one) as usize).clamp(1, MAX_LAUNCHES).div_ceil(ops.len()) };
+    let rounds = if small { 1 } else { ((BATCH_SECONDS / one) as usize).clamp(1, MAX_LAUNCHES).div_ceil(ops.len()) };
 
     let launches = rounds * ops.len();
     let batch = || (0..rounds).try_for_each(|_| ops.iter().try_for_each(|op| (op.launch)(machine)));
@@ -458,8 +466,8 @@ mod tests {
     #[test]
     fn shapes_are_defaults_with_changes() {
         let embed = replay_named("embed").unwrap();
-        let of = |given: &[&str], emulated| {
-            Shape::resolve(embed, &given.iter().map(|pair| pair.to_string()).collect::<Vec<_>>(), DType::Bf16, emulated)
+        let of = |given: &[&str], small| {
+            Shape::resolve(embed, &given.iter().map(|pair| pair.to_string()).collect::<Vec<_>>(), DType::Bf16, small)
         };
         let shape = of(&["rows=7", "vocab=12"], false).unwrap();
         assert_eq!(["rows", "width", "vocab"].map(|name| shape.get(name)), [7, 4096, 12]);
