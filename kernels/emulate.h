@@ -130,22 +130,26 @@ static inline void emulate_ldmatrix(unsigned* out, const void* row, int site) {
     }
     emulate_warp(0xffffffffu, {out, {row}}, emulate_ldmatrix_work<count, transposed>, site);
 }
-#define ldmatrix_x4(out, row) emulate_ldmatrix<4, false>(out, row, __LINE__)
-#define ldmatrix_x2(out, row) emulate_ldmatrix<2, false>(out, row, __LINE__)
-#define ldmatrix_x4_trans(out, row) emulate_ldmatrix<4, true>(out, row, __LINE__)
-#define ldmatrix_x2_trans(out, row) emulate_ldmatrix<2, true>(out, row, __LINE__)
+static inline void ldmatrix_x4(unsigned (&out)[4], const void* row, int site = __builtin_LINE()) { emulate_ldmatrix<4, false>(out, row, site); }
+static inline void ldmatrix_x2(unsigned (&out)[2], const void* row, int site = __builtin_LINE()) { emulate_ldmatrix<2, false>(out, row, site); }
+static inline void ldmatrix_x4_trans(unsigned (&out)[4], const void* row, int site = __builtin_LINE()) { emulate_ldmatrix<4, true>(out, row, site); }
+static inline void ldmatrix_x2_trans(unsigned (&out)[2], const void* row, int site = __builtin_LINE()) { emulate_ldmatrix<2, true>(out, row, site); }
 
 // Products of bf16 are exact in f32; an element adds its sixteen in ascending k to what it holds.
 void emulate_mma_work(unsigned mask, EmulatedLane* lanes);
-#define mma_m16n8k16(d, a, b) emulate_warp(0xffffffffu, {d, {a, b}}, emulate_mma_work, __LINE__)
+static inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], int site = __builtin_LINE()) {
+    emulate_warp(0xffffffffu, {d, {a, b}}, emulate_mma_work, site);
+}
 
 // ---- asynchronous copies ----
 
 void emulate_cp_async(void* shared, const void* global, bool valid, int site);
 void emulate_cp_async_commit();
 void emulate_cp_async_wait(int pending);
-#define cp_async16(shared, global, valid) emulate_cp_async(shared, global, valid, __LINE__)
-#define cp_async_commit() emulate_cp_async_commit()
+static inline void cp_async16(void* shared, const void* global, bool valid, int site = __builtin_LINE()) {
+    emulate_cp_async(shared, global, valid, site);
+}
+static inline void cp_async_commit() { emulate_cp_async_commit(); }
 template <int pending>
 static inline void cp_async_wait() { emulate_cp_async_wait(pending); }
 
