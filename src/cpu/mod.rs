@@ -27,6 +27,8 @@ use crate::backend::{Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShap
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 
+pub use rope::extend_rotations;
+
 use memory::Aligned;
 use pool::Pool;
 use simd::Isa;

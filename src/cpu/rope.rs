@@ -13,8 +13,7 @@ use crate::plan::Plan;
 /// Elements of qkv a task takes, a few microseconds.
 const TASK_ELEMENTS: usize = 1 << 14;
 
-/// cos and sin by position for one (base, head_dim): computed once per position in f64 from the f32 angle, kept between
-/// forwards. 4 KiB per 8 positions at D = 64.
+/// cos and sin by position for one (base, head_dim): computed once per position, kept between forwards. 4 KiB per 8 positions at D = 64.
 #[derive(Default)]
 pub struct Rotations {
     base: f32,
@@ -29,14 +28,19 @@ impl Rotations {
         if self.base.to_bits() != base.to_bits() || self.head_dim != head_dim {
             *self = Rotations { base, head_dim, table: Vec::new() };
         }
-        let half = head_dim / 2;
-        let inverse: Vec<f32> = (0..half).map(|i| rope_angle(1, base, i, head_dim)).collect();
-        for position in self.table.len() / (2 * half).max(1)..positions {
-            let angles = || inverse.iter().map(|f| f64::from(position as f32 * f));
-            self.table.extend(angles().map(|angle| angle.cos() as f32));
-            self.table.extend(angles().map(|angle| angle.sin() as f32));
-        }
+        extend_rotations(base, head_dim, positions, &mut self.table);
         &self.table
+    }
+}
+
+/// Grows a table of rotations to at least `positions` rows: D/2 cosines, then D/2 sines, each computed in f64 from the f32 angle.
+pub fn extend_rotations(base: f32, head_dim: usize, positions: usize, table: &mut Vec<f32>) {
+    let half = head_dim / 2;
+    let inverse: Vec<f32> = (0..half).map(|i| rope_angle(1, base, i, head_dim)).collect();
+    for position in table.len() / (2 * half).max(1)..positions {
+        let angles = || inverse.iter().map(|f| f64::from(position as f32 * f));
+        table.extend(angles().map(|angle| angle.cos() as f32));
+        table.extend(angles().map(|angle| angle.sin() as f32));
     }
 }
 

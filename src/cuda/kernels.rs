@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::compile::{EntryUse, compiler};
 use super::driver::Build;
 use super::replay::{REPLAYS, Replay};
-use super::{ask, decide, embed, gather, linear, norm, remask, reveal};
+use super::{ask, attention, decide, embed, gather, linear, norm, remask, reveal, rope_append};
 use crate::error::Result;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -53,6 +53,7 @@ pub(super) fn identity(kernel: &Kernel, build: &Build, arch: &str, (major, minor
 pub fn builds() -> Vec<Build> {
     [
         ask::builds(),
+        attention::builds(),
         decide::builds(),
         embed::builds(),
         gather::builds(),
@@ -60,6 +61,7 @@ pub fn builds() -> Vec<Build> {
         norm::builds(),
         remask::builds(),
         reveal::builds(),
+        rope_append::builds(),
     ]
     .concat()
 }
@@ -176,7 +178,7 @@ const SHARED_BYTES: u32 = 99 << 10;
 
 /// The most registers that entries of these names may use, where fewer than a whole multiprocessor's share are part of the design. The
 /// longest matching name counts.
-const REGISTER_BUDGETS: [(&str, u32); 3] = [("embed", 40), ("norm", 64), ("remask", 48)];
+const REGISTER_BUDGETS: [(&str, u32); 4] = [("embed", 40), ("norm", 64), ("remask", 48), ("rope_append", 40)];
 
 /// The most registers that a thread of `entry` may use: its budget, else what lets one CTA run.
 fn register_budget(entry: &str, threads: u32) -> u32 {
@@ -254,7 +256,20 @@ mod tests {
         let list = kernels_list();
         assert_eq!(
             list.iter().map(|k| k.stem).collect::<Vec<_>>(),
-            ["ask", "decide_draw", "decide_nucleus", "decide_tiles", "embed", "gather", "linear", "norm", "remask", "reveal"]
+            [
+                "ask",
+                "attention",
+                "decide_draw",
+                "decide_nucleus",
+                "decide_tiles",
+                "embed",
+                "gather",
+                "linear",
+                "norm",
+                "remask",
+                "reveal",
+                "rope_append"
+            ]
         );
         for kernel in &list {
             assert!(!kernel.entries.is_empty() && !kernel.builds.is_empty(), "{}", kernel.stem);

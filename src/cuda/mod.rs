@@ -10,6 +10,7 @@
 //! `staging.rs`, `nvtx.rs`.
 
 pub mod ask;
+pub mod attention;
 pub mod cache;
 mod compile;
 mod cubin;
@@ -30,6 +31,7 @@ pub mod params;
 pub mod remask;
 mod replay;
 pub mod reveal;
+pub mod rope_append;
 mod staging;
 mod trouble;
 

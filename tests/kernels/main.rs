@@ -4,6 +4,7 @@
 //! NVRTC compiles the same sources where it is found; `REDRAFT_REQUIRE_NVRTC=1` turns its absence into a failure.
 #![cfg(feature = "cuda")]
 
+mod attention;
 mod door;
 mod embed;
 mod emulator;
@@ -13,4 +14,5 @@ mod nvrtc;
 mod params;
 mod remask;
 mod rng;
+mod rope_append;
 mod stubs;

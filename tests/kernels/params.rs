@@ -1,6 +1,7 @@
 //! The params structs have the same fields at the same offsets on both sides. Each compiler asserts its own numbers; here the two
 //! lists of numbers are compared.
 
+use redraft::cuda::attention::AttentionParams;
 use redraft::cuda::embed::EmbedParams;
 use redraft::cuda::gather::GatherParams;
 use redraft::cuda::kernels;
@@ -8,6 +9,7 @@ use redraft::cuda::linear::LinearParams;
 use redraft::cuda::norm::NormParams;
 use redraft::cuda::params::Params;
 use redraft::cuda::remask::RemaskParams;
+use redraft::cuda::rope_append::RopeAppendParams;
 
 /// What each side says about one struct.
 fn twin<P: Params>(name: &'static str) -> (&'static str, Vec<String>) {
@@ -18,11 +20,13 @@ fn twin<P: Params>(name: &'static str) -> (&'static str, Vec<String>) {
 #[test]
 fn both_sides_state_the_same_layout() {
     let twins = [
+        twin::<AttentionParams>("AttentionParams"),
         twin::<EmbedParams>("EmbedParams"),
         twin::<GatherParams>("GatherParams"),
         twin::<LinearParams>("LinearParams"),
         twin::<NormParams>("NormParams"),
         twin::<RemaskParams>("RemaskParams"),
+        twin::<RopeAppendParams>("RopeAppendParams"),
     ];
     // Every struct that any kernel or header states, by its lines in order.
     let mut stated: Vec<(String, Vec<String>)> = Vec::new();
