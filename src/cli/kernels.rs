@@ -42,7 +42,7 @@ pub(super) struct Run {
     /// Type of weights and K/V
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DTypeFlag,
-    /// cuda or cuda:INDEX
+    /// cuda, cuda:INDEX, or emu: the same kernels on the host, for correctness and not for speed
     #[arg(long, default_value = "cuda", value_parser = parse_place)]
     device: Place,
     /// Timed batches of launches
@@ -63,12 +63,14 @@ pub(super) struct Run {
 #[derive(Clone, Copy)]
 enum Place {
     Cuda(usize),
+    Emu,
 }
 
 fn parse_place(text: &str) -> Result<Place, String> {
     match super::parse_device(text) {
         Ok(Device::Cuda(ordinal)) => Ok(Place::Cuda(ordinal)),
-        _ => Err("expected cuda or cuda:INDEX".into()),
+        _ if text == "emu" => Ok(Place::Emu),
+        _ => Err("expected cuda, cuda:INDEX or emu".into()),
     }
 }
 
@@ -102,8 +104,10 @@ fn replay(asked: &Run) -> Result<()> {
     let Run { name, shape, repeat, plain, small, .. } = asked;
     let replay = cuda::Asked { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
     replay.check()?;
-    let Place::Cuda(ordinal) = asked.device;
-    let machine = Machine::new(Box::new(cuda::Gpu::open(ordinal)?))?;
+    let machine = Machine::new(match asked.device {
+        Place::Cuda(ordinal) => Box::new(cuda::Gpu::open(ordinal)?),
+        Place::Emu => Box::new(cuda::Emulator::new(cuda::EmulatorOptions::default())?),
+    })?;
     let report = cuda::replay(&machine, &replay)?;
     let text = if asked.format == Format::Json {
         to_json(&report)

@@ -7,7 +7,8 @@ use serde::Serialize;
 
 use super::compile::{EntryUse, compiler};
 use super::driver::Build;
-use super::replay::{REPLAYS, Replay};
+use super::replay::Replay;
+use super::replays::REPLAYS;
 use super::{ask, attention, decide, embed, gather, linear, norm, remask, reveal, rope_append};
 use crate::error::Result;
 
@@ -178,7 +179,9 @@ const SHARED_BYTES: u32 = 99 << 10;
 
 /// The most registers that entries of these names may use, where fewer than a whole multiprocessor's share are part of the design. The
 /// longest matching name counts.
-const REGISTER_BUDGETS: [(&str, u32); 4] = [("embed", 40), ("norm", 64), ("remask", 48), ("rope_append", 40)];
+use super::replay::Replay;
+use super::replays::REPLAYS;
+use super::{ask, attention, decide, embed, gather, linear, norm, remask, reveal, rope_append};
 
 /// The most registers that a thread of `entry` may use: its budget, else what lets one CTA run.
 fn register_budget(entry: &str, threads: u32) -> u32 {

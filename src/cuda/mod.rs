@@ -30,6 +30,7 @@ mod nvtx;
 pub mod params;
 pub mod remask;
 mod replay;
+mod replays;
 pub mod reveal;
 pub mod rope_append;
 mod staging;
@@ -43,7 +44,7 @@ pub use gpu::Gpu;
 pub use kernels::{
     Kernel, KernelInfo, KernelReport, builds, headers, kernels, kernels_check, kernels_list, list_table, over_budget, report_table,
 };
-pub use replay::{Asked, REPLAYS, Report, replay};
+pub use replay::{Asked, Report, replay};
 
 use libloading::Library;
 

@@ -1,6 +1,6 @@
 //! One kernel alone, over random inputs, in a loop: what `redraft kernels run` does, for timing and for profilers.
 //!
-//! The table has an entry per launcher. Inputs are random, because zeros draw less power and so run at higher clocks. Where a launch moves
+//! The table of kernels is `replays.rs`. Inputs are random, because zeros draw less power and so run at higher clocks. Where a launch moves
 //! less memory than a cache holds, several sets of buffers take turns, so that every launch finds its data where the engine would:
 //! in memory. Launches are recorded in a graph, so that the time of a short kernel is its own and not that of the calls.
 #![forbid(unsafe_code)]
@@ -12,13 +12,9 @@ use half::bf16;
 use serde::Serialize;
 
 use super::driver::{Address, Driver, Graph};
-use super::embed::{self, Embed};
-use super::gather::{self, Gather};
-use super::linear::{self, Linear};
 use super::machine::Machine;
-use super::norm::{self, Norm};
-use super::remask::{self, RemaskParams, state};
-use crate::backend::{DType, Epilogue};
+use super::replays::REPLAYS;
+use crate::backend::DType;
 use crate::error::{Error, Result};
 
 /// One number of a shape.
@@ -34,7 +30,7 @@ pub struct Key {
 pub struct Replay {
     pub name: &'static str,
     pub keys: &'static [Key],
-    prepare: fn(&Inputs, &Shape) -> Result<Op>,
+    pub(super) prepare: fn(&Inputs, &Shape) -> Result<Op>,
 }
 
 impl Replay {
@@ -44,135 +40,8 @@ impl Replay {
     }
 }
 
-const fn key(name: &'static str, device: u32, small: u32) -> Key {
-    Key { name, device, small }
-}
-
-/// All of them, by stem, behind the copy.
-pub static REPLAYS: &[Replay] = &[
-    // No kernel of ours: the ceiling for those that memory bounds.
-    Replay {
-        name: "copy",
-        keys: &[key("mebibytes", 1024, 1)],
-        prepare: |inputs, shape| {
-            let len = shape.get("mebibytes").checked_mul(1 << 18).ok_or_else(|| Error::request("copy: at most 16383 MiB"))?;
-            let (src, dst) = (inputs.noise(1, len, DType::F32)?, inputs.space(1, len, DType::F32)?);
-            let bytes = 4 * len as usize;
-            Ok(Op {
-                launch: Box::new(move |machine| machine.driver.copy(src, dst, bytes)),
-                recordable: false,
-                out: None,
-                bytes: 2 * bytes as u64,
-                flop: 0,
-            })
-        },
-    },
-    Replay {
-        name: "embed",
-        keys: &[key("rows", 4096, 5), key("width", 4096, 64), key("vocab", 50_258, 100)],
-        prepare: |inputs, shape| {
-            let (rows, width, vocab) = (shape.get("rows"), shape.get("width"), shape.get("vocab"));
-            let ids = inputs.words(rows, |_, random| random % vocab)?;
-            let table = inputs.noise(vocab, width, shape.dtype)?;
-            let out = inputs.space(rows, width, DType::F32)?;
-            let op = Embed { rows, width, vocab, dtype: shape.dtype, ids, index: None, table, out };
-            Ok(Op {
-                launch: Box::new(move |machine| embed::embed(machine, &op)),
-                recordable: true,
-                out: Some((out, count(rows, width), DType::F32)),
-                bytes: count(rows, width) * (shape.dtype.bytes() as u64 + 4),
-                flop: 0,
-            })
-        },
-    },
-    Replay {
-        name: "gather",
-        keys: &[key("rows", 8192, 5), key("width", 8192, 66)],
-        prepare: |inputs, shape| {
-            let (rows, width, dtype) = (shape.get("rows"), shape.get("width"), shape.dtype);
-            let index = inputs.words(rows, |_, random| random % rows)?;
-            let (x, out) = (inputs.noise(rows, width, dtype)?, inputs.space(rows, width, dtype)?);
-            let op = Gather { count: rows, width, rows: Some(index), x, x_dtype: dtype, out, out_dtype: dtype };
-            Ok(Op {
-                launch: Box::new(move |machine| gather::gather(machine, &op)),
-                recordable: true,
-                out: Some((out, count(rows, width), dtype)),
-                bytes: 2 * count(rows, width) * dtype.bytes() as u64,
-                flop: 0,
-            })
-        },
-    },
-    Replay {
-        name: "linear",
-        keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)],
-        prepare: |inputs, shape| {
-            let (rows, n, k) = (shape.get("rows"), shape.get("n"), shape.get("k"));
-            let (x, weight) = (inputs.noise(rows, k, shape.dtype)?, inputs.noise(n, k, shape.dtype)?);
-            let bias = inputs.noise(1, n, DType::F32)?;
-            let out = inputs.space(rows, n, shape.dtype)?;
-            let (dtype, out_dtype) = (shape.dtype, shape.dtype);
-            let op = Linear { rows, n, k, dtype, x, weight, bias: Some(bias), epilogue: Epilogue::Store, out, out_dtype };
-            Ok(Op {
-                launch: Box::new(move |machine| linear::linear(machine, &op)),
-                recordable: true,
-                out: Some((out, count(rows, n), shape.dtype)),
-                bytes: (count(rows, k) + count(n, k) + count(rows, n)) * shape.dtype.bytes() as u64,
-                flop: 2 * count(rows, n) * u64::from(k),
-            })
-        },
-    },
-    Replay {
-        name: "norm",
-        keys: &[key("rows", 4096, 5), key("width", 4096, 64)],
-        prepare: |inputs, shape| {
-            let (rows, width) = (shape.get("rows"), shape.get("width"));
-            let x = inputs.noise(rows, width, DType::F32)?;
-            let (weight, bias) = (inputs.noise(1, width, DType::F32)?, inputs.noise(1, width, DType::F32)?);
-            let out = inputs.space(rows, width, shape.dtype)?;
-            let op = Norm { rows, width, eps: 1e-5, x, weight, bias: Some(bias), out, out_dtype: shape.dtype };
-            Ok(Op {
-                launch: Box::new(move |machine| norm::norm(machine, &op)),
-                recordable: true,
-                out: Some((out, count(rows, width), shape.dtype)),
-                bytes: count(rows, width) * (4 + shape.dtype.bytes() as u64),
-                flop: 0,
-            })
-        },
-    },
-    Replay {
-        name: "remask",
-        keys: &[key("sequences", 64, 3), key("len", 1024, 40)],
-        prepare: |inputs, shape| {
-            let (sequences, len) = (shape.get("sequences"), shape.get("len"));
-            let total = count(sequences, len);
-            let n = u32::try_from(total).map_err(|_| Error::request(format!("{total} positions are more than 32 bits number")))?;
-            let revealed = u32::from_ne_bytes([state::REVEALED; 4]);
-            let params = RemaskParams {
-                indptr: inputs.words(sequences + 1, |s, _| s * len)?,
-                count: inputs.words(sequences, |_, _| 1)?,
-                token: inputs.words(n, |_, random| random % 1000)?,
-                confidence: inputs.noise(sequences, len, DType::F32)?,
-                state: inputs.words(n.div_ceil(4), |_, _| revealed)?,
-                stage: inputs.words(n.div_ceil(4), |_, _| 0)?,
-                step: inputs.words(n, |_, _| 1)?,
-                positions: inputs.words(n, |_, _| 0)?,
-                taken: inputs.words(sequences, |_, _| 0)?,
-                mask_id: 1000,
-                next_stage: 1,
-            };
-            Ok(Op {
-                launch: Box::new(move |machine| remask::remask(machine, sequences, &params)),
-                recordable: true,
-                out: Some((params.confidence, total, DType::F32)),
-                bytes: total * 5,
-                flop: 0,
-            })
-        },
-    },
-];
-
-fn count(rows: u32, width: u32) -> u64 {
-    u64::from(rows) * u64::from(width)
+fn elements(rows: u32, width: u32) -> usize {
+    rows as usize * width as usize
 }
 
 type Launcher = Box<dyn Fn(&Machine) -> Result<()>>;
@@ -190,11 +59,29 @@ pub struct Op {
     flop: u64,
 }
 
+impl Op {
+    pub(super) fn new(bytes: u64, launch: impl Fn(&Machine) -> Result<()> + 'static) -> Op {
+        Op { launch: Box::new(launch), recordable: true, out: None, bytes, flop: 0 }
+    }
+
+    pub(super) fn unrecorded(self) -> Op {
+        Op { recordable: false, ..self }
+    }
+
+    pub(super) fn flop(self, flop: u64) -> Op {
+        Op { flop, ..self }
+    }
+
+    pub(super) fn result(self, address: Address, len: u64, dtype: DType) -> Op {
+        Op { out: Some((address, len, dtype)), ..self }
+    }
+}
+
 /// A resolved shape.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Shape {
     #[serde(serialize_with = "name_of")]
-    dtype: DType,
+    pub(super) dtype: DType,
     #[serde(flatten)]
     values: serde_json::Map<String, serde_json::Value>,
 }
@@ -223,14 +110,14 @@ impl Shape {
         Ok(Shape { dtype, values })
     }
 
-    fn get(&self, name: &str) -> u32 {
+    pub(super) fn get(&self, name: &str) -> u32 {
         let value = self.values.get(name).and_then(serde_json::Value::as_u64);
         value.and_then(|value| u32::try_from(value).ok()).unwrap_or_else(|| panic!("{name} is no key of this kernel"))
     }
 }
 
 /// Lends device memory with random content, and frees it when dropped.
-struct Inputs<'a> {
+pub struct Inputs<'a> {
     driver: &'a dyn Driver,
     lent: RefCell<Vec<Address>>,
     lent_bytes: Cell<u64>,
@@ -253,7 +140,7 @@ impl<'a> Inputs<'a> {
     }
 
     /// splitmix64: the upper half of its output.
-    fn next(&self) -> u32 {
+    pub(super) fn next(&self) -> u32 {
         let mut state = self.random.borrow_mut();
         *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -275,13 +162,13 @@ impl<'a> Inputs<'a> {
     }
 
     /// (rows, width) of nothing in particular.
-    fn space(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
-        self.alloc(count(rows, width) as usize * dtype.bytes())
+    pub(super) fn space(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
+        self.alloc(elements(rows, width) * dtype.bytes())
     }
 
     /// (rows, width) numbers in [-1, 1).
-    fn noise(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
-        let (bytes, tile_bytes) = (count(rows, width) as usize * dtype.bytes(), TILE * dtype.bytes());
+    pub(super) fn noise(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
+        let (bytes, tile_bytes) = (elements(rows, width) * dtype.bytes(), TILE * dtype.bytes());
         let address = self.alloc(bytes)?;
         let tile = self.tile[usize::from(dtype == DType::Bf16)];
         for start in (0..bytes).step_by(tile_bytes) {
@@ -290,8 +177,13 @@ impl<'a> Inputs<'a> {
         Ok(address)
     }
 
+    /// Records as they are.
+    pub(super) fn records<T: bytemuck::NoUninit>(&self, records: &[T]) -> Result<Address> {
+        self.upload(bytemuck::cast_slice(records))
+    }
+
     /// `len` 32-bit words, each made of its index and a random one.
-    fn words(&self, len: u32, word: impl Fn(u32, u32) -> u32) -> Result<Address> {
+    pub(super) fn words(&self, len: u32, word: impl Fn(u32, u32) -> u32) -> Result<Address> {
         let words: Vec<u32> = (0..len).map(|index| word(index, self.next())).collect();
         self.upload(bytemuck::cast_slice(&words))
     }
@@ -482,6 +374,6 @@ mod tests {
             let text = of(&[given], false).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
         }
-        assert!(replay_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are copy, embed, "));
+        assert!(replay_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are ask, copy, "));
     }
 }

@@ -1,6 +1,6 @@
 //! The real compiler accepts every kernel for every architecture, without spilling. Skipped, with a word, where NVRTC is absent.
 
-use redraft::cuda::{Build, Compiler, Kernel, compiler, kernels, kernels_check, report_table};
+use redraft::cuda::{Build, Compiler, Kernel, builds, compiler, kernels, kernels_check, over_budget, report_table};
 use redraft::error::Error;
 
 /// A100, RTX 30 and 40, H100 and H200, B200, RTX 50.
@@ -18,17 +18,17 @@ fn found() -> Option<&'static Compiler> {
 }
 
 #[test]
-fn every_kernel_compiles_without_spills() {
+fn every_kernel_compiles_within_its_budget() {
     if found().is_none() {
         return;
     }
     let reports = kernels_check(&ARCHS.map(String::from)).unwrap();
     println!("{}", report_table(&reports));
-    let entries: usize = kernels().iter().map(|k| k.entries().len()).sum();
-    assert_eq!(reports.len(), entries * ARCHS.len());
+    let entries = |build: &Build| kernels().iter().find(|k| k.stem == build.stem).map_or(0, |k| k.entries().len());
+    assert_eq!(reports.len(), builds().iter().map(entries).sum::<usize>() * ARCHS.len());
+    assert_eq!(over_budget(&reports), [""; 0]);
     for report in &reports {
-        assert!(report.spill_bytes == 0 && report.stack_bytes == 0, "{report:?}");
-        assert!(report.registers > 0 && report.registers <= 64 && report.cubin_bytes > 0, "{report:?}");
+        assert!(report.registers > 0 && report.threads >= 32 && report.cubin_bytes > 0, "{report:?}");
         assert!(kernels().iter().any(|k| k.stem == report.stem && k.entries().contains(&report.entry.as_str())), "{report:?}");
     }
 }
@@ -52,9 +52,13 @@ fn an_error_names_the_build_and_carries_the_log() {
     let broken = Kernel { stem: "broken", source: "#include \"common.cuh\"\nint x = undeclared;\n", hash: 0x17 };
     let build = Build { stem: "broken", defines: vec![("THREADS", 64)] };
     let Err(Error::Kernel { what }) = compiler.compile(&broken, &build, "sm_80") else { panic!("compiled") };
-    for part in
-        ["kernel broken [--gpu-architecture=sm_80", "-DTHREADS=64", "0000000000000017", "NVRTC ", "broken.cu(2): error", "undeclared"]
-    {
+    for part in [
+        "kernel broken-THREADS=64-sm_80-nvrtc",
+        "-0000000000000017 [--gpu-architecture=sm_80",
+        " -DTHREADS=64]",
+        "broken.cu(2): error",
+        "undeclared",
+    ] {
         assert!(what.contains(part), "{part:?} in {what}");
     }
     // An interior NUL would be cut off silently by a C string.

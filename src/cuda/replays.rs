@@ -1,0 +1,215 @@
+//! The table of what `redraft kernels run` can run: for each launcher, the numbers of its shape, its inputs, and what it must move.
+#![forbid(unsafe_code)]
+
+use super::ask::{self, Ask, SessionStep, SessionSummary};
+use super::decide::{self, Decide, DecisionRecord, DrawRecord};
+use super::embed::{self, Embed};
+use super::gather::{self, Gather};
+use super::linear::{self, Linear};
+use super::norm::{self, Kind, Norm};
+use super::remask::{self, RemaskParams, state};
+use super::replay::{Inputs, Key, Op, Replay, Shape};
+use super::reveal::{self, RevealParams};
+use crate::backend::{DType, Epilogue, Reveal};
+use crate::error::{Error, Result};
+use crate::schedule::Rank;
+
+const fn key(name: &'static str, device: u32, small: u32) -> Key {
+    Key { name, device, small }
+}
+
+/// By name: those of a stem carry it. `copy` is no kernel of ours but the ceiling of those that memory bounds.
+pub static REPLAYS: &[Replay] = &[
+    Replay { name: "ask", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: ask },
+    Replay { name: "copy", keys: &[key("mebibytes", 1024, 1)], prepare: copy },
+    Replay {
+        name: "decide",
+        keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("top_p_percent", 100, 100)],
+        prepare: decide,
+    },
+    Replay { name: "embed", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("vocab", 50_258, 100)], prepare: embed },
+    Replay { name: "gather", keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
+    Replay { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
+    Replay { name: "norm", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)], prepare: norm },
+    Replay { name: "remask", keys: &[key("sequences", 64, 3), key("len", 1024, 40)], prepare: remask },
+    Replay { name: "reveal", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: reveal },
+];
+
+fn count(rows: u32, width: u32) -> u64 {
+    u64::from(rows) * u64::from(width)
+}
+
+/// Canvas indices and the like have 32 bits.
+fn small_count(rows: u32, width: u32) -> Result<u32> {
+    let total = count(rows, width);
+    u32::try_from(total).map_err(|_| Error::request(format!("{rows} x {width} are more than 32 bits number")))
+}
+
+/// Four canvas bytes.
+fn bytes4(byte: u8) -> u32 {
+    u32::from_ne_bytes([byte; 4])
+}
+
+/// Sessions whose ranges are masked throughout, one after the other on the canvas and in the plan.
+fn sessions(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
+    let (sessions, asks) = (shape.get("sessions"), shape.get("asks"));
+    let total = small_count(sessions, asks)?;
+    let steps: Vec<SessionStep> = (0..sessions)
+        .map(|s| SessionStep {
+            seed: 7,
+            canvas_first: s * asks,
+            range_end: asks,
+            row_first: s * asks,
+            ask_first: s * asks,
+            ask_count: asks,
+            sample: s,
+            temperature: 1.0,
+            top_p: 1.0,
+            ..SessionStep::default()
+        })
+        .map(|step| step.revealing(&Reveal::Best { rank: Rank::Confidence, n: asks as usize / 2 }))
+        .collect();
+    Ok((sessions, total, inputs.records(&steps)?))
+}
+
+fn ask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (sessions, asks, steps) = sessions(inputs, shape)?;
+    let draws = inputs.records(&vec![DrawRecord::default(); asks as usize])?;
+    let op = Ask {
+        sessions,
+        asks,
+        bucket: asks,
+        steps,
+        summaries: inputs.records(&vec![SessionSummary::default(); sessions as usize])?,
+        state: inputs.words(asks.div_ceil(4), |_, _| bytes4(state::MASKED))?,
+        rows: inputs.words(asks, |_, _| 0)?,
+        draws,
+    };
+    let bytes = u64::from(asks) * (1 + 4 + size_of::<DrawRecord>() as u64);
+    Ok(Op::new(bytes, move |machine| ask::ask(machine, &op)))
+}
+
+fn copy(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let len = shape.get("mebibytes").checked_mul(1 << 18).ok_or_else(|| Error::request("copy: at most 16383 MiB"))?;
+    let (src, dst) = (inputs.noise(1, len, DType::F32)?, inputs.space(1, len, DType::F32)?);
+    let bytes = 4 * len as usize;
+    Ok(Op::new(2 * bytes as u64, move |machine| machine.driver.copy(src, dst, bytes)).unrecorded())
+}
+
+fn decide(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
+    let top_p = shape.get("top_p_percent").min(100) as f32 / 100.0;
+    let draw =
+        |random: u32| DrawRecord { u: f64::from(random) / f64::from(u32::MAX) * 0.999, temperature: 1.0, top_p, ..DrawRecord::default() };
+    let draws: Vec<DrawRecord> = (0..rows).map(|_| draw(inputs.next())).collect();
+    let decisions = inputs.records(&vec![DecisionRecord::default(); rows as usize])?;
+    let op = Decide {
+        rows,
+        k,
+        vocab,
+        hidden: inputs.noise(rows, k, dtype)?,
+        dtype,
+        head: inputs.noise(vocab, k, dtype)?,
+        bias: Some(inputs.noise(1, vocab, DType::F32)?),
+        banned: Some(inputs.words(vocab.div_ceil(32), |index, _| u32::from(index == 0))?),
+        draws: inputs.records(&draws)?,
+        decisions,
+        any_fused: top_p == 1.0,
+        any_nucleus: top_p < 1.0,
+    };
+    let bytes = (count(rows, k) + count(vocab, k)) * dtype.bytes() as u64;
+    let words = rows * (size_of::<DecisionRecord>() / 4) as u32;
+    Ok(Op::new(bytes, move |machine| decide::decide(machine, &op)).flop(2 * count(rows, k) * u64::from(vocab)).result(
+        decisions,
+        u64::from(words),
+        DType::F32,
+    ))
+}
+
+fn embed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, width, vocab, dtype) = (shape.get("rows"), shape.get("width"), shape.get("vocab"), shape.dtype);
+    let ids = inputs.words(rows, |_, random| random % vocab)?;
+    let (table, out) = (inputs.noise(vocab, width, dtype)?, inputs.space(rows, width, DType::F32)?);
+    let op = Embed { rows, width, vocab, dtype, ids, index: None, table, out };
+    let bytes = count(rows, width) * (dtype.bytes() as u64 + 4);
+    Ok(Op::new(bytes, move |machine| embed::embed(machine, &op)).result(out, count(rows, width), DType::F32))
+}
+
+fn gather(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, width, dtype) = (shape.get("rows"), shape.get("width"), shape.dtype);
+    let index = inputs.words(rows, |_, random| random % rows)?;
+    let (x, out) = (inputs.noise(rows, width, dtype)?, inputs.space(rows, width, dtype)?);
+    let op = Gather { count: rows, width, rows: Some(index), x, x_dtype: dtype, out, out_dtype: dtype };
+    let bytes = 2 * count(rows, width) * dtype.bytes() as u64;
+    Ok(Op::new(bytes, move |machine| gather::gather(machine, &op)).result(out, count(rows, width), dtype))
+}
+
+fn linear(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, n, k, dtype) = (shape.get("rows"), shape.get("n"), shape.get("k"), shape.dtype);
+    let (x, weight) = (inputs.noise(rows, k, dtype)?, inputs.noise(n, k, dtype)?);
+    let bias = Some(inputs.noise(1, n, DType::F32)?);
+    let out = inputs.space(rows, n, dtype)?;
+    let op = Linear { rows, n, k, dtype, x, weight, bias, epilogue: Epilogue::Store, out, out_dtype: dtype };
+    let bytes = (count(rows, k) + count(n, k) + count(rows, n)) * dtype.bytes() as u64;
+    let launch = move |machine: &_| linear::linear(machine, &op);
+    Ok(Op::new(bytes, launch).flop(2 * count(rows, n) * u64::from(k)).result(out, count(rows, n), dtype))
+}
+
+/// `rms` 1 is RMSNorm behind a residual, anything else LayerNorm with a bias.
+fn norm(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, width, dtype) = (shape.get("rows"), shape.get("width"), shape.dtype);
+    let rms = shape.get("rms") == 1;
+    let x = inputs.noise(rows, width, DType::F32)?;
+    let (weight, other) = (inputs.noise(1, width, DType::F32)?, inputs.noise(rows, width, DType::F32)?);
+    let (bias, residual) = if rms { (None, Some(other)) } else { (Some(other), None) };
+    let out = inputs.space(rows, width, dtype)?;
+    let op = Norm { rows, width, eps: 1e-5, x, weight, bias, out, out_dtype: dtype };
+    let kind = if rms { Kind::Rms } else { Kind::Layer };
+    // The residual is read, and x written back.
+    let bytes = count(rows, width) * (4 + dtype.bytes() as u64 + if rms { 8 } else { 0 });
+    Ok(Op::new(bytes, move |machine| norm::add_norm(machine, &op, kind, residual)).result(out, count(rows, width), dtype))
+}
+
+/// One position of each sequence at a time, so that many launches find something to take.
+fn remask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (sequences, len) = (shape.get("sequences"), shape.get("len"));
+    let total = small_count(sequences, len)?;
+    let params = RemaskParams {
+        indptr: inputs.words(sequences + 1, |s, _| s * len)?,
+        count: inputs.words(sequences, |_, _| 1)?,
+        token: inputs.words(total, |_, random| random % 1000)?,
+        confidence: inputs.noise(sequences, len, DType::F32)?,
+        state: inputs.words(total.div_ceil(4), |_, _| bytes4(state::REVEALED))?,
+        stage: inputs.words(total.div_ceil(4), |_, _| 0)?,
+        step: inputs.words(total, |_, _| 1)?,
+        positions: inputs.words(total, |_, _| 0)?,
+        taken: inputs.words(sequences, |_, _| 0)?,
+        mask_id: 1000,
+        next_stage: 1,
+    };
+    let launch = move |machine: &_| remask::remask(machine, sequences, &params);
+    Ok(Op::new(5 * u64::from(total), launch).result(params.confidence, u64::from(total), DType::F32))
+}
+
+fn reveal(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (sessions, asks, steps) = sessions(inputs, shape)?;
+    let per_session = shape.get("asks");
+    let decision = |ask: u32| {
+        let confidence = inputs.next() as f32 / u32::MAX as f32;
+        DecisionRecord { token: ask, confidence, position: ask % per_session, ..DecisionRecord::default() }
+    };
+    let confidence = inputs.noise(1, asks, DType::F32)?;
+    let params = RevealParams {
+        sessions: steps,
+        summaries: inputs.records(&vec![SessionSummary::default(); sessions as usize])?,
+        decisions: inputs.records(&(0..asks).map(decision).collect::<Vec<_>>())?,
+        token: inputs.words(asks, |_, _| 0)?,
+        confidence,
+        state: inputs.words(asks.div_ceil(4), |_, _| bytes4(state::MASKED))?,
+        stage: inputs.words(asks.div_ceil(4), |_, _| 0)?,
+        step: inputs.words(asks, |_, _| 0)?,
+    };
+    let bytes = u64::from(asks) * size_of::<DecisionRecord>() as u64;
+    let launch = move |machine: &_| reveal::reveal(machine, sessions, &params);
+    Ok(Op::new(bytes, launch).result(confidence, u64::from(asks), DType::F32))
+}
