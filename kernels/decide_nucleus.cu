@@ -48,15 +48,15 @@ struct Row {
     float max;
     float temperature;
     float depth_scale;  // bins per nat, at temperature 1
-
-    // -inf where banned.
-    __device__ __forceinline__ float at(u32 id) const { return is_banned(banned, id) ? -infinity() : logits[id]; }
-    __device__ __forceinline__ u64 mass(float logit) const { return units(tempered(logit - max, temperature)); }
-    // Not decreasing as logits fall: every operation rounds monotonously.
-    __device__ __forceinline__ u32 bin(float logit) const { return (u32)fminf((max - logit) * depth_scale, (float)(BINS - 1)); }
-    // Ascending as logits fall. Zeros of either sign are the same logit.
-    __device__ __forceinline__ u32 key(float logit) const { return ~ordered_bits(logit == 0.0f ? 0.0f : logit); }
 };
+
+// -inf where banned.
+__device__ __forceinline__ float logit_at(const Row& row, u32 id) { return is_banned(row.banned, id) ? -infinity() : row.logits[id]; }
+__device__ __forceinline__ u64 mass_of(const Row& row, float logit) { return units(tempered(logit - row.max, row.temperature)); }
+// Not decreasing as logits fall: every operation rounds monotonously.
+__device__ __forceinline__ u32 bin_of(const Row& row, float logit) { return (u32)fminf((row.max - logit) * row.depth_scale, (float)(BINS - 1)); }
+// Ascending as logits fall. Zeros of either sign are the same logit, but only one of them occurs: a sum that starts from 0.0f is never -0.
+__device__ __forceinline__ u32 key_of(float logit) { return ~ordered_bits(logit); }
 
 // Where bin `index` begins among all masses that the histogram holds, and its own mass.
 struct Bin {
@@ -117,9 +117,9 @@ __device__ __forceinline__ void weigh(const Row& row, const Edge& edge, u32 begi
     above = 0;
     equals = 0;
     for (u32 id = begin + lane_id(); id < end; id += 32) {
-        const float logit = row.at(id);
-        const u32 key = row.key(logit);
-        if (key < edge.key) above += row.mass(logit);
+        const float logit = logit_at(row, id);
+        const u32 key = key_of(logit);
+        if (key < edge.key) above += mass_of(row, logit);
         equals += key == edge.key;
     }
     above = warp_sum64(above);
@@ -158,12 +158,12 @@ __device__ __forceinline__ u32 draw_id(const Row& row, const Edge& edge, u32 voc
         __syncthreads();  // all have read before the next round writes
     }
     const u32 id = begin + lane_id();
-    const float logit = id < end ? row.at(id) : -infinity();
-    const u32 key = row.key(logit);
+    const float logit = id < end ? logit_at(row, id) : -infinity();
+    const u32 key = key_of(logit);
     const bool equal = id < end && key == edge.key;
     const u32 equals = __popc(__ballot_sync(FULL_WARP, equal) & ((1u << lane_id()) - 1)) + equals_before;
     const bool kept = id < end && (key < edge.key || (equal && equals < edge.equal));
-    const u64 mine = kept ? row.mass(logit) : 0;
+    const u64 mine = kept ? mass_of(row, logit) : 0;
     u64 inclusive = mine;
     for (u32 distance = 1; distance < 32; distance *= 2) {
         const u64 lower = shuffle_up(inclusive, distance);
@@ -199,13 +199,13 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
     empty(histogram);
     u64 sum = 0, moment = 0;
     for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
-        const float logit = row.at(id);
+        const float logit = logit_at(row, id);
         const float below = logit - row.max;
         const float e = expf(below);
         sum += units(e);
         moment += units(-moment_of(e, below));
-        const u64 mass = row.mass(logit);
-        if (mass > 0) put(histogram, row.bin(logit), mass);
+        const u64 mass = mass_of(row, logit);
+        if (mass > 0) put(histogram, bin_of(row, logit), mass);
     }
     const u64 in_bin = collect(histogram);
     const u64 total = block_sum64(in_bin);
@@ -217,17 +217,17 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
     for (int shift = 24; shift >= 0; shift -= 8) {
         empty(histogram);
         for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
-            const float logit = row.at(id);
-            if (logit == -infinity() || row.bin(logit) != depth.index) continue;
-            const u32 key = row.key(logit);
-            if ((key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, row.mass(logit));
+            const float logit = logit_at(row, id);
+            if (logit == -infinity() || bin_of(row, logit) != depth.index) continue;
+            const u32 key = key_of(logit);
+            if ((key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, mass_of(row, logit));
         }
         const Bin digit = find_bin(collect(histogram), limit - last.before);
         last = Bin{last.before + digit.before, digit.mass, 0};
         prefix |= digit.index << shift;
         fixed_bits |= 255u << shift;
     }
-    Edge edge = {prefix, 0, row.mass(from_ordered_bits(~prefix))};
+    Edge edge = {prefix, 0, mass_of(row, from_ordered_bits(~prefix))};
     edge.equal = (u32)((limit - last.before) / edge.mass) + (draw.flags & DRAW_CROSSING ? 1 : 0);
     if (last.before == 0 && edge.equal == 0) edge.equal = 1;  // the most probable token always stays
 

@@ -11,6 +11,7 @@
 #include "canvas.cuh"
 #include "decide.cuh"
 #include "select.cuh"
+static_assert(THREADS == 256, "one histogram bin per thread");
 
 struct RevealParams {
     const SessionStep* sessions;  // (sessions)

@@ -95,10 +95,9 @@ struct Cut {
 };
 
 // Eight bits at a time from the top of `bits`: the bin in which the wanted-th smallest key lies, among the keys that share the bins found
-// before. key(i) is the key of element i < count. 1 <= wanted <= count. Five barriers a digit.
+// before. key(i) is the key of element i < count. 1 <= wanted <= count. THREADS is 256: a bin is a thread's. Five barriers a digit.
 template <typename Key>
 __device__ __forceinline__ Cut radix_select(u32 count, u32 wanted, int bits, Key key) {
-    static_assert(THREADS == 256, "one histogram bin per thread");
     __shared__ u32 histogram[256];
     __shared__ u32 chosen_bin, chosen_before;
     u64 prefix = 0, fixed_bits = 0;

@@ -4,7 +4,9 @@
 //! NVRTC compiles the same sources where it is found; `REDRAFT_REQUIRE_NVRTC=1` turns its absence into a failure.
 #![cfg(feature = "cuda")]
 
+mod ask;
 mod attention;
+mod decide;
 mod door;
 mod embed;
 mod emulator;
@@ -13,6 +15,7 @@ mod norm;
 mod nvrtc;
 mod params;
 mod remask;
+mod reveal;
 mod rng;
 mod rope_append;
 mod stubs;

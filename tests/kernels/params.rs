@@ -1,7 +1,9 @@
 //! The params structs have the same fields at the same offsets on both sides. Each compiler asserts its own numbers; here the two
 //! lists of numbers are compared.
 
+use redraft::cuda::ask::{AskParams, SessionStep, SessionSummary};
 use redraft::cuda::attention::AttentionParams;
+use redraft::cuda::decide::{DecideDrawParams, DecideNucleusParams, DecideTilesParams, DecisionRecord, DrawRecord};
 use redraft::cuda::embed::EmbedParams;
 use redraft::cuda::gather::GatherParams;
 use redraft::cuda::kernels;
@@ -9,6 +11,7 @@ use redraft::cuda::linear::LinearParams;
 use redraft::cuda::norm::NormParams;
 use redraft::cuda::params::Params;
 use redraft::cuda::remask::RemaskParams;
+use redraft::cuda::reveal::RevealParams;
 use redraft::cuda::rope_append::RopeAppendParams;
 
 /// What each side says about one struct.
@@ -21,12 +24,21 @@ fn twin<P: Params>(name: &'static str) -> (&'static str, Vec<String>) {
 fn both_sides_state_the_same_layout() {
     let twins = [
         twin::<AttentionParams>("AttentionParams"),
+        twin::<AskParams>("AskParams"),
+        twin::<DecideDrawParams>("DecideDrawParams"),
+        twin::<DecideNucleusParams>("DecideNucleusParams"),
+        twin::<DecideTilesParams>("DecideTilesParams"),
+        twin::<DecisionRecord>("DecisionRecord"),
+        twin::<DrawRecord>("DrawRecord"),
         twin::<EmbedParams>("EmbedParams"),
         twin::<GatherParams>("GatherParams"),
         twin::<LinearParams>("LinearParams"),
         twin::<NormParams>("NormParams"),
         twin::<RemaskParams>("RemaskParams"),
         twin::<RopeAppendParams>("RopeAppendParams"),
+        twin::<RevealParams>("RevealParams"),
+        twin::<SessionStep>("SessionStep"),
+        twin::<SessionSummary>("SessionSummary"),
     ];
     // Every struct that any kernel or header states, by its lines in order.
     let mut stated: Vec<(String, Vec<String>)> = Vec::new();

@@ -1,0 +1,108 @@
+//! `ask` lists what `session.rs` would ask: masked positions ascending, with the uniforms of their keys.
+
+use redraft::cuda::ask::{Ask, SessionStep, SessionSummary, ask, trouble};
+use redraft::cuda::decide::{DrawRecord, flag};
+use redraft::cuda::machine::Machine;
+use redraft::cuda::remask::state;
+use redraft::rng::{DrawKey, uniforms};
+
+use crate::emulator::{Array, machines, noise, words};
+
+/// Lengths around the CTA size, an empty range, a range inside the canvas; (length, range).
+const SESSIONS: [(u32, std::ops::Range<u32>); 6] = [(1, 0..1), (255, 0..255), (256, 256..256), (600, 10..523), (40, 32..40), (513, 0..513)];
+const BUCKET: usize = 1000;
+
+fn masked(states: &[u8], first: u32, range: std::ops::Range<u32>) -> Vec<u32> {
+    range.filter(|p| states[(first + p) as usize] == state::MASKED).collect()
+}
+
+pub fn holds(machine: &Machine) -> Result<(), String> {
+    let total: u32 = SESSIONS.iter().map(|(len, _)| len).sum();
+    let roles = noise(1, total as usize);
+    let role = |r: &f32| [state::FIXED, state::MASKED, state::REVEALED][usize::from(*r > -0.5) + usize::from(*r > 0.4)];
+    let mut states: Vec<u8> = roles.iter().map(role).collect();
+    states[0] = state::MASKED;
+    let mut steps = Vec::new();
+    let mut canvas_first = 0;
+    for (i, (len, range)) in SESSIONS.into_iter().enumerate() {
+        let i = i as u32;
+        let count = masked(&states, canvas_first, range.clone()).len() as u32;
+        steps.push(SessionStep {
+            seed: 1 << 40 | u64::from(i),
+            canvas_first,
+            range_begin: range.start,
+            range_end: range.end,
+            row_first: 100 * i,
+            rows_begin: range.start / 2,
+            // One prediction too low, one too high.
+            ask_count: count + u32::from(i == 3) - u32::from(i == 1),
+            sample: 2 + i,
+            stage: i % 3,
+            block: 5 + i,
+            step: 9 * i,
+            temperature: 0.25 * i as f32,
+            top_p: 0.9,
+            flags: flag::TRUNCATED * (i % 2),
+            ..SessionStep::default()
+        });
+        canvas_first += len;
+    }
+    // Last session first: what session 1 asks beyond its count would land on the ask of session 0, which is written by then.
+    let mut ask_first = 0;
+    for step in steps.iter_mut().rev() {
+        step.ask_first = ask_first;
+        ask_first += step.ask_count;
+    }
+    let earlier = SessionSummary { trouble: trouble::NAN, detail: 4, ..SessionSummary::default() };
+    let before: Vec<_> = (0..steps.len()).map(|i| if i == 3 { earlier } else { SessionSummary::default() }).collect();
+
+    let (device_steps, device_states) = (Array::new(machine, &steps), Array::new(machine, &states));
+    let (summaries, rows, draws) =
+        (Array::new(machine, &before), Array::<u32>::fresh(machine, BUCKET), Array::<DrawRecord>::fresh(machine, BUCKET));
+    let op = Ask {
+        sessions: steps.len() as u32,
+        asks: ask_first,
+        bucket: BUCKET as u32,
+        steps: device_steps.address(),
+        summaries: summaries.address(),
+        state: device_states.address(),
+        rows: rows.address(),
+        draws: draws.address(),
+    };
+    words(ask(machine, &op))?;
+    let (summaries, rows, draws) = (summaries.read()?, rows.read()?, draws.read()?);
+
+    let padding = (0, DrawRecord { temperature: 0.0, top_p: 1.0, flags: flag::PADDING, ..DrawRecord::default() });
+    let mut expected = vec![padding; BUCKET];
+    for (s, step) in steps.iter().enumerate() {
+        let positions = masked(&states, step.canvas_first, step.range_begin..step.range_end);
+        for (i, &position) in positions.iter().take(step.ask_count as usize).enumerate() {
+            let SessionStep { seed, sample, stage, block, step: n, temperature, top_p, flags, .. } = *step;
+            let u = uniforms(DrawKey { seed, sample, stage: stage as u8, block, step: n, position }).token;
+            let draw = DrawRecord { u, temperature, top_p, flags, forced: 0, position, sequence: s as u32 };
+            expected[step.ask_first as usize + i] = (step.row_first + position - step.rows_begin, draw);
+        }
+        let asked = positions.len() as u32;
+        let differs = asked != step.ask_count;
+        let told = match s {
+            3 => earlier,
+            _ if differs => SessionSummary { trouble: trouble::COUNT, detail: asked, ..SessionSummary::default() },
+            _ => SessionSummary::default(),
+        };
+        let told = SessionSummary { asked, ..told };
+        if summaries[s] != told || differs != [1, 3].contains(&s) {
+            return Err(format!("session {s}: {:?}, expected {told:?}", summaries[s]));
+        }
+    }
+    match (0..BUCKET).find(|i| (rows[*i], draws[*i]) != expected[*i]) {
+        None => Ok(()),
+        Some(i) => Err(format!("ask {i} of {ask_first}: {:?}, expected {:?}", (rows[i], draws[i]), expected[i])),
+    }
+}
+
+#[test]
+fn masked_positions_are_asked_in_order() {
+    for machine in machines() {
+        holds(&machine).unwrap();
+    }
+}

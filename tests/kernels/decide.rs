@@ -1,0 +1,390 @@
+//! `decide` against `policy::decide_row`: both routes in one batch, every kind of draw, and what each of them refuses.
+//!
+//! The law sees logits that are computed here by the sums that `gemm.cuh` promises, so that tokens compare exactly wherever a draw is
+//! clear of a boundary; statistics compare within the rounding of f32 exponentials.
+
+use half::bf16;
+use redraft::backend::{DType, Decision, Draw, TopPRule};
+use redraft::cuda::decide::{Decide, DecisionRecord, DrawRecord, decide_in, flag, needs_nucleus, status};
+use redraft::cuda::machine::Machine;
+use redraft::policy::decide_row;
+
+use crate::emulator::{Array, machines, noise, words};
+
+const PLAIN: Draw = Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
+const GREEDY: Draw = Draw { temperature: 0.0, ..PLAIN };
+const NUCLEUS: Draw = Draw { top_p: 0.9, ..PLAIN };
+
+/// A head and rows of hidden states for it, already rounded to `dtype`.
+struct Case {
+    dtype: DType,
+    vocab: usize,
+    k: usize,
+    head: Vec<f32>,
+    hidden: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    banned: Vec<u32>,
+}
+
+impl Case {
+    /// Rows of given logits: row r is feature r of the head, chosen by a one-hot hidden state, so that a product is exact.
+    fn of_rows(rows: &[Vec<f32>]) -> Case {
+        let (k, vocab) = (rows.len(), rows[0].len());
+        let head = (0..vocab * k).map(|i| rows[i % k][i / k]).collect();
+        let hidden = (0..k * k).map(|i| f32::from(i / k == i % k)).collect();
+        Case { dtype: DType::F32, vocab, k, head, hidden, bias: None, banned: Vec::new() }
+    }
+
+    fn random(dtype: DType, rows: usize, vocab: usize, k: usize) -> Case {
+        let round = |v: Vec<f32>| -> Vec<f32> {
+            v.into_iter().map(|v| if dtype == DType::Bf16 { bf16::from_f32(v).to_f32() } else { v }).collect()
+        };
+        let (head, hidden) = (round(noise(31, vocab * k)), round(noise(32, rows * k)));
+        Case { dtype, vocab, k, head, hidden, bias: Some(noise(33, vocab)), banned: vec![7] }
+    }
+
+    fn rows(&self) -> usize {
+        self.hidden.len() / self.k
+    }
+
+    /// The logits of a row as the kernels sum them: ascending k within 256, those sums in order, then the bias.
+    fn logits(&self, row: usize) -> Vec<f32> {
+        let x = &self.hidden[row * self.k..(row + 1) * self.k];
+        let one = |w: &[f32]| {
+            let segments = x.chunks(256).zip(w.chunks(256));
+            segments.fold(0.0f32, |total, (x, w)| total + x.iter().zip(w).fold(0.0f32, |sum, (x, w)| w.mul_add(*x, sum)))
+        };
+        let sums = self.head.chunks(self.k).map(one);
+        match &self.bias {
+            Some(bias) => sums.zip(bias).map(|(sum, bias)| sum + bias).collect(),
+            None => sums.collect(),
+        }
+    }
+
+    /// Runs rows `rows` of the case; a draw of `None` is a row of padding.
+    fn run(
+        &self,
+        machine: &Machine,
+        rows: std::ops::Range<usize>,
+        draws: &[Option<Draw>],
+        chunk_bytes: usize,
+    ) -> Result<Vec<DecisionRecord>, String> {
+        let asked: Vec<DrawRecord> = draws.iter().enumerate().map(|(i, draw)| record(i, draw.as_ref())).collect();
+        let hidden = &self.hidden[rows.start * self.k..rows.end * self.k];
+        let rounded = |v: &[f32]| -> Vec<bf16> { v.iter().map(|v| bf16::from_f32(*v)).collect() };
+        // One of the two pairs is what the kernels read.
+        let (full, half) = if self.dtype == DType::F32 {
+            ((&self.head[..], hidden), (&[][..], &[][..]))
+        } else {
+            ((&[][..], &[][..]), (&self.head[..], hidden))
+        };
+        let (head32, hidden32) = (Array::new(machine, full.0), Array::new(machine, full.1));
+        let (head16, hidden16) = (Array::new(machine, &rounded(half.0)), Array::new(machine, &rounded(half.1)));
+        let (head, hidden) =
+            if self.dtype == DType::F32 { (head32.address(), hidden32.address()) } else { (head16.address(), hidden16.address()) };
+        let bias = self.bias.as_ref().map(|bias| Array::new(machine, bias));
+        let mut mask = vec![0u32; self.vocab.div_ceil(32)];
+        self.banned.iter().filter(|id| (**id as usize) < self.vocab).for_each(|id| mask[*id as usize / 32] |= 1 << (id % 32));
+        let banned = (!self.banned.is_empty()).then(|| Array::new(machine, &mask));
+        let draw_records = Array::new(machine, &asked);
+        let untouched = DecisionRecord { token: 77, chosen: 77, ..DecisionRecord::default() };
+        let decisions = Array::new(machine, &vec![untouched; draws.len()]);
+        let op = Decide {
+            rows: draws.len() as u32,
+            k: self.k as u32,
+            vocab: self.vocab as u32,
+            hidden,
+            dtype: self.dtype,
+            head,
+            bias: bias.as_ref().map(Array::address),
+            banned: banned.as_ref().map(Array::address),
+            draws: draw_records.address(),
+            decisions: decisions.address(),
+            any_fused: draws.iter().flatten().any(|draw| !needs_nucleus(draw)),
+            any_nucleus: draws.iter().flatten().any(needs_nucleus),
+        };
+        words(decide_in(machine, &op, chunk_bytes))?;
+        let decisions = decisions.read()?;
+        for (i, (draw, found)) in draws.iter().zip(&decisions).enumerate() {
+            if draw.is_none() && *found != untouched {
+                return Err(format!("row {i} is padding, but it was answered: {found:?}"));
+            }
+            if draw.is_some() && (found.position, found.chosen) != (asked[i].position, 0) {
+                return Err(format!("row {i}: {found:?} does not pass on its position, or is chosen already"));
+            }
+        }
+        Ok(decisions)
+    }
+
+    /// Every row of the case against the law. Counts (draws clear of a boundary, draws).
+    fn obeys(&self, machine: &Machine, draws: &[Draw], what: &str) -> Result<(usize, usize), String> {
+        let asked: Vec<_> = draws.iter().copied().map(Some).collect();
+        let found = self.run(machine, 0..self.rows(), &asked, 64 << 20)?;
+        let mut clear = 0;
+        for (row, (draw, found)) in draws.iter().zip(&found).enumerate() {
+            let what = format!("{what}, V {}, row {row}, {draw:?}", self.vocab);
+            let got = found.decision(row).map_err(|e| format!("{what}: {e}"))?;
+            let logits = self.logits(row);
+            let mut held = *draw;
+            if is_clear(&logits, &self.banned, draw) {
+                clear += 1;
+            } else if draw.truncated_confidence {
+                continue;
+            } else {
+                // Still held to the law in everything that does not hang on the boundary.
+                held.forced = Some(got.token);
+            }
+            let want = decide_row(&logits, &self.banned, &held).map_err(|e| format!("{what}: {e}"))?;
+            agree(&got, &want).map_err(|e| format!("{what}: {e}"))?;
+        }
+        Ok((clear, draws.len()))
+    }
+}
+
+/// Positions differ from rows, so that they are seen to be passed on.
+fn record(row: usize, draw: Option<&Draw>) -> DrawRecord {
+    let empty = DrawRecord { flags: flag::PADDING, u: f64::NAN, ..DrawRecord::default() };
+    DrawRecord { position: 1000 + row as u32, sequence: 3, ..draw.map_or(empty, DrawRecord::from) }
+}
+
+/// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p move by more than f32 sums err.
+fn is_clear(logits: &[f32], banned: &[u32], draw: &Draw) -> bool {
+    let decision = |du: f64, dp: f32| {
+        let top_p = if draw.top_p < 1.0 { (draw.top_p + dp).clamp(1e-9, 0.999_999_9) } else { 1.0 };
+        decide_row(logits, banned, &Draw { u: (draw.u + du).clamp(0.0, 1.0 - 1e-9), top_p, ..*draw }).expect("finite logits")
+    };
+    let at = decision(0.0, 0.0);
+    let same = |moved: Decision| moved.token == at.token && moved.confidence == at.confidence;
+    [(1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-5), (0.0, -1e-5), (1e-5, 1e-5), (-1e-5, -1e-5)].iter().all(|&(du, dp)| same(decision(du, dp)))
+}
+
+fn agree(got: &Decision, want: &Decision) -> Result<(), String> {
+    let close = |a: f32, b: f32, tolerance: f32| (a - b).abs() <= tolerance || a == b;
+    // f32 exponentials with wider sums: 1e-6 relative; entropy sums terms of up to ln V.
+    let holds = got.token == want.token
+        && close(got.confidence, want.confidence, 2e-6 * (1e-3 + want.confidence))
+        && close(got.log_prob, want.log_prob, 2e-6 * (1.0 + want.log_prob.abs()))
+        && close(got.margin, want.margin, 2e-6)
+        && close(got.entropy, want.entropy, 2e-5);
+    if holds { Ok(()) } else { Err(format!("{got:?}, the law says {want:?}")) }
+}
+
+/// Every kind of draw once.
+fn kinds(seed: u64, vocab: usize) -> Vec<Draw> {
+    let kinds = [
+        (1.0, 1.0, TopPRule::Within),
+        (0.0, 1.0, TopPRule::Within),
+        (0.5, 1.0, TopPRule::Within),
+        (2.0, 1.0, TopPRule::Within),
+        (1.0, 0.9, TopPRule::Within),
+        (2.0, 0.9, TopPRule::Crossing),
+        (0.5, 0.3, TopPRule::Crossing),
+        (1.0, 0.999, TopPRule::Crossing),
+        (1.0, 1e-6, TopPRule::Within),
+        (0.0, 0.5, TopPRule::Crossing),
+    ];
+    let uniforms = noise(seed, kinds.len());
+    let draw = |(i, &(temperature, top_p, top_p_rule)): (usize, &(f32, f32, TopPRule))| Draw {
+        u: f64::from(uniforms[i]) / 2.0 + 0.5,
+        temperature,
+        top_p,
+        top_p_rule,
+        forced: None,
+        truncated_confidence: (i as u64 + seed).is_multiple_of(2),
+    };
+    let mut draws: Vec<Draw> = kinds.iter().enumerate().map(draw).collect();
+    let forced = |t| Draw { forced: Some(t), truncated_confidence: true, temperature: 0.3, top_p: 0.1, ..PLAIN };
+    draws.extend([forced(0), forced(vocab as u32 - 1), Draw { temperature: 1.0, ..forced(vocab as u32 / 2) }]);
+    draws
+}
+
+/// Both routes in one batch over the sizes around a piece (32), a tile (128) and a group of tiles (4096).
+pub fn the_law(machine: &Machine) -> Result<(), String> {
+    let (mut clear, mut total) = (0, 0);
+    for (seed, vocab) in [1, 33, 200, 1000, 5000].into_iter().enumerate() {
+        let draws = kinds(seed as u64, vocab);
+        // Spreads from nearly uniform to nearly certain.
+        let spread = |i: usize| noise(100 + i as u64, vocab).iter().map(|v| v * [3.0, 0.1, 12.0][i % 3]).collect();
+        let mut case = Case::of_rows(&(0..draws.len()).map(spread).collect::<Vec<_>>());
+        if vocab == 200 {
+            case.bias = Some(noise(5, vocab));
+            case.banned = vec![3, 32, 198];
+        }
+        let (c, t) = case.obeys(machine, &draws, "kinds of draws")?;
+        (clear, total) = (clear + c, total + t);
+    }
+    if clear * 10 < total * 8 { Err(format!("{clear} of {total} draws are clear of boundaries")) } else { Ok(()) }
+}
+
+/// Uniforms over the whole range, its ends included, ascend through the ids of both routes.
+pub fn walks(machine: &Machine) -> Result<(), String> {
+    let vocab = 4500;
+    let case = Case { hidden: vec![1.0; 26], ..Case::of_rows(&[noise(11, vocab)]) };
+    for base in [PLAIN, Draw { temperature: 0.7, ..PLAIN }, NUCLEUS] {
+        let at = |i: usize| [0.0, (i as f64 - 0.5) / 24.0, 1.0 - f64::EPSILON / 2.0][usize::from(i > 0) + usize::from(i == 25)];
+        let draws: Vec<Draw> = (0..26).map(|i| Draw { u: at(i), ..base }).collect();
+        case.obeys(machine, &draws, "a walk")?;
+        let asked: Vec<_> = draws.into_iter().map(Some).collect();
+        let tokens: Vec<u32> = case.run(machine, 0..26, &asked, 64 << 20)?.iter().map(|d| d.token).collect();
+        let last = tokens[25] as usize;
+        if !tokens.is_sorted() || (base.top_p == 1.0 && (tokens[0] != 0 || last != vocab - 1)) {
+            return Err(format!("{base:?}: tokens {tokens:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Equal logits across pieces, tiles and warps, clusters, neighbouring floats: where a nucleus ends among them.
+pub fn edges_of_nuclei(machine: &Machine) -> Result<(), String> {
+    let vocab = 700;
+    let mut peaks = vec![0.0; vocab];
+    [127, 128, 300, 699].iter().for_each(|id| peaks[*id] = 5.0);
+    let nucleus = |u, top_p_rule| Draw { u, top_p: 0.25, top_p_rule, truncated_confidence: true, ..PLAIN };
+    // Four equal tokens of 0.115 each: p = 0.25 keeps two within, three crossing.
+    let draws = [GREEDY, nucleus(0.99, TopPRule::Within), nucleus(0.99, TopPRule::Crossing), nucleus(0.0, TopPRule::Crossing)];
+    let case = Case { hidden: vec![1.0; 4], ..Case::of_rows(&[peaks]) };
+    case.obeys(machine, &draws, "ties")?;
+    let found = case.run(machine, 0..4, &draws.map(Some), 64 << 20)?;
+    if found.iter().map(|d| d.token).collect::<Vec<_>>() != [127, 128, 300, 127] || found[0].margin != 0.0 {
+        return Err(format!("ties: {found:?}"));
+    }
+    // Exact quarters: p of exactly one half keeps two under both rules. Zeros of either sign are one logit.
+    let quarters = Case { hidden: vec![1.0; 4], ..Case::of_rows(&[vec![0.0, -0.0, -0.0, 0.0]]) };
+    let half = |u, top_p_rule| Draw { u, top_p: 0.5, top_p_rule, truncated_confidence: true, ..PLAIN };
+    let draws = [half(0.4, TopPRule::Within), half(0.9, TopPRule::Within), half(0.4, TopPRule::Crossing), half(0.9, TopPRule::Crossing)];
+    let found = quarters.run(machine, 0..4, &draws.map(Some), 64 << 20)?;
+    if found.iter().map(|d| (d.token, d.confidence)).collect::<Vec<_>>() != [(0, 0.5), (1, 0.5), (0, 0.5), (1, 0.5)] {
+        return Err(format!("quarters: {found:?}"));
+    }
+    // A target that equals a cumulative mass belongs to the next id.
+    let draws = [0.0, 0.25, 0.5, 0.75].map(|u| Some(Draw { u, ..PLAIN }));
+    let found = quarters.run(machine, 0..4, &draws, 64 << 20)?;
+    if found.iter().map(|d| d.token).collect::<Vec<_>>() != [0, 1, 2, 3] {
+        return Err(format!("quarters without a nucleus: {found:?}"));
+    }
+
+    let levels = noise(21, vocab).iter().map(|v| (v * 4.0).round() * 0.5 + 0.0).collect();
+    let clusters = noise(22, vocab).iter().map(|v| if *v > 0.9 { 5.0 + v * 1e-3 } else { -5.0 + v * 1e-3 }).collect();
+    let neighbours = (0..vocab).map(|i| f32::from_bits(3.0f32.to_bits() + (i * 37 % vocab) as u32)).collect();
+    let rows: [Vec<f32>; 3] = [levels, clusters, neighbours];
+    let mut all = Vec::new();
+    for (i, top_p) in [0.0531, 0.1234, 0.37, 0.5019, 0.71, 0.9003, 0.98765].into_iter().enumerate() {
+        for top_p_rule in [TopPRule::Within, TopPRule::Crossing] {
+            let u = 0.137 * (i + 1) as f64;
+            all.push(Draw { u, temperature: [0.5, 1.0, 2.0][i % 3], top_p, top_p_rule, truncated_confidence: true, ..PLAIN });
+        }
+    }
+    let mut clear = 0;
+    for row in rows {
+        let case = Case { hidden: vec![1.0; all.len()], ..Case::of_rows(&[row]) };
+        clear += case.obeys(machine, &all, "edges")?.0;
+    }
+    if clear < 20 { Err(format!("{clear} of 42 nuclei are clear of boundaries")) } else { Ok(()) }
+}
+
+/// Logits at the ends of their range, and one token alone.
+fn extremes(machine: &Machine) -> Result<(), String> {
+    let vocab = 300;
+    let mut one_left = vec![f32::NEG_INFINITY; vocab];
+    one_left[299] = -3.0;
+    let mut far = vec![-3e38; vocab];
+    far[130] = 3e38;
+    for row in [vec![0.0; vocab], vec![1e30; vocab], vec![-1e30; vocab], one_left, far] {
+        // One row and one feature: nothing multiplies an infinity by zero.
+        let case = Case { hidden: vec![1.0; 4], ..Case::of_rows(&[row]) };
+        let draws =
+            [Draw { u: 0.3001, ..PLAIN }, GREEDY, Draw { top_p: 0.5003, temperature: 0.8, ..PLAIN }, Draw { forced: Some(299), ..PLAIN }];
+        case.obeys(machine, &draws, "extremes")?;
+    }
+    Ok(())
+}
+
+/// What no decision can be made from is a status that names the token, on both routes; bans hide it.
+pub fn refusals(machine: &Machine) -> Result<(), String> {
+    let vocab = 300;
+    for draw in [PLAIN, GREEDY, NUCLEUS, Draw { forced: Some(1), ..PLAIN }] {
+        let status_of = |row: Vec<f32>, banned: &[u32], draw: Draw| -> Result<(u32, u32), String> {
+            let case = Case { banned: banned.to_vec(), ..Case::of_rows(&[row]) };
+            let found = case.run(machine, 0..1, &[Some(draw)], 64 << 20)?[0];
+            Ok((found.status, found.token))
+        };
+        for bad in [f32::NAN, f32::INFINITY] {
+            for (at, rest) in [(0, 0.0), (31, f32::NEG_INFINITY), (128, 0.0), (299, f32::NEG_INFINITY)] {
+                let mut row = vec![rest; vocab];
+                row[at] = bad;
+                row[299] = bad;
+                let found = status_of(row.clone(), &[], draw)?;
+                if found != (status::BROKEN, at as u32) {
+                    return Err(format!("{draw:?}: {bad} at {at} gives {found:?}"));
+                }
+                row[1] = 2.0;
+                let found = status_of(row, &[at as u32, 299], draw)?;
+                if found.0 != status::OK || [at as u32, 299].contains(&found.1) {
+                    return Err(format!("{draw:?}: a banned {bad} at {at} gives {found:?}"));
+                }
+            }
+        }
+        let nothing = [status_of(vec![f32::NEG_INFINITY; vocab], &[], draw)?.0, status_of(vec![1.0; 3], &[0, 1, 2], draw)?.0];
+        if nothing != [status::NOTHING; 2] {
+            return Err(format!("{draw:?}: nothing to choose from gives {nothing:?}"));
+        }
+    }
+    for bad in [5, 300, u32::MAX] {
+        let case = Case { banned: vec![5], ..Case::of_rows(&[vec![0.5; vocab]]) };
+        let found = case.run(machine, 0..1, &[Some(Draw { forced: Some(bad), ..PLAIN })], 64 << 20)?[0];
+        if (found.status, found.token) != (status::FORCED, bad) {
+            return Err(format!("forced {bad}: {found:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// The same bits alone, in batches that take every tile, in chunks, and beside rows of the other route or of padding.
+fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
+    for dtype in [DType::F32, DType::Bf16] {
+        let case = Case::random(dtype, 70, 290, 300);
+        let all_kinds = kinds(9, case.vocab);
+        let draws: Vec<Option<Draw>> = (0..70).map(|i| (i % 9 != 4).then(|| all_kinds[i % all_kinds.len()])).collect();
+        let all = case.run(machine, 0..70, &draws, 64 << 20)?;
+        let mut clear = 0;
+        for row in [0, 1, 2, 3, 5, 14, 20, 69] {
+            let logits = case.logits(row);
+            let draw = draws[row].expect("not padding");
+            if is_clear(&logits, &case.banned, &draw) {
+                clear += 1;
+                let want = decide_row(&logits, &case.banned, &draw).map_err(|e| e.to_string())?;
+                let got = all[row].decision(row).map_err(|e| e.to_string())?;
+                agree(&got, &want).map_err(|e| format!("{dtype:?}, row {row}, {draw:?}: {e}"))?;
+            }
+        }
+        if clear < 4 {
+            return Err(format!("{clear} of 8 rows are clear of boundaries"));
+        }
+        for (rows, chunk_bytes) in [(0..1, 64 << 20), (69..70, 64 << 20), (5..17, 64 << 20), (30..60, 64 << 20), (6..70, 64 << 20)] {
+            let part = case.run(machine, rows.clone(), &draws[rows.clone()], chunk_bytes)?;
+            for (i, (got, want)) in part.iter().zip(&all[rows.clone()]).enumerate() {
+                if draws[rows.start + i].is_some() && (DecisionRecord { position: want.position, ..*got }) != *want {
+                    return Err(format!("{dtype:?}, row {i} of {rows:?}: {got:?}, among all rows {want:?}"));
+                }
+            }
+        }
+    }
+    // 128 rows are the least of a chunk: 150 go through in two.
+    let case = Case::random(DType::F32, 150, 40, 3);
+    let draws: Vec<_> = (0..150).map(|i| Some([PLAIN, NUCLEUS][i % 2])).collect();
+    if case.run(machine, 0..150, &draws, 1)? != case.run(machine, 0..150, &draws, 64 << 20)? {
+        return Err("in chunks of rows: other decisions".to_owned());
+    }
+    Ok(())
+}
+
+pub fn holds(machine: &Machine) -> Result<(), String> {
+    [the_law, walks, edges_of_nuclei, extremes, refusals, alone_as_in_company].iter().try_for_each(|part| part(machine))
+}
+
+#[test]
+fn decisions_obey_the_law() {
+    for machine in machines() {
+        holds(&machine).unwrap();
+    }
+}

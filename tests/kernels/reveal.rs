@@ -1,0 +1,205 @@
+//! `reveal` takes what `policy::select` takes and leaves the canvas as `session.rs` leaves it.
+
+use redraft::backend::{Decision, Reveal};
+use redraft::cuda::ask::{SessionStep, SessionSummary, trouble};
+use redraft::cuda::decide::{DecisionRecord, status};
+use redraft::cuda::machine::Machine;
+use redraft::cuda::remask::state;
+use redraft::cuda::reveal::{RevealParams, reveal};
+use redraft::policy::{BlockProgress, Candidate, select};
+use redraft::rng::{DrawKey, uniforms};
+use redraft::schedule::{Rank, Unmask};
+
+use crate::emulator::{Array, machines, noise, words};
+
+const CANVAS: u32 = 700;
+const MASK: u32 = 50_257;
+
+/// A session that asks every second position from 1 on; `levels` distinct values, so that few levels mean many ties.
+struct Session {
+    step: SessionStep,
+    reveal: Reveal,
+    decisions: Vec<DecisionRecord>,
+    before: SessionSummary,
+}
+
+fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Session {
+    let value = |n: u64, i: u32| (noise(1000 * seed + n, asks as usize)[i as usize].abs() * levels).ceil() / levels;
+    let decision = |i: u32| DecisionRecord {
+        token: 40 + i,
+        confidence: value(1, i),
+        log_prob: -1.0,
+        margin: value(2, i) - 0.5,
+        entropy: value(3, i) * 0.1,
+        status: status::OK,
+        position: 1 + 2 * i,
+        chosen: 0,
+    };
+    let step = SessionStep { seed, sample: 3, stage: 2, block: 1, step: 77, ask_count: asks, ..SessionStep::default() };
+    let step = step.revealing(&reveal);
+    Session {
+        step,
+        reveal,
+        decisions: (0..asks).map(decision).collect(),
+        before: SessionSummary { asked: asks, ..SessionSummary::default() },
+    }
+}
+
+/// What the law takes, or the trouble it is in.
+fn law(session: &Session) -> (Vec<usize>, SessionSummary) {
+    let Session { step, reveal, decisions, before } = session;
+    let nothing = |trouble, detail| (Vec::new(), SessionSummary { trouble, detail, ..*before });
+    if before.trouble != trouble::NONE || decisions.is_empty() {
+        return (Vec::new(), *before);
+    }
+    let nan = |d: &DecisionRecord| d.confidence.is_nan() || d.margin.is_nan() || d.entropy.is_nan();
+    if let Some(i) = decisions.iter().position(|d| d.status != status::OK || nan(d)) {
+        return nothing(if decisions[i].status != status::OK { trouble::DECISION } else { trouble::NAN }, i as u32);
+    }
+    let candidates: Vec<Candidate> = decisions
+        .iter()
+        .map(|d| {
+            let SessionStep { seed, sample, stage, block, step, .. } = *step;
+            let key = DrawKey { seed, sample, stage: stage as u8, block, step, position: d.position };
+            let DecisionRecord { token, confidence, log_prob, margin, entropy, position, .. } = *d;
+            let decision = Decision { token, confidence, log_prob, margin, entropy };
+            Candidate { position: position as usize, decision, order: uniforms(key).order }
+        })
+        .collect();
+    let unmask = match *reveal {
+        Reveal::Best { rank, n } => Unmask::Count { rank, n },
+        Reveal::Threshold(bound) => Unmask::Threshold(bound),
+        Reveal::EntropyBound(bound) => Unmask::EntropyBound(bound),
+    };
+    let progress = BlockProgress { masks_at_start: candidates.len(), masks: candidates.len(), step: 0 };
+    let chosen = select(&unmask, progress, &candidates).expect("no NaN");
+    let revealed = chosen.len() as u32;
+    (chosen, SessionSummary { revealed, ..*before })
+}
+
+/// The canvas of one session, as the arrays of the kernel; confidences as bits.
+#[derive(Clone, Debug, PartialEq)]
+struct Flat {
+    token: Vec<u32>,
+    confidence: Vec<u32>,
+    state: Vec<u8>,
+    stage: Vec<u8>,
+    step: Vec<u32>,
+}
+
+fn check(machine: &Machine, mut sessions: Vec<Session>) -> Result<(), String> {
+    let mut asks = 0;
+    for (s, session) in sessions.iter_mut().enumerate() {
+        session.step.canvas_first = s as u32 * CANVAS;
+        session.step.ask_first = asks;
+        asks += session.step.ask_count;
+    }
+    let n = sessions.len() * CANVAS as usize;
+    let mut expected =
+        Flat { token: vec![MASK; n], confidence: vec![0; n], state: vec![state::MASKED; n], stage: vec![9; n], step: vec![0; n] };
+    let mut decisions: Vec<DecisionRecord> = sessions.iter().flat_map(|s| s.decisions.iter().copied()).collect();
+    let steps = Array::new(machine, &sessions.iter().map(|s| s.step).collect::<Vec<_>>());
+    let summaries = Array::new(machine, &sessions.iter().map(|s| s.before).collect::<Vec<_>>());
+    let records = Array::new(machine, &decisions);
+    let token = Array::new(machine, &expected.token);
+    let confidence = Array::new(machine, &expected.confidence);
+    let (state, stage) = (Array::new(machine, &expected.state), Array::new(machine, &expected.stage));
+    let step = Array::new(machine, &expected.step);
+    let params = RevealParams {
+        sessions: steps.address(),
+        summaries: summaries.address(),
+        decisions: records.address(),
+        token: token.address(),
+        confidence: confidence.address(),
+        state: state.address(),
+        stage: stage.address(),
+        step: step.address(),
+    };
+    words(reveal(machine, sessions.len() as u32, &params))?;
+
+    let summaries = summaries.read()?;
+    for (s, session) in sessions.iter().enumerate() {
+        let (chosen, summary) = law(session);
+        for &i in &chosen {
+            let record = &mut decisions[session.step.ask_first as usize + i];
+            record.chosen = 1;
+            let at = (session.step.canvas_first + record.position) as usize;
+            expected.token[at] = record.token;
+            expected.confidence[at] = record.confidence.clamp(f32::MIN_POSITIVE, 1.0).to_bits();
+            expected.state[at] = redraft::cuda::remask::state::REVEALED;
+            expected.stage[at] = session.step.stage as u8;
+            expected.step[at] = session.step.step;
+        }
+        if summaries[s] != summary {
+            return Err(format!("session {s}, {:?}: {:?}, expected {summary:?}", session.reveal, summaries[s]));
+        }
+    }
+    let found = records.read()?;
+    // By their bits: NaN equals itself.
+    let bits = |records: &[DecisionRecord]| bytemuck::cast_slice::<_, [u32; 8]>(records).to_vec();
+    if let Some(i) = (0..found.len()).find(|i| bits(&found)[*i] != bits(&decisions)[*i]) {
+        let s = sessions.iter().position(|s| i < (s.step.ask_first + s.step.ask_count) as usize).expect("an ask of a session");
+        return Err(format!("session {s}, {:?}: {:?}, expected {:?}", sessions[s].reveal, found[i], decisions[i]));
+    }
+    let after =
+        Flat { token: token.read()?, confidence: confidence.read()?, state: state.read()?, stage: stage.read()?, step: step.read()? };
+    if after != expected {
+        return Err("the right decisions, but not the canvas that a session leaves".to_owned());
+    }
+    Ok(())
+}
+
+/// Values whose order is easy to get wrong: zeros of both signs, infinities, negatives, subnormals, more than one.
+fn odd_values(reveal: Reveal) -> Session {
+    let odd = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, -1.0, f32::MIN_POSITIVE, 1e-45, 1.0, -0.0, 0.0, 1.5, 1e-45];
+    let mut session = session(7, odd.len() as u32, 1.0, reveal);
+    for (i, decision) in session.decisions.iter_mut().enumerate() {
+        (decision.confidence, decision.margin, decision.entropy) = (odd[i], odd[(i + 3) % 12], odd[(i + 5) % 12]);
+    }
+    session
+}
+
+pub fn holds(machine: &Machine) -> Result<(), String> {
+    let ranks = [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left];
+    for rank in ranks {
+        let best = |n| Reveal::Best { rank, n };
+        let mut sessions = vec![
+            session(1, 1, 1.0, best(1)),
+            session(2, 0, 1.0, best(3)),
+            session(3, 300, 3.0, best(70)),
+            session(4, 300, 1e6, best(257)),
+            session(5, 256, 1.0, best(100)),
+            session(6, 40, 4.0, best(0)),
+            session(7, 40, 4.0, best(1000)),
+        ];
+        // Zeros and halves of every rank but the uniform's: all of its bits are random.
+        sessions.extend((1..12).map(|n| odd_values(best(n))));
+        check(machine, sessions)?;
+    }
+    let bounds = [0.0, 1e-3, 0.3, 0.5, 0.9, 5.0, 1e6, -1.0];
+    check(
+        machine,
+        bounds.iter().flat_map(|b| [session(11, 300, 8.0, Reveal::Threshold(*b)), odd_values(Reveal::Threshold(*b))]).collect(),
+    )?;
+    check(machine, bounds.iter().map(|b| session(12, 60, 50.0, Reveal::EntropyBound(*b))).collect())?;
+    check(machine, bounds.iter().map(|b| session(13, 270, 1.0, Reveal::EntropyBound(*b))).collect())?;
+
+    // What stops a session stops it alone.
+    let all = Reveal::Best { rank: Rank::Confidence, n: 400 };
+    let mut sessions: Vec<Session> = (0..8).map(|i| session(20 + i, 290, 9.0, all)).collect();
+    sessions[1].decisions[288].confidence = f32::NAN;
+    sessions[2].decisions[3].margin = -f32::NAN;
+    sessions[3].decisions[289].entropy = f32::NAN;
+    sessions[4].decisions[270].status = status::BROKEN;
+    sessions[4].decisions[280].confidence = f32::NAN;
+    sessions[5].decisions[0].status = status::FORCED;
+    sessions[6].before = SessionSummary { trouble: trouble::COUNT, detail: 12, asked: 290, revealed: 0 };
+    check(machine, sessions)
+}
+
+#[test]
+fn the_right_positions_are_revealed() {
+    for machine in machines() {
+        holds(&machine).unwrap();
+    }
+}
