@@ -179,9 +179,17 @@ const SHARED_BYTES: u32 = 99 << 10;
 
 /// The most registers that entries of these names may use, where fewer than a whole multiprocessor's share are part of the design. The
 /// longest matching name counts.
-use super::replay::Replay;
-use super::replays::REPLAYS;
-use super::{ask, attention, decide, embed, gather, linear, norm, remask, reveal, rope_append};
+const REGISTER_BUDGETS: [(&str, u32); 9] = [
+    ("ask", 40),
+    ("decide_draw", 128),
+    ("decide_nucleus", 64),
+    ("embed", 40),
+    ("gather", 32),
+    ("norm", 64),
+    ("remask", 48),
+    ("reveal", 48),
+    ("rope_append", 64),
+];
 
 /// The most registers that a thread of `entry` may use: its budget, else what lets one CTA run.
 fn register_budget(entry: &str, threads: u32) -> u32 {
