@@ -180,6 +180,8 @@ pub struct RunSpec<'a> {
     pub steps: Vec<RunStep>,
     pub banned: &'a [u32],
     pub mask_id: u32,
+    /// Of the model that runs.
+    pub heads: HeadShape,
 }
 
 /// What a run decided about one asked position.

@@ -442,6 +442,7 @@ impl<B: Backend> Engine<B> {
             steps,
             banned: &self.banned,
             mask_id: self.config().mask_id,
+            heads: self.models[weights].model.config().heads,
         };
         let mut run = self.backend.begin_run(&spec)?;
         let steps = spec.steps;

@@ -616,14 +616,43 @@ fn bench_counts_what_it_measures() {
     assert!(std::fs::read_to_string(&plot).expect("a plot").starts_with("<svg"));
 }
 
-/// Asking for a GPU where the engine cannot use one is an error that says what to do instead.
+/// Asking for a GPU that is not there is an error that says what to do instead.
+#[cfg(feature = "cuda")]
 #[test]
-fn device_cuda_is_a_clear_error() {
+fn a_gpu_that_is_absent_is_a_clear_error() {
     let work = Work::new();
-    for device in ["cuda", "cuda:3"] {
-        work.run(&["generate", "--device", device, "--length", "4"]).fails(1, &["CUDA", "--device cpu"]);
-    }
+    let absent = redraft::cuda::device_count().unwrap_or(0);
+    let device = format!("cuda:{absent}");
+    work.run(&["generate", "--device", &device, "--length", "4"]).fails(1, &["CUDA", "--device cpu"]);
     work.run(&["generate", "--device", "cuda:x"]).fails(2, &["index"]);
+}
+
+/// The CUDA path on the host writes what the CPU writes.
+#[cfg(feature = "cuda")]
+#[test]
+fn emulation_writes_the_same_text() {
+    let work = Work::new();
+    let run = |device: &str| {
+        let args = ["generate", "--prompt", "Once upon a time", "--length", "10", "--seed", "3", "--format", "json", "--device", device];
+        let mut object: Value = serde_json::from_str(&work.run(&args).ok()).expect("JSON");
+        let name = object["device"].as_str().expect("a name").to_owned();
+        assert!(name.starts_with(device), "{name}");
+        for key in ["device", "timings", "tokens_per_s", "confidence", "stages"] {
+            object.as_object_mut().expect("an object").remove(key);
+        }
+        object
+    };
+    assert_eq!(run("emu"), run("cpu"));
+}
+
+/// Emulation compiles the kernels: without a compiler it says so.
+#[cfg(feature = "cuda")]
+#[test]
+fn emulation_without_a_compiler_is_a_clear_error() {
+    let work = Work::new();
+    let args = ["generate", "--length", "4", "--device", "emu"];
+    let output = work.command(&args).env("CXX", "no-such-compiler").output().expect("the binary starts");
+    Ran::new(&args, output).fails(1, &["no-such-compiler", "install g++"]);
 }
 
 /// No terminal, no pictures.

@@ -100,7 +100,7 @@ struct Probe {
 struct Ceilings {
     /// One large product of packed weights (512 x 768 x 3072).
     matrix_gflop_per_s: f64,
-    /// Plain reading of as many bytes as the weights have, all threads: memory, or cache where they fit.
+    /// Plain reading (CPU, all threads) or copying (GPU, bytes read and written) of as many bytes as the weights have.
     read_gb_per_s: f64,
 }
 
@@ -128,30 +128,18 @@ pub(super) fn run(flags: Flags) -> Result<()> {
         vec![("stages".into(), Schedule::resolve(&flags.stage, &defaults)?)]
     };
     config.check_len(longest)?;
-    let backend = flags.device.backend()?;
     let mut options = flags.device.options(longest, most);
     // All samples of a batch run together: that is what a batch means here.
     options.budget.max_sessions = most;
     options.budget.max_rows = usize::MAX;
     options.kv_pages = Some(longest.div_ceil(options.page_size) * most);
-    let mut engine = match &flags.shape {
-        Some(_) => Engine::random(config.clone(), backend, options)?,
-        None => Engine::load(&config.dir, backend, options)?,
-    };
-    let ceilings = ceilings(&engine)?;
-    let probes = probe(&mut engine, &ceilings, longest, flags.runs)?;
-    let mut progress = Progress::new("measuring");
-    let mut rows = Vec::new();
-    for (name, schedule) in &schedules {
-        for &batch in &flags.batch {
-            for &length in &lengths {
-                progress.show(|| format!("{name} batch {batch} length {length}"));
-                rows.push(measure(&mut engine, name, schedule, batch, length, flags.runs)?);
-            }
-        }
-    }
-    drop(progress);
-    let device = engine.backend().name();
+    let Measured { device, ceilings, probes, rows } = super::on_machine!(flags.device.machine()?, |backend| {
+        let mut engine = match &flags.shape {
+            Some(_) => Engine::random(config.clone(), backend, options)?,
+            None => Engine::load(&config.dir, backend, options)?,
+        };
+        sweep(&mut engine, &flags, &schedules, &lengths)?
+    });
     let dtype = flags.device.dtype();
     if let Some(path) = &flags.plot {
         let svg = plot(&rows, &format!("{label}, {device}, {}", dtype.name()));
@@ -169,6 +157,31 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     Ok(())
 }
 
+/// Everything that was measured on one machine.
+struct Measured {
+    device: String,
+    ceilings: Ceilings,
+    probes: Vec<Probe>,
+    rows: Vec<Row>,
+}
+
+fn sweep<B: Backend>(engine: &mut Engine<B>, flags: &Flags, schedules: &[(String, Schedule)], lengths: &[u32]) -> Result<Measured> {
+    let longest = *lengths.iter().max().expect("not empty") as usize + 1;
+    let ceilings = ceilings(engine)?;
+    let probes = probe(engine, &ceilings, longest, flags.runs)?;
+    let mut progress = Progress::new("measuring");
+    let mut rows = Vec::new();
+    for (name, schedule) in schedules {
+        for &batch in &flags.batch {
+            for &length in lengths {
+                progress.show(|| format!("{name} batch {batch} length {length}"));
+                rows.push(measure(engine, name, schedule, batch, length, flags.runs)?);
+            }
+        }
+    }
+    Ok(Measured { device: engine.backend().name(), ceilings, probes, rows })
+}
+
 /// Multiply-adds of the weight products over `rows` rows, of which `decided` go on past the last layer's K/V, in GFLOP.
 fn gflop(config: &ModelConfig, rows: usize, decided: usize) -> f64 {
     let c = config.hidden_dim;
@@ -183,7 +196,7 @@ fn weight_bytes(config: &ModelConfig, dtype: DType) -> usize {
     (gflop(config, 1, 1) * 1e9 / 2.0) as usize * dtype.bytes()
 }
 
-fn ceilings(engine: &Engine<Cpu>) -> Result<Ceilings> {
+fn ceilings<B: Backend>(engine: &Engine<B>) -> Result<Ceilings> {
     const ROWS: usize = 512;
     const K: usize = 768;
     const N: usize = 3072;
@@ -208,26 +221,12 @@ fn ceilings(engine: &Engine<Cpu>) -> Result<Ceilings> {
     let matrix_gflop_per_s = 2.0 * (ROWS * K * N) as f64 / best / 1e9;
 
     // Up to 512 MiB: beyond that the rate no longer depends on the size.
-    let words = vec![1u64; (weight_bytes(engine.config(), backend.dtype()) / 8).clamp(1 << 17, 1 << 26)];
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    // Every thread reads its part often enough that starting it does not count.
-    let repeats = ((1usize << 27) / words.len()).max(1);
-    let mut best = f64::INFINITY;
-    for _ in 0..4 {
-        let start = Instant::now();
-        let sum: u64 = std::thread::scope(|scope| {
-            let read = |part: &[u64]| (0..repeats).map(|_| std::hint::black_box(part).iter().sum::<u64>()).sum::<u64>();
-            let parts: Vec<_> = words.chunks(words.len().div_ceil(threads)).map(|part| scope.spawn(move || read(part))).collect();
-            parts.into_iter().map(|part| part.join().expect("summing does not panic")).sum()
-        });
-        best = best.min(start.elapsed().as_secs_f64() / repeats as f64);
-        assert_eq!(sum, (words.len() * repeats) as u64);
-    }
-    Ok(Ceilings { matrix_gflop_per_s, read_gb_per_s: words.len() as f64 * 8.0 / best / 1e9 })
+    let bytes = weight_bytes(engine.config(), backend.dtype()).clamp(1 << 20, 1 << 29);
+    Ok(Ceilings { matrix_gflop_per_s, read_gb_per_s: backend.streaming(bytes)? / 1e9 })
 }
 
 /// A draft step of 4 rows over a cached prefix, the same with a fused commit, and a full pass, each deciding its masked rows.
-fn probe(engine: &mut Engine<Cpu>, ceilings: &Ceilings, len: usize, runs: u32) -> Result<Vec<Probe>> {
+fn probe<B: Backend>(engine: &mut Engine<B>, ceilings: &Ceilings, len: usize, runs: u32) -> Result<Vec<Probe>> {
     let half = (len / 2 / 4 * 4).max(4).min(len);
     let mut cases = vec![("full pass, all rows decided".to_string(), 0..len, len, Visibility::Full)];
     if len >= half + 4 {
@@ -248,7 +247,7 @@ fn probe(engine: &mut Engine<Cpu>, ceilings: &Ceilings, len: usize, runs: u32) -
     Ok(probes)
 }
 
-fn measure(engine: &mut Engine<Cpu>, name: &str, schedule: &Schedule, batch: u32, length: u32, runs: u32) -> Result<Row> {
+fn measure<B: Backend>(engine: &mut Engine<B>, name: &str, schedule: &Schedule, batch: u32, length: u32, runs: u32) -> Result<Row> {
     let mut walls = Vec::new();
     let mut outputs: Vec<Output> = Vec::new();
     for run in 0..=runs {

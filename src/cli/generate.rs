@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 
 use super::output::{self, Run};
 use super::watch::Watch;
 use super::{DeviceFlags, Piped, TopPRuleFlag};
+use crate::backend::Backend;
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
@@ -205,29 +207,46 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     }
     // The engine checks this too, but only once everything is loaded.
     config.check_len(len)?;
+    let job = Job { flags, dir, config, schedule, tokenizer, prompt, len };
+    super::on_machine!(job.flags.device.machine()?, |backend| generate(backend, &job))
+}
+
+/// A request, resolved.
+struct Job {
+    flags: Flags,
+    dir: PathBuf,
+    config: ModelConfig,
+    schedule: Schedule,
+    tokenizer: Arc<Tokenizer>,
+    prompt: Prompt,
+    len: usize,
+}
+
+fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
+    let Job { flags, dir, config, schedule, tokenizer, prompt, len } = job;
     let mut trace = flags.trace.as_deref().map(Trace::create).transpose()?;
 
     let loading = std::time::Instant::now();
-    let mut engine = flags.device.engine(&dir, Some(tokenizer.clone()), len, flags.samples as usize)?;
+    let mut engine = flags.device.engine(backend, dir, Some(tokenizer.clone()), *len, flags.samples as usize)?;
     for other in flags.model.iter().skip(1) {
         engine.add_model(other, &mut |_, _| {})?;
     }
     let load_ms = loading.elapsed().as_secs_f64() * 1e3;
     let stop = StopOptions { ignore_eos: flags.ignore_eos, texts: flags.stop.clone(), entropy: flags.stop_entropy };
     let run = Run {
-        device: crate::backend::Backend::name(engine.backend()),
+        device: engine.backend().name(),
         dtype: flags.device.dtype().name(),
         seed: flags.seed,
         schedule: schedule.clone(),
         load_ms,
-        models: std::iter::once(&dir).chain(flags.model.iter().skip(1)).map(|d| d.display().to_string()).collect(),
+        models: std::iter::once(dir).chain(flags.model.iter().skip(1)).map(|d| d.display().to_string()).collect(),
         end_of_text: (!flags.ignore_eos).then_some(config.eos_id),
         stop: flags.stop.clone(),
     };
 
     let mut watch = (flags.watch && flags.format == Format::Text).then(|| Watch::new(flags.watch_delay)).flatten();
     if let Some(watch) = &mut watch {
-        watch.start(&engine.canvas(&prompt)?, &tokenizer, &schedule);
+        watch.start(&engine.canvas(prompt)?, tokenizer, schedule);
     }
     let mut handles = Vec::new();
     for sample in 0..flags.samples {
@@ -253,13 +272,13 @@ pub(super) fn run(flags: Flags) -> Result<()> {
                     trace.write(&event);
                 }
                 if let Some(watch) = watch.as_mut().filter(|_| i == 0) {
-                    watch.event(&event, &tokenizer);
+                    watch.event(&event, tokenizer);
                 }
             }
             if let Some(result) = handle.take_output() {
                 let text = result.map(|output| match flags.format {
-                    Format::Text => output::text(&output, &run, &tokenizer, flags.samples > 1),
-                    Format::Json | Format::Jsonl => output::json(&output, &run, &tokenizer, flags.infill.is_some()),
+                    Format::Text => output::text(&output, &run, tokenizer, flags.samples > 1),
+                    Format::Json | Format::Jsonl => output::json(&output, &run, tokenizer, flags.infill.is_some()),
                 });
                 match text {
                     Ok(text) => outputs[i] = Some(text),

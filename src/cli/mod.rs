@@ -60,10 +60,10 @@ enum Command {
 /// Where and how the network runs.
 #[derive(Args, Clone)]
 pub(crate) struct DeviceFlags {
-    /// auto, cpu, cuda or cuda:INDEX
+    /// auto, cpu, cuda, cuda:INDEX, or emu: the CUDA path executed on the CPU (slow, needs g++)
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     device: Device,
-    /// Weights and K/V in this type; activations stay f32 on the CPU
+    /// Weights and K/V in this type
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DTypeFlag,
     /// CPU threads [default: all cores]
@@ -94,6 +94,7 @@ enum Device {
     Auto,
     Cpu,
     Cuda(usize),
+    Emu,
 }
 
 fn parse_device(text: &str) -> Result<Device, String> {
@@ -101,22 +102,48 @@ fn parse_device(text: &str) -> Result<Device, String> {
         ("auto", "0") => Ok(Device::Auto),
         ("cpu", "0") => Ok(Device::Cpu),
         ("cuda", index) => index.parse().map(Device::Cuda).map_err(|_| format!("expected a device index after `cuda:`, found `{index}`")),
-        _ => Err("expected auto, cpu, cuda or cuda:INDEX".into()),
+        ("emu", "0") => Ok(Device::Emu),
+        _ => Err("expected auto, cpu, cuda, cuda:INDEX or emu".into()),
     }
 }
 
 impl DeviceFlags {
-    /// The backend asked for. `auto` is the CPU as long as no other backend can run the engine.
-    pub(crate) fn backend(&self) -> Result<Cpu> {
+    fn cpu(&self) -> Result<Cpu> {
+        let threads = self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()), usize::from);
+        Cpu::new(threads, self.dtype())
+    }
+
+    /// The machine asked for. `auto` is the first GPU if there is one that can be used, and says so where there is one that cannot.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn machine(&self) -> Result<Machine> {
+        use crate::cuda::{Cuda, Emulator, EmulatorOptions, Gpu, device_count};
+        let gpu = |index| Cuda::new(Box::new(Gpu::open(index)?), self.dtype());
         match self.device {
-            #[cfg(feature = "cuda")]
-            Device::Cuda(index) => Err(crate::cuda::unavailable(index)),
-            #[cfg(not(feature = "cuda"))]
-            Device::Cuda(_) => Err(Error::device("this build has no CUDA backend: build with --features cuda, or use --device cpu")),
-            Device::Auto | Device::Cpu => {
-                let threads = self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()), usize::from);
-                Cpu::new(threads, self.dtype())
+            Device::Cuda(index) => Ok(Machine::Cuda(gpu(index)?)),
+            Device::Emu => {
+                let defaults = EmulatorOptions::default();
+                let options = EmulatorOptions { threads: self.threads.map_or(defaults.threads, usize::from), ..defaults };
+                Ok(Machine::Cuda(Cuda::new(Box::new(Emulator::new(options)?), self.dtype())?))
             }
+            Device::Auto if device_count().is_ok() => match gpu(0) {
+                Ok(cuda) => Ok(Machine::Cuda(cuda)),
+                Err(error) => {
+                    eprintln!("redraft: {error}; going on with the CPU");
+                    Ok(Machine::Cpu(self.cpu()?))
+                }
+            },
+            Device::Auto | Device::Cpu => Ok(Machine::Cpu(self.cpu()?)),
+        }
+    }
+
+    /// The machine asked for.
+    #[cfg(not(feature = "cuda"))]
+    pub(crate) fn machine(&self) -> Result<Machine> {
+        match self.device {
+            Device::Cuda(_) | Device::Emu => {
+                Err(Error::device("this build has no CUDA backend: build with --features cuda, or use --device cpu"))
+            }
+            Device::Auto | Device::Cpu => Ok(Machine::Cpu(self.cpu()?)),
         }
     }
 
@@ -125,10 +152,17 @@ impl DeviceFlags {
     }
 
     /// Loads a model for sequences of `len` positions, `sessions` at a time, with just the pages they need.
-    pub(crate) fn engine(&self, dir: &Path, tokenizer: Option<Arc<Tokenizer>>, len: usize, sessions: usize) -> Result<Engine<Cpu>> {
+    pub(crate) fn engine<B: Backend>(
+        &self,
+        backend: B,
+        dir: &Path,
+        tokenizer: Option<Arc<Tokenizer>>,
+        len: usize,
+        sessions: usize,
+    ) -> Result<Engine<B>> {
         let mut progress = Progress::new("loading");
         let options = EngineOptions { tokenizer, ..self.options(len, sessions) };
-        let engine = Engine::load_with_progress(dir, self.backend()?, options, &mut |done, total| {
+        let engine = Engine::load_with_progress(dir, backend, options, &mut |done, total| {
             progress.show(|| format!("{done}/{total} tensors"));
         })?;
         if len > engine.config().model_length {
@@ -153,6 +187,25 @@ impl DeviceFlags {
         EngineOptions { budget: Budget { max_sessions: sessions, ..defaults.budget }, kv_pages: Some(pages), ..defaults }
     }
 }
+
+/// A backend, ready. The commands are written once for any of them; [`on_machine`] is the one place that tells them apart.
+pub(crate) enum Machine {
+    Cpu(Cpu),
+    #[cfg(feature = "cuda")]
+    Cuda(crate::cuda::Cuda),
+}
+
+/// `body` with the backend under the given name, whichever it is.
+macro_rules! on_machine {
+    ($machine:expr, |$backend:ident| $body:expr) => {
+        match $machine {
+            crate::cli::Machine::Cpu($backend) => $body,
+            #[cfg(feature = "cuda")]
+            crate::cli::Machine::Cuda($backend) => $body,
+        }
+    };
+}
+pub(crate) use on_machine;
 
 /// `--top-p-rule`.
 #[derive(Clone, Copy, ValueEnum)]

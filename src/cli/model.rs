@@ -69,12 +69,13 @@ pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
     let config = ModelConfig::load(&dir)?;
     Engine::<crate::cpu::Cpu>::check_tokens(&config, &tokens)?;
     let visibility = flags.block_len.map_or(native(config.attention), BlockLen::visibility);
-    let mut engine = flags.device.engine(&dir, None, tokens.len(), 1)?;
     let mut data = Vec::with_capacity(tokens.len() * config.vocab_size * 4);
-    engine.logits(&tokens, visibility, &mut |_, logits| {
-        data.extend(logits.iter().flat_map(|l| l.to_le_bytes()));
-        Ok(())
-    })?;
+    super::on_machine!(flags.device.machine()?, |backend| {
+        flags.device.engine(backend, &dir, None, tokens.len(), 1)?.logits(&tokens, visibility, &mut |_, logits| {
+            data.extend(logits.iter().flat_map(|l| l.to_le_bytes()));
+            Ok(())
+        })?
+    });
     let shape = vec![tokens.len(), config.vocab_size];
     let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, &data).map_err(|e| Error::kernel(e.to_string()))?;
     let bytes = safetensors::serialize([("logits", view)], None).map_err(|e| Error::kernel(e.to_string()))?;

@@ -11,7 +11,9 @@ use serde_json::json;
 
 use super::DeviceFlags;
 use super::model::{Format, native};
+use crate::backend::Backend;
 use crate::config::{Attention, ModelConfig};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::plan::Visibility;
 use crate::request::{Prompt, Request};
@@ -63,33 +65,10 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     // Windows stand side by side, each behind a BOS of its own: nothing is scored twice, and a window's first tokens have little context.
     let window = config.model_length.max(2) - 1;
     let windows: Vec<&[u32]> = tokens.chunks(window).collect();
-    let mut engine = flags.device.engine(&dir, Some(tokenizer.clone()), window.min(tokens.len()) + 1, windows.len())?;
-    let mut nll = Vec::with_capacity(tokens.len());
-    if config.attention == Attention::Causal {
-        for window in &windows {
-            let with_bos: Vec<u32> = std::iter::once(config.bos_id).chain(window.iter().copied()).collect();
-            nll.extend(engine.causal_nll(&with_bos)?);
-        }
-    } else {
-        let stage = match visibility {
-            Visibility::BlockCausal(block_len) => format!("block={block_len},visible=block,unmask=left:1"),
-            Visibility::Full => "block=full,visible=canvas,unmask=left:1".into(),
-        };
-        let schedule = Schedule::resolve(&[stage.parse()?], &Defaults { top_p: 1.0, ..Defaults::default() })?;
-        let mut handles = Vec::new();
-        for window in &windows {
-            let canvas: Vec<Option<u32>> = std::iter::once(Some(config.bos_id)).chain(window.iter().map(|_| None)).collect();
-            let mut request = Request::new(Prompt::Canvas(canvas), schedule.clone(), 0, 0);
-            request.stop.ignore_eos = true;
-            request.forced = std::iter::once(config.bos_id).chain(window.iter().copied()).collect();
-            handles.push(engine.submit(request)?);
-        }
-        super::drain(&mut engine, &handles)?;
-        for handle in &handles {
-            let output = handle.take_output().expect("drained")?;
-            nll.extend(output.confidence.iter().map(|p| -f64::from(*p).ln()));
-        }
-    }
+    let nll = super::on_machine!(flags.device.machine()?, |backend| {
+        let mut engine = flags.device.engine(backend, &dir, Some(tokenizer.clone()), window.min(tokens.len()) + 1, windows.len())?;
+        score(&mut engine, &windows, visibility)?
+    });
     let mean = nll.iter().sum::<f64>() / nll.len() as f64;
     let text = if flags.format == Format::Json {
         let object = json!({
@@ -110,6 +89,38 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     };
     super::print(&text)?;
     Ok(())
+}
+
+/// Negative log-likelihood in nats of every token of the windows, in order.
+fn score<B: Backend>(engine: &mut Engine<B>, windows: &[&[u32]], visibility: Visibility) -> Result<Vec<f64>> {
+    let mut nll = Vec::new();
+    let (attention, bos_id) = (engine.config().attention, engine.config().bos_id);
+    if attention == Attention::Causal {
+        for window in windows {
+            let with_bos: Vec<u32> = std::iter::once(bos_id).chain(window.iter().copied()).collect();
+            nll.extend(engine.causal_nll(&with_bos)?);
+        }
+    } else {
+        let stage = match visibility {
+            Visibility::BlockCausal(block_len) => format!("block={block_len},visible=block,unmask=left:1"),
+            Visibility::Full => "block=full,visible=canvas,unmask=left:1".into(),
+        };
+        let schedule = Schedule::resolve(&[stage.parse()?], &Defaults { top_p: 1.0, ..Defaults::default() })?;
+        let mut handles = Vec::new();
+        for window in windows {
+            let canvas: Vec<Option<u32>> = std::iter::once(Some(bos_id)).chain(window.iter().map(|_| None)).collect();
+            let mut request = Request::new(Prompt::Canvas(canvas), schedule.clone(), 0, 0);
+            request.stop.ignore_eos = true;
+            request.forced = std::iter::once(bos_id).chain(window.iter().copied()).collect();
+            handles.push(engine.submit(request)?);
+        }
+        super::drain(engine, &handles)?;
+        for handle in &handles {
+            let output = handle.take_output().expect("drained")?;
+            nll.extend(output.confidence.iter().map(|p| -f64::from(*p).ln()));
+        }
+    }
+    Ok(nll)
 }
 
 fn name(visibility: Visibility) -> String {

@@ -56,7 +56,7 @@ fn build(head_dim: u32, page_size: u32) -> Build {
 }
 
 /// How the work is spread.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Regime {
     /// Small tiles of queries, chunks of keys side by side.
     Few,

@@ -71,18 +71,6 @@ pub fn probe(ordinal: usize) -> Result<DeviceInfo> {
     Ok(DeviceInfo { ordinal, name, compute_capability: (major, minor), memory_bytes: memory_bytes as u64 })
 }
 
-/// Why the network cannot run on `cuda:ordinal`: no driver, no such device, or a device for which this version has no engine.
-pub fn unavailable(ordinal: usize) -> Error {
-    match probe(ordinal) {
-        Err(error) => error,
-        Ok(device) => Error::device(format!(
-            "{device} is present, but redraft {} runs the network on the CPU only: its CUDA side compiles and checks kernels \
-             (`redraft kernels`); use --device cpu or --device auto",
-            env!("CARGO_PKG_VERSION")
-        )),
-    }
-}
-
 fn no_device(reason: &str) -> Error {
     Error::device(format!("no CUDA device: {reason}; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"))
 }

@@ -101,7 +101,7 @@ impl Machine {
             self.driver.free(address);
         }
         self.workspace.set((0, 0));
-        self.generation.set(self.generation.get() + 1);
+        self.moved();
         let size = bytes.max(1 << 20).next_multiple_of(1 << 20);
         let address = self.driver.alloc(size)?;
         self.workspace.set((address, size));
@@ -111,6 +111,11 @@ impl Machine {
     /// [`COUNTERS`] zeros. A kernel that counts in them leaves zeros behind.
     pub fn counters(&self) -> Address {
         self.counters.get()
+    }
+
+    /// Something that recorded launches may hold an address of has moved.
+    pub fn moved(&self) {
+        self.generation.set(self.generation.get() + 1);
     }
 
     /// Changes whenever an address that recorded launches may hold has moved.
@@ -133,7 +138,10 @@ impl Machine {
                 function
             }
         };
-        self.driver.launch(function, launch, params.bytes())
+        self.driver.push_range(entry);
+        let outcome = self.driver.launch(function, launch, params.bytes());
+        self.driver.pop_range();
+        outcome
     }
 }
 

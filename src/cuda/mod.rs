@@ -1,8 +1,15 @@
-//! The door to NVIDIA machines: what the driver reports, and what NVRTC makes of the kernels.
+//! The CUDA side: the backend and its launchers, and the two machines that run them.
 //!
-//! Libraries are opened at run time and their absence is an [`Error`] with the next move. This version finds
-//! devices ([`probe`]) and compiles and reports its kernels ([`kernels_list`], [`kernels_check`]); it does not run the network on a
-//! GPU, and [`unavailable`] says so in one sentence.
+//! | room | owns |
+//! |---|---|
+//! | `backend`, `run` | the contracts of [`crate::Backend`] on device memory; steps that the device decides by itself; recorded graphs |
+//! | `embed` ... `remask` | one launcher per kernel: params struct, grid, launch |
+//! | [`machine`], [`params`] | what every launcher stands on; the form of a params struct |
+//! | [`driver`] | the narrow interface to a machine: [`Gpu`] (libcuda) and [`Emulator`] (g++ and the host) |
+//! | `kernels`, `compile`, `cubin`, [`cache`] | the embedded sources, NVRTC, and built code kept on disk |
+//! | `device`, `trouble`, `nvtx`, `staging`, `libcuda` | the conversation with the driver |
+//!
+//! Libraries are opened at run time and their absence is an [`Error`] with the next move. docs/cuda.md tells the story.
 //!
 //! cudarc supplies the search for the libraries and the numbers of the driver's interface. Its own entry points panic when a library
 //! or a symbol is absent and read foreign codes as enums; symbols are therefore looked up one by one, as functions that return plain
@@ -11,6 +18,7 @@
 
 pub mod ask;
 pub mod attention;
+mod backend;
 pub mod cache;
 mod compile;
 mod cubin;
@@ -33,11 +41,13 @@ mod replay;
 mod replays;
 pub mod reveal;
 pub mod rope_append;
+mod run;
 mod staging;
 mod trouble;
 
+pub use backend::{Batch, Buffer, Cuda, KvCache, Matrix, Rows, Vector};
 pub use compile::{Compiled, Compiler, EntryUse, compiler};
-pub use device::{DeviceInfo, device_count, probe, unavailable};
+pub use device::{DeviceInfo, device_count, probe};
 pub use driver::{Build, Driver};
 pub use emu::{Copies, Edit, Emulator, EmulatorOptions, Schedule};
 pub use gpu::Gpu;

@@ -211,9 +211,9 @@ impl<B: Backend> Model<B> {
         let most = steps.iter().map(|step| step.plan.num_rows()).max().unwrap_or(0);
         scratch.reserve(backend, &self.config, backend.padded_rows(most))?;
         for (index, step) in steps.iter().enumerate() {
-            let named = step.sessions.first().map(|s| (s.stage, s.block, s.step)).unwrap_or_default();
-            let (stage, block, count) = named;
-            backend.range(&format!("stage {stage} block {block} step {count}"), || {
+            // Sessions of a batch share the forward; the first one names it.
+            let (stage, block, count) = step.sessions.first().map(|s| (s.stage, s.block, s.step)).unwrap_or_default();
+            let mut forward = || {
                 let (batch, asked) = backend.step_run(run, index)?;
                 let all = step.sessions.iter().map(|s| s.asks).sum::<usize>() == step.plan.num_rows();
                 let (rows, asks) = (backend.padded_rows(step.plan.num_rows()), backend.num_rows(&asked));
@@ -224,6 +224,9 @@ impl<B: Backend> Model<B> {
                     backend.layer_norm(asks, x, weight, bias.as_ref(), self.config.norm_eps, h)?;
                     backend.decide_run(run, h, &self.head, Some(&self.head_bias))
                 })
+            };
+            backend.range(&format!("stage {stage}"), || {
+                backend.range(&format!("block {block}"), || backend.range(&format!("step {count}"), &mut forward))
             })?;
         }
         Ok(())

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use redraft::cuda::{compiler, device_count, kernels_check, probe, unavailable};
+use redraft::cuda::{compiler, device_count, kernels_check, probe};
 
 use crate::emulator::{gxx, here, run, scratch};
 
@@ -22,7 +22,6 @@ fn child() {
     println!("count: {:?}", device_count());
     for ordinal in [0, 1, 99, usize::MAX] {
         println!("probe {ordinal}: {:?}", probe(ordinal).map(|device| device.to_string()));
-        println!("unavailable {ordinal}: {}", unavailable(ordinal));
     }
     println!("compiler: {:?}", compiler().map(|c| c.version()));
     println!("check: {:?}", kernels_check(&["sm_80".into()]).map(|r| r.len()));
@@ -65,7 +64,7 @@ fn has(text: &str, parts: &[&str]) {
 
 #[test]
 fn whatever_this_machine_has_is_an_answer() {
-    has(&answers(None, &[]), &["count: ", "probe 99: Err(Device", "unavailable 0: ", "--device cpu"]);
+    has(&answers(None, &[]), &["count: ", "probe 99: Err(Device", "--device cpu"]);
 }
 
 #[test]
@@ -85,7 +84,6 @@ fn a_driver_that_fails_with_an_unknown_code() {
 fn devices_are_described_and_their_limits_named() {
     let one = answers(Some(&stubs().0), &[("STUB_DEVICES", "1")]);
     has(&one, &["count: Ok(1)", "probe 0: Ok(\"cuda:0 Stub 9000 (sm_90, 8.0 GiB)\")", "cuda:99: no such device, only cuda:0 exists"]);
-    has(&one, &["unavailable 0: cuda:0 Stub 9000 (sm_90, 8.0 GiB) is present, but redraft ", "runs the network on the CPU only"]);
     let three = answers(Some(&stubs().0), &[("STUB_DEVICES", "3")]);
     has(&three, &["count: Ok(3)", "probe 1: Ok", "cuda:99: no such device, cuda:0 to cuda:2 exist; choose one of them or --device cpu"]);
 }

@@ -28,11 +28,6 @@ pub fn edited_machines(edit: Option<Edit>) -> Vec<Machine> {
     SCHEDULES.into_iter().flat_map(both).collect()
 }
 
-/// The first machine alone, for what does not depend on the order of threads.
-pub fn one_machine() -> Machine {
-    machine(Schedule::Forward, Copies::Late, None)
-}
-
 /// Device memory of exactly these values. Accesses beyond it are errors of the launch or of the next read.
 pub struct Array<'m, T> {
     machine: &'m Machine,

@@ -5,7 +5,7 @@ use redraft::cpu::{Cpu, oracle};
 use redraft::error::Error;
 use redraft::policy::decide_row;
 
-use crate::{TestBackend, cpus, noise};
+use crate::{TestBackend, cpus, each, noise};
 
 const PLAIN: Draw = Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
 
@@ -53,7 +53,7 @@ fn assert_decision(what: &str, got: &Decision, want: &Decision) {
 
 #[test]
 fn agrees_with_the_law_over_many_draws() {
-    for b in cpus(2) {
+    each!(b in cpus(2), {
         let (mut clear, mut total) = (0, 0);
         for vocab in [1, 2, 15, 16, 17, 100, 2047, 2048, 2049, 5000] {
             // Spreads from nearly uniform to nearly certain.
@@ -83,7 +83,7 @@ fn agrees_with_the_law_over_many_draws() {
                 };
                 let draws: Vec<Draw> = (0..12).map(draw).collect();
                 let banned: &[u32] = if vocab > 2 { &[1, vocab as u32 - 1] } else { &[] };
-                let got = decide(&b, &rows, banned, &draws).unwrap();
+                let got = decide(b, &rows, banned, &draws).unwrap();
                 for i in 0..12 {
                     total += 1;
                     let row = stored(b.dtype(), &rows[i]);
@@ -104,13 +104,16 @@ fn agrees_with_the_law_over_many_draws() {
             }
         }
         assert!(clear * 10 > total * 8, "{clear} of {total} draws were clear of boundaries");
-    }
+    });
 }
 
 #[test]
 fn draws_walk_the_whole_distribution() {
     // A thousand evenly spaced u over V = 5000: tokens ascend and every one is what the law says.
-    for b in cpus(2).iter().filter(|b| b.dtype() == DType::F32) {
+    each!(b in cpus(2), {
+        if b.dtype() != DType::F32 {
+            continue;
+        }
         let row = noise(5000, 11);
         let draws: Vec<Draw> = (0..1000).map(|i| Draw { u: (f64::from(i) + 0.5) / 1000.0, ..PLAIN }).collect();
         let rows = vec![row.clone(); 1];
@@ -122,12 +125,12 @@ fn draws_walk_the_whole_distribution() {
                 assert_decision(&b.name(), got, &decide_row(&row, &[], draw).unwrap());
             }
         }
-    }
+    });
 }
 
 #[test]
 fn ties_go_to_the_lower_id() {
-    for b in cpus(1) {
+    each!(b in cpus(1), {
         let mut row = vec![0.0; 5000];
         for id in [2047, 2048, 2500, 4999] {
             row[id] = 5.0;
@@ -137,19 +140,19 @@ fn ties_go_to_the_lower_id() {
         let nucleus = |u, top_p_rule| Draw { u, top_p: 0.06, top_p_rule, truncated_confidence: true, ..PLAIN };
         let draws = [greedy, nucleus(0.99, TopPRule::Within), nucleus(0.99, TopPRule::Crossing), nucleus(0.0, TopPRule::Crossing)];
         let rows = vec![row; 4];
-        let got = decide(&b, &rows, &[], &draws).unwrap();
+        let got = decide(b, &rows, &[], &draws).unwrap();
         assert_eq!(got.iter().map(|d| d.token).collect::<Vec<_>>(), [2047, 2048, 2500, 2047], "{}", b.name());
         assert_eq!(got[0].margin, 0.0);
         assert_eq!((got[0].confidence > 0.02, got[1].confidence, got[2].confidence), (true, 0.5, 1.0 / 3.0));
         for (got, draw) in got.iter().zip(&draws) {
             assert_decision(&b.name(), got, &decide_row(&rows[0], &[], draw).unwrap());
         }
-    }
+    });
 }
 
 #[test]
 fn all_equal_huge_and_infinitely_small_logits() {
-    for b in cpus(1) {
+    each!(b in cpus(1), {
         let mut one_left = vec![f32::NEG_INFINITY; 3000];
         one_left[2999] = -3.0;
         let mut far = vec![-1e30; 3000];
@@ -164,12 +167,12 @@ fn all_equal_huge_and_infinitely_small_logits() {
                 assert_decision(&format!("{} {draw:?}", b.name()), &got, &decide_row(&stored(b.dtype(), row), &[], &draw).unwrap());
             }
         }
-    }
+    });
 }
 
 #[test]
 fn banned_ids_are_never_chosen_and_take_no_mass() {
-    for b in cpus(1) {
+    each!(b in cpus(1), {
         let mut row = noise(4000, 12);
         row[3] = 50.0;
         row[2100] = f32::NAN;
@@ -181,27 +184,27 @@ fn banned_ids_are_never_chosen_and_take_no_mass() {
             let want = decide_row(&stored(b.dtype(), &row), &banned, &draw).unwrap();
             assert!((got.entropy - want.entropy).abs() < 2e-5);
         }
-    }
+    });
 }
 
 #[test]
 fn forced_tokens_are_scored() {
-    for b in cpus(1) {
+    each!(b in cpus(1), {
         let rows = vec![noise(3000, 13); 3];
         let draws = [0, 1500, 2999].map(|t| Draw { forced: Some(t), truncated_confidence: true, temperature: 0.3, top_p: 0.1, ..PLAIN });
-        for (got, draw) in decide(&b, &rows, &[5], &draws).unwrap().iter().zip(&draws) {
+        for (got, draw) in decide(b, &rows, &[5], &draws).unwrap().iter().zip(&draws) {
             assert_decision(&b.name(), got, &decide_row(&stored(b.dtype(), &rows[0]), &[5], draw).unwrap());
         }
         for bad in [5, 3000, u32::MAX] {
-            let error = decide(&b, &rows, &[5], &[Draw { forced: Some(bad), ..PLAIN }]).unwrap_err();
+            let error = decide(b, &rows, &[5], &[Draw { forced: Some(bad), ..PLAIN }]).unwrap_err();
             assert!(matches!(&error, Error::Request { what } if what.contains(&bad.to_string()) && what.contains("row 0")), "{error:?}");
         }
-    }
+    });
 }
 
 #[test]
 fn logits_that_are_not_finite_are_an_error_that_names_the_row() {
-    for b in cpus(2) {
+    each!(b in cpus(2), {
         for bad in [f32::NAN, f32::INFINITY] {
             for at in [0, 1, 17, 2047, 2048, 2999] {
                 for rest in [0.0, f32::NEG_INFINITY] {
@@ -227,7 +230,7 @@ fn logits_that_are_not_finite_are_an_error_that_names_the_row() {
         assert!(matches!(nothing, Err(Error::Kernel { .. })));
         let banned = b.decide(&b.upload(&[1.0]), &b.pack(&[1.0, 2.0], 2, 1), None, &[0, 1], &[PLAIN]);
         assert!(matches!(banned, Err(Error::Kernel { .. })));
-    }
+    });
 }
 
 #[test]
@@ -256,7 +259,7 @@ fn a_decision_does_not_depend_on_its_neighbours_or_on_threads() {
 #[test]
 fn the_head_is_the_product_of_linear() {
     let (vocab, k) = (200, 30);
-    for b in cpus(2) {
+    each!(b in cpus(2), {
         let (weight, hidden, bias) = (noise(vocab * k, 18), noise(3 * k, 19), noise(vocab, 20));
         let (packed, hidden, bias) = (b.pack(&weight, vocab, k), b.upload(&hidden), b.vector(&bias).unwrap());
         let mut logits = b.alloc(3 * vocab).unwrap();
@@ -266,7 +269,7 @@ fn the_head_is_the_product_of_linear() {
         for (row, got) in logits.chunks(vocab).zip(b.decide(&hidden, &packed, Some(&bias), &[], &[greedy; 3]).unwrap()) {
             assert_decision(&b.name(), &got, &decide_row(row, &[], &greedy).unwrap());
         }
-    }
+    });
 }
 
 #[test]
@@ -276,7 +279,10 @@ fn the_edge_of_a_nucleus_among_ties_and_clusters() {
     let levels: Vec<f32> = noise(vocab, 21).iter().map(|v| (v * 4.0).round() * 0.5 + 0.0).collect();
     let clusters: Vec<f32> = noise(vocab, 22).iter().map(|v| if *v > 0.9 { 5.0 + v * 1e-3 } else { -5.0 + v * 1e-3 }).collect();
     let neighbours: Vec<f32> = (0..vocab).map(|i| f32::from_bits(3.0f32.to_bits() + (i * 37 % vocab) as u32)).collect();
-    for b in cpus(2).iter().filter(|b| b.dtype() == DType::F32) {
+    each!(b in cpus(2), {
+        if b.dtype() != DType::F32 {
+            continue;
+        }
         for row in [&levels, &clusters, &neighbours] {
             let packed = b.pack(row, vocab, 1);
             let mut clear = 0;
@@ -295,5 +301,5 @@ fn the_edge_of_a_nucleus_among_ties_and_clusters() {
             }
             assert!(clear > 20, "{clear} of 42");
         }
-    }
+    });
 }

@@ -5,11 +5,11 @@ use redraft::cpu::{Cpu, oracle};
 use redraft::error::Error;
 use redraft::plan::{Plan, Visibility};
 
-use crate::{TestBackend, assert_same, cpus, noise};
+use crate::{TestBackend, assert_same, cpus, each, noise};
 
 #[test]
 fn embed_reads_rows_as_stored() {
-    for b in cpus(1) {
+    each!(b in cpus(1), {
         for (n, k) in [(1, 1), (7, 5), (600, 33)] {
             let values = noise(n * k, 1);
             let table = b
@@ -26,17 +26,17 @@ fn embed_reads_rows_as_stored() {
             b.embed(&b.batch(&plan).unwrap(), &table, &mut out).unwrap();
             assert_same(&b.name(), &b.read(&out, 9 * k), &oracle::embed(b.dtype(), &ids, &values, k));
         }
-    }
+    });
 }
 
 #[test]
 fn gather_copies_rows() {
-    for b in cpus(1) {
+    each!(b in cpus(1), {
         let x = noise(10 * 7, 2);
         let mut out = b.alloc(3 * 7).unwrap();
         b.gather(&b.rows(&[9, 0, 9]).unwrap(), 7, &b.upload(&x), &mut out).unwrap();
         assert_same(&b.name(), &b.read(&out, 21), &[&x[63..], &x[..7], &x[63..]].concat());
-    }
+    });
 }
 
 #[test]

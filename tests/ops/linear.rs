@@ -3,7 +3,7 @@
 use redraft::backend::{Backend, DType, Epilogue};
 use redraft::cpu::{Cpu, oracle};
 
-use crate::{TestBackend, assert_close, assert_same, cpus, noise};
+use crate::{TestBackend, assert_close, assert_same, cpus, each, noise};
 
 const EPS: f64 = f32::EPSILON as f64;
 
@@ -29,27 +29,27 @@ fn agrees<B: TestBackend>(b: &B, rows: usize, n: usize, k: usize, with_bias: boo
 
 #[test]
 fn agrees_with_the_oracle() {
-    for b in cpus(1) {
+    each!(b in cpus(1), {
         for (rows, n, k) in [(1, 1, 1), (2, 15, 3), (3, 63, 17), (4, 64, 64), (5, 65, 33), (7, 130, 96), (13, 257, 129), (1, 200, 300)] {
             for epilogue in [Epilogue::Store, Epilogue::Gelu, Epilogue::Add, Epilogue::SwiGlu] {
                 let n: usize = if epilogue == Epilogue::SwiGlu { 2 * n } else { n };
                 for with_bias in [false, true] {
-                    agrees(&b, rows, n, k, with_bias, epilogue);
+                    agrees(b, rows, n, k, with_bias, epilogue);
                 }
             }
         }
-    }
+    });
 }
 
 #[test]
 fn long_rows_are_summed_in_parts() {
-    for b in cpus(1) {
+    each!(b in cpus(1), {
         for k in [511, 512, 513, 1024, 1025, 2049, 4097] {
-            agrees(&b, 20, 70, k, true, Epilogue::Add);
-            agrees(&b, 8, 70, k, true, Epilogue::Add);
-            agrees(&b, 8, 70, k, true, Epilogue::SwiGlu);
+            agrees(b, 20, 70, k, true, Epilogue::Add);
+            agrees(b, 8, 70, k, true, Epilogue::Add);
+            agrees(b, 8, 70, k, true, Epilogue::SwiGlu);
         }
-    }
+    });
 }
 
 /// Runs `rows` rows of the same x.
@@ -84,7 +84,7 @@ fn a_row_does_not_depend_on_its_neighbours_or_on_threads() {
 
 #[test]
 fn rows_and_columns_that_are_not_asked_for_are_neither_read_nor_written() {
-    for b in cpus(2) {
+    each!(b in cpus(2), {
         let (n, k, rows) = (70, 33, 5);
         let mut x = noise((rows + 1) * k, 7);
         x[rows * k..].fill(f32::NAN);
@@ -94,13 +94,16 @@ fn rows_and_columns_that_are_not_asked_for_are_neither_read_nor_written() {
         let got = b.read(&out, rows * n + 64);
         assert!(got[..rows * n].iter().all(|v| v.is_finite()));
         assert!(got[rows * n..].iter().all(|v| *v == 7.0));
-    }
+    });
 }
 
 #[test]
 fn gelu_is_accurate_over_its_whole_range() {
     // x = v through a 1 x 1 identity, so the product is exact.
-    for b in cpus(1).iter().filter(|b| b.dtype() == DType::F32) {
+    each!(b in cpus(1), {
+        if b.dtype() != DType::F32 {
+            continue;
+        }
         let packed = b.pack(&[1.0], 1, 1);
         let v: Vec<f32> = (-4000..4000).map(|i| i as f32 * 0.01).chain([0.0, -0.0, 1e-30, 1e4, -1e4, 1e30, -1e30]).collect();
         let mut out = b.alloc(v.len()).unwrap();
@@ -108,7 +111,7 @@ fn gelu_is_accurate_over_its_whole_range() {
         let want: Vec<f64> = v.iter().map(|&v| oracle::gelu_tanh(f64::from(v))).collect();
         // Half a dozen roundings relative to the value, and the absolute size of a rounding near 0 on the far negative side.
         assert_close(&b.name(), &b.read(&out, v.len()), &want, |i| 1e-6 * want[i].abs() + 1e-9);
-    }
+    });
 }
 
 #[test]

@@ -10,13 +10,18 @@ mod pool;
 mod rope;
 mod simd;
 
-use redraft::backend::{Backend, DType};
+use redraft::backend::{Backend, DType, HeadShape};
 use redraft::cpu::simd::Isa;
 use redraft::cpu::{Buffer, Cpu};
 
 /// A backend that a test can hand numbers to.
 pub trait TestBackend: Backend {
     fn upload(&self, src: &[f32]) -> Self::Buffer;
+
+    /// Whether attention over such heads is supported.
+    fn runs(&self, _heads: HeadShape) -> bool {
+        true
+    }
 
     fn read(&self, src: &Self::Buffer, len: usize) -> Vec<f32> {
         let mut dst = vec![0.0; len];
@@ -45,6 +50,46 @@ pub fn cpus(threads: usize) -> Vec<Cpu> {
     let sets = Isa::ALL.into_iter().filter(|isa| isa.is_available());
     sets.flat_map(|isa| [DType::F32, DType::Bf16].map(|dtype| Cpu::with_isa(threads, dtype, isa).unwrap())).collect()
 }
+
+/// What a test of a single machine needs to know of a device backend beside the trait.
+#[cfg(feature = "cuda")]
+impl TestBackend for redraft::cuda::Cuda {
+    fn upload(&self, src: &[f32]) -> redraft::cuda::Buffer {
+        self.buffer_of(src).unwrap()
+    }
+
+    /// The matrix units multiply bf16 heads in steps of sixteen.
+    fn runs(&self, heads: HeadShape) -> bool {
+        self.dtype() == DType::F32 || heads.head_dim.is_multiple_of(16)
+    }
+}
+
+/// The CUDA backend under emulation, and on the first GPU where there is one, in both dtypes.
+#[cfg(feature = "cuda")]
+pub fn devices() -> Vec<redraft::cuda::Cuda> {
+    use redraft::cuda::{Cuda, Driver, Emulator, EmulatorOptions, Gpu, device_count};
+    let mut devices = Vec::new();
+    for dtype in [DType::F32, DType::Bf16] {
+        let emulator = Box::new(Emulator::new(EmulatorOptions::default()).unwrap());
+        let gpu = device_count().ok().map(|_| Box::new(Gpu::open(0).unwrap()) as Box<dyn Driver>);
+        devices.extend(std::iter::once(emulator as Box<dyn Driver>).chain(gpu).map(|driver| Cuda::new(driver, dtype).unwrap()));
+    }
+    devices
+}
+
+/// Runs a body with `b` a CPU of the list, then with `b` each device.
+macro_rules! each {
+    ($b:ident in $cpus:expr, $body:block) => {{
+        for $b in &$cpus {
+            $body
+        }
+        #[cfg(feature = "cuda")]
+        for $b in &crate::devices() {
+            $body
+        }
+    }};
+}
+pub(crate) use each;
 
 /// Repeatable numbers in [-1, 1), different for every seed.
 pub fn noise(len: usize, seed: u64) -> Vec<f32> {

@@ -3,7 +3,7 @@
 use redraft::backend::Backend;
 use redraft::cpu::oracle;
 
-use crate::{TestBackend, assert_close, assert_same, cpus, noise};
+use crate::{TestBackend, assert_close, assert_same, cpus, each, noise};
 
 fn run<B: TestBackend>(b: &B, rows: usize, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     let len = rows * weight.len();
@@ -15,7 +15,7 @@ fn run<B: TestBackend>(b: &B, rows: usize, x: &[f32], weight: &[f32], bias: Opti
 
 #[test]
 fn agrees_with_the_oracle() {
-    for b in cpus(2) {
+    each!(b in cpus(2), {
         for (rows, width) in [(1, 1), (3, 15), (2, 16), (5, 100), (4, 768), (70, 257)] {
             // An offset ten times the spread: the variance must not come from a difference of squares.
             let x: Vec<f32> = noise(rows * width, 1).iter().map(|v| v + 10.0).collect();
@@ -24,10 +24,10 @@ fn agrees_with_the_oracle() {
                 let want = oracle::layer_norm(&x, &weight, bias, 1e-5);
                 // The mean errs by a rounding of 10, 1e-6 at most, over a spread of 0.58; width 1 divides it by sqrt(eps).
                 let scale = if width == 1 { 300.0 } else { 2.0 };
-                assert_close(&format!("{} {rows} x {width}", b.name()), &run(&b, rows, &x, &weight, bias), &want, |_| 4e-6 * scale);
+                assert_close(&format!("{} {rows} x {width}", b.name()), &run(b, rows, &x, &weight, bias), &want, |_| 4e-6 * scale);
             }
         }
-    }
+    });
 }
 
 #[test]

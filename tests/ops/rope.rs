@@ -4,7 +4,7 @@ use redraft::backend::{Backend, HeadShape, KvShape};
 use redraft::cpu::oracle;
 use redraft::plan::{Plan, Visibility};
 
-use crate::{TestBackend, assert_close, assert_same, cpus, noise};
+use crate::{TestBackend, assert_close, assert_same, cpus, each, noise};
 
 const SHAPES: [HeadShape; 4] = [
     HeadShape { num_heads: 1, num_kv_heads: 1, head_dim: 2 },
@@ -31,7 +31,7 @@ fn rotate<B: TestBackend>(b: &B, plan: &Plan, heads: HeadShape, base: f32, qkv: 
 
 #[test]
 fn rotates_as_the_oracle_does() {
-    for b in cpus(2) {
+    each!(b in cpus(2), {
         // The base changes between calls: the table of rotations must follow.
         for (heads, base) in SHAPES.into_iter().zip([10_000.0, 500_000.0, 10_000.0, 100.0]) {
             let plan = plan(1100);
@@ -41,18 +41,18 @@ fn rotates_as_the_oracle_does() {
             oracle::rope_append(b.dtype(), &plan, heads, base, &mut want, &mut vec![0.0; slots], &mut vec![0.0; slots]);
             let want: Vec<f64> = want.iter().map(|&v| f64::from(v)).collect();
             // Three roundings of values up to sqrt(2), and half a unit of the oracle's own store.
-            assert_close(&format!("{} {heads:?}", b.name()), &rotate(&b, &plan, heads, base, &qkv), &want, |_| 3e-7);
+            assert_close(&format!("{} {heads:?}", b.name()), &rotate(b, &plan, heads, base, &qkv), &want, |_| 3e-7);
         }
-    }
+    });
 }
 
 #[test]
 fn a_row_does_not_depend_on_its_neighbours() {
-    for b in cpus(2) {
+    each!(b in cpus(2), {
         let heads = SHAPES[2];
         let width = heads.qkv_width();
         let qkv = noise(300 * width, 2);
-        let all = rotate(&b, &plan(300), heads, 10_000.0, &qkv);
-        assert_same(&b.name(), &rotate(&b, &plan(7), heads, 10_000.0, &qkv[..7 * width]), &all[..7 * width]);
-    }
+        let all = rotate(b, &plan(300), heads, 10_000.0, &qkv);
+        assert_same(&b.name(), &rotate(b, &plan(7), heads, 10_000.0, &qkv[..7 * width]), &all[..7 * width]);
+    });
 }

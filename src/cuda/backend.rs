@@ -1,0 +1,791 @@
+//! The CUDA backend: checks the contract of each op, then hands it to the launcher of the same name. Which machine runs the launches, a
+//! GPU or the emulation, is the driver's business.
+//!
+//! Weights lie row-major as in the checkpoint. The residual stream and fused QKV rows are f32; what only products read (normed rows,
+//! attention output, MLP) is in the weight dtype. K/V: `[layer][page][kv head][offset][head_dim]`, keys and values apart.
+#![forbid(unsafe_code)]
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::time::Instant;
+
+use half::bf16;
+
+use super::attention::{self, Attention, Regime};
+use super::decide::{self, Decide};
+use super::driver::{Address, Driver, Graph};
+use super::embed::{self, Embed};
+use super::gather::{self, Gather};
+use super::linear::{self, Linear};
+use super::machine::{Machine, Memory};
+use super::norm::{self, Norm};
+use super::rope_append::{self, RopeAppend};
+use super::run::{Current, Run};
+use crate::backend::{Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource, RunSpec, StepDecisions};
+use crate::error::{Error, Result};
+use crate::plan::Plan;
+
+/// Bytes of a weight that are widened, rounded and uploaded together.
+const UPLOAD_BYTES: usize = 4 << 20;
+
+/// Recorded graphs kept at most. A did schedule with uniform quotas needs about twenty; beyond this many, shapes do not repeat.
+const MAX_GRAPHS: usize = 256;
+
+/// The engine's CUDA backend, on a driver.
+pub struct Cuda {
+    pub(super) machine: Machine,
+    dtype: DType,
+    /// The bit mask of the last list of banned ids.
+    banned: RefCell<Option<(Vec<u32>, usize, Memory)>>,
+    /// Rotations by (head_dim, bits of the base), with the positions they reach.
+    rotations: RefCell<HashMap<(usize, u32), (usize, Memory)>>,
+    /// How often a signature was seen, and its graph once that was twice.
+    graphs: RefCell<HashMap<Signature, Option<Graph>>>,
+    replays: Cell<bool>,
+    runs: Cell<bool>,
+    /// The fixed places that the steps of a run use.
+    pub(super) current: RefCell<Current>,
+}
+
+/// Everything that the launches of a step depend on beside the contents of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Signature {
+    pub key: u64,
+    pub generation: u64,
+    pub shape: BatchShape,
+    pub tiles: TileShape,
+    pub selected: BatchShape,
+    pub selected_tiles: TileShape,
+    /// Every row is asked, so none is picked.
+    pub all: bool,
+    pub any_fused: bool,
+    pub any_nucleus: bool,
+}
+
+/// What a batch asks of the grids.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct BatchShape {
+    /// Rows that are computed, padding included.
+    pub rows: u32,
+    pub num_sequences: u32,
+    /// How far the longest row sees, in whole chunks of keys.
+    pub max_visible: u32,
+}
+
+/// Attention's work list for a batch under some heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct TileShape {
+    pub regime: Regime,
+    pub num_tiles: u32,
+}
+
+/// Activations.
+pub struct Buffer {
+    pub(super) memory: Memory,
+    len: usize,
+    pub(super) dtype: DType,
+}
+
+/// A weight (n, k), row-major.
+pub struct Matrix {
+    pub(super) memory: Memory,
+    pub(super) n: usize,
+    pub(super) k: usize,
+}
+
+/// A small f32 vector.
+pub struct Vector {
+    pub(super) memory: Memory,
+    len: usize,
+}
+
+impl Vector {
+    pub(super) fn address(&self) -> Address {
+        self.memory.address()
+    }
+}
+
+/// Keys and values of all layers.
+pub struct KvCache {
+    keys: Memory,
+    values: Memory,
+    shape: KvShape,
+}
+
+impl KvCache {
+    fn layer_bytes(&self, dtype: DType) -> usize {
+        self.shape.num_pages * self.page_bytes(dtype)
+    }
+    fn page_bytes(&self, dtype: DType) -> usize {
+        self.shape.num_kv_heads * self.shape.page_size * self.shape.head_dim * dtype.bytes()
+    }
+}
+
+/// A plan on the device.
+pub struct Batch {
+    pub(super) arrays: Arrays,
+    pub(super) shape: BatchShape,
+    origin: Origin,
+}
+
+/// Where the arrays of a batch lie.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Arrays {
+    pub ids: Address,
+    /// Places in the canvas, where `ids` is one.
+    pub index: Option<Address>,
+    pub positions: Address,
+    pub slots: Address,
+    pub visible: Address,
+    pub page_indptr: Address,
+    pub pages: Address,
+}
+
+enum Origin {
+    /// Uploaded from a plan, in memory of its own; the work list of attention follows when its heads are known.
+    Host { plan: Plan, _memory: Memory, tiles: RefCell<Option<(HeadShape, TileShape, Memory)>> },
+    /// At the fixed places of a run's current step.
+    Run { part: Part, signature: Signature, places: RunPlaces },
+}
+
+/// All rows of a step, or those it asks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    All,
+    Asked,
+}
+
+/// Where a run's step keeps what its batches differ in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RunPlaces {
+    pub tiles: Address,
+    pub selected_tiles: Address,
+    /// How far the asked rows see.
+    pub selected_visible: Address,
+}
+
+/// Row indices on the device.
+pub struct Rows {
+    pub(super) address: Address,
+    len: usize,
+    /// As the host knows them, and their memory; none in a run, whose rows the device finds.
+    host: Option<(Vec<u32>, Memory)>,
+}
+
+impl Cuda {
+    /// A backend on `driver` with weights and K/V in `dtype`.
+    pub fn new(driver: Box<dyn Driver>, dtype: DType) -> Result<Cuda> {
+        Ok(Cuda {
+            machine: Machine::new(driver)?,
+            dtype,
+            banned: RefCell::default(),
+            rotations: RefCell::default(),
+            graphs: RefCell::default(),
+            replays: Cell::new(true),
+            runs: Cell::new(true),
+            current: RefCell::default(),
+        })
+    }
+
+    /// Whether repeated steps are recorded and replayed as graphs (they are, unless a test compares).
+    pub fn set_replays(&self, on: bool) {
+        self.replays.set(on);
+    }
+
+    /// Whether steps are decided on the device where the engine allows it (they are, unless a test compares).
+    pub fn set_runs(&self, on: bool) {
+        self.runs.set(on);
+    }
+
+    /// The dtype of weights, K/V and products' inputs.
+    pub(super) fn weight_dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Graphs recorded so far, for tests and reports.
+    pub fn num_graphs(&self) -> usize {
+        self.graphs.borrow().values().flatten().count()
+    }
+
+    /// An f32 buffer with the given values, for tests and benches.
+    pub fn buffer_of(&self, src: &[f32]) -> Result<Buffer> {
+        let memory = self.machine.memory(4 * src.len())?;
+        self.machine.driver.write(memory.address(), bytemuck::cast_slice(src))?;
+        Ok(Buffer { memory, len: src.len(), dtype: DType::F32 })
+    }
+
+    fn buffer(&self, len: usize, dtype: DType) -> Result<Buffer> {
+        let memory = self.machine.memory(len * dtype.bytes())?;
+        self.machine.driver.fill(memory.address(), 0, (len * dtype.bytes()).div_ceil(4))?;
+        Ok(Buffer { memory, len, dtype })
+    }
+
+    pub(super) fn upload_words(&self, words: &[u32]) -> Result<Memory> {
+        let memory = self.machine.memory(4 * words.len())?;
+        if !words.is_empty() {
+            self.machine.driver.write(memory.address(), bytemuck::cast_slice(words))?;
+        }
+        Ok(memory)
+    }
+
+    /// The (n, k) values of `source`, in the weight dtype, a few megabytes at a time.
+    fn upload_matrix(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+        assert!(n > 0 && k > 0, "a weight of {n} x {k}");
+        let memory = self.machine.memory(n * k * self.dtype.bytes())?;
+        let panel = (UPLOAD_BYTES / (k * 4)).clamp(1, n);
+        let mut values = vec![0.0f32; panel * k];
+        for first in (0..n).step_by(panel) {
+            let values = &mut values[..panel.min(n - first) * k];
+            source(first, values)?;
+            let to = memory.address() + (first * k * self.dtype.bytes()) as u64;
+            match self.dtype {
+                DType::F32 => self.machine.driver.write(to, bytemuck::cast_slice(values))?,
+                DType::Bf16 => {
+                    let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
+                    self.machine.driver.write(to, bytemuck::cast_slice(&rounded))?;
+                }
+            }
+        }
+        Ok(Matrix { memory, n, k })
+    }
+
+    /// The bit mask over `vocab` ids of the banned ones.
+    pub(super) fn banned_mask(&self, banned: &[u32], vocab: usize) -> Result<Option<Address>> {
+        if banned.is_empty() {
+            return Ok(None);
+        }
+        let mut known = self.banned.borrow_mut();
+        if !known.as_ref().is_some_and(|(ids, size, _)| ids == banned && *size == vocab) {
+            let mut mask = vec![0u32; vocab.div_ceil(32)];
+            banned.iter().filter(|id| (**id as usize) < vocab).for_each(|id| mask[*id as usize / 32] |= 1 << (id % 32));
+            *known = Some((banned.to_vec(), vocab, self.upload_words(&mask)?));
+            self.machine.moved();
+        }
+        Ok(known.as_ref().map(|(.., memory)| memory.address()))
+    }
+
+    /// x as the element type of the weights: itself, or a rounded copy that lives as long as the answer.
+    fn as_input(&self, x: &Buffer, elements: usize) -> Result<(Address, Option<Memory>)> {
+        if x.dtype == self.dtype {
+            return Ok((x.memory.address(), None));
+        }
+        let copy = self.machine.memory(elements * self.dtype.bytes())?;
+        let cast = Gather {
+            count: 1,
+            width: elements as u32,
+            rows: None,
+            x: x.memory.address(),
+            x_dtype: x.dtype,
+            out: copy.address(),
+            out_dtype: self.dtype,
+        };
+        gather::gather(&self.machine, &cast)?;
+        Ok((copy.address(), Some(copy)))
+    }
+
+    /// What the launches of a batch depend on.
+    pub(super) fn shape_of(plan: &Plan, rows: u32) -> BatchShape {
+        let longest = plan.visible.iter().max().copied().unwrap_or(0);
+        BatchShape { rows, num_sequences: plan.num_sequences() as u32, max_visible: longest.next_multiple_of(256) }
+    }
+
+    /// Attention's work list for rows with these offsets.
+    pub(super) fn tiles_of(&self, heads: HeadShape, indptr: &[u32]) -> (TileShape, Vec<[u32; 4]>) {
+        let regime = Regime::of(&self.machine.driver.limits(), self.dtype, heads, indptr);
+        let tiles = attention::tiles(indptr, heads, regime.tile_queries(self.dtype, heads));
+        (TileShape { regime, num_tiles: tiles.len() as u32 }, tiles)
+    }
+
+    /// The batch and the asked rows of a run's current step.
+    pub(super) fn run_batch(arrays: Arrays, signature: Signature, places: RunPlaces, asked: Address) -> (Batch, Rows) {
+        let origin = Origin::Run { part: Part::All, signature, places };
+        let rows = Rows { address: asked, len: signature.selected.rows as usize, host: None };
+        (Batch { arrays, shape: signature.shape, origin }, rows)
+    }
+}
+
+impl Backend for Cuda {
+    type Buffer = Buffer;
+    type Matrix = Matrix;
+    type Vector = Vector;
+    type KvCache = KvCache;
+    type Batch = Batch;
+    type Rows = Rows;
+    type Run = Run;
+
+    fn name(&self) -> String {
+        self.machine.driver.name()
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn alloc(&self, len: usize) -> Result<Buffer> {
+        self.buffer(len, DType::F32)
+    }
+
+    fn alloc_input(&self, len: usize) -> Result<Buffer> {
+        self.buffer(len, self.dtype)
+    }
+
+    fn download(&self, src: &Buffer, offset: usize, dst: &mut [f32]) -> Result<()> {
+        assert!(offset + dst.len() <= src.len, "{} elements at {offset} of {}", dst.len(), src.len);
+        let from = src.memory.address() + (offset * src.dtype.bytes()) as u64;
+        match src.dtype {
+            DType::F32 => self.machine.driver.read(from, bytemuck::cast_slice_mut(dst)),
+            DType::Bf16 => {
+                let mut rounded = vec![bf16::ZERO; dst.len()];
+                self.machine.driver.read(from, bytemuck::cast_slice_mut(&mut rounded))?;
+                dst.iter_mut().zip(rounded).for_each(|(wide, narrow)| *wide = narrow.to_f32());
+                Ok(())
+            }
+        }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.machine.driver.synchronize()
+    }
+
+    fn vector(&self, src: &[f32]) -> Result<Vector> {
+        let memory = self.machine.memory(4 * src.len())?;
+        self.machine.driver.write(memory.address(), bytemuck::cast_slice(src))?;
+        Ok(Vector { memory, len: src.len() })
+    }
+
+    fn matrix(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+        self.upload_matrix(n, k, source)
+    }
+
+    fn table(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+        self.upload_matrix(n, k, source)
+    }
+
+    fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
+        let KvShape { num_layers, num_pages, page_size, num_kv_heads, head_dim } = shape;
+        if !page_size.is_power_of_two() {
+            return Err(Error::request(format!("page size {page_size} is not a power of two")));
+        }
+        assert!(num_kv_heads > 0 && head_dim > 0, "{shape:?} holds nothing");
+        let bytes = num_layers * num_pages * page_size * num_kv_heads * head_dim * self.dtype.bytes();
+        let kv = KvCache { keys: self.machine.memory(bytes)?, values: self.machine.memory(bytes)?, shape };
+        for memory in [&kv.keys, &kv.values] {
+            self.machine.driver.fill(memory.address(), poison(self.dtype), bytes.div_ceil(4))?;
+        }
+        Ok(kv)
+    }
+
+    fn copy_page(&self, kv: &mut KvCache, src: u32, dst: u32) -> Result<()> {
+        let (pages, page, layer) = (kv.shape.num_pages, kv.page_bytes(self.dtype), kv.layer_bytes(self.dtype));
+        assert!((src as usize) < pages && (dst as usize) < pages, "copy of page {src} to {dst} of {pages}");
+        for memory in [&kv.keys, &kv.values] {
+            for base in (0..kv.shape.num_layers).map(|l| memory.address() + (l * layer) as u64) {
+                self.machine.driver.copy(base + u64::from(src) * page as u64, base + u64::from(dst) * page as u64, page)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn poison_page(&self, kv: &mut KvCache, page: u32) -> Result<()> {
+        let (pages, bytes, layer) = (kv.shape.num_pages, kv.page_bytes(self.dtype), kv.layer_bytes(self.dtype));
+        assert!((page as usize) < pages, "page {page} of {pages}");
+        if bytes % 4 != 0 {
+            return Err(Error::request(format!("a page of {bytes} bytes cannot be filled by words")));
+        }
+        for memory in [&kv.keys, &kv.values] {
+            for base in (0..kv.shape.num_layers).map(|l| memory.address() + (l * layer) as u64) {
+                self.machine.driver.fill(base + u64::from(page) * bytes as u64, poison(self.dtype), bytes / 4)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn batch(&self, plan: &Plan) -> Result<Batch> {
+        let mut words = Words::default();
+        let places = words.plan(plan, plan.num_rows());
+        let memory = self.upload_words(&words.0)?;
+        Ok(Batch {
+            arrays: places.at(memory.address()),
+            shape: Cuda::shape_of(plan, plan.num_rows() as u32),
+            origin: Origin::Host { plan: plan.clone(), _memory: memory, tiles: RefCell::new(None) },
+        })
+    }
+
+    fn rows(&self, rows: &[u32]) -> Result<Rows> {
+        let memory = self.upload_words(rows)?;
+        Ok(Rows { address: memory.address(), len: rows.len(), host: Some((rows.to_vec(), memory)) })
+    }
+
+    fn num_rows(&self, rows: &Rows) -> usize {
+        rows.len
+    }
+
+    fn select(&self, batch: &Batch, rows: &Rows) -> Result<Batch> {
+        match (&batch.origin, &rows.host) {
+            (Origin::Host { plan, .. }, Some((rows, _))) => self.batch(&plan.select(rows)),
+            (Origin::Run { part: Part::All, signature, places }, None) => {
+                // Everything else is known beforehand; how far a row sees moves with the row.
+                let visible = Gather {
+                    count: rows.len as u32,
+                    width: 1,
+                    rows: Some(rows.address),
+                    x: batch.arrays.visible,
+                    x_dtype: DType::F32,
+                    out: places.selected_visible,
+                    out_dtype: DType::F32,
+                };
+                gather::gather(&self.machine, &visible)?;
+                let origin = Origin::Run { part: Part::Asked, signature: *signature, places: *places };
+                let arrays = Arrays { visible: places.selected_visible, ..batch.arrays };
+                Ok(Batch { arrays, shape: signature.selected, origin })
+            }
+            _ => panic!("a batch and rows of different origin"),
+        }
+    }
+
+    fn embed(&self, batch: &Batch, table: &Matrix, out: &mut Buffer) -> Result<()> {
+        let rows = batch.shape.rows;
+        assert!(out.dtype == DType::F32 && out.len >= rows as usize * table.k, "out of {} for {rows} rows of {}", out.len, table.k);
+        let op = Embed {
+            rows,
+            width: table.k as u32,
+            vocab: table.n as u32,
+            dtype: self.dtype,
+            ids: batch.arrays.ids,
+            index: batch.arrays.index,
+            table: table.memory.address(),
+            out: out.memory.address(),
+        };
+        embed::embed(&self.machine, &op)
+    }
+
+    fn layer_norm(&self, rows: usize, x: &Buffer, weight: &Vector, bias: Option<&Vector>, eps: f32, out: &mut Buffer) -> Result<()> {
+        let width = weight.len;
+        assert!(x.dtype == DType::F32 && width > 0 && bias.is_none_or(|b| b.len == width), "weight of {width}");
+        assert!(x.len.min(out.len) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.len, out.len);
+        let op = Norm {
+            rows: rows as u32,
+            width: width as u32,
+            eps,
+            x: x.memory.address(),
+            weight: weight.memory.address(),
+            bias: bias.map(|b| b.memory.address()),
+            out: out.memory.address(),
+            out_dtype: out.dtype,
+        };
+        norm::norm(&self.machine, &op)
+    }
+
+    fn linear(&self, rows: usize, x: &Buffer, weight: &Matrix, bias: Option<&Vector>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
+        let Matrix { n, k, .. } = *weight;
+        let width = if epilogue == Epilogue::SwiGlu { n / 2 } else { n };
+        assert!(x.len >= rows * k && out.len >= rows * width, "x of {}, out of {} for {rows} rows, {n} x {k}", x.len, out.len);
+        assert!(bias.is_none_or(|b| b.len == n), "bias for {n} columns");
+        let (x, _copy) = self.as_input(x, rows * k)?;
+        let op = Linear {
+            rows: rows as u32,
+            n: n as u32,
+            k: k as u32,
+            x,
+            weight: weight.memory.address(),
+            dtype: self.dtype,
+            bias: bias.map(|b| b.memory.address()),
+            epilogue,
+            out: out.memory.address(),
+            out_dtype: out.dtype,
+        };
+        linear::linear(&self.machine, &op)
+    }
+
+    fn rope_append(&self, batch: &Batch, heads: HeadShape, base: f32, qkv: &mut Buffer, layer: usize, kv: &mut KvCache) -> Result<()> {
+        self.check(batch, heads, qkv, layer, kv);
+        // As far as any sequence of this store can reach: a recorded forward never outgrows the table.
+        let reach = kv.shape.num_pages * kv.shape.page_size;
+        let mut known = self.rotations.borrow_mut();
+        let entry = known.entry((heads.head_dim, base.to_bits()));
+        let rotations = match entry {
+            Entry::Occupied(entry) if entry.get().0 >= reach => entry.get().1.address(),
+            entry => {
+                let mut table = Vec::new();
+                crate::cpu::extend_rotations(base, heads.head_dim, reach, &mut table);
+                let words: Vec<u32> = table.into_iter().map(f32::to_bits).collect();
+                self.machine.moved();
+                entry.insert_entry((reach, self.upload_words(&words)?)).get().1.address()
+            }
+        };
+        let offset = (layer * kv.layer_bytes(self.dtype)) as u64;
+        let op = RopeAppend {
+            rows: batch.shape.rows,
+            heads,
+            page_size: kv.shape.page_size as u32,
+            dtype: self.dtype,
+            positions: batch.arrays.positions,
+            slots: batch.arrays.slots,
+            rotations,
+            qkv: qkv.memory.address(),
+            keys: kv.keys.address() + offset,
+            values: kv.values.address() + offset,
+            norm: None,
+        };
+        rope_append::rope_append(&self.machine, &op)
+    }
+
+    fn attention(&self, batch: &Batch, heads: HeadShape, qkv: &Buffer, layer: usize, kv: &KvCache, out: &mut Buffer) -> Result<()> {
+        self.check(batch, heads, qkv, layer, kv);
+        let rows = batch.shape.rows as usize;
+        assert!(out.len >= rows * heads.q_width(), "out of {} for {rows} rows of {}", out.len, heads.q_width());
+        let offset = (layer * kv.layer_bytes(self.dtype)) as u64;
+        let (shape, tiles) = self.work_list(batch, heads)?;
+        let op = Attention {
+            heads,
+            page_size: kv.shape.page_size as u32,
+            dtype: self.dtype,
+            regime: shape.regime,
+            tiles,
+            num_tiles: shape.num_tiles,
+            max_visible: batch.shape.max_visible,
+            qkv: qkv.memory.address(),
+            keys: kv.keys.address() + offset,
+            values: kv.values.address() + offset,
+            visible: batch.arrays.visible,
+            page_indptr: batch.arrays.page_indptr,
+            pages: batch.arrays.pages,
+            out: out.memory.address(),
+            out_dtype: out.dtype,
+        };
+        attention::attention(&self.machine, &op)
+    }
+
+    fn gather(&self, rows: &Rows, width: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        assert!(out.len >= rows.len * width, "out of {} for {} rows of {width}", out.len, rows.len);
+        let op = Gather {
+            count: rows.len as u32,
+            width: width as u32,
+            rows: Some(rows.address),
+            x: x.memory.address(),
+            x_dtype: x.dtype,
+            out: out.memory.address(),
+            out_dtype: out.dtype,
+        };
+        gather::gather(&self.machine, &op)
+    }
+
+    fn copy(&self, len: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
+        assert!(x.len.min(out.len) >= len, "{len} of x of {}, out of {}", x.len, out.len);
+        // A kernel and not the driver's copy: it may stand inside a recorded graph.
+        let op = Gather {
+            count: 1,
+            width: len as u32,
+            rows: None,
+            x: x.memory.address(),
+            x_dtype: x.dtype,
+            out: out.memory.address(),
+            out_dtype: out.dtype,
+        };
+        gather::gather(&self.machine, &op)
+    }
+
+    fn decide(&self, hidden: &Buffer, head: &Matrix, bias: Option<&Vector>, banned: &[u32], draws: &[Draw]) -> Result<Vec<Decision>> {
+        if draws.is_empty() {
+            return Ok(Vec::new());
+        }
+        let Matrix { n, k, .. } = *head;
+        assert!(hidden.len >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.len, draws.len());
+        let records: Vec<decide::DrawRecord> = draws.iter().map(decide::DrawRecord::from).collect();
+        let draws_memory = self.machine.memory(size_of_val(&records[..]))?;
+        self.machine.driver.write(draws_memory.address(), bytemuck::cast_slice(&records))?;
+        let answers = self.machine.memory(draws.len() * size_of::<decide::DecisionRecord>())?;
+        let (hidden, _copy) = self.as_input(hidden, draws.len() * k)?;
+        let op = Decide {
+            rows: draws.len() as u32,
+            k: k as u32,
+            vocab: n as u32,
+            hidden,
+            dtype: self.dtype,
+            head: head.memory.address(),
+            bias: bias.map(|b| b.memory.address()),
+            banned: self.banned_mask(banned, n)?,
+            draws: draws_memory.address(),
+            decisions: answers.address(),
+            any_fused: draws.iter().any(|draw| !decide::needs_nucleus(draw)),
+            any_nucleus: draws.iter().any(decide::needs_nucleus),
+        };
+        decide::decide(&self.machine, &op)?;
+        let mut records = vec![decide::DecisionRecord::default(); draws.len()];
+        self.machine.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
+        records.iter().enumerate().map(|(row, record)| record.decision(row)).collect()
+    }
+
+    fn decides(&self) -> bool {
+        self.runs.get()
+    }
+
+    fn begin_run(&self, spec: &RunSpec) -> Result<Run> {
+        Run::begin(self, spec)
+    }
+
+    fn padded_rows(&self, rows: usize) -> usize {
+        super::run::padded(rows)
+    }
+
+    fn step_run(&self, run: &mut Run, step: usize) -> Result<(Batch, Rows)> {
+        run.step(self, step)
+    }
+
+    fn decide_run(&self, run: &mut Run, hidden: &Buffer, head: &Matrix, bias: Option<&Vector>) -> Result<()> {
+        assert!(hidden.dtype == self.dtype, "hidden states of a run are inputs of a product");
+        run.decide(self, hidden.memory.address(), head, bias)
+    }
+
+    fn end_run(&self, run: Run) -> Result<Vec<StepDecisions>> {
+        run.end(self)
+    }
+
+    fn replay(&self, batch: &Batch, key: u64, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let Origin::Run { signature, .. } = &batch.origin else { return body() };
+        if !self.replays.get() {
+            return body();
+        }
+        let signature = Signature { key, generation: self.machine.generation(), ..*signature };
+        let known = self.graphs.borrow().get(&signature).copied();
+        match known {
+            Some(Some(graph)) => self.machine.driver.replay(graph),
+            Some(None) => {
+                // The second time: everything is loaded, nothing grows any more.
+                self.machine.driver.begin_capture()?;
+                let outcome = body();
+                let graph = self.machine.driver.end_capture()?;
+                outcome?;
+                self.graphs.borrow_mut().insert(signature, Some(graph));
+                self.machine.driver.replay(graph)
+            }
+            None => {
+                let mut graphs = self.graphs.borrow_mut();
+                if graphs.len() >= MAX_GRAPHS {
+                    graphs.drain().filter_map(|(_, graph)| graph).for_each(|graph| self.machine.driver.drop_graph(graph));
+                }
+                graphs.insert(signature, None);
+                drop(graphs);
+                body()
+            }
+        }
+    }
+
+    fn streaming(&self, bytes: usize) -> Result<f64> {
+        let (from, to) = (self.machine.memory(bytes)?, self.machine.memory(bytes)?);
+        self.machine.driver.fill(from.address(), 0x3f80_0001, bytes / 4)?;
+        let repeats = ((1usize << 31) / bytes).clamp(1, 64);
+        let mut best = f64::INFINITY;
+        for _ in 0..4 {
+            self.machine.driver.synchronize()?;
+            let start = Instant::now();
+            for _ in 0..repeats {
+                self.machine.driver.copy(from.address(), to.address(), bytes)?;
+            }
+            self.machine.driver.synchronize()?;
+            best = best.min(start.elapsed().as_secs_f64() / repeats as f64);
+        }
+        Ok(2.0 * bytes as f64 / best)
+    }
+
+    fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.machine.driver.push_range(name);
+        let outcome = body();
+        self.machine.driver.pop_range();
+        outcome
+    }
+}
+
+impl Cuda {
+    /// The work list of a batch and where it lies.
+    fn work_list(&self, batch: &Batch, heads: HeadShape) -> Result<(TileShape, Address)> {
+        match &batch.origin {
+            Origin::Run { part: Part::All, signature, places } => Ok((signature.tiles, places.tiles)),
+            Origin::Run { part: Part::Asked, signature, places } => Ok((signature.selected_tiles, places.selected_tiles)),
+            Origin::Host { plan, tiles, .. } => {
+                let mut known = tiles.borrow_mut();
+                if known.as_ref().is_none_or(|(of, ..)| *of != heads) {
+                    let (shape, list) = self.tiles_of(heads, &plan.indptr);
+                    *known = Some((heads, shape, self.upload_words(list.as_flattened())?));
+                }
+                let (_, shape, memory) = known.as_ref().expect("just made");
+                Ok((*shape, memory.address()))
+            }
+        }
+    }
+
+    /// Heads, layer and buffers agree with the store.
+    fn check(&self, batch: &Batch, heads: HeadShape, qkv: &Buffer, layer: usize, kv: &KvCache) {
+        let rows = batch.shape.rows as usize;
+        assert!(qkv.dtype == DType::F32 && qkv.len >= rows * heads.qkv_width(), "qkv of {} for {rows} rows, {heads:?}", qkv.len);
+        let shape = kv.shape;
+        assert!(layer < shape.num_layers, "layer {layer} of {}", shape.num_layers);
+        assert!((heads.num_kv_heads, heads.head_dim) == (shape.num_kv_heads, shape.head_dim), "{heads:?} in a store of {shape:?}");
+    }
+}
+
+/// NaN in every element of a word.
+fn poison(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => f32::NAN.to_bits(),
+        DType::Bf16 => 0x7fc0_7fc0,
+    }
+}
+
+/// Words on their way to the device.
+#[derive(Default)]
+pub(super) struct Words(pub Vec<u32>);
+
+/// Where the arrays of a plan begin, in words.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Places {
+    pub ids: usize,
+    pub positions: usize,
+    pub slots: usize,
+    pub visible: usize,
+    pub page_indptr: usize,
+    pub pages: usize,
+}
+
+impl Words {
+    /// Appends an array at the next 16 bytes; returns its place.
+    pub fn push(&mut self, words: impl IntoIterator<Item = u32>) -> usize {
+        self.0.resize(self.0.len().next_multiple_of(4), 0);
+        let place = self.0.len();
+        self.0.extend(words);
+        place
+    }
+
+    /// Appends a plan's arrays, padded to `rows` rows that write nothing and see nothing.
+    pub fn plan(&mut self, plan: &Plan, rows: usize) -> Places {
+        let padded = |values: &[u32], fill: u32| {
+            let padding = std::iter::repeat_n(fill, rows - values.len());
+            values.iter().copied().chain(padding).collect::<Vec<u32>>()
+        };
+        Places {
+            ids: self.push(padded(&plan.ids, 0)),
+            positions: self.push(padded(&plan.positions, 0)),
+            slots: self.push(padded(&plan.slots, rope_append::NO_SLOT)),
+            visible: self.push(padded(&plan.visible, 0)),
+            page_indptr: self.push(plan.page_indptr.iter().copied()),
+            pages: self.push(plan.pages.iter().copied()),
+        }
+    }
+}
+
+impl Places {
+    /// The same as addresses behind `base`.
+    pub fn at(&self, base: Address) -> Arrays {
+        let at = |place: usize| base + 4 * place as u64;
+        Arrays {
+            ids: at(self.ids),
+            index: None,
+            positions: at(self.positions),
+            slots: at(self.slots),
+            visible: at(self.visible),
+            page_indptr: at(self.page_indptr),
+            pages: at(self.pages),
+        }
+    }
+}

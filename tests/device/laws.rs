@@ -1,0 +1,90 @@
+//! Determinism on the device, bit for bit: alone or in a batch, recorded or launched one by one, decided there or by the host.
+
+use redraft::{DType, Engine, Finish, Request};
+
+use crate::backends;
+use crate::support::{Essence, alone, engine, fixture, options, request, schedule, together};
+
+const DID: &[&str] = &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:5,order=uniform"];
+
+fn eight() -> Vec<Request> {
+    let stages = schedule(DID);
+    (0..8).map(|i| request(&[1, 2, 3, 4, 5][..1 + i % 5], 9 + 3 * i, &stages, 5, i as u32)).collect()
+}
+
+#[test]
+fn alone_or_in_a_batch_of_eight() {
+    for dtype in [DType::F32, DType::Bf16] {
+        for backend in backends(dtype) {
+            let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
+            let requests = eight();
+            // What it cost may differ: together, equal prompts are prefilled once.
+            let one: Vec<Essence> = alone(&mut engine, &requests, "alone").iter().map(|o| Essence::of(o).text()).collect();
+            let all: Vec<Essence> = together(&mut engine, &requests, "together").iter().map(|o| Essence::of(o).text()).collect();
+            for (i, (one, all)) in one.iter().zip(&all).enumerate() {
+                assert_eq!(one, all, "{dtype:?}, request {i}");
+            }
+        }
+    }
+}
+
+#[test]
+fn graph_or_no_graph() {
+    for dtype in [DType::F32, DType::Bf16] {
+        for backend in backends(dtype) {
+            let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
+            engine.backend().set_replays(false);
+            let requests = &eight()[..3];
+            let plain: Vec<Essence> = together(&mut engine, requests, "launched").iter().map(Essence::of).collect();
+            assert_eq!(engine.backend().num_graphs(), 0);
+            engine.backend().set_replays(true);
+            // Seen, recorded, replayed.
+            for round in 0..3 {
+                let again: Vec<Essence> = together(&mut engine, requests, "replayed").iter().map(Essence::of).collect();
+                assert_eq!(again, plain, "{dtype:?}, round {round}");
+            }
+            assert!(engine.backend().num_graphs() > 3, "{} graphs", engine.backend().num_graphs());
+        }
+    }
+}
+
+/// Other seeds through the same graphs give other tokens: nothing of a request is frozen in a recording.
+#[test]
+fn a_replay_never_repeats_numbers() {
+    for backend in backends(DType::F32) {
+        let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
+        let stages = schedule(DID);
+        let mut run = |seed| Essence::of(&together(&mut engine, &[request(&[1, 2], 30, &stages, seed, 0)], "seed")[0]);
+        let outcomes: Vec<Essence> = (0..6).map(&mut run).collect();
+        for (i, a) in outcomes.iter().enumerate() {
+            assert!(outcomes[..i].iter().all(|b| a.tokens != b.tokens), "seed {i} repeats another");
+        }
+        assert_eq!(run(0), outcomes[0]);
+    }
+}
+
+/// A draft that ends early ends a run early, and what was computed beyond counts for nothing.
+#[test]
+fn a_stop_inside_a_run() {
+    // Hot enough that every token comes now and then.
+    let stages = schedule(&["block=4,unmask=uniform:1,temperature=5,top_p=1", DID[1]]);
+    let ask = |seed| {
+        let mut ask = request(&[1, 2], 24, &stages, seed, 0);
+        ask.stop.ignore_eos = false;
+        ask
+    };
+    let mut cpu = engine(&fixture());
+    let stopping = (0..400).filter(|seed| together(&mut cpu, &[ask(*seed)], "cpu")[0].finish == Finish::EndOfText).take(4);
+    let stopping: Vec<(u64, Essence)> =
+        stopping.collect::<Vec<u64>>().into_iter().map(|seed| (seed, Essence::of(&together(&mut cpu, &[ask(seed)], "cpu")[0]))).collect();
+    assert_eq!(stopping.len(), 4, "the end of text comes now and then");
+    for backend in backends(DType::F32) {
+        let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
+        let free = engine.free_pages();
+        for (seed, expected) in &stopping {
+            let found = Essence::of(&together(&mut engine, &[ask(*seed)], "device")[0]);
+            assert_eq!((&found.canvas, &found.stages, found.finish), (&expected.canvas, &expected.stages, expected.finish), "seed {seed}");
+        }
+        assert_eq!(engine.free_pages(), free);
+    }
+}

@@ -1,0 +1,31 @@
+//! The CUDA backend as a whole: launchers, kernels, runs decided on the device, recorded graphs. Every test runs under emulation, and on
+//! the first GPU where there is one; `REDRAFT_REQUIRE_CUDA=1` turns the absence of a GPU into a failure.
+
+#[path = "../parity/fixture.rs"]
+#[allow(dead_code)] // shared with the parity tests, which need all of it
+mod fixture;
+#[path = "../decode/support.rs"]
+#[allow(dead_code)] // shared with the tests of the engine's laws
+mod support;
+
+mod laws;
+mod parity;
+mod tokens;
+
+use redraft::DType;
+use redraft::cuda::{Cuda, Emulator, EmulatorOptions, Gpu, device_count};
+
+/// A backend of each machine at hand.
+pub fn backends(dtype: DType) -> Vec<Cuda> {
+    let emulator = Emulator::new(EmulatorOptions::default()).unwrap_or_else(|e| panic!("{e}"));
+    let mut backends = vec![Cuda::new(Box::new(emulator), dtype).unwrap_or_else(|e| panic!("{e}"))];
+    match device_count() {
+        Ok(_) => {
+            let gpu = Gpu::open(0).unwrap_or_else(|e| panic!("{e}"));
+            backends.push(Cuda::new(Box::new(gpu), dtype).unwrap_or_else(|e| panic!("{e}")));
+        }
+        Err(error) if std::env::var_os("REDRAFT_REQUIRE_CUDA").is_some() => panic!("REDRAFT_REQUIRE_CUDA is set: {error}"),
+        Err(error) => eprintln!("GPU part skipped: {error}"),
+    }
+    backends
+}

@@ -1,0 +1,88 @@
+//! The same request gives the same tokens on the CPU and on the device, in f32, for every kind of schedule.
+
+use std::path::{Path, PathBuf};
+
+use redraft::{Backend, Cpu, DType, Engine, Request};
+
+use crate::backends;
+use crate::support::{Essence, StageEssence, alone, options, preset, request, schedule, shipped, together};
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// Runs requests together on the CPU and on every device; tokens, places of reveal and costs must be equal, confidences close.
+fn agree(dir: &Path, requests: &[Request], label: &str) {
+    let cpu = Cpu::new(2, DType::F32).expect("the CPU is always there");
+    let mut engine = Engine::load(dir, cpu, options()).unwrap_or_else(|e| panic!("{label}: {e}"));
+    let expected = together(&mut engine, requests, label);
+    for backend in backends(DType::F32) {
+        let label = format!("{label} on {}", backend.name());
+        let mut engine = Engine::load(dir, backend, options()).unwrap_or_else(|e| panic!("{label}: {e}"));
+        let found = together(&mut engine, requests, &label);
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            for (f, e) in found.confidence.iter().zip(&expected.confidence) {
+                assert!((f - e).abs() <= 1e-4 * e.max(0.01), "{label}: request {i}: confidence {f}, expected {e}");
+            }
+            let (found, expected) = (Essence::of(found), Essence::of(expected));
+            assert_eq!(found.canvas, expected.canvas, "{label}: request {i}: canvas");
+            let (found, expected) = (Essence { confidence: Vec::new(), ..found }, Essence { confidence: Vec::new(), ..expected });
+            assert_eq!(found, expected, "{label}: request {i}");
+        }
+    }
+}
+
+/// Lengths, prompts and seeds of a ragged batch.
+fn ragged(stages: &redraft::Schedule, lengths: [usize; 3]) -> Vec<Request> {
+    let prompts: [&[u32]; 3] = [&[1, 5, 9, 3, 20], &[2], &[7, 7, 8, 30, 31, 2, 4, 11, 12]];
+    (0..3).map(|i| request(prompts[i], lengths[i], stages, 11 + i as u64, i as u32)).collect()
+}
+
+const SCHEDULES: [&[&str]; 9] = [
+    &["block=4,unmask=uniform:1"],
+    &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:6,order=uniform"],
+    &["block=4,unmask=confidence:2,top_p=1", "block=full,remask=0.4,by=snapshot,unmask=confidence:3,kv=refresh:2,top_p=1"],
+    &["block=4,unmask=threshold:0.1", "block=8,remask=0.5,by=snapshot,unmask=entropy:2,kv=exact"],
+    &["block=8,unmask=margin:3,temperature=0", "block=full,remask=0.3,by=post-hoc,unmask=left:4,kv=draft"],
+    &["block=4,unmask=entropy-bound:3,temperature=0.7", "block=full,remask=0.3,by=held-out:3,unmask=timestep:5"],
+    &["block=4,unmask=uniform:2,kv=recompute", "block=full,remask=0.35,by=random,unmask=uniform:5"],
+    &["block=full,unmask=linear:7,order=confidence,top_p=0.8,top_p_rule=crossing,confidence=truncated"],
+    &["block=4", "block=16,remask=0.3,by=snapshot,unmask=confidence:2", "block=full,remask=0.2,by=snapshot,unmask=uniform:4"],
+];
+
+#[test]
+fn tokens_equal_the_cpus_for_every_kind_of_schedule() {
+    for stages in SCHEDULES {
+        let requests = ragged(&schedule(stages), [22, 17, 30]);
+        agree(&fixture("bd3lm-adaln"), &requests, &format!("{stages:?}"));
+    }
+}
+
+#[test]
+fn tokens_equal_the_cpus_for_every_checkpoint() {
+    for name in ["bd3lm-plain", "bd3lm-plain-bf16", "bd3lm-plain-sharded", "bd3lm-head64", "mdlm"] {
+        agree(&fixture(name), &ragged(&preset("did"), [12, 9, 20]), name);
+    }
+}
+
+#[test]
+fn tokens_equal_the_cpus_on_the_shipped_model() {
+    let requests = [request(&[0, 433, 257], 16, &preset("did"), 7, 0)];
+    agree(&shipped(), &requests, "shipped");
+}
+
+/// Confidence bits aside, nothing of a bf16 run depends on whether the host or the device decides.
+#[test]
+fn bf16_runs_decide_as_the_host_would() {
+    let stages = schedule(SCHEDULES[1]);
+    for backend in backends(DType::Bf16) {
+        backend.set_runs(false);
+        let mut host = Engine::load(&fixture("bd3lm-head64"), backend, options()).expect("a fixture");
+        let requests = ragged(&stages, [14, 9, 21]);
+        let expected: Vec<Essence> = alone(&mut host, &requests, "host").iter().map(Essence::of).collect();
+        host.backend().set_runs(true);
+        let found: Vec<Essence> = together(&mut host, &requests, "device").iter().map(Essence::of).collect();
+        assert_eq!(found, expected);
+        assert!(found.iter().all(|e| e.stages.iter().all(|s: &StageEssence| s.forwards.denoise > 0)));
+    }
+}
