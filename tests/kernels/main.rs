@@ -10,6 +10,8 @@ mod decide;
 mod door;
 mod embed;
 mod emulator;
+mod gather;
+mod linear;
 mod mutations;
 mod norm;
 mod nvrtc;

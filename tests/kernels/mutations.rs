@@ -4,7 +4,7 @@ use redraft::cuda::Edit;
 use redraft::cuda::machine::Machine;
 
 use crate::emulator::edited_machines;
-use crate::{ask, decide, embed, norm, remask, reveal, rng};
+use crate::{ask, decide, embed, gather, linear, norm, remask, reveal, rng};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
@@ -127,6 +127,90 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         reveal::holds,
         ("select.cuh", "partial[w] < value ? partial[w] : value;\n    __syncthreads();", "partial[w] < value ? partial[w] : value;"),
     ),
+    (
+        "stage multiplied before it has arrived for all",
+        linear::holds,
+        (
+            "gemm.cuh",
+            "            __syncthreads();  // this block has arrived for all, and all have left the slot that is filled next\n",
+            "",
+        ),
+    ),
+    (
+        "one group of copies too many in flight",
+        linear::holds,
+        ("gemm.cuh", "cp_async_wait<(int)Tile::stages - 2>();", "cp_async_wait<(int)Tile::stages - 1>();"),
+    ),
+    ("slot filled that is still multiplied", linear::holds, ("gemm.cuh", "slot == 0 ? Tile::stages - 1 : slot - 1);", "slot);")),
+    (
+        "no group closed where nothing is left to load",
+        linear::holds,
+        ("gemm.cuh", "        }\n        cp_async_commit();\n    };", "            cp_async_commit();\n        }\n    };"),
+    ),
+    (
+        "shared memory given back while others multiply",
+        linear::holds,
+        ("gemm.cuh", "    __syncthreads();  // `shared` is the caller's again\n", ""),
+    ),
+    (
+        "piece of the weight not where it was put",
+        linear::holds,
+        ("gemm.cuh", "half * 4 + step * 2 + lane / 16));", "half * 4 + step * 2 + lane / 8 % 2));"),
+    ),
+    (
+        "swizzled piece read where it would lie unswizzled",
+        linear::holds,
+        ("gemm.cuh", "piece_at(w, tile_col<Tile>(c, 2), piece)", "(w + tile_col<Tile>(c, 2) * STAGE_ROW + piece * 16)"),
+    ),
+    (
+        "k past the end of a row",
+        linear::holds,
+        ("gemm.cuh", "const bool valid = first + local + i < rows && k < depth;", "const bool valid = first + local + i < rows;"),
+    ),
+    (
+        "rows past the end",
+        linear::holds,
+        ("gemm.cuh", "const bool valid = first + local + i < rows && k < depth;", "const bool valid = k < depth;"),
+    ),
+    (
+        "segments added from the last to the first",
+        linear::holds,
+        ("linear.cu", "for (u32 segment = 0; segment < segments; ++segment) {", "for (u32 segment = segments; segment-- > 0;) {"),
+    ),
+    ("segments longer than their number says", linear::holds, ("gemm.cuh", "#define K_SEGMENT 256", "#define K_SEGMENT 512")),
+    (
+        "sums that run on into the next segment",
+        linear::holds,
+        ("linear.cu", "            accumulate<Tile>(total, sums);", "            if (segment + 1 == last) accumulate<Tile>(total, sums);"),
+    ),
+    ("counter left behind", linear::holds, ("linear.cu", "    if (threadIdx.x == 0) p.counters[blockIdx.x] = 0;\n", "")),
+    (
+        "arrival read before it is known",
+        linear::holds,
+        ("linear.cu", "p.counters + blockIdx.x, 1u);\n    __syncthreads();", "p.counters + blockIdx.x, 1u);"),
+    ),
+    (
+        "tile read before it is laid out",
+        linear::holds,
+        ("linear.cu", "    lay_out<Tile>(total, tile);\n    __syncthreads();", "    lay_out<Tile>(total, tile);"),
+    ),
+    ("row stored past the end", linear::holds, ("linear.cu", "if (row0 + row < p.rows && col0 + col < p.n)", "if (col0 + col < p.n)")),
+    ("columns stored past the end", linear::holds, ("linear.cu", "if (i < count) store1(out + i,", "store1(out + i,")),
+    ("up of the neighbour", linear::holds, ("linear.cu", "silu(v[2]) * v[3]", "silu(v[2]) * v[1]")),
+    ("sum with the residual not written back", norm::holds, ("norm.cu", "            store_quad(x, col, p.width, wide, v);\n", "")),
+    (
+        "residual added at every visit of a long row",
+        norm::holds,
+        ("norm.cu", "add_squares(squares, load_quad(x, col, p.width, wide), mean", "add_squares(squares, read(col), mean"),
+    ),
+    ("end of a long row not written", norm::holds, ("norm.cu", "write(load_quad(x, col, p.width, wide), col);", "(void)write;")),
+    (
+        "square past the end",
+        norm::holds,
+        ("norm.cu", "if (col + 2 < width) sum = fmaf(v.z - mean", "if (col + 1 < width) sum = fmaf(v.z - mean"),
+    ),
+    ("an element past the end", gather::holds, ("gather.cu", "col + i < p.width; ++i", "col + i <= p.width; ++i")),
+    ("the row itself instead of the chosen one", gather::holds, ("gather.cu", "(p.rows ? p.rows[row] : row)", "row")),
 ];
 
 fn edit((file, from, to): (&'static str, &'static str, &'static str)) -> Option<Edit> {

@@ -1,10 +1,11 @@
-//! `norm` stays within twice the error of a plain f32 loop, and gives the same bits under every schedule.
+//! `norm` stays within twice the error of a plain f32 loop, and gives the same bits on every machine, in place, after a residual and
+//! at any alignment.
 
 use half::bf16;
-use redraft::DType;
+use redraft::backend::DType;
 use redraft::cpu::oracle;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::norm::{Norm, norm};
+use redraft::cuda::norm::{Kind, Norm, add_norm};
 
 use crate::emulator::{Array, machines, noise, same_bits, words};
 
@@ -24,48 +25,88 @@ fn rows(width: usize) -> Vec<f32> {
 }
 
 /// The contract as a plain f32 loop: the yardstick of the tolerance.
-fn plain(x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+fn plain(kind: Kind, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     let n = x.len() as f32;
-    let mean = x.iter().sum::<f32>() / n;
+    let mean = if kind == Kind::Layer { x.iter().sum::<f32>() / n } else { 0.0 };
     let variance = x.iter().map(|v| (v - mean) * (v - mean)).sum::<f32>() / n;
     let scale = 1.0 / (variance + EPS).sqrt();
     x.iter().enumerate().map(|(i, v)| (v - mean) * scale * weight[i] + bias.map_or(0.0, |b| b[i])).collect()
 }
 
+/// The same in f64.
+fn exact(kind: Kind, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f64> {
+    if kind == Kind::Layer {
+        return oracle::layer_norm(x, weight, bias, EPS);
+    }
+    let squares = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / x.len() as f64;
+    let scale = 1.0 / (squares + f64::from(EPS)).sqrt();
+    x.iter().enumerate().map(|(i, v)| f64::from(*v) * scale * f64::from(weight[i]) + bias.map_or(0.0, |b| f64::from(b[i]))).collect()
+}
+
 struct Case {
+    kind: Kind,
     width: usize,
     x: Vec<f32>,
     weight: Vec<f32>,
     bias: Option<Vec<f32>>,
 }
 
+/// How a case is run.
+#[derive(Clone, Copy, Debug, Default)]
+struct How {
+    /// Over the input instead of into a buffer of its own.
+    in_place: bool,
+    /// All of x comes from the residual, in halves.
+    residual: bool,
+    /// x starts one element behind an aligned address.
+    skew: usize,
+}
+
 impl Case {
-    fn launch(&self, machine: &Machine, out_dtype: DType, x: u64, out: u64) -> Result<(), String> {
+    fn launch(&self, machine: &Machine, x: u64, residual: Option<u64>, out: u64, out_dtype: DType) -> Result<(), String> {
         let weight = Array::new(machine, &self.weight);
         let bias = self.bias.as_ref().map(|b| Array::new(machine, b));
-        let (rows, width, bias) = (ROWS as u32, self.width as u32, bias.as_ref().map(Array::address));
-        words(norm(machine, &Norm { rows, width, eps: EPS, x, weight: weight.address(), bias, out, out_dtype }))
+        let op = Norm {
+            rows: ROWS as u32,
+            width: self.width as u32,
+            eps: EPS,
+            x,
+            weight: weight.address(),
+            bias: bias.as_ref().map(Array::address),
+            out,
+            out_dtype,
+        };
+        words(add_norm(machine, &op, self.kind, residual))
     }
 
-    /// f32 output: into a buffer of its own, or over the input.
-    fn run(&self, machine: &Machine, in_place: bool) -> Result<Vec<f32>, String> {
-        let (x, out) = (Array::new(machine, &self.x), Array::nan(machine, self.x.len()));
-        let target = if in_place { x.address() } else { out.address() };
-        self.launch(machine, DType::F32, x.address(), target)?;
-        if in_place { x.read() } else { out.read() }
+    /// f32 output.
+    fn run(&self, machine: &Machine, how: How) -> Result<Vec<f32>, String> {
+        let half: Vec<f32> = self.x.iter().map(|v| 0.5 * v).collect();
+        let source = if how.residual { &half } else { &self.x };
+        let x = Array::skewed(machine, source, how.skew);
+        let residual = how.residual.then(|| Array::new(machine, &half));
+        let out = Array::nan(machine, self.x.len());
+        let target = if how.in_place { x.address() } else { out.address() };
+        self.launch(machine, x.address(), residual.as_ref().map(Array::address), target, DType::F32)?;
+        let after = x.read()?;
+        if how.in_place {
+            return Ok(after);
+        }
+        same_bits(&self.x, &after, "the sum written back")?;
+        out.read()
     }
 }
 
 pub fn holds(machine: &Machine) -> Result<(), String> {
-    for width in [1, 7, 32, 255, 256, 257, 768, 1000] {
-        for with_bias in [false, true] {
+    for width in [1, 6, 7, 32, 255, 256, 257, 768, 1000, 4100, 4103] {
+        for (kind, with_bias) in [(Kind::Layer, false), (Kind::Layer, true), (Kind::Rms, false)] {
             let bias = with_bias.then(|| noise(4, width));
-            let case = Case { width, x: rows(width), weight: noise(3, width), bias };
-            let found = case.run(machine, false)?;
+            let case = Case { kind, width, x: rows(width), weight: noise(3, width), bias };
+            let found = case.run(machine, How::default())?;
             for (row, (x, found)) in case.x.chunks(width).zip(found.chunks(width)).enumerate() {
-                let exact = oracle::layer_norm(x, &case.weight, case.bias.as_deref(), EPS);
+                let exact = exact(kind, x, &case.weight, case.bias.as_deref());
                 let error = |values: &[f32]| values.iter().zip(&exact).map(|(v, e)| (f64::from(*v) - e).abs()).fold(0.0, f64::max);
-                let yardstick = error(&plain(x, &case.weight, case.bias.as_deref()));
+                let yardstick = error(&plain(kind, x, &case.weight, case.bias.as_deref()));
                 // The plain loop may be exact by luck: a few roundings of the largest element, and one of the mean, which moves every
                 // element of the row by its size over the spread.
                 let average = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(f64::from(*v))).sum::<f64>() / width as f64;
@@ -75,15 +116,26 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
                 let rounding = f64::from(f32::EPSILON) * (4.0 * largest + mean.abs() / spread);
                 // `max` drops NaN, so it is looked for by itself.
                 if found.iter().any(|v| v.is_nan()) || error(found) > 2.0 * yardstick + rounding {
-                    return Err(format!("width {width}, row {row}: error {:e}, a plain f32 loop has {yardstick:e}", error(found)));
+                    return Err(format!(
+                        "{kind:?}, width {width}, row {row}: error {:e}, a plain f32 loop has {yardstick:e}",
+                        error(found)
+                    ));
                 }
             }
+            for how in [
+                How { in_place: true, ..How::default() },
+                How { residual: true, ..How::default() },
+                How { in_place: true, residual: true, skew: 0 },
+                How { skew: 1, ..How::default() },
+                How { in_place: false, residual: true, skew: 1 },
+            ] {
+                same_bits(&found, &case.run(machine, how)?, &format!("{kind:?}, width {width}, {how:?}"))?;
+            }
             let rounded: Vec<bf16> = found.iter().map(|v| bf16::from_f32(*v)).collect();
-            same_bits(&found, &case.run(machine, true)?, &format!("width {width}, in place"))?;
             let (x, out) = (Array::new(machine, &case.x), Array::new(machine, &vec![bf16::NAN; case.x.len()]));
-            case.launch(machine, DType::Bf16, x.address(), out.address())?;
+            case.launch(machine, x.address(), None, out.address(), DType::Bf16)?;
             if out.read()? != rounded {
-                return Err(format!("width {width}: bf16 output is not the rounded f32 output"));
+                return Err(format!("{kind:?}, width {width}: bf16 output is not the rounded f32 output"));
             }
         }
     }
@@ -92,5 +144,11 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
 
 #[test]
 fn rows_are_normalised_as_exactly_as_f32_allows() {
-    machines().iter().for_each(|machine| holds(machine).unwrap());
+    let mut first = None;
+    for machine in machines() {
+        holds(&machine).unwrap();
+        let case = Case { kind: Kind::Layer, width: 300, x: rows(300), weight: noise(3, 300), bias: None };
+        let found = case.run(&machine, How::default()).unwrap();
+        same_bits(first.get_or_insert_with(|| found.clone()), &found, "two machines").unwrap();
+    }
 }
