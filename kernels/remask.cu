@@ -1,7 +1,7 @@
 // remask: masks again the `count` revealed positions of a sequence whose snapshot confidence is lowest, ties to the lower position,
 // and lists them in ascending order.
 //
-// Idea: a radix select over the ordered bits of the confidence, eight bits at a time, finds the count-th smallest value and how many
+// Idea: a radix select (`select.cuh`) over the ordered bits of the confidence finds the count-th smallest value and how many
 // positions equal to it are still wanted; one pass in position order then takes everything below it and the first of its equals.
 // The order is `f32::total_cmp`, as in `policy::remask`. Fixed and already masked positions are never taken; if fewer than `count`
 // positions qualify, all of them are.
@@ -40,55 +40,29 @@ FIELD(RemaskParams, next_stage, 76);
 LAYOUT(RemaskParams, 80);
 
 KERNEL(remask, RemaskParams) {
-    __shared__ u32 histogram[256];
-    __shared__ u32 chosen_bin, chosen_before;
     const u32 first = p.indptr[blockIdx.x];
     const u32 len = p.indptr[blockIdx.x + 1] - first;
     const float* confidence = p.confidence + first;
     const u8* state = p.state + first;
-
-    u32 wanted = p.count[blockIdx.x];  // positions still to be found among those that share `prefix`
-    u32 prefix = 0, fixed_bits = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        histogram[threadIdx.x] = 0;
-        __syncthreads();
-        for (u32 i = threadIdx.x; i < len; i += THREADS) {
-            if (state[i] != STATE_REVEALED) continue;
-            const u32 key = ordered_bits(confidence[i]);
-            if ((key & fixed_bits) == prefix) atomicAdd(&histogram[key >> shift & 255u], 1u);
-        }
-        __syncthreads();
-        u32 total;
-        const u32 mine = histogram[threadIdx.x];
-        const u32 before = block_exclusive_sum(mine, total);
-        wanted = wanted < total ? wanted : total;
-        if (wanted == 0) {  // uniform over the CTA
-            if (threadIdx.x == 0) p.taken[blockIdx.x] = 0;
-            return;
-        }
-        if (before < wanted && wanted <= before + mine) {  // one thread
-            chosen_bin = threadIdx.x;
-            chosen_before = before;
-        }
-        __syncthreads();  // the next digit rewrites these two only after its own barriers
-        prefix |= chosen_bin << shift;
-        fixed_bits |= 255u << shift;
-        wanted -= chosen_before;
-    }
+    const auto key = [&](u32 i, u64& k) {
+        k = ordered_bits(confidence[i]);
+        return state[i] == STATE_REVEALED;
+    };
+    const Cut cut = radix_select(len, p.count[blockIdx.x], 32, key);
 
     u32 below_seen = 0, equal_seen = 0;
     for (u32 tile = 0; tile < len; tile += THREADS) {
         const u32 i = tile + threadIdx.x;
-        const bool candidate = i < len && state[i] == STATE_REVEALED;
-        const u32 key = candidate ? ordered_bits(confidence[i]) : 0;
-        const bool below = candidate && key < prefix;
-        const bool equal = candidate && key == prefix;
+        u64 mine;
+        const bool candidate = i < len && key(i, mine);
+        const bool below = candidate && mine < cut.key;
+        const bool equal = candidate && mine == cut.key;
         u32 counts;  // both counts in one scan: a tile holds at most 256 of each
         const u32 before = block_exclusive_sum((u32)below | (u32)equal << 16, counts);
         const u32 below_before = below_seen + (before & 0xffffu);
         const u32 equal_before = equal_seen + (before >> 16);
-        if (below || (equal && equal_before < wanted)) {
-            p.positions[first + below_before + (equal_before < wanted ? equal_before : wanted)] = i;
+        if (below || (equal && equal_before < cut.equal)) {
+            p.positions[first + below_before + (equal_before < cut.equal ? equal_before : cut.equal)] = i;
             p.token[first + i] = p.mask_id;
             p.confidence[first + i] = 0.0f;
             p.state[first + i] = STATE_MASKED;
@@ -98,5 +72,5 @@ KERNEL(remask, RemaskParams) {
         below_seen += counts & 0xffffu;
         equal_seen += counts >> 16;
     }
-    if (threadIdx.x == 0) p.taken[blockIdx.x] = below_seen + wanted;
+    if (threadIdx.x == 0) p.taken[blockIdx.x] = below_seen + cut.equal;
 }

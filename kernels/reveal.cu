@@ -96,15 +96,19 @@ KERNEL(reveal, RevealParams) {
     if (s.rule == RULE_BEST) {
         const u32 at_least = s.n < 1 ? 1 : s.n;
         const u32 wanted = at_least < s.ask_count ? at_least : s.ask_count;
-        const auto key = [&](u32 i) { return rank_key(s, s.rank, decisions[i]); };
+        const auto key = [&](u32 i, u64& k) {
+            k = rank_key(s, s.rank, decisions[i]);
+            return true;
+        };
         const Cut cut = radix_select(s.ask_count, wanted, s.rank == RANK_UNIFORM ? 64 : 32, key);
         u32 equal_seen = 0;
         for (u32 tile = 0; tile < s.ask_count; tile += THREADS) {
             const u32 i = tile + threadIdx.x;
-            const u64 mine = i < s.ask_count ? key(i) : ~0ull;
+            u64 mine;
+            const bool candidate = i < s.ask_count && key(i, mine);
             u32 equals;
-            const u32 equal_before = equal_seen + block_exclusive_sum(i < s.ask_count && mine == cut.key, equals);
-            if (i < s.ask_count && (mine < cut.key || (mine == cut.key && equal_before < cut.equal))) take(p, s, decisions[i]);
+            const u32 equal_before = equal_seen + block_exclusive_sum(candidate && mine == cut.key, equals);
+            if (candidate && (mine < cut.key || (mine == cut.key && equal_before < cut.equal))) take(p, s, decisions[i]);
             equal_seen += equals;
         }
         revealed = wanted;

@@ -95,7 +95,8 @@ struct Cut {
 };
 
 // Eight bits at a time from the top of `bits`: the bin in which the wanted-th smallest key lies, among the keys that share the bins found
-// before. key(i) is the key of element i < count. 1 <= wanted <= count. THREADS is 256: a bin is a thread's. Five barriers a digit.
+// before. key(i, k) gives element i < count its key, or says false if it has none; where fewer than `wanted` have one, all of those are wanted.
+// THREADS is 256: a bin is a thread's. Five barriers a digit.
 template <typename Key>
 __device__ __forceinline__ Cut radix_select(u32 count, u32 wanted, int bits, Key key) {
     __shared__ u32 histogram[256];
@@ -105,13 +106,15 @@ __device__ __forceinline__ Cut radix_select(u32 count, u32 wanted, int bits, Key
         histogram[threadIdx.x] = 0;
         __syncthreads();
         for (u32 i = threadIdx.x; i < count; i += THREADS) {
-            const u64 k = key(i);
-            if ((k & fixed_bits) == prefix) atomicAdd(&histogram[(u32)(k >> shift) & 255u], 1u);
+            u64 k;
+            if (key(i, k) && (k & fixed_bits) == prefix) atomicAdd(&histogram[(u32)(k >> shift) & 255u], 1u);
         }
         __syncthreads();
         u32 total;
         const u32 mine = histogram[threadIdx.x];
         const u32 before = block_exclusive_sum(mine, total);
+        wanted = wanted < total ? wanted : total;
+        if (wanted == 0) return Cut{0, 0};  // uniform over the CTA
         if (before < wanted && wanted <= before + mine) {  // one thread
             chosen_bin = threadIdx.x;
             chosen_before = before;

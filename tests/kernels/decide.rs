@@ -116,11 +116,13 @@ impl Case {
         Ok(decisions)
     }
 
-    /// Every row of the case against the law. Counts (draws clear of a boundary, draws).
+    /// Every row of the case against the law. Counts (draws clear of a boundary, draws). Entropies and log probabilities err, all rows
+    /// together, at most twice as much as a plain loop in f32, plus the rounding of the answers.
     fn obeys(&self, machine: &Machine, draws: &[Draw], what: &str) -> Result<(usize, usize), String> {
         let asked: Vec<_> = draws.iter().copied().map(Some).collect();
         let found = self.run(machine, 0..self.rows(), &asked, 64 << 20)?;
         let mut clear = 0;
+        let (mut errors, mut allowed) = ([0.0f64; 2], [0.0f64; 2]);
         for (row, (draw, found)) in draws.iter().zip(&found).enumerate() {
             let what = format!("{what}, V {}, row {row}, {draw:?}", self.vocab);
             let got = found.decision(row).map_err(|e| format!("{what}: {e}"))?;
@@ -136,6 +138,15 @@ impl Case {
             }
             let want = decide_row(&logits, &self.banned, &held).map_err(|e| format!("{what}: {e}"))?;
             agree(&got, &want).map_err(|e| format!("{what}: {e}"))?;
+            let loops = plain(&logits, &self.banned, got.token);
+            for (i, (got, want)) in [(got.entropy, want.entropy), (got.log_prob, want.log_prob)].into_iter().enumerate() {
+                let rounding = f64::from(f32::EPSILON) * f64::from(want.abs());
+                errors[i] += if got == want { 0.0 } else { f64::from(got - want).abs() };
+                allowed[i] += rounding + if loops[i] == want { 0.0 } else { 2.0 * f64::from(loops[i] - want).abs() };
+            }
+        }
+        if errors.iter().zip(&allowed).any(|(error, allowed)| error > allowed) {
+            return Err(format!("{what}, V {}: entropy and log probability err by {errors:?}, {allowed:?} are allowed", self.vocab));
         }
         Ok((clear, draws.len()))
     }
@@ -156,6 +167,18 @@ fn is_clear(logits: &[f32], banned: &[u32], draw: &Draw) -> bool {
     let at = decision(0.0, 0.0);
     let same = |moved: Decision| moved.token == at.token && moved.confidence == at.confidence;
     [(1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-5), (0.0, -1e-5), (1e-5, 1e-5), (-1e-5, -1e-5)].iter().all(|&(du, dp)| same(decision(du, dp)))
+}
+
+/// Entropy, and log probability of a token, by one loop in f32.
+fn plain(logits: &[f32], banned: &[u32], token: u32) -> [f32; 2] {
+    let allowed = || logits.iter().enumerate().filter(|(id, _)| !banned.contains(&(*id as u32))).map(|(_, l)| *l);
+    let max = allowed().fold(f32::NEG_INFINITY, f32::max);
+    let (mut sum, mut moment) = (0.0f32, 0.0f32);
+    for below in allowed().map(|l| l - max).filter(|below| *below > -100.0) {
+        sum += below.exp();
+        moment += below.exp() * below;
+    }
+    [(sum.ln() - moment / sum).max(0.0), logits[token as usize] - max - sum.ln()]
 }
 
 fn agree(got: &Decision, want: &Decision) -> Result<(), String> {

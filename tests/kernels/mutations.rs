@@ -47,19 +47,19 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     (
         "histogram counted before it is cleared",
         remask::holds,
-        ("remask.cu", "histogram[threadIdx.x] = 0;\n        __syncthreads();", "histogram[threadIdx.x] = 0;"),
+        ("select.cuh", "histogram[threadIdx.x] = 0;\n        __syncthreads();", "histogram[threadIdx.x] = 0;"),
     ),
     (
         "histogram read before it is complete",
         remask::holds,
-        ("remask.cu", "        __syncthreads();\n        u32 total;", "        u32 total;"),
+        ("select.cuh", "        __syncthreads();\n        u32 total;", "        u32 total;"),
     ),
     (
         "bin read before it is chosen",
         remask::holds,
-        ("remask.cu", "__syncthreads();  // the next digit rewrites these two only after its own barriers", ""),
+        ("select.cuh", "__syncthreads();  // the next digit rewrites these two only after its own barriers", ""),
     ),
-    ("one tie too many", remask::holds, ("remask.cu", "(equal && equal_before < wanted)", "(equal && equal_before <= wanted)")),
+    ("one tie too many", remask::holds, ("remask.cu", "(equal && equal_before < cut.equal)", "(equal && equal_before <= cut.equal)")),
     ("an id one past the vocabulary", embed::holds, ("embed.cu", "id >= p.vocab", "id > p.vocab")),
     (
         "one id more than the vocabulary has",
@@ -117,11 +117,6 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     ("above the threshold only", reveal::holds, ("reveal.cu", "confidence >= s.bound", "confidence > s.bound")),
     ("the newest entropy counted against itself", reveal::holds, ("reveal.cu", "sum - entropy <=", "sum <=")),
     ("confidence above one", reveal::holds, ("reveal.cu", "confidence > 1.0f ? 1.0f : confidence", "confidence")),
-    (
-        "a digit read before it is chosen",
-        reveal::holds,
-        ("select.cuh", "__syncthreads();  // the next digit rewrites these two only after its own barriers", ""),
-    ),
     (
         "minima rewritten while others still read them",
         reveal::holds,
