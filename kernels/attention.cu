@@ -97,7 +97,7 @@ struct Queries {
     u32 group;  // query heads of a K/V head
     const u32* pages;
     u32 end;    // largest visible end
-    u32 least;  // smallest
+    u32 least;  // smallest of those that see anything
 };
 
 struct Query {
@@ -125,7 +125,7 @@ __device__ __forceinline__ Queries queries_of_cta(const AttentionParams& p) {
     for (u32 index = lane_id(); index < ROWS; index += 32) {
         const Query query = query_of(p, queries, index);
         end = end < query.visible ? query.visible : end;
-        if (query.live) least = query.visible < least ? query.visible : least;
+        if (query.visible) least = query.visible < least ? query.visible : least;
     }
     for (u32 distance = 16; distance > 0; distance /= 2) {
         const u32 other_end = __shfl_xor_sync(FULL_WARP, end, distance), other_least = __shfl_xor_sync(FULL_WARP, least, distance);
@@ -235,6 +235,8 @@ __device__ __forceinline__ bool is_idle(const AttentionParams& p, const Queries&
 #define BUFFER_BYTES (TILE_KEYS * HEAD_DIM * 2)
 // Tiles in shared memory, of keys and values in turn: what fits twice into the 100 KiB of a small multiprocessor (`ring` in the launcher).
 #define RING (HEAD_DIM <= 64 ? 4u : HEAD_DIM <= 128 ? 3u : 2u)
+// Copies whose addresses a thread holds at once: the registers of more are not there beside the sums of a large D.
+#define COPIES (HEAD_DIM > 96 ? 2 : 4)
 #define TOTAL_BYTES(columns) ((columns) * 4 * THREADS * 4)
 #define WEIGHT_STRIDE (TILE_KEYS + 8)  // spreads the rows of a weight tile over the banks
 
@@ -246,7 +248,7 @@ __device__ __forceinline__ u32 piece_at(u32 key, u32 piece) {
 
 // Starts the copy of the 64 keys (or values) from `first` on; zeros at or past `end`, where nothing is read.
 __device__ __forceinline__ void copy_tile(const AttentionParams& p, const Queries& queries, const void* store, u32 first, u8* target) {
-#pragma unroll 4
+#pragma unroll COPIES
     for (u32 i = threadIdx.x; i < TILE_KEYS * PIECES; i += THREADS) {
         const u32 key = i / PIECES, piece = i % PIECES;
         const bool valid = first + key < queries.end;
@@ -255,10 +257,7 @@ __device__ __forceinline__ void copy_tile(const AttentionParams& p, const Querie
     }
 }
 
-// Both halves at once: a bf16 without a finite value has all exponent bits set.
-__device__ __forceinline__ bool low_is_odd(u32 pair) { return (pair & 0x7f80u) == 0x7f80u; }
-__device__ __forceinline__ bool high_is_odd(u32 pair) { return (pair & 0x7f800000u) == 0x7f800000u; }
-
+// What a warp holds of a CTA's work, by how many warps split the queries.
 template <u32 ROW_WARPS>
 struct Bf16Cta {
     static constexpr u32 ROWS = 16 * ROW_WARPS;
@@ -273,6 +272,109 @@ struct Bf16Cta {
         float max[2];
     };
 };
+
+// Scores of the warp's share of a tile of keys: fragments (queries g and g + 8; keys 2t, 2t + 1), -inf where a query does not see the key,
+// and the maxima of the two queries over all lanes.
+template <typename Cta>
+__device__ __forceinline__ void score_keys(
+    float (&scores)[Cta::SCORES][4], float (&max)[2], const u32 (&q)[HEAD_DIM / 16][4], const u8* keys, u32 sharer, u32 first,
+    const u32 (&visible)[2]
+) {
+    const u32 lane = lane_id();
+#pragma unroll
+    for (u32 n = 0; n < Cta::SCORES; ++n) {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) scores[n][i] = 0.0f;
+        const u32 fragment = (sharer * Cta::SCORES + n) * 8, key = fragment + lane % 8;
+#pragma unroll
+        for (u32 k = 0; k + 1 < HEAD_DIM / 16; k += 2) {
+            u32 b[4];
+            ldmatrix_x4(b, keys + piece_at(key, 2 * k + lane / 8));
+            const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+            mma_m16n8k16(scores[n], q[k], low);
+            mma_m16n8k16(scores[n], q[k + 1], high);
+        }
+        if (HEAD_DIM % 32 != 0) {
+            u32 b[2];
+            ldmatrix_x2(b, keys + piece_at(key, PIECES - 2 + lane / 8 % 2));
+            mma_m16n8k16(scores[n], q[HEAD_DIM / 16 - 1], b);
+        }
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            const u32 position = first + fragment + lane % 4 * 2 + i % 2;
+            scores[n][i] = position < visible[i / 2] ? scores[n][i] : NEGATIVE_INFINITY;
+            max[i / 2] = fmaxf(max[i / 2], scores[n][i]);
+        }
+    }
+#pragma unroll
+    for (u32 h = 0; h < 2; ++h) {
+        max[h] = fmaxf(max[h], __shfl_xor_sync(FULL_WARP, max[h], 1));
+        max[h] = fmaxf(max[h], __shfl_xor_sync(FULL_WARP, max[h], 2));
+    }
+}
+
+// Both halves at once: a bf16 without a finite value has all exponent bits set.
+__device__ __forceinline__ bool low_is_odd(u32 pair) { return (pair & 0x7f80u) == 0x7f80u; }
+__device__ __forceinline__ bool high_is_odd(u32 pair) { return (pair & 0x7f800000u) == 0x7f800000u; }
+
+// Searches a tile of values, some of which a query multiplies by zero, for what is not finite. It is clean except after a failure. Otherwise
+// the sums that see such a value become NaN, and it becomes zero for all. Every thread calls it.
+template <typename Cta>
+__device__ __forceinline__ void silence(typename Cta::State& state, u8* values, u32 sharer, u32 first, const u32 (&visible)[2]) {
+    bool odd = false;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < TILE_KEYS * PIECES; i += THREADS) {
+        const uint4 v = *(const uint4*)(values + 16 * i);
+        odd |= low_is_odd(v.x) | high_is_odd(v.x) | low_is_odd(v.y) | high_is_odd(v.y);
+        odd |= low_is_odd(v.z) | high_is_odd(v.z) | low_is_odd(v.w) | high_is_odd(v.w);
+    }
+    if (!__syncthreads_or(odd)) return;
+#pragma unroll
+    for (u32 n = 0; n < Cta::COLUMNS; ++n) {
+        const u32 piece = n * Cta::SHARERS + sharer;
+        if (piece >= PIECES) continue;
+#pragma unroll 1
+        for (u32 key = 0; key < TILE_KEYS; ++key) {
+            const u32 pair = *(const u32*)(values + piece_at(key, piece) + lane_id() % 4 * 4);
+#pragma unroll
+            for (u32 h = 0; h < 2; ++h) {
+                if (first + key >= visible[h]) continue;
+                if (low_is_odd(pair)) state.sums[n][2 * h] = quiet_nan();
+                if (high_is_odd(pair)) state.sums[n][2 * h + 1] = quiet_nan();
+            }
+        }
+    }
+    __syncthreads();  // all have seen them
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < TILE_KEYS * PIECES * 4; i += THREADS) {
+        u32* pair = (u32*)values + i;
+        *pair = (low_is_odd(*pair) ? 0 : *pair & 0xffffu) | (high_is_odd(*pair) ? 0 : *pair & 0xffff0000u);
+    }
+    __syncthreads();  // nobody multiplies before they are gone
+}
+
+// Adds weights times a tile of values to the sums, and the weights to the mass: times a column of ones, in the same order.
+template <typename Cta>
+__device__ __forceinline__ void add_values(
+    typename Cta::State& state, const u32 (&weights)[TILE_KEYS / 16][4], const u8* values, u32 sharer
+) {
+    const u32 ones[2] = {0x3f803f80u, 0x3f803f80u};
+#pragma unroll
+    for (u32 k = 0; k < TILE_KEYS / 16; ++k) mma_m16n8k16(state.mass, weights[k], ones);
+#pragma unroll
+    for (u32 k = 0; k < TILE_KEYS / 16; k += 2) {
+#pragma unroll
+        for (u32 n = 0; n < Cta::COLUMNS; ++n) {
+            const u32 piece = n * Cta::SHARERS + sharer;
+            if (piece >= PIECES) continue;
+            u32 b[4];
+            ldmatrix_x4_trans(b, values + piece_at(16 * k + lane_id(), piece));
+            const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+            mma_m16n8k16(state.sums[n], weights[k], low);
+            mma_m16n8k16(state.sums[n], weights[k + 1], high);
+        }
+    }
+}
 
 template <u32 ROW_WARPS, bool WALK>
 __device__ __forceinline__ void attention_bf16(const AttentionParams& p, u8* memory) {
@@ -331,7 +433,6 @@ __device__ __forceinline__ void attention_bf16(const AttentionParams& p, u8* mem
         }
     }
 
-    const u32 ones[2] = {0x3f803f80u, 0x3f803f80u};
     typename Cta::State state;
     // The state before the first key of a chunk.
     const auto clear = [&] {
@@ -381,38 +482,7 @@ __device__ __forceinline__ void attention_bf16(const AttentionParams& p, u8* mem
         const u8* keys = arrive(step);
         float scores[SCORES][4];
         float max[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
-        if (sees) {
-#pragma unroll
-            for (u32 n = 0; n < SCORES; ++n) {
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) scores[n][i] = 0.0f;
-                const u32 key = (sharer * SCORES + n) * 8 + lane % 8;
-#pragma unroll
-                for (u32 k = 0; k + 1 < HEAD_DIM / 16; k += 2) {
-                    u32 b[4];
-                    ldmatrix_x4(b, keys + piece_at(key, 2 * k + lane / 8));
-                    const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-                    mma_m16n8k16(scores[n], q[k], low);
-                    mma_m16n8k16(scores[n], q[k + 1], high);
-                }
-                if (HEAD_DIM % 32 != 0) {
-                    u32 b[2];
-                    ldmatrix_x2(b, keys + piece_at(key, PIECES - 2 + lane / 8 % 2));
-                    mma_m16n8k16(scores[n], q[HEAD_DIM / 16 - 1], b);
-                }
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) {
-                    const u32 position = first + (sharer * SCORES + n) * 8 + 2 * t + i % 2;
-                    scores[n][i] = position < visible[i / 2] ? scores[n][i] : NEGATIVE_INFINITY;
-                    max[i / 2] = fmaxf(max[i / 2], scores[n][i]);
-                }
-            }
-#pragma unroll
-            for (u32 h = 0; h < 2; ++h) {
-                max[h] = fmaxf(max[h], __shfl_xor_sync(FULL_WARP, max[h], 1));
-                max[h] = fmaxf(max[h], __shfl_xor_sync(FULL_WARP, max[h], 2));
-            }
-        }
+        if (sees) score_keys<Cta>(scores, max, q, keys, sharer, first, visible);
         if (SHARERS > 1) {
             if (t == 0) {
                 tile_max[sharer][16 * row_warp + g] = max[0];
@@ -455,40 +525,8 @@ __device__ __forceinline__ void attention_bf16(const AttentionParams& p, u8* mem
         }
 
         u8* values = arrive(step + 1);
-        if (queries.least < queries.end && first + TILE_KEYS > queries.least) {
-            // Ends differ here. Search what some rows multiply by zero; it is clean except after a failure.
-            bool odd = false;
-#pragma unroll 1
-            for (u32 i = threadIdx.x; i < TILE_KEYS * PIECES; i += THREADS) {
-                const uint4 v = *(const uint4*)(values + 16 * i);
-                odd |= low_is_odd(v.x) | high_is_odd(v.x) | low_is_odd(v.y) | high_is_odd(v.y);
-                odd |= low_is_odd(v.z) | high_is_odd(v.z) | low_is_odd(v.w) | high_is_odd(v.w);
-            }
-            if (__syncthreads_or(odd)) {
-#pragma unroll
-                for (u32 n = 0; n < COLUMNS; ++n) {
-                    const u32 piece = n * SHARERS + sharer;
-                    if (piece >= PIECES) continue;
-#pragma unroll 1
-                    for (u32 key = 0; key < TILE_KEYS; ++key) {
-                        const u32 pair = *(const u32*)(values + piece_at(key, piece) + 4 * t);
-#pragma unroll
-                        for (u32 h = 0; h < 2; ++h) {
-                            if (first + key >= visible[h]) continue;
-                            if (low_is_odd(pair)) state.sums[n][2 * h] = quiet_nan();
-                            if (high_is_odd(pair)) state.sums[n][2 * h + 1] = quiet_nan();
-                        }
-                    }
-                }
-                __syncthreads();
-#pragma unroll 1
-                for (u32 i = threadIdx.x; i < TILE_KEYS * PIECES * 4; i += THREADS) {
-                    u32* pair = (u32*)values + i;
-                    *pair = (low_is_odd(*pair) ? 0 : *pair & 0xffffu) | (high_is_odd(*pair) ? 0 : *pair & 0xffff0000u);
-                }
-                __syncthreads();
-            }
-        }
+        const bool ends_differ = queries.least < queries.end && first + TILE_KEYS > queries.least;
+        if (ends_differ) silence<Cta>(state, values, sharer, first, visible);
         if (sees) {
             if (SHARERS > 1) {
 #pragma unroll
@@ -496,21 +534,7 @@ __device__ __forceinline__ void attention_bf16(const AttentionParams& p, u8* mem
                     ldmatrix_x4(a[k], weights + (16 * row_warp + lane % 16) * WEIGHT_STRIDE + 16 * k + lane / 16 * 8);
                 }
             }
-#pragma unroll
-            for (u32 k = 0; k < TILE_KEYS / 16; ++k) mma_m16n8k16(state.mass, a[k], ones);
-#pragma unroll
-            for (u32 k = 0; k < TILE_KEYS / 16; k += 2) {
-#pragma unroll
-                for (u32 n = 0; n < COLUMNS; ++n) {
-                    const u32 piece = n * SHARERS + sharer;
-                    if (piece >= PIECES) continue;
-                    u32 b[4];
-                    ldmatrix_x4_trans(b, values + piece_at(16 * k + lane, piece));
-                    const u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-                    mma_m16n8k16(state.sums[n], a[k], low);
-                    mma_m16n8k16(state.sums[n], a[k + 1], high);
-                }
-            }
+            add_values<Cta>(state, a, values, sharer);
         }
 
         if (WALK && tile % CHUNK_TILES == CHUNK_TILES - 1 && tile + 1 < span.end) {

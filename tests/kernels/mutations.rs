@@ -4,7 +4,7 @@ use redraft::cuda::Edit;
 use redraft::cuda::machine::Machine;
 
 use crate::emulator::edited_machines;
-use crate::{ask, decide, embed, gather, linear, norm, remask, reveal, rng};
+use crate::{ask, attention, decide, embed, gather, linear, norm, remask, reveal, rng, rope_append};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
@@ -206,6 +206,70 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     ),
     ("an element past the end", gather::holds, ("gather.cu", "col + i < p.width; ++i", "col + i <= p.width; ++i")),
     ("the row itself instead of the chosen one", gather::holds, ("gather.cu", "(p.rows ? p.rows[row] : row)", "row")),
+    ("keys read before they have arrived", attention::holds, ("attention.cu", "cp_async_wait<RING - 2>();", "cp_async_wait<RING - 1>();")),
+    (
+        "a buffer of the ring filled while others still read it",
+        attention::holds,
+        ("attention.cu", "cp_async_wait<RING - 2>();\n        __syncthreads();", "cp_async_wait<RING - 2>();"),
+    ),
+    (
+        "maxima read before the other warps have written theirs",
+        attention::holds,
+        (
+            "attention.cu",
+            "            __syncthreads();\n#pragma unroll\n            for (u32 w = 0; w < SHARERS; ++w) {",
+            "            for (u32 w = 0; w < SHARERS; ++w) {",
+        ),
+    ),
+    ("one key too many", attention::holds, ("attention.cu", "position < visible[i / 2] ?", "position <= visible[i / 2] ?")),
+    (
+        "the slot past the end is read",
+        attention::holds,
+        ("attention.cu", "const bool valid = first + key < queries.end;", "const bool valid = first + key <= queries.end;"),
+    ),
+    ("a mass that is not rescaled", attention::holds, ("attention.cu", "state.mass[i] *= rescale[i / 2];", "")),
+    ("zero times NaN", attention::holds, ("attention.cu", "if (ends_differ) silence", "if (false) silence")),
+    ("NaN that is visible taken away", attention::holds, ("attention.cu", "if (low_is_odd(pair)) state.sums[n][2 * h] = quiet_nan();", "")),
+    ("NaN taken away before all have seen it", attention::holds, ("attention.cu", "__syncthreads();  // all have seen them", "")),
+    (
+        "values multiplied before NaN is taken away",
+        attention::holds,
+        ("attention.cu", "__syncthreads();  // nobody multiplies before they are gone", ""),
+    ),
+    (
+        "a chunk that begins with the sums of the one before",
+        attention::holds,
+        ("attention.cu", "keep(tile / CHUNK_TILES * CHUNK_KEYS);\n            clear();", "keep(tile / CHUNK_TILES * CHUNK_KEYS);"),
+    ),
+    (
+        "chunks blended before the last has arrived",
+        attention::holds,
+        ("attention.cu", "arrived + 1 != chunks_of(queries.end)", "arrived + 2 != chunks_of(queries.end)"),
+    ),
+    ("a counter that stays", attention::holds, ("attention.cu", "if (threadIdx.x == 0) *counter = 0;", "")),
+    (
+        "f32 keys replaced while others still read them",
+        attention::holds,
+        ("attention.cu", "__syncthreads();  // nobody reads the keys any more, and the warp's weights are there", ""),
+    ),
+    (
+        "f32 values replaced while others still read them",
+        attention::holds,
+        ("attention.cu", "__syncthreads();  // nobody reads the values of the tile before", ""),
+    ),
+    ("rotation the wrong way round", rope_append::holds, ("rope_append.cu", "-__fmul_rn(b, sine[i])", "__fmul_rn(b, sine[i])")),
+    (
+        "padding that is written",
+        rope_append::holds,
+        ("rope_append.cu", "const bool live = slot != NO_SLOT;", "const bool live = row < p.rows;"),
+    ),
+    ("values that are rotated", rope_append::holds, ("rope_append.cu", "if (!is_value) {", "if (true) {")),
+    ("a level of the head's sum missing", rope_append::holds, ("rope_append.cu", "u32 distance = LANES / 2;", "u32 distance = LANES / 4;")),
+    (
+        "heads of a page on top of each other",
+        rope_append::holds,
+        ("rope_append.cu", "* p.num_kv_heads + kv_head) * PAGE_SIZE", "* p.num_kv_heads) * PAGE_SIZE"),
+    ),
 ];
 
 fn edit((file, from, to): (&'static str, &'static str, &'static str)) -> Option<Edit> {
