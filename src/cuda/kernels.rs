@@ -90,7 +90,8 @@ pub struct KernelInfo {
     /// One line of constants for each build that `check` compiles.
     pub builds: Vec<String>,
     pub hash: String,
-    /// Shape that `kernels run` takes by default; empty where the kernel only runs inside another's replay.
+    /// Name under which `kernels run` runs it, alone or with the kernels of the same launcher, and the shape that it has by default.
+    pub run: &'static str,
     pub shape: String,
     /// The first line of its header comment.
     pub summary: &'static str,
@@ -98,12 +99,15 @@ pub struct KernelInfo {
 
 /// The kernels that this binary carries. Needs no library.
 pub fn kernels_list() -> Vec<KernelInfo> {
+    let part_of = |kernel: &Kernel, name: &str| kernel.stem.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'));
+    let replay = |kernel: &Kernel| REPLAYS.iter().find(|replay| part_of(kernel, replay.name));
     let info = |kernel: Kernel| KernelInfo {
         stem: kernel.stem,
         entries: kernel.entries(),
         builds: builds().iter().filter(|build| build.stem == kernel.stem).map(constants).collect(),
         hash: format!("{:016x}", kernel.hash),
-        shape: REPLAYS.iter().find(|replay| replay.name == kernel.stem).map(Replay::defaults).unwrap_or_default(),
+        run: replay(&kernel).map_or("", |replay| replay.name),
+        shape: replay(&kernel).map(Replay::defaults).unwrap_or_default(),
         summary: kernel.source.lines().next().unwrap_or_default().trim_start_matches("//").trim(),
     };
     kernels().into_iter().map(info).collect()
@@ -188,7 +192,7 @@ const REGISTER_BUDGETS: [(&str, u32); 9] = [
     ("norm", 64),
     ("remask", 48),
     ("reveal", 48),
-    ("rope_append", 64),
+    ("rope_append", 40),
 ];
 
 /// The most registers that a thread of `entry` may use: its budget, else what lets one CTA run.
@@ -219,9 +223,17 @@ pub fn over_budget(reports: &[KernelReport]) -> Vec<String> {
 
 /// The list as aligned text.
 pub fn list_table(list: &[KernelInfo]) -> String {
-    let row =
-        |k: &KernelInfo| vec![k.stem.into(), k.entries.join(" "), k.builds.join("; "), k.hash.clone(), k.shape.clone(), k.summary.into()];
-    table(&["kernel", "entries", "builds", "hash", "run --shape", "what"], list.iter().map(row))
+    let row = |k: &KernelInfo| {
+        vec![
+            k.stem.into(),
+            k.entries.join(" "),
+            k.builds.join("; "),
+            k.hash.clone(),
+            format!("{} --shape {}", k.run, k.shape),
+            k.summary.into(),
+        ]
+    };
+    table(&["kernel", "entries", "builds", "hash", "kernels run", "what"], list.iter().map(row))
 }
 
 /// The report as aligned text.
@@ -284,6 +296,7 @@ mod tests {
         );
         for kernel in &list {
             assert!(!kernel.entries.is_empty() && !kernel.builds.is_empty(), "{}", kernel.stem);
+            assert!(!kernel.run.is_empty() && !kernel.shape.is_empty(), "{}: no entry of REPLAYS", kernel.stem);
             assert!(kernel.entries.iter().all(|entry| entry.starts_with(kernel.stem)), "{}: {:?}", kernel.stem, kernel.entries);
             assert!(kernel.summary.starts_with(&format!("{}: ", kernel.stem)), "{}: {:?}", kernel.stem, kernel.summary);
         }

@@ -11,7 +11,7 @@ use std::time::Instant;
 use half::bf16;
 use serde::Serialize;
 
-use super::driver::{Address, Driver, Graph};
+use super::driver::{Address, Driver, Graph, Limits};
 use super::machine::Machine;
 use super::replays::REPLAYS;
 use crate::backend::DType;
@@ -146,6 +146,10 @@ impl<'a> Inputs<'a> {
         let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         ((z ^ (z >> 31)) >> 32) as u32
+    }
+
+    pub(super) fn limits(&self) -> Limits {
+        self.driver.limits()
     }
 
     fn alloc(&self, bytes: usize) -> Result<Address> {
@@ -363,7 +367,7 @@ mod tests {
         };
         let shape = of(&["rows=7", "vocab=12"], false).unwrap();
         assert_eq!(["rows", "width", "vocab"].map(|name| shape.get(name)), [7, 4096, 12]);
-        assert_eq!(of(&[], true).unwrap().get("width"), 64);
+        assert_eq!(of(&[], true).unwrap().get("width"), 66);
         for (given, part) in [
             ("heads=3", "--shape heads=3: embed has rows=4096,width=4096,vocab=50258"),
             ("rows", "expected rows=N with N from 1"),
@@ -374,6 +378,6 @@ mod tests {
             let text = of(&[given], false).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
         }
-        assert!(replay_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are ask, copy, "));
+        assert!(replay_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are ask, attention, copy, "));
     }
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::ask::{self, Ask, SessionStep, SessionSummary};
+use super::attention::{self, Attention, Regime};
 use super::decide::{self, Decide, DecisionRecord, DrawRecord};
 use super::embed::{self, Embed};
 use super::gather::{self, Gather};
@@ -10,9 +11,13 @@ use super::norm::{self, Kind, Norm};
 use super::remask::{self, RemaskParams, state};
 use super::replay::{Inputs, Key, Op, Replay, Shape};
 use super::reveal::{self, RevealParams};
-use crate::backend::{DType, Epilogue, Reveal};
+use super::rope_append::{self, RopeAppend};
+use crate::backend::{DType, Epilogue, HeadShape, Reveal};
 use crate::error::{Error, Result};
 use crate::schedule::Rank;
+
+/// Of K/V, as the engine has it by default.
+const PAGE_SIZE: u32 = 16;
 
 const fn key(name: &'static str, device: u32, small: u32) -> Key {
     Key { name, device, small }
@@ -21,6 +26,18 @@ const fn key(name: &'static str, device: u32, small: u32) -> Key {
 /// By name: those of a stem carry it. `copy` is no kernel of ours but the ceiling of those that memory bounds.
 pub static REPLAYS: &[Replay] = &[
     Replay { name: "ask", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: ask },
+    Replay {
+        name: "attention",
+        keys: &[
+            key("sequences", 8, 2),
+            key("rows", 32, 5),
+            key("len", 2048, 70),
+            key("heads", 32, 4),
+            key("kv_heads", 8, 2),
+            key("head_dim", 128, 32),
+        ],
+        prepare: attention,
+    },
     Replay { name: "copy", keys: &[key("mebibytes", 1024, 1)], prepare: copy },
     Replay {
         name: "decide",
@@ -32,6 +49,11 @@ pub static REPLAYS: &[Replay] = &[
     Replay { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
     Replay { name: "norm", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)], prepare: norm },
     Replay { name: "remask", keys: &[key("sequences", 64, 3), key("len", 1024, 40)], prepare: remask },
+    Replay {
+        name: "rope_append",
+        keys: &[key("rows", 1024, 5), key("heads", 32, 4), key("kv_heads", 8, 2), key("head_dim", 128, 32)],
+        prepare: rope_append,
+    },
     Replay { name: "reveal", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: reveal },
 ];
 
@@ -87,6 +109,75 @@ fn ask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     };
     let bytes = u64::from(asks) * (1 + 4 + size_of::<DrawRecord>() as u64);
     Ok(Op::new(bytes, move |machine| ask::ask(machine, &op)))
+}
+
+fn heads(shape: &Shape) -> Result<HeadShape> {
+    let [num_heads, num_kv_heads, head_dim] = ["heads", "kv_heads", "head_dim"].map(|name| shape.get(name) as usize);
+    if num_heads % num_kv_heads != 0 {
+        return Err(Error::request(format!("heads={num_heads}: not a multiple of kv_heads={num_kv_heads}")));
+    }
+    Ok(HeadShape { num_heads, num_kv_heads, head_dim })
+}
+
+/// Every row of a sequence sees all of it.
+fn attention(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (sequences, rows, len, dtype) = (shape.get("sequences"), shape.get("rows"), shape.get("len"), shape.dtype);
+    let heads = heads(shape)?;
+    let total = small_count(sequences, rows)?;
+    let indptr: Vec<u32> = (0..=sequences).map(|s| s * rows).collect();
+    let regime = Regime::of(&inputs.limits(), dtype, heads, &indptr);
+    let tiles = attention::tiles(&indptr, heads, regime.tile_queries(dtype, heads));
+    let pages = len.div_ceil(PAGE_SIZE);
+    let width = (heads.num_kv_heads * heads.head_dim) as u32;
+    let slots = small_count(sequences, pages)? * PAGE_SIZE;
+    let out = inputs.space(total, heads.q_width() as u32, dtype)?;
+    let op = Attention {
+        heads,
+        page_size: PAGE_SIZE,
+        dtype,
+        regime,
+        tiles: inputs.records(&tiles)?,
+        num_tiles: tiles.len() as u32,
+        max_visible: len,
+        qkv: inputs.noise(total, heads.qkv_width() as u32, DType::F32)?,
+        keys: inputs.noise(slots, width, dtype)?,
+        values: inputs.noise(slots, width, dtype)?,
+        visible: inputs.words(total, |_, _| len)?,
+        page_indptr: inputs.words(sequences + 1, |s, _| s * pages)?,
+        pages: inputs.words(sequences * pages, |page, _| page)?,
+        out,
+        out_dtype: dtype,
+    };
+    let queries = count(total, heads.q_width() as u32);
+    let kv = 2 * count(sequences, len) * u64::from(width);
+    let bytes = queries * (4 + dtype.bytes() as u64) + kv * dtype.bytes() as u64;
+    let launch = move |machine: &_| attention::attention(machine, &op);
+    Ok(Op::new(bytes, launch).flop(4 * queries * u64::from(len)).result(out, queries, dtype))
+}
+
+fn rope_append(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, heads, dtype) = (shape.get("rows"), heads(shape)?, shape.dtype);
+    let (q, kv) = (heads.q_width() as u32, (heads.num_kv_heads * heads.head_dim) as u32);
+    let slots = rows.next_multiple_of(PAGE_SIZE);
+    let mut rotations = Vec::new();
+    crate::cpu::extend_rotations(1e4, heads.head_dim, rows as usize, &mut rotations);
+    let qkv = inputs.noise(rows, heads.qkv_width() as u32, DType::F32)?;
+    let op = RopeAppend {
+        rows,
+        heads,
+        page_size: PAGE_SIZE,
+        dtype,
+        norm: None,
+        qkv,
+        positions: inputs.words(rows, |row, _| row)?,
+        slots: inputs.words(rows, |row, _| row)?,
+        rotations: inputs.records(&rotations)?,
+        keys: inputs.space(slots, kv, dtype)?,
+        values: inputs.space(slots, kv, dtype)?,
+    };
+    let bytes = count(rows, 2 * q) * 4 + 2 * count(rows, kv) * (4 + dtype.bytes() as u64);
+    let launch = move |machine: &_| rope_append::rope_append(machine, &op);
+    Ok(Op::new(bytes, launch).result(qkv, count(rows, heads.qkv_width() as u32), DType::F32))
 }
 
 fn copy(inputs: &Inputs, shape: &Shape) -> Result<Op> {

@@ -17,6 +17,7 @@ mod norm;
 mod nvrtc;
 mod params;
 mod remask;
+mod replays;
 mod reveal;
 mod rng;
 mod rope_append;
