@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use redraft::backend::DType;
 use redraft::cuda::{Asked, kernels_list, replay};
 
-use crate::emulator::one_machine;
+use crate::emulator::machines;
 
 #[test]
 fn every_launcher_runs_alone() {
-    let machine = one_machine();
+    let machine = machines().swap_remove(0);
     let names: BTreeSet<&str> = kernels_list().iter().map(|kernel| kernel.run).collect();
     assert!(names.len() >= 10, "{names:?}");
     let nucleus = ["top_p_percent=90".to_owned()];
