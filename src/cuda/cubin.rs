@@ -81,7 +81,7 @@ mod tests {
         let whole = image(".nv.info.embed_f32", &attributes.concat());
         assert_eq!(max_threads(&whole, "embed_f32"), Some(256));
         assert_eq!(max_threads(&whole, "embed"), None);
-        assert_eq!(max_threads(&image(".nv.info.embed", &attributes[0]), "embed"), None);
+        assert_eq!(max_threads(&image(".nv.info.embed", attributes[0]), "embed"), None);
         for cut in 0..whole.len() {
             assert_eq!(max_threads(&whole[..cut], "embed_f32"), None, "{cut}");
         }
