@@ -34,7 +34,7 @@ params! {
     }
 }
 
-/// States of a canvas position on the device, the `STATE_*` of `kernels/remask.cu` and the variants of `canvas::State`.
+/// States of a canvas position on the device, the `STATE_*` of `kernels/canvas.cuh` and the variants of `canvas::State`.
 pub mod state {
     pub const FIXED: u8 = 0;
     pub const MASKED: u8 = 1;
