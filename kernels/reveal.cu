@@ -7,7 +7,7 @@
 //
 // Layout: one CTA per session, asks in position order, so a lower ask is a lower position. Integer sums only, but for that one in f64.
 // Cost: 32 bytes read per ask and pass; 4 passes (8 for the uniform's 64 bits) of 5 barriers, or 2 barriers per revealed position under
-// `RULE_ENTROPY`. Bound by latency: 5 us for a block of 32 or 1,024.
+// `RULE_ENTROPY`. Bound by latency.
 #include "canvas.cuh"
 #include "decide.cuh"
 #include "select.cuh"

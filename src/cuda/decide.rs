@@ -162,7 +162,7 @@ const TILE_BYTES: usize = 32;
 const MAX_GROUPS: u32 = 1024;
 /// Threads of `decide_nucleus`, a row.
 const NUCLEUS_THREADS: u32 = 512;
-/// Workspace that tile records or logits may take; beyond it rows go through in chunks. 64 MiB are 334 rows of 50,258 logits, or 5,000 rows of
+/// Workspace that tile records or logits may take; beyond it rows go through in chunks. 64 MiB are 333 rows of 50,258 logits, or 5,336 rows of
 /// their tiles.
 const CHUNK_BYTES: usize = 64 << 20;
 
