@@ -275,7 +275,7 @@ pub trait Backend {
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// Rotates q (in place) and k of each fused QKV row by its position (half-split RoPE: pairs (i, i + D/2), angle `position * base^(-2i/D)`, f32), then writes
-    /// k and v to the row's slot of `layer`.
+    /// k and v to the row's slot of `layer`. What stays in the place of k is unspecified.
     fn rope_append(
         &self,
         batch: &Self::Batch,

@@ -23,6 +23,11 @@ pub trait TestBackend: Backend {
         true
     }
 
+    /// Whether `rope_append` leaves rotated keys in the rows.
+    fn rotates_keys_in_place(&self) -> bool {
+        true
+    }
+
     fn read(&self, src: &Self::Buffer, len: usize) -> Vec<f32> {
         let mut dst = vec![0.0; len];
         self.download(src, 0, &mut dst).unwrap();
@@ -51,11 +56,14 @@ pub fn cpus(threads: usize) -> Vec<Cpu> {
     sets.flat_map(|isa| [DType::F32, DType::Bf16].map(|dtype| Cpu::with_isa(threads, dtype, isa).unwrap())).collect()
 }
 
-/// What a test of a single machine needs to know of a device backend beside the trait.
 #[cfg(feature = "cuda")]
 impl TestBackend for redraft::cuda::Cuda {
     fn upload(&self, src: &[f32]) -> redraft::cuda::Buffer {
         self.buffer_of(src).unwrap()
+    }
+
+    fn rotates_keys_in_place(&self) -> bool {
+        false
     }
 
     /// The matrix units multiply bf16 heads in steps of sixteen.

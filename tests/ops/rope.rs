@@ -21,12 +21,23 @@ fn plan(rows: usize) -> Plan {
     plan
 }
 
+/// The rows afterwards. What is left in the place of the keys is the backend's own business (they are in their slots): where they are not
+/// rotated, they count as zeros.
 fn rotate<B: TestBackend>(b: &B, plan: &Plan, heads: HeadShape, base: f32, qkv: &[f32]) -> Vec<f32> {
     let HeadShape { num_kv_heads, head_dim, .. } = heads;
     let mut kv = b.kv_cache(KvShape { num_layers: 2, num_pages: 80, page_size: 16, num_kv_heads, head_dim }).unwrap();
     let mut buffer = b.upload(qkv);
     b.rope_append(&b.batch(plan).unwrap(), heads, base, &mut buffer, 1, &mut kv).unwrap();
-    b.read(&buffer, qkv.len())
+    let mut rows = b.read(&buffer, qkv.len());
+    if !b.rotates_keys_in_place() {
+        forget_keys(heads, &mut rows);
+    }
+    rows
+}
+
+fn forget_keys(heads: HeadShape, rows: &mut [f32]) {
+    let keys = heads.q_width()..heads.q_width() + heads.num_kv_heads * heads.head_dim;
+    rows.chunks_exact_mut(heads.qkv_width()).for_each(|row| row[keys.clone()].fill(0.0));
 }
 
 #[test]
@@ -39,6 +50,9 @@ fn rotates_as_the_oracle_does() {
             let mut want = qkv.clone();
             let slots = 80 * 16 * heads.num_kv_heads * heads.head_dim;
             oracle::rope_append(b.dtype(), &plan, heads, base, &mut want, &mut vec![0.0; slots], &mut vec![0.0; slots]);
+            if !b.rotates_keys_in_place() {
+                forget_keys(heads, &mut want);
+            }
             let want: Vec<f64> = want.iter().map(|&v| f64::from(v)).collect();
             // Three roundings of values up to sqrt(2), and half a unit of the oracle's own store.
             assert_close(&format!("{} {heads:?}", b.name()), &rotate(b, &plan, heads, base, &qkv), &want, |_| 3e-7);
