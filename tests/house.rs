@@ -224,12 +224,13 @@ fn every_dependency_has_its_reason() {
     fail_on("dependencies without a reason beside them", broken);
 }
 
-/// A kernel has a test of its own name, which runs it on the CPU.
+/// A kernel has a test of its own name, or of the op that it is a part of (`decide_draw` belongs to `decide`), which runs it on the CPU.
 #[test]
 fn every_kernel_has_its_test() {
     let stems =
         files("kernels").into_iter().filter_map(|f| f.strip_suffix(".cu").and_then(|f| f.strip_prefix("kernels/")).map(String::from));
-    let broken: Vec<String> = stems.clone().filter(|stem| !root().join(format!("tests/kernels/{stem}.rs")).exists()).collect();
-    assert!(stems.count() >= 3);
+    let tested = |stem: &str| root().join(format!("tests/kernels/{stem}.rs")).exists();
+    let broken: Vec<String> = stems.clone().filter(|stem| !tested(stem) && !stem.split_once('_').is_some_and(|(op, _)| tested(op))).collect();
+    assert!(stems.count() >= 10);
     fail_on("kernels without a test", broken);
 }

@@ -189,6 +189,7 @@ impl DeviceFlags {
 }
 
 /// A backend, ready. The commands are written once for any of them; [`on_machine`] is the one place that tells them apart.
+#[allow(clippy::large_enum_variant)] // one per process, moved once
 pub(crate) enum Machine {
     Cpu(Cpu),
     #[cfg(feature = "cuda")]

@@ -20,12 +20,15 @@ pub const COUNTERS: usize = 1 << 16;
 /// Blocks up to this size are kept for the next request of their size instead of being freed, which on a GPU waits for everything.
 const KEPT_BYTES: usize = 1 << 20;
 
+/// A block on its way back: where it lies and its size.
+type Returned = (Address, usize);
+
 /// Device memory. Dropping it gives it back to its machine.
 #[derive(Debug)]
 pub struct Memory {
     address: Address,
     bytes: usize,
-    returned: Sender<(Address, usize)>,
+    returned: Sender<Returned>,
 }
 
 impl Memory {
@@ -49,7 +52,7 @@ impl Drop for Memory {
 /// A driver with its loaded functions and shared memory areas.
 pub struct Machine {
     pub driver: Box<dyn Driver>,
-    returned: (Sender<(Address, usize)>, Receiver<(Address, usize)>),
+    returned: (Sender<Returned>, Receiver<Returned>),
     kept: RefCell<HashMap<usize, Vec<Address>>>,
     functions: RefCell<HashMap<(Build, &'static str), Function>>,
     workspace: Cell<(Address, usize)>,

@@ -27,7 +27,8 @@ fn child() {
     };
     let limits = gpu.limits();
     println!("open: {} as {}, {} multiprocessors, {} B shared", gpu.name(), gpu.arch(), limits.num_sms, limits.shared_per_cta);
-    let mut steps: Vec<(&str, &dyn Fn(&Gpu) -> Result<String>)> = vec![("memory", &memory), ("too much", &too_much)];
+    type Step<'a> = (&'a str, &'a dyn Fn(&Gpu) -> Result<String>);
+    let mut steps: Vec<Step> = vec![("memory", &memory), ("too much", &too_much)];
     if what == "launches" {
         // Machines own their driver; this one is opened beside the first and shares its context.
         let machine = Gpu::open(0).and_then(|gpu| Machine::new(Box::new(gpu)));
