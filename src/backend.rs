@@ -196,6 +196,14 @@ pub struct RunDecision {
 /// The decisions of one step, for each of its sequences.
 pub type StepDecisions = Vec<Result<Vec<RunDecision>>>;
 
+/// Activations of one kind, by their number of elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    F32(usize),
+    /// What only `linear` and `decide` read: they round to the weight dtype anyway, so a backend may store it in that.
+    Input(usize),
+}
+
 /// Reads rows of a weight on demand: `fill(first_row, dst)` writes `dst.len() / k` rows of k f32 values.
 pub type RowSource<'a> = dyn FnMut(usize, &mut [f32]) -> Result<()> + 'a;
 
@@ -223,9 +231,8 @@ pub trait Backend {
 
     /// `len` f32 zeros.
     fn alloc(&self, len: usize) -> Result<Self::Buffer>;
-    /// `len` zeros for activations that only `linear` and `decide` read: they round to the weight dtype anyway, so a backend may store
-    /// them in it.
-    fn alloc_input(&self, len: usize) -> Result<Self::Buffer>;
+    /// Zeros for the activations of a forward, from one allocation where the backend can.
+    fn arena<const N: usize>(&self, parts: [Activation; N]) -> Result<[Self::Buffer; N]>;
     /// Copies `dst.len()` elements starting at `offset`. Waits.
     fn download(&self, src: &Self::Buffer, offset: usize, dst: &mut [f32]) -> Result<()>;
     /// Waits for everything enqueued.

@@ -23,7 +23,7 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::backend::{Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource, RunSpec, StepDecisions};
+use crate::backend::{Activation, Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource, RunSpec, StepDecisions};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 
@@ -210,9 +210,13 @@ impl Backend for Cpu {
         Ok(Buffer(Aligned::zeroed(len)))
     }
 
-    fn alloc_input(&self, len: usize) -> Result<Buffer> {
-        // f32 as well: the product rounds what it reads.
-        self.alloc(len)
+    fn arena<const N: usize>(&self, parts: [Activation; N]) -> Result<[Buffer; N]> {
+        // Inputs are f32 as well: the product rounds what it reads. Parts of their own begin at cache lines.
+        let mut buffers = Vec::with_capacity(N);
+        for Activation::F32(len) | Activation::Input(len) in parts {
+            buffers.push(self.alloc(len)?);
+        }
+        Ok(buffers.try_into().unwrap_or_else(|_| unreachable!("one buffer for each part")))
     }
 
     fn download(&self, src: &Buffer, offset: usize, dst: &mut [f32]) -> Result<()> {

@@ -8,6 +8,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::sync::Arc;
 use std::time::Instant;
 
 use half::bf16;
@@ -22,7 +23,7 @@ use super::machine::{Machine, Memory};
 use super::norm::{self, Norm};
 use super::rope_append::{self, RopeAppend};
 use super::run::{Current, Run};
-use crate::backend::{Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource, RunSpec, StepDecisions};
+use crate::backend::{Activation, Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource, RunSpec, StepDecisions};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 
@@ -82,7 +83,9 @@ pub(super) struct TileShape {
 
 /// Activations.
 pub struct Buffer {
-    pub(super) memory: Memory,
+    /// Shared by the parts of an arena.
+    _memory: Arc<Memory>,
+    address: Address,
     len: usize,
     pub(super) dtype: DType,
 }
@@ -212,13 +215,7 @@ impl Cuda {
     pub fn buffer_of(&self, src: &[f32]) -> Result<Buffer> {
         let memory = self.machine.memory(4 * src.len())?;
         self.machine.driver.write(memory.address(), bytemuck::cast_slice(src))?;
-        Ok(Buffer { memory, len: src.len(), dtype: DType::F32 })
-    }
-
-    fn buffer(&self, len: usize, dtype: DType) -> Result<Buffer> {
-        let memory = self.machine.memory(len * dtype.bytes())?;
-        self.machine.driver.fill(memory.address(), 0, (len * dtype.bytes()).div_ceil(4))?;
-        Ok(Buffer { memory, len, dtype })
+        Ok(Buffer { address: memory.address(), _memory: Arc::new(memory), len: src.len(), dtype: DType::F32 })
     }
 
     pub(super) fn upload_words(&self, words: &[u32]) -> Result<Memory> {
@@ -268,14 +265,14 @@ impl Cuda {
     /// x as the element type of the weights: itself, or a rounded copy that lives as long as the answer.
     fn as_input(&self, x: &Buffer, elements: usize) -> Result<(Address, Option<Memory>)> {
         if x.dtype == self.dtype {
-            return Ok((x.memory.address(), None));
+            return Ok((x.address, None));
         }
         let copy = self.machine.memory(elements * self.dtype.bytes())?;
         let cast = Gather {
             count: 1,
             width: elements as u32,
             rows: None,
-            x: x.memory.address(),
+            x: x.address,
             x_dtype: x.dtype,
             out: copy.address(),
             out_dtype: self.dtype,
@@ -323,16 +320,31 @@ impl Backend for Cuda {
     }
 
     fn alloc(&self, len: usize) -> Result<Buffer> {
-        self.buffer(len, DType::F32)
+        let [buffer] = self.arena([Activation::F32(len)])?;
+        Ok(buffer)
     }
 
-    fn alloc_input(&self, len: usize) -> Result<Buffer> {
-        self.buffer(len, self.dtype)
+    fn arena<const N: usize>(&self, parts: [Activation; N]) -> Result<[Buffer; N]> {
+        let shapes = parts.map(|part| match part {
+            Activation::F32(len) => (len, DType::F32),
+            Activation::Input(len) => (len, self.dtype),
+        });
+        // Parts begin where vectors of any width may.
+        let bytes = shapes.map(|(len, dtype)| (len * dtype.bytes()).next_multiple_of(256));
+        let total: usize = bytes.iter().sum();
+        let memory = Arc::new(self.machine.memory(total)?);
+        self.machine.driver.fill(memory.address(), 0, total / 4)?;
+        let mut next = memory.address();
+        Ok(std::array::from_fn(|i| {
+            let (len, dtype) = shapes[i];
+            next += bytes[i] as u64;
+            Buffer { _memory: memory.clone(), address: next - bytes[i] as u64, len, dtype }
+        }))
     }
 
     fn download(&self, src: &Buffer, offset: usize, dst: &mut [f32]) -> Result<()> {
         assert!(offset + dst.len() <= src.len, "{} elements at {offset} of {}", dst.len(), src.len);
-        let from = src.memory.address() + (offset * src.dtype.bytes()) as u64;
+        let from = src.address + (offset * src.dtype.bytes()) as u64;
         match src.dtype {
             DType::F32 => self.machine.driver.read(from, bytemuck::cast_slice_mut(dst)),
             DType::Bf16 => {
@@ -455,7 +467,7 @@ impl Backend for Cuda {
             ids: batch.arrays.ids,
             index: batch.arrays.index,
             table: table.memory.address(),
-            out: out.memory.address(),
+            out: out.address,
         };
         embed::embed(&self.machine, &op)
     }
@@ -468,10 +480,10 @@ impl Backend for Cuda {
             rows: rows as u32,
             width: width as u32,
             eps,
-            x: x.memory.address(),
+            x: x.address,
             weight: weight.memory.address(),
             bias: bias.map(|b| b.memory.address()),
-            out: out.memory.address(),
+            out: out.address,
             out_dtype: out.dtype,
         };
         norm::norm(&self.machine, &op)
@@ -492,7 +504,7 @@ impl Backend for Cuda {
             dtype: self.dtype,
             bias: bias.map(|b| b.memory.address()),
             epilogue,
-            out: out.memory.address(),
+            out: out.address,
             out_dtype: out.dtype,
         };
         linear::linear(&self.machine, &op)
@@ -523,7 +535,7 @@ impl Backend for Cuda {
             positions: batch.arrays.positions,
             slots: batch.arrays.slots,
             rotations,
-            qkv: qkv.memory.address(),
+            qkv: qkv.address,
             keys: kv.keys.address() + offset,
             values: kv.values.address() + offset,
             norm: None,
@@ -545,13 +557,13 @@ impl Backend for Cuda {
             tiles,
             num_tiles: shape.num_tiles,
             max_visible: batch.shape.max_visible,
-            qkv: qkv.memory.address(),
+            qkv: qkv.address,
             keys: kv.keys.address() + offset,
             values: kv.values.address() + offset,
             visible: batch.arrays.visible,
             page_indptr: batch.arrays.page_indptr,
             pages: batch.arrays.pages,
-            out: out.memory.address(),
+            out: out.address,
             out_dtype: out.dtype,
         };
         attention::attention(&self.machine, &op)
@@ -563,9 +575,9 @@ impl Backend for Cuda {
             count: rows.len as u32,
             width: width as u32,
             rows: Some(rows.address),
-            x: x.memory.address(),
+            x: x.address,
             x_dtype: x.dtype,
-            out: out.memory.address(),
+            out: out.address,
             out_dtype: out.dtype,
         };
         gather::gather(&self.machine, &op)
@@ -574,15 +586,7 @@ impl Backend for Cuda {
     fn copy(&self, len: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
         assert!(x.len.min(out.len) >= len, "{len} of x of {}, out of {}", x.len, out.len);
         // A kernel and not the driver's copy: it may stand inside a recorded graph.
-        let op = Gather {
-            count: 1,
-            width: len as u32,
-            rows: None,
-            x: x.memory.address(),
-            x_dtype: x.dtype,
-            out: out.memory.address(),
-            out_dtype: out.dtype,
-        };
+        let op = Gather { count: 1, width: len as u32, rows: None, x: x.address, x_dtype: x.dtype, out: out.address, out_dtype: out.dtype };
         gather::gather(&self.machine, &op)
     }
 
@@ -635,7 +639,7 @@ impl Backend for Cuda {
 
     fn decide_run(&self, run: &mut Run, hidden: &Buffer, head: &Matrix, bias: Option<&Vector>) -> Result<()> {
         assert!(hidden.dtype == self.dtype, "hidden states of a run are inputs of a product");
-        run.decide(self, hidden.memory.address(), head, bias)
+        run.decide(self, hidden.address, head, bias)
     }
 
     fn end_run(&self, run: Run) -> Result<Vec<StepDecisions>> {

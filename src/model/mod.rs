@@ -14,7 +14,7 @@ pub mod shapes;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Backend, Decision, Draw, Epilogue, KvShape, RunStep};
+use crate::backend::{Activation, Backend, Decision, Draw, Epilogue, KvShape, RunStep};
 use crate::config::{Family, ModelConfig};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -99,15 +99,14 @@ impl<B: Backend> Scratch<B> {
     pub fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self> {
         let width = config.hidden_dim.max(config.heads.q_width());
         let wide = config.heads.qkv_width().max(config.hidden_dim);
-        Ok(Scratch {
-            id: unique(),
-            rows,
-            x: backend.alloc(rows * width)?,
-            h: backend.alloc_input(rows * width)?,
-            qkv: backend.alloc(rows * wide)?,
-            picked: backend.alloc(rows * wide)?,
-            mlp: backend.alloc_input(rows * config.mlp_dim)?,
-        })
+        let [x, h, qkv, picked, mlp] = backend.arena([
+            Activation::F32(rows * width),
+            Activation::Input(rows * width),
+            Activation::F32(rows * wide),
+            Activation::F32(rows * wide),
+            Activation::Input(rows * config.mlp_dim),
+        ])?;
+        Ok(Scratch { id: unique(), rows, x, h, qkv, picked, mlp })
     }
 
     fn reserve(&mut self, backend: &B, config: &ModelConfig, rows: usize) -> Result<()> {

@@ -3,8 +3,8 @@
 use redraft::cuda::{Build, Compiler, Kernel, builds, compiler, kernels, kernels_check, over_budget, report_table};
 use redraft::error::Error;
 
-/// A100, RTX 30 and 40, H100 and H200, B200, RTX 50.
-const ARCHS: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120"];
+/// The oldest and the newest; `redraft kernels check` has all of them, and CI runs it.
+const ARCHS: [&str; 2] = ["sm_80", "sm_120"];
 
 fn found() -> Option<&'static Compiler> {
     match compiler() {
