@@ -3,9 +3,11 @@
 // Checked on the way: all threads reach the same barrier, a warp operation is joined by all lanes of its mask with the same mask at
 // the same line, no thread exits past a barrier that others wait at, no access leaves its buffer (the driver puts inaccessible pages
 // around each). A violation ends the launch with a sentence, not with a hang or a crash.
+// A build that reports its accesses is also held to have a barrier between any two threads that touch the same shared memory.
 // Not modelled: reordering of plain loads and stores between fibers (they run whole stretches), bank conflicts, occupancy.
 //
-// Each kernel's library holds a copy of this file, and the driver loads a library once per OS thread: nothing here is shared.
+// Each kernel's library holds a copy of this file, and the driver loads a library once per OS thread: nothing here is shared. One more copy
+// without a kernel serves the process: it maps buffers and owns the handler of faults, which must outlive any kernel.
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
@@ -50,6 +52,12 @@ redraft_switch:
     .size redraft_switch, .-redraft_switch
 )");
 
+// Where a launch continues after a fault, and what the fault was.
+struct FaultExit {
+    sigjmp_buf place;
+    const void* address;
+};
+
 extern char __start_redraft_shared[] __attribute__((weak, visibility("hidden")));
 extern char __stop_redraft_shared[] __attribute__((weak, visibility("hidden")));
 
@@ -83,6 +91,7 @@ enum Copies { Late, Eager };
 
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr size_t PAGE = 4096;
+constexpr size_t GAP = 1 << 20;  // between buffers: addresses cost nothing, and an index may be wrong by a whole row
 constexpr unsigned NAN_PATTERN = 0x7fc0dead;
 
 std::vector<Fiber> fibers;
@@ -100,14 +109,18 @@ const char* kernel_name;
 void (*entry)(const void*);
 const void* parameters;
 char failure[512];
-sigjmp_buf fault_exit;
-thread_local bool catching;  // this copy runs on this OS thread
-struct sigaction previous_handler;
 
 void describe(const char* format, va_list values) {
     if (failure[0]) return;
     const int used = snprintf(failure, sizeof failure, "%s, CTA (%u, %u, %u), thread %u: ", kernel_name, blockIdx.x, blockIdx.y, blockIdx.z, running);
     vsnprintf(failure + used, sizeof failure - used, format, values);
+}
+
+void note(const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    describe(format, values);
+    va_end(values);
 }
 
 unsigned random_below(unsigned bound) {
@@ -149,7 +162,72 @@ void run_thread() {
     abort();  // an exited fiber is never resumed
 }
 
+// ---- races ----
+//
+// Two threads touch a byte of shared memory, one of them writes, and no barrier stands between: the result depends on timing, whether or
+// not a schedule shows it. A build with -fsanitize=thread calls the functions at the end of this file at every access; here is
+// remembered who wrote and who read each byte since the last barrier. Within a warp __syncwarp orders, too; shuffles and votes do not.
+
+enum class Access { Read, Write, Atomic };
+enum Spread : unsigned char { OneThread, OneWarp, SeveralWarps };
+
+// Who touched a byte in this epoch, as far as it is not ordered before everything that its warp will do.
+struct Trace {
+    unsigned epoch, round;
+    unsigned short thread;
+    Spread spread;
+    bool atomic;
+};
+
+struct Cell {
+    Trace written, read;
+};
+
+bool watching;  // this library reports its accesses
+std::vector<Cell> cells;  // one for each byte, static ones first
+unsigned epoch;  // counts barriers, over all CTAs
+std::vector<unsigned> warp_rounds;  // counts __syncwarp
+
+bool unordered(const Trace& trace) {
+    if (trace.epoch != epoch || (trace.spread == OneThread && trace.thread == running)) return false;
+    return trace.spread == SeveralWarps || trace.thread / 32 != running / 32 || trace.round == warp_rounds[running / 32];
+}
+
+void add(Trace& trace, bool atomic) {
+    const unsigned round = warp_rounds[running / 32];
+    const bool is_new = trace.epoch != epoch || (trace.spread != SeveralWarps && trace.thread / 32 == running / 32 && trace.round != round);
+    if (is_new) trace = {epoch, round, (unsigned short)running, OneThread, atomic};
+    else if (trace.thread / 32 != running / 32) trace.spread = SeveralWarps;
+    else if (trace.spread == OneThread && trace.thread != running) trace.spread = OneWarp;
+    trace.atomic &= atomic;
+}
+
+void accessed(const void* address, size_t bytes, Access access) {
+    const size_t statics = __stop_redraft_shared - __start_redraft_shared;
+    const size_t in_static = (const char*)address - __start_redraft_shared, in_dynamic = (const char*)address - dynamic_shared;
+    const bool is_static = in_static < statics;
+    const size_t first = is_static ? in_static : statics + in_dynamic;
+    if (first >= cells.size()) return;
+    for (size_t i = first; i < first + bytes && i < cells.size(); ++i) {
+        Cell& cell = cells[i];
+        const bool after_write = unordered(cell.written) && !(access == Access::Atomic && cell.written.atomic);
+        if (after_write || (access != Access::Read && unordered(cell.read))) {
+            const Trace& other = after_write ? cell.written : cell.read;
+            emulate_fail("race: %s byte %zu of the %s shared memory, which thread %u%s %s, with no barrier between (the last stands at line %d)",
+                         access == Access::Read ? "reads" : "writes", is_static ? in_static : in_dynamic, is_static ? "static" : "dynamic",
+                         other.thread, other.spread == OneThread ? "" : " and others", after_write ? "wrote" : "read", barrier_site);
+        }
+        if (access == Access::Read) {
+            add(cell.read, false);
+        } else {
+            if (access == Access::Write) cell.written.epoch = 0;
+            add(cell.written, access == Access::Atomic);
+        }
+    }
+}
+
 void finish(const Copy& copy) {
+    if (watching) accessed(copy.to, 16, Access::Write);
     if (copy.valid) memcpy(copy.to, copy.from, 16);
     else memset(copy.to, 0, 16);
 }
@@ -158,6 +236,8 @@ void run_cta() {
     for (char* word = __start_redraft_shared; word && word + 4 <= __stop_redraft_shared; word += 4) memcpy(word, &NAN_PATTERN, 4);
     for (char* word = dynamic_shared; word && word < dynamic_map + dynamic_mapped - PAGE; word += 4) memcpy(word, &NAN_PATTERN, 4);
     at_barrier = barrier_flags = 0;
+    barrier_site = 0;
+    ++epoch;
     for (Meeting& meeting : meetings) meeting.arrived = 0;
     for (unsigned i = 0; i < count; ++i) {
         Fiber& fiber = fibers[i];
@@ -187,38 +267,12 @@ void run_cta() {
     }
 }
 
-void on_fault(int signal, siginfo_t* info, void* context) {
-    if (catching) {
-        if (!failure[0]) {
-            snprintf(failure, sizeof failure, "%s, CTA (%u, %u, %u), thread %u: access outside of any buffer, at %p", kernel_name, blockIdx.x,
-                     blockIdx.y, blockIdx.z, running, info->si_addr);
-        }
-        siglongjmp(fault_exit, 1);
-    }
-    // Somebody else's fault.
-    if (previous_handler.sa_flags & SA_SIGINFO) {
-        previous_handler.sa_sigaction(signal, info, context);
-    } else if (previous_handler.sa_handler != SIG_DFL && previous_handler.sa_handler != SIG_IGN) {
-        previous_handler.sa_handler(signal);
-    } else {
-        sigaction(signal, &previous_handler, nullptr);  // the access is tried again, and ends the process as it would have
-    }
-}
-
 void* map(size_t bytes) {
     void* address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return address == MAP_FAILED ? nullptr : address;
 }
 
 bool reserve(unsigned block, size_t shared_bytes) {
-    static bool installed = false;
-    if (!installed) {
-        struct sigaction action = {};
-        action.sa_sigaction = on_fault;
-        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        sigaction(SIGSEGV, &action, &previous_handler);
-        installed = true;
-    }
     if (stacks_bytes < block * STACK_BYTES) {
         if (stacks) munmap(stacks, stacks_bytes);
         stacks_bytes = block * STACK_BYTES;
@@ -234,10 +288,36 @@ bool reserve(unsigned block, size_t shared_bytes) {
     }
     if (!stacks || !dynamic_map) return false;
     dynamic_shared = dynamic_map + mapped - PAGE - rounded;
+    if (watching) cells.assign(__stop_redraft_shared - __start_redraft_shared + rounded, Cell{});
     fibers.resize(block);
     meetings.resize(block);  // 32 for each 32 threads
+    warp_rounds.assign(block / 32, 0);
     count = block;
     return true;
+}
+
+thread_local FaultExit* fault_exit;  // of the launch on this OS thread
+struct sigaction previous_handler;
+
+void on_fault(int signal, siginfo_t* info, void* context) {
+    if (FaultExit* exit = fault_exit) {
+        exit->address = info->si_addr;
+        siglongjmp(exit->place, 1);
+    }
+    // Somebody else's fault.
+    if (previous_handler.sa_flags & SA_SIGINFO) {
+        previous_handler.sa_sigaction(signal, info, context);
+    } else if (previous_handler.sa_handler != SIG_DFL && previous_handler.sa_handler != SIG_IGN) {
+        previous_handler.sa_handler(signal);
+    } else {
+        sigaction(signal, &previous_handler, nullptr);  // the access is tried again, and ends the process as it would have
+    }
+}
+
+// What a library holds goes with it.
+__attribute__((destructor)) void release() {
+    if (stacks) munmap(stacks, stacks_bytes);
+    if (dynamic_map) munmap(dynamic_map, dynamic_mapped);
 }
 
 }  // namespace
@@ -263,6 +343,7 @@ unsigned emulate_barrier(bool flag, int site) {
     if (++at_barrier == count) {
         barrier_result = barrier_flags;
         at_barrier = barrier_flags = 0;
+        ++epoch;
         for (Fiber& fiber : fibers) fiber.wait = Wait::None;
     }
     yield();
@@ -283,7 +364,8 @@ void emulate_warp(unsigned mask, EmulatedLane lane, void (*work)(unsigned, Emula
     meeting.lanes[own] = lane;
     meeting.arrived |= 1u << own;
     if (meeting.arrived == mask) {
-        work(mask, meeting.lanes);
+        if (work) work(mask, meeting.lanes);
+        else if (mask == 0xffffffffu) ++warp_rounds[warp / 32];
         meeting.arrived = 0;
         for (unsigned i = 0; i < 32; ++i) {
             if (mask >> i & 1u) fibers[warp + i].wait = Wait::None;
@@ -337,8 +419,12 @@ void emulate_mma_work(unsigned, EmulatedLane* lanes) {
 void emulate_cp_async(void* shared, const void* global, bool valid, int site) {
     if (((size_t)shared | (size_t)global) % 16 != 0) emulate_fail("cp.async of line %d is not aligned to 16 bytes", site);
     const Copy copy = {shared, global, valid};
-    if (copy_timing == Eager) finish(copy);
-    else fibers[running].copies.push_back(copy);
+    if (copy_timing == Eager) {
+        finish(copy);
+    } else {
+        if (watching) accessed(shared, 16, Access::Write);  // it may happen now as well as at the wait
+        fibers[running].copies.push_back(copy);
+    }
 }
 
 void emulate_cp_async_commit() {
@@ -357,11 +443,48 @@ void emulate_cp_async_wait(int pending) {
     for (unsigned& group : self.groups) group -= end;
 }
 
+// ---- what a build with -fsanitize=thread calls ----
+
 extern "C" {
 
-// Runs the CTAs first, first + stride, ... of a launch; null, or what went wrong. `timing`: Copies.
+void __tsan_init() { watching = true; }
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+void __tsan_read_range(void* address, size_t bytes) { accessed(address, bytes, Access::Read); }
+void __tsan_write_range(void* address, size_t bytes) { accessed(address, bytes, Access::Write); }
+
+#define ACCESSES(bytes) \
+    void __tsan_read##bytes(void* address) { accessed(address, bytes, Access::Read); } \
+    void __tsan_write##bytes(void* address) { accessed(address, bytes, Access::Write); } \
+    void __tsan_unaligned_read##bytes(void* address) { accessed(address, bytes, Access::Read); } \
+    void __tsan_unaligned_write##bytes(void* address) { accessed(address, bytes, Access::Write); }
+ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
+
+#define ATOMIC(bits, Word, name, builtin) \
+    Word __tsan_atomic##bits##_##name(volatile Word* target, Word value, int) { \
+        accessed((const void*)target, sizeof(Word), Access::Atomic); \
+        return builtin(target, value, __ATOMIC_SEQ_CST); \
+    }
+#define ATOMICS(bits, Word) \
+    ATOMIC(bits, Word, fetch_add, __atomic_fetch_add) \
+    ATOMIC(bits, Word, fetch_sub, __atomic_fetch_sub) \
+    ATOMIC(bits, Word, fetch_or, __atomic_fetch_or) \
+    ATOMIC(bits, Word, fetch_and, __atomic_fetch_and) \
+    ATOMIC(bits, Word, exchange, __atomic_exchange_n) \
+    Word __tsan_atomic##bits##_load(const volatile Word* target, int) { \
+        accessed((const void*)target, sizeof(Word), Access::Atomic); \
+        return __atomic_load_n(target, __ATOMIC_SEQ_CST); \
+    } \
+    bool __tsan_atomic##bits##_compare_exchange_strong(volatile Word* target, Word* expected, Word value, int, int) { \
+        accessed((const void*)target, sizeof(Word), Access::Atomic); \
+        return __atomic_compare_exchange_n(target, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST); \
+    }
+ATOMICS(32, unsigned) ATOMICS(64, unsigned long long)
+
+// Runs the CTAs first, first + stride, ... of a launch; null, or what went wrong. `timing`: Copies. `catch_faults`: of the process's copy.
 const char* redraft_launch(const char* name, void (*kernel)(const void*), const void* params, const unsigned* grid, unsigned block,
-                           unsigned shared_bytes, int order, int timing, unsigned first, unsigned stride) {
+                           unsigned shared_bytes, int order, int timing, unsigned first, unsigned stride, void (*catch_faults)(void*)) {
     kernel_name = name;
     entry = kernel;
     parameters = params;
@@ -378,29 +501,43 @@ const char* redraft_launch(const char* name, void (*kernel)(const void*), const 
     blockDim = {block, 1, 1};
     gridDim = {grid[0], grid[1], grid[2]};
     const unsigned long long ctas = (unsigned long long)grid[0] * grid[1] * grid[2];
-    if (sigsetjmp(fault_exit, 1) == 0) {
-        catching = true;
+    static FaultExit fault;
+    if (sigsetjmp(fault.place, 1) == 0) {
+        catch_faults(&fault);
         for (unsigned long long cta = first; cta < ctas && !failure[0]; cta += stride) {
             blockIdx = {(unsigned)(cta % grid[0]), (unsigned)(cta / grid[0] % grid[1]), (unsigned)(cta / grid[0] / grid[1])};
             random_state = 0x9E3779B97F4A7C15ull ^ cta;
             run_cta();
         }
+    } else {
+        note("access outside of any buffer, at %p", fault.address);
     }
-    catching = false;
+    catch_faults(nullptr);
     sigaltstack(&old_stack, nullptr);
     return failure[0] ? failure : nullptr;
 }
 
-// Pages for a buffer between two inaccessible ones; null if there are none.
+// Pages for a buffer between inaccessible ones; null if there are none.
 void* redraft_map(size_t bytes) {
-    char* address = (char*)mmap(nullptr, bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char* address = (char*)mmap(nullptr, bytes + 2 * GAP, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (address == (char*)MAP_FAILED) return nullptr;
-    if (mprotect(address + PAGE, bytes, PROT_READ | PROT_WRITE) != 0) {
-        munmap(address, bytes + 2 * PAGE);
+    if (mprotect(address + GAP, bytes, PROT_READ | PROT_WRITE) != 0) {
+        munmap(address, bytes + 2 * GAP);
         return nullptr;
     }
-    return address + PAGE;
+    return address + GAP;
 }
 
-void redraft_unmap(void* address, size_t bytes) { munmap((char*)address - PAGE, bytes + 2 * PAGE); }
+void redraft_unmap(void* address, size_t bytes) { munmap((char*)address - GAP, bytes + 2 * GAP); }
+
+// From here on a fault on this OS thread continues at `exit`, a FaultExit; null: faults are somebody else's again.
+void redraft_catch_faults(void* exit) {
+    static const bool installed = [] {
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+        return sigaction(SIGSEGV, &action, &previous_handler) == 0;
+    }();
+    fault_exit = installed ? (FaultExit*)exit : nullptr;
+}
 }

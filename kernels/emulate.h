@@ -2,8 +2,9 @@
 //
 // A CUDA thread is a fiber; the runtime in emulate.cpp switches fibers at barriers and warp operations only, under four schedules.
 // A warp operation (shuffle, vote, ldmatrix, mma) is joined by every lane of its mask; the last to arrive does the work for all of them.
+// A build with -fsanitize=thread tells the runtime of every access, and no sanitizer library is linked: see "races" in emulate.cpp.
 // Asynchronous copies are queued per thread and done either when they are issued or as late as the waits allow: what reads too early is
-// caught by the one, what overwrites too early by the other. `__shared__` variables live in a linker section of their own, which is filled
+// caught by the one, what overwrites too early by the other. `__shared__` variables live in a linker section, which is filled
 // with NaN patterns before every CTA, as the dynamic shared memory is. A primitive gets its host twin here; kernels never learn that they
 // are emulated.
 #pragma once
@@ -14,7 +15,9 @@
 #define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ static __attribute__((section("redraft_shared"), aligned(16)))
+// The driver renames the section of a kernel's zeroed variables; an attribute that names a section is lost inside of templates. Used: by
+// others, for all the compiler knows, or it would take a variable that nobody writes for zero.
+#define __shared__ static __attribute__((used, aligned(16)))
 // By reference here, by value on the device: one C signature serves every entry.
 #define KERNEL(name, Params) extern "C" void name(const Params& p)
 #define KERNEL_BOUNDS(name, Params, threads, ctas) KERNEL(name, Params)
@@ -54,7 +57,8 @@ struct EmulatedLane {
     void* out;
     const void* in[2];
 };
-// Joins `work` with all lanes of `mask`; the last lane runs it over the 32 lanes, of which those outside the mask are null.
+// Joins `work` with all lanes of `mask`; the last lane runs it over the 32 lanes, of which those outside the mask are stale. Null is
+// __syncwarp, the one warp operation that orders memory.
 void emulate_warp(unsigned mask, EmulatedLane lane, void (*work)(unsigned mask, EmulatedLane* lanes), int site);
 
 #define __syncthreads() ((void)emulate_barrier(false, __LINE__))
@@ -62,9 +66,7 @@ void emulate_warp(unsigned mask, EmulatedLane lane, void (*work)(unsigned mask, 
 #define __syncthreads_or(flag) ((int)(emulate_barrier(flag, __LINE__) > 0))
 #define __syncthreads_and(flag) ((int)(emulate_barrier(!(flag), __LINE__) == 0))
 
-static inline void emulate_meet(unsigned, EmulatedLane*) {}
-#define __syncwarp(...) emulate_warp_sync(__LINE__, ##__VA_ARGS__)
-static inline void emulate_warp_sync(int site, unsigned mask = 0xffffffffu) { emulate_warp(mask, {}, emulate_meet, site); }
+static inline void __syncwarp(unsigned mask = 0xffffffffu, int site = __builtin_LINE()) { emulate_warp(mask, {}, nullptr, site); }
 
 // ---- shuffles and votes ----
 

@@ -51,21 +51,53 @@ pub struct EmulatorOptions {
     pub copies: Copies,
     /// OS threads over which the CTAs of a launch are spread.
     pub threads: usize,
+    /// Whether threads of a CTA that touch the same shared memory must have a barrier between them. Several times slower.
+    pub races: bool,
     pub edit: Option<Edit>,
 }
 
 impl Default for EmulatorOptions {
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
-        EmulatorOptions { schedule: Schedule::Forward, copies: Copies::Eager, threads, edit: None }
+        EmulatorOptions { schedule: Schedule::Forward, copies: Copies::Eager, threads, races: false, edit: None }
     }
 }
 
 type Entry = unsafe extern "C" fn(*const c_void);
-type LaunchFn =
-    unsafe extern "C" fn(*const c_char, Entry, *const c_void, *const c_uint, c_uint, c_uint, c_int, c_int, c_uint, c_uint) -> *const c_char;
+type CatchFn = unsafe extern "C" fn(*mut c_void);
+#[rustfmt::skip]
+type LaunchFn = unsafe extern "C" fn(
+    *const c_char, Entry, *const c_void, *const c_uint, c_uint, c_uint, c_int, c_int, c_uint, c_uint, CatchFn,
+) -> *const c_char;
 type MapFn = unsafe extern "C" fn(usize) -> *mut c_void;
 type UnmapFn = unsafe extern "C" fn(*mut c_void, usize);
+
+/// What all machines of the process share. Never unloaded: it owns the handler of faults.
+struct Runtime {
+    map: MapFn,
+    unmap: UnmapFn,
+    catch_faults: CatchFn,
+    _library: Library,
+}
+
+impl Runtime {
+    fn get() -> Result<&'static Runtime> {
+        static RUNTIME: OnceLock<Result<Runtime>> = OnceLock::new();
+        let open = || {
+            let library = load(&build_library("runtime", &[], None, false)?)?;
+            // SAFETY: signatures as in emulate.cpp; the library is kept beside them.
+            let (map, unmap, catch_faults) = unsafe {
+                (
+                    super::symbol(&library, "redraft_map")?,
+                    super::symbol(&library, "redraft_unmap")?,
+                    super::symbol(&library, "redraft_catch_faults")?,
+                )
+            };
+            Ok(Runtime { map, unmap, catch_faults, _library: library })
+        };
+        RUNTIME.get_or_init(open).as_ref().map_err(Error::clone)
+    }
+}
 
 /// One build, loaded once per OS thread.
 struct Module {
@@ -98,9 +130,7 @@ struct Allocation {
 /// The host as a CUDA machine.
 pub struct Emulator {
     options: EmulatorOptions,
-    runtime: Library,
-    map: MapFn,
-    unmap: UnmapFn,
+    runtime: &'static Runtime,
     modules: Mutex<HashMap<Build, Arc<Module>>>,
     entries: Mutex<Vec<Arc<EntryPoint>>>,
     allocations: Mutex<BTreeMap<Address, Allocation>>,
@@ -128,15 +158,9 @@ impl Emulator {
     ///
     /// Errors: [`Error::Device`] without a compiler, [`Error::Kernel`] with its words where it fails.
     pub fn new(options: EmulatorOptions) -> Result<Emulator> {
-        let code = build_library("runtime", &[], None)?;
-        let runtime = load(&code)?;
-        // SAFETY: signatures as in emulate.cpp; the library lives as long as the machine that calls them.
-        let (map, unmap) = unsafe { (super::symbol(&runtime, "redraft_map")?, super::symbol(&runtime, "redraft_unmap")?) };
         Ok(Emulator {
             options: EmulatorOptions { threads: options.threads.max(1), ..options },
-            runtime,
-            map,
-            unmap,
+            runtime: Runtime::get()?,
             modules: Mutex::default(),
             entries: Mutex::default(),
             allocations: Mutex::default(),
@@ -149,7 +173,8 @@ impl Emulator {
     /// An entry of a source that is not among the kernels, for tests of the runtime.
     pub fn function_in(&self, file: &str, source: &str, defines: &[(&'static str, u32)], entry: &str) -> Result<Function> {
         let options: Vec<String> = defines.iter().map(|(name, value)| format!("-D{name}={value}")).collect();
-        let code = build_library(file.trim_end_matches(".cu"), &options, Some(&sources(file, source, self.options.edit)?))?;
+        let code =
+            build_library(file.trim_end_matches(".cu"), &options, Some(&sources(file, source, self.options.edit)?), self.options.races)?;
         self.enter(Arc::new(self.load_copies(&code)?), entry)
     }
 
@@ -163,7 +188,8 @@ impl Emulator {
         }
         let file = format!("{}.cu", build.stem);
         let options: Vec<String> = define_options(build).collect();
-        let code = build_library(build.stem, &options, Some(&sources(&file, kernel(build.stem).source, self.options.edit)?))?;
+        let code =
+            build_library(build.stem, &options, Some(&sources(&file, kernel(build.stem).source, self.options.edit)?), self.options.races)?;
         let module = Arc::new(self.load_copies(&code)?);
         locked(&self.modules).insert(build.clone(), module.clone());
         Ok(module)
@@ -209,6 +235,7 @@ impl Emulator {
                     self.options.copies as c_int,
                     worker as c_uint,
                     workers as c_uint,
+                    self.runtime.catch_faults,
                 )
             };
             // SAFETY: not null, NUL-terminated, and in place until the copy's next launch.
@@ -237,6 +264,14 @@ impl Emulator {
             offset <= allocation.bytes && bytes <= allocation.bytes - offset
         });
         if inside { Ok(()) } else { Err(Error::kernel(format!("{what} of {bytes} bytes at {address:#x}: outside of any buffer"))) }
+    }
+
+    /// A GPU refuses all but launches between begin_capture and end_capture, so this one does.
+    fn check_recording(&self, what: &str) -> Result<()> {
+        match *locked(&self.capture) {
+            None => Ok(()),
+            Some(_) => Err(Error::device(format!("emu: {what} between begin_capture and end_capture"))),
+        }
     }
 
     fn check_guards(&self) -> Result<()> {
@@ -292,7 +327,7 @@ impl Driver for Emulator {
         let used = bytes.max(1).next_multiple_of(ALIGNMENT);
         let mapped = used.next_multiple_of(PAGE);
         // SAFETY: maps fresh pages; a null answer is checked.
-        let map = unsafe { (self.map)(mapped) };
+        let map = unsafe { (self.runtime.map)(mapped) };
         if map.is_null() {
             return Err(Error::device(format!("out of memory: {bytes} bytes asked for; shorten --length or the batch")));
         }
@@ -316,10 +351,11 @@ impl Driver for Emulator {
             locked(&self.damage).get_or_insert(error);
         }
         // SAFETY: mapped by `alloc` with this size, unmapped once: the entry is gone.
-        unsafe { (self.unmap)(allocation.map as *mut c_void, allocation.mapped) };
+        unsafe { (self.runtime.unmap)(allocation.map as *mut c_void, allocation.mapped) };
     }
 
     fn write(&self, dst: Address, src: &[u8]) -> Result<()> {
+        self.check_recording("write")?;
         self.check_range(dst, src.len(), "a write")?;
         // SAFETY: the range lies in one buffer, checked above, and Rust's memory never overlaps it.
         unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), dst as *mut u8, src.len()) };
@@ -327,7 +363,7 @@ impl Driver for Emulator {
     }
 
     fn read(&self, src: Address, dst: &mut [u8]) -> Result<()> {
-        self.check_guards()?;
+        self.synchronize()?;
         self.check_range(src, dst.len(), "a read")?;
         // SAFETY: as in `write`.
         unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst.as_mut_ptr(), dst.len()) };
@@ -335,6 +371,7 @@ impl Driver for Emulator {
     }
 
     fn copy(&self, src: Address, dst: Address, bytes: usize) -> Result<()> {
+        self.check_recording("copy")?;
         self.check_range(src, bytes, "a copy from")?;
         self.check_range(dst, bytes, "a copy to")?;
         // SAFETY: both ranges lie in buffers, checked above.
@@ -343,6 +380,7 @@ impl Driver for Emulator {
     }
 
     fn fill(&self, dst: Address, word: u32, words: usize) -> Result<()> {
+        self.check_recording("fill")?;
         self.check_range(dst, 4 * words, "a fill")?;
         // SAFETY: the range lies in one buffer, checked above; buffers are aligned and fills begin at words.
         unsafe { std::slice::from_raw_parts_mut(dst as *mut u32, words) }.fill(word);
@@ -350,6 +388,7 @@ impl Driver for Emulator {
     }
 
     fn synchronize(&self) -> Result<()> {
+        self.check_recording("synchronize")?;
         self.check_guards()
     }
 
@@ -381,6 +420,7 @@ impl Driver for Emulator {
     }
 
     fn replay(&self, graph: Graph) -> Result<()> {
+        self.check_recording("replay")?;
         let recorded = locked(&self.graphs).get(graph.0).cloned().flatten();
         let recorded = recorded.ok_or_else(|| Error::kernel("a graph that was dropped cannot be replayed"))?;
         recorded.iter().try_for_each(|launch| self.run(launch))
@@ -397,10 +437,8 @@ impl Drop for Emulator {
     fn drop(&mut self) {
         for (_, allocation) in std::mem::take(&mut *locked(&self.allocations)) {
             // SAFETY: mapped by `alloc` with this size, unmapped once.
-            unsafe { (self.unmap)(allocation.map as *mut c_void, allocation.mapped) };
+            unsafe { (self.runtime.unmap)(allocation.map as *mut c_void, allocation.mapped) };
         }
-        // The runtime outlives the functions that were taken from it.
-        let _ = &self.runtime;
     }
 }
 
@@ -425,8 +463,19 @@ fn compiler() -> Result<&'static (String, String)> {
 }
 
 /// Options of every compilation. No contraction: a kernel writes fmaf where it means it.
-const OPTIONS: [&str; 9] =
-    ["-std=c++17", "-O2", "-g1", "-fPIC", "-fno-exceptions", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-DREDRAFT_EMULATE"];
+const OPTIONS: [&str; 10] = [
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-fPIC",
+    "-fno-exceptions",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    "-w",
+    // Some distributions turn on a longjmp that allows no leap from fiber to fiber.
+    "-U_FORTIFY_SOURCE",
+    "-DREDRAFT_EMULATE",
+];
 
 /// With the instruction, fmaf is one; without it a slow and equal library call.
 fn machine_options() -> &'static [&'static str] {
@@ -507,16 +556,21 @@ fn built(key: String, extension: &str, build: impl FnOnce(&Scratch) -> Result<Ve
 
 /// Runs g++ with `arguments` in a scratch directory and reads what it wrote to `out`.
 fn run_compiler(scratch: &Scratch, key: &str, out: &str, arguments: &[String]) -> Result<Vec<u8>> {
-    let (compiler, _) = compiler()?;
-    let mut command = Command::new(compiler);
-    command.current_dir(&scratch.0).args(OPTIONS).args(machine_options()).args(arguments).args(["-o", out]);
-    let output = command.output().map_err(|e| Error::device(format!("{compiler} cannot be started: {e}")))?;
-    if !output.status.success() {
-        let log = String::from_utf8_lossy(&output.stderr).into_owned();
-        return Err(Error::kernel(format!("kernel {key}: {compiler} failed\n{}", log.trim_end())));
-    }
+    let mut command = Command::new(&compiler()?.0);
+    run_tool(scratch, key, command.args(OPTIONS).args(machine_options()).args(arguments).args(["-o", out]))?;
     let path = scratch.0.join(out);
     fs::read(&path).map_err(|e| Error::io(&path, &e))
+}
+
+fn run_tool(scratch: &Scratch, key: &str, command: &mut Command) -> Result<()> {
+    let output = command.current_dir(&scratch.0).output();
+    let tool = command.get_program().to_string_lossy();
+    let output = output.map_err(|e| Error::device(format!("{tool} cannot be started: {e}; emulation needs g++ and binutils")))?;
+    if !output.status.success() {
+        let log = String::from_utf8_lossy(&output.stderr).into_owned();
+        return Err(Error::kernel(format!("kernel {key}: {tool} failed\n{}", log.trim_end())));
+    }
+    Ok(())
 }
 
 /// The runtime as an object file, which every library holds.
@@ -525,22 +579,31 @@ fn runtime() -> Result<Arc<Vec<u8>>> {
     built(key.clone(), "o", |scratch| run_compiler(scratch, &key, "emulate.o", &["-c".into(), "emulate.cpp".into()]))
 }
 
-/// The shared library of a kernel, or of the runtime alone.
-fn build_library(stem: &str, defines: &[String], kernel: Option<&Sources>) -> Result<Arc<Vec<u8>>> {
+/// The shared library of a kernel, or of the runtime alone. With `races` it tells the runtime of every access to memory.
+fn build_library(stem: &str, defines: &[String], kernel: Option<&Sources>, races: bool) -> Result<Arc<Vec<u8>>> {
     let texts = EMULATION.iter().map(|(_, text)| *text).chain(kernel.iter().flat_map(|k| k.files.iter().map(|(_, text)| text.as_str())));
-    let key = format!("emu {stem} {} {:016x} {}", defines.join(" "), fnv1a(texts), compiler()?.1);
-    let object = runtime()?;
+    let kind = if races { "emu races" } else { "emu" };
+    let key = format!("{kind} {stem} {} {:016x} {}", defines.join(" "), fnv1a(texts), compiler()?.1);
+    let runtime = runtime()?;
     built(key.clone(), "so", |scratch| {
-        scratch.write("emulate.o", &object)?;
-        let mut arguments = vec!["-shared".to_owned(), "-Wl,-Bsymbolic".into(), "emulate.o".into()];
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        scratch.write("emulate.o", &runtime)?;
+        let mut objects = words(&["-shared", "-Wl,-Bsymbolic", "emulate.o"]);
         if let Some(kernel) = kernel {
             for (name, text) in &kernel.files {
                 scratch.write(name, text.as_bytes())?;
             }
+            let mut arguments = words(&["-c", "-x", "c++", &kernel.main]);
             arguments.extend(defines.iter().cloned());
-            arguments.extend(["-x".into(), "c++".into(), kernel.main.clone()]);
+            // The compiler's half of the sanitizer: the calls. The other half is the runtime's own, so the linker does not hear of it.
+            arguments.extend(races.then(|| "-fsanitize=thread".to_owned()));
+            run_compiler(scratch, &key, "kernel.o", &arguments)?;
+            // Zeroed variables of a kernel are its shared memory. A section whose name is a C word has its ends known to the linker.
+            let renamed = ["--rename-section", ".bss=redraft_shared,alloc,load,data,contents", "kernel.o"];
+            run_tool(scratch, &key, Command::new("objcopy").args(renamed))?;
+            objects.push("kernel.o".into());
         }
-        run_compiler(scratch, &key, "kernel.so", &arguments)
+        run_compiler(scratch, &key, "kernel.so", &objects)
     })
 }
 

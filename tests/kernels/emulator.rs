@@ -10,22 +10,22 @@ use redraft::cuda::driver::Address;
 use redraft::cuda::machine::Machine;
 use redraft::cuda::{Copies, Edit, Emulator, EmulatorOptions, Schedule};
 
-const SCHEDULES: [Schedule; 4] = [Schedule::Forward, Schedule::Reverse, Schedule::Random, Schedule::WarpGreedy];
+pub const SCHEDULES: [Schedule; 4] = [Schedule::Forward, Schedule::Reverse, Schedule::Random, Schedule::WarpGreedy];
 
-fn machine(schedule: Schedule, copies: Copies, edit: Option<Edit>) -> Machine {
-    let emulator = Emulator::new(EmulatorOptions { schedule, copies, threads: 1, edit }).unwrap_or_else(|e| panic!("{e}"));
-    Machine::new(Box::new(emulator)).unwrap_or_else(|e| panic!("{e}"))
-}
-
-/// A machine of every schedule with every timing of copies: what is missing in a kernel shows under one of the eight.
+/// A machine of every schedule with every timing of copies, and one that watches for races: what is missing in a kernel shows under
+/// one of the nine.
 pub fn machines() -> Vec<Machine> {
     edited_machines(None)
 }
 
 /// The same with one edit of the sources: a planted bug.
 pub fn edited_machines(edit: Option<Edit>) -> Vec<Machine> {
-    let both = |schedule| [Copies::Late, Copies::Eager].map(|copies| machine(schedule, copies, edit));
-    SCHEDULES.into_iter().flat_map(both).collect()
+    let plain = EmulatorOptions { threads: 1, edit, ..EmulatorOptions::default() };
+    let both = |schedule| [Copies::Late, Copies::Eager].map(|copies| EmulatorOptions { schedule, copies, ..plain });
+    let watching = EmulatorOptions { races: true, copies: Copies::Late, ..plain };
+    let machine = |options| Machine::new(Box::new(Emulator::new(options)?));
+    let machines = SCHEDULES.into_iter().flat_map(both).chain([watching]).map(machine);
+    machines.collect::<redraft::Result<_>>().unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// Device memory of exactly these values. Accesses beyond it are errors of the launch or of the next read.

@@ -21,4 +21,5 @@ mod replays;
 mod reveal;
 mod rng;
 mod rope_append;
+mod runtime;
 mod stubs;

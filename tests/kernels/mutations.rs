@@ -279,7 +279,7 @@ fn edit((file, from, to): (&'static str, &'static str, &'static str)) -> Option<
 #[test]
 fn every_planted_bug_is_caught() {
     for (bug, check, change) in BUGS {
-        // One of the eight machines must notice; which one tells what kind of bug it is.
+        // One of the nine machines must notice; which one tells what kind of bug it is.
         let caught = edited_machines(edit(*change)).iter().enumerate().find_map(|(i, m)| check(m).err().map(|e| (i, e)));
         let (machine, words) = caught.unwrap_or_else(|| panic!("not caught: {bug}"));
         assert!(!words.contains("g++ failed") && !words.contains(" stands "), "the edit itself is broken: {bug}: {words}");
