@@ -8,17 +8,23 @@ use std::sync::OnceLock;
 use bytemuck::Pod;
 use redraft::cuda::driver::Address;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::{Copies, Edit, Emulator, EmulatorOptions, Schedule};
+use redraft::cuda::{Copies, Edit, Emulator, EmulatorOptions, Gpu, Schedule, device_count};
 
 pub const SCHEDULES: [Schedule; 4] = [Schedule::Forward, Schedule::Reverse, Schedule::Random, Schedule::WarpGreedy];
 
 /// A machine of every schedule with every timing of copies, and one that watches for races: what is missing in a kernel shows under
-/// one of the nine.
+/// one of the nine. And the first GPU, where there is one; with `REDRAFT_TEST_MACHINES=gpu` that alone, for compute-sanitizer.
 pub fn machines() -> Vec<Machine> {
-    edited_machines(None)
+    let gpu_alone = std::env::var("REDRAFT_TEST_MACHINES").is_ok_and(|which| which == "gpu");
+    let mut machines = if gpu_alone { Vec::new() } else { edited_machines(None) };
+    if gpu_alone || device_count().is_ok() {
+        let gpu = Gpu::open(0).and_then(|gpu| Machine::new(Box::new(gpu)));
+        machines.push(gpu.unwrap_or_else(|e| panic!("{e}")));
+    }
+    machines
 }
 
-/// The same with one edit of the sources: a planted bug.
+/// The nine emulated machines with one edit of the sources: a planted bug.
 pub fn edited_machines(edit: Option<Edit>) -> Vec<Machine> {
     let plain = EmulatorOptions { threads: 1, edit, ..EmulatorOptions::default() };
     let both = |schedule| [Copies::Late, Copies::Eager].map(|copies| EmulatorOptions { schedule, copies, ..plain });
