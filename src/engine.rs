@@ -348,7 +348,8 @@ impl<B: Backend> Engine<B> {
             let plan = self.plan(&chosen, weights)?;
             let (rows, draws) = self.asks(&chosen, &plan);
             let Loaded { model, kv, scratch } = &mut self.models[weights];
-            model.forward(&self.backend, &plan, &rows, kv, scratch, None)?;
+            let backend = &self.backend;
+            backend.range("forward", || model.forward(backend, &plan, &rows, kv, scratch, None))?;
             let answers = self.decide(&chosen, weights, &draws);
             self.commit(&chosen, answers);
         }
@@ -447,14 +448,15 @@ impl<B: Backend> Engine<B> {
         let mut run = self.backend.begin_run(&spec)?;
         let steps = spec.steps;
         let Loaded { model, kv, scratch } = &mut self.models[weights];
-        model.run(&self.backend, &mut run, &steps, kv, scratch)?;
+        let entered = model.run(&self.backend, &mut run, &steps, kv, scratch)?;
         let mut over = vec![false; chosen.len()];
         for (index, decisions) in self.backend.end_run(run)?.into_iter().enumerate() {
             if index > 0 {
                 // What lies between two steps: the end of a stage and its remask.
+                let clock = entered.iter().find(|(step, _)| *step == index).map_or_else(Instant::now, |(_, clock)| *clock);
                 for (&i, over) in chosen.iter().zip(&mut over) {
                     let mut events = Vec::new();
-                    *over |= self.active[i].session.next(&mut events) == Next::Finished;
+                    *over |= self.active[i].session.next_at(&mut events, clock) == Next::Finished;
                     self.active[i].send(events);
                 }
             }

@@ -218,6 +218,8 @@ pub struct Session {
     pending: Option<Step>,
     reports: Vec<StageReport>,
     stage_start: Instant,
+    /// What time it is for stages that end and begin: see [`Session::next_at`].
+    clock: Instant,
     draft: Vec<u32>,
     finish: Finish,
     prompt_len: usize,
@@ -254,6 +256,7 @@ impl Session {
             pending: None,
             reports: Vec::new(),
             stage_start: Instant::now(),
+            clock: Instant::now(),
             draft: Vec::new(),
             finish: Finish::Length,
             prompt_len,
@@ -350,6 +353,12 @@ impl Session {
     /// Moves on to the next forward, through stage ends where there is nothing left to do. Events of remasking and of the end
     /// of the sequence are pushed on the way.
     pub fn next(&mut self, events: &mut Vec<Event>) -> Next {
+        self.next_at(events, Instant::now())
+    }
+
+    /// [`Session::next`] for a host that follows behind the device: a stage that ends here ended at `clock`.
+    pub fn next_at(&mut self, events: &mut Vec<Event>, clock: Instant) -> Next {
+        self.clock = clock;
         while self.pending.is_none() {
             match self.phase {
                 Phase::Finished => return Next::Finished,
@@ -687,7 +696,7 @@ impl Session {
             before: Vec::new(),
         };
         self.reports.push(report);
-        self.stage_start = Instant::now();
+        self.stage_start = self.clock;
     }
 
     /// The stage has no mask left: final K/V for a stage that wants to reuse it, then the next stage or the end.
@@ -707,7 +716,7 @@ impl Session {
         }
         let report = self.reports.last_mut().expect("opened with the stage");
         report.changed = report.before.iter().filter(|(p, token)| self.canvas.tokens()[*p] != *token).count();
-        report.ms = self.stage_start.elapsed().as_secs_f64() * 1e3;
+        report.ms = self.clock.saturating_duration_since(self.stage_start).as_secs_f64() * 1e3;
         if self.stage == 0 {
             self.draft = self.canvas.generated().map(|p| self.canvas.tokens()[p]).collect();
         }

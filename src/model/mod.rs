@@ -13,6 +13,7 @@ pub mod mdlm;
 pub mod shapes;
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use crate::backend::{Activation, Backend, Decision, Draw, Epilogue, KvShape, RunStep};
 use crate::config::{Family, ModelConfig};
@@ -205,11 +206,25 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    /// The steps of a run, one after the other, each decided where the network runs.
-    pub fn run(&self, backend: &B, run: &mut B::Run, steps: &[RunStep], kv: &mut B::KvCache, scratch: &mut Scratch<B>) -> Result<()> {
+    /// The steps of a run, one after the other, each decided where the network runs. Returns when each step began of those in which a
+    /// sequence enters its next stage: there, once or twice in a request, the device is waited for, so that times belong to stages.
+    pub fn run(
+        &self,
+        backend: &B,
+        run: &mut B::Run,
+        steps: &[RunStep],
+        kv: &mut B::KvCache,
+        scratch: &mut Scratch<B>,
+    ) -> Result<Vec<(usize, Instant)>> {
+        let mut entered = Vec::new();
         let most = steps.iter().map(|step| step.plan.num_rows()).max().unwrap_or(0);
         scratch.reserve(backend, &self.config, backend.padded_rows(most))?;
         for (index, step) in steps.iter().enumerate() {
+            let stages = |step: &RunStep| step.sessions.iter().map(|s| s.stage).collect::<Vec<_>>();
+            if index > 0 && stages(step) != stages(&steps[index - 1]) {
+                backend.synchronize()?;
+                entered.push((index, Instant::now()));
+            }
             // Sessions of a batch share the forward; the first one names it.
             let (stage, block, count) = step.sessions.first().map(|s| (s.stage, s.block, s.step)).unwrap_or_default();
             let mut forward = || {
@@ -228,7 +243,7 @@ impl<B: Backend> Model<B> {
                 backend.range(&format!("block {block}"), || backend.range(&format!("step {count}"), &mut forward))
             })?;
         }
-        Ok(())
+        Ok(entered)
     }
 
     /// Final norm of the given rows, counted among the wanted ones of the last forward, into `scratch.h`.
