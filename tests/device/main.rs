@@ -13,18 +13,18 @@ mod parity;
 mod tokens;
 
 use redraft::DType;
-use redraft::cuda::{Cuda, Emulator, EmulatorOptions, Gpu, device_count};
+use redraft::cuda::{Cuda, Driver, Emulator, EmulatorOptions, Gpu, device_count};
 
-/// A backend of each machine at hand.
+/// A backend of each machine at hand; with `REDRAFT_TEST_MACHINES=gpu` of the GPU alone.
 pub fn backends(dtype: DType) -> Vec<Cuda> {
-    let emulator = Emulator::new(EmulatorOptions::default()).unwrap_or_else(|e| panic!("{e}"));
-    let mut backends = vec![Cuda::new(Box::new(emulator), dtype).unwrap_or_else(|e| panic!("{e}"))];
+    let cuda = |driver: Box<dyn Driver>| Cuda::new(driver, dtype).unwrap_or_else(|e| panic!("{e}"));
+    let mut backends = Vec::new();
+    if !std::env::var("REDRAFT_TEST_MACHINES").is_ok_and(|which| which == "gpu") {
+        backends.push(cuda(Box::new(Emulator::new(EmulatorOptions::default()).unwrap_or_else(|e| panic!("{e}")))));
+    }
     match device_count() {
-        Ok(_) => {
-            let gpu = Gpu::open(0).unwrap_or_else(|e| panic!("{e}"));
-            backends.push(Cuda::new(Box::new(gpu), dtype).unwrap_or_else(|e| panic!("{e}")));
-        }
-        Err(error) if std::env::var_os("REDRAFT_REQUIRE_CUDA").is_some() => panic!("REDRAFT_REQUIRE_CUDA is set: {error}"),
+        Ok(_) => backends.push(cuda(Box::new(Gpu::open(0).unwrap_or_else(|e| panic!("{e}"))))),
+        Err(error) if backends.is_empty() || std::env::var_os("REDRAFT_REQUIRE_CUDA").is_some() => panic!("a GPU was demanded: {error}"),
         Err(error) => eprintln!("GPU part skipped: {error}"),
     }
     backends

@@ -72,17 +72,21 @@ impl TestBackend for redraft::cuda::Cuda {
     }
 }
 
-/// The CUDA backend under emulation, and on the first GPU where there is one, in both dtypes.
+/// The CUDA backend under emulation, and on the first GPU where there is one, in both dtypes; with `REDRAFT_TEST_MACHINES=gpu` there alone.
 #[cfg(feature = "cuda")]
 pub fn devices() -> Vec<redraft::cuda::Cuda> {
     use redraft::cuda::{Cuda, Driver, Emulator, EmulatorOptions, Gpu, device_count};
-    let mut devices = Vec::new();
+    let gpu_alone = std::env::var("REDRAFT_TEST_MACHINES").is_ok_and(|which| which == "gpu");
+    let mut drivers: Vec<(Box<dyn Driver>, DType)> = Vec::new();
     for dtype in [DType::F32, DType::Bf16] {
-        let emulator = Box::new(Emulator::new(EmulatorOptions::default()).unwrap());
-        let gpu = device_count().ok().map(|_| Box::new(Gpu::open(0).unwrap()) as Box<dyn Driver>);
-        devices.extend(std::iter::once(emulator as Box<dyn Driver>).chain(gpu).map(|driver| Cuda::new(driver, dtype).unwrap()));
+        if !gpu_alone {
+            drivers.push((Box::new(Emulator::new(EmulatorOptions::default()).unwrap()), dtype));
+        }
+        if gpu_alone || device_count().is_ok() {
+            drivers.push((Box::new(Gpu::open(0).unwrap_or_else(|e| panic!("{e}"))), dtype));
+        }
     }
-    devices
+    drivers.into_iter().map(|(driver, dtype)| Cuda::new(driver, dtype).unwrap()).collect()
 }
 
 /// Runs a body with `b` a CPU of the list, then with `b` each device.
