@@ -8,6 +8,7 @@
 //! `read` and `synchronize` wait, and report what went wrong in anything enqueued before.
 #![forbid(unsafe_code)]
 
+use super::linear::Linear;
 use crate::error::Result;
 
 /// An address in device memory. 0 is "none" where a params struct allows it.
@@ -62,6 +63,15 @@ pub struct Limits {
     pub free_bytes: u64,
 }
 
+/// A vendor's library of products, on the machine's one stream. Its failures are sentences, since every product can be computed without it.
+pub trait Blas {
+    /// Device, driver and library: what measured times are valid for.
+    fn identity(&self) -> String;
+    /// Enqueues one product, also between [`Driver::begin_capture`] and [`Driver::end_capture`]. False where the library has none of this
+    /// kind; the output is then untouched.
+    fn product(&self, op: &Linear) -> std::result::Result<bool, String>;
+}
+
 /// A machine that runs kernels. Addresses, functions and graphs belong to the driver that made them.
 pub trait Driver: Send {
     /// For reports: `cuda:0 NVIDIA H200 (sm_90, 139.8 GiB)`, or `emu (2 threads)`.
@@ -96,10 +106,17 @@ pub trait Driver: Send {
     /// From here on launches are recorded instead of run, until [`Driver::end_capture`]. Nothing but `launch` may be called between.
     fn begin_capture(&self) -> Result<()>;
     fn end_capture(&self) -> Result<Graph>;
+    /// True from [`Driver::begin_capture`] to [`Driver::end_capture`].
+    fn is_capturing(&self) -> bool;
     /// Enqueues a recorded sequence.
     fn replay(&self, graph: Graph) -> Result<()>;
     /// Forgets a graph.
     fn drop_graph(&self, graph: Graph);
+
+    /// The library of products, opened at the first call, which is not between `begin_capture` and `end_capture`; or why there is none.
+    fn blas(&self) -> std::result::Result<&dyn Blas, String> {
+        Err("this machine has none".to_owned())
+    }
 
     /// Names what is enqueued until the matching [`Driver::pop_range`], for profilers. Free where no profiler listens.
     fn push_range(&self, _name: &str) {}

@@ -412,6 +412,10 @@ impl Driver for Emulator {
         Ok(())
     }
 
+    fn is_capturing(&self) -> bool {
+        locked(&self.capture).is_some()
+    }
+
     fn end_capture(&self) -> Result<Graph> {
         let recorded = locked(&self.capture).take().ok_or_else(|| Error::kernel("no capture was begun"))?;
         let mut graphs = locked(&self.graphs);

@@ -6,7 +6,7 @@
 //! A failing kernel is reported by whichever call comes next, and ends the context: [`Gpu`] keeps the first such report and repeats it.
 //! Machine code comes from the cache on disk, else from NVRTC, for the one architecture of this device.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_uint, c_void};
 
@@ -14,10 +14,12 @@ use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult, CU
 
 use super::cache::Cache;
 use super::compile::{Compiler, compiler};
+use super::cublaslt::{self, CublasLt};
 use super::device::{DeviceInfo, describe, probe};
-use super::driver::{Address, Build, Driver, Function, Graph, Launch, Limits};
+use super::driver::{Address, Blas, Build, Driver, Function, Graph, Launch, Limits};
 use super::kernels::{identity, kernel};
 use super::libcuda::{Functions, Handle, functions};
+use super::linear::Linear;
 use super::staging::Staging;
 use super::{nvtx, trouble};
 use crate::error::{Error, Result};
@@ -47,6 +49,8 @@ pub struct Gpu {
     capturing: Cell<bool>,
     /// Freed while launches were being recorded, when the stream cannot be waited for.
     freed_late: RefCell<Vec<Address>>,
+    /// Opened when it is first wanted.
+    blas: OnceCell<std::result::Result<CublasLt, String>>,
     /// The first failure that ended the context.
     lost: RefCell<Option<String>>,
 }
@@ -104,6 +108,7 @@ impl Gpu {
             graphs: RefCell::default(),
             capturing: Cell::new(false),
             freed_late: RefCell::default(),
+            blas: OnceCell::new(),
             lost: RefCell::default(),
         };
         (gpu.limits.free_bytes, gpu.limits.memory_bytes) = gpu.memory()?;
@@ -183,6 +188,14 @@ impl Gpu {
         Ok(module)
     }
 
+    fn opened_blas(&self) -> std::result::Result<&CublasLt, String> {
+        let open = || {
+            self.enter_outside_capture("the first product by cuBLASLt").map_err(|error| error.to_string())?;
+            CublasLt::open(|| self.alloc(cublaslt::WORKSPACE_BYTES).map_err(|error| error.to_string()))
+        };
+        self.blas.get_or_init(open).as_ref().map_err(String::clone)
+    }
+
     /// Frees now; errors have nobody to go to, and a sticky one is kept for the next call.
     fn free_now(&self, address: Address) {
         if let Ok(f) = self.enter() {
@@ -215,6 +228,18 @@ fn arch_for(info: &DeviceInfo, known: &[u32], nvrtc: (u32, u32)) -> Result<Strin
             nvrtc.1,
             known.last().copied().unwrap_or(0)
         ))),
+    }
+}
+
+impl Blas for Gpu {
+    fn identity(&self) -> String {
+        let version = self.opened_blas().map_or(0, CublasLt::version);
+        format!("cublaslt{version}-{}-driver{}.{}", self.info.name, self.driver_version.0, self.driver_version.1)
+    }
+
+    fn product(&self, op: &Linear) -> std::result::Result<bool, String> {
+        self.enter().map_err(|error| error.to_string())?;
+        self.opened_blas()?.product(op, self.stream)
     }
 }
 
@@ -376,6 +401,10 @@ impl Driver for Gpu {
         Ok(graph)
     }
 
+    fn is_capturing(&self) -> bool {
+        self.capturing.get()
+    }
+
     fn replay(&self, graph: Graph) -> Result<()> {
         let f = self.enter_outside_capture("replay")?;
         // SAFETY: the graph came from `end_capture` and has not been dropped.
@@ -388,6 +417,10 @@ impl Driver for Gpu {
             // SAFETY: the graph came from `end_capture` and is destroyed once; the driver waits for runs of it on its own.
             let _ = self.check("cuGraphExecDestroy", unsafe { (f.graph_exec_destroy)(graph.0) });
         }
+    }
+
+    fn blas(&self) -> std::result::Result<&dyn Blas, String> {
+        self.opened_blas().map(|_| self as &dyn Blas)
     }
 
     fn push_range(&self, name: &str) {
@@ -415,6 +448,9 @@ impl Drop for Gpu {
             }
             if let Some(staging) = self.staging.take() {
                 staging.release(f);
+            }
+            if let Some(Ok(blas)) = self.blas.take() {
+                (f.mem_free)(blas.workspace());
             }
             (f.stream_destroy)(self.stream);
             (f.primary_context_release)(self.device);

@@ -2,6 +2,7 @@
 //! of `kernels/gemm.cuh`), so the choice may follow the machine.
 #![forbid(unsafe_code)]
 
+use super::autotune;
 use super::driver::{Address, Build, Launch};
 use super::machine::{COUNTERS, Machine};
 use super::params::params;
@@ -151,7 +152,13 @@ pub struct Linear {
     pub out_dtype: DType,
 }
 
+/// The product by our kernel, or by a library where the caller waived the law for that.
 pub fn linear(machine: &Machine, op: &Linear) -> Result<()> {
+    if autotune::by_library(machine, op)? { Ok(()) } else { ours(machine, op) }
+}
+
+/// [`linear`] by our kernel.
+pub(super) fn ours(machine: &Machine, op: &Linear) -> Result<()> {
     linear_as(machine, op, &shape(op.rows, op.n, op.k, machine.driver.limits().num_sms))
 }
 

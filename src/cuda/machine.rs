@@ -10,6 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use super::autotune::Products;
 use super::driver::{Address, Build, Driver, Function, Launch};
 use super::params::Params;
 use crate::error::Result;
@@ -52,6 +53,8 @@ impl Drop for Memory {
 /// A driver with its loaded functions and shared memory areas.
 pub struct Machine {
     pub driver: Box<dyn Driver>,
+    /// Which way products are computed.
+    pub(super) products: Products,
     returned: (Sender<Returned>, Receiver<Returned>),
     kept: RefCell<HashMap<usize, Vec<Address>>>,
     functions: RefCell<HashMap<(Build, &'static str), Function>>,
@@ -66,6 +69,7 @@ impl Machine {
         driver.fill(counters, 0, COUNTERS)?;
         Ok(Machine {
             driver,
+            products: Products::new(),
             returned: channel(),
             kept: RefCell::default(),
             functions: RefCell::new(HashMap::new()),

@@ -7,6 +7,7 @@
 //! | [`machine`], [`params`] | what every launcher stands on; the form of a params struct |
 //! | [`driver`] | the narrow interface to a machine: [`Gpu`] (libcuda) and [`Emulator`] (g++ and the host) |
 //! | `kernels`, `compile`, `cubin`, [`cache`] | the embedded sources, NVRTC, and built code kept on disk |
+//! | `autotune`, `cublaslt` | opt-in: products by cuBLASLt where it was measured faster |
 //! | `device`, `trouble`, `nvtx`, `staging`, `libcuda` | the conversation with the driver |
 //!
 //! Libraries are opened at run time and their absence is an [`Error`] with the next move. docs/cuda.md tells the story.
@@ -14,14 +15,16 @@
 //! cudarc supplies the search for the libraries and the numbers of the driver's interface. Its own entry points panic when a library
 //! or a symbol is absent and read foreign codes as enums; symbols are therefore looked up one by one, as functions that return plain
 //! integers. `unsafe` is in this file and in those that call foreign functions: `device.rs`, `compile.rs`, `libcuda.rs`, `gpu.rs`,
-//! `staging.rs`, `nvtx.rs`.
+//! `staging.rs`, `nvtx.rs`, `cublaslt.rs`.
 
 pub mod ask;
 pub mod attention;
+mod autotune;
 mod backend;
 pub mod cache;
 mod compile;
 mod cubin;
+mod cublaslt;
 pub mod decide;
 mod device;
 pub mod driver;

@@ -10,6 +10,7 @@ mod support;
 
 mod laws;
 mod parity;
+mod products;
 mod tokens;
 
 use redraft::DType;

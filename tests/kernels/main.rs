@@ -6,6 +6,7 @@
 
 mod ask;
 mod attention;
+mod cublaslt;
 mod decide;
 mod door;
 mod embed;

@@ -6,6 +6,10 @@
 //   STUB_CC       compute capability of each, 90 by default
 //   STUB_DRIVER   version that the driver claims, 13000 by default
 //   STUB_FAIL     NAME=CODE: the function cuNAME answers with that code
+//   STUB_LAUNCH_MS  what a launch takes
+//   STUB_FULL     an allocation of that many bytes finds no room
+#include <unistd.h>
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -55,6 +59,13 @@ static struct Balance {
 } balance;
 
 extern "C" {
+// For libraries that work on the same stream.
+bool stub_inside(size_t address, size_t bytes) { return inside(address, bytes); }
+void stub_enqueue(const char* line, const std::function<void()>& work) {
+    if (recording) recorded.push_back(line);
+    else queue.push_back(work);
+}
+
 int cuInit(unsigned) { return devices() < 0 ? 100 : devices() == 77 ? 999 : 0; }
 int cuDriverGetVersion(int* version) { return *version = number("STUB_DRIVER", 13000), 0; }
 int cuDeviceGetCount(int* count) { return *count = devices(), 0; }
@@ -90,7 +101,7 @@ CALL(GraphLaunch, size_t runnable, size_t) for (auto& line : *(std::vector<std::
 
 CALL(MemAlloc_v2, size_t* address, size_t bytes)
     if (!current) return 201;
-    if (bytes > TOTAL - taken) return 2;
+    if (bytes > TOTAL - taken || bytes == (size_t)number("STUB_FULL", 0)) return 2;
     *address = (size_t)aligned_alloc(256, (bytes + 255) / 256 * 256);
     if (bytes < 1 << 24) memset((void*)*address, 0, bytes);  // kernels write nothing, and results must be finite
     buffers[*address] = bytes, taken += bytes;
@@ -147,7 +158,7 @@ CALL(LaunchKernel, std::string* function, unsigned x, unsigned y, unsigned z, un
     std::string line = *function + " " + text;
     for (int i = 0; i < 40; ++i) snprintf(text, sizeof text, "%02x", params[0][i]), line += text;
     if (recording) recorded.push_back(line);
-    else say("launched " + line);
+    else say("launched " + line), usleep(1000 * number("STUB_LAUNCH_MS", 0));
     return 0;
 }
 }
