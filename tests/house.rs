@@ -230,7 +230,8 @@ fn every_kernel_has_its_test() {
     let stems =
         files("kernels").into_iter().filter_map(|f| f.strip_suffix(".cu").and_then(|f| f.strip_prefix("kernels/")).map(String::from));
     let tested = |stem: &str| root().join(format!("tests/kernels/{stem}.rs")).exists();
-    let broken: Vec<String> = stems.clone().filter(|stem| !tested(stem) && !stem.split_once('_').is_some_and(|(op, _)| tested(op))).collect();
+    let broken: Vec<String> =
+        stems.clone().filter(|stem| !tested(stem) && !stem.split_once('_').is_some_and(|(op, _)| tested(op))).collect();
     assert!(stems.count() >= 10);
     fail_on("kernels without a test", broken);
 }
