@@ -167,6 +167,10 @@ void run_thread() {
 // Two threads touch a byte of shared memory, one of them writes, and no barrier stands between: the result depends on timing, whether or
 // not a schedule shows it. A build with -fsanitize=thread calls the functions at the end of this file at every access; here is
 // remembered who wrote and who read each byte since the last barrier. Within a warp __syncwarp orders, too; shuffles and votes do not.
+//
+// Of global memory one thing is watched: an atomic on it tells other CTAs that this one's results are there. So no thread may write there
+// without a barrier before the one that arrives or behind it, and each write is followed by a fence: of the thread itself, or, behind a
+// barrier, of any other. (Whether the CTA that comes last has a fence before it reads is not.)
 
 enum class Access { Read, Write, Atomic };
 enum Spread : unsigned char { OneThread, OneWarp, SeveralWarps };
@@ -187,6 +191,8 @@ bool watching;  // this library reports its accesses
 std::vector<Cell> cells;  // one for each byte, static ones first
 unsigned epoch;  // counts barriers, over all CTAs
 std::vector<unsigned> warp_rounds;  // counts __syncwarp
+Trace stored, arrived;  // the last plain writes to global memory, and the last atomics on it
+std::vector<unsigned> unfenced;  // for each thread the epoch of its last write to global memory, 0 once a fence followed
 
 bool unordered(const Trace& trace) {
     if (trace.epoch != epoch || (trace.spread == OneThread && trace.thread == running)) return false;
@@ -202,12 +208,35 @@ void add(Trace& trace, bool atomic) {
     trace.atomic &= atomic;
 }
 
+void accessed_global(const void* address, Access access) {
+    if (access == Access::Read || ((const char*)address >= stacks && (const char*)address < stacks + stacks_bytes)) return;
+    if (access == Access::Write) {
+        if (unordered(arrived)) {
+            emulate_fail("race: writes global memory, and thread %u has an atomic there for others to see, with no barrier between", arrived.thread);
+        }
+        add(stored, false);
+        unfenced[running] = epoch;
+        return;
+    }
+    if (unordered(stored)) emulate_fail("race: an atomic on global memory, where thread %u wrote, with no barrier between", stored.thread);
+    for (unsigned i = 0; i < count; ++i) {
+        if (unfenced[i]) emulate_fail("race: an atomic on global memory, where thread %u wrote, with no fence between", i);
+    }
+    add(arrived, true);
+}
+
+void fenced() {
+    for (unsigned i = 0; i < count; ++i) {
+        if (i == running || unfenced[i] < epoch) unfenced[i] = 0;
+    }
+}
+
 void accessed(const void* address, size_t bytes, Access access) {
     const size_t statics = __stop_redraft_shared - __start_redraft_shared;
     const size_t in_static = (const char*)address - __start_redraft_shared, in_dynamic = (const char*)address - dynamic_shared;
     const bool is_static = in_static < statics;
     const size_t first = is_static ? in_static : statics + in_dynamic;
-    if (first >= cells.size()) return;
+    if (first >= cells.size()) return accessed_global(address, access);
     for (size_t i = first; i < first + bytes && i < cells.size(); ++i) {
         Cell& cell = cells[i];
         const bool after_write = unordered(cell.written) && !(access == Access::Atomic && cell.written.atomic);
@@ -238,6 +267,7 @@ void run_cta() {
     at_barrier = barrier_flags = 0;
     barrier_site = 0;
     ++epoch;
+    for (unsigned& write : unfenced) write = 0;
     for (Meeting& meeting : meetings) meeting.arrived = 0;
     for (unsigned i = 0; i < count; ++i) {
         Fiber& fiber = fibers[i];
@@ -292,6 +322,7 @@ bool reserve(unsigned block, size_t shared_bytes) {
     fibers.resize(block);
     meetings.resize(block);  // 32 for each 32 threads
     warp_rounds.assign(block / 32, 0);
+    unfenced.assign(block, 0);
     count = block;
     return true;
 }
@@ -450,7 +481,10 @@ extern "C" {
 void __tsan_init() { watching = true; }
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+void __tsan_atomic_thread_fence(int) {
+    fenced();
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 void __tsan_read_range(void* address, size_t bytes) { accessed(address, bytes, Access::Read); }
 void __tsan_write_range(void* address, size_t bytes) { accessed(address, bytes, Access::Write); }
 

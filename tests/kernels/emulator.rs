@@ -4,6 +4,8 @@ use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::available_parallelism;
 
 use bytemuck::Pod;
 use redraft::cuda::driver::Address;
@@ -123,6 +125,16 @@ pub fn run(mut command: Command) {
         .output()
         .unwrap_or_else(|e| panic!("g++ cannot be started ({e}): these tests compile the kernels for the host, install g++"));
     assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// What `work` makes of the items, on as many threads as there are cores, in the order in which they are done.
+pub fn on_all_cores<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Option<R> + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let worker = || std::iter::from_fn(|| items.get(next.fetch_add(1, Ordering::Relaxed))).filter_map(&work).collect::<Vec<R>>();
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..available_parallelism().map_or(1, |n| n.get())).map(|_| scope.spawn(worker)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().expect("a worker ends")).collect()
+    })
 }
 
 /// Repeatable numbers in [-1, 1), different for every seed.

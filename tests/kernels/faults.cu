@@ -133,6 +133,25 @@ KERNEL(atomics_order_themselves, FaultParams) {
     p.out[threadIdx.x] = (float)sum;
 }
 
+// All threads write, one says that it is done.
+template <bool BARRIER, bool FENCE>
+__device__ __forceinline__ void arrival(const FaultParams& p) {
+    p.out[threadIdx.x] = 1.0f;
+    if (FENCE) __threadfence();
+    if (BARRIER) __syncthreads();
+    if (threadIdx.x == 40) atomicAdd(p.counter, 1u);
+}
+KERNEL(race_of_arrival, FaultParams) { arrival<false, true>(p); }
+KERNEL(race_without_fence, FaultParams) { arrival<true, false>(p); }
+KERNEL(arrival_in_order, FaultParams) { arrival<true, true>(p); }
+KERNEL(one_fence_for_all, FaultParams) {
+    p.out[threadIdx.x] = 1.0f;
+    __syncthreads();
+    if (threadIdx.x != 40) return;
+    __threadfence();
+    atomicAdd(p.counter, 1u);
+}
+
 // CTAs of a 3-D grid add up their numbers; the last to arrive sums them.
 KERNEL(last_arriver, FaultParams) {
     __shared__ bool is_last;

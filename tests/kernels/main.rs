@@ -6,6 +6,7 @@
 
 mod ask;
 mod attention;
+mod barriers;
 mod cublaslt;
 mod decide;
 mod door;

@@ -1,12 +1,9 @@
 //! The tests of the tests: each planted bug must be caught. Most are barriers that a GPU would miss only now and then.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::available_parallelism;
-
 use redraft::cuda::Edit;
 use redraft::cuda::machine::Machine;
 
-use crate::emulator::edited_machines;
+use crate::emulator::{edited_machines, on_all_cores};
 use crate::{ask, attention, decide, embed, gather, linear, norm, remask, reveal, rng, rope_append};
 
 type Check = fn(&Machine) -> Result<(), String>;
@@ -286,25 +283,15 @@ fn caught(check: Check, change: (&'static str, &'static str, &'static str)) -> O
 
 #[test]
 fn every_planted_bug_is_caught() {
-    // Most of the time goes into compiling each of them: on all cores.
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut missed = Vec::new();
-        while let Some((bug, check, change)) = BUGS.get(next.fetch_add(1, Ordering::Relaxed)) {
-            match caught(*check, *change) {
-                // One of the nine machines must notice; which one tells what kind of bug it is.
-                Some((machine, words)) if !words.contains("g++ failed") && !words.contains(" stands ") => {
-                    println!("{bug}: machine {machine}: {}", words.chars().take(160).collect::<String>());
-                }
-                Some((_, words)) => missed.push(format!("the edit itself is broken: {bug}: {words}")),
-                None => missed.push(format!("not caught: {bug}")),
-            }
+    // Most of the time goes into compiling each of them.
+    let missed = on_all_cores(BUGS, |(bug, check, change)| match caught(*check, *change) {
+        // One of the nine machines must notice; which one tells what kind of bug it is.
+        Some((machine, words)) if !words.contains("g++ failed") && !words.contains(" stands ") => {
+            println!("{bug}: machine {machine}: {}", words.chars().take(160).collect::<String>());
+            None
         }
-        missed
-    };
-    let missed: Vec<String> = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..available_parallelism().map_or(1, |n| n.get())).map(|_| scope.spawn(work)).collect();
-        workers.into_iter().flat_map(|worker| worker.join().expect("a worker ends")).collect()
+        Some((_, words)) => Some(format!("the edit itself is broken: {bug}: {words}")),
+        None => Some(format!("not caught: {bug}")),
     });
     println!("{} planted, {} caught", BUGS.len(), BUGS.len() - missed.len());
     assert!(missed.is_empty(), "{}", missed.join("\n"));

@@ -120,7 +120,16 @@ fn threads_that_share_memory_need_a_barrier() {
         ] {
             fails(options, entry, &[entry, "CTA (0, 0, 0), thread ", "race: ", what, "with no barrier between"]);
         }
-        for entry in ["barrier_orders", "warp_barrier_orders", "atomics_order_themselves", "copy_read_in_time"] {
+        fails(options, "race_of_arrival", &["global memory", "with no barrier between"]);
+        fails(options, "race_without_fence", &["thread 40: race: an atomic on global memory, where thread 0 wrote, with no fence between"]);
+        for entry in [
+            "barrier_orders",
+            "warp_barrier_orders",
+            "atomics_order_themselves",
+            "copy_read_in_time",
+            "arrival_in_order",
+            "one_fence_for_all",
+        ] {
             assert!(outcome(options, entry, [2, 1, 1], &noise(5, LEN)).unwrap()[..64].iter().all(|x| !x.is_nan()), "{entry}");
         }
     }
