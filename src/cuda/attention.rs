@@ -19,7 +19,7 @@ params! {
     AttentionParams, 96 bytes {
         /// (T, (H + 2 K) D) f32; queries are the first H D columns.
         qkv: u64 = 0,
-        /// [page][kv head][offset][D] f32 or bf16.
+        /// (pages, kv heads, page size, D) f32 or bf16.
         keys: u64 = 8,
         /// The same.
         values: u64 = 16,

@@ -27,7 +27,7 @@ params! {
         q_norm: u64 = 32,
         /// (D) f32, or 0 for none.
         k_norm: u64 = 40,
-        /// [page][kv head][offset][D] f32 or bf16.
+        /// (pages, kv heads, page size, D) f32 or bf16.
         keys: u64 = 48,
         /// The same.
         values: u64 = 56,
