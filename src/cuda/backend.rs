@@ -801,3 +801,33 @@ impl Places {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As on the CPU, an engine may be built on one thread and ticked on another.
+    #[test]
+    fn an_engine_crosses_threads() {
+        fn crosses<T: Send>() {}
+        crosses::<crate::Engine<Cuda>>();
+    }
+
+    #[test]
+    fn arrays_of_a_plan_begin_at_sixteen_bytes_and_padding_writes_nothing() {
+        let mut plan = Plan::new();
+        plan.push(&[(3, 7), (4, 8), (5, 9)], &[5, 2], 4, crate::plan::Visibility::Full, 6);
+        let mut words = Words::default();
+        words.push([1]);
+        let places = words.plan(&plan, 8);
+        let at = |place: usize, count: usize| &words.0[place..place + count];
+        assert_eq!(at(places.ids, 8), [7, 8, 9, 0, 0, 0, 0, 0]);
+        assert_eq!(at(places.slots, 8), [23, 8, 9, u32::MAX, u32::MAX, u32::MAX, u32::MAX, u32::MAX]);
+        assert_eq!(at(places.visible, 8), [6, 6, 6, 0, 0, 0, 0, 0]);
+        assert_eq!((at(places.page_indptr, 2), at(places.pages, 2)), (&[0, 2][..], &[5, 2][..]));
+        for place in [places.ids, places.positions, places.slots, places.visible, places.page_indptr, places.pages] {
+            assert_eq!(place % 4, 0);
+        }
+        assert_eq!(places.at(0x1000).slots, 0x1000 + 4 * places.slots as u64);
+    }
+}

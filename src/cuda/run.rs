@@ -419,3 +419,15 @@ fn upload<'a>(machine: &Machine, arrays: CanvasArrays, canvases: impl Iterator<I
     machine.driver.write(arrays.state, &states)?;
     machine.driver.write(arrays.stage, &stage)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_padded_to_few_counts_and_never_below_themselves() {
+        assert_eq!([0, 1, 4, 16, 17, 90, 128, 129, 1000].map(padded), [0, 1, 4, 16, 24, 96, 128, 160, 1024]);
+        let counts: std::collections::BTreeSet<usize> = (0..=1024).map(padded).collect();
+        assert!(counts.len() < 64 && (0..=1024).all(|rows| padded(rows) >= rows));
+    }
+}
