@@ -103,7 +103,7 @@ impl Machine {
         if bytes <= size {
             return Ok(address);
         }
-        // Freed first, so that old and new never exist together. Half as much again: lengths grow a little at a time.
+        // Freed first, so that old and new never exist together; in whole megabytes, since lengths grow a little at a time.
         if size > 0 {
             self.driver.free(address);
         }

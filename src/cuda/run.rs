@@ -304,7 +304,8 @@ fn answer(records: &[DecisionRecord], summary: &SessionSummary) -> Result<Vec<Ru
     }
 }
 
-/// Appends the arrays of one step to the arena. The order and the sizes follow from the signature, the pages excepted, which come last.
+/// Appends the arrays of one step to the arena. The order and the sizes follow from the signature up to the pages; what varies
+/// otherwise stands behind their beginning.
 fn lay_out(cuda: &Cuda, words: &mut Words, spec: &RunSpec, step: &RunStep, firsts: &[u32], log: usize) -> StepPlan {
     let RunStep { plan, sessions } = step;
     let rows = padded(plan.num_rows());
@@ -346,12 +347,6 @@ fn lay_out(cuda: &Cuda, words: &mut Words, spec: &RunSpec, step: &RunStep, first
         })
         .collect();
     own.push(records.iter().flat_map(|record| bytemuck::bytes_of(record).as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word))));
-    let remask = sessions.iter().any(|s| s.remask.is_some()).then(|| RemaskPlaces {
-        indptr: own.push(firsts.iter().copied()),
-        count: own.push(sessions.iter().map(|s| s.remask.unwrap_or(0) as u32)),
-        taken: own.push(sessions.iter().map(|_| 0)),
-        stage: sessions.iter().find(|s| s.remask.is_some()).expect("one of them").stage,
-    });
     let sequence_of_row = (0..plan.num_sequences()).flat_map(|s| (plan.indptr[s]..plan.indptr[s + 1]).map(move |_| s));
     let canvas_places: Vec<u32> = sequence_of_row.zip(&plan.positions).map(|(s, p)| firsts[s] + p).collect();
     let index = own.push(canvas_places.into_iter().chain(std::iter::repeat_n(0, rows - plan.num_rows())));
@@ -365,6 +360,13 @@ fn lay_out(cuda: &Cuda, words: &mut Words, spec: &RunSpec, step: &RunStep, first
     let asked = own.push(std::iter::repeat_n(0, padded_asks));
     let selected_visible = own.push(std::iter::repeat_n(0, padded_asks));
     let places = own.plan(plan, rows);
+    // Behind everything that a recorded graph addresses: a step with a remask has the signature of one without.
+    let remask = sessions.iter().any(|s| s.remask.is_some()).then(|| RemaskPlaces {
+        indptr: own.push(firsts.iter().copied()),
+        count: own.push(sessions.iter().map(|s| s.remask.unwrap_or(0) as u32)),
+        taken: own.push(sessions.iter().map(|_| 0)),
+        stage: sessions.iter().find(|s| s.remask.is_some()).expect("one of them").stage,
+    });
 
     let shape = Cuda::shape_of(plan, rows as u32);
     let nucleus = |s: &SessionStep| decide::needs_nucleus(&s.draw);

@@ -48,6 +48,27 @@ fn graph_or_no_graph() {
     }
 }
 
+/// Two requests whose refining steps have one signature; in one of them the device masks again in the middle of a run, in the other the
+/// host does between two. A graph recorded for either serves both.
+#[test]
+fn a_graph_serves_steps_with_and_without_a_remask() {
+    for backend in backends(DType::F32) {
+        let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
+        let stages = schedule(DID);
+        // Runs of 4, then 16: the draft of 20 ends with a run, that of 21 does not; 23 positions and 7 asked ones in both.
+        let both = [request(&[1, 2, 3], 20, &stages, 9, 0), request(&[1, 2], 21, &stages, 9, 0)];
+        engine.backend().set_replays(false);
+        let plain: Vec<Essence> = alone(&mut engine, &both, "launched").iter().map(Essence::of).collect();
+        engine.backend().set_replays(true);
+        for order in [[0, 0, 0, 1, 1], [1, 1, 1, 0, 0]] {
+            for i in order {
+                let found = Essence::of(&together(&mut engine, &both[i..=i], "replayed")[0]);
+                assert_eq!(found, plain[i], "request {i}");
+            }
+        }
+    }
+}
+
 /// Other seeds through the same graphs give other tokens: nothing of a request is frozen in a recording.
 #[test]
 fn a_replay_never_repeats_numbers() {
