@@ -449,48 +449,47 @@ impl<B: Backend> Engine<B> {
         let steps = spec.steps;
         let Loaded { model, kv, scratch } = &mut self.models[weights];
         let entered = model.run(&self.backend, &mut run, &steps, kv, scratch)?;
+        // Sessions that left the run: finished, failed, or with a draft that ended early.
         let mut over = vec![false; chosen.len()];
         for (index, decisions) in self.backend.end_run(run)?.into_iter().enumerate() {
-            if index > 0 {
-                // What lies between two steps: the end of a stage and its remask.
-                let clock = entered.iter().find(|(step, _)| *step == index).map_or_else(Instant::now, |(_, clock)| *clock);
-                for (&i, over) in chosen.iter().zip(&mut over) {
-                    let mut events = Vec::new();
-                    *over |= self.active[i].session.next_at(&mut events, clock) == Next::Finished;
-                    self.active[i].send(events);
-                }
-            }
-            let alive: Vec<usize> = (0..chosen.len()).filter(|c| !over[*c]).collect();
-            let mut answers = Vec::new();
-            for (c, answer) in decisions.into_iter().enumerate().filter(|(c, _)| alive.contains(c)) {
-                let len = steps[index].sessions[c].range.end;
-                // A draft that ended early leaves the rest of the run behind.
-                over[c] = self.active[chosen[c]].session.canvas().len() < len;
-                if !over[c] {
-                    answers.push((chosen[c], answer));
-                }
-            }
-            let (sessions, answers): (Vec<usize>, Vec<_>) = answers.into_iter().unzip();
-            let lens: Vec<usize> = sessions.iter().map(|i| self.active[*i].session.canvas().len()).collect();
-            let revealed: Vec<Vec<(usize, bool)>> =
-                answers.iter().map(|answer| answer.iter().flatten().map(|d: &RunDecision| (d.position, d.chosen)).collect()).collect();
-            let answers = sessions.iter().zip(answers).map(|(i, answer)| self.accept(*i, answer)).collect();
-            self.commit(&sessions, answers);
-            for ((&i, revealed), len) in sessions.iter().zip(revealed).zip(lens) {
-                let Active { session, failed, .. } = &mut self.active[i];
-                let now = session.canvas().len();
-                let agree = |(position, chosen): &(usize, bool)| {
-                    *position >= now || (session.canvas().state(*position) == State::Revealed) == *chosen
-                };
-                if failed.is_none() && !revealed.iter().all(agree) {
-                    *failed = Some(Error::kernel("the device revealed other positions than the law of the schedule"));
-                    session.cancel();
-                }
-                let c = chosen.iter().position(|c| *c == i).expect("one of them");
-                over[c] |= self.active[i].failed.is_some() || now < len;
+            let clock = entered.iter().find(|(step, _)| *step == index).map_or_else(Instant::now, |(_, clock)| *clock);
+            for (c, answer) in decisions.into_iter().enumerate() {
+                let entered = (index > 0).then_some(clock);
+                over[c] = over[c] || !self.follow(chosen[c], entered, steps[index].sessions[c].range.end, answer);
             }
         }
         Ok(true)
+    }
+
+    /// Applies one step of a run to session `i`, whose range ends at `end`; `entered`: when the step began, where it is not the first.
+    /// False where the session leaves the run here or before.
+    fn follow(&mut self, i: usize, entered: Option<Instant>, end: usize, answer: Result<Vec<RunDecision>>) -> bool {
+        if let Some(clock) = entered {
+            // What lies between two steps: the end of a stage and its remask.
+            let mut events = Vec::new();
+            let next = self.active[i].session.next_at(&mut events, clock);
+            self.active[i].send(events);
+            if next == Next::Finished {
+                return false;
+            }
+        }
+        let len = self.active[i].session.canvas().len();
+        if len < end {
+            return false;
+        }
+        let revealed: Vec<(usize, bool)> = answer.iter().flatten().map(|d| (d.position, d.chosen)).collect();
+        let answer = self.accept(i, answer);
+        self.commit(&[i], vec![answer]);
+        let Active { session, failed, .. } = &mut self.active[i];
+        let now = session.canvas().len();
+        let agree =
+            |(position, chosen): &(usize, bool)| *position >= now || (session.canvas().state(*position) == State::Revealed) == *chosen;
+        if failed.is_none() && !revealed.iter().all(agree) {
+            *failed = Some(Error::kernel("the device revealed other positions than the law of the schedule"));
+            session.cancel();
+        }
+        // A draft that ended early leaves the rest of the run behind.
+        failed.is_none() && now == len
     }
 
     /// Steps that all chosen sessions foresee, with pages for all of their rows.
