@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Check an exported model directory: files, ids, and (optionally) the logits of the official model class.
 
-    python3 check.py ../../models/NAME [--reference FOLDER]
+    python3 check.py ../../models/NAME [--reference [FOLDER]]
 
-FOLDER holds the official `modeling_bd3lm.py` and `configuration_bd3lm.py` (kuleshov-group/bd3lms, models/hf); it
-needs the packages transformers and einops.
+For a BD3-LM directory FOLDER holds the official `modeling_bd3lm.py` and `configuration_bd3lm.py` (kuleshov-group/bd3lms,
+models/hf) and the packages transformers and einops are needed; for a Qwen2 directory the class of transformers is taken.
 """
 import argparse
 import importlib
@@ -19,15 +19,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from sample import load_exported
+from sample import load_exported, load_judge
 
 
 def check_tokenizer(folder, config):
     tok = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
     vocab = config["vocab_size"]
     assert tok.get_vocab_size() == vocab and sorted(tok.get_vocab().values()) == list(range(vocab))
-    names = [tok.id_to_token(config[k]) for k in ("bos_token_id", "pad_token_id", "mask_token_id")]
-    assert names == ["<|endoftext|>", "<|pad|>", "<|mask|>"] and config["mask_token_id"] == vocab - 1, names
+    names = [tok.id_to_token(i) for i in (config["bos_token_id"], config["pad_token_id"], vocab - 1)]
+    assert names == ["<|endoftext|>", "<|pad|>", "<|mask|>"] and config.get("mask_token_id", vocab - 1) == vocab - 1, names
     for text in ("Once upon a time, there was a \"cat\".\nIt didn't  run!\n", " x", "caf\u00e9 \u2603 42"):
         assert tok.decode(tok.encode(text).ids, skip_special_tokens=False) == text, text
     assert tok.encode("a<|mask|>b<|endoftext|>").ids[1::2] == [vocab - 1, 0]
@@ -67,10 +67,23 @@ def check_reference(folder, config, reference):
     assert worst < 1e-3, worst
 
 
+def check_causal_reference(folder):
+    """Largest difference between our logits and those of the Qwen2 class of transformers."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = load_judge(folder)
+    ids = torch.randint(2, ours.config["vocab"] - 1, (2, ours.config["length"]), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = float((ours(ids) - theirs(ids).logits).abs().max())
+    print(f"causal forward: largest difference {difference:.1e}")
+    assert difference < 1e-3, difference
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("folder")
-    ap.add_argument("--reference", help="folder with the official modelling files")
+    ap.add_argument("--reference", nargs="?", const="", help="compare logits; folder with the official modelling files")
     args = ap.parse_args()
     with open(os.path.join(args.folder, "config.json")) as f:
         config = json.load(f)
@@ -81,7 +94,9 @@ def main():
         finite = all(bool(torch.isfinite(f.get_tensor(k)).all()) for k in f.keys())
     assert finite
     print(f"weights: {count:,} parameters in the file, {os.path.getsize(path) / 1e6:.2f} MB")
-    if args.reference:
+    if args.reference is not None and config["model_type"] == "qwen2":
+        check_causal_reference(args.folder)
+    elif args.reference is not None:
         check_reference(args.folder, config, args.reference)
 
 

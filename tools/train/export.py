@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a trained model as a directory in the published BD3-LM layout.
+"""Write a trained model as a directory in a published layout: BD3-LM, or Qwen2 for the autoregressive judge.
 
     python3 export.py WORK/run/checkpoint.pt ../../models/NAME --tokenizer WORK/data/tokenizer.json
 
@@ -13,10 +13,11 @@ import shutil
 import torch
 from safetensors.torch import save_file
 
-from model import EMBED_SCALE, rope_tables
+from causal import RMS_EPS, Decoder
+from model import EMBED_SCALE, Backbone, rope_tables
 
 
-def published_tensors(weights, config, dtype):
+def bd3lm_tensors(weights, config, dtype):
     """Rename to the published tensor names and split the shared matrix into embedding and head."""
     tensors = {}
     for name, value in weights.items():
@@ -31,7 +32,7 @@ def published_tensors(weights, config, dtype):
     return {k: v.contiguous().clone() for k, v in sorted(tensors.items())}
 
 
-def published_config(config, dtype, block_size):
+def bd3lm_config(config, dtype, block_size):
     return {
         "architectures": ["BD3LM"],
         "model_type": "bd3lm",
@@ -57,6 +58,45 @@ def published_config(config, dtype, block_size):
     }
 
 
+def qwen2_tensors(weights, config, dtype):
+    tensors = {}
+    for name, value in weights.items():
+        value = value.detach()
+        if name == "embed_tokens.weight":
+            tensors["model." + name] = (value * EMBED_SCALE).to(dtype)
+            tensors["lm_head.weight"] = value.to(dtype)
+        else:
+            tensors["model." + name] = value.to(dtype)
+    return {k: v.contiguous().clone() for k, v in sorted(tensors.items())}
+
+
+def qwen2_config(config, dtype, block_size):
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": config["vocab"],
+        "hidden_size": config["dim"],
+        "intermediate_size": 3 * config["dim"],
+        "num_hidden_layers": config["blocks"],
+        "num_attention_heads": config["heads"],
+        "num_key_value_heads": config["heads"],
+        "max_position_embeddings": config["length"],
+        "hidden_act": "silu",
+        "rms_norm_eps": RMS_EPS,
+        "rope_theta": 10000.0,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+LAYOUTS = {"bd3lm": (bd3lm_tensors, bd3lm_config), "qwen2": (qwen2_tensors, qwen2_config)}
+
+
 def replace_json(path, value):
     with open(path + ".tmp", "w") as f:
         json.dump(value, f, indent=2)
@@ -64,16 +104,17 @@ def replace_json(path, value):
     os.replace(path + ".tmp", path)
 
 
-def export_directory(weights, config, folder, tokenizer, dtype="bfloat16", block_size=4):
-    """`weights`: name -> tensor as in model.Backbone (normally the averaged ones)."""
+def export_directory(layout, weights, config, folder, tokenizer, dtype="bfloat16", block_size=4):
+    """`weights`: name -> tensor as in model.Backbone or causal.Decoder (normally the averaged ones)."""
+    tensors, description = LAYOUTS[layout]
     os.makedirs(folder, exist_ok=True)
     dtype = getattr(torch, dtype)
     target = os.path.join(folder, "tokenizer.json")
     shutil.copyfile(tokenizer, target + ".tmp")
     os.replace(target + ".tmp", target)
-    replace_json(os.path.join(folder, "config.json"), published_config(config, dtype, block_size))
+    replace_json(os.path.join(folder, "config.json"), description(config, dtype, block_size))
     target = os.path.join(folder, "model.safetensors")
-    save_file(published_tensors(weights, config, dtype), target + ".tmp", metadata={"format": "pt"})
+    save_file(tensors({k: v.cpu() for k, v in weights.items()}, config, dtype), target + ".tmp", metadata={"format": "pt"})
     os.chmod(target + ".tmp", 0o644)
     os.replace(target + ".tmp", target)
 
@@ -85,14 +126,14 @@ def main():
     ap.add_argument("--tokenizer", required=True)
     ap.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     ap.add_argument("--block-size", type=int, default=4, help="block size named in config.json")
-    ap.add_argument("--raw", action="store_true", help="export the last weights instead of their average")
+    ap.add_argument("--raw", action="store_true", help="export the last weights instead of the best average")
     args = ap.parse_args()
-    from model import Backbone
-
-    saved = torch.load(args.checkpoint, weights_only=False)
-    names = [n for n, _ in Backbone(**saved["config"]).named_parameters()]
-    weights = dict(zip(names, saved["params" if args.raw else "ema"]))
-    export_directory(weights, saved["config"], args.folder, args.tokenizer, args.dtype, args.block_size)
+    saved = torch.load(args.checkpoint, weights_only=False, map_location="cpu")
+    layout = "qwen2" if saved["args"]["objective"] == "causal" else "bd3lm"
+    model = {"qwen2": Decoder, "bd3lm": Backbone}[layout](**saved["config"])
+    names = [n for n, _ in model.named_parameters()]
+    weights = dict(zip(names, saved["params"] if args.raw else saved["best"]["weights"]))
+    export_directory(layout, weights, saved["config"], args.folder, args.tokenizer, args.dtype, args.block_size)
     size = os.path.getsize(os.path.join(args.folder, "model.safetensors"))
     print(f"{args.folder}: step {saved['step']}, {size / 1e6:.1f} MB")
 

@@ -137,6 +137,11 @@ class Backbone(nn.Module):
             nn.init.zeros_(block.mlp[0].bias)
             nn.init.zeros_(block.mlp[2].bias)
 
+    def matrices(self):
+        """The matrices that Muon trains; the first of each block is Q, K and V, one below the other."""
+        return [p for b in self.blocks for p in
+                (b.attn_qkv.weight, b.attn_out.weight, b.mlp[0].weight, b.mlp[2].weight)]
+
     def compile_blocks(self):
         """Fuse the pointwise work of the blocks (LayerNorm, RoPE, softmax, GELU); shapes are static."""
         for block in self.blocks:
@@ -148,7 +153,9 @@ class Backbone(nn.Module):
         key = (kind, length, block)
         if key not in self._masks:
             make = joint_masks if kind == "joint" else block_causal_mask
-            self._masks[key] = make(length, block)
+            mask = make(length, block)
+            device = self.cos.device
+            self._masks[key] = tuple(m.to(device) for m in mask) if kind == "joint" else mask.to(device)
         return self._masks[key]
 
     def embed(self, ids):
@@ -234,11 +241,11 @@ def mask_full(rng, batch, length, ranges, rate=None):
 
 def masked_loss(model, clean, masked, weight, block, autocast):
     """Weighted cross-entropy at the masked positions. `clean` [B, L] int64; block None = full attention."""
-    mask_id = model.config["vocab"] - 1
-    masked_t = torch.from_numpy(masked)
+    mask_id, device = model.config["vocab"] - 1, model.cos.device
+    clean, masked_t = clean.to(device), torch.from_numpy(masked).to(device)
     noisy = clean.masked_fill(masked_t, mask_id)
-    rows = torch.from_numpy(np.flatnonzero(masked))
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    rows = torch.from_numpy(np.flatnonzero(masked)).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         logits = model(noisy, None if block is None else clean, block, rows)
     loss = F.cross_entropy(logits.float(), clean.reshape(-1)[rows], reduction="none")
-    return (loss * torch.from_numpy(weight).reshape(-1)[rows]).sum()
+    return (loss * torch.from_numpy(weight).to(device).reshape(-1)[rows]).sum()

@@ -13,9 +13,10 @@ def plot_log(log_path, out_path):
     with open(log_path) as f:
         records = [json.loads(line) for line in f]
     evals = [r for r in records if "eval" in r]
-    steps = [r for r in records if "eval" not in r]
+    steps = [r for r in records if "progress" in r]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for key in ("full", "b4", "b16"):
+    known = {"step", "minutes", "progress", "tokens", "lr", "grad"}
+    for key in sorted({k for r in steps for k in r} - known):
         points = [(r["minutes"], r[key]) for r in steps if key in r]
         if points:
             left.plot(*zip(*points), label=key, linewidth=0.8)

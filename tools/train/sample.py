@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from causal import Decoder
 from model import EMBED_SCALE, Backbone
 
 
@@ -34,6 +35,18 @@ def load_exported(folder):
                      config["model_length"])
     model.load_state_dict({k.removeprefix("backbone."): v for k, v in tensors.items()})
     return model.eval(), config
+
+
+def load_judge(folder):
+    """Exported judge -> causal.Decoder in float32."""
+    with open(os.path.join(folder, "config.json")) as f:
+        config = json.load(f)
+    tensors = {k: v.float() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+    tensors["model.embed_tokens.weight"] = tensors.pop("lm_head.weight")
+    model = Decoder(config["vocab_size"], config["hidden_size"], config["num_hidden_layers"],
+                    config["num_attention_heads"], config["max_position_embeddings"])
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items()})
+    return model.eval()
 
 
 def draw(logits, nucleus, temperature, mask_id, rng):
