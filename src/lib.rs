@@ -44,6 +44,7 @@
 //! | [`model`] | the forward pass and the families |
 //! | [`session`], [`batcher`], [`request`] | one request's life; who advances; what callers hand in and get back |
 //! | [`engine`], [`oneshot`] | the tick; forwards outside any session |
+//! | [`quality`] | measures of text given as token ids; knows no engine |
 //! | [`cli`] | the command line |
 //!
 //! # Sources
@@ -73,6 +74,7 @@ pub mod oneshot;
 pub mod pages;
 pub mod plan;
 pub mod policy;
+pub mod quality;
 pub mod request;
 pub mod rng;
 pub mod schedule;
