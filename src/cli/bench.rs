@@ -1,6 +1,7 @@
 //! `redraft bench`: where the time of a schedule goes, by stage, over presets, batch sizes and lengths.
 //!
 //! Every figure is a median over `--runs` runs after one warm-up; end-of-text is ignored so that all runs do the same work.
+//! With `--quality` the command measures text instead, which is the room `quality` beside this one.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -11,12 +12,13 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::model::Format;
+use super::quality::QualityFlags;
 use super::{DeviceFlags, Progress};
 use crate::backend::{Backend, DType, Epilogue};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::shapes;
 use crate::plan::Visibility;
 use crate::request::{Output, Prompt, Request};
@@ -24,36 +26,41 @@ use crate::schedule::{Schedule, StageSpec};
 
 #[derive(Args)]
 pub(super) struct Flags {
-    /// Model directory [default: the model that ships]
+    /// Model directory [default: the model that ships]. With --quality, repeat it for stages with weights=1, 2, ...
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
-    model: Option<PathBuf>,
+    pub(super) model: Vec<PathBuf>,
     /// Random weights of a published shape instead of a checkpoint: bd3lm-owt (170M) or tiny
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", conflicts_with = "quality")]
     shape: Option<String>,
-    /// Presets to measure, comma separated
-    #[arg(long, value_delimiter = ',', default_value = "draft,did,did-fast", conflicts_with = "stage")]
-    preset: Vec<String>,
+    /// Presets to measure, comma separated [default: draft,did,did-fast]
+    #[arg(long, value_delimiter = ',', conflicts_with = "stage")]
+    pub(super) preset: Vec<String>,
     /// A schedule of its own, as for generate
     #[arg(long, value_name = "KEY=VAL,...")]
-    stage: Vec<StageSpec>,
-    /// Samples in flight together, comma separated
-    #[arg(long, value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u32).range(1..=4096))]
-    batch: Vec<u32>,
+    pub(super) stage: Vec<StageSpec>,
+    /// Samples in flight together, comma separated [default: 1; with --quality: 64]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub(super) batch: Vec<u32>,
     /// Generated tokens, comma separated [default: what the model was trained for]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
-    length: Vec<u32>,
+    pub(super) length: Vec<u32>,
     /// Measured runs per row
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, default_value_t = 3, conflicts_with = "quality", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
     /// table or json
     #[arg(long, value_enum, default_value = "table")]
-    format: Format,
+    pub(super) format: Format,
     /// Also draw the stage times as an SVG
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "quality")]
     plot: Option<PathBuf>,
     #[command(flatten)]
-    device: DeviceFlags,
+    pub(super) quality: QualityFlags,
+    #[command(flatten)]
+    pub(super) device: DeviceFlags,
 }
+
+/// What is measured without `--preset` and `--stage`.
+const DEFAULT_PRESETS: [&str; 3] = ["draft", "did", "did-fast"];
 
 /// One measured configuration.
 #[derive(Serialize)]
@@ -110,11 +117,23 @@ fn median(values: &mut [f64]) -> f64 {
     if values.len() % 2 == 1 { values[mid] } else { (values[mid - 1] + values[mid]) / 2.0 }
 }
 
-pub(super) fn run(flags: Flags) -> Result<()> {
+pub(super) fn run(mut flags: Flags) -> Result<()> {
+    if flags.quality.quality {
+        return super::quality::run(&flags);
+    }
+    if let [_, second, ..] = &flags.model[..] {
+        return Err(Error::request(format!("--model {}: more than one model goes with --quality only", second.display())));
+    }
+    if flags.preset.is_empty() {
+        flags.preset = DEFAULT_PRESETS.map(String::from).to_vec();
+    }
+    if flags.batch.is_empty() {
+        flags.batch = vec![1];
+    }
     let (label, config) = match &flags.shape {
         Some(name) => (name.clone(), shapes::config(name)?),
         None => {
-            let dir = super::model_dir(flags.model.as_deref())?;
+            let dir = super::model_dir(flags.model.first().map(PathBuf::as_path))?;
             (dir.display().to_string(), ModelConfig::load(&dir)?)
         }
     };

@@ -10,6 +10,7 @@ mod generate;
 mod kernels;
 mod model;
 mod output;
+mod quality;
 mod score;
 mod watch;
 
@@ -30,6 +31,9 @@ use crate::tokenizer::Tokenizer;
 
 /// Directory under `models/` that is used without `--model`.
 const SHIPPED_MODEL: &str = "redraft-stories-7m";
+
+/// Directory under `models/` whose model scores text without `--judge`.
+const SHIPPED_JUDGE: &str = "redraft-judge";
 
 /// Draft-then-refine inference for diffusion language models.
 #[derive(Parser)]
@@ -228,16 +232,27 @@ impl From<TopPRuleFlag> for TopPRule {
 
 /// The directory asked for, or the model that ships: below the working directory, beside the binary, or where it was built.
 pub(crate) fn model_dir(model: Option<&Path>) -> Result<PathBuf> {
-    if let Some(dir) = model {
-        return Ok(dir.to_path_buf());
-    }
-    let relative = Path::new("models").join(SHIPPED_MODEL);
+    model.map_or_else(
+        || shipped(SHIPPED_MODEL, "the model that ships with redraft is not here; run from the repository or give --model DIR"),
+        |dir| Ok(dir.to_path_buf()),
+    )
+}
+
+/// The judge asked for, or the one that ships, which is looked for as the model is.
+pub(crate) fn judge_dir(judge: Option<&Path>) -> Result<PathBuf> {
+    judge.map_or_else(
+        || shipped(SHIPPED_JUDGE, "the judge that ships with redraft is not here; run from the repository or give --judge DIR"),
+        |dir| Ok(dir.to_path_buf()),
+    )
+}
+
+fn shipped(name: &str, missing: &str) -> Result<PathBuf> {
+    let relative = Path::new("models").join(name);
     let exe = std::env::current_exe().unwrap_or_default();
     let beside = exe.ancestors().skip(1).map(|dir| dir.join(&relative));
     let built = Path::new(env!("CARGO_MANIFEST_DIR")).join(&relative);
-    std::iter::once(relative.clone()).chain(beside).chain([built]).find(|dir| dir.join("config.json").exists()).ok_or_else(|| {
-        Error::config(&relative, "the model that ships with redraft is not here; run from the repository or give --model DIR")
-    })
+    let found = std::iter::once(relative.clone()).chain(beside).chain([built]).find(|dir| dir.join("config.json").exists());
+    found.ok_or_else(|| Error::config(&relative, missing))
 }
 
 /// Reads a file, or stdin for `-`.
