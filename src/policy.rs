@@ -7,7 +7,7 @@
 
 use crate::backend::{Decision, Draw, TopPRule};
 use crate::error::{Error, Result};
-use crate::schedule::{Rank, Unmask};
+use crate::schedule::{Rank, Score, Unmask};
 
 /// Token, confidence and shape of one row's distribution, in f64: the specification of `Backend::decide`.
 ///
@@ -215,6 +215,16 @@ pub fn select(unmask: &Unmask, progress: BlockProgress, candidates: &[Candidate]
     };
     chosen.sort_unstable();
     Ok(chosen)
+}
+
+/// Score of a token by the answer of a scoring forward that was forced to it; `snapshot`: its probability when it was revealed.
+pub fn score(score: Score, decision: &Decision, snapshot: f32) -> f64 {
+    match score {
+        // The probability itself, not its logarithm: what events report.
+        Score::Probability => f64::from(decision.confidence),
+        Score::Typicality => f64::from(decision.log_prob) + f64::from(decision.entropy),
+        Score::Lift => f64::from(decision.log_prob) - f64::from(snapshot).ln(),
+    }
 }
 
 /// Positions to mask again: the `floor(ratio * N)` lowest of N scores over the whole sequence, ties to the lower position; ascending.

@@ -59,11 +59,24 @@ pub enum RemaskBy {
     Random,
 }
 
+/// What a scoring forward (post-hoc, held-out) makes of the answer p at a position; the lowest are masked again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// `ln p(token)`: improbable tokens, mistakes and rare words alike.
+    Probability,
+    /// `ln p(token) + H(p)`: less probable than a draw from p would be on average (after Meister et al., "Locally typical
+    /// sampling", arXiv 2202.00666, equation 6, one-sided). A rare word among many possible ones is not low.
+    Typicality,
+    /// `ln p(token) - ln snapshot(token)`: what the forward that revealed the token believed, and this one no longer does.
+    Lift,
+}
+
 /// Masks `floor(ratio * N)` of the N generated positions again.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Remask {
     pub ratio: f64,
     pub by: RemaskBy,
+    pub score: Score,
 }
 
 /// Which K/V a stage may reuse (design section 4).
@@ -151,6 +164,7 @@ pub struct StageSpec {
     scope: Option<Scope>,
     ratio: Option<f64>,
     by: Option<RemaskBy>,
+    score: Option<Score>,
     unmask: Option<UnmaskSpec>,
     order: Option<Rank>,
     steps: Option<usize>,
@@ -171,7 +185,7 @@ enum UnmaskSpec {
     EntropyBound(f32),
 }
 
-const KEYS: &str = "block, visible, remask, by, unmask, order, steps, temperature, top_p, top_p_rule, kv, confidence, weights";
+const KEYS: &str = "block, visible, remask, by, score, unmask, order, steps, temperature, top_p, top_p_rule, kv, confidence, weights";
 
 impl FromStr for StageSpec {
     type Err = Error;
@@ -206,6 +220,7 @@ impl FromStr for StageSpec {
                     set(&mut spec.ratio, ratio, twice, bad("a ratio from 0 to 1"))?;
                 }
                 "by" => set(&mut spec.by, parse_by(value), twice, bad("snapshot, post-hoc, held-out:GROUPS (2 or more) or random"))?,
+                "score" => set(&mut spec.score, parse_score(value), twice, bad("probability, typicality or lift"))?,
                 "unmask" => {
                     let want = "uniform:N, confidence:N, margin:N, entropy:N, left:N, threshold:T, linear:STEPS, timestep:STEPS or entropy-bound:NATS";
                     set(&mut spec.unmask, parse_unmask(value), twice, bad(want))?;
@@ -283,6 +298,10 @@ fn parse_by(text: &str) -> Option<RemaskBy> {
     }
 }
 
+fn parse_score(text: &str) -> Option<Score> {
+    [Score::Probability, Score::Typicality, Score::Lift].into_iter().find(|s| s.to_string() == text)
+}
+
 fn parse_unmask(text: &str) -> Option<UnmaskSpec> {
     let Some((rule, value)) = text.split_once(':') else {
         return parse_rank(text).map(|rank| UnmaskSpec::Rank(rank, None));
@@ -323,10 +342,16 @@ impl StageSpec {
             return fail("order goes with unmask=linear:STEPS or unmask=timestep:STEPS");
         }
         let remask = match (index, self.ratio) {
-            (0, None) if self.by.is_none() => None,
+            (0, None) if self.by.is_none() && self.score.is_none() => None,
             (0, _) => return fail("the first stage drafts, it has nothing to remask"),
             (_, None) => return fail("a refining stage needs remask=RATIO"),
-            (_, Some(ratio)) => Some(Remask { ratio, by: self.by.unwrap_or(RemaskBy::Snapshot) }),
+            (_, Some(ratio)) => {
+                let (by, score) = (self.by.unwrap_or(RemaskBy::Snapshot), self.score.unwrap_or(Score::Probability));
+                if score != Score::Probability && !matches!(by, RemaskBy::PostHoc | RemaskBy::HeldOut(_)) {
+                    return fail("score=typicality and score=lift need a scoring forward: by=post-hoc or by=held-out:GROUPS");
+                }
+                Some(Remask { ratio, by, score })
+            }
         };
         let kv = self.kv.unwrap_or(KvPolicy::Exact);
         if kv == KvPolicy::Draft && index == 0 {
@@ -422,6 +447,16 @@ impl fmt::Display for Unmask {
     }
 }
 
+impl fmt::Display for Score {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Score::Probability => "probability",
+            Score::Typicality => "typicality",
+            Score::Lift => "lift",
+        })
+    }
+}
+
 impl fmt::Display for RemaskBy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -465,6 +500,9 @@ impl fmt::Display for Stage {
         })?;
         if let Some(remask) = self.remask {
             write!(f, ",remask={},by={}", remask.ratio, remask.by)?;
+            if remask.score != Score::Probability {
+                write!(f, ",score={}", remask.score)?;
+            }
         }
         write!(
             f,
@@ -553,7 +591,11 @@ mod tests {
             let stage = Stage {
                 block_len: block,
                 scope: if flags & 1 == 0 { Scope::Block } else { Scope::Canvas },
-                remask: Some(Remask { ratio, by: [RemaskBy::Snapshot, RemaskBy::PostHoc, RemaskBy::HeldOut(n + 1), RemaskBy::Random][by] }),
+                remask: Some(Remask {
+                    ratio,
+                    by: [RemaskBy::Snapshot, RemaskBy::PostHoc, RemaskBy::HeldOut(n + 1), RemaskBy::Random][by],
+                    score: [Score::Probability, Score::Typicality, Score::Lift][if by == 1 || by == 2 { n % 3 } else { 0 }],
+                }),
                 unmask: match rule {
                     0..5 => Unmask::Count { rank, n },
                     5 => Unmask::Linear { rank, steps: n },

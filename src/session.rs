@@ -602,7 +602,9 @@ impl Session {
             }
             Kind::Score => {
                 report.forwards.score += 1;
-                self.scores.extend(candidates.iter().map(|c| (c.position, f64::from(c.decision.confidence))));
+                let score = self.stage().remask.expect("scored for a remask").score;
+                let score = |c: &Candidate| policy::score(score, &c.decision, self.canvas.confidence(c.position));
+                self.scores.extend(candidates.iter().map(|c| (c.position, score(c))));
                 self.end_score(events);
             }
             Kind::Denoise => {

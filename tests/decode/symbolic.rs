@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use redraft::backend::{Decision, Draw};
 use redraft::canvas::State;
 use redraft::plan::{Kind, Visibility};
-use redraft::schedule::{Defaults, KvPolicy, RemaskBy, Schedule, Stage, Unmask};
+use redraft::schedule::{Defaults, KvPolicy, RemaskBy, Schedule, Score, Stage, Unmask};
 use redraft::session::{Event, EventKind, Finish, Forwards, Next, Session, SessionSpec, StageReport, Step, Stop};
 
 const VOCAB: u64 = 60;
@@ -109,7 +109,7 @@ struct Watched {
     /// Remasked positions of a stage with the tokens they held.
     before: Vec<Vec<(usize, u32)>>,
     /// Scores that scoring forwards of the stage gave.
-    scored: Vec<(usize, f32)>,
+    scored: Vec<(usize, f64)>,
     exact: bool,
     label: String,
 }
@@ -201,7 +201,15 @@ impl Watched {
             let label = format!("{} stage {} forward {forward}", self.label, self.stage);
             let decisions = self.network.forward(&step, self.session.canvas().tokens(), self.exact, &label);
             if step.kind == Kind::Score {
-                self.scored.extend(step.asks.iter().zip(&decisions).map(|(ask, d)| (ask.position, d.confidence)));
+                let score = self.session.reports().last().expect("a stage").stage.remask.expect("scored for a remask").score;
+                self.scored.extend(step.asks.iter().zip(&decisions).map(|(ask, d)| {
+                    let value = match score {
+                        Score::Probability => f64::from(d.confidence),
+                        Score::Typicality => f64::from(d.log_prob) + f64::from(d.entropy),
+                        Score::Lift => f64::from(d.log_prob) - f64::from(self.snapshots[ask.position]).ln(),
+                    };
+                    (ask.position, value)
+                }));
             }
             self.session.apply(&decisions, &mut new).unwrap_or_else(|e| panic!("{label}: {e}"));
             self.follow(&new, schedule);
@@ -321,15 +329,15 @@ impl Watched {
         let index = usize::from(event.stage);
         self.open(index);
         // The lowest scores by (score, position); snapshot scores are those of the reveals, others those of the scoring forwards.
-        let scores: Option<Vec<(f32, usize)>> = match remask.by {
-            RemaskBy::Snapshot => Some(generated.iter().map(|p| (self.snapshots[*p], *p)).collect()),
+        let scores: Option<Vec<(f64, usize)>> = match remask.by {
+            RemaskBy::Snapshot => Some(generated.iter().map(|p| (f64::from(self.snapshots[*p]), *p)).collect()),
             RemaskBy::PostHoc | RemaskBy::HeldOut(_) => Some(self.scored.iter().map(|(p, s)| (*s, *p)).collect()),
             RemaskBy::Random => None,
         };
         if let Some(mut scores) = scores {
             assert_eq!(scores.len(), generated.len(), "{label}: every generated position has one score");
             scores.sort_by(|a, b| a.partial_cmp(b).expect("no NaN"));
-            let mut lowest: Vec<(usize, f32)> = scores[..count].iter().map(|(s, p)| (*p, *s)).collect();
+            let mut lowest: Vec<(usize, f32)> = scores[..count].iter().map(|(s, p)| (*p, *s as f32)).collect();
             lowest.sort_by_key(|(p, _)| *p);
             let found: Vec<(usize, f32)> = event.positions.iter().copied().zip(event.confidence.iter().copied()).collect();
             assert_eq!(found, lowest, "{label}: the lowest scores");
@@ -482,10 +490,14 @@ fn block() -> impl Strategy<Value = String> {
 fn by() -> impl Strategy<Value = String> {
     prop_oneof![
         3 => Just("snapshot".to_string()),
-        1 => Just("post-hoc".to_string()),
-        1 => (2usize..6).prop_map(|g| format!("held-out:{g}")),
+        1 => score().prop_map(|score| format!("post-hoc{score}")),
+        1 => (2usize..6, score()).prop_map(|(g, score)| format!("held-out:{g}{score}")),
         1 => Just("random".to_string()),
     ]
+}
+
+fn score() -> impl Strategy<Value = &'static str> {
+    prop_oneof![Just(""), Just(",score=typicality"), Just(",score=lift")]
 }
 
 fn weights() -> impl Strategy<Value = &'static str> {
