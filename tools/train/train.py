@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import data as corpus
+from causal import Decoder
 from export import export_directory
 from objectives import OBJECTIVES
 from optim import Muon
@@ -249,10 +250,11 @@ def worker(rank, world, port, args):
 
 
 def load_into(model, folder):
-    """Start from the weights of an exported directory."""
-    from sample import load_exported
+    """Start from the weights of an exported directory of the same kind."""
+    from sample import load_exported, load_judge
 
-    model.load_state_dict(load_exported(folder)[0].state_dict())
+    read = load_judge(folder) if isinstance(model, Decoder) else load_exported(folder)[0]
+    model.load_state_dict(read.state_dict())
 
 
 def report_at(args):
@@ -267,7 +269,7 @@ def main():
     ap.add_argument("--out", required=True, help="folder for log, plot and checkpoint")
     ap.add_argument("--objective", default="diffusion", choices=sorted(OBJECTIVES),
                     help="diffusion: the model; causal: an autoregressive judge")
-    ap.add_argument("--init", help="exported diffusion model to start from, instead of random weights")
+    ap.add_argument("--init", help="exported model to start from, instead of random weights")
     ap.add_argument("--device", default="cpu", help="cpu, or cuda with --workers 1")
     ap.add_argument("--patience", type=int, default=0,
                     help="stop after so many reports without a better held-out loss; 0: run to the end")
@@ -308,8 +310,6 @@ def main():
     args._reports = 0
     if args.device != "cpu" and args.workers != 1:
         ap.error("--device: a GPU takes --workers 1")
-    if args.init and args.objective != "diffusion":
-        ap.error("--init: only diffusion models are read back")
     os.makedirs(args.out, exist_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

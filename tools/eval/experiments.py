@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""The experiments behind docs/evidence.md: which rows each table needs, and the runs of `redraft bench --quality`.
+
+    python3 experiments.py --texts TEXTS [--only ratio,steps] [--samples 256] [--out ../../benches/quality]
+
+A group is one run of the binary over one list of rows and one JSON file of results; groups whose file is there already
+with the same rows are left alone (`--again` runs them anew). Every row of a group shares seed and draft with the first
+one where their draft stages agree, so differences are paired. Tables and plots: report.py.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
+
+DRAFT = "block=4,unmask=uniform:1"
+
+
+def refine(ratio=0.35, by="snapshot", block="full", unmask="linear:12,order=uniform", kv="exact", **more):
+    """One refining stage; `more` are further keys of the stage grammar."""
+    extra = "".join(f",{key}={value}" for key, value in more.items())
+    return f"block={block},remask={ratio},by={by},unmask={unmask},kv={kv}{extra}"
+
+
+def row(name, *stages, **settings):
+    return {"name": name, "stages": list(stages), **settings}
+
+
+def headline(prefix="", **settings):
+    """Draft, and a full refine at 0.35 by each score."""
+    yield row(prefix + "draft", DRAFT, **settings)
+    for by in ("snapshot", "random", "post-hoc", "held-out:2", "held-out:4", "held-out:8", "held-out:32"):
+        yield row(f"{prefix}refine {by}", DRAFT, refine(by=by), **settings)
+
+
+def ratios():
+    yield row("draft", DRAFT)
+    for by, values in (
+        ("snapshot", (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 0.9)),
+        ("random", (0.05, 0.15, 0.25, 0.35, 0.5, 0.75, 0.9)),
+        ("held-out:8", (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 0.9)),
+    ):
+        for ratio in values:
+            yield row(f"{by} {ratio}", DRAFT, refine(ratio, by))
+
+
+def blocks():
+    yield row("draft", DRAFT)
+    for by in ("snapshot", "random"):
+        for block in (4, 16, 64, "full"):
+            # One token per forward inside small blocks, as a draft does; twelve forwards a sequence for the long ones.
+            unmask = "uniform:1" if block in (4, 16) else "linear:12,order=uniform"
+            yield row(f"{by} block {block}", DRAFT, refine(by=by, block=block, unmask=unmask))
+
+
+def steps():
+    yield row("draft", DRAFT)
+    for count in (1, 2, 3, 6, 12, 24, 48):
+        yield row(f"uniform, {count} forwards", DRAFT, refine(unmask=f"linear:{count},order=uniform"))
+    yield row("uniform, one token a forward", DRAFT, refine(unmask="uniform:1"))
+    for by in ("snapshot", "random"):
+        yield row(f"confidence, 12 forwards, {by}", DRAFT, refine(by=by, unmask="linear:12,order=confidence"))
+        yield row(f"entropy, 12 forwards, {by}", DRAFT, refine(by=by, unmask="linear:12,order=entropy"))
+        yield row(f"threshold 0.9, {by}", DRAFT, refine(by=by, unmask="threshold:0.9"))
+        yield row(f"threshold 0.5, {by}", DRAFT, refine(by=by, unmask="threshold:0.5"))
+
+
+def stages():
+    yield row("draft", DRAFT)
+    yield row("one round", DRAFT, refine())
+    yield row("two rounds of full", DRAFT, refine(), refine())
+    yield row("three rounds of full", DRAFT, refine(), refine(), refine())
+    yield row("4 -> 64 -> full, 0.35 then 0.35", DRAFT, refine(block=64), refine())
+    yield row("4 -> 64 -> full, 0.35 then 0.2", DRAFT, refine(block=64), refine(0.2))
+    yield row("two rounds, held-out:8", DRAFT, refine(by="held-out:8"), refine(by="held-out:8"))
+    yield row("four rounds of 0.1, held-out:8", DRAFT, *[refine(0.1, "held-out:8", unmask="linear:4,order=uniform")] * 4)
+    yield row("four rounds of 0.35, random", DRAFT, *[refine(by="random")] * 4)
+
+
+def compute():
+    """The same or more work given to the draft, and less, with refining to make up for it."""
+    for block in (4, 8, 16, 64, "full"):
+        yield row(f"draft block {block}", f"block={block},unmask=uniform:1")
+    for block, n in ((4, 2), (4, 4), (16, 2), (16, 4), (64, 4)):
+        draft = f"block={block},unmask=uniform:{n}"
+        yield row(f"draft block {block}, {n} tokens a forward", draft)
+        for by in ("snapshot", "held-out:4"):
+            yield row(f"draft block {block}, {n} tokens a forward, refine {by}", draft, refine(by=by))
+    for block in (8, 16):
+        yield row(f"draft block {block}, refine snapshot", f"block={block},unmask=uniform:1", refine())
+
+
+def reuse():
+    yield row("draft", DRAFT)
+    for by in ("snapshot", "held-out:4"):
+        for kv in ("exact", "refresh:2", "refresh:4", "refresh:12", "draft"):
+            yield row(f"{by}, kv={kv}", DRAFT, refine(by=by, kv=kv))
+
+
+def truncation():
+    for ratio in (0.1, 0.35, 0.8, 0.9):
+        for kind in ("raw", "truncated"):
+            yield row(f"{kind} {ratio}", f"{DRAFT},confidence={kind}", refine(ratio))
+
+
+# Sharper or softer sampling of a whole schedule: the curve on which every method is compared.
+SETTINGS = (
+    [(t, 0.9) for t in (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)]
+    + [(1.0, p) for p in (1.0, 0.95, 0.8, 0.7)]
+)
+
+METHODS = {
+    "draft": [DRAFT],
+    "snapshot": [DRAFT, refine()],
+    "held-out:8": [DRAFT, refine(by="held-out:8")],
+    "random": [DRAFT, refine(by="random")],
+    "two rounds held-out:8": [DRAFT, refine(by="held-out:8"), refine(by="held-out:8")],
+    "snapshot 0.1": [DRAFT, refine(0.1)],
+}
+
+
+def frontier():
+    for method, schedule in METHODS.items():
+        for t, p in SETTINGS:
+            yield row(f"{method}, T {t}, p {p}", *schedule, temperature=t, top_p=p)
+
+
+def cooler():
+    """A refine sharper than its draft: temperature of the refining stage below the draft's."""
+    for draft_t, draft_p in ((1.0, 0.9), (1.0, 0.95), (1.1, 0.9)):
+        for refine_t in (0.9, 0.8, 0.6):
+            for by in ("snapshot", "held-out:8"):
+                yield row(f"{by}, T {draft_t}, p {draft_p}, refine T {refine_t}",
+                          f"{DRAFT},temperature={draft_t},top_p={draft_p}",
+                          refine(by=by, temperature=refine_t, top_p=0.9))
+
+
+GROUPS = {
+    "headline": headline, "ratio": ratios, "block": blocks, "steps": steps, "stages": stages, "compute": compute,
+    "reuse": reuse, "truncation": truncation, "frontier": frontier, "cooler": cooler,
+}
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--texts", required=True, help="folder with human.txt and train.txt, see texts.py")
+    ap.add_argument("--redraft", default=os.path.join(ROOT, "target", "release", "redraft"))
+    ap.add_argument("--out", default=os.path.join(ROOT, "benches", "quality"))
+    ap.add_argument("--only", help="groups, comma separated: " + ", ".join(GROUPS))
+    ap.add_argument("--samples", type=int, default=256)
+    ap.add_argument("--seed", type=int, default=1)
+    ap.add_argument("--model", help="checkpoint instead of the one that ships")
+    ap.add_argument("--label", default="", help="put before the names of the result files, for other checkpoints")
+    ap.add_argument("--again", action="store_true", help="run groups whose results are there")
+    args = ap.parse_args()
+    wanted = args.only.split(",") if args.only else list(GROUPS)
+    unknown = [g for g in wanted if g not in GROUPS]
+    if unknown:
+        ap.error(f"--only: unknown {', '.join(unknown)}; groups: {', '.join(GROUPS)}")
+    os.makedirs(args.out, exist_ok=True)
+    for group in wanted:
+        rows = list(GROUPS[group]())
+        path = os.path.join(args.out, f"{args.label}{group}.json")
+        if not args.again and same_rows(path, rows, args):
+            print(f"{group}: there already", file=sys.stderr)
+            continue
+        run(args, rows, path)
+        print(f"{group}: {len(rows)} rows -> {path}", file=sys.stderr)
+
+
+def same_rows(path, rows, args):
+    if not os.path.exists(path):
+        return False
+    with open(path) as f:
+        found = json.load(f)
+    return [r["name"] for r in found["rows"]] == [r["name"] for r in rows] and found["samples"] == args.samples
+
+
+def run(args, rows, path):
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as spec:
+        for r in rows:
+            spec.write(json.dumps(r) + "\n")
+        spec.flush()
+        command = [args.redraft, "bench", "--quality", "--rows", spec.name, "--samples", str(args.samples),
+                   "--seed", str(args.seed), "--dtype", "bf16", "--per-sample", "--format", "json",
+                   "--human", os.path.join(args.texts, "human.txt"), "--train", os.path.join(args.texts, "train.txt")]
+        if args.model:
+            command += ["--model", args.model]
+        with open(path + ".tmp", "w") as out:
+            subprocess.run(command, stdout=out, check=True)
+    os.replace(path + ".tmp", path)
+
+
+if __name__ == "__main__":
+    main()
