@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
-use crate::schedule::{Remask, RemaskBy, Schedule, StageSpec};
+use crate::schedule::{Remask, RemaskBy, Schedule, Score, StageSpec};
 
 /// One line of `--rows`.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -101,7 +101,7 @@ impl Rows {
         for (name, by) in HEADLINE {
             let mut schedule = Schedule::preset(if by.is_some() { "did" } else { "draft" }, &defaults)?;
             if let (Some(by), Some(refine)) = (by, schedule.stages.get_mut(1)) {
-                refine.remask = Some(Remask { ratio: HEADLINE_RATIO, by });
+                refine.remask = Some(Remask { ratio: HEADLINE_RATIO, by, score: Score::Probability });
             }
             self.push(name, 0, schedule, self.sampling.seed)?;
         }
