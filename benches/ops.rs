@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use redraft::backend::{Backend, DType, Draw, Epilogue, HeadShape, KvShape, TopPRule};
+use redraft::backend::{Backend, DType, Draw, Epilogue, HeadShape, KvShape, Norm, NormKind, Rotation, TopPRule};
 use redraft::cpu::simd::{Isa, Kernel, Simd};
 use redraft::cpu::{Buffer, Cpu, oracle};
 use redraft::plan::{Plan, Visibility};
@@ -148,11 +148,11 @@ fn attention(c: &mut Criterion) {
             let host = noise(len * heads.qkv_width(), 3);
             let mut qkv = Buffer::from(&host[..]);
             let batch = cpu.batch(&all).expect("plan");
-            cpu.rope_append(&batch, heads, 1e4, &mut qkv, 0, &mut kv).expect("append");
+            cpu.rope_append(&batch, heads, &Rotation::plain(1e4), &mut qkv, 0, &mut kv).expect("append");
 
             let mut rotated = host.clone();
             let (mut keys, mut values) = (vec![0.0; 1024 * heads.q_width()], vec![0.0; 1024 * heads.q_width()]);
-            oracle::rope_append(cpu.dtype(), &all, heads, 1e4, &mut rotated, &mut keys, &mut values);
+            oracle::rope_append(cpu.dtype(), &all, heads, &Rotation::plain(1e4), &mut rotated, &mut keys, &mut values);
             let one = plan(0..1, Visibility::Full);
             let want = oracle::attention(&one, heads, 16, &rotated, &keys, &values);
             let mut out = cpu.alloc(rows * heads.q_width()).expect("memory");
@@ -173,7 +173,7 @@ fn attention(c: &mut Criterion) {
             if rows == len {
                 group.throughput(Throughput::Elements(len as u64));
                 group.bench_function(id(&cpu, format!("rope_append-{len}x12x64")), |b| {
-                    b.iter(|| cpu.rope_append(&batch, heads, 1e4, &mut qkv, 0, &mut kv).expect("append"));
+                    b.iter(|| cpu.rope_append(&batch, heads, &Rotation::plain(1e4), &mut qkv, 0, &mut kv).expect("append"));
                 });
             }
         }
@@ -181,21 +181,23 @@ fn attention(c: &mut Criterion) {
     group.finish();
 }
 
-fn layer_norm(c: &mut Criterion) {
-    let mut group = c.benchmark_group("layer_norm");
+fn norm(c: &mut Criterion) {
+    let mut group = c.benchmark_group("norm");
     let cpu = &cpus()[1];
-    for (rows, width) in [(4, 192), (128, 768), (1024, 768)] {
+    let shapes = [(4, 192), (128, 768), (1024, 768)];
+    for ((rows, width), kind) in shapes.into_iter().flat_map(|shape| [(shape, NormKind::Layer), (shape, NormKind::Rms)]) {
         let host = noise(rows * width, 4);
         let (x, weight) = (Buffer::from(&host[..]), cpu.vector(&vec![1.0; width]).expect("memory"));
         let mut out = cpu.alloc(rows * width).expect("memory");
-        cpu.layer_norm(rows, &x, &weight, None, 1e-5, &mut out).expect("norm");
+        let norm = Norm { kind, eps: 1e-5, weight: &weight, bias: None };
+        cpu.norm(rows, &x, &norm, &mut out).expect("norm");
         let mut got = vec![0.0; rows * width];
         cpu.download(&out, 0, &mut got).expect("download");
-        let want = oracle::layer_norm(&host, &vec![1.0; width], None, 1e-5);
+        let want = oracle::norm(&host, &Norm { kind, eps: 1e-5, weight: &vec![1.0; width][..], bias: None });
         assert!(got.iter().zip(&want).all(|(g, w)| (f64::from(*g) - w).abs() < 1e-5));
         group.throughput(Throughput::Bytes((rows * width * 8) as u64));
-        group.bench_function(id(cpu, format!("{rows}x{width}")), |b| {
-            b.iter(|| cpu.layer_norm(rows, &x, &weight, None, 1e-5, &mut out).expect("norm"));
+        group.bench_function(id(cpu, format!("{kind:?}-{rows}x{width}")), |b| {
+            b.iter(|| cpu.norm(rows, &x, &norm, &mut out).expect("norm"));
         });
     }
     group.finish();
@@ -246,5 +248,5 @@ fn config() -> Criterion {
         .without_plots()
 }
 
-criterion_group! { name = ops; config = config(); targets = linear, attention, layer_norm, decide }
+criterion_group! { name = ops; config = config(); targets = linear, attention, norm, decide }
 criterion_main!(ops);

@@ -67,6 +67,104 @@ impl HeadShape {
     }
 }
 
+/// What a norm divides by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// `(x - mean) / sqrt(var + eps)`, biased variance.
+    Layer,
+    /// `x / sqrt(mean(x^2) + eps)`
+    Rms,
+}
+
+/// A norm's parameters: `normalised x * weight + bias`, both (C) wide. `bias` carries a folded adaLN shift.
+pub struct Norm<'a, V: ?Sized> {
+    pub kind: NormKind,
+    pub eps: f32,
+    pub weight: &'a V,
+    pub bias: Option<&'a V>,
+}
+
+/// How positions become angles: pair i of D / 2 turns by `position * frequency(i)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rope {
+    /// Pair i turns by `base^(-2i/D)` a position, before scaling.
+    pub base: f32,
+    pub scaling: RopeScaling,
+}
+
+/// How frequencies are stretched for longer texts than the first training saw.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    None,
+    /// All of them divided by `factor` (arXiv 2306.15595).
+    Linear {
+        factor: f32,
+    },
+    /// Llama 3.1: a frequency that turns fewer than `low_freq_factor` times over `original_len` positions is divided by `factor`, one that
+    /// turns more than `high_freq_factor` times is kept, and between the two the divided and the kept are mixed linearly in the turns.
+    Llama3 {
+        factor: f32,
+        low_freq_factor: f32,
+        high_freq_factor: f32,
+        original_len: f32,
+    },
+}
+
+impl Rope {
+    /// Rotary positions without scaling.
+    pub const fn plain(base: f32) -> Rope {
+        Rope { base, scaling: RopeScaling::None }
+    }
+
+    /// Radians that pair `i` of a head of `head_dim` turns in one position, rounded to f32 once.
+    pub fn frequency(&self, i: usize, head_dim: usize) -> f32 {
+        let frequency = 1.0 / f64::from(self.base).powf(2.0 * i as f64 / head_dim as f64);
+        let scaled = match self.scaling {
+            RopeScaling::None => frequency,
+            RopeScaling::Linear { factor } => frequency / f64::from(factor),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
+                let [factor, low, high, len] = [factor, low_freq_factor, high_freq_factor, original_len].map(f64::from);
+                let turns = len * frequency / std::f64::consts::TAU;
+                let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                (1.0 - kept) * frequency / factor + kept * frequency
+            }
+        };
+        scaled as f32
+    }
+
+    /// The same bits for the same frequencies.
+    pub fn bits(&self) -> [u32; 6] {
+        let [kind, a, b, c, d] = match self.scaling {
+            RopeScaling::None => [0.0; 5],
+            RopeScaling::Linear { factor } => [1.0, factor, 0.0, 0.0, 0.0],
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
+                [2.0, factor, low_freq_factor, high_freq_factor, original_len]
+            }
+        };
+        [self.base, kind, a, b, c, d].map(f32::to_bits)
+    }
+}
+
+/// RMS norm of each head of q and k before they are rotated: `x / sqrt(mean(x^2) + eps) * weight`, weights (D).
+pub struct HeadNorm<'a, V: ?Sized> {
+    pub q: &'a V,
+    pub k: &'a V,
+    pub eps: f32,
+}
+
+/// What `rope_append` does to q and k.
+pub struct Rotation<'a, V: ?Sized> {
+    pub rope: Rope,
+    pub norm: Option<HeadNorm<'a, V>>,
+}
+
+impl<V: ?Sized> Rotation<'_, V> {
+    /// Neither norm nor scaling.
+    pub const fn plain(base: f32) -> Self {
+        Rotation { rope: Rope::plain(base), norm: None }
+    }
+}
+
 /// Elementwise tail of `linear`, applied after the bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Epilogue {
@@ -260,17 +358,8 @@ pub trait Backend {
 
     /// `out[t, :] = table[ids[t], :]`. T from the batch; `out` holds at least T * k.
     fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, out: &mut Self::Buffer) -> Result<()>;
-    /// LayerNorm over each of `rows` rows of width `weight.len()`: `(x - mean) / sqrt(var + eps) * weight + bias`, biased variance,
-    /// statistics in f32 or wider. `bias` carries a folded adaLN shift.
-    fn layer_norm(
-        &self,
-        rows: usize,
-        x: &Self::Buffer,
-        weight: &Self::Vector,
-        bias: Option<&Self::Vector>,
-        eps: f32,
-        out: &mut Self::Buffer,
-    ) -> Result<()>;
+    /// `out (rows, C) = norm(x (rows, C))` row by row, C the width of the norm's weight; statistics in f32 or wider.
+    fn norm(&self, rows: usize, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer) -> Result<()>;
     /// `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`, n halved by [`Epilogue::SwiGlu`]. With bf16 weights x is rounded to bf16 (nearest even) first; f32 accumulation over k in a fixed order.
     fn linear(
         &self,
@@ -281,13 +370,14 @@ pub trait Backend {
         epilogue: Epilogue,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// Rotates q (in place) and k of each fused QKV row by its position (half-split RoPE: pairs (i, i + D/2), angle `position * base^(-2i/D)`, f32), then writes
-    /// k and v to the row's slot of `layer`. What stays in the place of k is unspecified.
+    /// Norms the heads of q and k of each fused QKV row where the rotation says so, rotates q (in place) and k by the row's position (half-split
+    /// RoPE: pairs (i, i + D/2), angle `position * frequency(i)`, f32), then writes k and v to the row's slot of `layer`. What stays in the place
+    /// of k is unspecified.
     fn rope_append(
         &self,
         batch: &Self::Batch,
         heads: HeadShape,
-        base: f32,
+        rotation: &Rotation<Self::Vector>,
         qkv: &mut Self::Buffer,
         layer: usize,
         kv: &mut Self::KvCache,

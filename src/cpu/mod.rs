@@ -23,7 +23,9 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use crate::backend::{Activation, Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource, RunSpec, StepDecisions};
+use crate::backend::{
+    Activation, Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, Norm, Rotation, RowSource, RunSpec, StepDecisions,
+};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 
@@ -284,19 +286,11 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn layer_norm(
-        &self,
-        rows: usize,
-        x: &Buffer,
-        weight: &Aligned<f32>,
-        bias: Option<&Aligned<f32>>,
-        eps: f32,
-        out: &mut Buffer,
-    ) -> Result<()> {
-        let width = weight.len();
-        assert!(width > 0 && bias.is_none_or(|b| b.len() == width), "weight of {width}, bias of {:?}", bias.map(|b| b.len()));
+    fn norm(&self, rows: usize, x: &Buffer, norm: &Norm<Aligned<f32>>, out: &mut Buffer) -> Result<()> {
+        let (width, bias) = (norm.weight.len(), norm.bias.map(|b| b.len()));
+        assert!(width > 0 && bias.is_none_or(|b| b == width), "weight of {width}, bias of {bias:?}");
         assert!(x.0.len().min(out.0.len()) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.0.len(), out.0.len());
-        norm::layer_norm(&self.machine, &x.0[..rows * width], weight, bias.map(|b| &b[..]), eps, &mut out.0[..rows * width]);
+        norm::norm(&self.machine, &x.0[..rows * width], norm, &mut out.0[..rows * width]);
         Ok(())
     }
 
@@ -324,9 +318,19 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn rope_append(&self, batch: &Batch, heads: HeadShape, base: f32, qkv: &mut Buffer, layer: usize, kv: &mut KvCache) -> Result<()> {
+    fn rope_append(
+        &self,
+        batch: &Batch,
+        heads: HeadShape,
+        rotation: &Rotation<Aligned<f32>>,
+        qkv: &mut Buffer,
+        layer: usize,
+        kv: &mut KvCache,
+    ) -> Result<()> {
         batch.check(heads, qkv, layer, kv);
-        rope::rope_append(&self.machine, &batch.0, heads, base, &mut qkv.0, layer, &mut kv.0);
+        let widths = rotation.norm.as_ref().map(|norm| (norm.q.len(), norm.k.len()));
+        assert!(widths.is_none_or(|w| w == (heads.head_dim, heads.head_dim)), "norms of {widths:?} for {heads:?}");
+        rope::rope_append(&self.machine, &batch.0, heads, rotation, &mut qkv.0, layer, &mut kv.0);
         Ok(())
     }
 

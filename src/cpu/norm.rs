@@ -1,24 +1,28 @@
-//! LayerNorm of rows: one pass for the mean, one for the variance, one to write.
+//! Norms of rows: one pass for the mean (LayerNorm alone), one for the squares, one to write.
 #![forbid(unsafe_code)]
 
+use crate::backend::{Norm, NormKind};
 use crate::cpu::Machine;
+use crate::cpu::memory::Aligned;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 
 /// Rows of a task: about 16 K elements, a few microseconds.
 const TASK_ELEMENTS: usize = 1 << 14;
 
-/// See [`crate::backend::Backend::layer_norm`]; `x` and `out` are (rows, C), C = `weight.len()`.
-pub fn layer_norm(machine: &Machine, x: &[f32], weight: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
+/// See [`crate::backend::Backend::norm`]; `x` and `out` are (rows, C), C the length of the norm's weight.
+pub fn norm(machine: &Machine, x: &[f32], norm: &Norm<Aligned<f32>>, out: &mut [f32]) {
+    let Norm { kind, eps, weight, bias } = *norm;
     let width = weight.len();
     let rows_at_once = (TASK_ELEMENTS / width).max(1);
     // An element costs about as much as sixteen multiply-adds of a product.
     machine.pool_for(16 * out.len()).chunks(out, rows_at_once * width, &|i, out| {
         let x = &x[i * rows_at_once * width..][..out.len()];
-        machine.isa.run(Rows { x, weight, bias, eps, out });
+        machine.isa.run(Rows { kind, x, weight, bias: bias.map(|b| &b[..]), eps, out });
     });
 }
 
 struct Rows<'a> {
+    kind: NormKind,
     x: &'a [f32],
     weight: &'a [f32],
     bias: Option<&'a [f32]>,
@@ -38,15 +42,19 @@ impl Kernel for Rows<'_> {
             let (x, x_tail) = x.as_chunks::<LANES>();
             let (out, out_tail) = out.as_chunks_mut::<LANES>();
 
-            let mut sum = simd.splat(0.0);
-            for x in x {
-                sum = simd.add(sum, simd.load(x));
-            }
-            let mut tail = 0.0;
-            for x in x_tail {
-                tail += x;
-            }
-            let mean = (simd.sum(sum) + tail) / count;
+            let mean = if self.kind == NormKind::Layer {
+                let mut sum = simd.splat(0.0);
+                for x in x {
+                    sum = simd.add(sum, simd.load(x));
+                }
+                let mut tail = 0.0;
+                for x in x_tail {
+                    tail += x;
+                }
+                (simd.sum(sum) + tail) / count
+            } else {
+                0.0
+            };
 
             let mut squares = simd.splat(0.0);
             for x in x {

@@ -4,7 +4,7 @@
 //! Slices in, slices or vectors out; shapes are those of `Backend`. The oracle of `decide` is [`crate::policy::decide_row`].
 #![forbid(unsafe_code)]
 
-use crate::backend::{DType, Epilogue, HeadShape};
+use crate::backend::{DType, Epilogue, HeadNorm, HeadShape, Norm, NormKind, Rope, Rotation};
 use crate::plan::Plan;
 
 /// The value that `dtype` stores for `x`: bf16 rounds to nearest even.
@@ -20,12 +20,16 @@ pub fn embed(dtype: DType, ids: &[u32], table: &[f32], k: usize) -> Vec<f32> {
     ids.iter().flat_map(|&id| table[id as usize * k..][..k].iter().map(|&x| stored(dtype, x))).collect()
 }
 
-/// LayerNorm of each row of `x (rows, C)`, C = `weight.len()`, biased variance.
-pub fn layer_norm(x: &[f32], weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Vec<f64> {
+/// The norm of each row of `x (rows, C)`, C the length of its weight.
+pub fn norm(x: &[f32], norm: &Norm<[f32]>) -> Vec<f64> {
+    let Norm { kind, eps, weight, bias } = *norm;
     let width = weight.len();
     let mut out = Vec::with_capacity(x.len());
     for row in x.chunks_exact(width) {
-        let mean = row.iter().map(|&v| f64::from(v)).sum::<f64>() / width as f64;
+        let mean = match kind {
+            NormKind::Layer => row.iter().map(|&v| f64::from(v)).sum::<f64>() / width as f64,
+            NormKind::Rms => 0.0,
+        };
         let variance = row.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / width as f64;
         let scale = 1.0 / (variance + f64::from(eps)).sqrt();
         for (i, &v) in row.iter().enumerate() {
@@ -61,24 +65,37 @@ pub fn linear(dtype: DType, x: &[f32], weight: &[f32], k: usize, bias: Option<&[
     result
 }
 
-/// The f32 angle of pair `i` at `position`: `position * base^(-2i/D)`, the power rounded to f32 before the product.
-pub fn rope_angle(position: u32, base: f32, i: usize, head_dim: usize) -> f32 {
-    let inverse_frequency = 1.0 / f64::from(base).powf(2.0 * i as f64 / head_dim as f64);
-    position as f32 * inverse_frequency as f32
+/// The f32 angle of pair `i` at `position`: the frequency is rounded to f32 before the product, and so is the product.
+pub fn rope_angle(position: u32, rope: Rope, i: usize, head_dim: usize) -> f32 {
+    position as f32 * rope.frequency(i, head_dim)
 }
 
-/// Rotates q and k of every fused row in place and writes k and v as stored to `keys` and `values`, both (slots, K, D): one layer.
-pub fn rope_append(dtype: DType, plan: &Plan, heads: HeadShape, base: f32, qkv: &mut [f32], keys: &mut [f32], values: &mut [f32]) {
+/// Norms and rotates q and k of every fused row in place and writes k and v as stored to `keys` and `values`, both (slots, K, D): one layer.
+pub fn rope_append(
+    dtype: DType,
+    plan: &Plan,
+    heads: HeadShape,
+    rotation: &Rotation<[f32]>,
+    qkv: &mut [f32],
+    keys: &mut [f32],
+    values: &mut [f32],
+) {
     let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
     let kv_width = num_kv_heads * head_dim;
     for (t, row) in qkv.chunks_exact_mut(heads.qkv_width()).take(plan.num_rows()).enumerate() {
-        for head in row[..(num_heads + num_kv_heads) * head_dim].chunks_exact_mut(head_dim) {
-            for i in 0..head_dim / 2 {
-                let (sin, cos) = f64::from(rope_angle(plan.positions[t], base, i, head_dim)).sin_cos();
-                let (a, b) = (f64::from(head[i]), f64::from(head[i + head_dim / 2]));
-                head[i] = (a * cos - b * sin) as f32;
-                head[i + head_dim / 2] = (b * cos + a * sin) as f32;
+        for (h, head) in row[..(num_heads + num_kv_heads) * head_dim].chunks_exact_mut(head_dim).enumerate() {
+            let mut exact: Vec<f64> = head.iter().map(|&v| f64::from(v)).collect();
+            if let Some(HeadNorm { q, k, eps }) = &rotation.norm {
+                let weight = if h < num_heads { q } else { k };
+                exact = norm(head, &Norm { kind: NormKind::Rms, eps: *eps, weight, bias: None });
             }
+            for i in 0..head_dim / 2 {
+                let (sin, cos) = f64::from(rope_angle(plan.positions[t], rotation.rope, i, head_dim)).sin_cos();
+                let (a, b) = (exact[i], exact[i + head_dim / 2]);
+                exact[i] = a * cos - b * sin;
+                exact[i + head_dim / 2] = b * cos + a * sin;
+            }
+            head.iter_mut().zip(exact).for_each(|(v, exact)| *v = exact as f32);
         }
         let slot = plan.slots[t] as usize;
         let kv = &row[heads.q_width()..];

@@ -1,22 +1,22 @@
-//! Rotary positions: rotates q and k of fused rows in place, then writes k and v to their slots.
+//! Rotary positions: norms (where asked) and rotates q and k of fused rows in place, then writes k and v to their slots.
 //!
 //! Rotation runs over rows and the writes over K/V heads, each of which owns one region of the store, so neither needs a lock.
 #![forbid(unsafe_code)]
 
-use crate::backend::HeadShape;
+use crate::backend::{HeadNorm, HeadShape, Rope, Rotation};
 use crate::cpu::Machine;
 use crate::cpu::kv::{Append, Kind, KvCache};
-use crate::cpu::oracle::rope_angle;
+use crate::cpu::memory::Aligned;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::plan::Plan;
 
 /// Elements of qkv a task takes, a few microseconds.
 const TASK_ELEMENTS: usize = 1 << 14;
 
-/// cos and sin by position for one (base, head_dim): computed once per position, kept between forwards. 4 KiB per 8 positions at D = 64.
+/// cos and sin by position for one (rope, head_dim): computed once per position, kept between forwards. 4 KiB per 8 positions at D = 64.
 #[derive(Default)]
 pub struct Rotations {
-    base: f32,
+    rope: Option<Rope>,
     head_dim: usize,
     /// (positions, D): D/2 cosines, then D/2 sines.
     table: Vec<f32>,
@@ -24,41 +24,49 @@ pub struct Rotations {
 
 impl Rotations {
     /// The table with at least `positions` rows.
-    fn table(&mut self, base: f32, head_dim: usize, positions: usize) -> &[f32] {
-        if self.base.to_bits() != base.to_bits() || self.head_dim != head_dim {
-            *self = Rotations { base, head_dim, table: Vec::new() };
+    fn table(&mut self, rope: Rope, head_dim: usize, positions: usize) -> &[f32] {
+        if self.rope.map(|known| known.bits()) != Some(rope.bits()) || self.head_dim != head_dim {
+            *self = Rotations { rope: Some(rope), head_dim, table: Vec::new() };
         }
-        extend_rotations(base, head_dim, positions, &mut self.table);
+        extend_rotations(rope, head_dim, positions, &mut self.table);
         &self.table
     }
 }
 
 /// Grows a table of rotations to at least `positions` rows: D/2 cosines, then D/2 sines, each computed in f64 from the f32 angle.
-pub fn extend_rotations(base: f32, head_dim: usize, positions: usize, table: &mut Vec<f32>) {
+pub fn extend_rotations(rope: Rope, head_dim: usize, positions: usize, table: &mut Vec<f32>) {
     let half = head_dim / 2;
-    let inverse: Vec<f32> = (0..half).map(|i| rope_angle(1, base, i, head_dim)).collect();
+    let frequencies: Vec<f32> = (0..half).map(|i| rope.frequency(i, head_dim)).collect();
     for position in table.len() / (2 * half).max(1)..positions {
-        let angles = || inverse.iter().map(|f| f64::from(position as f32 * f));
+        let angles = || frequencies.iter().map(|f| f64::from(position as f32 * f));
         table.extend(angles().map(|angle| angle.cos() as f32));
         table.extend(angles().map(|angle| angle.sin() as f32));
     }
 }
 
 /// See [`crate::backend::Backend::rope_append`].
-pub fn rope_append(machine: &Machine, plan: &Plan, heads: HeadShape, base: f32, qkv: &mut [f32], layer: usize, kv: &mut KvCache) {
-    let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
+pub fn rope_append(
+    machine: &Machine,
+    plan: &Plan,
+    heads: HeadShape,
+    rotation: &Rotation<Aligned<f32>>,
+    qkv: &mut [f32],
+    layer: usize,
+    kv: &mut KvCache,
+) {
+    let HeadShape { num_kv_heads, head_dim, .. } = heads;
     let rows = plan.num_rows();
     let width = heads.qkv_width();
     let qkv = &mut qkv[..rows * width];
     let Some(&last) = plan.positions.iter().max() else { return };
 
     let mut rotations = machine.rotations();
-    let table = rotations.table(base, head_dim, last as usize + 1);
+    let table = rotations.table(rotation.rope, head_dim, last as usize + 1);
     let rows_at_once = (TASK_ELEMENTS / width).max(1);
     // An element costs about as much as sixteen multiply-adds of a product.
     machine.pool_for(16 * rows * width).chunks(qkv, rows_at_once * width, &|i, rows| {
         let positions = &plan.positions[i * rows_at_once..];
-        machine.isa.run(Rotate { rows, width, rotated: (num_heads + num_kv_heads) * head_dim, head_dim, positions, table });
+        machine.isa.run(Rotate { rows, width, heads, norm: rotation.norm.as_ref(), positions, table });
     });
 
     let layout = kv.layout;
@@ -79,12 +87,12 @@ pub fn rope_append(machine: &Machine, plan: &Plan, heads: HeadShape, base: f32, 
     });
 }
 
-/// Rotates the first `rotated` columns of each row, head by head.
+/// Norms and rotates the queries and keys of each row, head by head.
 struct Rotate<'a> {
     rows: &'a mut [f32],
     width: usize,
-    rotated: usize,
-    head_dim: usize,
+    heads: HeadShape,
+    norm: Option<&'a HeadNorm<'a, Aligned<f32>>>,
     positions: &'a [u32],
     table: &'a [f32],
 }
@@ -93,10 +101,14 @@ impl Kernel for Rotate<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let half = self.head_dim / 2;
+        let HeadShape { num_heads, num_kv_heads, head_dim } = self.heads;
+        let half = head_dim / 2;
         for (row, &position) in self.rows.chunks_exact_mut(self.width).zip(self.positions) {
             let (cos, sin) = self.table[position as usize * 2 * half..][..2 * half].split_at(half);
-            for head in row[..self.rotated].chunks_exact_mut(self.head_dim) {
+            for (h, head) in row[..(num_heads + num_kv_heads) * head_dim].chunks_exact_mut(head_dim).enumerate() {
+                if let Some(norm) = self.norm {
+                    rms(simd, head, if h < num_heads { norm.q } else { norm.k }, norm.eps);
+                }
                 // An odd D leaves its last element alone, as the pairs (i, i + D/2) do.
                 let (low, high) = head[..2 * half].split_at_mut(half);
                 let ((low, low_tail), (high, high_tail)) = (low.as_chunks_mut::<LANES>(), high.as_chunks_mut::<LANES>());
@@ -114,5 +126,26 @@ impl Kernel for Rotate<'_> {
                 }
             }
         }
+    }
+}
+
+/// One head in place: `x / sqrt(mean(x^2) + eps) * weight`.
+#[inline(always)]
+fn rms<S: Simd>(simd: S, head: &mut [f32], weight: &[f32], eps: f32) {
+    let count = head.len() as f32;
+    let (head, head_tail) = head.as_chunks_mut::<LANES>();
+    let (weight, weight_tail) = weight.as_chunks::<LANES>();
+    let mut squares = simd.splat(0.0);
+    for x in &*head {
+        squares = simd.fma(simd.load(x), simd.load(x), squares);
+    }
+    let tail: f32 = head_tail.iter().map(|x| x * x).sum();
+    let scale = 1.0 / ((simd.sum(squares) + tail) / count + eps).sqrt();
+    for (x, w) in head.iter_mut().zip(weight) {
+        let unit = simd.mul(simd.load(x), simd.splat(scale));
+        simd.store(simd.mul(unit, simd.load(w)), x);
+    }
+    for (x, w) in head_tail.iter_mut().zip(weight_tail) {
+        *x = *x * scale * w;
     }
 }

@@ -20,10 +20,12 @@ use super::embed::{self, Embed};
 use super::gather::{self, Gather};
 use super::linear::{self, Linear};
 use super::machine::{Machine, Memory};
-use super::norm::{self, Norm};
-use super::rope_append::{self, RopeAppend};
+use super::norm;
+use super::rope_append::{self, HeadNorm, RopeAppend};
 use super::run::{Current, Run};
-use crate::backend::{Activation, Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, RowSource, RunSpec, StepDecisions};
+use crate::backend::{
+    Activation, Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, Norm, Rotation, RowSource, RunSpec, StepDecisions,
+};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 
@@ -33,14 +35,16 @@ const UPLOAD_BYTES: usize = 4 << 20;
 /// Recorded graphs kept at most. A did schedule with uniform quotas needs about twenty; beyond this many, shapes do not repeat.
 const MAX_GRAPHS: usize = 256;
 
+/// Tables by (head_dim, bits of the rope), with the positions they reach.
+type Rotations = HashMap<(usize, [u32; 6]), (usize, Memory)>;
+
 /// The engine's CUDA backend, on a driver.
 pub struct Cuda {
     pub(super) machine: Machine,
     dtype: DType,
     /// The bit mask of the last list of banned ids.
     banned: RefCell<Option<(Vec<u32>, usize, Memory)>>,
-    /// Rotations by (head_dim, bits of the base), with the positions they reach.
-    rotations: RefCell<HashMap<(usize, u32), (usize, Memory)>>,
+    rotations: RefCell<Rotations>,
     /// How often a signature was seen, and its graph once that was twice.
     graphs: RefCell<HashMap<Signature, Option<Graph>>>,
     replays: Cell<bool>,
@@ -480,11 +484,12 @@ impl Backend for Cuda {
         embed::embed(&self.machine, &op)
     }
 
-    fn layer_norm(&self, rows: usize, x: &Buffer, weight: &Vector, bias: Option<&Vector>, eps: f32, out: &mut Buffer) -> Result<()> {
+    fn norm(&self, rows: usize, x: &Buffer, norm: &Norm<Vector>, out: &mut Buffer) -> Result<()> {
+        let Norm { kind, eps, weight, bias } = *norm;
         let width = weight.len;
         assert!(x.dtype == DType::F32 && width > 0 && bias.is_none_or(|b| b.len == width), "weight of {width}");
         assert!(x.len.min(out.len) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.len, out.len);
-        let op = Norm {
+        let op = norm::Norm {
             rows: rows as u32,
             width: width as u32,
             eps,
@@ -494,7 +499,7 @@ impl Backend for Cuda {
             out: out.address,
             out_dtype: out.dtype,
         };
-        norm::norm(&self.machine, &op)
+        norm::norm(&self.machine, &op, kind)
     }
 
     fn linear(&self, rows: usize, x: &Buffer, weight: &Matrix, bias: Option<&Vector>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
@@ -518,17 +523,30 @@ impl Backend for Cuda {
         linear::linear(&self.machine, &op)
     }
 
-    fn rope_append(&self, batch: &Batch, heads: HeadShape, base: f32, qkv: &mut Buffer, layer: usize, kv: &mut KvCache) -> Result<()> {
+    fn rope_append(
+        &self,
+        batch: &Batch,
+        heads: HeadShape,
+        rotation: &Rotation<Vector>,
+        qkv: &mut Buffer,
+        layer: usize,
+        kv: &mut KvCache,
+    ) -> Result<()> {
         self.check(batch, heads, qkv, layer, kv);
+        let Rotation { rope, norm } = rotation;
+        let norm = norm.as_ref().map(|norm| {
+            assert!((norm.q.len, norm.k.len) == (heads.head_dim, heads.head_dim), "norms of {} and {}, {heads:?}", norm.q.len, norm.k.len);
+            HeadNorm { q: norm.q.address(), k: norm.k.address(), eps: norm.eps }
+        });
         // As far as any sequence of this store can reach: a recorded forward never outgrows the table.
         let reach = kv.shape.num_pages * kv.shape.page_size;
         let mut known = self.rotations.borrow_mut();
-        let entry = known.entry((heads.head_dim, base.to_bits()));
+        let entry = known.entry((heads.head_dim, rope.bits()));
         let rotations = match entry {
             Entry::Occupied(entry) if entry.get().0 >= reach => entry.get().1.address(),
             entry => {
                 let mut table = Vec::new();
-                crate::cpu::extend_rotations(base, heads.head_dim, reach, &mut table);
+                crate::cpu::extend_rotations(*rope, heads.head_dim, reach, &mut table);
                 let words: Vec<u32> = table.into_iter().map(f32::to_bits).collect();
                 self.machine.moved();
                 entry.insert_entry((reach, self.upload_words(&words)?)).get().1.address()
@@ -546,7 +564,7 @@ impl Backend for Cuda {
             qkv: qkv.address,
             keys: kv.keys.address() + offset,
             values: kv.values.address() + offset,
-            norm: None,
+            norm,
         };
         rope_append::rope_append(&self.machine, &op)
     }

@@ -4,7 +4,7 @@
 use super::driver::{Address, Build, Launch};
 use super::machine::Machine;
 use super::params::params;
-use crate::backend::DType;
+use crate::backend::{DType, NormKind};
 use crate::error::Result;
 
 const THREADS: u32 = 256;
@@ -48,28 +48,19 @@ pub struct Norm {
     pub out_dtype: DType,
 }
 
-/// What is normal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// `(x - mean) / sqrt(var + eps)`
-    Layer,
-    /// `x / sqrt(mean(x^2) + eps)`
-    Rms,
-}
-
-/// LayerNorm.
-pub fn norm(machine: &Machine, op: &Norm) -> Result<()> {
-    add_norm(machine, op, Kind::Layer, None)
+/// The norm alone.
+pub fn norm(machine: &Machine, op: &Norm, kind: NormKind) -> Result<()> {
+    add_norm(machine, op, kind, None)
 }
 
 /// `x += residual (rows, width) f32`, written back, then the norm.
-pub fn add_norm(machine: &Machine, op: &Norm, kind: Kind, residual: Option<Address>) -> Result<()> {
+pub fn add_norm(machine: &Machine, op: &Norm, kind: NormKind, residual: Option<Address>) -> Result<()> {
     let Norm { rows, width, eps, x, weight, bias, out, out_dtype } = *op;
     let entry = match (kind, out_dtype) {
-        (Kind::Layer, DType::F32) => "norm_layer_f32",
-        (Kind::Layer, DType::Bf16) => "norm_layer_bf16",
-        (Kind::Rms, DType::F32) => "norm_rms_f32",
-        (Kind::Rms, DType::Bf16) => "norm_rms_bf16",
+        (NormKind::Layer, DType::F32) => "norm_layer_f32",
+        (NormKind::Layer, DType::Bf16) => "norm_layer_bf16",
+        (NormKind::Rms, DType::F32) => "norm_rms_f32",
+        (NormKind::Rms, DType::Bf16) => "norm_rms_bf16",
     };
     let params = NormParams { x, residual: residual.unwrap_or(0), weight, bias: bias.unwrap_or(0), out, width, eps };
     machine.launch(build(), entry, Launch::line(rows, THREADS), &params)

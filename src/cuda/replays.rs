@@ -7,12 +7,12 @@ use super::decide::{self, Decide, DecisionRecord, DrawRecord};
 use super::embed::{self, Embed};
 use super::gather::{self, Gather};
 use super::linear::{self, Linear};
-use super::norm::{self, Kind, Norm};
+use super::norm::{self, Norm};
 use super::remask::{self, RemaskParams, state};
 use super::replay::{Inputs, Key, Op, Replay, Shape};
 use super::reveal::{self, RevealParams};
 use super::rope_append::{self, RopeAppend};
-use crate::backend::{DType, Epilogue, HeadShape, Reveal};
+use crate::backend::{DType, Epilogue, HeadShape, NormKind, Reveal, Rope};
 use crate::error::{Error, Result};
 use crate::schedule::Rank;
 
@@ -160,7 +160,7 @@ fn rope_append(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (q, kv) = (heads.q_width() as u32, (heads.num_kv_heads * heads.head_dim) as u32);
     let slots = rows.next_multiple_of(PAGE_SIZE);
     let mut rotations = Vec::new();
-    crate::cpu::extend_rotations(1e4, heads.head_dim, rows as usize, &mut rotations);
+    crate::cpu::extend_rotations(Rope::plain(1e4), heads.head_dim, rows as usize, &mut rotations);
     let qkv = inputs.noise(rows, heads.qkv_width() as u32, DType::F32)?;
     let op = RopeAppend {
         rows,
@@ -255,7 +255,7 @@ fn norm(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (bias, residual) = if rms { (None, Some(other)) } else { (Some(other), None) };
     let out = inputs.space(rows, width, dtype)?;
     let op = Norm { rows, width, eps: 1e-5, x, weight, bias, out, out_dtype: dtype };
-    let kind = if rms { Kind::Rms } else { Kind::Layer };
+    let kind = if rms { NormKind::Rms } else { NormKind::Layer };
     // The residual is read, and x written back.
     let bytes = count(rows, width) * (4 + dtype.bytes() as u64 + if rms { 8 } else { 0 });
     Ok(Op::new(bytes, move |machine| norm::add_norm(machine, &op, kind, residual)).result(out, count(rows, width), dtype))

@@ -2,10 +2,10 @@
 //! at any alignment.
 
 use half::bf16;
-use redraft::backend::DType;
+use redraft::backend::{self, DType, NormKind as Kind};
 use redraft::cpu::oracle;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::norm::{Kind, Norm, add_norm};
+use redraft::cuda::norm::{Norm, add_norm};
 
 use crate::emulator::{Array, machines, noise, same_bits, words};
 
@@ -35,12 +35,7 @@ fn plain(kind: Kind, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32
 
 /// The same in f64.
 fn exact(kind: Kind, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f64> {
-    if kind == Kind::Layer {
-        return oracle::layer_norm(x, weight, bias, EPS);
-    }
-    let squares = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / x.len() as f64;
-    let scale = 1.0 / (squares + f64::from(EPS)).sqrt();
-    x.iter().enumerate().map(|(i, v)| f64::from(*v) * scale * f64::from(weight[i]) + bias.map_or(0.0, |b| f64::from(b[i]))).collect()
+    oracle::norm(x, &backend::Norm { kind, eps: EPS, weight, bias })
 }
 
 struct Case {

@@ -1,6 +1,6 @@
 //! `rope_append` against the numbers of the CPU, bit for bit without a norm, and against f64 with one.
 
-use redraft::backend::{DType, HeadShape};
+use redraft::backend::{DType, HeadShape, Rope, Rotation};
 use redraft::cpu::{extend_rotations, oracle};
 use redraft::cuda::machine::Machine;
 use redraft::cuda::rope_append::{HeadNorm, NO_SLOT, RopeAppend, rope_append};
@@ -8,7 +8,7 @@ use redraft::plan::Plan;
 
 use crate::emulator::{Array, machines, noise};
 
-const BASE: f32 = 10_000.0;
+const ROPE: Rope = Rope::plain(10_000.0);
 const EPS: f32 = 1e-6;
 const UNTOUCHED: u32 = 0x7fc0_1234;
 
@@ -66,7 +66,7 @@ impl Case {
         let before = noise(11, rows * self.heads.qkv_width());
         let weights = [12, 13].map(|seed| noise(seed, head_dim).iter().map(|x| 1.0 + 0.5 * x).collect::<Vec<f32>>());
         let mut table = Vec::new();
-        extend_rotations(BASE, head_dim, *self.positions.iter().max().unwrap() as usize + 1, &mut table);
+        extend_rotations(ROPE, head_dim, *self.positions.iter().max().unwrap() as usize + 1, &mut table);
         table.push(f32::NAN); // never empty, as no device array is
 
         let len = self.num_pages * self.page_size * num_kv_heads * head_dim;
@@ -112,7 +112,7 @@ impl Case {
                 let (mut exact, mut plain) = (norm(&before[range.clone()], weight), plain_norm(&before[range.clone()], weight));
                 let half = head_dim / 2;
                 for i in 0..if is_value { 0 } else { half } {
-                    let (sin, cos) = f64::from(oracle::rope_angle(self.positions[row], BASE, i, head_dim)).sin_cos();
+                    let (sin, cos) = f64::from(oracle::rope_angle(self.positions[row], ROPE, i, head_dim)).sin_cos();
                     (exact[i], exact[i + half]) = (exact[i] * cos - exact[i + half] * sin, exact[i + half] * cos + exact[i] * sin);
                     let (sin, cos) = (sin as f32, cos as f32);
                     (plain[i], plain[i + half]) = (plain[i] * cos - plain[i + half] * sin, plain[i + half] * cos + plain[i] * sin);
@@ -158,8 +158,8 @@ fn the_oracle_agrees_with_the_loop_of_this_test() {
     plan.positions = vec![31_000];
     let before = noise(1, heads.qkv_width());
     let (mut after, mut keys, mut values) = (before.clone(), vec![f32::NAN; 28], vec![f32::NAN; 28]);
-    oracle::rope_append(DType::F32, &plan, heads, BASE, &mut after, &mut keys, &mut values);
-    let (sin, cos) = f64::from(oracle::rope_angle(31_000, BASE, 2, 7)).sin_cos();
+    oracle::rope_append(DType::F32, &plan, heads, &Rotation { rope: ROPE, norm: None }, &mut after, &mut keys, &mut values);
+    let (sin, cos) = f64::from(oracle::rope_angle(31_000, ROPE, 2, 7)).sin_cos();
     let (a, b) = (f64::from(before[14 + 2]), f64::from(before[14 + 5]));
     assert_eq!((keys[7 + 2], keys[7 + 5]), ((a * cos - b * sin) as f32, (b * cos + a * sin) as f32));
 }

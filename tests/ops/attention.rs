@@ -1,7 +1,7 @@
 //! `attention` over the paged store, and the store itself. Keys and values enter through `rope_append` at position 0, where
 //! the rotation is exact, so that both sides hold the same numbers.
 
-use redraft::backend::{Backend, DType, HeadShape, KvShape};
+use redraft::backend::{Backend, DType, HeadShape, KvShape, Rotation};
 use redraft::cpu::oracle;
 use redraft::plan::{Plan, Visibility};
 
@@ -53,8 +53,8 @@ impl<B: TestBackend> Store<B> {
         assert!(next <= NUM_PAGES);
         plan.positions.fill(0);
         let qkv = noise(plan.num_rows() * heads.qkv_width(), 1);
-        b.rope_append(&b.batch(&plan).unwrap(), heads, 10_000.0, &mut b.upload(&qkv), LAYER, &mut store.kv).unwrap();
-        oracle::rope_append(b.dtype(), &plan, heads, 10_000.0, &mut qkv.clone(), &mut store.keys, &mut store.values);
+        b.rope_append(&b.batch(&plan).unwrap(), heads, &Rotation::plain(10_000.0), &mut b.upload(&qkv), LAYER, &mut store.kv).unwrap();
+        oracle::rope_append(b.dtype(), &plan, heads, &Rotation::plain(10_000.0), &mut qkv.clone(), &mut store.keys, &mut store.values);
         store
     }
 
@@ -142,7 +142,7 @@ fn slots_past_the_visible_end_hold_nan() {
             let mut poison = store.plan(&[sequence(end..100, Visibility::Full, 100)]);
             poison.positions.fill(0);
             let nan = vec![f32::NAN; poison.num_rows() * D64.qkv_width()];
-            b.rope_append(&b.batch(&poison).unwrap(), D64, 10_000.0, &mut b.upload(&nan), LAYER, &mut store.kv).unwrap();
+            b.rope_append(&b.batch(&poison).unwrap(), D64, &Rotation::plain(10_000.0), &mut b.upload(&nan), LAYER, &mut store.kv).unwrap();
             store.agrees(b, &plan);
         }
     });

@@ -1,15 +1,17 @@
-//! `layer_norm`.
+//! `norm`.
 
-use redraft::backend::Backend;
+use redraft::backend::{Backend, Norm, NormKind};
 use redraft::cpu::oracle;
 
 use crate::{TestBackend, assert_close, assert_same, cpus, each, noise};
 
-fn run<B: TestBackend>(b: &B, rows: usize, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+const KINDS: [NormKind; 2] = [NormKind::Layer, NormKind::Rms];
+
+fn run<B: TestBackend>(b: &B, kind: NormKind, rows: usize, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     let len = rows * weight.len();
     let mut out = b.alloc(len).unwrap();
     let (weight, bias) = (b.vector(weight).unwrap(), bias.map(|bias| b.vector(bias).unwrap()));
-    b.layer_norm(rows, &b.upload(x), &weight, bias.as_ref(), 1e-5, &mut out).unwrap();
+    b.norm(rows, &b.upload(x), &Norm { kind, eps: 1e-5, weight: &weight, bias: bias.as_ref() }, &mut out).unwrap();
     b.read(&out, len)
 }
 
@@ -20,11 +22,12 @@ fn agrees_with_the_oracle() {
             // An offset ten times the spread: the variance must not come from a difference of squares.
             let x: Vec<f32> = noise(rows * width, 1).iter().map(|v| v + 10.0).collect();
             let (weight, bias) = (noise(width, 2), noise(width, 3));
-            for bias in [None, Some(&bias[..])] {
-                let want = oracle::layer_norm(&x, &weight, bias, 1e-5);
+            for (kind, bias) in KINDS.into_iter().flat_map(|kind| [(kind, None), (kind, Some(&bias[..]))]) {
+                let want = oracle::norm(&x, &Norm { kind, eps: 1e-5, weight: &weight[..], bias });
                 // The mean errs by a rounding of 10, 1e-6 at most, over a spread of 0.58; width 1 divides it by sqrt(eps).
                 let scale = if width == 1 { 300.0 } else { 2.0 };
-                assert_close(&format!("{} {rows} x {width}", b.name()), &run(b, rows, &x, &weight, bias), &want, |_| 4e-6 * scale);
+                let what = format!("{} {kind:?} {rows} x {width}", b.name());
+                assert_close(&what, &run(b, kind, rows, &x, &weight, bias), &want, |_| 4e-6 * scale);
             }
         }
     });
@@ -34,10 +37,12 @@ fn agrees_with_the_oracle() {
 fn a_row_does_not_depend_on_its_neighbours_or_on_threads() {
     for (one, two) in cpus(1).iter().zip(&cpus(2)) {
         let (x, weight) = (noise(300 * 100, 4), noise(100, 5));
-        let all = run(one, 300, &x, &weight, None);
-        assert_same("two threads", &all, &run(two, 300, &x, &weight, None));
-        for row in [0, 1, 299] {
-            assert_same(&one.name(), &run(one, 1, &x[row * 100..], &weight, None), &all[row * 100..][..100]);
+        for kind in KINDS {
+            let all = run(one, kind, 300, &x, &weight, None);
+            assert_same("two threads", &all, &run(two, kind, 300, &x, &weight, None));
+            for row in [0, 1, 299] {
+                assert_same(&one.name(), &run(one, kind, 1, &x[row * 100..], &weight, None), &all[row * 100..][..100]);
+            }
         }
     }
 }
