@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::backend::HeadShape;
+use crate::backend::{HeadShape, NormKind, Rope};
 use crate::error::{Error, Result};
-use crate::model::{bd3lm, mdlm};
+use crate::model::{bd3lm, llama, mdlm};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
 pub const MAX_STRETCH: usize = 4;
@@ -20,6 +20,10 @@ pub const MAX_STRETCH: usize = 4;
 pub enum Family {
     Bd3lm,
     Mdlm,
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
 }
 
 impl Family {
@@ -27,8 +31,26 @@ impl Family {
         match self {
             Family::Bd3lm => "bd3lm",
             Family::Mdlm => "mdlm",
+            Family::Llama => "llama",
+            Family::Mistral => "mistral",
+            Family::Qwen2 => "qwen2",
+            Family::Qwen3 => "qwen3",
         }
     }
+
+    /// The class that `architectures` names.
+    fn architecture(self) -> &'static str {
+        match self {
+            Family::Bd3lm => "BD3LM",
+            Family::Mdlm => "MDLM",
+            Family::Llama => "LlamaForCausalLM",
+            Family::Mistral => "MistralForCausalLM",
+            Family::Qwen2 => "Qwen2ForCausalLM",
+            Family::Qwen3 => "Qwen3ForCausalLM",
+        }
+    }
+
+    const ALL: [Family; 6] = [Family::Bd3lm, Family::Mdlm, Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3];
 }
 
 /// The visibility a model was trained for.
@@ -40,6 +62,33 @@ pub enum Attention {
     Full,
     /// Autoregressive: row i predicts token i + 1. A judge, not a generator.
     Causal,
+}
+
+/// The two layers between attentions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mlp {
+    /// `down(gelu_tanh(up x))`
+    Gelu,
+    /// `down(silu(gate x) * up x)`
+    SwiGlu,
+}
+
+/// What families do differently inside the one decoder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Switches {
+    pub norm: NormKind,
+    pub mlp: Mlp,
+    /// Biases of the q, k and v projections.
+    pub qkv_bias: bool,
+    /// Bias of the projection behind attention.
+    pub attn_out_bias: bool,
+    /// Biases of all of the MLP's projections.
+    pub mlp_bias: bool,
+    pub head_bias: bool,
+    /// RMS norm of every head of q and k before the rotation.
+    pub qk_norm: bool,
+    /// The head is the embedding table.
+    pub tied_head: bool,
 }
 
 /// One decoder's shape and habits. Field names follow the checkpoint's where they have one.
@@ -54,15 +103,20 @@ pub struct ModelConfig {
     pub heads: HeadShape,
     pub mlp_dim: usize,
     pub norm_eps: f32,
-    pub rope_base: f32,
+    pub rope: Rope,
+    pub switches: Switches,
     /// Positions the model was trained on.
     pub model_length: usize,
+    /// Attention of the checkpoint ends this many positions back; here it does not, so no longer sequence is served.
+    pub sliding_window: Option<usize>,
     pub attention: Attention,
     /// Width of the conditioning vector whose adaLN modulation is folded at load; `None` without adaLN.
     pub cond_dim: Option<usize>,
-    pub mask_id: u32,
-    pub bos_id: u32,
-    pub eos_id: u32,
+    /// None in autoregressive checkpoints, which have no such token.
+    pub mask_id: Option<u32>,
+    /// What stands before the first token of a text; where a checkpoint names no BOS, its end of text.
+    pub bos_id: Option<u32>,
+    pub eos_id: Option<u32>,
     pub pad_id: Option<u32>,
 }
 
@@ -79,16 +133,17 @@ impl ModelConfig {
         let Value::Object(map) = value else {
             return Err(Error::config(&path, "expected a JSON object"));
         };
-        let keys = Keys { path: &path, map: &map };
+        let keys = Keys { path: &path, map: &map, parent: "" };
         match keys.family()? {
             Family::Bd3lm => bd3lm::config(dir, &keys),
             Family::Mdlm => mdlm::config(dir, &keys),
+            family @ (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3) => llama::config(dir, &keys, family),
         }
     }
 
     /// Positions served at most.
     pub fn max_len(&self) -> usize {
-        self.model_length.saturating_mul(MAX_STRETCH)
+        self.model_length.saturating_mul(MAX_STRETCH).min(self.sliding_window.unwrap_or(usize::MAX))
     }
 
     /// Refuses sequences that are longer than this model is served with.
@@ -102,6 +157,20 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// The id before the first token of a text.
+    pub fn first_id(&self) -> Result<u32> {
+        let what = "neither `bos_token_id` nor `eos_token_id`: no token stands before the first of a text";
+        self.bos_id.ok_or_else(|| Error::config(&self.dir.join("config.json"), what))
+    }
+
+    /// The id that hides a token, or the news that this model cannot fill masks.
+    pub fn masking(&self) -> Result<u32> {
+        let what = "this checkpoint is autoregressive, it can score but not generate by diffusion";
+        self.mask_id
+            .filter(|_| self.attention != Attention::Causal)
+            .ok_or_else(|| Error::request(format!("{}: {what}", self.dir.display())))
+    }
+
     /// K/V bytes per token over all layers.
     pub fn kv_bytes_per_token(&self, element_bytes: usize) -> usize {
         2 * self.num_layers * self.heads.num_kv_heads * self.heads.head_dim * element_bytes
@@ -112,6 +181,8 @@ impl ModelConfig {
 pub struct Keys<'a> {
     path: &'a Path,
     map: &'a Map<String, Value>,
+    /// Where the object is a value itself: its key and a dot.
+    parent: &'static str,
 }
 
 impl Keys<'_> {
@@ -128,10 +199,40 @@ impl Keys<'_> {
             .and_then(Value::as_array)
             .map(|a| a.iter().filter_map(Value::as_str).collect())
             .unwrap_or_default();
-        let known = [(Family::Bd3lm, "bd3lm", "BD3LM"), (Family::Mdlm, "mdlm", "MDLM")];
-        known.iter().find(|(_, t, a)| model_type == *t || (model_type.is_empty() && architectures.contains(a))).map(|k| k.0).ok_or_else(|| {
-            self.error(format!("model_type `{model_type}`, architectures {architectures:?}: not a supported family; supported: bd3lm (BD3LM), mdlm (MDLM)"))
-        })
+        let named = |f: &Family| model_type == f.name() || (model_type.is_empty() && architectures.contains(&f.architecture()));
+        let family = Family::ALL.into_iter().find(named).ok_or_else(|| {
+            let known = Family::ALL.map(|f| format!("{} ({})", f.name(), f.architecture())).join(", ");
+            self.error(format!("model_type `{model_type}`, architectures {architectures:?}: not a supported family; supported: {known}"))
+        })?;
+        if !matches!(family, Family::Bd3lm | Family::Mdlm) {
+            // Diffusion models and classifiers are published under the type of the decoder that they were made from.
+            let expected = family.architecture();
+            if !architectures.is_empty() && !architectures.contains(&expected) {
+                return Err(
+                    self.error(format!("key `architectures`: expected {expected} for model_type {model_type}, found {architectures:?}"))
+                );
+            }
+            if self.get("auto_map").is_some() {
+                let what = format!("key `auto_map`: the checkpoint brings code of its own; only the published {expected} is supported");
+                return Err(self.error(what));
+            }
+        }
+        Ok(family)
+    }
+
+    /// The key as errors name it.
+    fn name(&self, key: &str) -> String {
+        format!("{}{key}", self.parent)
+    }
+
+    /// Whether the key is there, if only as null.
+    pub fn has(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
+    /// Whether any value is an object itself.
+    pub fn is_nested(&self) -> bool {
+        self.map.values().any(Value::is_object)
     }
 
     fn get(&self, key: &str) -> Option<&Value> {
@@ -140,17 +241,27 @@ impl Keys<'_> {
 
     /// A required size, from 1 to `max`.
     pub fn size(&self, key: &str, max: usize) -> Result<usize> {
-        self.optional_size(key, max)?.ok_or_else(|| self.error(format!("key `{key}` is missing; expected a number from 1 to {max}")))
+        self.optional_size(key, max)?
+            .ok_or_else(|| self.error(format!("key `{}` is missing; expected a number from 1 to {max}", self.name(key))))
     }
 
     /// An optional size, from 1 to `max`.
     pub fn optional_size(&self, key: &str, max: usize) -> Result<Option<usize>> {
+        self.whole(key, 1, max)
+    }
+
+    /// An optional count, from 0 to `max`.
+    pub fn optional_count(&self, key: &str, max: usize) -> Result<Option<usize>> {
+        self.whole(key, 0, max)
+    }
+
+    fn whole(&self, key: &str, min: usize, max: usize) -> Result<Option<usize>> {
         self.get(key)
             .map(|v| {
                 v.as_u64()
                     .and_then(|n| usize::try_from(n).ok())
-                    .filter(|n| (1..=max).contains(n))
-                    .ok_or_else(|| self.error(format!("key `{key}`: expected a number from 1 to {max}, found {v}")))
+                    .filter(|n| (min..=max).contains(n))
+                    .ok_or_else(|| self.error(format!("key `{}`: expected a number from {min} to {max}, found {v}", self.name(key))))
             })
             .transpose()
     }
@@ -161,15 +272,64 @@ impl Keys<'_> {
             .map_or(Ok(default), |v| v.as_bool().ok_or_else(|| self.error(format!("key `{key}`: expected true or false, found {v}"))))
     }
 
-    /// An optional token id below `vocab_size`.
-    pub fn token(&self, key: &str, vocab_size: usize) -> Result<Option<u32>> {
+    /// An optional number above 0 that f32 holds.
+    pub fn number(&self, key: &str) -> Result<Option<f32>> {
         self.get(key)
             .map(|v| {
-                v.as_u64()
-                    .filter(|id| *id < vocab_size as u64)
-                    .map(|id| id as u32)
-                    .ok_or_else(|| self.error(format!("key `{key}`: expected a token id below vocab_size {vocab_size}, found {v}")))
+                v.as_f64()
+                    .map(|n| n as f32)
+                    .filter(|n| n.is_finite() && *n > 0.0)
+                    .ok_or_else(|| self.error(format!("key `{}`: expected a number above 0, found {v}", self.name(key))))
             })
             .transpose()
+    }
+
+    /// An optional text.
+    pub fn text(&self, key: &str) -> Result<Option<&str>> {
+        self.get(key)
+            .map(|v| v.as_str().ok_or_else(|| self.error(format!("key `{}`: expected a text, found {v}", self.name(key)))))
+            .transpose()
+    }
+
+    /// An optional list of texts.
+    pub fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
+        self.get(key)
+            .map(|v| {
+                let list: Option<Vec<&str>> = v.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
+                list.ok_or_else(|| self.error(format!("key `{}`: expected a list of texts, found {v}", self.name(key))))
+            })
+            .transpose()
+    }
+
+    /// An optional object; `dotted` is its key and a dot.
+    pub fn object(&self, dotted: &'static str) -> Result<Option<Keys<'_>>> {
+        let key = dotted.trim_end_matches('.');
+        self.get(key)
+            .map(|v| match v {
+                Value::Object(map) => Ok(Keys { path: self.path, map, parent: dotted }),
+                _ => Err(self.error(format!("key `{key}`: expected an object, found {v}"))),
+            })
+            .transpose()
+    }
+
+    /// An optional token id below `vocab_size`; of a list, the first.
+    pub fn first_token(&self, key: &str, vocab_size: usize) -> Result<Option<u32>> {
+        match self.get(key) {
+            Some(Value::Array(list)) => match list.first() {
+                Some(first) => self.token_id(key, first, vocab_size).map(Some),
+                None => Ok(None),
+            },
+            _ => self.token(key, vocab_size),
+        }
+    }
+
+    /// An optional token id below `vocab_size`.
+    pub fn token(&self, key: &str, vocab_size: usize) -> Result<Option<u32>> {
+        self.get(key).map(|v| self.token_id(key, v, vocab_size)).transpose()
+    }
+
+    fn token_id(&self, key: &str, value: &Value, vocab_size: usize) -> Result<u32> {
+        let id = value.as_u64().filter(|id| *id < vocab_size as u64).map(|id| id as u32);
+        id.ok_or_else(|| self.error(format!("key `{}`: expected a token id below vocab_size {vocab_size}, found {value}", self.name(key))))
     }
 }

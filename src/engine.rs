@@ -151,8 +151,7 @@ impl<B: Backend> Engine<B> {
             return Err(Error::request(format!("{num_pages} K/V pages of {} positions are more than can be addressed", options.page_size)));
         }
         // MASK, padding and embedding rows without a token are never drawn.
-        let mut banned = vec![config.mask_id];
-        banned.extend(config.pad_id);
+        let mut banned: Vec<u32> = config.mask_id.into_iter().chain(config.pad_id).collect();
         if let Ok(tokenizer) = &tokenizer {
             banned.extend(tokenizer.unused_ids(config.vocab_size));
         }
@@ -170,8 +169,9 @@ impl<B: Backend> Engine<B> {
         let config = ModelConfig::load(model_dir)?;
         let first = self.config();
         if (config.vocab_size, config.mask_id) != (first.vocab_size, first.mask_id) {
-            let (found, expected) =
-                (format!("{} tokens, MASK {}", config.vocab_size, config.mask_id), format!("{}, MASK {}", first.vocab_size, first.mask_id));
+            let mask = |config: &ModelConfig| config.mask_id.map_or("no MASK".into(), |id| format!("MASK {id}"));
+            let found = format!("{} tokens, {}", config.vocab_size, mask(&config));
+            let expected = format!("{}, {}", first.vocab_size, mask(first));
             return Err(Error::config(
                 &model_dir.join("config.json"),
                 format!("vocabulary of {found}: expected that of the first model, {expected}"),
@@ -220,7 +220,10 @@ impl<B: Backend> Engine<B> {
             self.check_len(length.saturating_add(fixed))?;
             Ok(std::iter::repeat_n(None, length))
         };
-        let mut canvas = vec![Some(config.bos_id)];
+        let mut canvas = Vec::new();
+        if matches!(prompt, Prompt::Text { .. } | Prompt::Infill(_)) {
+            canvas.push(Some(config.first_id()?));
+        }
         match prompt {
             Prompt::Text { text, length } => {
                 canvas.extend(self.tokenizer()?.encode(text)?.into_iter().map(Some));
@@ -255,11 +258,7 @@ impl<B: Backend> Engine<B> {
     /// Queues a request. Errors: a prompt or schedule that cannot be served, or more pages than the pool has in all.
     pub fn submit(&mut self, request: Request) -> Result<Handle> {
         let config = self.config();
-        if config.attention == Attention::Causal {
-            return Err(Error::request(
-                "this checkpoint is autoregressive (`causal`: true): it scores text, it cannot generate by diffusion",
-            ));
-        }
+        let mask_id = config.masking()?;
         if let Some(missing) = request.schedule.stages.iter().map(|s| s.weights).find(|w| *w >= self.models.len()) {
             return Err(Error::request(format!(
                 "a stage names weights={missing}, {} models are loaded (counted from 0)",
@@ -267,10 +266,9 @@ impl<B: Backend> Engine<B> {
             )));
         }
         let fixed = self.canvas(&request.prompt)?;
-        let mask_id = config.mask_id;
         let mut stop = Stop { tokens: Vec::new(), entropy: request.stop.entropy, text: None };
         if !request.stop.ignore_eos {
-            stop.tokens.push(config.eos_id);
+            stop.tokens.extend(config.eos_id);
         }
         if let Some(empty) = request.stop.texts.iter().find(|t| t.is_empty()) {
             return Err(Error::request(format!("stop text `{empty}` is empty")));
@@ -442,7 +440,7 @@ impl<B: Backend> Engine<B> {
             sequences: chosen.iter().map(|i| self.active[*i].session.run_canvas()).collect(),
             steps,
             banned: &self.banned,
-            mask_id: self.config().mask_id,
+            mask_id: self.config().masking()?,
             heads: self.models[weights].model.config().heads,
         };
         let mut run = self.backend.begin_run(&spec)?;

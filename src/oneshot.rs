@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use crate::backend::{Backend, Draw, TopPRule};
-use crate::config::ModelConfig;
+use crate::config::{Attention, ModelConfig};
 use crate::engine::{Engine, Loaded, ms};
 use crate::error::{Error, Result};
 use crate::model::{Model, Probe, Scratch};
@@ -17,6 +17,16 @@ use crate::plan::{Plan, Visibility};
 /// Draws of scoring and of benches: the plain distribution.
 const PLAIN_DRAW: Draw =
     Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
+
+/// A sequence that is being scored, in pages of its own.
+struct Scored {
+    /// Among those asked for.
+    index: usize,
+    /// Rows it takes.
+    len: usize,
+    pages: usize,
+    table: PageTable,
+}
 
 impl<B: Backend> Engine<B> {
     /// Refuses ids outside the vocabulary, and nothing at all.
@@ -75,15 +85,86 @@ impl<B: Backend> Engine<B> {
         self.once(tokens, visibility, probe, |model, backend, scratch| model.logits(backend, tokens.len(), scratch, sink))
     }
 
-    /// Negative log-likelihood (nats) of tokens 1.. under an autoregressive checkpoint: row i predicts token i + 1.
+    /// [`Engine::causal_nlls`] of one sequence.
     pub fn causal_nll(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
-        let draws: Vec<Draw> = tokens.iter().skip(1).map(|t| Draw { forced: Some(*t), ..PLAIN_DRAW }).collect();
-        let index: Vec<u32> = (0..draws.len() as u32).collect();
-        let mask = [self.config().mask_id];
-        let decisions = self.once(tokens, Visibility::BlockCausal(1), None, |model, backend, scratch| {
-            model.decide(backend, &index, &draws, &mask, scratch)
-        })?;
-        Ok(decisions.iter().map(|d| -f64::from(d.log_prob)).collect())
+        Ok(self.causal_nlls(&[tokens])?.remove(0))
+    }
+
+    /// Negative log-likelihoods (nats) of tokens 1.. of each sequence under an autoregressive checkpoint: row i predicts token i + 1. A MASK, where
+    /// the checkpoint has one, is excluded from every distribution.
+    ///
+    /// Sequences share forwards of up to `max_rows` rows and long ones take several, over their own K/V: neither changes a bit of the result.
+    ///
+    /// Errors: as [`Engine::check_tokens`], a sequence longer than the model serves or the pool holds, a checkpoint that is not autoregressive.
+    pub fn causal_nlls(&mut self, sequences: &[&[u32]]) -> Result<Vec<Vec<f64>>> {
+        if self.config().attention != Attention::Causal {
+            return Err(Error::request("this checkpoint is not autoregressive: it has no likelihood by next tokens alone"));
+        }
+        for tokens in sequences {
+            Self::check_tokens(self.config(), tokens)?;
+            self.check_len(tokens.len())?;
+            let needed = self.pool.pages_for(tokens.len() - 1);
+            if needed > self.pool.capacity() {
+                return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
+            }
+        }
+        let mut nlls: Vec<Vec<f64>> = sequences.iter().map(|tokens| Vec::with_capacity(tokens.len() - 1)).collect();
+        // The last token of a sequence predicts nothing that is asked: it has no row.
+        let mut waiting = (0..sequences.len()).filter(|s| sequences[*s].len() > 1).peekable();
+        let mut open: Vec<Scored> = Vec::new();
+        let mut outcome = Ok(());
+        while outcome.is_ok() && (waiting.peek().is_some() || !open.is_empty()) {
+            while let Some(&index) = waiting.peek().filter(|_| open.len() < self.options.budget.max_sessions) {
+                let len = sequences[index].len() - 1;
+                let pages = self.pool.pages_for(len);
+                if !self.pool.commit(pages) {
+                    break;
+                }
+                let mut table = PageTable::default();
+                table.make_writable(&mut self.pool, 0..len);
+                open.push(Scored { index, len, pages, table });
+                waiting.next();
+            }
+            if open.is_empty() {
+                // Requests in flight hold the pages.
+                let needed = waiting.peek().map_or(0, |s| self.pool.pages_for(sequences[*s].len() - 1));
+                return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
+            }
+            outcome = self.score_rows(sequences, &open, &mut nlls);
+            for scored in open.extract_if(.., |scored| outcome.is_err() || nlls[scored.index].len() == scored.len) {
+                let Scored { mut table, pages, .. } = scored;
+                let freed = table.truncate(&mut self.pool, 0);
+                self.pool.uncommit(pages);
+                self.poison(&freed);
+            }
+        }
+        outcome.map(|()| nlls)
+    }
+
+    /// One forward over the next rows of the open sequences, in turn, up to the row budget; what it says is appended to `nlls`.
+    fn score_rows(&mut self, sequences: &[&[u32]], open: &[Scored], nlls: &mut [Vec<f64>]) -> Result<()> {
+        let (mut plan, mut draws, mut parts) = (Plan::new(), Vec::new(), Vec::new());
+        let mut room = self.options.budget.max_rows;
+        for Scored { index, len, table, .. } in open {
+            let (tokens, first) = (sequences[*index], nlls[*index].len());
+            let rows: Vec<(usize, u32)> = (first..*len).take(room).map(|i| (i, tokens[i])).collect();
+            if rows.is_empty() {
+                break;
+            }
+            room -= rows.len();
+            parts.push((*index, rows.len()));
+            draws.extend(rows.iter().map(|(i, _)| Draw { forced: Some(tokens[i + 1]), ..PLAIN_DRAW }));
+            plan.push(&rows, table.pages(), self.options.page_size, Visibility::BlockCausal(1), *len);
+        }
+        let all: Vec<u32> = (0..plan.num_rows() as u32).collect();
+        let banned: Vec<u32> = self.config().mask_id.into_iter().collect();
+        let Loaded { model, kv, scratch } = &mut self.models[0];
+        model.forward(&self.backend, &plan, &all, kv, scratch, None)?;
+        let mut decisions = model.decide(&self.backend, &all, &draws, &banned, scratch)?.into_iter();
+        for (index, count) in parts {
+            nlls[index].extend(decisions.by_ref().take(count).map(|d| -f64::from(d.log_prob)));
+        }
+        Ok(())
     }
 
     /// Milliseconds of single forwards, for benches: rows `range` of a masked sequence of `len` over K/V that are already written,
@@ -96,7 +177,7 @@ impl<B: Backend> Engine<B> {
         len: usize,
         runs: usize,
     ) -> Result<Vec<f64>> {
-        let mask_id = self.config().mask_id;
+        let mask_id = self.config().masking()?;
         let rows: Vec<_> = (0..len).map(|p| (p, mask_id)).collect();
         let wanted: Vec<u32> = ((range.len() - decided) as u32..range.len() as u32).collect();
         let draw = Draw { u: 0.5, top_p: 0.9, ..PLAIN_DRAW };

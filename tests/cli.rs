@@ -400,9 +400,73 @@ fn exit_codes() {
 #[test]
 fn an_autoregressive_checkpoint_judges_and_does_not_generate() {
     let work = Work::new();
-    let judge = fixture("bd3lm-ar");
-    work.run(&["generate", "--model", &judge, "--length", "4"]).fails(2, &["autoregressive"]);
-    work.feed(&["score", "--model", &judge, "--visibility", "block:4"], "a").fails(2, &["--visibility", "causal"]);
+    for name in ["bd3lm-ar", "qwen2", "qwen3", "llama"] {
+        let judge = fixture(name);
+        let refused = ["autoregressive, it can score but not generate by diffusion", name];
+        work.run(&["generate", "--model", &judge, "--length", "4"]).fails(2, &refused);
+        work.run(&["bench", "--model", &judge]).fails(2, &refused);
+        work.feed(&["score", "--model", &judge, "--visibility", "block:4"], "a").fails(2, &["--visibility", "causal"]);
+        // Logits under causal visibility: what follows changes nothing.
+        let forward = |tokens: &str| {
+            work.run(&["forward", "--model", &judge, "--tokens", tokens, "--out", "logits"]).ok();
+            let file = std::fs::read(work.path("logits")).expect("a file");
+            let tensors = safetensors::SafeTensors::deserialize(&file).expect("a safetensors file");
+            tensors.tensor("logits").expect("logits").data()[..3 * 67 * 4].to_vec()
+        };
+        assert_eq!(forward("65,3,9,12"), forward("65,3,9,40"), "{name}");
+    }
+}
+
+/// A text in windows of the judge's length, each behind what stands before a text: BOS, or where there is none the end of text. The
+/// likelihoods are those that the official network gives (`nll` of the fixture), whatever shares a forward.
+#[test]
+fn an_autoregressive_checkpoint_scores_text() {
+    let work = Work::new();
+    for (name, first) in [("qwen2", 65), ("qwen3", 64), ("llama", 65)] {
+        let judge = fixture(name);
+        let text = "the end of it, and then in! ".repeat(9);
+        let object = work.feed(&["score", "--model", &judge, "--format", "json"], &text).json().remove(0);
+        let nll: Vec<f64> = object["nll"].as_array().expect("a list").iter().map(|v| v.as_f64().expect("a number")).collect();
+        let tokens = ids(&object["tokens"]);
+        assert_eq!((tokens.len(), object["window"].as_u64()), (nll.len(), Some(63)), "{name}");
+        assert!(tokens.len() > 2 * 63, "{name}: more than two windows");
+        assert!((object["mean_nll"].as_f64().expect("a number") - nll.iter().sum::<f64>() / nll.len() as f64).abs() < 1e-12);
+        // The same by logits, window by window.
+        for (tokens, nll) in tokens.chunks(63).zip(nll.chunks(63)) {
+            let list: Vec<String> = std::iter::once(&first).chain(tokens).map(u64::to_string).collect();
+            work.run(&["forward", "--model", &judge, "--tokens", &list.join(","), "--out", "logits"]).ok();
+            let file = std::fs::read(work.path("logits")).expect("a file");
+            let tensors = safetensors::SafeTensors::deserialize(&file).expect("a safetensors file");
+            let logits: Vec<f64> = tensors
+                .tensor("logits")
+                .expect("logits")
+                .data()
+                .as_chunks::<4>()
+                .0
+                .iter()
+                .map(|b| f64::from(f32::from_le_bytes(*b)))
+                .collect();
+            for (i, (row, found)) in logits.chunks_exact(67).zip(nll).enumerate() {
+                let sum = row.iter().map(|l| l.exp()).sum::<f64>().ln();
+                let want = sum - row[tokens[i] as usize];
+                assert!((found - want).abs() < 1e-4, "{name}: token {i}: {found}, by logits {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_judge_without_any_first_token_says_so() {
+    let work = Work::new();
+    for entry in std::fs::read_dir(fixture("qwen2")).expect("a fixture") {
+        let path = entry.expect("an entry").path();
+        std::fs::copy(&path, work.path(path.file_name().expect("a name").to_str().expect("UTF-8"))).expect("a copy");
+    }
+    let config = std::fs::read_to_string(work.path("config.json")).expect("config.json");
+    work.write("config.json", &config.replace("\"eos_token_id\": 65", "\"eos_token_id\": null"));
+    let dir = work.dir.path().display().to_string();
+    work.feed(&["score", "--model", &dir], "the end").fails(1, &["config.json", "bos_token_id", "eos_token_id"]);
+    work.run(&["forward", "--model", &dir, "--tokens", "1,2", "--out", "logits"]).ok();
 }
 
 #[test]
@@ -546,16 +610,28 @@ fn inspect_says_what_a_directory_holds() {
             serde_json::from_str(&std::fs::read_to_string(Path::new(&dir).join("config.json")).expect("config.json")).expect("JSON");
         let object = work.run(&["inspect", &dir, "--format", "json"]).json().remove(0);
         assert_eq!(object["family"], config["model_type"], "{dir}");
-        for (found, key) in
-            [("vocab_size", "vocab_size"), ("hidden_dim", "hidden_dim"), ("num_layers", "n_blocks"), ("num_heads", "n_heads")]
-        {
+        let plain = config["hidden_size"].is_u64();
+        let keys = if plain {
+            ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
+        } else {
+            ["vocab_size", "hidden_dim", "n_blocks", "n_heads"]
+        };
+        for (found, key) in ["vocab_size", "hidden_dim", "num_layers", "num_heads"].into_iter().zip(keys) {
             assert_eq!(object[found], config[key], "{dir}: {key}");
         }
-        let (layers, width) = (object["num_layers"].as_u64().expect("layers"), object["hidden_dim"].as_u64().expect("width"));
-        assert_eq!(object["kv_bytes_per_token"]["f32"].as_u64(), Some(2 * layers * width * 4), "{dir}");
-        assert_eq!(object["mask_id"].as_u64(), object["vocab_size"].as_u64().map(|v| v - 1), "{dir}");
+        let size = |key: &str| object[key].as_u64().unwrap_or_else(|| panic!("{dir}: {key}"));
+        assert_eq!(object["kv_bytes_per_token"]["f32"], 2 * size("num_layers") * size("num_kv_heads") * size("head_dim") * 4, "{dir}");
+        if plain {
+            assert_eq!(object["num_kv_heads"], config["num_key_value_heads"], "{dir}");
+            assert_eq!((&object["mask_id"], &object["tied_head"]), (&Value::Null, &config["tie_word_embeddings"]), "{dir}");
+            assert_eq!((&object["norm"], &object["mlp"]), (&"rms".into(), &"swiglu".into()), "{dir}");
+            assert_eq!(object["qk_norm"], config["model_type"] == "qwen3", "{dir}");
+        } else {
+            assert_eq!((size("mask_id"), size("num_kv_heads")), (size("vocab_size") - 1, size("num_heads")), "{dir}");
+            assert_eq!((&object["norm"], &object["mlp"], &object["tied_head"]), (&"layer".into(), &"gelu".into(), &false.into()), "{dir}");
+        }
         let unsupported = object["unsupported"].as_array().expect("a list");
-        assert_eq!(unsupported.is_empty(), !dir.ends_with("bd3lm-ar"), "{dir}: {unsupported:?}");
+        assert_eq!(unsupported.is_empty(), !plain && !dir.ends_with("bd3lm-ar"), "{dir}: {unsupported:?}");
         let table = work.run(&["inspect", &dir]).ok();
         assert!(table.contains("family") && table.contains("K/V per token"), "{dir}: {table}");
     }
@@ -565,10 +641,10 @@ fn inspect_says_what_a_directory_holds() {
 #[test]
 fn an_unknown_family_is_refused_with_the_known_ones() {
     let work = Work::new();
-    work.write("config.json", r#"{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 10}"#);
+    work.write("config.json", r#"{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 10}"#);
     let dir = work.dir.path().display().to_string();
     for args in [["inspect", &dir].as_slice(), &["generate", "--model", &dir]] {
-        work.run(args).fails(1, &["config.json", "llama", "bd3lm", "mdlm"]);
+        work.run(args).fails(1, &["config.json", "gpt2", "bd3lm", "mdlm", "qwen2 (Qwen2ForCausalLM)"]);
     }
 }
 

@@ -94,7 +94,7 @@ const EMBEDDING: &str = "backbone.vocab_embed.embedding";
 /// The copy itself is good: what follows fails for its own reason.
 #[test]
 fn an_unspoiled_copy_loads() {
-    for name in ["bd3lm-plain", "bd3lm-plain-sharded", "bd3lm-adaln", "mdlm"] {
+    for name in ["bd3lm-plain", "bd3lm-plain-sharded", "bd3lm-adaln", "mdlm", "llama", "qwen2", "qwen3"] {
         Copy::of(name).load().unwrap_or_else(|e| panic!("{name}: {e}"));
     }
 }
@@ -289,7 +289,7 @@ fn broken_configurations() {
             spoil(key, Some(value), &[key, "131"]);
         }
     }
-    for value in [json!("llama"), json!("BD3LM"), json!("bd3lm ")] {
+    for value in [json!("gpt2"), json!("BD3LM"), json!("bd3lm ")] {
         let shown = value.as_str().expect("text").to_string();
         spoil("model_type", Some(value), &[&shown, "bd3lm", "mdlm"]);
     }
@@ -299,6 +299,131 @@ fn broken_configurations() {
     copy.refused("no config", "Config", &["config.json"]);
     let nowhere = Engine::load(&copy.path("nowhere"), Cpu::new(1, DType::F32).expect("a CPU"), EngineOptions::default());
     assert!(nowhere.err().expect("refused").to_string().contains("nowhere"));
+}
+
+/// The keys of the Llama layout.
+#[test]
+fn broken_configurations_of_plain_decoders() {
+    let spoil = |name: &str, key: &str, value: Option<Value>, words: &[&str]| {
+        let copy = Copy::of(name);
+        copy.edit("config.json", |c| match value.clone() {
+            None => drop(c.remove(key)),
+            Some(value) => drop(c.insert(key.into(), value)),
+        });
+        copy.refused(&format!("{name} {key}: {value:?}"), "Config", &[&["config.json"], words].concat());
+    };
+    for name in ["llama", "qwen2", "qwen3"] {
+        for key in ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"]
+        {
+            spoil(name, key, None, &[key, "missing"]);
+            for value in [json!(0), json!(-4), json!(u64::MAX), json!(1e300), json!(2.5), json!("32"), json!([2])] {
+                spoil(name, key, Some(value.clone()), &[key, &value.to_string()]);
+            }
+        }
+        spoil(name, "architectures", Some(json!([format!("{name}ForSequenceClassification")])), &["architectures", "ForCausalLM"]);
+        spoil(name, "auto_map", Some(json!({"AutoModelForCausalLM": "modeling_other.Other"})), &["auto_map", "code of its own"]);
+        spoil(name, "quantization_config", Some(json!({"bits": 4})), &["quantization_config", "quantised"]);
+        spoil(name, "hidden_act", Some(json!("gelu")), &["hidden_act", "silu", "gelu"]);
+        spoil(name, "hidden_act", Some(json!(1)), &["hidden_act", "text"]);
+        spoil(name, "tie_word_embeddings", Some(json!(1)), &["tie_word_embeddings", "true or false"]);
+        spoil(name, "num_key_value_heads", Some(json!(5)), &["num_key_value_heads 5", "multiple"]);
+        spoil(name, "head_dim", Some(json!(15)), &["head width 15", "even"]);
+        for value in [json!(0), json!(-1e-6), json!(1e300), json!("x"), json!([])] {
+            spoil(name, "rms_norm_eps", Some(value.clone()), &["rms_norm_eps", "above 0", &value.to_string()]);
+        }
+        for value in [json!(67), json!(-1), json!("x"), json!([67]), json!([-1, 2])] {
+            spoil(name, "eos_token_id", Some(value.clone()), &["eos_token_id", "67"]);
+            spoil(name, "bos_token_id", Some(value), &["bos_token_id", "67"]);
+        }
+        for (key, value) in [("rope_parameters", json!(3)), ("rope_scaling", json!("llama3"))] {
+            // The older key is looked at first.
+            spoil(if key == "rope_scaling" { name } else { "qwen3" }, key, Some(value), &[key, "object"]);
+        }
+        for kind in ["yarn", "dynamic", "longrope", "mrope", "su"] {
+            spoil(name, "rope_scaling", Some(json!({"type": kind, "factor": 2.0})), &["rotary", kind, "linear, llama3"]);
+        }
+        spoil(name, "rope_scaling", Some(json!({"rope_type": "linear"})), &["factor", "missing"]);
+        spoil(name, "rope_scaling", Some(json!({"rope_type": "linear", "factor": 0})), &["rope_scaling.factor", "above 0"]);
+        let llama3 = json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4});
+        spoil(name, "rope_scaling", Some(llama3), &["high_freq_factor 4", "low_freq_factor 4"]);
+        spoil(name, "rope_scaling", Some(json!({"full_attention": {"rope_type": "default"}})), &["differ between layers"]);
+        spoil(name, "partial_rotary_factor", Some(json!(0.5)), &["partial_rotary_factor", "0.5"]);
+    }
+    spoil("qwen2", "rope_theta", Some(json!("x")), &["rope_theta", "above 0"]);
+    spoil("qwen2", "num_key_value_heads", None, &["num_key_value_heads", "missing"]);
+    spoil("qwen2", "num_attention_heads", Some(json!(6)), &["hidden_size 64", "num_attention_heads 6"]);
+}
+
+/// A window that ends before the model does would be ignored here; one that does not may be.
+#[test]
+fn sliding_windows() {
+    type Case = (&'static str, Value, Result<usize, &'static str>);
+    let cases: [Case; 9] = [
+        ("qwen2", json!({"use_sliding_window": false, "sliding_window": 8}), Ok(256)),
+        ("qwen2", json!({"use_sliding_window": true, "sliding_window": 64, "max_window_layers": 0, "layer_types": null}), Ok(64)),
+        ("qwen2", json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 2, "layer_types": null}), Ok(256)),
+        ("qwen2", json!({"use_sliding_window": true, "sliding_window": 63, "max_window_layers": 1, "layer_types": null}), Err("63")),
+        (
+            "qwen3",
+            json!({"use_sliding_window": true, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}),
+            Err("8"),
+        ),
+        ("qwen3", json!({"layer_types": ["full_attention", "linear_attention"]}), Err("linear_attention")),
+        ("mistral", json!({"sliding_window": 8}), Err("8")),
+        ("mistral", json!({"sliding_window": 100}), Ok(100)),
+        ("mistral", json!({"sliding_window": null}), Ok(256)),
+    ];
+    for (name, keys, expected) in cases {
+        let copy = Copy::of(if name == "mistral" { "llama" } else { name });
+        copy.edit("config.json", |c| {
+            if name == "mistral" {
+                c.insert("model_type".into(), json!("mistral"));
+                c.insert("architectures".into(), json!(["MistralForCausalLM"]));
+            }
+            c.extend(keys.as_object().expect("an object").clone());
+        });
+        match expected {
+            Err(word) => copy.refused(&format!("{name} {keys}"), "Config", &["config.json", word]),
+            Ok(longest) => {
+                let engine = copy.load().unwrap_or_else(|e| panic!("{name} {keys}: {e}"));
+                assert_eq!(engine.config().max_len(), longest, "{name} {keys}");
+            }
+        }
+    }
+    let error = |keys: Value| {
+        let copy = Copy::of("qwen2");
+        copy.edit("config.json", |c| c.extend(keys.as_object().expect("an object").clone()));
+        copy.load().err().expect("refused").to_string()
+    };
+    assert!(
+        error(json!({"use_sliding_window": true, "sliding_window": 63, "max_window_layers": 0, "layer_types": null}))
+            .contains("sliding_window")
+    );
+    assert!(error(json!({"layer_types": "full_attention"})).contains("layer_types"));
+}
+
+/// A configuration of the Llama layout that does not describe the weights beside it.
+#[test]
+fn plain_decoders_of_another_shape() {
+    const Q: &str = "model.layers.0.self_attn.q_proj";
+    for (name, key, value, words) in [
+        ("qwen2", "vocab_size", json!(66), ["model.embed_tokens.weight", "[66, 64]", "[67, 64]"]),
+        ("qwen2", "num_key_value_heads", json!(4), ["model.layers.0.self_attn.k_proj.weight", "[64, 64]", "[32, 64]"]),
+        ("qwen2", "intermediate_size", json!(64), ["model.layers.0.mlp.gate_proj.weight", "[64, 64]", "[32, 64]"]),
+        ("qwen2", "num_hidden_layers", json!(3), ["model.layers.2.", "missing", "expected shape"]),
+        ("qwen2", "tie_word_embeddings", json!(false), ["lm_head.weight", "missing", "[67, 64]"]),
+        ("qwen3", "head_dim", json!(32), [Q, "[96, 32]", "[48, 32]"]),
+        ("qwen3", "attention_bias", json!(true), [Q, ".bias", "missing"]),
+        ("llama", "mlp_bias", json!(true), ["model.layers.0.mlp.gate_proj.bias", "missing", "[48]"]),
+    ] {
+        let copy = Copy::of(name);
+        copy.edit("config.json", |c| {
+            c.insert(key.into(), value);
+            c.retain(|k, _| !k.ends_with("_token_id"));
+        });
+        let file = if name == "llama" { "model.safetensors.index.json" } else { WEIGHTS };
+        copy.refused(&format!("{name} {key}"), "Weights", &[&[file], &words[..]].concat());
+    }
 }
 
 /// A configuration that does not describe the weights beside it: the first tensor that does not fit is named, with both shapes.
@@ -456,6 +581,22 @@ proptest! {
         }
         copy.write("config.json", bytes);
         let _ = load_and_run(&copy);
+    }
+
+    #[test]
+    fn flipped_config_bytes_of_a_plain_decoder_never_panic(
+        flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+    ) {
+        let copy = Copy::of("qwen3");
+        let mut bytes = copy.read("config.json");
+        let len = bytes.len();
+        for (at, value) in flips {
+            bytes[at.index(len)] = value;
+        }
+        copy.write("config.json", bytes);
+        if let Ok(mut engine) = copy.load() {
+            let _ = engine.causal_nll(&[1, 2, 3]);
+        }
     }
 
     /// Any bytes in any file of the directory.

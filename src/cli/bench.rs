@@ -15,7 +15,7 @@ use super::model::Format;
 use super::quality::QualityFlags;
 use super::{DeviceFlags, Progress};
 use crate::backend::{Backend, DType, Epilogue};
-use crate::config::ModelConfig;
+use crate::config::{Mlp, ModelConfig};
 use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -137,6 +137,7 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
             (dir.display().to_string(), ModelConfig::load(&dir)?)
         }
     };
+    config.masking()?;
     let lengths = if flags.length.is_empty() { vec![(config.model_length - 1) as u32] } else { flags.length.clone() };
     let longest = *lengths.iter().max().expect("not empty") as usize + 1;
     let most = *flags.batch.iter().max().expect("not empty") as usize;
@@ -205,7 +206,11 @@ fn sweep<B: Backend>(engine: &mut Engine<B>, flags: &Flags, schedules: &[(String
 fn gflop(config: &ModelConfig, rows: usize, decided: usize) -> f64 {
     let c = config.hidden_dim;
     let qkv = c * config.heads.qkv_width();
-    let rest = config.heads.q_width() * c + 2 * c * config.mlp_dim;
+    let products = match config.switches.mlp {
+        Mlp::Gelu => 2,
+        Mlp::SwiGlu => 3,
+    };
+    let rest = config.heads.q_width() * c + products * c * config.mlp_dim;
     let layers = rows * (qkv + rest) * (config.num_layers - 1) + rows * qkv + decided * rest;
     2.0 * (layers + decided * c * config.vocab_size) as f64 / 1e9
 }
@@ -273,7 +278,7 @@ fn measure<B: Backend>(engine: &mut Engine<B>, name: &str, schedule: &Schedule, 
         let start = Instant::now();
         let mut handles = Vec::new();
         for sample in 0..batch {
-            let mut canvas = vec![Some(engine.config().bos_id)];
+            let mut canvas = vec![Some(engine.config().first_id()?)];
             canvas.resize(length as usize + 1, None);
             let mut request = Request::new(Prompt::Canvas(canvas), schedule.clone(), u64::from(run), sample);
             request.stop.ignore_eos = true;

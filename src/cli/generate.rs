@@ -194,6 +194,7 @@ impl Flags {
 pub(super) fn run(flags: Flags) -> Result<()> {
     let dir = super::model_dir(flags.model.first().map(PathBuf::as_path))?;
     let config = ModelConfig::load(&dir)?;
+    config.masking()?;
     let defaults = defaults(&config, flags.temperature, flags.top_p, flags.top_p_rule)?;
     let schedule =
         if flags.stage.is_empty() { Schedule::preset(&flags.preset, &defaults)? } else { Schedule::resolve(&flags.stage, &defaults)? };
@@ -240,7 +241,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
         schedule: schedule.clone(),
         load_ms,
         models: std::iter::once(dir).chain(flags.model.iter().skip(1)).map(|d| d.display().to_string()).collect(),
-        end_of_text: (!flags.ignore_eos).then_some(config.eos_id),
+        end_of_text: config.eos_id.filter(|_| !flags.ignore_eos),
         stop: flags.stop.clone(),
     };
 

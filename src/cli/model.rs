@@ -6,7 +6,8 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use super::DeviceFlags;
-use crate::config::{Attention, ModelConfig};
+use crate::backend::{NormKind, RopeScaling};
+use crate::config::{Attention, Mlp, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::plan::Visibility;
@@ -116,25 +117,53 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     }
     let kv = |bytes| config.kv_bytes_per_token(bytes);
     let parameters = weights.num_elements();
+    let rope = match config.rope.scaling {
+        RopeScaling::None => format!("base {}", config.rope.base),
+        RopeScaling::Linear { factor } => format!("base {}, linear scaling by {factor}", config.rope.base),
+        RopeScaling::Llama3 { factor, .. } => format!("base {}, llama3 scaling by {factor}", config.rope.base),
+    };
+    let switches = config.switches;
+    let id = |id: Option<u32>| id.map_or("none".into(), |id| id.to_string());
     if flags.format == Format::Json {
         let object = json!({
             "dir": dir.display().to_string(), "family": config.family.name(), "parameters": parameters, "bytes": weights.num_bytes(),
             "dtypes": weights.dtypes(), "vocab_size": config.vocab_size, "hidden_dim": config.hidden_dim, "num_layers": config.num_layers,
             "num_heads": config.heads.num_heads, "num_kv_heads": config.heads.num_kv_heads, "head_dim": config.heads.head_dim,
             "mlp_dim": config.mlp_dim, "model_length": config.model_length, "attention": attention, "adaln": config.cond_dim.is_some(),
+            "norm": match config.switches.norm { NormKind::Layer => "layer", NormKind::Rms => "rms" },
+            "mlp": match config.switches.mlp { Mlp::Gelu => "gelu", Mlp::SwiGlu => "swiglu" },
+            "qk_norm": config.switches.qk_norm, "tied_head": config.switches.tied_head, "rope": rope,
             "mask_id": config.mask_id, "bos_id": config.bos_id, "eos_id": config.eos_id, "pad_id": config.pad_id,
             "kv_bytes_per_token": {"f32": kv(4), "bf16": kv(2)}, "unsupported": unsupported,
         });
         super::print(&format!("{object}\n"))?;
         return Ok(());
     }
+    let mut inside = vec![
+        match switches.norm {
+            NormKind::Layer => "LayerNorm",
+            NormKind::Rms => "RMSNorm",
+        },
+        match switches.mlp {
+            Mlp::Gelu => "GELU",
+            Mlp::SwiGlu => "SwiGLU",
+        },
+    ];
+    let optional = [(switches.qkv_bias, "q/k/v bias"), (switches.qk_norm, "q/k norm"), (switches.tied_head, "tied head")];
+    inside.extend(optional.iter().filter(|(on, _)| *on).map(|(_, name)| *name));
+    let inside = inside.join(", ");
     let rows = [
         ("directory", dir.display().to_string()),
         ("family", config.family.name().into()),
         ("parameters", format!("{parameters} (buffers included), {} as {}", mib(weights.num_bytes()), weights.dtypes().join(", "))),
         ("layers", format!("{} of width {}, MLP {}", config.num_layers, config.hidden_dim, config.mlp_dim)),
         ("heads", format!("{} (K/V {}) of {}", config.heads.num_heads, config.heads.num_kv_heads, config.heads.head_dim)),
-        ("vocabulary", format!("{}; MASK {}, BOS {}, end of text {}", config.vocab_size, config.mask_id, config.bos_id, config.eos_id)),
+        ("inside", inside),
+        ("rotation", rope),
+        (
+            "vocabulary",
+            format!("{}; MASK {}, BOS {}, end of text {}", config.vocab_size, id(config.mask_id), id(config.bos_id), id(config.eos_id)),
+        ),
         ("attention", attention),
         ("positions", format!("{} trained, up to {} served", config.model_length, config.max_len())),
         ("adaLN", config.cond_dim.map_or("none".into(), |d| format!("constant condition of width {d}, folded at load"))),

@@ -1,6 +1,7 @@
 //! `redraft score`: how likely a text is under a model, token by token.
 //!
-//! An autoregressive checkpoint scores by its own chain rule, one forward a window. A diffusion model scores by the chain rule of
+//! An autoregressive checkpoint scores by its own chain rule: every window stands behind a BOS (an end of text, where the checkpoint names no
+//! BOS), so the first token of a text has a likelihood like any other. A diffusion model scores by the chain rule of
 //! a decoding order it can follow: left to right, each token revealed in turn under block-causal visibility of the chosen
 //! block length, exactly as `unmask=left:1` would generate it. Both are proper likelihoods; their values differ.
 
@@ -9,8 +10,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::DeviceFlags;
 use super::model::{Format, native};
+use super::{DeviceFlags, Progress};
 use crate::backend::Backend;
 use crate::config::{Attention, ModelConfig};
 use crate::engine::Engine;
@@ -18,6 +19,9 @@ use crate::error::{Error, Result};
 use crate::plan::Visibility;
 use crate::request::{Prompt, Request};
 use crate::schedule::{Defaults, Schedule};
+
+/// Windows handed to the engine together, so that progress shows; how many share a forward is its own choice.
+const AT_ONCE: usize = 64;
 
 #[derive(Args)]
 pub(super) struct Flags {
@@ -57,6 +61,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     if config.attention == Attention::Causal && visibility != Visibility::BlockCausal(1) {
         return Err(Error::request("--visibility: this checkpoint is autoregressive, it scores with `causal` only"));
     }
+    config.first_id()?;
     let tokenizer = flags.device.tokenizer(&config)?;
     let tokens = tokenizer.encode(&super::read_text(&flags.file)?)?;
     if tokens.is_empty() {
@@ -94,11 +99,14 @@ pub(super) fn run(flags: Flags) -> Result<()> {
 /// Negative log-likelihood in nats of every token of the windows, in order.
 fn score<B: Backend>(engine: &mut Engine<B>, windows: &[&[u32]], visibility: Visibility) -> Result<Vec<f64>> {
     let mut nll = Vec::new();
-    let (attention, bos_id) = (engine.config().attention, engine.config().bos_id);
+    let (attention, bos_id) = (engine.config().attention, engine.config().first_id()?);
     if attention == Attention::Causal {
-        for window in windows {
-            let with_bos: Vec<u32> = std::iter::once(bos_id).chain(window.iter().copied()).collect();
-            nll.extend(engine.causal_nll(&with_bos)?);
+        let mut progress = Progress::new("scoring");
+        for (i, part) in windows.chunks(AT_ONCE).enumerate() {
+            progress.show(|| format!("{}/{} windows", i * AT_ONCE, windows.len()));
+            let with_bos: Vec<Vec<u32>> = part.iter().map(|window| [&[bos_id], *window].concat()).collect();
+            let sequences: Vec<&[u32]> = with_bos.iter().map(Vec::as_slice).collect();
+            nll.extend(engine.causal_nlls(&sequences)?.concat());
         }
     } else {
         let stage = match visibility {

@@ -9,14 +9,27 @@
 
 use std::path::Path;
 
-use crate::backend::{Backend, HeadShape};
-use crate::config::{Attention, Family, Keys, ModelConfig};
+use crate::backend::{Backend, HeadShape, NormKind, Rope};
+use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Switches};
 use crate::error::Result;
-use crate::model::{Layer, Model, Norm, Progress, unique};
-use crate::weights::{Tensor, Weights};
+use crate::model::reader::Reader;
+use crate::model::{Layer, Linear, Model, Norm, Progress};
+use crate::weights::Weights;
 
 /// Width of the sinusoidal timestep embedding, fixed in the published `TimestepEmbedder`.
 const TIMESTEP_DIM: usize = 256;
+
+/// LayerNorm, GELU, biases in the MLP and at the head.
+pub(crate) const SWITCHES: Switches = Switches {
+    norm: NormKind::Layer,
+    mlp: Mlp::Gelu,
+    qkv_bias: false,
+    attn_out_bias: false,
+    mlp_bias: true,
+    head_bias: true,
+    qk_norm: false,
+    tied_head: false,
+};
 
 /// Reads the published keys with the defaults of the published configuration class.
 pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
@@ -59,13 +72,15 @@ pub(crate) fn shared_config(dir: &Path, keys: &Keys, family: Family, attention: 
         heads: HeadShape { num_heads, num_kv_heads: num_heads, head_dim: hidden_dim / num_heads },
         mlp_dim: 4 * hidden_dim,
         norm_eps: 1e-5,
-        rope_base: 10_000.0,
+        rope: Rope::plain(10_000.0),
+        switches: SWITCHES,
         model_length: keys.size("model_length", 1 << 24)?,
+        sliding_window: None,
         attention,
         cond_dim: if keys.flag("adaln", true)? { Some(keys.size("cond_dim", 1 << 16)?) } else { None },
-        mask_id,
-        bos_id: keys.token("bos_token_id", vocab_size)?.unwrap_or(eos_id),
-        eos_id,
+        mask_id: Some(mask_id),
+        bos_id: Some(keys.token("bos_token_id", vocab_size)?.unwrap_or(eos_id)),
+        eos_id: Some(eos_id),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| *id != eos_id),
     })
 }
@@ -111,62 +126,19 @@ pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     list
 }
 
-/// Reads whole tensors and packs matrices, counting progress.
-struct Reader<'a, B: Backend> {
-    backend: &'a B,
-    weights: &'a Weights,
-    progress: Progress<'a>,
-    done: usize,
-    total: usize,
+/// LayerNorm weight under a (shift, scale) pair; plain where there is no adaLN.
+fn norm<B: Backend>(r: &mut Reader<B>, name: &str, width: usize, modulation: Option<(&[f32], &[f32])>) -> Result<Norm<B>> {
+    let Some((shift, scale)) = modulation else { return r.norm(name, width) };
+    let mut weight = r.values(name, width)?;
+    weight.iter_mut().zip(scale).for_each(|(w, s)| *w *= 1.0 + s);
+    Ok(Norm { weight: r.backend.vector(&weight)?, bias: Some(r.backend.vector(shift)?) })
 }
 
-impl<B: Backend> Reader<'_, B> {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
-        self.done += 1;
-        (self.progress)(self.done, self.total);
-        self.weights.tensor(name, shape)
-    }
-
-    fn values(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
-        self.tensor(name, &[len])?.to_vec()
-    }
-
-    /// Packs an (n, k) weight, each row multiplied by its gate.
-    fn matrix(&mut self, name: &str, n: usize, k: usize, gate: Option<&[f32]>) -> Result<B::Matrix> {
-        let backend = self.backend;
-        let tensor = self.tensor(name, &[n, k])?;
-        let packed = backend.matrix(n, k, &mut |first, dst| {
-            tensor.read(first * k, dst)?;
-            if let Some(gate) = gate {
-                for (row, gate) in dst.chunks_exact_mut(k).zip(&gate[first..]) {
-                    row.iter_mut().for_each(|v| *v *= gate);
-                }
-            }
-            Ok(())
-        })?;
-        Ok(packed)
-    }
-
-    /// LayerNorm weight under a (shift, scale) pair; plain where there is no adaLN.
-    fn norm(&mut self, name: &str, width: usize, modulation: Option<(&[f32], &[f32])>) -> Result<Norm<B>> {
-        let mut weight = self.values(name, width)?;
-        let bias = match modulation {
-            None => None,
-            Some((shift, scale)) => {
-                weight.iter_mut().zip(scale).for_each(|(w, s)| *w *= 1.0 + s);
-                Some(self.backend.vector(shift)?)
-            }
-        };
-        Ok(Norm { weight: self.backend.vector(&weight)?, bias })
-    }
-
-    /// `W c + b` for a modulation of `parts` vectors of `width`.
-    fn modulation(&mut self, name: &str, condition: &[f64], parts: usize, width: usize) -> Result<Vec<f32>> {
-        let tensor = self.tensor(&format!("{name}.weight"), &[parts * width, condition.len()])?;
-        let weight = tensor.to_vec()?;
-        let bias = self.values(&format!("{name}.bias"), parts * width)?;
-        Ok(affine(&weight, &bias, condition).map(|v| v as f32).collect())
-    }
+/// `W c + b` for a modulation of `parts` vectors of `width`.
+fn modulation<B: Backend>(r: &mut Reader<B>, name: &str, condition: &[f64], parts: usize, width: usize) -> Result<Vec<f32>> {
+    let weight = r.tensor(&format!("{name}.weight"), &[parts * width, condition.len()])?.to_vec()?;
+    let bias = r.values(&format!("{name}.bias"), parts * width)?;
+    Ok(affine(&weight, &bias, condition).map(|v| v as f32).collect())
 }
 
 /// `W x + b` in f64, row by row.
@@ -184,12 +156,7 @@ fn silu(x: f64) -> f64 {
 /// Packs a BD3-LM or MDLM checkpoint. Errors name the missing or misshapen tensor.
 pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
     let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
-    let expected = tensors(&config);
-    // Shapes first: a checkpoint that does not fit is refused before anything is packed.
-    for (name, shape) in &expected {
-        weights.tensor(name, shape)?;
-    }
-    let mut r = Reader { backend, weights, progress, done: 0, total: expected.len() };
+    let mut r = Reader::new(backend, weights, progress, &tensors(&config))?;
 
     let condition = match config.cond_dim {
         None => None,
@@ -207,8 +174,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
         }
     };
 
-    let embedding = r.tensor("backbone.vocab_embed.embedding", &[v, c])?;
-    let table = backend.table(v, c, &mut |first, dst| embedding.read(first * c, dst))?;
+    let table = r.table("backbone.vocab_embed.embedding", v, c)?;
 
     let mut layers = Vec::with_capacity(config.num_layers);
     for i in 0..config.num_layers {
@@ -216,7 +182,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
         // Order of the chunks: shift, scale, gate for attention, then for the MLP.
         let modulation = match &condition {
             None => None,
-            Some(condition) => Some(r.modulation(&name("adaLN_modulation"), condition, 6, c)?),
+            Some(condition) => Some(modulation(&mut r, &name("adaLN_modulation"), condition, 6, c)?),
         };
         let part = |index: usize| modulation.as_ref().map(|m| &m[index * c..(index + 1) * c]);
         let pair = |index: usize| part(index).zip(part(index + 1));
@@ -225,26 +191,21 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
             down_bias.iter_mut().zip(gate).for_each(|(b, g)| *b *= g);
         }
         layers.push(Layer {
-            attn_norm: r.norm(&name("norm1.weight"), c, pair(0))?,
-            qkv: r.matrix(&name("attn_qkv.weight"), 3 * c, c, None)?,
-            attn_out: r.matrix(&name("attn_out.weight"), c, c, part(2))?,
-            mlp_norm: r.norm(&name("norm2.weight"), c, pair(3))?,
-            up: r.matrix(&name("mlp.0.weight"), f, c, None)?,
-            up_bias: {
-                let bias = r.values(&name("mlp.0.bias"), f)?;
-                backend.vector(&bias)?
-            },
-            down: r.matrix(&name("mlp.2.weight"), c, f, part(5))?,
-            down_bias: backend.vector(&down_bias)?,
+            attn_norm: norm(&mut r, &name("norm1.weight"), c, pair(0))?,
+            qkv: Linear { weight: r.matrix(&name("attn_qkv.weight"), 3 * c, c, None)?, bias: None },
+            head_norm: None,
+            attn_out: Linear { weight: r.matrix(&name("attn_out.weight"), c, c, part(2))?, bias: None },
+            mlp_norm: norm(&mut r, &name("norm2.weight"), c, pair(3))?,
+            up: r.linear(&name("mlp.0"), f, c, true)?,
+            down: Linear { weight: r.matrix(&name("mlp.2.weight"), c, f, part(5))?, bias: Some(backend.vector(&down_bias)?) },
         });
     }
 
     let modulation = match &condition {
         None => None,
-        Some(condition) => Some(r.modulation("backbone.output_layer.adaLN_modulation", condition, 2, c)?),
+        Some(condition) => Some(modulation(&mut r, "backbone.output_layer.adaLN_modulation", condition, 2, c)?),
     };
-    let final_norm = r.norm("backbone.output_layer.norm_final.weight", c, modulation.as_ref().map(|m| m.split_at(c)))?;
-    let head = r.matrix("backbone.output_layer.linear.weight", v, c, None)?;
-    let head_bias = r.values("backbone.output_layer.linear.bias", v)?;
-    Ok(Model { id: unique(), config, table, layers, final_norm, head, head_bias: backend.vector(&head_bias)? })
+    let final_norm = norm(&mut r, "backbone.output_layer.norm_final.weight", c, modulation.as_ref().map(|m| m.split_at(c)))?;
+    let head = r.linear("backbone.output_layer.linear", v, c, true)?;
+    Ok(Model::new(config, table, layers, final_norm, head))
 }

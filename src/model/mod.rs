@@ -1,22 +1,24 @@
 //! Owns the forward pass, generic over the machine: one decoder with switches, in the order of the papers.
 //!
 //! ```text
-//! ids -> embed -> [ norm -> qkv -> rope + K/V append -> attention -> out (+x) -> norm -> up, gelu -> down (+x) ] x N
+//! ids -> embed -> [ norm -> qkv -> (q/k norm,) rope + K/V append -> attention -> out (+x) -> norm -> up, activation -> down (+x) ] x N
 //!     -> (deciding rows) -> final norm -> head + decide
 //! ```
-//! A family file (`bd3lm.rs`, `mdlm.rs`) maps config keys and tensor names onto it. adaLN with a constant condition is folded
-//! into the weights at load, so the decoder itself knows nothing of it.
+//! A family file (`bd3lm.rs`, `mdlm.rs`, `llama.rs`) maps config keys and tensor names onto it; what families do differently is
+//! [`crate::config::Switches`]. adaLN with a constant condition is folded into the weights at load, so the decoder itself knows nothing of it.
 #![forbid(unsafe_code)]
 
 pub mod bd3lm;
+pub mod llama;
 pub mod mdlm;
+mod reader;
 pub mod shapes;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use crate::backend::{Activation, Backend, Decision, Draw, Epilogue, KvShape, RunStep};
-use crate::config::{Family, ModelConfig};
+use crate::backend::{self, Activation, Backend, Decision, Draw, Epilogue, HeadNorm, KvShape, Rotation, RunStep};
+use crate::config::{Family, Mlp, ModelConfig};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::weights::Weights;
@@ -35,25 +37,45 @@ struct Norm<B: Backend> {
     bias: Option<B::Vector>,
 }
 
+impl<B: Backend> Norm<B> {
+    /// `out (rows, C) = norm(x)` as the config has it.
+    fn apply(&self, backend: &B, config: &ModelConfig, rows: usize, x: &B::Buffer, out: &mut B::Buffer) -> Result<()> {
+        let (kind, eps) = (config.switches.norm, config.norm_eps);
+        backend.norm(rows, x, &backend::Norm { kind, eps, weight: &self.weight, bias: self.bias.as_ref() }, out)
+    }
+}
+
+struct Linear<B: Backend> {
+    weight: B::Matrix,
+    bias: Option<B::Vector>,
+}
+
+impl<B: Backend> Linear<B> {
+    fn apply(&self, backend: &B, rows: usize, x: &B::Buffer, epilogue: Epilogue, out: &mut B::Buffer) -> Result<()> {
+        backend.linear(rows, x, &self.weight, self.bias.as_ref(), epilogue, out)
+    }
+}
+
 struct Layer<B: Backend> {
     attn_norm: Norm<B>,
-    /// (3C or (H + 2K) D, C), no bias.
-    qkv: B::Matrix,
-    /// (C, H D), no bias.
-    attn_out: B::Matrix,
+    /// ((H + 2K) D, C): queries, keys, values.
+    qkv: Linear<B>,
+    /// Weights (D) of the norms of q and of k.
+    head_norm: Option<[B::Vector; 2]>,
+    /// (C, H D).
+    attn_out: Linear<B>,
     mlp_norm: Norm<B>,
-    /// (F, C) and (F).
-    up: B::Matrix,
-    up_bias: B::Vector,
-    /// (C, F) and (C).
-    down: B::Matrix,
-    down_bias: B::Vector,
+    /// (F, C), or (2F, C) with gate and up in turn.
+    up: Linear<B>,
+    /// (C, F).
+    down: Linear<B>,
 }
 
 /// Everything that keeps a checkpoint from loading: missing and misshapen tensors. Values are not read.
 pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
     let tensors = match config.family {
         Family::Bd3lm | Family::Mdlm => bd3lm::tensors(config),
+        Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => llama::tensors(config),
     };
     tensors.iter().filter_map(|(name, shape)| weights.tensor(name, shape).err()).collect()
 }
@@ -67,9 +89,8 @@ pub struct Model<B: Backend> {
     table: B::Matrix,
     layers: Vec<Layer<B>>,
     final_norm: Norm<B>,
-    /// (V, C) and (V).
-    head: B::Matrix,
-    head_bias: B::Vector,
+    /// (V, C).
+    head: Linear<B>,
 }
 
 /// Activations of a forward, reused between forwards and grown to the largest.
@@ -125,7 +146,12 @@ impl<B: Backend> Model<B> {
     pub fn load(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
         match config.family {
             Family::Bd3lm | Family::Mdlm => bd3lm::load(backend, config, weights, progress),
+            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => llama::load(backend, config, weights, progress),
         }
+    }
+
+    fn new(config: ModelConfig, table: B::Matrix, layers: Vec<Layer<B>>, final_norm: Norm<B>, head: Linear<B>) -> Model<B> {
+        Model { id: unique(), config, table, layers, final_norm, head }
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -175,14 +201,19 @@ impl<B: Backend> Model<B> {
         mut probe: Option<Probe<B>>,
     ) -> Result<()> {
         let config = &self.config;
+        let activation = match config.switches.mlp {
+            Mlp::Gelu => Epilogue::Gelu,
+            Mlp::SwiGlu => Epilogue::SwiGlu,
+        };
         let Scratch { x, h, qkv, picked, mlp, .. } = scratch;
         backend.embed(batch, &self.table, x)?;
         let mut look = |layer: usize, x: &B::Buffer| probe.as_mut().map_or(Ok(()), |probe| probe(backend, layer, x));
         look(0, x)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            backend.layer_norm(rows, x, &layer.attn_norm.weight, layer.attn_norm.bias.as_ref(), config.norm_eps, h)?;
-            backend.linear(rows, h, &layer.qkv, None, Epilogue::Store, qkv)?;
-            backend.rope_append(batch, config.heads, config.rope_base, qkv, i, kv)?;
+            layer.attn_norm.apply(backend, config, rows, x, h)?;
+            layer.qkv.apply(backend, rows, h, Epilogue::Store, qkv)?;
+            let norm = layer.head_norm.as_ref().map(|[q, k]| HeadNorm { q, k, eps: config.norm_eps });
+            backend.rope_append(batch, config.heads, &Rotation { rope: config.rope, norm }, qkv, i, kv)?;
             match wanted {
                 Some(wanted) if i + 1 == self.layers.len() => {
                     // Queries and residuals of the wanted rows move up; their K/V are in the pages like everyone's.
@@ -197,10 +228,10 @@ impl<B: Backend> Model<B> {
                 }
                 _ => backend.attention(batch, config.heads, qkv, i, kv, h)?,
             }
-            backend.linear(rows, h, &layer.attn_out, None, Epilogue::Add, x)?;
-            backend.layer_norm(rows, x, &layer.mlp_norm.weight, layer.mlp_norm.bias.as_ref(), config.norm_eps, h)?;
-            backend.linear(rows, h, &layer.up, Some(&layer.up_bias), Epilogue::Gelu, mlp)?;
-            backend.linear(rows, mlp, &layer.down, Some(&layer.down_bias), Epilogue::Add, x)?;
+            layer.attn_out.apply(backend, rows, h, Epilogue::Add, x)?;
+            layer.mlp_norm.apply(backend, config, rows, x, h)?;
+            layer.up.apply(backend, rows, h, activation, mlp)?;
+            layer.down.apply(backend, rows, mlp, Epilogue::Add, x)?;
             look(i + 1, x)?;
         }
         Ok(())
@@ -234,9 +265,9 @@ impl<B: Backend> Model<B> {
                 // Weights, K/V and scratch are this engine's; the scratch is the only one of them that moves.
                 backend.replay(&batch, self.id << 32 | scratch.id, &mut || {
                     self.layers(backend, rows, &batch, (!all).then_some(&asked), kv, scratch, None)?;
-                    let (Scratch { x, h, .. }, Norm { weight, bias }) = (&mut *scratch, &self.final_norm);
-                    backend.layer_norm(asks, x, weight, bias.as_ref(), self.config.norm_eps, h)?;
-                    backend.decide_run(run, h, &self.head, Some(&self.head_bias))
+                    let Scratch { x, h, .. } = &mut *scratch;
+                    self.final_norm.apply(backend, &self.config, asks, x, h)?;
+                    backend.decide_run(run, h, &self.head.weight, self.head.bias.as_ref())
                 })
             };
             backend.range(&format!("stage {stage}"), || {
@@ -249,8 +280,7 @@ impl<B: Backend> Model<B> {
     /// Final norm of the given rows, counted among the wanted ones of the last forward, into `scratch.h`.
     fn final_rows(&self, backend: &B, rows: &[u32], scratch: &mut Scratch<B>) -> Result<()> {
         backend.gather(&backend.rows(rows)?, self.config.hidden_dim, &scratch.x, &mut scratch.qkv)?;
-        let Norm { weight, bias } = &self.final_norm;
-        backend.layer_norm(rows.len(), &scratch.qkv, weight, bias.as_ref(), self.config.norm_eps, &mut scratch.h)
+        self.final_norm.apply(backend, &self.config, rows.len(), &scratch.qkv, &mut scratch.h)
     }
 
     /// Decides rows, counted among the wanted ones of the last forward: `rows[i]` is answered by `draws[i]`.
@@ -260,7 +290,7 @@ impl<B: Backend> Model<B> {
             return Ok(Vec::new());
         }
         self.final_rows(backend, rows, scratch)?;
-        backend.decide(&scratch.h, &self.head, Some(&self.head_bias), banned, draws)
+        backend.decide(&scratch.h, &self.head.weight, self.head.bias.as_ref(), banned, draws)
     }
 
     /// Logits of all `num_rows` wanted rows of the last forward, before any ban or shift, a few rows at a time: `sink(first_row, logits)`.
@@ -277,7 +307,7 @@ impl<B: Backend> Model<B> {
         for first in (0..num_rows).step_by(LOGIT_ROWS) {
             let rows: Vec<u32> = (first..num_rows.min(first + LOGIT_ROWS)).map(|r| r as u32).collect();
             self.final_rows(backend, &rows, scratch)?;
-            backend.linear(rows.len(), &scratch.h, &self.head, Some(&self.head_bias), Epilogue::Store, &mut out)?;
+            self.head.apply(backend, rows.len(), &scratch.h, Epilogue::Store, &mut out)?;
             let host = &mut host[..rows.len() * vocab_size];
             backend.download(&out, 0, host)?;
             sink(first, host)?;

@@ -3,9 +3,10 @@
 
 use std::path::PathBuf;
 
-use crate::backend::HeadShape;
+use crate::backend::{HeadShape, Rope};
 use crate::config::{Attention, Family, ModelConfig};
 use crate::error::{Error, Result};
+use crate::model::bd3lm;
 
 /// Names that [`config`] knows.
 pub const NAMES: [&str; 2] = ["bd3lm-owt", "tiny"];
@@ -27,13 +28,15 @@ pub fn config(name: &str) -> Result<ModelConfig> {
         heads: HeadShape { num_heads, num_kv_heads: num_heads, head_dim: hidden_dim / num_heads },
         mlp_dim: 4 * hidden_dim,
         norm_eps: 1e-5,
-        rope_base: 10_000.0,
+        rope: Rope::plain(10_000.0),
+        switches: bd3lm::SWITCHES,
         model_length,
+        sliding_window: None,
         attention: Attention::BlockCausal(4),
         cond_dim: Some(128),
-        mask_id: vocab_size as u32 - 1,
-        bos_id: vocab_size as u32 - 2,
-        eos_id: vocab_size as u32 - 2,
+        mask_id: Some(vocab_size as u32 - 1),
+        bos_id: Some(vocab_size as u32 - 2),
+        eos_id: Some(vocab_size as u32 - 2),
         pad_id: None,
     })
 }

@@ -22,7 +22,7 @@ fn one(engine: &mut Engine<Cpu>, request: Request, label: &str) -> Output {
 #[test]
 fn end_of_text_ends_the_draft() {
     let mut engine = engine(&fixture());
-    let eos = engine.config().eos_id;
+    let eos = engine.config().eos_id.expect("an end of text");
     for at in [0usize, 1, 2, 5, 6, 7, 18, 19] {
         let mut tokens: Vec<u32> = (2..22).collect();
         tokens[at] = eos;
@@ -48,7 +48,7 @@ fn an_early_end_gives_its_pages_back_before_the_refinement() {
     let options = EngineOptions { page_size: 4, kv_pages: Some(11), ..options() };
     let mut engine = engine_with(&fixture(), 1, DType::F32, options);
     let mut tokens: Vec<u32> = (2..42).collect();
-    tokens[9] = engine.config().eos_id;
+    tokens[9] = engine.config().eos_id.expect("an end of text");
     // 41 positions are promised all 11 pages; 11 positions are left and need 3.
     let first = writing(&tokens, &["block=8,unmask=left:8", "block=full,remask=0.5,unmask=uniform:1"]);
     let second = request(&[1], 31, &schedule(&["block=4,unmask=uniform:1"]), 0, 0);
@@ -122,7 +122,7 @@ fn low_entropy_ends_the_draft() {
 fn infilling_leaves_given_tokens_alone() {
     for (name, dir) in [("tiny", fixture()), ("shipped", shipped())] {
         let mut engine = engine(&dir);
-        let eos = engine.config().eos_id;
+        let eos = engine.config().eos_id.expect("an end of text");
         for (i, name) in ["draft", "did", "did-fast", "three", "global", "semi-ar"].into_iter().map(|p| format!("{name} {p}")).enumerate() {
             let preset = preset(name.split(' ').next_back().expect("a name"));
             let canvas: Vec<Option<u32>> = (0..40).map(|p| (p % 7 == i || p >= 36 || p == 0).then_some(p as u32 + 2)).collect();
@@ -153,10 +153,10 @@ fn infilling_of_text() {
     let text = |t: &str| Segment::Text(t.into());
     let canvas = engine.canvas(&Prompt::Infill(vec![text("The <|mask|>"), Segment::Hole(3), text(" end.")])).expect("a canvas");
     let given: Vec<Option<u32>> = tokenizer.encode("The <|mask|>").expect("text").into_iter().map(Some).collect();
-    assert_eq!(canvas[0], Some(engine.config().bos_id));
+    assert_eq!(canvas[0], engine.config().bos_id);
     assert_eq!(canvas[1..=given.len()], given);
     assert_eq!(canvas[given.len() + 1..given.len() + 4], [None; 3]);
-    assert!(!canvas.contains(&Some(engine.config().mask_id)), "a mask in the text is letters");
+    assert!(!canvas.contains(&engine.config().mask_id), "a mask in the text is letters");
     assert_eq!(tokenizer.decode(&canvas[1..=given.len()].iter().flatten().copied().collect::<Vec<_>>()), "The <|mask|>");
 }
 
@@ -206,7 +206,7 @@ fn nucleus_rules() {
 fn banned_ids_are_never_drawn() {
     let mut engine = engine(&fixture());
     let banned = engine.banned().to_vec();
-    assert!(banned.contains(&engine.config().mask_id) && banned.windows(2).all(|w| w[0] < w[1]), "{banned:?}");
+    assert!(engine.config().mask_id.is_some_and(|id| banned.contains(&id)) && banned.windows(2).all(|w| w[0] < w[1]), "{banned:?}");
     for seed in 0..4 {
         let hot = schedule(&["block=16,unmask=uniform:16,temperature=50,top_p=1"]);
         let output = one(&mut engine, request(&[3], 200, &hot, seed, 0), "hot");

@@ -135,7 +135,7 @@ fn cancelling_frees_pages_and_leaves_neighbours_alone() {
 fn events_join_to_the_outcome() {
     use redraft::EventKind;
     let mut engine = engine(&fixture());
-    let mask = engine.config().mask_id;
+    let mask = engine.config().mask_id.expect("a diffusion model");
     let handle = engine.submit(samples(1, 23).remove(0)).expect("served");
     let mut canvas: Vec<u32> = PROMPT.iter().copied().chain(std::iter::repeat_n(mask, 23)).collect();
     let (mut confidence, mut reveals, mut ended) = (vec![0.0f32; canvas.len()], 0, false);

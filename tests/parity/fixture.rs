@@ -40,8 +40,19 @@ pub fn all() -> Vec<Fixture> {
         .map(|entry| entry.file_name().into_string().expect("a plain name"))
         .collect();
     names.sort();
-    let expected =
-        ["bd3lm-adaln", "bd3lm-ar", "bd3lm-head64", "bd3lm-plain", "bd3lm-plain-bf16", "bd3lm-plain-sharded", "mdlm"].map(String::from);
+    let expected = [
+        "bd3lm-adaln",
+        "bd3lm-ar",
+        "bd3lm-head64",
+        "bd3lm-plain",
+        "bd3lm-plain-bf16",
+        "bd3lm-plain-sharded",
+        "llama",
+        "mdlm",
+        "qwen2",
+        "qwen3",
+    ]
+    .map(String::from);
     let missing: Vec<&String> = expected.iter().filter(|name| !names.contains(name)).collect();
     assert!(missing.is_empty(), "fixtures are missing: {missing:?}");
     names.iter().map(|name| Fixture::open(name)).collect()

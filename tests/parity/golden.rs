@@ -1,8 +1,10 @@
 //! Hidden states, logits and likelihoods against the official networks.
 
 use redraft::backend::DType;
+use redraft::batcher::Budget;
 use redraft::cpu::Cpu;
 use redraft::cpu::simd::Isa;
+use redraft::{Engine, EngineOptions, Error};
 
 use crate::fixture::{self, Fixture, argmax, relative, text, visibility};
 
@@ -150,13 +152,18 @@ fn weights_stored_in_bf16_are_the_rounded_ones() {
     assert!(differ, "rounding changes nothing: the fixture tests nothing");
 }
 
-/// Per-token likelihood of the autoregressive baseline.
+/// Per-token likelihoods of autoregressive checkpoints.
 #[test]
-fn likelihoods_of_the_autoregressive_baseline_agree() {
-    let fixture = Fixture::open("bd3lm-ar");
+fn likelihoods_of_autoregressive_checkpoints_agree() {
+    for name in ["bd3lm-ar", "llama", "qwen2", "qwen3"] {
+        likelihoods_agree(&Fixture::open(name));
+    }
+}
+
+fn likelihoods_agree(fixture: &Fixture) {
     let mut engine = fixture.engine(2, DType::F32);
     for case in fixture.cases() {
-        let name = text(case, "name");
+        let name = format!("{} {}", fixture.name, text(case, "name"));
         let tokens = fixture.tokens(text(case, "tokens"));
         let (_, golden) = fixture.floats(text(case, "nll"));
         let found = engine.causal_nll(&tokens).unwrap_or_else(|e| panic!("{name}: {e}"));
@@ -169,4 +176,49 @@ fn likelihoods_of_the_autoregressive_baseline_agree() {
             assert!(error <= 2.0 * F32_BOUND * scale, "{name}: token {}: nll {found}, golden {golden}", i + 1);
         }
     }
+}
+
+/// Sequences that share forwards, wait for pages or are cut into many forwards have the likelihoods of one alone, to the last bit.
+#[test]
+fn likelihoods_do_not_depend_on_what_shares_a_forward() {
+    for (name, dtype) in ["bd3lm-ar", "llama", "qwen2", "qwen3"].into_iter().flat_map(|name| [(name, DType::F32), (name, DType::Bf16)]) {
+        let fixture = Fixture::open(name);
+        let cases: Vec<Vec<u32>> = fixture.cases().iter().map(|case| fixture.tokens(text(case, "tokens"))).collect();
+        let sequences: Vec<&[u32]> = (1..20).map(|len| &cases[len % cases.len()][..len.min(cases[len % cases.len()].len())]).collect();
+        let mut one = fixture.engine(1, dtype);
+        let alone: Vec<Vec<f64>> =
+            sequences.iter().map(|tokens| one.causal_nll(tokens).unwrap_or_else(|e| panic!("{name}: {e}"))).collect();
+        for (max_rows, max_sessions, kv_pages) in [(512, 8, 64), (7, 3, 4), (1, 1, 2), (64, 100, 3)] {
+            let options = EngineOptions {
+                budget: Budget { max_rows, max_sessions },
+                kv_pages: Some(kv_pages),
+                poison_freed_pages: true,
+                ..EngineOptions::default()
+            };
+            let cpu = Cpu::new(2, dtype).expect("the CPU is always there");
+            let mut engine = Engine::load(&fixture.dir, cpu, options).unwrap_or_else(|e| panic!("{name}: {e}"));
+            let together = engine.causal_nlls(&sequences).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert_eq!(together, alone, "{name} {dtype:?}: {max_rows} rows, {max_sessions} sequences, {kv_pages} pages");
+            assert_eq!(engine.free_pages(), kv_pages, "{name}: pages are back");
+        }
+    }
+}
+
+#[test]
+fn likelihoods_that_cannot_be_had_are_errors() {
+    let mut judge = Fixture::open("qwen2").engine(1, DType::F32);
+    let vocabulary = judge.causal_nlls(&[&[1, 2], &[1, 67]]).expect_err("an id outside").to_string();
+    assert!(vocabulary.contains("67"), "{vocabulary}");
+    assert!(judge.causal_nll(&[]).is_err() && judge.causal_nll(&[1; 257]).expect_err("too long").to_string().contains("256"));
+    assert_eq!(judge.causal_nlls(&[]).expect("nothing"), Vec::<Vec<f64>>::new());
+    assert_eq!(judge.causal_nlls(&[&[1], &[2]]).expect("nothing to predict"), vec![Vec::<f64>::new(); 2]);
+    let mut small = Engine::load(
+        &Fixture::open("qwen2").dir,
+        Cpu::new(1, DType::F32).expect("the CPU is always there"),
+        EngineOptions { kv_pages: Some(1), ..EngineOptions::default() },
+    )
+    .expect("a fixture");
+    assert!(matches!(small.causal_nll(&[1; 18]), Err(Error::OutOfPages { needed: 2, capacity: 1 })));
+    let other = Fixture::open("mdlm").engine(1, DType::F32).causal_nll(&[1, 2]).expect_err("a diffusion model").to_string();
+    assert!(other.contains("not autoregressive"), "{other}");
 }

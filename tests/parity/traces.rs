@@ -201,7 +201,7 @@ fn replay(fixture: &Fixture, engine: &mut Engine<Cpu>, traces: &[&Value], varian
         .map(|trace| {
             let label = format!("{} trace {} {variant:?}", fixture.name, trace["seed"]);
             let handle = engine.submit(request(trace, variant)).unwrap_or_else(|e| panic!("{label}: {e}"));
-            (Follower::new(label, trace, engine.config().mask_id), handle)
+            (Follower::new(label, trace, engine.config().mask_id.expect("a diffusion model")), handle)
         })
         .collect();
     let mut busy = true;

@@ -93,6 +93,8 @@ struct Job<'a> {
     rows: Rows,
     judge: ModelConfig,
     tokenizer: Arc<Tokenizer>,
+    /// Between documents.
+    end_of_text: u32,
     length: usize,
     batch: usize,
     human: Option<Windows>,
@@ -149,18 +151,23 @@ impl<'a> Job<'a> {
             // Names and shapes only: what takes long to read is read when its row comes.
             crate::model::check(config, &Weights::open(&config.dir)?).into_iter().next().map_or(Ok(()), Err)?;
         }
-        let tokenizer = flags.device.tokenizer(&rows.models[0])?;
+        let writer = &rows.models[0];
+        let end_of_text = writer.eos_id.ok_or_else(|| {
+            Error::config(&writer.dir.join("config.json"), "key `eos_token_id` is missing: --quality tells documents apart by it")
+        })?;
+        let tokenizer = flags.device.tokenizer(writer)?;
         check_vocabularies(&rows, &judge, &tokenizer, &flags.device)?;
 
-        let mut job = Job { flags, more_models, rows, judge, tokenizer, length, batch, human: None, training: None, trigram: None };
+        let mut job =
+            Job { flags, more_models, rows, judge, tokenizer, end_of_text, length, batch, human: None, training: None, trigram: None };
         if let Some(path) = &asked.human {
             let documents = job.documents(std::slice::from_ref(path))?;
-            let windows = human::windows(&documents, length, asked.samples as usize, job.end_of_text());
+            let windows = human::windows(&documents, length, asked.samples as usize, job.end_of_text);
             let too_short = || Error::request(format!("--human {}: less text than one sample of {length} tokens", path.display()));
             job.human = Some(windows.ok_or_else(too_short)?);
         }
         if !asked.train.is_empty() {
-            let end = job.end_of_text();
+            let end = job.end_of_text;
             let mut text = Vec::new();
             for document in job.documents(&asked.train)? {
                 text.extend(document);
@@ -179,10 +186,6 @@ impl<'a> Job<'a> {
     /// The model of `--model`: rows of others have its vocabulary.
     fn model(&self) -> &ModelConfig {
         &self.rows.models[0]
-    }
-
-    fn end_of_text(&self) -> u32 {
-        self.model().eos_id
     }
 
     fn vocab_size(&self) -> usize {
@@ -209,7 +212,7 @@ impl<'a> Job<'a> {
 
     fn reference(&self) -> Reference<'_> {
         Reference {
-            end_of_text: self.end_of_text(),
+            end_of_text: self.end_of_text,
             vocab_size: self.vocab_size(),
             trigram: self.trigram.as_ref(),
             training: self.training.as_ref(),
@@ -328,7 +331,7 @@ impl<'a> Job<'a> {
     }
 
     fn sample(&self, tokens: Vec<u32>, draft: Option<Vec<u32>>) -> Sample {
-        let documents = tokens.split(|id| *id == self.end_of_text()).map(|document| self.tokenizer.decode(document)).collect();
+        let documents = tokens.split(|id| *id == self.end_of_text).map(|document| self.tokenizer.decode(document)).collect();
         Sample { tokens, draft, documents, ..Sample::default() }
     }
 
@@ -398,7 +401,7 @@ impl<B: Backend> Writer for Engine<B> {
     fn write(&mut self, schedule: &Schedule, seed: u64, samples: std::ops::Range<u32>, length: usize) -> Result<Vec<Output>> {
         let mut handles = Vec::with_capacity(samples.len());
         for sample in samples {
-            let prompt = Prompt::Tokens { tokens: vec![self.config().bos_id], length };
+            let prompt = Prompt::Tokens { tokens: vec![self.config().first_id()?], length };
             let mut request = Request::new(prompt, schedule.clone(), seed, sample);
             request.stop.ignore_eos = true;
             handles.push(self.submit(request)?);
@@ -418,7 +421,7 @@ trait Judge {
 
 impl<B: Backend> Judge for Engine<B> {
     fn losses(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
-        let with_bos: Vec<u32> = std::iter::once(self.config().bos_id).chain(tokens.iter().copied()).collect();
+        let with_bos: Vec<u32> = std::iter::once(self.config().first_id()?).chain(tokens.iter().copied()).collect();
         let losses = self.causal_nll(&with_bos)?;
         match losses.iter().position(|loss| !loss.is_finite()) {
             Some(at) => Err(Error::kernel(format!(
@@ -459,10 +462,11 @@ fn check_vocabularies(rows: &Rows, judge: &ModelConfig, tokenizer: &Tokenizer, f
             return Err(mean(format!("vocab_size is {}, not {}", other.vocab_size, first.vocab_size)));
         }
         if other.eos_id != first.eos_id {
-            return Err(mean(format!("the end-of-text token has id {}, not {}", other.eos_id, first.eos_id)));
+            let id = |config: &ModelConfig| config.eos_id.map_or("none".into(), |id| id.to_string());
+            return Err(mean(format!("the end-of-text token has id {}, not {}", id(other), id(first))));
         }
         let theirs = flags.tokenizer(other)?;
-        let drawn = (0..first.vocab_size as u32).filter(|id| *id != first.mask_id && Some(*id) != first.pad_id);
+        let drawn = (0..first.vocab_size as u32).filter(|id| ![first.mask_id, first.pad_id].contains(&Some(*id)));
         for id in drawn {
             let (ours, theirs) = (tokenizer.token(id), theirs.token(id).filter(|_| (id as usize) < other.vocab_size));
             if ours.is_some() && ours != theirs {

@@ -1,0 +1,277 @@
+//! The Llama layout: Llama (arXiv 2302.13971), Mistral (2310.06825), Qwen2 (2407.10671) and Qwen3 (2505.09388) as Hugging Face publishes them.
+//! Config keys, tensor names, and how separate projections become the fused ones of the decoder.
+//!
+//! Pre-norm layers with RMS norms, separate q, k and v, SwiGLU of separate gate and up, half-split rotary positions, grouped K/V heads. Qwen2
+//! gives q, k and v biases, Qwen3 norms the heads of q and k, a head may be the embedding table. All are autoregressive: row i predicts token
+//! i + 1, and there is no mask token.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+
+use crate::backend::{Backend, HeadShape, NormKind, Rope, RopeScaling};
+use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Switches};
+use crate::error::Result;
+use crate::model::reader::Reader;
+use crate::model::{Layer, Linear, Model, Progress};
+use crate::weights::Weights;
+
+/// Where a layout keeps what the decoder reads; names in a layer come behind `{layers}.{i}.`, projections without `.weight` and `.bias`.
+struct Names {
+    table: &'static str,
+    layers: &'static str,
+    attn_norm: &'static str,
+    q: &'static str,
+    k: &'static str,
+    v: &'static str,
+    q_norm: &'static str,
+    k_norm: &'static str,
+    attn_out: &'static str,
+    mlp_norm: &'static str,
+    gate: &'static str,
+    up: &'static str,
+    down: &'static str,
+    final_norm: &'static str,
+    head: &'static str,
+}
+
+const NAMES: Names = Names {
+    table: "model.embed_tokens.weight",
+    layers: "model.layers",
+    attn_norm: "input_layernorm.weight",
+    q: "self_attn.q_proj",
+    k: "self_attn.k_proj",
+    v: "self_attn.v_proj",
+    q_norm: "self_attn.q_norm.weight",
+    k_norm: "self_attn.k_norm.weight",
+    attn_out: "self_attn.o_proj",
+    mlp_norm: "post_attention_layernorm.weight",
+    gate: "mlp.gate_proj",
+    up: "mlp.up_proj",
+    down: "mlp.down_proj",
+    final_norm: "model.norm.weight",
+    head: "lm_head.weight",
+};
+
+/// Reads the published keys with the defaults of the published configuration classes.
+pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
+    let vocab_size = keys.size("vocab_size", 1 << 24)?;
+    let hidden_dim = keys.size("hidden_size", 1 << 16)?;
+    let num_layers = keys.size("num_hidden_layers", 1 << 10)?;
+    let num_heads = keys.size("num_attention_heads", 1 << 12)?;
+    let num_kv_heads = match family {
+        Family::Llama => keys.optional_size("num_key_value_heads", 1 << 12)?.unwrap_or(num_heads),
+        _ => keys.size("num_key_value_heads", 1 << 12)?,
+    };
+    let head_dim = match (keys.optional_size("head_dim", 1 << 12)?, family) {
+        (Some(head_dim), _) => head_dim,
+        (None, Family::Qwen3) => 128,
+        (None, _) if hidden_dim.is_multiple_of(num_heads) => hidden_dim / num_heads,
+        (None, _) => {
+            return Err(keys.error(format!("hidden_size {hidden_dim} over num_attention_heads {num_heads}: expected a whole head width")));
+        }
+    };
+    if !head_dim.is_multiple_of(2) {
+        return Err(keys.error(format!("head width {head_dim}: expected an even number, positions rotate pairs")));
+    }
+    if !num_heads.is_multiple_of(num_kv_heads) {
+        return Err(keys.error(format!("num_attention_heads {num_heads}: expected a multiple of num_key_value_heads {num_kv_heads}")));
+    }
+    if let Some(act) = keys.text("hidden_act")?.filter(|act| *act != "silu") {
+        return Err(keys.error(format!("key `hidden_act`: expected silu, found {act}")));
+    }
+    if keys.has("quantization_config") {
+        return Err(keys.error("key `quantization_config`: quantised weights are not supported, expected f32, bf16 or f16 tensors"));
+    }
+    let model_length = keys.size("max_position_embeddings", 1 << 24)?;
+    let attention_bias = matches!(family, Family::Llama | Family::Qwen3) && keys.flag("attention_bias", false)?;
+    let eos_id = keys.first_token("eos_token_id", vocab_size)?;
+    Ok(ModelConfig {
+        family,
+        dir: dir.to_path_buf(),
+        vocab_size,
+        hidden_dim,
+        num_layers,
+        heads: HeadShape { num_heads, num_kv_heads, head_dim },
+        mlp_dim: keys.size("intermediate_size", 1 << 20)?,
+        norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
+        rope: rope(keys, model_length)?,
+        switches: Switches {
+            norm: NormKind::Rms,
+            mlp: Mlp::SwiGlu,
+            qkv_bias: family == Family::Qwen2 || attention_bias,
+            attn_out_bias: attention_bias,
+            mlp_bias: family == Family::Llama && keys.flag("mlp_bias", false)?,
+            head_bias: false,
+            qk_norm: family == Family::Qwen3,
+            tied_head: keys.flag("tie_word_embeddings", false)?,
+        },
+        model_length,
+        sliding_window: sliding_window(keys, family, num_layers, model_length)?,
+        attention: Attention::Causal,
+        cond_dim: None,
+        mask_id: None,
+        // Texts of models without a BOS of their own are scored behind an end of text, as their training joined documents.
+        bos_id: keys.first_token("bos_token_id", vocab_size)?.or(eos_id),
+        eos_id,
+        pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
+    })
+}
+
+/// Rotary positions: `rope_parameters` with everything, or `rope_theta` beside an optional `rope_scaling`.
+fn rope(keys: &Keys, model_length: usize) -> Result<Rope> {
+    let theta = keys.number("rope_theta")?;
+    let full = |keys: &Keys| match keys.number("partial_rotary_factor")? {
+        None | Some(1.0) => Ok(()),
+        Some(factor) => {
+            Err(keys.error(format!("key `partial_rotary_factor`: expected 1, found {factor}; partly rotated heads are not supported")))
+        }
+    };
+    full(keys)?;
+    // The published classes let the older key win where both are there.
+    let object = match keys.object("rope_scaling.")? {
+        Some(object) => Some(object),
+        None => keys.object("rope_parameters.")?,
+    };
+    let Some(object) = object else { return Ok(Rope::plain(theta.unwrap_or(10_000.0))) };
+    if object.is_nested() {
+        return Err(keys.error("rotary positions that differ between layers (`rope_parameters` holds objects) are not supported"));
+    }
+    full(&object)?;
+    let base = object.number("rope_theta")?.or(theta).unwrap_or(10_000.0);
+    let needed = |key: &str| object.number(key)?.ok_or_else(|| keys.error(format!("rotary positions: key `{key}` is missing")));
+    let kind = match object.text("rope_type")? {
+        Some(kind) => Some(kind),
+        None => object.text("type")?,
+    };
+    let scaling = match kind.unwrap_or("default") {
+        "default" => RopeScaling::None,
+        "linear" => RopeScaling::Linear { factor: needed("factor")? },
+        "llama3" => {
+            let (low_freq_factor, high_freq_factor) = (needed("low_freq_factor")?, needed("high_freq_factor")?);
+            if high_freq_factor <= low_freq_factor {
+                let what = format!("high_freq_factor {high_freq_factor}: expected more than low_freq_factor {low_freq_factor}");
+                return Err(keys.error(format!("rotary positions: {what}")));
+            }
+            let original_len = object.number("original_max_position_embeddings")?.unwrap_or(model_length as f32);
+            RopeScaling::Llama3 { factor: needed("factor")?, low_freq_factor, high_freq_factor, original_len }
+        }
+        other => {
+            return Err(keys.error(format!("rotary positions of type `{other}` are not supported; supported: default, linear, llama3")));
+        }
+    };
+    Ok(Rope { base, scaling })
+}
+
+/// The window of the layers that have one; an error where it is shorter than the model's length, as attention here has none.
+fn sliding_window(keys: &Keys, family: Family, num_layers: usize, model_length: usize) -> Result<Option<usize>> {
+    const FULL: &str = "full_attention";
+    const SLIDING: &str = "sliding_attention";
+    let kinds = if family == Family::Llama { None } else { keys.texts("layer_types")? };
+    if let Some(other) = kinds.iter().flatten().find(|kind| ![FULL, SLIDING].contains(*kind)) {
+        return Err(keys.error(format!("key `layer_types`: expected {FULL} or {SLIDING}, found {other}")));
+    }
+    let window = keys.optional_size("sliding_window", 1 << 24)?;
+    let window = match family {
+        Family::Mistral if !keys.has("sliding_window") => Some(4096),
+        Family::Mistral => window,
+        Family::Qwen2 | Family::Qwen3 if keys.flag("use_sliding_window", false)? => {
+            let sliding = match kinds {
+                Some(kinds) => kinds.contains(&SLIDING),
+                // Layers before this one see everything.
+                None => keys.optional_count("max_window_layers", 1 << 24)?.unwrap_or(28) < num_layers,
+            };
+            window.filter(|_| sliding)
+        }
+        _ => None,
+    };
+    match window {
+        Some(window) if window < model_length => Err(keys.error(format!(
+            "key `sliding_window`: attention that ends {window} positions back is not supported, the model's length is {model_length}"
+        ))),
+        window => Ok(window),
+    }
+}
+
+/// Names and shapes of every tensor that [`load`] reads, in its order.
+pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
+    let (q, kv) = (config.heads.q_width(), config.heads.num_kv_heads * config.heads.head_dim);
+    let switches = config.switches;
+    let mut list = vec![(NAMES.table.to_string(), vec![v, c])];
+    for i in 0..config.num_layers {
+        let mut add = |leaf: &str, shape: &[usize]| list.push((format!("{}.{i}.{leaf}", NAMES.layers), shape.to_vec()));
+        let mut linear = |name: &str, n: usize, k: usize, with_bias: bool| {
+            add(&format!("{name}.weight"), &[n, k]);
+            if with_bias {
+                add(&format!("{name}.bias"), &[n]);
+            }
+        };
+        for (name, width) in [(NAMES.q, q), (NAMES.k, kv), (NAMES.v, kv)] {
+            linear(name, width, c, switches.qkv_bias);
+        }
+        linear(NAMES.attn_out, c, q, switches.attn_out_bias);
+        for (name, n, k) in [(NAMES.gate, f, c), (NAMES.up, f, c), (NAMES.down, c, f)] {
+            linear(name, n, k, switches.mlp_bias);
+        }
+        for norm in [NAMES.attn_norm, NAMES.mlp_norm] {
+            add(norm, &[c]);
+        }
+        if switches.qk_norm {
+            for norm in [NAMES.q_norm, NAMES.k_norm] {
+                add(norm, &[config.heads.head_dim]);
+            }
+        }
+    }
+    list.push((NAMES.final_norm.to_string(), vec![c]));
+    if !switches.tied_head {
+        list.push((NAMES.head.to_string(), vec![v, c]));
+    }
+    list
+}
+
+/// Packs a checkpoint. Errors name the missing or misshapen tensor.
+pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
+    let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
+    let (q, kv) = (config.heads.q_width(), config.heads.num_kv_heads * config.heads.head_dim);
+    let switches = config.switches;
+    let mut r = Reader::new(backend, weights, progress, &tensors(&config))?;
+    let table = r.table(NAMES.table, v, c)?;
+    let mut layers = Vec::with_capacity(config.num_layers);
+    for i in 0..config.num_layers {
+        let name = |leaf: &str| format!("{}.{i}.{leaf}", NAMES.layers);
+        let parts = [(name(NAMES.q), q), (name(NAMES.k), kv), (name(NAMES.v), kv)];
+        let weights: Vec<(String, usize)> = parts.iter().map(|(part, width)| (format!("{part}.weight"), *width)).collect();
+        let mut qkv = Linear { weight: r.stacked(&weights, c)?, bias: None };
+        if switches.qkv_bias {
+            let mut bias = Vec::with_capacity(q + 2 * kv);
+            for (part, width) in &parts {
+                bias.extend(r.values(&format!("{part}.bias"), *width)?);
+            }
+            qkv.bias = Some(backend.vector(&bias)?);
+        }
+        let (gate, up) = (name(NAMES.gate), name(NAMES.up));
+        let mut gate_up = Linear { weight: r.interleaved(&format!("{gate}.weight"), &format!("{up}.weight"), f, c)?, bias: None };
+        if switches.mlp_bias {
+            let (gate, up) = (r.values(&format!("{gate}.bias"), f)?, r.values(&format!("{up}.bias"), f)?);
+            let bias: Vec<f32> = gate.into_iter().zip(up).flat_map(|(gate, up)| [gate, up]).collect();
+            gate_up.bias = Some(backend.vector(&bias)?);
+        }
+        layers.push(Layer {
+            attn_norm: r.norm(&name(NAMES.attn_norm), c)?,
+            qkv,
+            head_norm: if switches.qk_norm {
+                let width = config.heads.head_dim;
+                Some([r.vector(&name(NAMES.q_norm), width)?, r.vector(&name(NAMES.k_norm), width)?])
+            } else {
+                None
+            },
+            attn_out: r.linear(&name(NAMES.attn_out), c, q, switches.attn_out_bias)?,
+            mlp_norm: r.norm(&name(NAMES.mlp_norm), c)?,
+            up: gate_up,
+            down: r.linear(&name(NAMES.down), c, f, switches.mlp_bias)?,
+        });
+    }
+    let final_norm = r.norm(NAMES.final_norm, c)?;
+    let head = r.matrix(if switches.tied_head { NAMES.table } else { NAMES.head }, v, c, None)?;
+    Ok(Model::new(config, table, layers, final_norm, Linear { weight: head, bias: None }))
+}
