@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The experiments behind docs/evidence.md: which rows each table needs, and the runs of `redraft bench --quality`.
 
-    python3 experiments.py --texts TEXTS [--only ratio,steps] [--samples 256] [--out ../../benches/quality]
+    python3 experiments.py --texts TEXTS [--only ratio,steps] [--samples 200] [--out ../../benches/quality]
 
 A group is one run of the binary over one list of rows and one JSON file of results; groups whose file is there already
 with the same rows are left alone (`--again` runs them anew). Every row of a group shares seed and draft with the first
@@ -20,8 +20,11 @@ ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
 DRAFT = "block=4,unmask=uniform:1"
 
 
-def refine(ratio=0.35, by="snapshot", block="full", unmask="linear:12,order=uniform", kv="exact", **more):
-    """One refining stage; `more` are further keys of the stage grammar."""
+def refine(ratio=0.35, by="snapshot", block="full", unmask="linear:12,order=uniform", kv="refresh:12", **more):
+    """One refining stage; `more` are further keys of the stage grammar.
+
+    One full pass, then masked and new rows only: `reuse` holds it against exact passes.
+    """
     extra = "".join(f",{key}={value}" for key, value in more.items())
     return f"block={block},remask={ratio},by={by},unmask={unmask},kv={kv}{extra}"
 
@@ -33,7 +36,7 @@ def row(name, *stages, **settings):
 def headline(prefix="", **settings):
     """Draft, and a full refine at 0.35 by each score."""
     yield row(prefix + "draft", DRAFT, **settings)
-    for by in ("snapshot", "random", "post-hoc", "held-out:2", "held-out:4", "held-out:8", "held-out:32"):
+    for by in ("snapshot", "random", "post-hoc", "held-out:2", "held-out:4", "held-out:8"):
         yield row(f"{prefix}refine {by}", DRAFT, refine(by=by), **settings)
 
 
@@ -41,8 +44,8 @@ def ratios():
     yield row("draft", DRAFT)
     for by, values in (
         ("snapshot", (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 0.9)),
-        ("random", (0.05, 0.15, 0.25, 0.35, 0.5, 0.75, 0.9)),
-        ("held-out:8", (0.05, 0.1, 0.15, 0.25, 0.35, 0.5, 0.75, 0.9)),
+        ("random", (0.1, 0.35, 0.75)),
+        ("held-out:4", (0.05, 0.15, 0.35, 0.5, 0.75)),
     ):
         for ratio in values:
             yield row(f"{by} {ratio}", DRAFT, refine(ratio, by))
@@ -54,19 +57,17 @@ def blocks():
         for block in (4, 16, 64, "full"):
             # One token per forward inside small blocks, as a draft does; twelve forwards a sequence for the long ones.
             unmask = "uniform:1" if block in (4, 16) else "linear:12,order=uniform"
-            yield row(f"{by} block {block}", DRAFT, refine(by=by, block=block, unmask=unmask))
+            yield row(f"{by} block {block}", DRAFT, refine(by=by, block=block, unmask=unmask, kv="exact"))
 
 
 def steps():
     yield row("draft", DRAFT)
-    for count in (1, 2, 3, 6, 12, 24, 48):
-        yield row(f"uniform, {count} forwards", DRAFT, refine(unmask=f"linear:{count},order=uniform"))
-    yield row("uniform, one token a forward", DRAFT, refine(unmask="uniform:1"))
+    for count in (1, 2, 4, 12, 24):
+        yield row(f"uniform, {count} forwards", DRAFT, refine(unmask=f"linear:{count},order=uniform", kv="exact"))
+    yield row("uniform, one token a forward", DRAFT, refine(unmask="uniform:1", kv="exact"))
     for by in ("snapshot", "random"):
-        yield row(f"confidence, 12 forwards, {by}", DRAFT, refine(by=by, unmask="linear:12,order=confidence"))
-        yield row(f"entropy, 12 forwards, {by}", DRAFT, refine(by=by, unmask="linear:12,order=entropy"))
-        yield row(f"threshold 0.9, {by}", DRAFT, refine(by=by, unmask="threshold:0.9"))
-        yield row(f"threshold 0.5, {by}", DRAFT, refine(by=by, unmask="threshold:0.5"))
+        yield row(f"confidence, 12 forwards, {by}", DRAFT, refine(by=by, unmask="linear:12,order=confidence", kv="exact"))
+        yield row(f"threshold 0.5, {by}", DRAFT, refine(by=by, unmask="threshold:0.5", kv="exact"))
 
 
 def stages():
@@ -76,16 +77,14 @@ def stages():
     yield row("three rounds of full", DRAFT, refine(), refine(), refine())
     yield row("4 -> 64 -> full, 0.35 then 0.35", DRAFT, refine(block=64), refine())
     yield row("4 -> 64 -> full, 0.35 then 0.2", DRAFT, refine(block=64), refine(0.2))
-    yield row("two rounds, held-out:8", DRAFT, refine(by="held-out:8"), refine(by="held-out:8"))
-    yield row("four rounds of 0.1, held-out:8", DRAFT, *[refine(0.1, "held-out:8", unmask="linear:4,order=uniform")] * 4)
-    yield row("four rounds of 0.35, random", DRAFT, *[refine(by="random")] * 4)
+    yield row("two rounds of full, random", DRAFT, refine(by="random"), refine(by="random"))
 
 
 def compute():
     """The same or more work given to the draft, and less, with refining to make up for it."""
     for block in (4, 8, 16, 64, "full"):
         yield row(f"draft block {block}", f"block={block},unmask=uniform:1")
-    for block, n in ((4, 2), (4, 4), (16, 2), (16, 4), (64, 4)):
+    for block, n in ((4, 2), (4, 4), (16, 4)):
         draft = f"block={block},unmask=uniform:{n}"
         yield row(f"draft block {block}, {n} tokens a forward", draft)
         for by in ("snapshot", "held-out:4"):
@@ -107,23 +106,48 @@ def truncation():
             yield row(f"{kind} {ratio}", f"{DRAFT},confidence={kind}", refine(ratio))
 
 
+def scores():
+    """What makes a token weak: the scoring rule, where it looks, and how much is taken."""
+    yield row("draft", DRAFT)
+    for ratio in (0.1, 0.35):
+        yield row(f"snapshot {ratio}", DRAFT, refine(ratio))
+        yield row(f"random {ratio}", DRAFT, refine(ratio, "random"))
+        for by in ("post-hoc", "held-out:4"):
+            for score in ("probability", "typicality", "lift"):
+                yield row(f"{by} {score} {ratio}", DRAFT, refine(ratio, by, score=score))
+
+
+def rounds():
+    """A little at a time: n rounds of a tenth, each scored anew."""
+    yield row("draft", DRAFT)
+    few = {"unmask": "linear:4,order=uniform"}
+    for by, score in (("held-out:4", "typicality"), ("held-out:4", "lift"), ("random", None)):
+        for n in (1, 2, 4, 8):
+            more = {"score": score} if score else {}
+            name = f"{by} {score}" if score else by
+            yield row(f"{n} x 0.1 {name}", DRAFT, *[refine(0.1, by, **few, **more)] * n)
+
+
 # Sharper or softer sampling of a whole schedule: the curve on which every method is compared.
-SETTINGS = (
-    [(t, 0.9) for t in (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)]
-    + [(1.0, p) for p in (1.0, 0.95, 0.8, 0.7)]
+DRAFT_SETTINGS = (
+    [(t, 0.9) for t in (1.2, 1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)] + [(1.0, p) for p in (1.0, 0.95, 0.85, 0.8, 0.7)]
 )
+SETTINGS = [(t, 0.9) for t in (1.1, 1.0, 0.9, 0.8)] + [(1.0, 1.0)]
 
 METHODS = {
-    "draft": [DRAFT],
-    "snapshot": [DRAFT, refine()],
-    "held-out:8": [DRAFT, refine(by="held-out:8")],
-    "random": [DRAFT, refine(by="random")],
-    "two rounds held-out:8": [DRAFT, refine(by="held-out:8"), refine(by="held-out:8")],
+    "snapshot 0.35": [DRAFT, refine()],
     "snapshot 0.1": [DRAFT, refine(0.1)],
+    "random 0.35": [DRAFT, refine(by="random")],
+    "held-out:4 0.35": [DRAFT, refine(by="held-out:4")],
+    "held-out:4 typicality 0.15": [DRAFT, refine(0.15, "held-out:4", score="typicality")],
+    "held-out:4 lift 0.15": [DRAFT, refine(0.15, "held-out:4", score="lift")],
+    "4 x 0.1 held-out:4 typicality": [DRAFT, *[refine(0.1, "held-out:4", unmask="linear:4,order=uniform", score="typicality")] * 4],
 }
 
 
 def frontier():
+    for t, p in DRAFT_SETTINGS:
+        yield row(f"draft, T {t}, p {p}", DRAFT, temperature=t, top_p=p)
     for method, schedule in METHODS.items():
         for t, p in SETTINGS:
             yield row(f"{method}, T {t}, p {p}", *schedule, temperature=t, top_p=p)
@@ -131,17 +155,16 @@ def frontier():
 
 def cooler():
     """A refine sharper than its draft: temperature of the refining stage below the draft's."""
-    for draft_t, draft_p in ((1.0, 0.9), (1.0, 0.95), (1.1, 0.9)):
-        for refine_t in (0.9, 0.8, 0.6):
-            for by in ("snapshot", "held-out:8"):
-                yield row(f"{by}, T {draft_t}, p {draft_p}, refine T {refine_t}",
-                          f"{DRAFT},temperature={draft_t},top_p={draft_p}",
-                          refine(by=by, temperature=refine_t, top_p=0.9))
+    yield row("draft", DRAFT)
+    for refine_t in (1.0, 0.8, 0.5):
+        yield row(f"snapshot 0.35, refine T {refine_t}", DRAFT, refine(temperature=refine_t))
+        yield row(f"held-out:4 lift 0.15, refine T {refine_t}", DRAFT,
+                  refine(0.15, "held-out:4", score="lift", temperature=refine_t))
 
 
 GROUPS = {
     "headline": headline, "ratio": ratios, "block": blocks, "steps": steps, "stages": stages, "compute": compute,
-    "reuse": reuse, "truncation": truncation, "frontier": frontier, "cooler": cooler,
+    "reuse": reuse, "truncation": truncation, "scores": scores, "rounds": rounds, "cooler": cooler, "frontier": frontier,
 }
 
 
@@ -151,7 +174,7 @@ def main():
     ap.add_argument("--redraft", default=os.path.join(ROOT, "target", "release", "redraft"))
     ap.add_argument("--out", default=os.path.join(ROOT, "benches", "quality"))
     ap.add_argument("--only", help="groups, comma separated: " + ", ".join(GROUPS))
-    ap.add_argument("--samples", type=int, default=256)
+    ap.add_argument("--samples", type=int, default=200)
     ap.add_argument("--seed", type=int, default=1)
     ap.add_argument("--model", help="checkpoint instead of the one that ships")
     ap.add_argument("--label", default="", help="put before the names of the result files, for other checkpoints")
@@ -190,8 +213,15 @@ def run(args, rows, path):
                    "--human", os.path.join(args.texts, "human.txt"), "--train", os.path.join(args.texts, "train.txt")]
         if args.model:
             command += ["--model", args.model]
-        with open(path + ".tmp", "w") as out:
-            subprocess.run(command, stdout=out, check=True)
+        report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    # Values of single samples: what report.py resamples, at four digits.
+    for r in report["rows"] + ([report["human"]] if report["human"] else []):
+        kept = ("judge_nll", "judge_tokens", "entropy", "distinct_2", "context_gain")
+        r["samples"] = {k: [v if v is None else round(v, 4) for v in r["samples"][k]] for k in kept}
+    report["model"], report["judge"] = (os.path.relpath(report[k], ROOT) for k in ("model", "judge"))
+    with open(path + ".tmp", "w") as out:
+        json.dump(report, out, separators=(",", ":"))
+        out.write("\n")
     os.replace(path + ".tmp", path)
 
 

@@ -245,14 +245,14 @@ def plots(results, folder):
         for panel, measure, label in zip(panels, ("judge_ppl_pooled", "entropy"), ("judge perplexity, pooled", "unigram entropy")):
             draft = value(rows[0], measure)
             panel.axhline(draft, color="gray", linewidth=0.8, label="draft")
-            for by in ("snapshot", "held-out:8", "random"):
+            for by in ("snapshot", "held-out:4", "random"):
                 points = [(float(r["name"].split()[1]), value(r, measure)) for r in rows if r["name"].split()[0] == by]
                 panel.plot(*zip(*points), marker=".", label=by)
             panel.set(xlabel="remasked share", ylabel=label)
         panels[0].legend(fontsize=8)
         save(figure, "ratio.svg")
 
-    groups = [g for g in ("headline", "steps", "stages", "compute", "reuse") if g in results.groups]
+    groups = [g for g in ("headline", "steps", "stages", "compute", "reuse", "scores", "rounds") if g in results.groups]
     if groups:
         figure, panel = plt.subplots(figsize=(8.5, 5))
         points = {}
