@@ -10,16 +10,23 @@ use serde_json::{Map, Value};
 
 use crate::backend::{HeadShape, NormKind, Rope};
 use crate::error::{Error, Result};
-use crate::model::{bd3lm, llama, mdlm};
+use crate::model::{bd3lm, dream, fast_dllm, llada, llama, mdlm, sdar};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
 pub const MAX_STRETCH: usize = 4;
+
+/// How tokenizers spell the token that hides another, in the order in which they are looked for.
+const MASK_SPELLINGS: [&str; 6] = ["<|MASK|>", "<|mask|>", "|<MASK>|", "<|mdm_mask|>", "[MASK]", "<mask>"];
 
 /// Checkpoint families.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     Bd3lm,
     Mdlm,
+    Llada,
+    Dream,
+    Sdar,
+    FastDllm,
     Llama,
     Mistral,
     Qwen2,
@@ -31,6 +38,10 @@ impl Family {
         match self {
             Family::Bd3lm => "bd3lm",
             Family::Mdlm => "mdlm",
+            Family::Llada => "llada",
+            Family::Dream => "dream",
+            Family::Sdar => "sdar",
+            Family::FastDllm => "fast-dllm",
             Family::Llama => "llama",
             Family::Mistral => "mistral",
             Family::Qwen2 => "qwen2",
@@ -38,11 +49,29 @@ impl Family {
         }
     }
 
+    /// What `model_type` says.
+    fn model_type(self) -> &'static str {
+        match self {
+            Family::Dream => "Dream",
+            Family::FastDllm => "Fast_dLLM_Qwen",
+            other => other.name(),
+        }
+    }
+
+    /// Published under a class of its own over the decoder of an autoregressive family, with its own code beside the weights.
+    fn is_adapted(self) -> bool {
+        matches!(self, Family::Llada | Family::Dream | Family::Sdar | Family::FastDllm)
+    }
+
     /// The class that `architectures` names.
     fn architecture(self) -> &'static str {
         match self {
             Family::Bd3lm => "BD3LM",
             Family::Mdlm => "MDLM",
+            Family::Llada => "LLaDAModelLM",
+            Family::Dream => "DreamModel",
+            Family::Sdar => "SDARForCausalLM",
+            Family::FastDllm => "Fast_dLLM_QwenForCausalLM",
             Family::Llama => "LlamaForCausalLM",
             Family::Mistral => "MistralForCausalLM",
             Family::Qwen2 => "Qwen2ForCausalLM",
@@ -50,7 +79,18 @@ impl Family {
         }
     }
 
-    const ALL: [Family; 6] = [Family::Bd3lm, Family::Mdlm, Family::Llama, Family::Mistral, Family::Qwen2, Family::Qwen3];
+    const ALL: [Family; 10] = [
+        Family::Bd3lm,
+        Family::Mdlm,
+        Family::Llada,
+        Family::Dream,
+        Family::Sdar,
+        Family::FastDllm,
+        Family::Llama,
+        Family::Mistral,
+        Family::Qwen2,
+        Family::Qwen3,
+    ];
 }
 
 /// The visibility a model was trained for.
@@ -110,6 +150,9 @@ pub struct ModelConfig {
     /// Attention of the checkpoint ends this many positions back; here it does not, so no longer sequence is served.
     pub sliding_window: Option<usize>,
     pub attention: Attention,
+    /// The token at position i is answered by row i - 1, as in the autoregressive model that the weights were adapted from; position 0 by
+    /// its own row. Autoregressive checkpoints do not say so here: scoring knows.
+    pub shift: bool,
     /// Width of the conditioning vector whose adaLN modulation is folded at load; `None` without adaLN.
     pub cond_dim: Option<usize>,
     /// None in autoregressive checkpoints, which have no such token.
@@ -137,6 +180,10 @@ impl ModelConfig {
         match keys.family()? {
             Family::Bd3lm => bd3lm::config(dir, &keys),
             Family::Mdlm => mdlm::config(dir, &keys),
+            Family::Llada => llada::config(dir, &keys),
+            Family::Dream => dream::config(dir, &keys),
+            Family::Sdar => sdar::config(dir, &keys),
+            Family::FastDllm => fast_dllm::config(dir, &keys),
             family @ (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3) => llama::config(dir, &keys, family),
         }
     }
@@ -199,20 +246,22 @@ impl Keys<'_> {
             .and_then(Value::as_array)
             .map(|a| a.iter().filter_map(Value::as_str).collect())
             .unwrap_or_default();
-        let named = |f: &Family| model_type == f.name() || (model_type.is_empty() && architectures.contains(&f.architecture()));
-        let family = Family::ALL.into_iter().find(named).ok_or_else(|| {
-            let known = Family::ALL.map(|f| format!("{} ({})", f.name(), f.architecture())).join(", ");
+        // Adapted checkpoints may keep the type of the decoder that they were made from: there the class decides.
+        let classed = |f: &Family| architectures.contains(&f.architecture()) && (f.is_adapted() || model_type.is_empty());
+        let typed = |f: &Family| model_type == f.model_type();
+        let family = Family::ALL.into_iter().find(classed).or_else(|| Family::ALL.into_iter().find(typed)).ok_or_else(|| {
+            let known = Family::ALL.map(|f| format!("{} ({})", f.model_type(), f.architecture())).join(", ");
             self.error(format!("model_type `{model_type}`, architectures {architectures:?}: not a supported family; supported: {known}"))
         })?;
         if !matches!(family, Family::Bd3lm | Family::Mdlm) {
-            // Diffusion models and classifiers are published under the type of the decoder that they were made from.
+            // Diffusion models and classifiers are published under the type of the decoder that they were made from, LLaDA-MoE under LLaDA's.
             let expected = family.architecture();
             if !architectures.is_empty() && !architectures.contains(&expected) {
                 return Err(
                     self.error(format!("key `architectures`: expected {expected} for model_type {model_type}, found {architectures:?}"))
                 );
             }
-            if self.get("auto_map").is_some() {
+            if self.get("auto_map").is_some() && !family.is_adapted() {
                 let what = format!("key `auto_map`: the checkpoint brings code of its own; only the published {expected} is supported");
                 return Err(self.error(what));
             }
@@ -264,6 +313,43 @@ impl Keys<'_> {
                     .ok_or_else(|| self.error(format!("key `{}`: expected a number from {min} to {max}, found {v}", self.name(key))))
             })
             .transpose()
+    }
+
+    /// The key is absent, null or the one value that is supported.
+    pub fn only(&self, key: &str, supported: Value) -> Result<()> {
+        match self.get(key) {
+            Some(found) if *found != supported => {
+                Err(self.error(format!("key `{}`: expected {supported}, found {found}: nothing else is supported", self.name(key))))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The id that hides a token: `mask_token_id`, or the added token of `tokenizer.json` that published tokenizers of such models spell so.
+    ///
+    /// Errors: neither of them, or an id outside the vocabulary.
+    pub fn mask_token(&self, dir: &Path, vocab_size: usize) -> Result<u32> {
+        if let Some(id) = self.token("mask_token_id", vocab_size)? {
+            return Ok(id);
+        }
+        let path = dir.join("tokenizer.json");
+        let added = match std::fs::read_to_string(&path) {
+            Ok(text) => {
+                let value: Value = serde_json::from_str(&text).map_err(|e| Error::tokenizer(&path, format!("not JSON: {e}")))?;
+                value["added_tokens"].as_array().cloned().unwrap_or_default()
+            }
+            Err(_) => Vec::new(),
+        };
+        let spelled = |text: &str| added.iter().find(|token| token["content"].as_str() == Some(text)).map(|token| &token["id"]);
+        match MASK_SPELLINGS.into_iter().find_map(spelled) {
+            Some(id) => id.as_u64().filter(|id| *id < vocab_size as u64).map(|id| id as u32).ok_or_else(|| {
+                Error::tokenizer(&path, format!("the mask token has id {id}: expected a token id below vocab_size {vocab_size}"))
+            }),
+            None => Err(self.error(format!(
+                "key `mask_token_id` is missing, and tokenizer.json adds no token spelled {}: add the key with the id that hides a token",
+                MASK_SPELLINGS.join(", ")
+            ))),
+        }
     }
 
     /// A boolean with the default of the published configuration class.

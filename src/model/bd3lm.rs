@@ -77,6 +77,7 @@ pub(crate) fn shared_config(dir: &Path, keys: &Keys, family: Family, attention: 
         model_length: keys.size("model_length", 1 << 24)?,
         sliding_window: None,
         attention,
+        shift: false,
         cond_dim: if keys.flag("adaln", true)? { Some(keys.size("cond_dim", 1 << 16)?) } else { None },
         mask_id: Some(mask_id),
         bos_id: Some(keys.token("bos_token_id", vocab_size)?.unwrap_or(eos_id)),

@@ -3,7 +3,7 @@
 //!
 //! Pre-norm layers with RMS norms, separate q, k and v, SwiGLU of separate gate and up, half-split rotary positions, grouped K/V heads. Qwen2
 //! gives q, k and v biases, Qwen3 norms the heads of q and k, a head may be the embedding table. All are autoregressive: row i predicts token
-//! i + 1, and there is no mask token.
+//! i + 1, and there is no mask token. Diffusion models made from them (`llada.rs`, `dream.rs`, `sdar.rs`, `fast_dllm.rs`) load through here.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -11,29 +11,31 @@ use std::path::Path;
 use crate::backend::{Backend, HeadShape, NormKind, Rope, RopeScaling};
 use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Switches};
 use crate::error::Result;
+use crate::model::llada;
 use crate::model::reader::Reader;
 use crate::model::{Layer, Linear, Model, Progress};
 use crate::weights::Weights;
 
 /// Where a layout keeps what the decoder reads; names in a layer come behind `{layers}.{i}.`, projections without `.weight` and `.bias`.
-struct Names {
-    table: &'static str,
-    layers: &'static str,
-    attn_norm: &'static str,
-    q: &'static str,
-    k: &'static str,
-    v: &'static str,
-    q_norm: &'static str,
-    k_norm: &'static str,
-    attn_out: &'static str,
-    mlp_norm: &'static str,
-    gate: &'static str,
-    up: &'static str,
-    down: &'static str,
-    final_norm: &'static str,
-    head: &'static str,
+pub(crate) struct Names {
+    pub table: &'static str,
+    pub layers: &'static str,
+    pub attn_norm: &'static str,
+    pub q: &'static str,
+    pub k: &'static str,
+    pub v: &'static str,
+    pub q_norm: &'static str,
+    pub k_norm: &'static str,
+    pub attn_out: &'static str,
+    pub mlp_norm: &'static str,
+    pub gate: &'static str,
+    pub up: &'static str,
+    pub down: &'static str,
+    pub final_norm: &'static str,
+    pub head: &'static str,
 }
 
+/// The names of Hugging Face's own classes.
 const NAMES: Names = Names {
     table: "model.embed_tokens.weight",
     layers: "model.layers",
@@ -51,6 +53,11 @@ const NAMES: Names = Names {
     final_norm: "model.norm.weight",
     head: "lm_head.weight",
 };
+
+/// The layout of a family.
+fn names(family: Family) -> &'static Names {
+    if family == Family::Llada { &llada::NAMES } else { &NAMES }
+}
 
 /// Reads the published keys with the defaults of the published configuration classes.
 pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
@@ -108,6 +115,7 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
         model_length,
         sliding_window: sliding_window(keys, family, num_layers, model_length)?,
         attention: Attention::Causal,
+        shift: false,
         cond_dim: None,
         mask_id: None,
         // Texts of models without a BOS of their own are scored behind an end of text, as their training joined documents.
@@ -197,34 +205,35 @@ pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
     let (q, kv) = (config.heads.q_width(), config.heads.num_kv_heads * config.heads.head_dim);
     let switches = config.switches;
-    let mut list = vec![(NAMES.table.to_string(), vec![v, c])];
+    let names = names(config.family);
+    let mut list = vec![(names.table.to_string(), vec![v, c])];
     for i in 0..config.num_layers {
-        let mut add = |leaf: &str, shape: &[usize]| list.push((format!("{}.{i}.{leaf}", NAMES.layers), shape.to_vec()));
+        let mut add = |leaf: &str, shape: &[usize]| list.push((format!("{}.{i}.{leaf}", names.layers), shape.to_vec()));
         let mut linear = |name: &str, n: usize, k: usize, with_bias: bool| {
             add(&format!("{name}.weight"), &[n, k]);
             if with_bias {
                 add(&format!("{name}.bias"), &[n]);
             }
         };
-        for (name, width) in [(NAMES.q, q), (NAMES.k, kv), (NAMES.v, kv)] {
+        for (name, width) in [(names.q, q), (names.k, kv), (names.v, kv)] {
             linear(name, width, c, switches.qkv_bias);
         }
-        linear(NAMES.attn_out, c, q, switches.attn_out_bias);
-        for (name, n, k) in [(NAMES.gate, f, c), (NAMES.up, f, c), (NAMES.down, c, f)] {
+        linear(names.attn_out, c, q, switches.attn_out_bias);
+        for (name, n, k) in [(names.gate, f, c), (names.up, f, c), (names.down, c, f)] {
             linear(name, n, k, switches.mlp_bias);
         }
-        for norm in [NAMES.attn_norm, NAMES.mlp_norm] {
+        for norm in [names.attn_norm, names.mlp_norm] {
             add(norm, &[c]);
         }
         if switches.qk_norm {
-            for norm in [NAMES.q_norm, NAMES.k_norm] {
+            for norm in [names.q_norm, names.k_norm] {
                 add(norm, &[config.heads.head_dim]);
             }
         }
     }
-    list.push((NAMES.final_norm.to_string(), vec![c]));
+    list.push((names.final_norm.to_string(), vec![c]));
     if !switches.tied_head {
-        list.push((NAMES.head.to_string(), vec![v, c]));
+        list.push((names.head.to_string(), vec![v, c]));
     }
     list
 }
@@ -234,12 +243,13 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
     let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
     let (q, kv) = (config.heads.q_width(), config.heads.num_kv_heads * config.heads.head_dim);
     let switches = config.switches;
+    let names = names(config.family);
     let mut r = Reader::new(backend, weights, progress, &tensors(&config))?;
-    let table = r.table(NAMES.table, v, c)?;
+    let table = r.table(names.table, v, c)?;
     let mut layers = Vec::with_capacity(config.num_layers);
     for i in 0..config.num_layers {
-        let name = |leaf: &str| format!("{}.{i}.{leaf}", NAMES.layers);
-        let parts = [(name(NAMES.q), q), (name(NAMES.k), kv), (name(NAMES.v), kv)];
+        let name = |leaf: &str| format!("{}.{i}.{leaf}", names.layers);
+        let parts = [(name(names.q), q), (name(names.k), kv), (name(names.v), kv)];
         let weights: Vec<(String, usize)> = parts.iter().map(|(part, width)| (format!("{part}.weight"), *width)).collect();
         let mut qkv = Linear { weight: r.stacked(&weights, c)?, bias: None };
         if switches.qkv_bias {
@@ -249,7 +259,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
             }
             qkv.bias = Some(backend.vector(&bias)?);
         }
-        let (gate, up) = (name(NAMES.gate), name(NAMES.up));
+        let (gate, up) = (name(names.gate), name(names.up));
         let mut gate_up = Linear { weight: r.interleaved(&format!("{gate}.weight"), &format!("{up}.weight"), f, c)?, bias: None };
         if switches.mlp_bias {
             let (gate, up) = (r.values(&format!("{gate}.bias"), f)?, r.values(&format!("{up}.bias"), f)?);
@@ -257,21 +267,21 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
             gate_up.bias = Some(backend.vector(&bias)?);
         }
         layers.push(Layer {
-            attn_norm: r.norm(&name(NAMES.attn_norm), c)?,
+            attn_norm: r.norm(&name(names.attn_norm), c)?,
             qkv,
             head_norm: if switches.qk_norm {
                 let width = config.heads.head_dim;
-                Some([r.vector(&name(NAMES.q_norm), width)?, r.vector(&name(NAMES.k_norm), width)?])
+                Some([r.vector(&name(names.q_norm), width)?, r.vector(&name(names.k_norm), width)?])
             } else {
                 None
             },
-            attn_out: r.linear(&name(NAMES.attn_out), c, q, switches.attn_out_bias)?,
-            mlp_norm: r.norm(&name(NAMES.mlp_norm), c)?,
+            attn_out: r.linear(&name(names.attn_out), c, q, switches.attn_out_bias)?,
+            mlp_norm: r.norm(&name(names.mlp_norm), c)?,
             up: gate_up,
-            down: r.linear(&name(NAMES.down), c, f, switches.mlp_bias)?,
+            down: r.linear(&name(names.down), c, f, switches.mlp_bias)?,
         });
     }
-    let final_norm = r.norm(NAMES.final_norm, c)?;
-    let head = r.matrix(if switches.tied_head { NAMES.table } else { NAMES.head }, v, c, None)?;
+    let final_norm = r.norm(names.final_norm, c)?;
+    let head = r.matrix(if switches.tied_head { names.table } else { names.head }, v, c, None)?;
     Ok(Model::new(config, table, layers, final_norm, Linear { weight: head, bias: None }))
 }

@@ -4,14 +4,18 @@
 //! ids -> embed -> [ norm -> qkv -> (q/k norm,) rope + K/V append -> attention -> out (+x) -> norm -> up, activation -> down (+x) ] x N
 //!     -> (deciding rows) -> final norm -> head + decide
 //! ```
-//! A family file (`bd3lm.rs`, `mdlm.rs`, `llama.rs`) maps config keys and tensor names onto it; what families do differently is
+//! A family file (`bd3lm.rs`, `mdlm.rs`, `llama.rs`, `llada.rs`, `dream.rs`, `sdar.rs`, `fast_dllm.rs`) maps config keys and tensor names onto it; what families do differently is
 //! [`crate::config::Switches`]. adaLN with a constant condition is folded into the weights at load, so the decoder itself knows nothing of it.
 #![forbid(unsafe_code)]
 
 pub mod bd3lm;
+pub mod dream;
+pub mod fast_dllm;
+pub mod llada;
 pub mod llama;
 pub mod mdlm;
 mod reader;
+pub mod sdar;
 pub mod shapes;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -75,7 +79,7 @@ struct Layer<B: Backend> {
 pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
     let tensors = match config.family {
         Family::Bd3lm | Family::Mdlm => bd3lm::tensors(config),
-        Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => llama::tensors(config),
+        _ => llama::tensors(config),
     };
     tensors.iter().filter_map(|(name, shape)| weights.tensor(name, shape).err()).collect()
 }
@@ -146,7 +150,7 @@ impl<B: Backend> Model<B> {
     pub fn load(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
         match config.family {
             Family::Bd3lm | Family::Mdlm => bd3lm::load(backend, config, weights, progress),
-            Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => llama::load(backend, config, weights, progress),
+            _ => llama::load(backend, config, weights, progress),
         }
     }
 
@@ -169,7 +173,7 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    /// Runs the plan's rows through all layers, writing their K/V. The residual stream of the `wanted` rows (ascending) stays in
+    /// Runs the plan's rows through all layers, writing their K/V. The residual stream of the `wanted` rows (ascending, some maybe twice) stays in
     /// `scratch`, one after the other, for [`Model::decide`] or [`Model::logits`].
     pub fn forward(
         &self,
@@ -183,7 +187,9 @@ impl<B: Backend> Model<B> {
         let rows = plan.num_rows();
         scratch.reserve(backend, &self.config, rows)?;
         let batch = backend.batch(plan)?;
-        let wanted = if wanted.len() < rows { Some(backend.rows(wanted)?) } else { None };
+        // Shifted logits may want one row twice, so the count alone does not say that all are wanted.
+        let all = wanted.len() == rows && wanted.iter().zip(0..).all(|(wanted, row)| *wanted == row);
+        let wanted = if !all { Some(backend.rows(wanted)?) } else { None };
         self.layers(backend, rows, &batch, wanted.as_ref(), kv, scratch, probe)
     }
 

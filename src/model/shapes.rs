@@ -33,6 +33,7 @@ pub fn config(name: &str) -> Result<ModelConfig> {
         model_length,
         sliding_window: None,
         attention: Attention::BlockCausal(4),
+        shift: false,
         cond_dim: Some(128),
         mask_id: Some(vocab_size as u32 - 1),
         bos_id: Some(vocab_size as u32 - 2),

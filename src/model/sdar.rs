@@ -1,0 +1,19 @@
+//! SDAR (arXiv 2510.06303) and TraDo: the Qwen3 layout under block-causal attention, row i answers position i.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+
+use crate::config::{Attention, Family, Keys, ModelConfig};
+use crate::error::Result;
+use crate::model::llama;
+
+/// Block length of the checkpoints whose names give none; it is not in their config.json.
+const BLOCK_LEN: usize = 4;
+
+/// Reads the keys of Qwen3, MASK, and the block length that derivatives add.
+pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    let base = llama::config(dir, keys, Family::Qwen3)?;
+    let mask_id = Some(keys.mask_token(dir, base.vocab_size)?);
+    let block_len = keys.optional_size("block_size", 1 << 24)?.unwrap_or(BLOCK_LEN);
+    Ok(ModelConfig { family: Family::Sdar, attention: Attention::BlockCausal(block_len), mask_id, ..base })
+}
