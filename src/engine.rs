@@ -285,6 +285,7 @@ impl<B: Backend> Engine<B> {
             fixed,
             mask_id,
             schedule: request.schedule,
+            shifted: self.models.iter().map(|loaded| loaded.model.config().shift).collect(),
             seed: request.seed,
             sample: request.sample,
             stop,

@@ -32,6 +32,8 @@ pub enum Kind {
     Prefill,
     /// A block in which something may be revealed now.
     Denoise,
+    /// Finished blocks whose last row answers the first position of the next one (shifted logits): final K/V and a reveal.
+    Lead,
     /// A finished block whose final K/V is written.
     Commit,
     /// Visible tokens being scored for a later remask.

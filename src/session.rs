@@ -14,6 +14,11 @@
 //! it whose final K/V is not written yet. Prompt blocks, finished blocks and infilled blocks are all the same case.
 //! [BD3-LM] A finished block never sees a later one, so this equals recomputing everything. Under full visibility nothing
 //! is ever final and every exact forward needs all rows.
+//!
+//! Where a model's logits are shifted, position p is answered by row p - 1, position 0 by its own (Dream, Fast-dLLM v2). Forwards that compute
+//! some rows only compute the answering ones too. Under block-causal attention the first position of a block is answered by the last row
+//! of the block before it, which sees nothing of its own: one forward, the *lead*, writes the finished blocks' final K/V and reveals that
+//! position, and then the block is denoised. [Fast-dLLM v2] It is the commit and the next token of the autoregressive reading in one.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -25,7 +30,7 @@ use crate::error::{Error, Result};
 use crate::plan::{Kind, Visibility};
 use crate::policy::{self, BlockProgress, Candidate};
 use crate::rng::{self, DrawKey, STAGE_STEP, Uniforms};
-use crate::schedule::{KvPolicy, Remask, RemaskBy, Schedule, Stage, Unmask};
+use crate::schedule::{KvPolicy, Rank, Remask, RemaskBy, Schedule, Stage, Unmask};
 
 /// Number of trailing tokens the low-entropy stop looks at ([BD3-LM] `_check_stop_conds`).
 pub const ENTROPY_WINDOW: usize = 256;
@@ -37,6 +42,8 @@ pub struct SessionSpec {
     pub fixed: Vec<Option<u32>>,
     pub mask_id: u32,
     pub schedule: Schedule,
+    /// For each model that a stage may name: whether its logits are shifted ([`crate::config::ModelConfig::shift`]).
+    pub shifted: Vec<bool>,
     pub seed: u64,
     pub sample: u32,
     pub stop: Stop,
@@ -421,6 +428,10 @@ impl Session {
             if step.kind != Kind::Denoise || !kv || step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
                 break;
             }
+            // The device answers each position by its own row.
+            if ghost.shifted() {
+                break;
+            }
             let reveal = match stage.unmask {
                 Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Timestep { rank, .. } => {
                     Reveal::Best { rank, n: policy::quota(&stage.unmask, ghost.progress).unwrap_or(1).max(1) }
@@ -466,6 +477,15 @@ impl Session {
         &self.spec.schedule.stages[self.stage]
     }
 
+    fn shifted(&self) -> bool {
+        self.spec.shifted[self.stage().weights]
+    }
+
+    /// The row that answers `position`.
+    fn answering(&self, position: usize) -> usize {
+        position - usize::from(self.shifted() && position > 0)
+    }
+
     fn uniforms(&self, block: usize, step: u32, position: usize) -> Uniforms {
         let key = DrawKey {
             seed: self.spec.seed,
@@ -506,6 +526,10 @@ impl Session {
         };
         let range = block * block_len..((block + 1) * block_len).min(len);
         let blockwise = matches!(stage.visibility(), Visibility::BlockCausal(_));
+        if blockwise && self.shifted() && range.start > 0 && self.canvas.state(range.start) == State::Masked {
+            self.set_lead(block, range.start);
+            return true;
+        }
         if self.spec.separate_commit && blockwise && self.committed < range.start && stage.kv != KvPolicy::Recompute {
             self.set_step(Kind::Commit, self.committed..range.start, Vec::new());
             return true;
@@ -531,24 +555,41 @@ impl Session {
         let positions: Vec<usize> = if partial {
             let mut rows = self.fresh.clone();
             rows.extend(&masked);
+            rows.extend(masked.iter().map(|p| self.answering(*p)));
             rows.sort_unstable();
+            rows.dedup();
             rows
         } else {
             let first = if stage.kv == KvPolicy::Recompute { 0 } else { self.committed };
             (first..end).collect()
         };
-        let asks = masked
-            .iter()
-            .map(|&position| {
-                let row = positions.binary_search(&position).expect("a masked row is always recomputed");
-                let uniforms = self.uniforms(block, self.denoised, position);
-                let forced = self.spec.forced.get(position).copied();
-                Ask { row, position, draw: self.draw(uniforms.token, forced), order: uniforms.order }
-            })
-            .collect();
+        let asks = masked.iter().map(|p| self.ask(block, *p, &positions)).collect();
         self.since_full = Some(if partial { self.since_full.unwrap_or(0) + 1 } else { 1 });
         self.set_step(Kind::Denoise, positions, asks);
         true
+    }
+
+    /// What is asked about the masked `position` of a forward over the rows at `positions` (ascending).
+    fn ask(&self, block: usize, position: usize, positions: &[usize]) -> Ask {
+        let row = positions.binary_search(&self.answering(position)).expect("a row that answers is always computed");
+        let uniforms = self.uniforms(block, self.denoised, position);
+        let forced = self.spec.forced.get(position).copied();
+        Ask { row, position, draw: self.draw(uniforms.token, forced), order: uniforms.order }
+    }
+
+    /// The forward that reveals the first position of a block from the last row before it.
+    fn set_lead(&mut self, block: usize, start: usize) {
+        self.block = block;
+        // Steps of the block's own schedule begin behind it.
+        self.progress = BlockProgress { masks_at_start: 0, masks: 1, step: 0 };
+        let last = start - 1;
+        let positions: Vec<usize> = match self.stage().kv {
+            KvPolicy::Exact | KvPolicy::Refresh(_) => (self.committed.min(last)..start).collect(),
+            KvPolicy::Recompute => (0..start).collect(),
+            KvPolicy::Draft => self.fresh.iter().copied().filter(|p| *p < last).chain([last]).collect(),
+        };
+        let ask = self.ask(block, start, &positions);
+        self.set_step(Kind::Lead, positions, vec![ask]);
     }
 
     /// Scoring forward `group`: visible text for post-hoc, one interleaved group hidden for held-out.
@@ -561,7 +602,12 @@ impl Session {
             self.canvas.generated().enumerate().filter(|(i, _)| groups.is_none_or(|g| i % g == group)).map(|(_, p)| p).collect();
         let asks = scored
             .iter()
-            .map(|&position| Ask { row: position, position, draw: self.draw(0.0, Some(self.canvas.tokens()[position])), order: 0.0 })
+            .map(|&position| Ask {
+                row: self.answering(position),
+                position,
+                draw: self.draw(0.0, Some(self.canvas.tokens()[position])),
+                order: 0.0,
+            })
             .collect();
         self.set_step(Kind::Score, 0..self.canvas.len(), asks);
         if groups.is_some() {
@@ -585,6 +631,8 @@ impl Session {
             .collect();
         let chosen = match step.kind {
             Kind::Denoise => policy::select(&self.stage().unmask, self.progress, &candidates)?,
+            // The one candidate; the selection looks for NaN.
+            Kind::Lead => policy::select(&Unmask::Count { rank: Rank::Left, n: 1 }, self.progress, &candidates)?,
             _ => Vec::new(),
         };
         let step = self.pending.take().expect("checked above");
@@ -607,7 +655,7 @@ impl Session {
                 self.scores.extend(candidates.iter().map(|c| (c.position, score(c))));
                 self.end_score(events);
             }
-            Kind::Denoise => {
+            Kind::Denoise | Kind::Lead => {
                 report.forwards.denoise += 1;
                 self.reveal(&candidates, &chosen, events);
             }

@@ -111,6 +111,7 @@ struct Watched {
     /// Scores that scoring forwards of the stage gave.
     scored: Vec<(usize, f64)>,
     exact: bool,
+    shifted: bool,
     label: String,
 }
 
@@ -129,6 +130,7 @@ fn spec(case: &Case, schedule: &Schedule, how: How) -> SessionSpec {
         fixed: case.fixed.clone(),
         mask_id: MASK,
         schedule: schedule.clone(),
+        shifted: vec![case.shifted; 2],
         seed: case.seed,
         sample: 3,
         stop: Stop { tokens: case.stop.into_iter().collect(), ..Stop::default() },
@@ -153,6 +155,7 @@ fn run(case: &Case, schedule: &Schedule, how: How) -> Run {
         before: vec![Vec::new()],
         scored: Vec::new(),
         exact,
+        shifted: case.shifted,
         label: format!("{how:?} {:?}", schedule.stages.iter().map(ToString::to_string).collect::<Vec<_>>()),
     };
     if how.shared_prompt && watched.session.wants_prefix() {
@@ -179,8 +182,15 @@ impl Watched {
     }
 
     fn masks_by_block(&self, stage: &Stage) -> Vec<usize> {
-        let blocks = self.shadow.chunks(stage.block_len_in(self.shadow.len()));
-        blocks.map(|block| block.iter().filter(|t| t.is_none()).count()).filter(|n| *n > 0).collect()
+        let leads = self.shifted && matches!(stage.visibility(), Visibility::BlockCausal(_));
+        let blocks = self.shadow.chunks(stage.block_len_in(self.shadow.len())).enumerate();
+        let counts = blocks.flat_map(|(b, block)| {
+            let masks = block.iter().filter(|t| t.is_none()).count();
+            // A lead costs what a block of one mask costs.
+            let lead = usize::from(leads && b > 0 && block[0].is_none());
+            [lead, masks - lead]
+        });
+        counts.filter(|n| *n > 0).collect()
     }
 
     fn run(mut self, schedule: &Schedule) -> Run {
@@ -236,7 +246,9 @@ impl Watched {
         assert!(!step.rows.is_empty() && step.rows.last().expect("a row").0 < step.len, "{label}: rows {:?}", step.rows);
         assert_eq!(step.len, self.session.canvas().len(), "{label}");
         for ask in &step.asks {
-            assert_eq!(step.rows[ask.row].0, ask.position, "{label}: an ask about another row");
+            // Under shifted logits the row before a position answers it, and the first row itself.
+            let answering = if self.shifted { ask.position.saturating_sub(1) } else { ask.position };
+            assert_eq!(step.rows[ask.row].0, answering, "{label}: position {} is asked of another row", ask.position);
         }
         let asked: Vec<usize> = step.asks.iter().map(|a| a.position).collect();
         let hidden: Vec<usize> = step.rows.iter().filter(|(p, token)| *token == MASK && self.shadow[*p].is_some()).map(|r| r.0).collect();
@@ -247,7 +259,7 @@ impl Watched {
         let counts = &mut self.forwards[stage];
         match step.kind {
             Kind::Prefill => counts.prefill += 1,
-            Kind::Denoise => counts.denoise += 1,
+            Kind::Denoise | Kind::Lead => counts.denoise += 1,
             Kind::Commit => counts.commit += 1,
             Kind::Score => {
                 counts.score += 1;
@@ -269,7 +281,13 @@ impl Watched {
         if step.kind != Kind::Score {
             assert!(hidden.is_empty(), "{label}: rows {hidden:?} are hidden");
         }
-        if step.kind == Kind::Denoise {
+        if step.kind == Kind::Lead {
+            let block_len = self.session.reports()[stage].stage.block_len_in(step.len);
+            let last = step.rows.last().expect("a row").0;
+            assert!(self.shifted && asked == [last + 1] && (last + 1).is_multiple_of(block_len), "{label}: asks {asked:?} of row {last}");
+            assert!(step.visibility == Visibility::BlockCausal(block_len), "{label}: the last row of a block sees its block");
+            assert!(self.shadow[..=last].iter().all(Option::is_some), "{label}: a mask before position {}", last + 1);
+        } else if step.kind == Kind::Denoise {
             assert!(!asked.is_empty() && asked.iter().all(|p| self.shadow[*p].is_none()), "{label}: asks {asked:?}");
             let block_len = self.session.reports()[stage].stage.block_len_in(step.len);
             let block = asked[0] / block_len;
@@ -444,6 +462,8 @@ struct Case {
     stages: Vec<String>,
     seed: u64,
     stop: Option<u32>,
+    /// Whether the models' logits are shifted.
+    shifted: bool,
 }
 
 impl Case {
@@ -526,12 +546,8 @@ fn case() -> impl Strategy<Value = Case> {
         refine.insert(0, draft);
         refine
     });
-    (fixed, stages, any::<u64>(), proptest::option::weighted(0.4, token)).prop_map(|(fixed, stages, seed, stop)| Case {
-        fixed,
-        stages,
-        seed,
-        stop,
-    })
+    let rest = (any::<u64>(), proptest::option::weighted(0.4, token), any::<bool>());
+    (fixed, stages, rest).prop_map(|(fixed, stages, (seed, stop, shifted))| Case { fixed, stages, seed, stop, shifted })
 }
 
 fn same(a: &Run, b: &Run, what: &str) -> Result<(), TestCaseError> {
@@ -545,7 +561,7 @@ fn same(a: &Run, b: &Run, what: &str) -> Result<(), TestCaseError> {
 }
 
 fn case_of(fixed: &[Option<u32>], stages: &[&str]) -> Case {
-    Case { fixed: fixed.to_vec(), stages: stages.iter().map(ToString::to_string).collect(), seed: 0, stop: None }
+    Case { fixed: fixed.to_vec(), stages: stages.iter().map(ToString::to_string).collect(), seed: 0, stop: None, shifted: false }
 }
 
 /// A full stage that remasks nothing runs no forward, so the fixed tail behind the last mask of the draft has no K/V yet.
@@ -652,7 +668,7 @@ proptest! {
             let step = session.step().unwrap().clone();
             let mut decisions = network.forward(&step, session.canvas().tokens(), true, "nan");
             let canvas = session.canvas().clone();
-            if step.kind == Kind::Denoise && denoised == at {
+            if matches!(step.kind, Kind::Denoise | Kind::Lead) && denoised == at {
                 let good = decisions.clone();
                 let worst = decisions.last_mut().unwrap();
                 *[&mut worst.confidence, &mut worst.margin, &mut worst.entropy][which] = f32::NAN;
@@ -667,7 +683,7 @@ proptest! {
                 }
                 decisions = good;
             }
-            denoised += usize::from(step.kind == Kind::Denoise);
+            denoised += usize::from(matches!(step.kind, Kind::Denoise | Kind::Lead));
             session.apply(&decisions, &mut events).unwrap();
         }
         prop_assert_eq!(session.canvas().num_masks(), 0);
@@ -696,7 +712,8 @@ proptest! {
 /// The network of hashes notices what it is there to notice: one stale slot, or one read under another visibility.
 #[test]
 fn the_symbolic_network_is_sensitive() {
-    let case = Case { fixed: vec![None; 12], stages: vec!["block=4,visible=block,unmask=left:1".into()], seed: 5, stop: None };
+    let case =
+        Case { fixed: vec![None; 12], stages: vec!["block=4,visible=block,unmask=left:1".into()], seed: 5, stop: None, shifted: false };
     let schedule = case.schedule(|_| "exact".into());
     let good = run(&case, &schedule, PLAIN).tokens;
     let stale = |damage: &dyn Fn(&mut Network)| {
@@ -736,7 +753,7 @@ fn the_symbolic_network_is_sensitive() {
 #[test]
 fn sessions_without_work_or_with_a_fixed_mask_are_refused() {
     let refuse = |fixed: Vec<Option<u32>>| {
-        let case = Case { fixed, stages: vec!["block=4,visible=block".into()], seed: 0, stop: None };
+        let case = Case { fixed, stages: vec!["block=4,visible=block".into()], seed: 0, stop: None, shifted: false };
         Session::new(spec(&case, &case.schedule(|_| "exact".into()), PLAIN)).err().expect("refused").to_string()
     };
     assert!(refuse(vec![Some(1), Some(2)]).contains("nothing to generate"));
@@ -747,7 +764,7 @@ fn sessions_without_work_or_with_a_fixed_mask_are_refused() {
 /// A cancelled session stands still where it is.
 #[test]
 fn a_cancelled_session_is_finished() {
-    let case = Case { fixed: vec![None; 12], stages: vec!["block=4,visible=block".into()], seed: 5, stop: None };
+    let case = Case { fixed: vec![None; 12], stages: vec!["block=4,visible=block".into()], seed: 5, stop: None, shifted: false };
     let mut session = Session::new(spec(&case, &case.schedule(|_| "exact".into()), PLAIN)).unwrap();
     let mut events = Vec::new();
     assert_eq!(session.next(&mut events), Next::Forward);
