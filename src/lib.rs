@@ -57,6 +57,8 @@
 //! | LLaDA | arXiv 2502.09992 |
 //! | Dream | arXiv 2508.15487 |
 //! | Fast-dLLM | arXiv 2505.22618 |
+//! | Fast-dLLM v2 | arXiv 2509.26328 |
+//! | SDAR | arXiv 2510.06303 |
 //! | ReMDM | arXiv 2503.00307 |
 
 pub mod backend;

@@ -354,6 +354,54 @@ fn broken_configurations_of_plain_decoders() {
     spoil("qwen2", "num_attention_heads", Some(json!(6)), &["hidden_size 64", "num_attention_heads 6"]);
 }
 
+/// Diffusion models over the decoders of autoregressive families.
+#[test]
+fn broken_configurations_of_adapted_decoders() {
+    let refused = |name: &str, keys: Value, words: &[&str]| {
+        let copy = Copy::of(name);
+        copy.edit("config.json", |c| c.extend(keys.as_object().expect("an object").clone()));
+        copy.refused(&format!("{name} {keys}"), "Config", &[&["config.json"], words].concat());
+    };
+    for (key, value) in [
+        ("block_type", json!("sequential")),
+        ("block_group_size", json!(2)),
+        ("layer_norm_type", json!("low_precision")),
+        ("activation_type", json!("swiglu")),
+        ("include_bias", json!(true)),
+        ("attention_layer_norm", json!(true)),
+        ("rope", json!(false)),
+        ("clip_qkv", json!(8.0)),
+    ] {
+        refused("llada", json!({key: value}), &[key, &value.to_string(), "nothing else"]);
+    }
+    refused("llada", json!({"num_experts": 64}), &["num_experts", "LLaDA-MoE"]);
+    refused("llada", json!({"architectures": ["LLaDAMoEModelLM"]}), &["architectures", "LLaDAModelLM"]);
+    refused("llada", json!({"n_heads": 5}), &["d_model 32", "n_heads 5"]);
+    refused("llada", json!({"n_kv_heads": 3}), &["n_heads 2", "n_kv_heads 3"]);
+    refused(
+        "sdar",
+        json!({"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"]}),
+        &["sdar_moe", "supported", "SDARForCausalLM"],
+    );
+    refused("sdar", json!({"block_size": 0}), &["block_size", "from 1"]);
+    refused("fast-dllm", json!({"bd_size": "x"}), &["bd_size", "from 1"]);
+    for name in ["llada", "dream", "sdar", "fast-dllm"] {
+        refused(name, json!({"mask_token_id": 67}), &["mask_token_id", "67"]);
+        refused(name, json!({"quantization_config": {"bits": 4}}), &["quantization_config"]);
+    }
+    // MASK is looked for in config.json, then among the tokenizer's added tokens.
+    for name in ["llada", "dream", "fast-dllm"] {
+        refused(name, json!({"mask_token_id": null}), &["mask_token_id", "missing", "<|MASK|>"]);
+    }
+    let copy = Copy::of("sdar");
+    assert_eq!(copy.load().expect("MASK in the tokenizer").config().mask_id, Some(66));
+    copy.edit("tokenizer.json", |t| {
+        let added = t["added_tokens"].as_array_mut().expect("added tokens");
+        added.iter_mut().filter(|token| token["content"] == "<|MASK|>").for_each(|token| token["id"] = json!(67));
+    });
+    copy.refused("MASK outside", "Tokenizer", &["tokenizer.json", "67"]);
+}
+
 /// A window that ends before the model does would be ignored here; one that does not may be.
 #[test]
 fn sliding_windows() {

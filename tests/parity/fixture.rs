@@ -47,10 +47,14 @@ pub fn all() -> Vec<Fixture> {
         "bd3lm-plain",
         "bd3lm-plain-bf16",
         "bd3lm-plain-sharded",
+        "dream",
+        "fast-dllm",
+        "llada",
         "llama",
         "mdlm",
         "qwen2",
         "qwen3",
+        "sdar",
     ]
     .map(String::from);
     let missing: Vec<&String> = expected.iter().filter(|name| !names.contains(name)).collect();
@@ -71,8 +75,9 @@ impl Fixture {
         self.golden["cases"].as_array().expect("cases")
     }
 
-    pub fn traces(&self) -> Value {
-        json(&self.dir.join("trace.json"))
+    /// One of the directory's files.
+    pub fn json(&self, file: &str) -> Value {
+        json(&self.dir.join(file))
     }
 
     fn tensor(&self, name: &str, dtype: Dtype) -> (Vec<usize>, Vec<[u8; 4]>) {

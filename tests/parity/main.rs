@@ -3,6 +3,7 @@
 //!
 //! `cargo test --test parity -- --nocapture` prints the worst relative error per case and layer.
 
+mod decodes;
 mod fixture;
 mod golden;
 mod traces;

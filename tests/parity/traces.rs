@@ -230,7 +230,7 @@ const VARIANTS: [Variant; 6] = [
 
 fn replay_all(name: &str, expected: usize) {
     let fixture = Fixture::open(name);
-    let file = fixture.traces();
+    let file = fixture.json("trace.json");
     let traces: Vec<&Value> = file["traces"].as_array().expect("traces").iter().collect();
     assert_eq!(traces.len(), expected, "{name}: traces");
     for (i, variant) in VARIANTS.into_iter().enumerate() {
