@@ -65,6 +65,16 @@ fn tokens_equal_the_cpus_for_every_checkpoint() {
     }
 }
 
+/// Other layouts and shifted logits, where the device is asked row by row.
+#[test]
+fn tokens_equal_the_cpus_for_the_dense_families() {
+    for (name, scope) in [("dream", "canvas"), ("fast-dllm", "block"), ("llada", "canvas"), ("sdar", "block")] {
+        let draft = format!("block=8,visible={scope},unmask=confidence:3");
+        let stages = schedule(&[&draft, "block=full,remask=0.4,by=snapshot,unmask=linear:2,kv=refresh:2"]);
+        agree(&fixture(name), &ragged(&stages, [8, 9, 12]), name);
+    }
+}
+
 #[test]
 fn tokens_equal_the_cpus_on_the_shipped_model() {
     let requests = [request(&[0, 433, 257], 16, &preset("did"), 7, 0)];
