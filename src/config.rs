@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::backend::{HeadShape, NormKind, Rope};
 use crate::error::{Error, Result};
-use crate::model::{bd3lm, dream, fast_dllm, llada, llama, mdlm, sdar};
+use crate::model::{bd3lm, dream, fast_dllm, llada, llama, mdlm, sdar, stable_diffcoder};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
 pub const MAX_STRETCH: usize = 4;
@@ -27,6 +27,7 @@ pub enum Family {
     Dream,
     Sdar,
     FastDllm,
+    StableDiffcoder,
     Llama,
     Mistral,
     Qwen2,
@@ -42,6 +43,7 @@ impl Family {
             Family::Dream => "dream",
             Family::Sdar => "sdar",
             Family::FastDllm => "fast-dllm",
+            Family::StableDiffcoder => "stable-diffcoder",
             Family::Llama => "llama",
             Family::Mistral => "mistral",
             Family::Qwen2 => "qwen2",
@@ -54,13 +56,15 @@ impl Family {
         match self {
             Family::Dream => "Dream",
             Family::FastDllm => "Fast_dLLM_Qwen",
+            // Llama's own; the class tells them apart.
+            Family::StableDiffcoder => "llama",
             other => other.name(),
         }
     }
 
     /// Published under a class of its own over the decoder of an autoregressive family, with its own code beside the weights.
     fn is_adapted(self) -> bool {
-        matches!(self, Family::Llada | Family::Dream | Family::Sdar | Family::FastDllm)
+        matches!(self, Family::Llada | Family::Dream | Family::Sdar | Family::FastDllm | Family::StableDiffcoder)
     }
 
     /// The class that `architectures` names.
@@ -72,6 +76,7 @@ impl Family {
             Family::Dream => "DreamModel",
             Family::Sdar => "SDARForCausalLM",
             Family::FastDllm => "Fast_dLLM_QwenForCausalLM",
+            Family::StableDiffcoder => "StableDiffcoderForCausalLM",
             Family::Llama => "LlamaForCausalLM",
             Family::Mistral => "MistralForCausalLM",
             Family::Qwen2 => "Qwen2ForCausalLM",
@@ -79,7 +84,7 @@ impl Family {
         }
     }
 
-    const ALL: [Family; 10] = [
+    const ALL: [Family; 11] = [
         Family::Bd3lm,
         Family::Mdlm,
         Family::Llada,
@@ -90,6 +95,8 @@ impl Family {
         Family::Mistral,
         Family::Qwen2,
         Family::Qwen3,
+        // Behind Llama, whose type it shares.
+        Family::StableDiffcoder,
     ];
 }
 
@@ -160,6 +167,8 @@ pub struct ModelConfig {
     /// What stands before the first token of a text; where a checkpoint names no BOS, its end of text.
     pub bos_id: Option<u32>,
     pub eos_id: Option<u32>,
+    /// Every id that ends a text, ascending: `eos_id`, and what lists in config.json and generation_config.json add.
+    pub stop_ids: Vec<u32>,
     pub pad_id: Option<u32>,
 }
 
@@ -177,15 +186,18 @@ impl ModelConfig {
             return Err(Error::config(&path, "expected a JSON object"));
         };
         let keys = Keys { path: &path, map: &map, parent: "" };
-        match keys.family()? {
+        let mut config = match keys.family()? {
             Family::Bd3lm => bd3lm::config(dir, &keys),
             Family::Mdlm => mdlm::config(dir, &keys),
             Family::Llada => llada::config(dir, &keys),
             Family::Dream => dream::config(dir, &keys),
             Family::Sdar => sdar::config(dir, &keys),
             Family::FastDllm => fast_dllm::config(dir, &keys),
+            Family::StableDiffcoder => stable_diffcoder::config(dir, &keys),
             family @ (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3) => llama::config(dir, &keys, family),
-        }
+        }?;
+        config.stop_ids = keys.stop_tokens(dir, &config)?;
+        Ok(config)
     }
 
     /// Positions served at most.
@@ -325,10 +337,11 @@ impl Keys<'_> {
         }
     }
 
-    /// The id that hides a token: `mask_token_id`, or the added token of `tokenizer.json` that published tokenizers of such models spell so.
+    /// The id that hides a token: `mask_token_id`, or the added token of `tokenizer.json` that published tokenizers of such models spell so, or
+    /// the `published` default of the family's sampler.
     ///
-    /// Errors: neither of them, or an id outside the vocabulary.
-    pub fn mask_token(&self, dir: &Path, vocab_size: usize) -> Result<u32> {
+    /// Errors: none of them, or an id outside the vocabulary.
+    pub fn mask_token(&self, dir: &Path, vocab_size: usize, published: Option<u32>) -> Result<u32> {
         if let Some(id) = self.token("mask_token_id", vocab_size)? {
             return Ok(id);
         }
@@ -345,10 +358,12 @@ impl Keys<'_> {
             Some(id) => id.as_u64().filter(|id| *id < vocab_size as u64).map(|id| id as u32).ok_or_else(|| {
                 Error::tokenizer(&path, format!("the mask token has id {id}: expected a token id below vocab_size {vocab_size}"))
             }),
-            None => Err(self.error(format!(
+            None => published.filter(|id| (*id as usize) < vocab_size).ok_or_else(|| {
+                self.error(format!(
                 "key `mask_token_id` is missing, and tokenizer.json adds no token spelled {}: add the key with the id that hides a token",
                 MASK_SPELLINGS.join(", ")
-            ))),
+            ))
+            }),
         }
     }
 
@@ -407,6 +422,30 @@ impl Keys<'_> {
             },
             _ => self.token(key, vocab_size),
         }
+    }
+
+    /// Token ids below `vocab_size`: one, a list, or none.
+    fn tokens(&self, key: &str, vocab_size: usize) -> Result<Vec<u32>> {
+        match self.get(key) {
+            None => Ok(Vec::new()),
+            Some(Value::Array(list)) => list.iter().map(|id| self.token_id(key, id, vocab_size)).collect(),
+            Some(id) => Ok(vec![self.token_id(key, id, vocab_size)?]),
+        }
+    }
+
+    /// The ids that end a text of this model; chat models name theirs in generation_config.json.
+    fn stop_tokens(&self, dir: &Path, config: &ModelConfig) -> Result<Vec<u32>> {
+        let mut ids: Vec<u32> = config.eos_id.into_iter().collect();
+        ids.extend(self.tokens("eos_token_id", config.vocab_size)?);
+        let path = dir.join("generation_config.json");
+        if let Ok(text) = std::fs::read_to_string(&path) {
+            let map: Map<String, Value> =
+                serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))?;
+            ids.extend(Keys { path: &path, map: &map, parent: "" }.tokens("eos_token_id", config.vocab_size)?);
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
     }
 
     /// An optional token id below `vocab_size`.

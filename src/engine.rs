@@ -268,7 +268,7 @@ impl<B: Backend> Engine<B> {
         let fixed = self.canvas(&request.prompt)?;
         let mut stop = Stop { tokens: Vec::new(), entropy: request.stop.entropy, text: None };
         if !request.stop.ignore_eos {
-            stop.tokens.extend(config.eos_id);
+            stop.tokens.extend(&config.stop_ids);
         }
         if let Some(empty) = request.stop.texts.iter().find(|t| t.is_empty()) {
             return Err(Error::request(format!("stop text `{empty}` is empty")));

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use redraft::config::Attention;
 use redraft::{Cpu, DType, Engine, EngineOptions, Error};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -393,6 +394,14 @@ fn broken_configurations_of_adapted_decoders() {
     for name in ["llada", "dream", "fast-dllm"] {
         refused(name, json!({"mask_token_id": null}), &["mask_token_id", "missing", "<|MASK|>"]);
     }
+    // Llama's keys and type; the class makes it a diffusion model, whose sampler has MASK.
+    let copy = Copy::of("llama");
+    copy.edit("config.json", |c| {
+        c.insert("architectures".into(), json!(["StableDiffcoderForCausalLM"]));
+        c.insert("auto_map".into(), json!({"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"}));
+    });
+    let engine = copy.load().expect("Stable-DiffCoder");
+    assert_eq!((engine.config().attention, engine.config().mask_id), (Attention::BlockCausal(4), Some(5)));
     let copy = Copy::of("sdar");
     assert_eq!(copy.load().expect("MASK in the tokenizer").config().mask_id, Some(66));
     copy.edit("tokenizer.json", |t| {
@@ -400,6 +409,25 @@ fn broken_configurations_of_adapted_decoders() {
         added.iter_mut().filter(|token| token["content"] == "<|MASK|>").for_each(|token| token["id"] = json!(67));
     });
     copy.refused("MASK outside", "Tokenizer", &["tokenizer.json", "67"]);
+}
+
+/// Chat models name what ends a turn in generation_config.json.
+#[test]
+fn ids_that_end_a_text() {
+    let copy = Copy::of("sdar");
+    assert_eq!(copy.load().expect("one id").config().stop_ids, [65]);
+    copy.write("generation_config.json", r#"{"eos_token_id": [65, 3], "temperature": 1.0}"#);
+    assert_eq!(copy.load().expect("two ids").config().stop_ids, [3, 65]);
+    copy.edit("config.json", |c| drop(c.insert("eos_token_id".into(), json!([65, 7]))));
+    assert_eq!(copy.load().expect("three ids").config().stop_ids, [3, 7, 65]);
+    for (text, words) in [
+        (r#"{"eos_token_id": 67}"#, ["eos_token_id", "67"]),
+        (r#"{"eos_token_id": [3, -1]}"#, ["eos_token_id", "-1"]),
+        ("[]", ["JSON object", "generation_config.json"]),
+    ] {
+        copy.write("generation_config.json", text);
+        copy.refused(text, "Config", &[["generation_config.json"].as_slice(), &words].concat());
+    }
 }
 
 /// A window that ends before the model does would be ignored here; one that does not may be.

@@ -132,7 +132,8 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
             "mlp_dim": config.mlp_dim, "model_length": config.model_length, "attention": attention, "adaln": config.cond_dim.is_some(),
             "norm": match config.switches.norm { NormKind::Layer => "layer", NormKind::Rms => "rms" },
             "mlp": match config.switches.mlp { Mlp::Gelu => "gelu", Mlp::SwiGlu => "swiglu" },
-            "qk_norm": config.switches.qk_norm, "tied_head": config.switches.tied_head, "rope": rope,
+            "qk_norm": config.switches.qk_norm, "tied_head": config.switches.tied_head, "shift": config.shift,
+            "rope": rope,
             "mask_id": config.mask_id, "bos_id": config.bos_id, "eos_id": config.eos_id, "pad_id": config.pad_id,
             "kv_bytes_per_token": {"f32": kv(4), "bf16": kv(2)}, "unsupported": unsupported,
         });
@@ -149,7 +150,12 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
             Mlp::SwiGlu => "SwiGLU",
         },
     ];
-    let optional = [(switches.qkv_bias, "q/k/v bias"), (switches.qk_norm, "q/k norm"), (switches.tied_head, "tied head")];
+    let optional = [
+        (switches.qkv_bias, "q/k/v bias"),
+        (switches.qk_norm, "q/k norm"),
+        (switches.tied_head, "tied head"),
+        (config.shift, "shifted logits"),
+    ];
     inside.extend(optional.iter().filter(|(on, _)| *on).map(|(_, name)| *name));
     let inside = inside.join(", ");
     let rows = [

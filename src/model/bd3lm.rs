@@ -82,6 +82,7 @@ pub(crate) fn shared_config(dir: &Path, keys: &Keys, family: Family, attention: 
         mask_id: Some(mask_id),
         bos_id: Some(keys.token("bos_token_id", vocab_size)?.unwrap_or(eos_id)),
         eos_id: Some(eos_id),
+        stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| *id != eos_id),
     })
 }

@@ -10,6 +10,6 @@ use crate::model::llama;
 /// Reads the keys of Qwen2, and MASK.
 pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     let base = llama::config(dir, keys, Family::Qwen2)?;
-    let mask_id = Some(keys.mask_token(dir, base.vocab_size)?);
+    let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
     Ok(ModelConfig { family: Family::Dream, attention: Attention::Full, shift: true, mask_id, ..base })
 }

@@ -8,10 +8,13 @@ use crate::config::{Attention, Family, Keys, ModelConfig};
 use crate::error::Result;
 use crate::model::llama;
 
+/// MASK as the published sampler has it by default; config.json does not name it.
+const MASK_ID: u32 = 151_665;
+
 /// Reads the keys of Qwen2, MASK, and the block length `bd_size` (32 in the published configuration class).
 pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     let base = llama::config(dir, keys, Family::Qwen2)?;
-    let mask_id = Some(keys.mask_token(dir, base.vocab_size)?);
+    let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
     let block_len = keys.optional_size("bd_size", 1 << 24)?.unwrap_or(32);
     Ok(ModelConfig { family: Family::FastDllm, attention: Attention::BlockCausal(block_len), shift: true, mask_id, ..base })
 }

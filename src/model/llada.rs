@@ -98,9 +98,10 @@ pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
         attention: Attention::Full,
         shift: false,
         cond_dim: None,
-        mask_id: Some(keys.mask_token(dir, vocab_size)?),
+        mask_id: Some(keys.mask_token(dir, vocab_size, None)?),
         bos_id: keys.first_token("bos_token_id", vocab_size)?.or(eos_id),
         eos_id,
+        stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
     })
 }

@@ -121,6 +121,7 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
         // Texts of models without a BOS of their own are scored behind an end of text, as their training joined documents.
         bos_id: keys.first_token("bos_token_id", vocab_size)?.or(eos_id),
         eos_id,
+        stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
     })
 }

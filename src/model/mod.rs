@@ -4,7 +4,8 @@
 //! ids -> embed -> [ norm -> qkv -> (q/k norm,) rope + K/V append -> attention -> out (+x) -> norm -> up, activation -> down (+x) ] x N
 //!     -> (deciding rows) -> final norm -> head + decide
 //! ```
-//! A family file (`bd3lm.rs`, `mdlm.rs`, `llama.rs`, `llada.rs`, `dream.rs`, `sdar.rs`, `fast_dllm.rs`) maps config keys and tensor names onto it; what families do differently is
+//! A family file (`bd3lm.rs`, `mdlm.rs`, `llama.rs`, `llada.rs`, `dream.rs`, `sdar.rs`, `fast_dllm.rs`,
+//! `stable_diffcoder.rs`) maps config keys and tensor names onto it; what families do differently is
 //! [`crate::config::Switches`]. adaLN with a constant condition is folded into the weights at load, so the decoder itself knows nothing of it.
 #![forbid(unsafe_code)]
 
@@ -17,6 +18,7 @@ pub mod mdlm;
 mod reader;
 pub mod sdar;
 pub mod shapes;
+pub mod stable_diffcoder;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;

@@ -13,7 +13,7 @@ const BLOCK_LEN: usize = 4;
 /// Reads the keys of Qwen3, MASK, and the block length that derivatives add.
 pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     let base = llama::config(dir, keys, Family::Qwen3)?;
-    let mask_id = Some(keys.mask_token(dir, base.vocab_size)?);
+    let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
     let block_len = keys.optional_size("block_size", 1 << 24)?.unwrap_or(BLOCK_LEN);
     Ok(ModelConfig { family: Family::Sdar, attention: Attention::BlockCausal(block_len), mask_id, ..base })
 }

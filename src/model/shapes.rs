@@ -38,6 +38,7 @@ pub fn config(name: &str) -> Result<ModelConfig> {
         mask_id: Some(vocab_size as u32 - 1),
         bos_id: Some(vocab_size as u32 - 2),
         eos_id: Some(vocab_size as u32 - 2),
+        stop_ids: vec![vocab_size as u32 - 2],
         pad_id: None,
     })
 }
