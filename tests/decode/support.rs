@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use redraft::batcher::Budget;
+use redraft::config::ModelConfig;
 use redraft::model::shapes;
 use redraft::schedule::Defaults;
 use redraft::session::Forwards;
@@ -13,11 +14,16 @@ pub fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bd3lm-adaln")
 }
 
-/// The model that ships: the one directory under `models/`.
+/// The model that ships: the one directory under `models/` that generates; the judge beside it scores.
 pub fn shipped() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
     let entries = std::fs::read_dir(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
-    let dirs: Vec<PathBuf> = entries.map(|e| e.expect("an entry").path()).filter(|p| p.join("config.json").exists()).collect();
+    let generates = |dir: &PathBuf| {
+        let config = ModelConfig::load(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+        config.masking().is_ok()
+    };
+    let dirs = entries.map(|e| e.expect("an entry").path()).filter(|p| p.join("config.json").exists());
+    let dirs: Vec<PathBuf> = dirs.filter(generates).collect();
     assert_eq!(dirs.len(), 1, "one model ships, found {dirs:?}");
     dirs[0].clone()
 }
