@@ -191,7 +191,7 @@ def main():
         if not args.again and same_rows(path, rows, args):
             print(f"{group}: there already", file=sys.stderr)
             continue
-        run(args, rows, path)
+        run(args, group, rows, path)
         print(f"{group}: {len(rows)} rows -> {path}", file=sys.stderr)
 
 
@@ -203,7 +203,7 @@ def same_rows(path, rows, args):
     return [r["name"] for r in found["rows"]] == [r["name"] for r in rows] and found["samples"] == args.samples
 
 
-def run(args, rows, path):
+def run(args, group, rows, path):
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as spec:
         for r in rows:
             spec.write(json.dumps(r) + "\n")
@@ -214,10 +214,12 @@ def run(args, rows, path):
         if args.model:
             command += ["--model", args.model]
         report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-    # Values of single samples: what report.py resamples, at four digits.
+    # Values of single samples where report.py resamples them, at four digits; elsewhere the intervals are enough.
     for r in report["rows"] + ([report["human"]] if report["human"] else []):
-        kept = ("judge_nll", "judge_tokens", "entropy", "distinct_2", "context_gain")
-        r["samples"] = {k: [v if v is None else round(v, 4) for v in r["samples"][k]] for k in kept}
+        found = r.pop("samples")
+        if group == "frontier":
+            kept = ("judge_nll", "judge_tokens", "entropy", "distinct_2")
+            r["samples"] = {k: [v if v is None else round(v, 4) for v in found[k]] for k in kept}
     report["model"], report["judge"] = (os.path.relpath(report[k], ROOT) for k in ("model", "judge"))
     with open(path + ".tmp", "w") as out:
         json.dump(report, out, separators=(",", ":"))

@@ -58,7 +58,7 @@ def paired(row):
         return ["", ""]
     p = row["paired"]
     d = p["judge_nll"]
-    return [f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]", f"{100 * p['improved']['value']:.0f} %"]
+    return [f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]", f"{100 * p['improved']:.0f} %"]
 
 
 def table(heads, lines):
