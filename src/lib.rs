@@ -38,7 +38,7 @@
 //! | room | owns |
 //! |---|---|
 //! | [`error`], [`rng`], [`canvas`], [`pages`], [`plan`] | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
-//! | [`config`], [`weights`], [`tokenizer`] | a checkpoint directory, validated |
+//! | [`config`], [`weights`], [`tokenizer`], [`chat`] | a checkpoint directory, validated |
 //! | [`schedule`], [`policy`] | what a request asks for; which token, which reveals, which remasks |
 //! | [`backend`], [`cpu`], `cuda` | the seam to the machine, the CPU behind it, and the door to CUDA |
 //! | [`model`] | the forward pass and the families |
@@ -64,6 +64,7 @@
 pub mod backend;
 pub mod batcher;
 pub mod canvas;
+pub mod chat;
 pub mod cli;
 pub mod config;
 pub mod cpu;

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 
@@ -11,6 +12,8 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// The same, reading special tokens where they are spelled: for templates, not for what users write.
+    special: OnceLock<tokenizers::Tokenizer>,
     path: PathBuf,
 }
 
@@ -28,7 +31,7 @@ impl Tokenizer {
         {
             return Err(Error::tokenizer(path, format!("token `{token}` has id {id}, the model's vocabulary has {vocab_size}")));
         }
-        Ok(Tokenizer { inner, path: path.to_path_buf() })
+        Ok(Tokenizer { inner, special: OnceLock::new(), path: path.to_path_buf() })
     }
 
     /// Ids of `text`, nothing added.
@@ -36,6 +39,22 @@ impl Tokenizer {
         let encoding =
             self.inner.encode_fast(text, false).map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
         Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Ids of `text` in which spelled special tokens are those tokens; nothing added. Not for text from outside.
+    pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {
+        let special = self.special.get_or_init(|| {
+            let mut special = self.inner.clone();
+            special.set_encode_special_tokens(false);
+            special
+        });
+        let encoding = special.encode_fast(text, false).map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Whether a special token stands spelled out in `text`.
+    pub fn spells_special(&self, text: &str) -> bool {
+        self.inner.get_added_tokens_decoder().values().any(|token| token.special && text.contains(&token.content))
     }
 
     /// Ids of each text, nothing added. Texts are encoded side by side, as many as the machine has cores.

@@ -11,6 +11,7 @@ use super::output::{self, Run};
 use super::watch::Watch;
 use super::{DeviceFlags, Piped, TopPRuleFlag};
 use crate::backend::Backend;
+use crate::chat::{ChatTemplate, Message};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
@@ -39,6 +40,12 @@ pub(super) struct Flags {
     /// `-` reads the prompt from stdin
     #[arg(value_name = "-", value_parser = ["-"])]
     stdin: Option<String>,
+    /// The prompt is a user's message: it goes through the checkpoint's chat template
+    #[arg(long, conflicts_with = "infill")]
+    chat: bool,
+    /// System message in front of it
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
     /// Tokens to generate
     #[arg(long, value_name = "N")]
     length: Option<usize>,
@@ -184,10 +191,28 @@ impl Flags {
             return Ok((Prompt::Infill(segments), len));
         }
         let text = self.prompt_text()?;
-        let fixed = 1 + tokenizer.encode(&text)?.len();
+        let chat = if self.chat { Some(self.conversation(config, tokenizer, &text)?) } else { None };
+        let fixed = match &chat {
+            Some(tokens) => tokens.len(),
+            None => 1 + tokenizer.encode(&text)?.len(),
+        };
         let room = config.model_length.saturating_sub(fixed);
         let length = self.length.unwrap_or(if room == 0 { DEFAULT_LENGTH } else { DEFAULT_LENGTH.min(room) });
-        Ok((Prompt::Text { text, length }, fixed.saturating_add(length)))
+        let prompt = match chat {
+            Some(tokens) => Prompt::Tokens { tokens, length },
+            None => Prompt::Text { text, length },
+        };
+        Ok((prompt, fixed.saturating_add(length)))
+    }
+
+    /// Ids of the chat so far. The template says which special tokens it begins with, so nothing is added.
+    fn conversation(&self, config: &ModelConfig, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+        if text.trim().is_empty() {
+            return Err(Error::request("--chat: expected a message in --prompt, --prompt-file or stdin, found none"));
+        }
+        let system = self.system.iter().map(|content| Message::new("system", content));
+        let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
+        ChatTemplate::load(&config.dir)?.encode(&messages, tokenizer)
     }
 }
 
