@@ -5,6 +5,7 @@
 //! template are special, the same letters inside a message are not.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use minijinja::syntax::SyntaxConfig;
@@ -105,9 +106,9 @@ impl ChatTemplate {
     /// The conversation as text, ending where the assistant's answer begins.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         let env = self.environment()?;
-        let tokens: Value = self.tokens.iter().map(|(name, token)| (name.as_str(), token.as_str())).collect();
+        let tokens: BTreeMap<String, Value> = self.tokens.iter().map(|(name, token)| (name.clone(), token.as_str().into())).collect();
         let turns: Vec<Value> = messages.iter().map(|m| context! { role => m.role.as_str(), content => m.content.as_str() }).collect();
-        let context = context! { messages => turns, add_generation_prompt => true, ..tokens };
+        let context = context! { messages => turns, add_generation_prompt => true, ..Value::from(tokens) };
         env.get_template("chat").and_then(|t| t.render(context)).map_err(|e| self.error("fails", &e))
     }
 
@@ -124,7 +125,8 @@ impl ChatTemplate {
             // Templates may trim what they are given.
             let content = message.content.trim();
             let at = rest.find(content).ok_or_else(|| {
-                let what = "a message spells a special token, and the template changes the message: it cannot be told apart from the template";
+                let what =
+                    "a message spells a special token, and the template changes the message: it cannot be told apart from the template";
                 Error::tokenizer(&self.path, what)
             })?;
             ids.extend(tokenizer.encode_with_special(&rest[..at])?);

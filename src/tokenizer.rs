@@ -48,7 +48,8 @@ impl Tokenizer {
             special.set_encode_special_tokens(false);
             special
         });
-        let encoding = special.encode_fast(text, false).map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
+        let encoding =
+            special.encode_fast(text, false).map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
         Ok(encoding.get_ids().to_vec())
     }
 

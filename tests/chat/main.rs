@@ -57,7 +57,8 @@ fn renders_what_transformers_renders() {
 
 #[test]
 fn a_template_may_stand_in_a_file_or_in_a_list() {
-    let dir = directory(&json!({"chat_template": [{"name": "tools", "template": "no"}, {"name": "default", "template": "list {{ eos_token }}"}],
+    let dir =
+        directory(&json!({"chat_template": [{"name": "tools", "template": "no"}, {"name": "default", "template": "list {{ eos_token }}"}],
                                 "eos_token": "</s>"}));
     assert_eq!(ChatTemplate::load(dir.path()).unwrap().render(&user("x")).unwrap(), "list </s>");
     std::fs::write(dir.path().join("chat_template.jinja"), "file").unwrap();
