@@ -186,6 +186,78 @@ impl Epilogue {
     }
 }
 
+/// Sizes of one layer's experts, each `down(silu(gate x) * up x)`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertShape {
+    /// E.
+    pub num_experts: usize,
+    /// Experts that every row goes through.
+    pub top_k: usize,
+    /// C, the width of a row.
+    pub hidden_dim: usize,
+    /// F, the width between gate and down.
+    pub expert_dim: usize,
+}
+
+/// How a router's logits become choices and weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RouterScore {
+    /// `p = softmax(logits)`; the k largest are chosen and weigh p, or p over the sum of the chosen where `renormalise` says so (Qwen3-MoE,
+    /// arXiv 2505.09388).
+    Softmax { renormalise: bool },
+    /// `s = sigmoid(logits)`; choices are by `s + bias`, within the `top_groups` of `num_groups` groups of neighbouring experts whose two largest
+    /// have the largest sum; a chosen expert weighs `s / (sum of the chosen + 1e-20) * scale`, without the bias (DeepSeek-V3, arXiv 2412.19437, equations
+    /// 12 to 16; Ling 2.0 and LLaDA2).
+    Sigmoid { num_groups: usize, top_groups: usize, scale: f32 },
+}
+
+/// A router: its rule, and where that is [`RouterScore::Sigmoid`] the (E) bias of the choice.
+pub struct Router<'a, V: ?Sized> {
+    pub score: RouterScore,
+    pub bias: Option<&'a V>,
+}
+
+/// Experts of a layer at most: a warp holds the scores of a row.
+pub const MAX_EXPERTS: usize = 1024;
+
+impl ExpertShape {
+    /// What makes a router of these sizes impossible, in words that begin with the offending number.
+    pub fn check(&self, score: RouterScore) -> std::result::Result<(), String> {
+        let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = *self;
+        if !(1..=MAX_EXPERTS).contains(&num_experts) {
+            return Err(format!("{num_experts} experts: expected 1 to {MAX_EXPERTS}"));
+        }
+        if hidden_dim == 0 || expert_dim == 0 {
+            return Err(format!("experts of {hidden_dim} x {expert_dim}: expected sizes above 0"));
+        }
+        let mut choice = num_experts;
+        if let RouterScore::Sigmoid { num_groups, top_groups, .. } = score {
+            if !(1..=32).contains(&num_groups) || !num_experts.is_multiple_of(num_groups) {
+                return Err(format!("{num_groups} groups: expected 1 to 32 of equal size, of {num_experts} experts"));
+            }
+            let size = num_experts / num_groups;
+            if num_groups > 1 && size < 2 {
+                return Err(format!("{num_groups} groups of one expert: a group counts by its two best"));
+            }
+            if !(1..=num_groups).contains(&top_groups) {
+                return Err(format!("{top_groups} groups kept: expected 1 to {num_groups}"));
+            }
+            choice = top_groups * size;
+        }
+        if !(1..=choice).contains(&top_k) {
+            return Err(format!("{top_k} experts for each row: expected 1 to {choice}"));
+        }
+        Ok(())
+    }
+}
+
+/// One expert of a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Choice {
+    pub expert: u32,
+    pub weight: f32,
+}
+
 /// Which published nucleus rule applies (design section 3; did-bd3lm B.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TopPRule {
@@ -321,6 +393,10 @@ pub trait Backend {
     type Rows;
     /// A run in progress, where this backend decides steps by itself.
     type Run;
+    /// Packed weights of one shape, one for each expert.
+    type Stack;
+    /// The experts of every row, in the order of the experts, and room for the rows on their way through them.
+    type Routes;
 
     /// Device name for reports, e.g. `cpu (avx512-bf16, 2 threads)`.
     fn name(&self) -> String;
@@ -339,6 +415,10 @@ pub trait Backend {
     fn vector(&self, src: &[f32]) -> Result<Self::Vector>;
     /// Packs an (n, k) row-major weight for `linear`, reading it a panel of rows at a time so that no second full copy exists.
     fn matrix(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Self::Matrix>;
+    /// Packs `num` weights of (n, k) for `experts`; row r of `source` is row `r % n` of weight `r / n`.
+    fn stack(&self, num: usize, n: usize, k: usize, source: &mut RowSource) -> Result<Self::Stack>;
+    /// Room for the routes of up to `rows` rows through experts of this shape.
+    fn routes(&self, rows: usize, shape: ExpertShape) -> Result<Self::Routes>;
     /// Stores an (n, k) table for `embed` in the weight dtype, row-major.
     fn table(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Self::Matrix>;
     /// Pages filled with NaN: a slot that is read before it is written poisons the result instead of looking plausible.
@@ -368,6 +448,22 @@ pub trait Backend {
         weight: &Self::Matrix,
         bias: Option<&Self::Vector>,
         epilogue: Epilogue,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// The experts of each row from the router's `logits (rows, E)`, f32: k of them by the rule of `router`, ties to the lower expert, kept in
+    /// ascending order. A NaN logit ranks below every number.
+    fn route(&self, rows: usize, logits: &Self::Buffer, router: &Router<Self::Vector>, routes: &mut Self::Routes) -> Result<()>;
+    /// What the last `route` chose, (rows, k). Waits.
+    fn choices(&self, routes: &Self::Routes) -> Result<Vec<Choice>>;
+    /// `out (rows, C) += sum over the row's experts e, ascending, of weight_e * down_e(silu(gate_e x) * up_e x)` for the rows of the last `route`:
+    /// `up` is E x (2F, C) with gate and up of a column in neighbouring rows, `down` E x (C, F). Products as in `linear`, over the rows of an expert
+    /// together; the sum starts from zero and is added to `out` at its end. A row's result does not depend on who shares its experts.
+    fn experts(
+        &self,
+        routes: &mut Self::Routes,
+        x: &Self::Buffer,
+        up: &Self::Stack,
+        down: &Self::Stack,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// Norms the heads of q and k of each fused QKV row where the rotation says so, rotates q (in place) and k by the row's position (half-split

@@ -190,6 +190,37 @@ pub fn linear(machine: &Machine, rows: usize, x: &[f32], weight: &Packed, bias: 
     });
 }
 
+/// The products of several weights of one shape, each with rows of its own: rows `bounds[g]..bounds[g + 1]` of x and `out` belong to `weights[g]`. One
+/// job for all of them, so that small groups keep every thread busy. A row's result is that of [`linear`].
+pub fn grouped(machine: &Machine, bounds: &[usize], x: &[f32], weights: &[Packed], epilogue: Epilogue, out: &mut [f32]) {
+    let (Some(&rows), Some(&Packed { n, k, steps, dtype, .. })) = (bounds.last(), weights.first()) else { return };
+    if rows == 0 {
+        return;
+    }
+    let mut scratch = machine.words();
+    let x = words_of(machine, dtype, rows, k, x, &mut scratch);
+    let panels = n.div_ceil(PANEL);
+    let pool = machine.pool_for(rows * panels * PANEL * steps);
+    // Groups that outgrow L2 are cut as a product alone would be.
+    let tallest = (X_WORDS / part_of(steps)).clamp(1, 96);
+    let mut row_bounds = vec![0];
+    for group in bounds.windows(2).filter(|group| group[0] < group[1]) {
+        let (first, height) = (group[0], group[1] - group[0]);
+        let cuts = height.div_ceil(tallest);
+        row_bounds.extend((1..=cuts).map(|i| first + i * height / cuts));
+    }
+    let tasks = if pool.threads() > 1 { (8 * pool.threads()).div_ceil(row_bounds.len() - 1) } else { 1 };
+    let panels_at_once = match panels.div_ceil(tasks.min(panels)) {
+        1 => 1,
+        several => several.next_multiple_of(2),
+    };
+    let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * PANEL));
+    pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
+        let weight = &weights[bounds.partition_point(|bound| *bound <= tile.rows.start) - 1];
+        machine.isa.run(Panels { product: Product { x, weight, bias: None, epilogue }, tile });
+    });
+}
+
 /// Row bounds and panels of a task. Rows are cut where x outgrows L2, or where the panels are too few for the threads (every
 /// cut reads the panels again). Panels are cut so that the threads end together, into tasks worth half a microsecond at least.
 fn divide(threads: usize, rows: usize, panels: usize, steps: usize) -> (Vec<usize>, usize) {

@@ -8,6 +8,7 @@
 mod attention;
 mod decide;
 mod embed;
+mod experts;
 mod kv;
 mod linear;
 mod memory;
@@ -16,6 +17,7 @@ pub mod oracle;
 #[allow(unsafe_code)]
 pub mod pool;
 mod rope;
+mod route;
 #[allow(unsafe_code)]
 pub mod simd;
 
@@ -24,7 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::backend::{
-    Activation, Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, Norm, Rotation, RowSource, RunSpec, StepDecisions,
+    Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, Rotation, Router, RowSource,
+    RunSpec, StepDecisions,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -172,6 +175,12 @@ pub struct KvCache(kv::KvCache);
 /// A plan whose arrays were checked against each other.
 pub struct Batch(Plan);
 
+/// Packed weights of a layer's experts.
+pub struct Stack(experts::Stack);
+
+/// The experts of some rows.
+pub struct Routes(route::Routes);
+
 /// There is no run: every decision is the host's.
 pub enum NoRun {}
 
@@ -198,6 +207,8 @@ impl Backend for Cpu {
     type Batch = Batch;
     type Rows = Vec<u32>;
     type Run = NoRun;
+    type Stack = Stack;
+    type Routes = Routes;
 
     fn name(&self) -> String {
         let threads = self.machine.pool.threads();
@@ -242,6 +253,15 @@ impl Backend for Cpu {
     fn table(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
         assert!(n > 0 && k > 0, "a table of {n} x {k}");
         Ok(Matrix(Weight::Table(embed::Table::new(self.dtype, n, k, source)?)))
+    }
+
+    fn stack(&self, num: usize, n: usize, k: usize, source: &mut RowSource) -> Result<Stack> {
+        assert!(num > 0 && n > 0 && k > 0, "{num} weights of {n} x {k}");
+        Ok(Stack(experts::Stack::new(&self.machine, self.dtype, num, n, k, source)?))
+    }
+
+    fn routes(&self, _rows: usize, shape: ExpertShape) -> Result<Routes> {
+        Ok(Routes(route::Routes::new(shape)))
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
@@ -315,6 +335,32 @@ impl Backend for Cpu {
         assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(|b| b.len()));
         assert!(epilogue != Epilogue::SwiGlu || n % 2 == 0, "gate and up in pairs of {n} rows");
         linear::linear(&self.machine, rows, &x.0, weight, bias.map(|b| &b[..]), epilogue, &mut out.0);
+        Ok(())
+    }
+
+    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Aligned<f32>>, routes: &mut Routes) -> Result<()> {
+        let shape = routes.0.shape;
+        shape.check(router.score).unwrap_or_else(|what| panic!("{what}"));
+        let bias = router.bias.map(|bias| &bias[..]);
+        assert!(bias.is_none_or(|b| b.len() == shape.num_experts), "bias of {:?} for {shape:?}", bias.map(<[f32]>::len));
+        assert!(logits.0.len() >= rows * shape.num_experts, "logits of {} for {rows} rows of {shape:?}", logits.0.len());
+        route::route(&self.machine, rows, &logits.0, &Router { score: router.score, bias }, &mut routes.0);
+        Ok(())
+    }
+
+    fn choices(&self, routes: &Routes) -> Result<Vec<Choice>> {
+        Ok(routes.0.choices.clone())
+    }
+
+    fn experts(&self, routes: &mut Routes, x: &Buffer, up: &Stack, down: &Stack, out: &mut Buffer) -> Result<()> {
+        let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = routes.0.shape;
+        for (stack, n, k) in [(up, 2 * expert_dim, hidden_dim), (down, hidden_dim, expert_dim)] {
+            let fits = stack.0.0.len() == num_experts && stack.0.0.iter().all(|weight| (weight.n, weight.k) == (n, k));
+            assert!(fits, "weights for {:?}", routes.0.shape);
+        }
+        let len = routes.0.choices.len() / top_k * hidden_dim;
+        assert!(x.0.len().min(out.0.len()) >= len, "x of {}, out of {} for {len} elements", x.0.len(), out.0.len());
+        experts::experts(&self.machine, &mut routes.0, &x.0, &up.0, &down.0, &mut out.0);
         Ok(())
     }
 

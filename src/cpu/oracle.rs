@@ -4,7 +4,7 @@
 //! Slices in, slices or vectors out; shapes are those of `Backend`. The oracle of `decide` is [`crate::policy::decide_row`].
 #![forbid(unsafe_code)]
 
-use crate::backend::{DType, Epilogue, HeadNorm, HeadShape, Norm, NormKind, Rope, Rotation};
+use crate::backend::{DType, Epilogue, ExpertShape, HeadNorm, HeadShape, Norm, NormKind, Rope, Rotation, Router, RouterScore};
 use crate::plan::Plan;
 
 /// The value that `dtype` stores for `x`: bf16 rounds to nearest even.
@@ -60,6 +60,68 @@ pub fn linear(dtype: DType, x: &[f32], weight: &[f32], k: usize, bias: Option<&[
                 Epilogue::SwiGlu if i % 2 == 0 => gate = value,
                 Epilogue::SwiGlu => result.push(gate / (1.0 + (-gate).exp()) * value),
             }
+        }
+    }
+    result
+}
+
+/// The experts of each row of `logits (T, E)` with their weights, (T, k), experts ascending.
+pub fn route(shape: ExpertShape, router: &Router<[f32]>, logits: &[f32]) -> Vec<(u32, f64)> {
+    let ExpertShape { num_experts, top_k, .. } = shape;
+    let mut out = Vec::new();
+    for row in logits.chunks_exact(num_experts) {
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let scores: Vec<f64> = match router.score {
+            RouterScore::Softmax { .. } => row.iter().map(|&l| (f64::from(l) - f64::from(max)).exp()).collect(),
+            RouterScore::Sigmoid { .. } => row.iter().map(|&l| 1.0 / (1.0 + (-f64::from(l)).exp())).collect(),
+        };
+        let keys: Vec<f64> = match router.score {
+            RouterScore::Softmax { .. } => row.iter().map(|&l| f64::from(l)).collect(),
+            RouterScore::Sigmoid { .. } => {
+                scores.iter().enumerate().map(|(e, s)| s + router.bias.map_or(0.0, |bias| f64::from(bias[e]))).collect()
+            }
+        };
+        // The largest first, of equal ones the lower index.
+        let ranked = |keys: &[f64]| {
+            let mut order: Vec<usize> = (0..keys.len()).collect();
+            order.sort_by(|&a, &b| keys[b].total_cmp(&keys[a]).then(a.cmp(&b)));
+            order
+        };
+        let mut order = ranked(&keys);
+        if let RouterScore::Sigmoid { num_groups, top_groups, .. } = router.score
+            && num_groups > 1
+        {
+            let size = num_experts / num_groups;
+            let two_best = |group: &[f64]| ranked(group).iter().take(2).map(|&e| group[e]).sum();
+            let groups: Vec<f64> = keys.chunks_exact(size).map(two_best).collect();
+            let kept = &ranked(&groups)[..top_groups];
+            order.retain(|e| kept.contains(&(e / size)));
+        }
+        let mut chosen = order[..top_k].to_vec();
+        chosen.sort_unstable();
+        let all: f64 = scores.iter().sum();
+        let sum: f64 = chosen.iter().map(|&e| scores[e]).sum();
+        out.extend(chosen.iter().map(|&e| match router.score {
+            RouterScore::Softmax { renormalise: true } => (e as u32, scores[e] / sum),
+            RouterScore::Softmax { renormalise: false } => (e as u32, scores[e] / all),
+            RouterScore::Sigmoid { scale, .. } => (e as u32, scores[e] / (sum + 1e-20) * f64::from(scale)),
+        }));
+    }
+    out
+}
+
+/// `out (T, C)` plus what the chosen experts (T, k) make of `x (T, C)`; `up` (E, 2F, C), gate and up in turn, `down` (E, C, F), as `dtype` stores
+/// them, and so are the F values between the two.
+pub fn experts(dtype: DType, shape: ExpertShape, choices: &[(u32, f64)], x: &[f32], up: &[f32], down: &[f32], out: &[f32]) -> Vec<f64> {
+    let ExpertShape { top_k, hidden_dim: c, expert_dim: f, .. } = shape;
+    let mut result: Vec<f64> = out.iter().map(|&v| f64::from(v)).collect();
+    for ((row, result), choices) in x.chunks_exact(c).zip(result.chunks_exact_mut(c)).zip(choices.chunks_exact(top_k)) {
+        for &(expert, weight) in choices {
+            let expert = expert as usize;
+            let inner = linear(dtype, row, &up[expert * 2 * f * c..][..2 * f * c], c, None, Epilogue::SwiGlu, &[]);
+            let inner: Vec<f32> = inner.iter().map(|&v| v as f32).collect();
+            let outer = linear(dtype, &inner, &down[expert * c * f..][..c * f], f, None, Epilogue::Store, &[]);
+            result.iter_mut().zip(outer).for_each(|(result, value)| *result += weight * value);
         }
     }
     result

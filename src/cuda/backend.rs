@@ -17,6 +17,7 @@ use super::attention::{self, Attention, Regime};
 use super::decide::{self, Decide};
 use super::driver::{Address, Driver, Graph};
 use super::embed::{self, Embed};
+use super::experts::Routes;
 use super::gather::{self, Gather};
 use super::linear::{self, Linear};
 use super::machine::{Machine, Memory};
@@ -24,7 +25,8 @@ use super::norm;
 use super::rope_append::{self, HeadNorm, RopeAppend};
 use super::run::{Current, Run};
 use crate::backend::{
-    Activation, Backend, DType, Decision, Draw, Epilogue, HeadShape, KvShape, Norm, Rotation, RowSource, RunSpec, StepDecisions,
+    Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, Rotation, Router, RowSource,
+    RunSpec, StepDecisions,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -322,6 +324,9 @@ impl Backend for Cuda {
     type Batch = Batch;
     type Rows = Rows;
     type Run = Run;
+    /// The weights of all experts, one below the other.
+    type Stack = Matrix;
+    type Routes = Routes;
 
     fn name(&self) -> String {
         self.machine.driver.name() + &self.machine.products.describe()
@@ -384,6 +389,14 @@ impl Backend for Cuda {
 
     fn table(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
         self.upload_matrix(n, k, source)
+    }
+
+    fn stack(&self, num: usize, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+        self.upload_matrix(num * n, k, source)
+    }
+
+    fn routes(&self, rows: usize, shape: ExpertShape) -> Result<Routes> {
+        Routes::new(&self.machine, self.dtype, rows, shape)
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
@@ -521,6 +534,27 @@ impl Backend for Cuda {
             out_dtype: out.dtype,
         };
         linear::linear(&self.machine, &op)
+    }
+
+    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Vector>, routes: &mut Routes) -> Result<()> {
+        let num_experts = routes.places.shape.num_experts;
+        assert!(logits.dtype == DType::F32 && logits.len >= rows * num_experts, "logits of {} for {rows} rows", logits.len);
+        assert!(router.bias.is_none_or(|b| b.len == num_experts), "bias for {num_experts} experts");
+        routes.route(&self.machine, rows, logits.address, router.score, router.bias.map(Vector::address))
+    }
+
+    fn choices(&self, routes: &Routes) -> Result<Vec<Choice>> {
+        routes.choices(&self.machine)
+    }
+
+    fn experts(&self, routes: &mut Routes, x: &Buffer, up: &Matrix, down: &Matrix, out: &mut Buffer) -> Result<()> {
+        let ExpertShape { num_experts, hidden_dim, expert_dim, .. } = routes.places.shape;
+        let fits = |weight: &Matrix, n: usize, k: usize| (weight.n, weight.k) == (num_experts * n, k);
+        assert!(fits(up, 2 * expert_dim, hidden_dim) && fits(down, hidden_dim, expert_dim), "weights for {:?}", routes.places.shape);
+        let len = routes.places.rows as usize * hidden_dim;
+        assert!(out.dtype == DType::F32 && x.len.min(out.len) >= len, "x of {}, out of {} for {len} elements", x.len, out.len);
+        let (up, down) = (up.memory.address(), down.memory.address());
+        routes.places.experts(&self.machine, x.address, x.dtype, up, down, out.address)
     }
 
     fn rope_append(

@@ -9,7 +9,7 @@ use super::compile::{EntryUse, compiler};
 use super::driver::Build;
 use super::replay::Replay;
 use super::replays::REPLAYS;
-use super::{ask, attention, decide, embed, gather, linear, norm, remask, reveal, rope_append};
+use super::{ask, attention, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route};
 use crate::error::Result;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -57,12 +57,14 @@ pub fn builds() -> Vec<Build> {
         attention::builds(),
         decide::builds(),
         embed::builds(),
+        experts::builds(),
         gather::builds(),
         linear::builds(),
         norm::builds(),
         remask::builds(),
         reveal::builds(),
         rope_append::builds(),
+        route::builds(),
     ]
     .concat()
 }
@@ -183,16 +185,19 @@ const SHARED_BYTES: u32 = 99 << 10;
 
 /// The most registers that entries of these names may use, where fewer than a whole multiprocessor's share are part of the design. The
 /// longest matching name counts.
-const REGISTER_BUDGETS: [(&str, u32); 9] = [
+const REGISTER_BUDGETS: [(&str, u32); 12] = [
     ("ask", 40),
     ("decide_draw", 128),
     ("decide_nucleus", 64),
     ("embed", 40),
+    ("experts_combine", 40),
     ("gather", 32),
     ("norm", 64),
     ("remask", 48),
     ("reveal", 48),
     ("rope_append", 40),
+    ("route_choose", 72),
+    ("route", 40),
 ];
 
 /// The most registers that a thread of `entry` may use: its budget, else what lets one CTA run.
@@ -286,12 +291,15 @@ mod tests {
                 "decide_nucleus",
                 "decide_tiles",
                 "embed",
+                "experts",
+                "experts_combine",
                 "gather",
                 "linear",
                 "norm",
                 "remask",
                 "reveal",
-                "rope_append"
+                "rope_append",
+                "route"
             ]
         );
         for kernel in &list {

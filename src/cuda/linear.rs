@@ -39,10 +39,10 @@ params! {
 
 /// One build: the part of the output that a CTA computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tile {
-    rows: u32,
-    cols: u32,
-    threads: u32,
+pub(super) struct Tile {
+    pub(super) rows: u32,
+    pub(super) cols: u32,
+    pub(super) threads: u32,
     /// Warps side by side along the columns.
     col_warps: u32,
     stages: u32,
@@ -52,7 +52,7 @@ struct Tile {
 
 /// By rows. The first three stream the weight: a CTA has most of a segment in flight (8 x 32: 20 of 20 KiB and 6 CTAs, so that 132
 /// multiprocessors ask for 16 MB at once). The last fills 96 of the 99 KiB that every machine has.
-const TILES: [Tile; 5] = [
+pub(super) const TILES: [Tile; 5] = [
     Tile { rows: 8, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 6 },
     Tile { rows: 16, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 5 },
     Tile { rows: 32, cols: 64, threads: 128, col_warps: 4, stages: 4, resident: 4 },
@@ -62,11 +62,11 @@ const TILES: [Tile; 5] = [
 
 impl Tile {
     /// A stage is 128 bytes of K for every row of both operands.
-    fn shared_bytes(&self) -> u32 {
+    pub(super) fn shared_bytes(&self) -> u32 {
         self.stages * (self.rows + self.cols) * 128
     }
 
-    fn build(&self) -> Build {
+    pub(super) fn build(&self) -> Build {
         let defines = vec![
             ("THREADS", self.threads),
             ("TILE_ROWS", self.rows),

@@ -5,6 +5,7 @@ use super::ask::{self, Ask, SessionStep, SessionSummary};
 use super::attention::{self, Attention, Regime};
 use super::decide::{self, Decide, DecisionRecord, DrawRecord};
 use super::embed::{self, Embed};
+use super::experts::{self, Places};
 use super::gather::{self, Gather};
 use super::linear::{self, Linear};
 use super::norm::{self, Norm};
@@ -12,7 +13,8 @@ use super::remask::{self, RemaskParams, state};
 use super::replay::{Inputs, Key, Op, Replay, Shape};
 use super::reveal::{self, RevealParams};
 use super::rope_append::{self, RopeAppend};
-use crate::backend::{DType, Epilogue, HeadShape, NormKind, Reveal, Rope};
+use super::route;
+use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Reveal, Rope, RouterScore};
 use crate::error::{Error, Result};
 use crate::schedule::Rank;
 
@@ -45,6 +47,11 @@ pub static REPLAYS: &[Replay] = &[
         prepare: decide,
     },
     Replay { name: "embed", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("vocab", 50_258, 100)], prepare: embed },
+    Replay {
+        name: "experts",
+        keys: &[key("rows", 64, 5), key("experts", 256, 6), key("top_k", 8, 2), key("hidden", 2048, 40), key("inner", 512, 24)],
+        prepare: experts,
+    },
     Replay { name: "gather", keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
     Replay { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
     Replay { name: "norm", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)], prepare: norm },
@@ -54,6 +61,7 @@ pub static REPLAYS: &[Replay] = &[
         keys: &[key("rows", 1024, 5), key("heads", 32, 4), key("kv_heads", 8, 2), key("head_dim", 128, 32)],
         prepare: rope_append,
     },
+    Replay { name: "route", keys: &[key("rows", 1024, 5), key("experts", 256, 6), key("top_k", 8, 2)], prepare: route },
     Replay { name: "reveal", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: reveal },
 ];
 
@@ -224,6 +232,84 @@ fn embed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let op = Embed { rows, width, vocab, dtype, ids, index: None, table, out };
     let bytes = count(rows, width) * (dtype.bytes() as u64 + 4);
     Ok(Op::new(bytes, move |machine| embed::embed(machine, &op)).result(out, count(rows, width), DType::F32))
+}
+
+/// Sizes, and the space of a routing of all rows. The keys of `route` name no widths.
+fn places(inputs: &Inputs, shape: &Shape, hidden_dim: u32, expert_dim: u32) -> Result<Places> {
+    let (rows, num_experts, top_k) = (shape.get("rows"), shape.get("experts"), shape.get("top_k"));
+    let sizes = ExpertShape {
+        num_experts: num_experts as usize,
+        top_k: top_k as usize,
+        hidden_dim: hidden_dim as usize,
+        expert_dim: expert_dim as usize,
+    };
+    sizes.check(RouterScore::Softmax { renormalise: true }).map_err(|what| Error::request(format!("--shape: {what}")))?;
+    let (count, dtype) = (small_count(rows, top_k)?, shape.dtype);
+    let tiles = route::max_tiles(sizes, rows, experts::tile_rows(sizes, rows));
+    let words = |len: u32| inputs.space(len, 1, DType::F32);
+    Ok(Places {
+        dtype,
+        shape: sizes,
+        rows,
+        expert: words(count)?,
+        weight: words(count)?,
+        count: words(num_experts)?,
+        token: words(count)?,
+        place: words(count)?,
+        tiles: inputs.space(tiles, 4, DType::F32)?,
+        num_tiles: words(1)?,
+        input: inputs.space(count, hidden_dim, dtype)?,
+        inner: inputs.space(count, expert_dim, dtype)?,
+        output: inputs.space(count, hidden_dim, DType::F32)?,
+    })
+}
+
+/// Softmax scores; the widths are of no consequence.
+fn route(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let places = places(inputs, shape, 1, 1)?;
+    let (rows, num_experts) = (places.rows, shape.get("experts"));
+    let logits = inputs.noise(rows, num_experts, DType::F32)?;
+    let chosen = count(rows, shape.get("top_k"));
+    let launch = move |machine: &_| places.route(machine, logits, RouterScore::Softmax { renormalise: true }, None);
+    Ok(Op::new(4 * count(rows, num_experts) + 16 * chosen, launch).result(places.weight, chosen, DType::F32))
+}
+
+/// Every row through neighbouring experts from a random one on: gather, both products, the sum.
+fn experts(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (c, f, dtype) = (shape.get("hidden"), shape.get("inner"), shape.dtype);
+    let (rows, num_experts, top_k) = (shape.get("rows"), shape.get("experts"), shape.get("top_k"));
+    let space = places(inputs, shape, c, f)?;
+    let mut rows_of = vec![Vec::new(); num_experts as usize];
+    for row in 0..rows {
+        let first = inputs.next() % num_experts;
+        (0..top_k).for_each(|j| rows_of[((first + j) % num_experts) as usize].push(row));
+    }
+    let tile_rows = experts::tile_rows(space.shape, rows);
+    let (mut tiles, mut token, mut place) = (Vec::new(), Vec::new(), vec![Vec::new(); rows as usize]);
+    for (expert, rows) in rows_of.iter().enumerate() {
+        for tile in rows.chunks(tile_rows as usize) {
+            tiles.push([expert as u32, token.len() as u32, tile.len() as u32, 0]);
+            for row in tile {
+                place[*row as usize].push(token.len() as u32);
+                token.push(*row);
+            }
+        }
+    }
+    let places = Places {
+        weight: inputs.noise(rows, top_k, DType::F32)?,
+        num_tiles: inputs.records(&[tiles.len() as u32])?,
+        tiles: inputs.records(&tiles)?,
+        token: inputs.records(&token)?,
+        place: inputs.records(&place.concat())?,
+        ..space
+    };
+    let used = rows_of.iter().filter(|rows| !rows.is_empty()).count() as u64;
+    let weights = |n: u32, k: u32| inputs.noise(num_experts * n, k, dtype);
+    let (up, down) = (weights(2 * f, c)?, weights(c, f)?);
+    let (x, out) = (inputs.noise(rows, c, dtype)?, inputs.space(rows, c, DType::F32)?);
+    let bytes = 3 * used * count(c, f) * dtype.bytes() as u64 + count(rows, c) * (dtype.bytes() as u64 + 8);
+    let launch = move |machine: &_| places.experts(machine, x, dtype, up, down, out);
+    Ok(Op::new(bytes, launch).flop(6 * count(rows, top_k) * count(c, f)))
 }
 
 fn gather(inputs: &Inputs, shape: &Shape) -> Result<Op> {

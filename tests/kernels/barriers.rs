@@ -4,7 +4,7 @@ use redraft::cuda::machine::Machine;
 use redraft::cuda::{Edit, headers, kernels};
 
 use crate::emulator::{edited_machines, on_all_cores};
-use crate::{ask, attention, decide, linear, norm, reveal};
+use crate::{ask, attention, decide, experts, linear, norm, reveal};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
@@ -16,6 +16,7 @@ const USERS: &[(&str, &[Check])] = &[
     ("decide_draw.cu", &[decide::the_law]),
     ("decide_nucleus.cu", &[decide::edges_of_nuclei, decide::walks]),
     ("decide_tiles.cu", &[decide::the_law]),
+    ("experts.cu", &[experts::holds]),
     ("gemm.cuh", &[linear::holds]),
     ("linear.cu", &[linear::holds]),
     ("select.cuh", &[reveal::holds, decide::edges_of_nuclei, decide::walks]),

@@ -4,7 +4,7 @@ use redraft::cuda::Edit;
 use redraft::cuda::machine::Machine;
 
 use crate::emulator::{edited_machines, on_all_cores};
-use crate::{ask, attention, decide, embed, gather, linear, norm, remask, reveal, rng, rope_append};
+use crate::{ask, attention, decide, embed, experts, gather, linear, norm, remask, reveal, rng, rope_append, route};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
@@ -257,6 +257,28 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         attention::holds,
         ("attention.cu", "__syncthreads();  // nobody reads the values of the tile before", ""),
     ),
+    (
+        "a tile finished before all of it is laid out",
+        experts::holds,
+        ("experts.cu", "lay_out<Tile>(total, tile);\n    __syncthreads();", "lay_out<Tile>(total, tile);"),
+    ),
+    ("tiles beyond the list", experts::holds, ("experts.cu", "if (index >= *p.num_tiles) return;", "")),
+    ("rows of the next expert", experts::holds, ("experts.cu", "if (row >= count || col >= p.n) continue;", "if (col >= p.n) continue;")),
+    ("everyone through the first expert", experts::holds, ("experts.cu", "(u64)of.x * p.n * p.k", "(u64)0")),
+    ("up before gate", experts::holds, ("experts.cu", "silu(v.x) * v.y", "silu(v.y) * v.x")),
+    ("a sum that starts from the residual", experts::holds, ("experts_combine.cu", "out[i] += sum;", "out[i] = sum;")),
+    ("ties to the higher expert", route::holds, ("route.cu", "b.key == a.key && b.id < a.id", "b.key == a.key && b.id > a.id")),
+    ("an expert chosen twice", route::holds, ("route.cu", "            open &= ~(1u << (best.id / 32));\n", "")),
+    ("a group counts by its best alone", route::holds, ("route.cu", "sum = first + second;", "sum = first;")),
+    ("weights with the bias in them", route::holds, ("route.cu", "float weight = scores[s];", "float weight = keys[s];")),
+    ("groups that do not matter", route::holds, ("route.cu", "open &= ~(1u << s);", "")),
+    ("places that begin with the expert's own", route::holds, ("route.cu", "lower < expert; lower += 32", "lower <= expert; lower += 32")),
+    (
+        "a ragged tile as high as the others",
+        route::holds,
+        ("route.cu", "count - first < p.tile_rows ? count - first : p.tile_rows", "p.tile_rows"),
+    ),
+    ("choices written by rank of the lane alone", route::holds, ("route.cu", "        before += __popc(lanes);\n", "")),
     ("rotation the wrong way round", rope_append::holds, ("rope_append.cu", "-__fmul_rn(b, sine[i])", "__fmul_rn(b, sine[i])")),
     (
         "padding that is written",

@@ -5,6 +5,7 @@ use redraft::cuda::ask::{AskParams, SessionStep, SessionSummary};
 use redraft::cuda::attention::AttentionParams;
 use redraft::cuda::decide::{DecideDrawParams, DecideNucleusParams, DecideTilesParams, DecisionRecord, DrawRecord};
 use redraft::cuda::embed::EmbedParams;
+use redraft::cuda::experts::{ExpertsCombineParams, ExpertsParams};
 use redraft::cuda::gather::GatherParams;
 use redraft::cuda::kernels;
 use redraft::cuda::linear::LinearParams;
@@ -13,6 +14,7 @@ use redraft::cuda::params::Params;
 use redraft::cuda::remask::RemaskParams;
 use redraft::cuda::reveal::RevealParams;
 use redraft::cuda::rope_append::RopeAppendParams;
+use redraft::cuda::route::RouteParams;
 
 /// What each side says about one struct.
 fn twin<P: Params>(name: &'static str) -> (&'static str, Vec<String>) {
@@ -31,12 +33,15 @@ fn both_sides_state_the_same_layout() {
         twin::<DecisionRecord>("DecisionRecord"),
         twin::<DrawRecord>("DrawRecord"),
         twin::<EmbedParams>("EmbedParams"),
+        twin::<ExpertsCombineParams>("ExpertsCombineParams"),
+        twin::<ExpertsParams>("ExpertsParams"),
         twin::<GatherParams>("GatherParams"),
         twin::<LinearParams>("LinearParams"),
         twin::<NormParams>("NormParams"),
         twin::<RemaskParams>("RemaskParams"),
         twin::<RopeAppendParams>("RopeAppendParams"),
         twin::<RevealParams>("RevealParams"),
+        twin::<RouteParams>("RouteParams"),
         twin::<SessionStep>("SessionStep"),
         twin::<SessionSummary>("SessionSummary"),
     ];

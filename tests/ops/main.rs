@@ -4,10 +4,12 @@
 mod attention;
 mod decide;
 mod embed;
+mod experts;
 mod linear;
 mod norm;
 mod pool;
 mod rope;
+mod route;
 mod simd;
 
 use redraft::backend::{Backend, DType, HeadShape};

@@ -1,0 +1,47 @@
+//! Rows through their experts: one grouped product for each projection, over the rows in the order of the experts.
+#![forbid(unsafe_code)]
+
+use crate::backend::{DType, Epilogue, ExpertShape, RowSource};
+use crate::cpu::Machine;
+use crate::cpu::linear::{self, Packed};
+use crate::cpu::route::Routes;
+use crate::cpu::simd::LANES;
+use crate::error::Result;
+
+/// `num` weights of (n, k), packed each for itself: a panel never spans two experts.
+pub struct Stack(pub Vec<Packed>);
+
+impl Stack {
+    pub fn new(machine: &Machine, dtype: DType, num: usize, n: usize, k: usize, source: &mut RowSource) -> Result<Stack> {
+        let pack = |i: usize| Packed::new(machine, dtype, n, k, &mut |first, dst| source(i * n + first, dst));
+        (0..num).map(pack).collect::<Result<_>>().map(Stack)
+    }
+}
+
+/// See [`crate::backend::Backend::experts`]. `x` and `out` hold the rows of the routes.
+pub fn experts(machine: &Machine, routes: &mut Routes, x: &[f32], up: &Stack, down: &Stack, out: &mut [f32]) {
+    let Routes { shape, choices, bounds, places, tokens, input, inner, output } = routes;
+    let ExpertShape { top_k, hidden_dim: c, expert_dim: f, .. } = *shape;
+    if choices.is_empty() {
+        return;
+    }
+    let input = input.reserve(places.len() * c);
+    machine.pool_for(places.len() * c).chunks(input, c, &|place, row| row.copy_from_slice(&x[tokens[place] * c..][..c]));
+    let inner = inner.reserve(places.len() * f);
+    linear::grouped(machine, bounds, input, &up.0, Epilogue::SwiGlu, inner);
+    let output = output.reserve(places.len() * c);
+    linear::grouped(machine, bounds, inner, &down.0, Epilogue::Store, output);
+    let output = &*output;
+    let out = &mut out[..choices.len() / top_k * c];
+    machine.pool_for(places.len() * c).chunks(out, c, &|row, out| {
+        let (choices, places) = (&choices[row * top_k..][..top_k], &places[row * top_k..][..top_k]);
+        for (i, out) in out.chunks_mut(LANES).enumerate() {
+            let mut sums = [0.0f32; LANES];
+            for (choice, place) in choices.iter().zip(places) {
+                let values = &output[place * c + i * LANES..][..out.len()];
+                sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += choice.weight * value);
+            }
+            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+        }
+    });
+}

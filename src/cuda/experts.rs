@@ -1,0 +1,278 @@
+//! Launchers of `experts` and `experts_combine`: the products of all experts as one launch, and their sum for each row; and [`Routes`], what
+//! the backend keeps of a routing between them.
+#![forbid(unsafe_code)]
+
+use bytemuck::cast_slice_mut;
+
+use super::driver::{Address, Build, Launch};
+use super::gather::{self, Gather};
+use super::linear::{TILES, Tile};
+use super::machine::{Machine, Memory};
+use super::params::params;
+use super::route::{self, Route};
+use crate::backend::{Choice, DType, ExpertShape, RouterScore};
+use crate::error::Result;
+
+params! {
+    /// `experts`: entries `experts_f32` and `experts_bf16` by the type of x and weight.
+    ExpertsParams, 56 bytes {
+        /// (places, k) f32 or bf16.
+        x: u64 = 0,
+        /// (experts, n, k), the same type.
+        weight: u64 = 8,
+        /// (places, n), or (places, n / 2) under SwiGLU; f32 or bf16.
+        out: u64 = 16,
+        /// Four words of each tile: expert, first place, places, 0.
+        tiles: u64 = 24,
+        /// One u32.
+        num_tiles: u64 = 32,
+        n: u32 = 40,
+        k: u32 = 44,
+        /// 0 or 1.
+        swiglu: u32 = 48,
+        /// 0 or 1.
+        out_bf16: u32 = 52,
+    }
+}
+
+params! {
+    /// `experts_combine`.
+    ExpertsCombineParams, 48 bytes {
+        /// (rows * top_k, width) f32.
+        y: u64 = 0,
+        /// (rows, top_k) u32.
+        place: u64 = 8,
+        /// (rows, top_k) f32.
+        weight: u64 = 16,
+        /// (rows, width) f32.
+        out: u64 = 24,
+        rows: u32 = 32,
+        width: u32 = 36,
+        top_k: u32 = 40,
+        /// 0 or 1.
+        vectors: u32 = 44,
+    }
+}
+
+const COMBINE_THREADS: u32 = 256;
+
+/// Of [`TILES`]: 8, 32, 64 and 128 rows.
+const GROUPED: [usize; 4] = [0, 2, 3, 4];
+
+fn build(tile: &Tile) -> Build {
+    Build { stem: "experts", ..tile.build() }
+}
+
+fn combine_build() -> Build {
+    Build { stem: "experts_combine", defines: vec![("THREADS", COMBINE_THREADS)] }
+}
+
+/// The builds of these kernels.
+pub(super) fn builds() -> Vec<Build> {
+    GROUPED.iter().map(|i| build(&TILES[*i])).chain([combine_build()]).collect()
+}
+
+/// Rows of the tiles that there are.
+pub fn every_tile_rows() -> [u32; 4] {
+    GROUPED.map(|i| TILES[i].rows)
+}
+
+fn tile_of(tile_rows: u32) -> &'static Tile {
+    let found = GROUPED.iter().map(|i| &TILES[*i]).find(|tile| tile.rows == tile_rows);
+    found.unwrap_or_else(|| panic!("no tile of {tile_rows} rows"))
+}
+
+/// Rows of a tile for `rows` rows: the smallest that holds twice an expert's share, since routing is uneven and a second tile reads the weight
+/// again; the largest where none does. No choice changes a bit of the result.
+pub(super) fn tile_rows(shape: ExpertShape, rows: u32) -> u32 {
+    let share = (rows as usize * shape.top_k).div_ceil(shape.num_experts) as u32;
+    let all = every_tile_rows();
+    all.into_iter().find(|tile| 2 * share <= *tile).unwrap_or(all[3])
+}
+
+/// `out (places, n) <- x (places, k) weight (experts, n, k)^T`, each place by the weight of its expert.
+pub struct Grouped {
+    pub n: u32,
+    pub k: u32,
+    /// Of x and weight.
+    pub dtype: DType,
+    pub x: Address,
+    pub weight: Address,
+    /// `out (places, n / 2)` is `silu(v[2 j]) v[2 j + 1]`.
+    pub swiglu: bool,
+    pub out: Address,
+    pub out_dtype: DType,
+    pub tiles: Address,
+    pub num_tiles: Address,
+    /// Tiles that there can be.
+    pub max_tiles: u32,
+    /// One of [`every_tile_rows`].
+    pub tile_rows: u32,
+}
+
+pub fn grouped(machine: &Machine, op: &Grouped) -> Result<()> {
+    let Grouped { n, k, dtype, x, weight, swiglu, out, out_dtype, tiles, num_tiles, max_tiles, tile_rows } = *op;
+    assert!(k > 0 && (!swiglu || n % 2 == 0), "experts of {n} x {k}, gate and up in pairs");
+    let tile = tile_of(tile_rows);
+    let ctas = u64::from(max_tiles) * u64::from(n.div_ceil(tile.cols));
+    let ctas = u32::try_from(ctas).unwrap_or_else(|_| panic!("{max_tiles} tiles of {n} columns: more than a grid holds"));
+    let params =
+        ExpertsParams { x, weight, out, tiles, num_tiles, n, k, swiglu: u32::from(swiglu), out_bf16: u32::from(out_dtype == DType::Bf16) };
+    let entry = match dtype {
+        DType::F32 => "experts_f32",
+        DType::Bf16 => "experts_bf16",
+    };
+    machine.launch(build(tile), entry, Launch { grid: [ctas, 1, 1], block: tile.threads, shared_bytes: tile.shared_bytes() }, &params)
+}
+
+/// `out (rows, width) += sum over j of weight[t, j] y[place[t, j], :]`.
+pub struct Combine {
+    pub rows: u32,
+    pub width: u32,
+    pub top_k: u32,
+    pub y: Address,
+    pub place: Address,
+    pub weight: Address,
+    pub out: Address,
+}
+
+pub fn combine(machine: &Machine, op: &Combine) -> Result<()> {
+    let Combine { rows, width, top_k, y, place, weight, out } = *op;
+    let vectors = u32::from(width % 4 == 0 && y % 16 == 0 && out % 16 == 0);
+    let quads = u64::from(rows) * u64::from(width.div_ceil(4));
+    assert!(quads <= u64::from(u32::MAX - COMBINE_THREADS), "{rows} rows of {width}: more elements than any machine holds");
+    let launch = Launch::line((quads as u32).div_ceil(COMBINE_THREADS), COMBINE_THREADS);
+    machine.launch(combine_build(), "experts_combine", launch, &ExpertsCombineParams { y, place, weight, out, rows, width, top_k, vectors })
+}
+
+/// Where a routing lies, and room for its rows between the products.
+#[derive(Clone, Copy)]
+pub(super) struct Places {
+    /// Of the weights, and so of what enters a product.
+    pub dtype: DType,
+    pub shape: ExpertShape,
+    pub rows: u32,
+    /// (rows, k) u32 and f32.
+    pub expert: Address,
+    pub weight: Address,
+    /// (E) u32.
+    pub count: Address,
+    /// (places) u32.
+    pub token: Address,
+    /// (rows, k) u32.
+    pub place: Address,
+    pub tiles: Address,
+    pub num_tiles: Address,
+    /// (places, C) in the weight dtype.
+    pub input: Address,
+    /// (places, F), the same.
+    pub inner: Address,
+    /// (places, C) f32.
+    pub output: Address,
+}
+
+impl Places {
+    /// One after the other from `base` on, for `rows` rows; and the bytes that takes.
+    fn at(base: Address, dtype: DType, rows: usize, shape: ExpertShape) -> (Places, usize) {
+        let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = shape;
+        let places = rows * top_k;
+        assert!(places <= u32::MAX as usize, "{rows} rows of {shape:?}");
+        // Of all tile heights the lowest makes most tiles.
+        let tiles = route::max_tiles(shape, rows as u32, every_tile_rows()[0]) as usize;
+        let mut bytes = 0;
+        let mut take = |len: usize| {
+            bytes += len.next_multiple_of(256);
+            base + (bytes - len.next_multiple_of(256)) as u64
+        };
+        let places = Places {
+            dtype,
+            shape,
+            rows: rows as u32,
+            expert: take(4 * places),
+            weight: take(4 * places),
+            count: take(4 * num_experts),
+            token: take(4 * places),
+            place: take(4 * places),
+            tiles: take(16 * tiles),
+            num_tiles: take(4),
+            input: take(places * hidden_dim * dtype.bytes()),
+            inner: take(places * expert_dim * dtype.bytes()),
+            output: take(4 * places * hidden_dim),
+        };
+        (places, bytes)
+    }
+
+    /// See [`crate::backend::Backend::route`].
+    pub fn route(&self, machine: &Machine, logits: Address, score: RouterScore, bias: Option<Address>) -> Result<()> {
+        let Places { shape, rows, expert, weight, count, token, place, tiles, num_tiles, .. } = *self;
+        let tile_rows = tile_rows(shape, rows);
+        route::route(machine, &Route { shape, score, rows, tile_rows, logits, bias, expert, weight, count, token, place, tiles, num_tiles })
+    }
+
+    /// See [`crate::backend::Backend::experts`]; `x` is f32 or in the weight dtype.
+    pub fn experts(&self, machine: &Machine, x: Address, x_dtype: DType, up: Address, down: Address, out: Address) -> Result<()> {
+        let Places { dtype, shape, rows, weight, token, place, tiles, num_tiles, input, inner, output, .. } = *self;
+        let [top_k, c, f] = [shape.top_k, shape.hidden_dim, shape.expert_dim].map(|size| size as u32);
+        let gather = Gather { count: rows * top_k, width: c, rows: Some(token), x, x_dtype, out: input, out_dtype: dtype };
+        gather::gather(machine, &gather)?;
+        let tile_rows = tile_rows(shape, rows);
+        let max_tiles = route::max_tiles(shape, rows, tile_rows);
+        let product = |n: u32, k: u32, x: Address, weight: Address, swiglu: bool, out: Address, out_dtype: DType| {
+            grouped(machine, &Grouped { n, k, dtype, x, weight, swiglu, out, out_dtype, tiles, num_tiles, max_tiles, tile_rows })
+        };
+        product(2 * f, c, input, up, true, inner, dtype)?;
+        product(c, f, inner, down, false, output, DType::F32)?;
+        combine(machine, &Combine { rows, width: c, top_k, y: output, place, weight, out })
+    }
+}
+
+/// The choices of the last routing, and room for its rows between the products. Everything lies where it lay before, as recorded graphs need it.
+pub struct Routes {
+    capacity: usize,
+    _memory: Memory,
+    /// `rows` of the last routing.
+    pub(super) places: Places,
+}
+
+impl Routes {
+    /// Room for `rows` rows.
+    pub(super) fn new(machine: &Machine, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routes> {
+        let memory = machine.memory(Places::at(0, dtype, rows, shape).1)?;
+        let (places, _) = Places::at(memory.address(), dtype, rows, shape);
+        Ok(Routes { capacity: rows, _memory: memory, places: Places { rows: 0, ..places } })
+    }
+
+    pub(super) fn route(
+        &mut self,
+        machine: &Machine,
+        rows: usize,
+        logits: Address,
+        score: RouterScore,
+        bias: Option<Address>,
+    ) -> Result<()> {
+        assert!(rows <= self.capacity, "{rows} rows where there is room for {}", self.capacity);
+        self.places.rows = rows as u32;
+        self.places.route(machine, logits, score, bias)
+    }
+
+    pub(super) fn choices(&self, machine: &Machine) -> Result<Vec<Choice>> {
+        let len = self.places.rows as usize * self.places.shape.top_k;
+        let (mut experts, mut weights) = (vec![0u32; len], vec![0.0f32; len]);
+        machine.driver.read(self.places.expert, cast_slice_mut(&mut experts))?;
+        machine.driver.read(self.places.weight, cast_slice_mut(&mut weights))?;
+        Ok(experts.into_iter().zip(weights).map(|(expert, weight)| Choice { expert, weight }).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_grow_with_the_share_of_an_expert() {
+        let shape = ExpertShape { num_experts: 256, top_k: 8, hidden_dim: 2048, expert_dim: 512 };
+        for (rows, tile) in [(1, 8), (32, 8), (128, 8), (129, 32), (512, 32), (1024, 64), (1025, 128), (100_000, 128)] {
+            assert_eq!(tile_rows(shape, rows), tile, "{rows} rows");
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! `experts` obeys the law of its sums bit by bit, whatever the tile and however many rows share an expert; `experts_combine` adds in the order
+//! of the experts.
+
+use half::bf16;
+use redraft::backend::DType;
+use redraft::cpu::oracle;
+use redraft::cuda::driver::Address;
+use redraft::cuda::experts::{Combine, Grouped, combine, every_tile_rows, grouped};
+use redraft::cuda::machine::Machine;
+
+use crate::emulator::{Array, machines, noise, same_bits, words};
+
+/// Numbers on the machine in either type.
+enum Operand<'m> {
+    F32(Array<'m, f32>),
+    Bf16(Array<'m, bf16>),
+}
+
+impl<'m> Operand<'m> {
+    fn new(machine: &'m Machine, dtype: DType, values: &[f32], skew: usize) -> Self {
+        match dtype {
+            DType::F32 => Operand::F32(Array::skewed(machine, values, skew)),
+            DType::Bf16 => Operand::Bf16(Array::skewed(machine, &values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>(), skew)),
+        }
+    }
+
+    fn address(&self) -> Address {
+        match self {
+            Operand::F32(array) => array.address(),
+            Operand::Bf16(array) => array.address(),
+        }
+    }
+
+    fn read(&self) -> Result<Vec<f32>, String> {
+        Ok(match self {
+            Operand::F32(array) => array.read()?,
+            Operand::Bf16(array) => array.read()?.into_iter().map(bf16::to_f32).collect(),
+        })
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    /// Rows of each expert.
+    counts: &'static [usize],
+    n: usize,
+    k: usize,
+    dtype: DType,
+    swiglu: bool,
+    out_dtype: DType,
+}
+
+impl Case {
+    fn width(&self) -> usize {
+        if self.swiglu { self.n / 2 } else { self.n }
+    }
+
+    fn run(&self, machine: &Machine, x: &[f32], weight: &[f32], tile_rows: u32, skew: usize) -> Result<Vec<f32>, String> {
+        let Case { counts, n, k, dtype, swiglu, out_dtype } = *self;
+        let (mut tiles, mut first) = (Vec::new(), 0);
+        for (expert, count) in counts.iter().enumerate() {
+            for at in (0..*count).step_by(tile_rows as usize) {
+                tiles.push([expert as u32, (first + at) as u32, tile_rows.min((count - at) as u32), 0]);
+            }
+            first += count;
+        }
+        let num_tiles = Array::new(machine, &[tiles.len() as u32]);
+        // Room for more tiles, whose experts and places do not exist.
+        tiles.resize(tiles.len() + 2, [u32::MAX; 4]);
+        let tiles_at = Array::new(machine, tiles.as_flattened());
+        let x = Operand::new(machine, dtype, x, skew);
+        let weight = Operand::new(machine, dtype, weight, skew);
+        let out = Operand::new(machine, out_dtype, &vec![f32::NAN; first * self.width()], skew);
+        let op = Grouped {
+            n: n as u32,
+            k: k as u32,
+            dtype,
+            x: x.address(),
+            weight: weight.address(),
+            swiglu,
+            out: out.address(),
+            out_dtype,
+            tiles: tiles_at.address(),
+            num_tiles: num_tiles.address(),
+            max_tiles: tiles.len() as u32,
+            tile_rows,
+        };
+        words(grouped(machine, &op))?;
+        out.read()
+    }
+
+    fn holds(&self, machine: &Machine) -> Result<(), String> {
+        let Case { counts, n, k, dtype, swiglu, out_dtype } = *self;
+        let stored = |values: Vec<f32>| values.into_iter().map(|v| oracle::stored(dtype, v)).collect::<Vec<f32>>();
+        let rows: usize = counts.iter().sum();
+        let (x, weight) = (stored(noise(1, rows * k)), stored(noise(2, counts.len() * n * k)));
+        let expert_of: Vec<usize> = counts.iter().enumerate().flat_map(|(e, count)| std::iter::repeat_n(e, *count)).collect();
+        // The law of `gemm.cuh` word by word. (A GPU's tensor core may add the 16 products of a step in an order of its own.)
+        let mut law = Vec::new();
+        for (x, expert) in x.chunks_exact(k).zip(&expert_of) {
+            let sums = weight[expert * n * k..][..n * k].chunks_exact(k).map(|w| {
+                let segments = x.chunks(256).zip(w.chunks(256));
+                let sums = segments.map(|(x, w)| x.iter().zip(w).fold(0.0f32, |sum, (x, w)| w.mul_add(*x, sum)));
+                sums.fold(0.0f32, |total, sum| total + sum)
+            });
+            law.extend(sums);
+        }
+        let first = self.run(machine, &x, &weight, every_tile_rows()[0], 0)?;
+        if swiglu || out_dtype == DType::Bf16 {
+            let exact = law.chunks_exact(if swiglu { 2 } else { 1 }).map(|v| match v {
+                [gate, up] => gate / (1.0 + (-gate).exp()) * up,
+                value => value[0],
+            });
+            for (i, (found, exact)) in first.iter().zip(exact).enumerate() {
+                let step = if out_dtype == DType::Bf16 { 1.0 / 256.0 } else { 1e-6 };
+                let error = (found - exact).abs();
+                if error.is_nan() || error > step * exact.abs() + 1e-6 {
+                    return Err(format!("{self:?}: element {i} is {found}, expected {exact}"));
+                }
+            }
+        } else {
+            same_bits(&law, &first, &format!("{self:?} by the law"))?;
+        }
+        for tile_rows in every_tile_rows() {
+            for skew in [0, 1] {
+                let again = self.run(machine, &x, &weight, tile_rows, skew)?;
+                same_bits(&first, &again, &format!("{self:?} in tiles of {tile_rows}, skew {skew}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn sums(machine: &Machine) -> Result<(), String> {
+    for (rows, width, top_k, skew) in [(1, 1, 1, 0), (3, 66, 2, 0), (5, 132, 4, 0), (5, 132, 4, 1), (2, 1030, 8, 0)] {
+        let places = rows * top_k;
+        let (y, weight, before) = (noise(1, places * width), noise(2, places), noise(3, rows * width));
+        // Places all over, each once.
+        let place: Vec<u32> = (0..places).map(|i| ((i * 5 + 3) % places) as u32).collect();
+        let distinct: std::collections::BTreeSet<u32> = place.iter().copied().collect();
+        assert!(distinct.len() == places || places % 5 == 0);
+        let (y_at, place_at, weight_at) = (Array::new(machine, &y), Array::new(machine, &place), Array::new(machine, &weight));
+        let out = Array::skewed(machine, &before, skew);
+        let op = Combine {
+            rows: rows as u32,
+            width: width as u32,
+            top_k: top_k as u32,
+            y: y_at.address(),
+            place: place_at.address(),
+            weight: weight_at.address(),
+            out: out.address(),
+        };
+        words(combine(machine, &op))?;
+        let expected: Vec<f32> = (0..rows * width)
+            .map(|i| {
+                let (row, col) = (i / width, i % width);
+                let sum = (row * top_k..(row + 1) * top_k)
+                    .fold(0.0f32, |sum, choice| weight[choice].mul_add(y[place[choice] as usize * width + col], sum));
+                before[i] + sum
+            })
+            .collect();
+        same_bits(&expected, &out.read()?, &format!("{rows} x {width}, {top_k} experts, skew {skew}"))?;
+    }
+    Ok(())
+}
+
+pub fn holds(machine: &Machine) -> Result<(), String> {
+    use DType::{Bf16, F32};
+    for (counts, n, k, dtype, swiglu, out_dtype) in [
+        (&[1][..], 2, 1, F32, true, F32),
+        (&[3, 0, 9], 34, 33, Bf16, false, F32),
+        (&[0, 2, 17, 0, 1], 70, 64, Bf16, true, Bf16),
+        (&[5, 8], 35, 264, F32, false, F32),
+        (&[2, 33], 12, 600, Bf16, false, F32),
+        (&[4, 1], 20, 72, F32, true, Bf16),
+    ] {
+        Case { counts, n, k, dtype, swiglu, out_dtype }.holds(machine)?;
+    }
+    sums(machine)
+}
+
+#[test]
+fn an_expert_has_one_result_for_a_row() {
+    machines().iter().for_each(|machine| holds(machine).unwrap());
+}
