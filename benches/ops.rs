@@ -8,7 +8,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use redraft::backend::{Backend, DType, Draw, Epilogue, HeadShape, KvShape, Norm, NormKind, Rotation, TopPRule};
+use redraft::backend::{
+    Backend, DType, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, NormKind, Rotation, Router, RouterScore, TopPRule,
+};
 use redraft::cpu::simd::{Isa, Kernel, Simd};
 use redraft::cpu::{Buffer, Cpu, oracle};
 use redraft::plan::{Plan, Visibility};
@@ -181,6 +183,50 @@ fn attention(c: &mut Criterion) {
     group.finish();
 }
 
+/// A layer of 64 experts of which every row takes 8, and the router before it.
+fn experts(c: &mut Criterion) {
+    let mut group = c.benchmark_group("experts");
+    let shape = ExpertShape { num_experts: 64, top_k: 8, hidden_dim: 768, expert_dim: 256 };
+    let ExpertShape { num_experts, top_k, hidden_dim: width, expert_dim: inner } = shape;
+    let router = RouterScore::Softmax { renormalise: true };
+    for cpu in cpus() {
+        let weights: Vec<f32> = noise(num_experts * 2 * inner * width, 7).iter().map(|w| w * 0.1).collect();
+        let stack = |n: usize, k: usize| {
+            cpu.stack(num_experts, n, k, &mut |first, dst| {
+                dst.copy_from_slice(&weights[first * k..][..dst.len()]);
+                Ok(())
+            })
+        };
+        let (up, down) = (stack(2 * inner, width).expect("memory"), stack(width, inner).expect("memory"));
+        for rows in [1, 4, 32, 128, 1024] {
+            let (host, scores) = (noise(rows * width, 8), noise(rows * num_experts, 9));
+            let (x, logits) = (Buffer::from(&host[..]), Buffer::from(&scores[..]));
+            let mut out = cpu.alloc(rows * width).expect("memory");
+            let mut routes = cpu.routes(rows, shape).expect("memory");
+            let by = Router { score: router, bias: None };
+            cpu.route(rows, &logits, &by, &mut routes).expect("routes");
+            cpu.experts(&mut routes, &x, &up, &down, &mut out).expect("experts");
+            let chosen = oracle::route(shape, &Router { score: router, bias: None }, &scores[..num_experts]);
+            let zeros = vec![0.0; width];
+            let want =
+                oracle::experts(cpu.dtype(), shape, &chosen, &host[..width], &weights, &weights[..num_experts * width * inner], &zeros);
+            let mut got = vec![0.0; width];
+            cpu.download(&out, 0, &mut got).expect("download");
+            assert!(got.iter().zip(&want).all(|(g, w)| (f64::from(*g) - w).abs() < 1e-2), "{rows} rows");
+
+            group.throughput(Throughput::Elements(rows as u64));
+            group.bench_function(id(&cpu, format!("route-{rows}x{num_experts}of{top_k}")), |b| {
+                b.iter(|| cpu.route(rows, &logits, &by, &mut routes).expect("routes"));
+            });
+            group.throughput(Throughput::Elements((6 * rows * top_k * width * inner) as u64));
+            group.bench_function(id(&cpu, format!("{rows}x{num_experts}of{top_k}x{width}x{inner}")), |b| {
+                b.iter(|| cpu.experts(&mut routes, &x, &up, &down, &mut out).expect("experts"));
+            });
+        }
+    }
+    group.finish();
+}
+
 fn norm(c: &mut Criterion) {
     let mut group = c.benchmark_group("norm");
     let cpu = &cpus()[1];
@@ -248,5 +294,5 @@ fn config() -> Criterion {
         .without_plots()
 }
 
-criterion_group! { name = ops; config = config(); targets = linear, attention, norm, decide }
+criterion_group! { name = ops; config = config(); targets = linear, attention, experts, norm, decide }
 criterion_main!(ops);
