@@ -271,7 +271,7 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     ("an expert chosen twice", route::holds, ("route.cu", "            open &= ~(1u << (best.id / 32));\n", "")),
     ("a group counts by its best alone", route::holds, ("route.cu", "sum = first + second;", "sum = first;")),
     ("weights with the bias in them", route::holds, ("route.cu", "float weight = scores[s];", "float weight = keys[s];")),
-    ("groups that do not matter", route::holds, ("route.cu", "open &= ~(1u << s);", "")),
+    ("groups that do not matter", route::holds, ("route.cu", "open &= ~(1u << s);", ";")),
     ("places that begin with the expert's own", route::holds, ("route.cu", "lower < expert; lower += 32", "lower <= expert; lower += 32")),
     (
         "a ragged tile as high as the others",
