@@ -72,6 +72,11 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// Whether every id is the same token in both.
+    pub fn same_vocabulary(&self, other: &Tokenizer) -> bool {
+        self.inner.get_vocab(true) == other.inner.get_vocab(true)
+    }
+
     /// Text of `ids`, special tokens left out. Ids without a token give nothing.
     pub fn decode(&self, ids: &[u32]) -> String {
         self.inner.decode(ids, true).unwrap_or_default()

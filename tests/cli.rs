@@ -455,6 +455,112 @@ fn an_autoregressive_checkpoint_scores_text() {
     }
 }
 
+/// The shipped model judges its own samples here, left to right; a judge of its own kind goes the same way.
+#[test]
+fn samples_are_scored_as_ids_behind_their_prompt() {
+    let work = Work::new();
+    let common = ["--length", "40", "--seed", "5", "--format", "jsonl", "--preset", "draft"];
+    let written = work.run(&[&["generate", "--prompt", "One day a dog", "--samples", "3"], &common[..]].concat()).ok();
+    let file = work.write("samples.jsonl", &written);
+    let lines: Vec<Value> = written.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let score = |file: &str, more: &[&str]| work.run(&[&["score", "--samples", file, "--format", "json"], more].concat()).json();
+    let found = score(&file, &[]);
+    assert_eq!(found.len(), 4, "three samples and all of them together");
+    let number = |object: &Value, key: &str| object[key].as_f64().unwrap_or_else(|| panic!("{key} of {object}"));
+    let list =
+        |object: &Value| -> Vec<f64> { object["nll"].as_array().expect("nll").iter().map(|v| v.as_f64().expect("a number")).collect() };
+    let mut all = Vec::new();
+    for (line, found) in lines.iter().zip(&found) {
+        assert_eq!((&found["sample"], &found["seed"], &found["read_as"]), (&line["sample"], &line["seed"], &"ids".into()));
+        let nll = list(found);
+        assert_eq!((nll.len(), number(found, "num_tokens")), (ids(&line["tokens"]).len(), nll.len() as f64));
+        let mean = nll.iter().sum::<f64>() / nll.len() as f64;
+        assert!((number(found, "mean_nll") - mean).abs() < 1e-12 && (number(found, "perplexity") / mean.exp() - 1.0).abs() < 1e-12);
+        // The same tokens as a text of their own: what the prompt's tokens cost is left out, the rest is the same to the last bit.
+        let prompt = &line["prompt"];
+        assert_eq!(
+            (ids(&prompt["tokens"]).len() as u64, prompt["text"].as_str()),
+            (line["prompt_tokens"].as_u64().expect("a count"), Some("One day a dog"))
+        );
+        if line["finish"] == "length" {
+            let whole = work
+                .feed(&["score", "--format", "json"], &format!("One day a dog{}", line["text"].as_str().expect("text")))
+                .json()
+                .remove(0);
+            let skip = ids(&prompt["tokens"]).len() - 1;
+            if ids(&whole["tokens"])[skip..] == ids(&line["tokens"])[..] {
+                assert_eq!(list(&whole)[skip..], nll[..]);
+            }
+        }
+        all.extend(nll);
+    }
+    let total = &found[3];
+    let mean = all.iter().sum::<f64>() / all.len() as f64;
+    assert!((number(total, "mean_nll") - mean).abs() < 1e-12 && (number(total, "perplexity") / mean.exp() - 1.0).abs() < 1e-12);
+    let means = found[..3].iter().map(|f| number(f, "perplexity")).sum::<f64>() / 3.0;
+    assert!((number(total, "mean_perplexity") / means - 1.0).abs() < 1e-12);
+    assert_eq!((&total["samples"], &total["read_as_ids"], number(total, "num_tokens")), (&3.into(), &3.into(), all.len() as f64));
+    // One alone is one of many.
+    let one = work.write("one.jsonl", written.lines().nth(1).expect("three lines"));
+    assert_eq!(score(&one, &[])[0], found[1]);
+    let table = work.run(&["score", "--samples", &file]).ok();
+    assert!(table.contains("ids scored as they are") && table.lines().count() == 6, "{table}");
+
+    // A judge with other ids reads the text, and so does one that cannot find the generator. Windows: 63 tokens and a BOS.
+    let judge = fixture("qwen2");
+    let encoded = score(&file, &["--model", &judge]);
+    let moved = written.replace("redraft-stories", "nowhere-stories");
+    let moved = score(&work.write("moved.jsonl", &moved), &["--model", &judge]);
+    for (i, (encoded, moved)) in encoded.iter().zip(&moved).enumerate() {
+        assert_eq!(encoded, moved);
+        if let Some(line) = lines.get(i) {
+            assert_eq!(encoded["read_as"], "text");
+            // Letters outside of its alphabet are dropped by this tokenizer.
+            assert!(
+                number(encoded, "num_tokens") > 63.0 && line["text"].as_str().expect("text").len() as f64 >= number(encoded, "num_tokens")
+            );
+        }
+    }
+    assert_eq!(encoded[3]["read_as_ids"], 0);
+    assert!(work.run(&["score", "--samples", &file, "--model", &judge]).ok().contains("texts encoded again"));
+}
+
+/// Infilled samples count what was generated, wherever it stands; `bench --quality --save` writes the same kind of lines.
+#[test]
+fn infilled_and_saved_samples_are_scored_too() {
+    let work = Work::new();
+    let infilled = work.run(&["generate", "--infill", "The [____:4] sat on the [____:3].", "--seed", "3", "--format", "jsonl"]).ok();
+    let line: Value = serde_json::from_str(infilled.trim()).expect("JSON");
+    let (canvas, tokens) = (ids(&line["canvas"]), ids(&line["tokens"]));
+    let positions: Vec<usize> = ids(&line["positions"]).into_iter().map(|p| p as usize).collect();
+    assert_eq!(positions.iter().map(|p| canvas[*p]).collect::<Vec<_>>(), tokens);
+    let found = work.feed(&["score", "--samples", "-", "--format", "json"], &infilled).json();
+    assert_eq!((&found[0]["num_tokens"], &found[1]["num_tokens"]), (&7.into(), &7.into()));
+    work.feed(&["score", "--samples", "-", "--model", &fixture("qwen2")], &infilled).fails(2, &["line 1", "infilled", "vocabulary"]);
+    let saved = json_line(&[("row", "\"a\"".into()), ("tokens", "[5, 9, 300]".into())]);
+    work.feed(&["score", "--samples", "-"], &saved).fails(2, &["line 1", "`text`", "vocabulary"]);
+    let dir = repository().join("models/redraft-stories-7m").display().to_string();
+    let saved = json_line(&[("row", "\"a\"".into()), ("model", format!("{dir:?}")), ("tokens", "[5, 9, 300]".into())]);
+    assert_eq!(work.feed(&["score", "--samples", "-", "--format", "json"], &saved).json()[0]["row"], "a");
+    let outside = json_line(&[("model", format!("{dir:?}")), ("tokens", "[5, 9, 300000]".into())]);
+    work.feed(&["score", "--samples", "-"], &(saved.clone() + &outside)).fails(2, &["line 2", "300000", "vocabulary"]);
+    for (text, words) in
+        [("", ["no samples", "-"]), ("{}\n", ["line 1", "tokens"]), ("\n[1]\n", ["line 2", "generate"]), ("x", ["line 1", "jsonl"])]
+    {
+        work.feed(&["score", "--samples", "-"], text).fails(2, &words);
+    }
+    let nothing = json_line(&[("model", format!("{dir:?}")), ("tokens", "[]".into())]);
+    work.feed(&["score", "--samples", "-"], &nothing).fails(2, &["no generated token"]);
+    let half = work.feed(&["score", "--samples", "-", "--format", "json"], &(nothing + &saved)).json();
+    assert_eq!((&half[0]["mean_nll"], &half[0]["num_tokens"], &half[2]["num_tokens"]), (&Value::Null, &0.into(), &3.into()));
+    work.run(&["score", "--samples", "x.jsonl", "--file", "y"]).fails(2, &["--samples", "--file"]);
+}
+
+fn json_line(entries: &[(&str, String)]) -> String {
+    let body: Vec<String> = entries.iter().map(|(key, value)| format!("{key:?}: {value}")).collect();
+    format!("{{{}}}\n", body.join(", "))
+}
+
 #[test]
 fn a_judge_without_any_first_token_says_so() {
     let work = Work::new();

@@ -11,6 +11,7 @@ mod kernels;
 mod model;
 mod output;
 mod quality;
+mod samples;
 mod score;
 mod watch;
 

@@ -46,24 +46,28 @@ struct Json<'a> {
     sample: u32,
     schedule: Vec<String>,
     prompt_tokens: usize,
+    /// What stands before the first generated token.
+    prompt: Part<'a>,
     tokens: &'a [u32],
     text: String,
     finish: &'a str,
-    draft: Draft<'a>,
+    draft: Part<'a>,
     confidence: &'a [f32],
     revealed_at: &'a [(u8, u32)],
     stages: Vec<Stage<'a>>,
     timings: Timings,
     tokens_per_s: f64,
-    /// Infilling: positions of the generated tokens, and the whole text.
+    /// Infilling: positions of the generated tokens, the whole sequence, and its text.
     #[serde(skip_serializing_if = "Option::is_none")]
     positions: Option<&'a [usize]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    canvas: Option<&'a [u32]>,
     #[serde(skip_serializing_if = "Option::is_none")]
     filled: Option<String>,
 }
 
 #[derive(Serialize)]
-struct Draft<'a> {
+struct Part<'a> {
     tokens: &'a [u32],
     text: String,
 }
@@ -118,6 +122,7 @@ fn round_ms(ms: f64) -> f64 {
 
 /// The contract's object, on one line.
 pub(super) fn json(output: &Output, run: &Run, tokenizer: &Tokenizer, infill: bool) -> String {
+    let prompt = &output.canvas[..output.prompt_tokens];
     let object = Json {
         model: &run.models[0],
         models: (run.models.len() > 1).then_some(&run.models),
@@ -127,10 +132,11 @@ pub(super) fn json(output: &Output, run: &Run, tokenizer: &Tokenizer, infill: bo
         sample: output.sample,
         schedule: run.schedule.stages.iter().map(ToString::to_string).collect(),
         prompt_tokens: output.prompt_tokens,
+        prompt: Part { tokens: prompt, text: tokenizer.decode(prompt) },
         tokens: &output.tokens,
         text: run.text(tokenizer, &output.tokens),
         finish: output.finish.name(),
-        draft: Draft { tokens: &output.draft, text: run.text(tokenizer, &output.draft) },
+        draft: Part { tokens: &output.draft, text: run.text(tokenizer, &output.draft) },
         confidence: &output.confidence,
         revealed_at: &output.revealed_at,
         stages: output
@@ -162,6 +168,7 @@ pub(super) fn json(output: &Output, run: &Run, tokenizer: &Tokenizer, infill: bo
         },
         tokens_per_s: (output.tokens_per_s() * 10.0).round() / 10.0,
         positions: infill.then_some(&output.positions),
+        canvas: infill.then_some(&output.canvas),
         filled: infill.then(|| tokenizer.decode(&output.canvas)),
     };
     serde_json::to_string(&object).expect("plain data") + "\n"

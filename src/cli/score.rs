@@ -5,12 +5,15 @@
 //! a decoding order it can follow: left to right, each token revealed in turn under block-causal visibility of the chosen
 //! block length, exactly as `unmask=left:1` would generate it. Both are proper likelihoods; their values differ.
 
-use std::path::PathBuf;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::model::{Format, native};
+use super::samples::{self, ReadAs};
 use super::{DeviceFlags, Progress};
 use crate::backend::Backend;
 use crate::config::{Attention, ModelConfig};
@@ -19,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::plan::Visibility;
 use crate::request::{Prompt, Request};
 use crate::schedule::{Defaults, Schedule};
+use crate::tokenizer::Tokenizer;
 
 /// Windows handed to the engine together, so that progress shows; how many share a forward is its own choice.
 const AT_ONCE: usize = 64;
@@ -31,6 +35,9 @@ pub(super) struct Flags {
     /// Text to score, - for stdin
     #[arg(long, value_name = "FILE", default_value = "-")]
     file: PathBuf,
+    /// Score what `generate --format jsonl` or `bench --quality --save` wrote instead, - for stdin: generated tokens, with the prompt as context
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with = "file")]
+    samples: Option<PathBuf>,
     /// causal (block length 1), block:N, or full (left to right with everything after the token masked but present) [default: as trained]
     #[arg(long, value_name = "causal|block:N|full", value_parser = parse_visibility)]
     visibility: Option<Visibility>,
@@ -63,37 +70,121 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     }
     config.first_id()?;
     let tokenizer = flags.device.tokenizer(&config)?;
+    // Windows stand side by side, each behind a BOS of its own: nothing is scored twice, and a window's first tokens have little context.
+    let judge = Judge { dir, window: config.model_length.max(2) - 1, config, visibility, tokenizer };
+    let text = match &flags.samples {
+        Some(path) => samples(path, &judge, &flags)?,
+        None => text(&judge, &flags)?,
+    };
+    super::print(&text)?;
+    Ok(())
+}
+
+/// Who scores, and how.
+struct Judge {
+    dir: PathBuf,
+    config: ModelConfig,
+    visibility: Visibility,
+    tokenizer: Arc<Tokenizer>,
+    /// Tokens of a window, without its BOS.
+    window: usize,
+}
+
+impl Judge {
+    /// Negative log-likelihood in nats of every token of the windows, in order.
+    fn score(&self, device: &DeviceFlags, windows: &[&[u32]]) -> Result<Vec<f64>> {
+        let longest = windows.iter().map(|window| window.len()).max().unwrap_or(0);
+        super::on_machine!(device.machine()?, |backend| {
+            let mut engine = device.engine(backend, &self.dir, Some(self.tokenizer.clone()), longest + 1, windows.len())?;
+            score(&mut engine, windows, self.visibility)
+        })
+    }
+}
+
+/// `--file`: the tokens of a text.
+fn text(judge: &Judge, flags: &Flags) -> Result<String> {
+    let Judge { dir, visibility, tokenizer, window, .. } = judge;
     let tokens = tokenizer.encode(&super::read_text(&flags.file)?)?;
     if tokens.is_empty() {
         return Err(Error::request(format!("{}: no text to score", flags.file.display())));
     }
-    // Windows stand side by side, each behind a BOS of its own: nothing is scored twice, and a window's first tokens have little context.
-    let window = config.model_length.max(2) - 1;
-    let windows: Vec<&[u32]> = tokens.chunks(window).collect();
-    let nll = super::on_machine!(flags.device.machine()?, |backend| {
-        let mut engine = flags.device.engine(backend, &dir, Some(tokenizer.clone()), window.min(tokens.len()) + 1, windows.len())?;
-        score(&mut engine, &windows, visibility)?
-    });
+    let nll = judge.score(&flags.device, &tokens.chunks(*window).collect::<Vec<_>>())?;
     let mean = nll.iter().sum::<f64>() / nll.len() as f64;
-    let text = if flags.format == Format::Json {
+    if flags.format == Format::Json {
         let object = json!({
-            "model": dir.display().to_string(), "visibility": name(visibility), "tokens": tokens, "nll": nll,
+            "model": dir.display().to_string(), "visibility": name(*visibility), "tokens": tokens, "nll": nll,
             "mean_nll": mean, "perplexity": mean.exp(), "num_tokens": tokens.len(), "window": window,
         });
-        format!("{object}\n")
+        return Ok(format!("{object}\n"));
+    }
+    let mut table: String = tokens.iter().zip(&nll).map(|(id, nll)| format!("{nll:9.4}  {:?}\n", tokenizer.decode_all(&[*id]))).collect();
+    let (count, perplexity) = (tokens.len(), mean.exp());
+    writeln!(table, "{mean:9.4}  mean over {count} tokens, perplexity {perplexity:.3}, visibility {}", name(*visibility))
+        .expect("a string");
+    Ok(table)
+}
+
+/// `--samples`: generated tokens, sample by sample, then all of them.
+fn samples(path: &Path, judge: &Judge, flags: &Flags) -> Result<String> {
+    let samples = samples::read(path, &judge.config, &judge.tokenizer)?;
+    // A window without a generated token has nothing that counts.
+    let counts = |counted: &[bool]| counted.contains(&true);
+    let windows: Vec<&[u32]> = samples
+        .iter()
+        .flat_map(|sample| sample.tokens.chunks(judge.window).zip(sample.counted.chunks(judge.window)))
+        .filter(|(_, counted)| counts(counted))
+        .map(|(tokens, _)| tokens)
+        .collect();
+    let mut scored = judge.score(&flags.device, &windows)?.into_iter();
+    let json = flags.format == Format::Json;
+    let mut out = if json { String::new() } else { "  mean nll  perplexity  tokens\n".to_string() };
+    let (mut all, mut perplexities) = (Vec::new(), Vec::new());
+    for sample in &samples {
+        let mut nll: Vec<f64> = Vec::new();
+        for counted in sample.counted.chunks(judge.window).filter(|counted| counts(counted)) {
+            nll.extend(counted.iter().zip(scored.by_ref()).filter(|(counted, _)| **counted).map(|(_, nll)| nll));
+        }
+        let mean = (!nll.is_empty()).then(|| nll.iter().sum::<f64>() / nll.len() as f64);
+        if json {
+            let mut line = sample.label.clone();
+            line.insert("num_tokens".into(), json!(nll.len()));
+            line.insert("mean_nll".into(), json!(mean));
+            line.insert("perplexity".into(), json!(mean.map(f64::exp)));
+            line.insert("read_as".into(), json!(sample.read_as.name()));
+            line.insert("nll".into(), json!(nll));
+            writeln!(out, "{}", Value::Object(line)).expect("a string");
+        } else {
+            let label: Vec<String> = sample.label.iter().map(|(key, value)| format!("{key} {value}")).collect();
+            let figures = mean.map_or(format!("{:>10}  {:>10}", "-", "-"), |mean| format!("{mean:10.4}  {:10.3}", mean.exp()));
+            writeln!(out, "{figures}  {:6}  {}", nll.len(), label.join(", ")).expect("a string");
+        }
+        perplexities.extend(mean.map(f64::exp));
+        all.extend(nll);
+    }
+    if all.is_empty() {
+        return Err(Error::request(format!("{}: no generated token to score in {} samples", path.display(), samples.len())));
+    }
+    let mean = all.iter().sum::<f64>() / all.len() as f64;
+    let mean_perplexity = perplexities.iter().sum::<f64>() / perplexities.len() as f64;
+    let as_ids = samples.iter().filter(|sample| sample.read_as == ReadAs::Ids).count();
+    if json {
+        let total = json!({
+            "model": judge.dir.display().to_string(), "visibility": name(judge.visibility), "window": judge.window,
+            "samples": samples.len(), "read_as_ids": as_ids, "num_tokens": all.len(), "mean_nll": mean, "perplexity": mean.exp(),
+            "mean_perplexity": mean_perplexity,
+        });
+        writeln!(out, "{total}").expect("a string");
     } else {
-        let mut table: String =
-            tokens.iter().zip(&nll).map(|(id, nll)| format!("{nll:9.4}  {:?}\n", tokenizer.decode_all(&[*id]))).collect();
-        table.push_str(&format!(
-            "{mean:9.4}  mean over {} tokens, perplexity {:.3}, visibility {}\n",
-            tokens.len(),
-            mean.exp(),
-            name(visibility)
-        ));
-        table
-    };
-    super::print(&text)?;
-    Ok(())
+        let how = match (as_ids, samples.len()) {
+            (ids, all) if ids == all => "ids scored as they are".into(),
+            (0, _) => "texts encoded again".into(),
+            (ids, all) => format!("ids of {ids} samples scored as they are, texts of {} encoded again", all - ids),
+        };
+        let (tokens, pooled) = (all.len(), mean.exp());
+        writeln!(out, "{mean:10.4}  {pooled:10.3}  {tokens:6}  all {} samples together; {how}", samples.len()).expect("a string");
+        writeln!(out, "{:>10}  {mean_perplexity:10.3}  {:6}  mean of the samples' perplexities", "", "").expect("a string");
+    }
+    Ok(out)
 }
 
 /// Negative log-likelihood in nats of every token of the windows, in order.

@@ -299,7 +299,7 @@ impl<'a> Job<'a> {
             let failed = |error| name_row(row, error);
             let (outputs, wall_ms) = self.write(engine.as_mut(), row).map_err(failed)?;
             if let Some(save) = save.as_mut() {
-                save.row(row, &outputs, &self.tokenizer)?;
+                save.row(&self.rows.models[row.model], row, &outputs, &self.tokenizer)?;
             }
             let cost = cost(&outputs, wall_ms);
             let drafts: Vec<Vec<u32>> = outputs.iter().map(|output| output.draft.clone()).collect();
@@ -522,6 +522,7 @@ struct Save {
 
 #[derive(Serialize)]
 struct Saved<'a> {
+    model: String,
     row: &'a str,
     sample: u32,
     seed: u64,
@@ -543,10 +544,11 @@ impl Save {
         Ok(Save { path: path.to_path_buf(), file })
     }
 
-    fn row(&mut self, row: &Row, outputs: &[Output], tokenizer: &Tokenizer) -> Result<()> {
+    fn row(&mut self, model: &ModelConfig, row: &Row, outputs: &[Output], tokenizer: &Tokenizer) -> Result<()> {
         let mut lines = String::new();
         for output in outputs {
             let saved = Saved {
+                model: model.dir.display().to_string(),
                 row: &row.name,
                 sample: output.sample,
                 seed: row.seed,
