@@ -646,7 +646,7 @@ fn a_full_disk_is_an_error_and_not_a_panic() {
 #[test]
 fn forward_writes_the_logits() {
     let work = Work::new();
-    for name in ["bd3lm-adaln", "bd3lm-plain-sharded", "mdlm"] {
+    for name in ["bd3lm-adaln", "bd3lm-plain-sharded", "mdlm", "llama", "qwen2", "qwen3"] {
         let model = fixture(name);
         let golden: Value =
             serde_json::from_str(&std::fs::read_to_string(Path::new(&model).join("golden.json")).expect("golden.json")).expect("JSON");
@@ -838,6 +838,25 @@ fn emulation_writes_the_same_text() {
         object
     };
     assert_eq!(run("emu"), run("cpu"));
+}
+
+/// A judge scores the same text on the CPU and on the emulated device, in both dtypes, up to their rounding.
+#[cfg(feature = "cuda")]
+#[test]
+fn emulation_scores_the_same_text() {
+    let work = Work::new();
+    let text = "the end of it, and then in! ".repeat(4);
+    for (name, dtype, bound) in [("qwen2", "f32", 1e-4), ("qwen3", "f32", 1e-4), ("llama", "f32", 1e-4), ("qwen2", "bf16", 0.3)] {
+        let judge = fixture(name);
+        let score = |device: &str| -> Vec<f64> {
+            let object =
+                work.feed(&["score", "--model", &judge, "--device", device, "--dtype", dtype, "--format", "json"], &text).json().remove(0);
+            object["nll"].as_array().expect("a list").iter().map(|v| v.as_f64().expect("a number")).collect()
+        };
+        let (cpu, emu) = (score("cpu"), score("emu"));
+        assert!(cpu.len() > 63 && cpu.len() == emu.len(), "{name}: more than one window");
+        assert!(cpu.iter().zip(&emu).all(|(cpu, emu)| (cpu - emu).abs() < bound), "{name} {dtype}: {cpu:?}, {emu:?}");
+    }
 }
 
 /// Emulation compiles the kernels: without a compiler it says so.

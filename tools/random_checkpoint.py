@@ -1,7 +1,8 @@
-"""Writes a BD3-LM or MDLM checkpoint directory of any size with random weights: for benches and memory tests.
+"""Writes a checkpoint directory of any supported family and size with random weights: for benches and memory tests.
 
   python tools/random_checkpoint.py --like bd3lm-owt --dtype bf16 --out DIR
   python tools/random_checkpoint.py --hidden 256 --layers 4 --heads 4 --vocab 1000 --length 256 --block-size 4 --out DIR
+  python tools/random_checkpoint.py --family qwen3 --hidden 256 --heads 8 --kv-heads 2 --head-dim 64 --mlp 512 --tied --out DIR
 
 The directory has the published form (config.json, model.safetensors, tokenizer.json). Needs numpy alone; tensors are drawn
 and written in pieces, so memory stays at some tens of MB whatever the size. The same seed and shape give the same bytes.
@@ -25,6 +26,13 @@ OWT = dict(hidden=768, layers=12, heads=12, vocab=50258, length=1024, cond_dim=1
 LIKE = {
     "bd3lm-owt": dict(OWT, family="bd3lm", block_size=4),
     "mdlm-owt": dict(OWT, family="mdlm", block_size=4),
+    # The autoregressive families: a judge of a few million parameters, and the smallest published Qwen2 (494M).
+    "qwen2-judge": dict(
+        family="qwen2", hidden=256, layers=6, heads=4, kv_heads=4, mlp=688, vocab=4096, length=256, tied=True
+    ),
+    "qwen2-0.5b": dict(
+        family="qwen2", hidden=896, layers=24, heads=14, kv_heads=2, mlp=4864, vocab=151936, length=32768, tied=True
+    ),
     "tiny": dict(OWT, family="bd3lm", hidden=128, layers=2, heads=2, vocab=1000, length=128, cond_dim=32, block_size=4),
 }
 PIECE = 1 << 21  # numbers drawn at a time: 8 MB in f32
@@ -32,8 +40,35 @@ BYTES = {"f32": 4, "bf16": 2}
 TAG = {"f32": "F32", "bf16": "BF16"}
 
 
+def plain_tensors(o):
+    """As `tensors`, for the Llama layout."""
+    c, q, kv = o.hidden, o.heads * o.head_dim, o.kv_heads * o.head_dim
+    yield "model.embed_tokens.weight", (o.vocab, c), "embedding"
+    for i in range(o.layers):
+        layer = f"model.layers.{i}."
+        yield layer + "input_layernorm.weight", (c,), "norm"
+        for name, width in (("q", q), ("k", kv), ("v", kv)):
+            yield f"{layer}self_attn.{name}_proj.weight", (width, c), "weight"
+            if o.family == "qwen2":
+                yield f"{layer}self_attn.{name}_proj.bias", (width,), "bias"
+        if o.family == "qwen3":
+            yield layer + "self_attn.q_norm.weight", (o.head_dim,), "norm"
+            yield layer + "self_attn.k_norm.weight", (o.head_dim,), "norm"
+        yield layer + "self_attn.o_proj.weight", (c, q), "weight"
+        yield layer + "post_attention_layernorm.weight", (c,), "norm"
+        yield layer + "mlp.gate_proj.weight", (o.mlp, c), "weight"
+        yield layer + "mlp.up_proj.weight", (o.mlp, c), "weight"
+        yield layer + "mlp.down_proj.weight", (c, o.mlp), "weight"
+    yield "model.norm.weight", (c,), "norm"
+    if not o.tied:
+        yield "lm_head.weight", (o.vocab, c), "head"
+
+
 def tensors(o):
     """(name, shape, kind) in file order. `kind` chooses the scale; buffers carry their values instead."""
+    if o.family in published.PLAIN:
+        yield from plain_tensors(o)
+        return
     c, v, d, k = o.hidden, o.vocab, o.hidden // o.heads, o.cond_dim
     yield "backbone.vocab_embed.embedding", (v, c), "embedding"
     if o.adaln:
@@ -185,10 +220,13 @@ def write_tokenizer(path, vocab_size):
 def options():
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parse.add_argument("--like", choices=LIKE, default="tiny", help="shape to start from; other flags change it")
-    parse.add_argument("--family", choices=("bd3lm", "mdlm"))
+    parse.add_argument("--family", choices=("bd3lm", "mdlm", *published.PLAIN))
     for name in ("hidden", "layers", "heads", "vocab", "length", "block-size", "cond-dim"):
         parse.add_argument(f"--{name}", type=int)
     parse.add_argument("--adaln", action=argparse.BooleanOptionalAction)
+    for name in ("kv-heads", "head-dim", "mlp"):
+        parse.add_argument(f"--{name}", type=int, help="of the autoregressive families")
+    parse.add_argument("--tied", action=argparse.BooleanOptionalAction, help="the head is the embedding table")
     parse.add_argument("--dtype", choices=BYTES, default="f32")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json to copy instead of making one up")
@@ -197,21 +235,44 @@ def options():
     for name, value in LIKE[o.like].items():
         if getattr(o, name) is None:
             setattr(o, name, value)
-    for name in ("hidden", "layers", "heads", "length", "block_size", "cond_dim"):
+    plain = o.family in published.PLAIN
+    if plain:
+        # What is not said follows from the heads, with the MLP of Llama's proportion.
+        o.kv_heads = o.kv_heads or o.heads
+        o.head_dim = o.head_dim or o.hidden // o.heads
+        o.mlp = o.mlp or 8 * o.hidden // 3
+        if o.heads % o.kv_heads or o.head_dim % 2:
+            parse.error("--kv-heads must divide --heads, and --head-dim be even")
+        if o.family == "qwen2" and o.head_dim * o.heads != o.hidden:
+            parse.error("--head-dim: Qwen2's follows from --hidden and --heads")
+    family_sizes = ("kv_heads", "head_dim", "mlp") if plain else ("block_size", "cond_dim")
+    for name in ("hidden", "layers", "heads", "length", *family_sizes):
         if getattr(o, name) < 1:
             parse.error(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(o, name)}")
     if o.vocab < 3:
         parse.error(f"--vocab: expected at least 3 (text, end of text, MASK), found {o.vocab}")
-    if o.hidden % o.heads or (o.hidden // o.heads) % 2:
+    if not plain and (o.hidden % o.heads or (o.hidden // o.heads) % 2):
         parse.error(f"--hidden {o.hidden}, --heads {o.heads}: the head dimension must be a whole even number")
     if o.family == "mdlm" and not o.adaln:
         parse.error("--no-adaln: MDLM always has adaLN")
     return o
 
 
-def main():
-    o = options()
-    o.out.mkdir(parents=True, exist_ok=True)
+def configuration(o):
+    if o.family in published.PLAIN:
+        shape = {
+            "eos_token_id": o.vocab - 2,
+            "head_dim": o.head_dim,
+            "hidden_size": o.hidden,
+            "intermediate_size": o.mlp,
+            "max_position_embeddings": o.length,
+            "num_attention_heads": o.heads,
+            "num_hidden_layers": o.layers,
+            "num_key_value_heads": o.kv_heads,
+            "tie_word_embeddings": bool(o.tied),
+            "vocab_size": o.vocab,
+        }
+        return published.plain_config(o.family, shape)
     shape = {
         "block_size": o.block_size,
         "cond_dim": o.cond_dim,
@@ -224,6 +285,13 @@ def main():
     config = published.mdlm_config(shape) if o.family == "mdlm" else published.bd3lm_config(shape)
     if not o.adaln:
         config["adaln"] = False
+    return config
+
+
+def main():
+    o = options()
+    o.out.mkdir(parents=True, exist_ok=True)
+    config = configuration(o)
     if o.dtype == "bf16":
         config["torch_dtype"] = "bfloat16"
     (o.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")

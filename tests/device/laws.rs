@@ -3,6 +3,7 @@
 use redraft::{DType, Engine, Finish, Request};
 
 use crate::backends;
+use crate::fixture::Fixture;
 use crate::support::{Essence, alone, engine, fixture, options, request, schedule, together};
 
 const DID: &[&str] = &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:5,order=uniform"];
@@ -107,5 +108,26 @@ fn a_stop_inside_a_run() {
             assert_eq!((&found.canvas, &found.stages, found.finish), (&expected.canvas, &expected.stages, expected.finish), "seed {seed}");
         }
         assert_eq!(engine.free_pages(), free);
+    }
+}
+
+/// Judges: likelihoods of sequences that share forwards are those of one alone, to the last bit, and close to the CPU's in f32.
+#[test]
+fn likelihoods_do_not_depend_on_what_shares_a_forward() {
+    for (name, dtype) in ["llama", "qwen2", "qwen3"].into_iter().flat_map(|name| [(name, DType::F32), (name, DType::Bf16)]) {
+        let fixture = Fixture::open(name);
+        let long = fixture.tokens("case2.tokens");
+        let sequences: Vec<&[u32]> = [2, 9, 28, 1, 17].into_iter().map(|len| &long[..len]).collect();
+        let expected = fixture.engine(2, DType::F32).causal_nlls(&sequences).expect("likelihoods");
+        for backend in backends(dtype) {
+            let mut engine = fixture.engine_on(backend);
+            let together = engine.causal_nlls(&sequences).unwrap_or_else(|e| panic!("{name}: {e}"));
+            for ((tokens, together), expected) in sequences.iter().zip(&together).zip(&expected) {
+                assert_eq!(engine.causal_nll(tokens).expect("likelihoods"), *together, "{name} {dtype:?}: {} tokens", tokens.len());
+                // Logits reach about 6 here: f32 errs by some 1e-5, bf16 by the bound of the parity tests.
+                let bound = if dtype == DType::F32 { 2e-4 } else { 0.3 };
+                assert!(together.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < bound), "{name} {dtype:?}");
+            }
+        }
     }
 }
