@@ -500,6 +500,17 @@ fn samples_are_scored_as_ids_behind_their_prompt() {
     let means = found[..3].iter().map(|f| number(f, "perplexity")).sum::<f64>() / 3.0;
     assert!((number(total, "mean_perplexity") / means - 1.0).abs() < 1e-12);
     assert_eq!((&total["samples"], &total["read_as_ids"], number(total, "num_tokens")), (&3.into(), &3.into(), all.len() as f64));
+    // The judge that ships has the same vocabulary, and finds stories likelier than a shuffle of their tokens.
+    let judge = repository().join("models/redraft-judge").display().to_string();
+    let judged = score(&file, &["--model", &judge]).remove(3);
+    let mut backwards = lines.clone();
+    for line in &mut backwards {
+        line["tokens"].as_array_mut().expect("tokens").reverse();
+    }
+    let backwards: String = backwards.iter().map(|line| format!("{line}\n")).collect();
+    let shuffled = score(&work.write("backwards.jsonl", &backwards), &["--model", &judge]).remove(3);
+    assert_eq!((&judged["read_as_ids"], &judged["visibility"]), (&3.into(), &"causal".into()));
+    assert!(number(&judged, "mean_nll") + 1.0 < number(&shuffled, "mean_nll"), "{judged}, backwards {shuffled}");
     // One alone is one of many.
     let one = work.write("one.jsonl", written.lines().nth(1).expect("three lines"));
     assert_eq!(score(&one, &[])[0], found[1]);
