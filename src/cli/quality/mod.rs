@@ -40,6 +40,9 @@ const DEFAULT_BATCH: u32 = 64;
 /// sample, `did`, 32 in flight, one core), and activations stay small.
 const MAX_ROWS: usize = 1024;
 
+/// Samples that share the judge's forwards.
+const JUDGED_AT_ONCE: usize = 8;
+
 /// Samples below which a note says that intervals are wide.
 const ENOUGH_SAMPLES: u32 = 200;
 
@@ -340,13 +343,20 @@ impl<'a> Job<'a> {
         let mut progress = Progress::new("judging");
         let tokens: Vec<Vec<u32>> = set.iter().map(|sample| sample.tokens.clone()).collect();
         let tokens: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
-        let num = set.len();
-        for (i, sample) in set.iter_mut().enumerate() {
-            progress.show(|| format!("sample {i} of {num}"));
-            sample.nll = judge.losses(&sample.tokens)?;
-            if num > 1 {
-                let behind = judge.losses(&quality::grafted(&tokens, i))?;
-                sample.grafted_nll = Some(behind[quality::half(self.length)..].to_vec());
+        let grafted: Vec<Vec<u32>> =
+            if set.len() > 1 { (0..set.len()).map(|i| quality::grafted(&tokens, i)).collect() } else { Vec::new() };
+        let grafted: Vec<&[u32]> = grafted.iter().map(Vec::as_slice).collect();
+        let (num, half) = (set.len(), quality::half(self.length));
+        for (i, part) in set.chunks_mut(JUDGED_AT_ONCE).enumerate() {
+            let first = i * JUDGED_AT_ONCE;
+            progress.show(|| format!("sample {first} of {num}"));
+            let range = first..first + part.len();
+            for (sample, losses) in part.iter_mut().zip(judge.losses(&tokens[range.clone()])?) {
+                sample.nll = losses;
+            }
+            let behind = grafted.get(range).map_or(Ok(Vec::new()), |grafted| judge.losses(grafted))?;
+            for (sample, losses) in part.iter_mut().zip(behind) {
+                sample.grafted_nll = Some(losses[half..].to_vec());
             }
         }
         Ok(())
@@ -386,7 +396,7 @@ impl<'a> Job<'a> {
     fn load_judge(&self) -> Result<Box<dyn Judge>> {
         let flags = DeviceFlags { dtype: DTypeFlag::F32, ..self.flags.device.clone() };
         super::on_machine!(flags.machine()?, |backend| {
-            Ok(Box::new(flags.engine(backend, &self.judge.dir, Some(self.tokenizer.clone()), self.length + 1, 1)?))
+            Ok(Box::new(flags.engine(backend, &self.judge.dir, Some(self.tokenizer.clone()), self.length + 1, JUDGED_AT_ONCE)?))
         })
     }
 }
@@ -413,26 +423,30 @@ impl<B: Backend> Writer for Engine<B> {
 
 /// What scores, whichever machine it runs on.
 trait Judge {
-    /// Negative log-likelihood in nats of every token, behind BOS and those before it.
-    fn losses(&mut self, tokens: &[u32]) -> Result<Vec<f64>>;
+    /// Negative log-likelihood in nats of every token of every sample, behind BOS and those before it.
+    fn losses(&mut self, samples: &[&[u32]]) -> Result<Vec<Vec<f64>>>;
 
     fn device(&self) -> String;
 }
 
 impl<B: Backend> Judge for Engine<B> {
-    fn losses(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
-        let with_bos: Vec<u32> = std::iter::once(self.config().first_id()?).chain(tokens.iter().copied()).collect();
-        let losses = self.causal_nll(&with_bos)?;
-        match losses.iter().position(|loss| !loss.is_finite()) {
-            Some(at) => Err(Error::kernel(format!(
-                "{}: the likelihood of token {} at position {} is {}",
-                self.config().dir.display(),
-                tokens[at],
-                at + 1,
-                losses[at]
-            ))),
-            None => Ok(losses),
+    fn losses(&mut self, samples: &[&[u32]]) -> Result<Vec<Vec<f64>>> {
+        let bos = [self.config().first_id()?];
+        let with_bos: Vec<Vec<u32>> = samples.iter().map(|tokens| [&bos, *tokens].concat()).collect();
+        let with_bos: Vec<&[u32]> = with_bos.iter().map(Vec::as_slice).collect();
+        let losses = self.causal_nlls(&with_bos)?;
+        for (tokens, losses) in samples.iter().zip(&losses) {
+            if let Some(at) = losses.iter().position(|loss| !loss.is_finite()) {
+                return Err(Error::kernel(format!(
+                    "{}: the likelihood of token {} at position {} is {}",
+                    self.config().dir.display(),
+                    tokens[at],
+                    at + 1,
+                    losses[at]
+                )));
+            }
         }
+        Ok(losses)
     }
 
     fn device(&self) -> String {
