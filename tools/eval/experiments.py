@@ -4,8 +4,9 @@
     python3 experiments.py --texts TEXTS [--only ratio,steps] [--samples 200] [--out ../../benches/quality]
 
 A group is one run of the binary over one list of rows and one JSON file of results; groups whose file is there already
-with the same rows are left alone (`--again` runs them anew). Every row of a group shares seed and draft with the first
-one where their draft stages agree, so differences are paired. Tables and plots: report.py.
+with the same rows are left alone, and a row that another group has measured is taken from there (`--again` runs all anew:
+needed when weights or engine changed). Every row of a group shares seed and draft with the first one where their draft
+stages agree, so differences are paired. Tables and plots: report.py.
 """
 import argparse
 import json
@@ -29,8 +30,8 @@ def refine(ratio=0.35, by="snapshot", block="full", unmask="linear:12,order=unif
     return f"block={block},remask={ratio},by={by},unmask={unmask},kv={kv}{extra}"
 
 
-def row(name, *stages, **settings):
-    return {"name": name, "stages": list(stages), **settings}
+def row(name, *stages, temperature=1.0, top_p=0.9, **settings):
+    return {"name": name, "stages": list(stages), "temperature": temperature, "top_p": top_p, **settings}
 
 
 def headline(prefix="", **settings):
@@ -101,6 +102,7 @@ def reuse():
 
 
 def truncation():
+    yield row("draft", DRAFT)
     for ratio in (0.1, 0.35, 0.8, 0.9):
         for kind in ("raw", "truncated"):
             yield row(f"{kind} {ratio}", f"{DRAFT},confidence={kind}", refine(ratio))
@@ -191,24 +193,49 @@ def main():
         if not args.again and same_rows(path, rows, args):
             print(f"{group}: there already", file=sys.stderr)
             continue
-        run(args, group, rows, path)
+        known = {} if args.again else measured(args)
+        run(args, rows, path, known, with_samples=group == "frontier")
         print(f"{group}: {len(rows)} rows -> {path}", file=sys.stderr)
 
 
-def same_rows(path, rows, args):
+def spec(r):
+    """What a row generates, whatever its name."""
+    return json.dumps({key: value for key, value in r.items() if key != "name"}, sort_keys=True)
+
+
+def load(path, args):
+    """A file of results of the same checkpoint, samples and seed; None if there is none."""
     if not os.path.exists(path):
-        return False
+        return None
     with open(path) as f:
         found = json.load(f)
-    return [r["name"] for r in found["rows"]] == [r["name"] for r in rows] and found["samples"] == args.samples
+    same = (found["samples"], found["seed"]) == (args.samples, args.seed)
+    return found if same else None
 
 
-def run(args, group, rows, path):
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as spec:
-        for r in rows:
-            spec.write(json.dumps(r) + "\n")
-        spec.flush()
-        command = [args.redraft, "bench", "--quality", "--rows", spec.name, "--samples", str(args.samples),
+def same_rows(path, rows, args):
+    found = load(path, args)
+    return found is not None and [(r["name"], r["spec"]) for r in found["rows"]] == [(r["name"], spec(r)) for r in rows]
+
+
+def measured(args):
+    """Rows of groups that are there: spec -> its measures. The engine is deterministic, so a row is measured once."""
+    known = {}
+    for group in GROUPS:
+        found = load(os.path.join(args.out, f"{args.label}{group}.json"), args)
+        for r in found["rows"] if found else []:
+            known.setdefault(r["spec"], r)
+    return known
+
+
+def run(args, rows, path, known, with_samples):
+    # The first row is what the others are paired with; single values are kept in one group only.
+    asked = rows if with_samples else [rows[0], *(r for r in rows[1:] if spec(r) not in known)]
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as list_of_rows:
+        for r in asked:
+            list_of_rows.write(json.dumps(r) + "\n")
+        list_of_rows.flush()
+        command = [args.redraft, "bench", "--quality", "--rows", list_of_rows.name, "--samples", str(args.samples),
                    "--seed", str(args.seed), "--dtype", "bf16", "--per-sample", "--format", "json",
                    "--human", os.path.join(args.texts, "human.txt"), "--train", os.path.join(args.texts, "train.txt")]
         if args.model:
@@ -217,9 +244,14 @@ def run(args, group, rows, path):
     # Values of single samples where report.py resamples them, at four digits; elsewhere the intervals are enough.
     for r in report["rows"] + ([report["human"]] if report["human"] else []):
         found = r.pop("samples")
-        if group == "frontier":
+        if with_samples:
             kept = ("judge_nll", "judge_tokens", "entropy", "distinct_2")
             r["samples"] = {k: [v if v is None else round(v, 4) for v in found[k]] for k in kept}
+    fresh = {spec(r): found | {"spec": spec(r)} for r, found in zip(asked, report["rows"])}
+    report["rows"] = [(fresh.get(spec(r)) or known[spec(r)]) | {"name": r["name"]} for r in rows]
+    for r in report["rows"]:
+        if not with_samples:
+            r.pop("samples", None)
     report["model"], report["judge"] = (os.path.relpath(report[k], ROOT) for k in ("model", "judge"))
     with open(path + ".tmp", "w") as out:
         json.dump(report, out, separators=(",", ":"))
