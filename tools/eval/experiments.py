@@ -131,10 +131,8 @@ def rounds():
 
 
 # Sharper or softer sampling of a whole schedule: the curve on which every method is compared.
-DRAFT_SETTINGS = (
-    [(t, 0.9) for t in (1.2, 1.1, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)] + [(1.0, p) for p in (1.0, 0.95, 0.85, 0.8, 0.7)]
-)
-SETTINGS = [(t, 0.9) for t in (1.1, 1.0, 0.9, 0.8)] + [(1.0, 1.0)]
+DRAFT_SETTINGS = [(t, 0.9) for t in (1.1, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7)] + [(1.0, p) for p in (1.0, 0.95, 0.85, 0.8, 0.7)]
+SETTINGS = [(t, 0.9) for t in (1.0, 0.9, 0.8)] + [(1.0, 1.0)]
 
 METHODS = {
     "snapshot 0.35": [DRAFT, refine()],
@@ -147,9 +145,13 @@ METHODS = {
 }
 
 
-def frontier():
+def drafts():
     for t, p in DRAFT_SETTINGS:
         yield row(f"draft, T {t}, p {p}", DRAFT, temperature=t, top_p=p)
+
+
+def frontier():
+    yield from drafts()
     for method, schedule in METHODS.items():
         for t, p in SETTINGS:
             yield row(f"{method}, T {t}, p {p}", *schedule, temperature=t, top_p=p)
@@ -165,8 +167,9 @@ def cooler():
 
 
 GROUPS = {
-    "headline": headline, "ratio": ratios, "block": blocks, "steps": steps, "stages": stages, "compute": compute,
-    "reuse": reuse, "truncation": truncation, "scores": scores, "rounds": rounds, "cooler": cooler, "frontier": frontier,
+    "drafts": drafts, "headline": headline, "scores": scores, "rounds": rounds, "ratio": ratios, "reuse": reuse,
+    "stages": stages, "cooler": cooler, "block": blocks, "steps": steps, "compute": compute, "truncation": truncation,
+    "frontier": frontier,
 }
 
 
@@ -194,7 +197,7 @@ def main():
             print(f"{group}: there already", file=sys.stderr)
             continue
         known = {} if args.again else measured(args)
-        run(args, rows, path, known, with_samples=group == "frontier")
+        run(args, rows, path, known)
         print(f"{group}: {len(rows)} rows -> {path}", file=sys.stderr)
 
 
@@ -228,9 +231,9 @@ def measured(args):
     return known
 
 
-def run(args, rows, path, known, with_samples):
-    # The first row is what the others are paired with; single values are kept in one group only.
-    asked = rows if with_samples else [rows[0], *(r for r in rows[1:] if spec(r) not in known)]
+def run(args, rows, path, known):
+    # The first row is what the others are paired with.
+    asked = [rows[0], *(r for r in rows[1:] if spec(r) not in known)]
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as list_of_rows:
         for r in asked:
             list_of_rows.write(json.dumps(r) + "\n")
@@ -241,17 +244,12 @@ def run(args, rows, path, known, with_samples):
         if args.model:
             command += ["--model", args.model]
         report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-    # Values of single samples where report.py resamples them, at four digits; elsewhere the intervals are enough.
+    # Values of single samples: those that report.py resamples, at four digits.
+    kept = ("judge_nll", "judge_tokens", "entropy", "distinct_2")
     for r in report["rows"] + ([report["human"]] if report["human"] else []):
-        found = r.pop("samples")
-        if with_samples:
-            kept = ("judge_nll", "judge_tokens", "entropy", "distinct_2")
-            r["samples"] = {k: [v if v is None else round(v, 4) for v in found[k]] for k in kept}
+        r["samples"] = {k: [v if v is None else round(v, 4) for v in r["samples"][k]] for k in kept}
     fresh = {spec(r): found | {"spec": spec(r)} for r, found in zip(asked, report["rows"])}
     report["rows"] = [(fresh.get(spec(r)) or known[spec(r)]) | {"name": r["name"]} for r in rows]
-    for r in report["rows"]:
-        if not with_samples:
-            r.pop("samples", None)
     report["model"], report["judge"] = (os.path.relpath(report[k], ROOT) for k in ("model", "judge"))
     with open(path + ".tmp", "w") as out:
         json.dump(report, out, separators=(",", ":"))

@@ -67,28 +67,36 @@ def table(heads, lines):
     return "\n".join(out + ["| " + " | ".join(line) + " |" for line in lines])
 
 
-FULL = ["row", "judge ppl, pooled", "mean of samples", "nats to draft, paired", "better", "trigram", "entropy", "distinct-2",
+FULL = ["row", "judge ppl, pooled", "mean of samples", "nats to draft, paired", "better", "trigram", "entropy",
+        "nats to drafts of equal entropy", "distinct-2",
         "set d-4", "self-BLEU", "reverse", "names", "gain", "copied", "changed", "NFE", "rows", "ms"]
 
 
-def full_line(row, name=None):
+def full_line(row, equal=None):
     cost = row.get("cost")
     costs = [f"{cost['nfe']:.0f}", f"{cost['rows']:.0f}", f"{cost['ms_per_sample']:.0f}"] if cost else [""] * 3
-    return [name or row["name"], show(row, "judge_ppl_pooled", 1, True), show(row, "judge_ppl_mean", 1), *paired(row),
-            show(row, "trigram_ppl", 1), show(row, "entropy", 3), show(row, "distinct_2", 3), show(row, "set_distinct_4", 3),
+    return [row["name"], show(row, "judge_ppl_pooled", 1, True), show(row, "judge_ppl_mean", 1), *paired(row),
+            show(row, "trigram_ppl", 1), show(row, "entropy", 3), against(equal[row["name"]]) if equal else "",
+            show(row, "distinct_2", 3), show(row, "set_distinct_4", 3),
             show(row, "self_bleu_4", 3), show(row, "reverse_ppl", 0), show(row, "names", 2), show(row, "context_gain", 3),
             show(row, "copied_run", 1), show(row, "changed", 2), *costs]
 
 
-SHORT = ["row", "judge ppl, pooled", "nats to draft, paired", "entropy", "distinct-2", "set d-4", "gain", "changed", "NFE", "rows",
-         "ms"]
+SHORT = ["row", "judge ppl, pooled", "nats to its draft, paired", "entropy", "nats to drafts of equal entropy", "distinct-2",
+         "nats to drafts of equal distinct-2", "set d-4", "names", "gain", "changed", "NFE", "rows"]
 
 
-def short_line(row):
+def short_line(row, equal):
     cost = row["cost"]
-    return [row["name"], show(row, "judge_ppl_pooled", 1, True), paired(row)[0], show(row, "entropy", 3), show(row, "distinct_2", 3),
-            show(row, "set_distinct_4", 3), show(row, "context_gain", 3), show(row, "changed", 2), f"{cost['nfe']:.0f}",
-            f"{cost['rows']:.0f}", f"{cost['ms_per_sample']:.0f}"]
+    return [row["name"], show(row, "judge_ppl_pooled", 1, True), paired(row)[0], show(row, "entropy", 3),
+            against(equal["entropy"][row["name"]]), show(row, "distinct_2", 3), against(equal["distinct_2"][row["name"]]),
+            show(row, "set_distinct_4", 3), show(row, "names", 2), show(row, "context_gain", 3), show(row, "changed", 2),
+            f"{cost['nfe']:.0f}", f"{cost['rows']:.0f}"]
+
+
+def against(found):
+    """Difference to the best draft of equal diversity, as a cell."""
+    return "outside" if found is None else f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]"
 
 
 # ---- the frontier ------------------------------------------------------------------------------------------------
@@ -140,17 +148,21 @@ def resampled(rows, measure, indices):
     return losses, means
 
 
-def at_equal(rows, measure):
-    """Row name -> (loss minus the draft's at equal diversity, low, high) in nats per token, or None outside its curve."""
-    count = len(rows[0]["samples"]["judge_nll"])
+def at_equal(rows, drafts, measure):
+    """Row name -> (loss minus the draft's at equal diversity, low, high) in nats per token, or None outside its curve.
+
+    Rows and drafts of one seed are resampled together: sample i of all of them comes from the same draws.
+    """
+    count = len(drafts[0]["samples"]["judge_nll"])
     rng = np.random.default_rng(1)
     indices = np.concatenate([np.arange(count)[None], rng.integers(0, count, (RESAMPLES, count))])
     losses, means = resampled(rows, measure, indices)
-    curve = Curve(rows)
+    draft_losses, draft_means = resampled(drafts, measure, indices)
+    curve = Curve(drafts)
     out = {}
     for row in rows:
         name = row["name"]
-        difference = losses[name] - curve.loss_at(means[name], losses, means)
+        difference = losses[name] - curve.loss_at(means[name], draft_losses, draft_means)
         known = difference[1:][np.isfinite(difference[1:])]
         if np.isfinite(difference[0]) and len(known) > RESAMPLES // 2:
             out[name] = (difference[0], *np.percentile(known, [2.5, 97.5]))
@@ -161,10 +173,7 @@ def at_equal(rows, measure):
 
 def frontier_table(results):
     rows = results.rows("frontier")
-    by_entropy, by_distinct = at_equal(rows, "entropy"), at_equal(rows, "distinct_2")
-
-    def cell(found):
-        return "outside" if found is None else f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]"
+    by_entropy, by_distinct = (at_equal(rows, results.rows("drafts"), m) for m in ("entropy", "distinct_2"))
 
     lines = []
     for row in rows:
@@ -172,7 +181,7 @@ def frontier_table(results):
         own = method == "draft"
         lines.append([method, t, p, show(row, "judge_ppl_pooled", 1), show(row, "entropy", 3), show(row, "distinct_2", 3),
                       show(row, "set_distinct_4", 3), show(row, "context_gain", 3), show(row, "names", 2),
-                      "" if own else cell(by_entropy[row["name"]]), "" if own else cell(by_distinct[row["name"]]),
+                      "" if own else against(by_entropy[row["name"]]), "" if own else against(by_distinct[row["name"]]),
                       f"{row['cost']['rows']:.0f}"])
     human = results.human("frontier")
     lines.insert(0, ["**human**", "", "", show(human, "judge_ppl_pooled", 1), show(human, "entropy", 3), show(human, "distinct_2", 3),
@@ -185,7 +194,7 @@ def summary_table(results):
     """Mean over the settings that lie on the draft's curve, by method."""
     rows = results.rows("frontier")
     lines = []
-    found = {m: at_equal(rows, m) for m in ("entropy", "distinct_2")}
+    found = {m: at_equal(rows, results.rows("drafts"), m) for m in ("entropy", "distinct_2")}
     methods = list(dict.fromkeys(SETTING.match(r["name"]).group(1) for r in rows))
     for method in methods:
         if method == "draft":
@@ -276,16 +285,18 @@ def plots(results, folder):
 def tables(results):
     out = {}
     for name, group in results.groups.items():
-        base = name.rsplit(".", 1)[-1]
+        label, base = name[: name.rfind(".") + 1], name.rsplit(".", 1)[-1]
+        drafts, rows = results.groups.get(label + "drafts"), group["rows"]
+        equal = drafts and {m: at_equal(rows, drafts["rows"], m) for m in ("entropy", "distinct_2")}
         if base == "headline":
-            lines = [full_line(r) for r in group["rows"]]
+            lines = [full_line(r, equal and equal["entropy"]) for r in rows]
             if group["human"]:
                 lines.insert(0, full_line(group["human"] | {"name": "**human**"}))
             out[name] = table(FULL, lines)
         elif base == "frontier":
             out[name], out["frontier-summary"] = frontier_table(results), summary_table(results)
-        else:
-            out[name] = table(SHORT, [short_line(r) for r in group["rows"]])
+        elif base != "drafts":
+            out[name] = table(SHORT, [short_line(r, equal) for r in rows])
     return out
 
 
