@@ -6,6 +6,7 @@
 #![deny(unsafe_code)]
 
 mod attention;
+mod blend;
 mod decide;
 mod embed;
 mod experts;
@@ -402,6 +403,12 @@ impl Backend for Cpu {
 
     fn copy(&self, len: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
         out.0[..len].copy_from_slice(&x.0[..len]);
+        Ok(())
+    }
+
+    fn blend(&self, len: usize, scale: f32, base: &Buffer, out: &mut Buffer) -> Result<()> {
+        assert!(base.0.len().min(out.0.len()) >= len, "{len} of base of {}, out of {}", base.0.len(), out.0.len());
+        blend::blend(scale, &base.0[..len], &mut out.0[..len]);
         Ok(())
     }
 

@@ -14,6 +14,7 @@ use std::time::Instant;
 use half::bf16;
 
 use super::attention::{self, Attention, Regime};
+use super::blend;
 use super::decide::{self, Decide};
 use super::driver::{Address, Driver, Graph};
 use super::embed::{self, Embed};
@@ -641,6 +642,11 @@ impl Backend for Cuda {
             out_dtype: out.dtype,
         };
         gather::gather(&self.machine, &op)
+    }
+
+    fn blend(&self, len: usize, scale: f32, base: &Buffer, out: &mut Buffer) -> Result<()> {
+        assert!(base.len.min(out.len) >= len && [base.dtype, out.dtype] == [DType::F32; 2], "{len} of {} and {}", base.len, out.len);
+        blend::blend(&self.machine, len as u32, scale, base.address, out.address)
     }
 
     fn copy(&self, len: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {

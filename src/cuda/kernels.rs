@@ -9,7 +9,7 @@ use super::compile::{EntryUse, compiler};
 use super::driver::Build;
 use super::replay::Replay;
 use super::replays::REPLAYS;
-use super::{ask, attention, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route};
+use super::{ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route};
 use crate::error::Result;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -55,6 +55,7 @@ pub fn builds() -> Vec<Build> {
     [
         ask::builds(),
         attention::builds(),
+        blend::builds(),
         decide::builds(),
         embed::builds(),
         experts::builds(),
@@ -185,8 +186,9 @@ const SHARED_BYTES: u32 = 99 << 10;
 
 /// The most registers that entries of these names may use, where fewer than a whole multiprocessor's share are part of the design. The
 /// longest matching name counts.
-const REGISTER_BUDGETS: [(&str, u32); 12] = [
+const REGISTER_BUDGETS: [(&str, u32); 13] = [
     ("ask", 40),
+    ("blend", 32),
     ("decide_draw", 128),
     ("decide_nucleus", 64),
     ("embed", 40),
@@ -287,6 +289,7 @@ mod tests {
             [
                 "ask",
                 "attention",
+                "blend",
                 "decide_draw",
                 "decide_nucleus",
                 "decide_tiles",

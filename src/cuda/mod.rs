@@ -21,6 +21,7 @@ pub mod ask;
 pub mod attention;
 mod autotune;
 mod backend;
+pub mod blend;
 pub mod cache;
 mod compile;
 mod cubin;

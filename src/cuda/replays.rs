@@ -3,6 +3,7 @@
 
 use super::ask::{self, Ask, SessionStep, SessionSummary};
 use super::attention::{self, Attention, Regime};
+use super::blend;
 use super::decide::{self, Decide, DecisionRecord, DrawRecord};
 use super::embed::{self, Embed};
 use super::experts::{self, Places};
@@ -40,6 +41,7 @@ pub static REPLAYS: &[Replay] = &[
         ],
         prepare: attention,
     },
+    Replay { name: "blend", keys: &[key("rows", 128, 5), key("width", 4096, 66)], prepare: blend },
     Replay { name: "copy", keys: &[key("mebibytes", 1024, 1)], prepare: copy },
     Replay {
         name: "decide",
@@ -310,6 +312,13 @@ fn experts(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let bytes = 3 * used * count(c, f) * dtype.bytes() as u64 + count(rows, c) * (dtype.bytes() as u64 + 8);
     let launch = move |machine: &_| places.experts(machine, x, dtype, up, down, out);
     Ok(Op::new(bytes, launch).flop(6 * count(rows, top_k) * count(c, f)))
+}
+
+fn blend(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, width) = (shape.get("rows"), shape.get("width"));
+    let len = small_count(rows, width)?;
+    let (base, out) = (inputs.noise(rows, width, DType::F32)?, inputs.noise(rows, width, DType::F32)?);
+    Ok(Op::new(12 * u64::from(len), move |machine| blend::blend(machine, len, 0.5, base, out)))
 }
 
 fn gather(inputs: &Inputs, shape: &Shape) -> Result<Op> {

@@ -7,6 +7,7 @@
 mod ask;
 mod attention;
 mod barriers;
+mod blend;
 mod cublaslt;
 mod decide;
 mod door;

@@ -3,6 +3,7 @@
 
 use redraft::cuda::ask::{AskParams, SessionStep, SessionSummary};
 use redraft::cuda::attention::AttentionParams;
+use redraft::cuda::blend::BlendParams;
 use redraft::cuda::decide::{DecideDrawParams, DecideNucleusParams, DecideTilesParams, DecisionRecord, DrawRecord};
 use redraft::cuda::embed::EmbedParams;
 use redraft::cuda::experts::{ExpertsCombineParams, ExpertsParams};
@@ -27,6 +28,7 @@ fn both_sides_state_the_same_layout() {
     let twins = [
         twin::<AttentionParams>("AttentionParams"),
         twin::<AskParams>("AskParams"),
+        twin::<BlendParams>("BlendParams"),
         twin::<DecideDrawParams>("DecideDrawParams"),
         twin::<DecideNucleusParams>("DecideNucleusParams"),
         twin::<DecideTilesParams>("DecideTilesParams"),

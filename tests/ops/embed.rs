@@ -40,6 +40,21 @@ fn gather_copies_rows() {
 }
 
 #[test]
+fn blend_leads_away_from_the_base() {
+    each!(b in cpus(1), {
+        let (base, x) = (noise(300, 3), noise(300, 4));
+        let mut out = b.upload(&x);
+        b.blend(299, 2.5, &b.upload(&base), &mut out).unwrap();
+        let got = b.read(&out, 300);
+        for i in 0..299 {
+            let want = base[i] + 2.5 * (x[i] - base[i]);
+            assert!((got[i] - want).abs() < 1e-6, "{}: element {i} is {}, expected {want}", b.name(), got[i]);
+        }
+        assert_eq!(got[299], x[299], "{}: what lies behind stays", b.name());
+    });
+}
+
+#[test]
 fn a_failing_source_is_passed_on() {
     let b = Cpu::new(2, DType::Bf16).unwrap();
     let mut fail = |first: usize, dst: &mut [f32]| {

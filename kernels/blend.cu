@@ -1,0 +1,24 @@
+// blend: out[i] = base[i] + scale * (out[i] - base[i]) over f32: the guidance of rows that decide.
+//
+// Layout: one flat line of elements, a thread each.
+// Cost: 12 bytes moved per element; few rows decide, so it is bound by its launch.
+#include "common.cuh"
+
+struct BlendParams {
+    const float* base;  // (len)
+    float* out;         // (len) in and out
+    u32 len;
+    float scale;
+};
+FIELD(BlendParams, base, 0);
+FIELD(BlendParams, out, 8);
+FIELD(BlendParams, len, 16);
+FIELD(BlendParams, scale, 20);
+LAYOUT(BlendParams, 24);
+
+KERNEL(blend, BlendParams) {
+    const u32 i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= p.len) return;
+    const float base = p.base[i];
+    p.out[i] = base + p.scale * (p.out[i] - base);
+}

@@ -1,0 +1,36 @@
+//! Launcher of `blend`: what guidance makes of two rows.
+#![forbid(unsafe_code)]
+
+use super::driver::{Address, Build, Launch};
+use super::machine::Machine;
+use super::params::params;
+use crate::error::Result;
+
+const THREADS: u32 = 256;
+
+params! {
+    /// `blend`: one entry.
+    BlendParams, 24 bytes {
+        /// (len) f32.
+        base: u64 = 0,
+        /// (len) f32, in and out.
+        out: u64 = 8,
+        len: u32 = 16,
+        scale: f32 = 20,
+    }
+}
+
+/// The builds of this kernel.
+pub(super) fn builds() -> Vec<Build> {
+    vec![build()]
+}
+
+fn build() -> Build {
+    Build { stem: "blend", defines: vec![("THREADS", THREADS)] }
+}
+
+/// `out[i] = base[i] + scale * (out[i] - base[i])` for `len` f32 elements.
+pub fn blend(machine: &Machine, len: u32, scale: f32, base: Address, out: Address) -> Result<()> {
+    assert!(len <= u32::MAX - THREADS, "{len} elements: more than a launch numbers");
+    machine.launch(build(), "blend", Launch::line(len.div_ceil(THREADS), THREADS), &BlendParams { base, out, len, scale })
+}

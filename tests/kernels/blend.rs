@@ -1,0 +1,28 @@
+//! `blend` goes from the base through `out`, and beyond it where the scale is above 1.
+
+use redraft::cuda::blend::blend;
+use redraft::cuda::machine::Machine;
+
+use crate::emulator::{Array, machines, noise, words};
+
+pub fn holds(machine: &Machine) -> Result<(), String> {
+    for len in [1usize, 255, 256, 257, 1000] {
+        for scale in [0.0f32, 1.0, 2.5] {
+            let (base, out) = (noise(3, len), noise(4, len));
+            let blended = Array::new(machine, &out);
+            words(blend(machine, len as u32, scale, Array::new(machine, &base).address(), blended.address()))?;
+            for (i, found) in blended.read()?.iter().enumerate() {
+                let expected = f64::from(base[i]) + f64::from(scale) * (f64::from(out[i]) - f64::from(base[i]));
+                if (f64::from(*found) - expected).abs() > 1e-6 {
+                    return Err(format!("len {len}, scale {scale}: element {i} is {found}, expected {expected}"));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_are_led_away_from_their_base() {
+    machines().iter().for_each(|machine| holds(machine).unwrap());
+}
