@@ -92,9 +92,9 @@ impl Canvas {
         self.state.iter().take_while(|s| **s == State::Fixed).count()
     }
 
-    /// First block of `block_len` at or after block `from` that holds a MASK.
-    pub fn next_masked_block(&self, from: usize, block_len: usize) -> Option<usize> {
-        (from * block_len..self.len()).find(|p| self.state[*p] == State::Masked).map(|p| p / block_len)
+    /// First position at or after `from` that holds a MASK.
+    pub fn next_masked(&self, from: usize) -> Option<usize> {
+        self.masked_in(from..self.len()).next()
     }
 
     /// Masked -> revealed. The confidence is written once and kept until the position is remasked.
@@ -163,13 +163,10 @@ mod tests {
     }
 
     #[test]
-    fn blocks_and_prefix() {
+    fn masks_and_prefix() {
         let mut canvas = Canvas::new(&[Some(1), Some(2), None, Some(3), None, None], 9);
         assert_eq!((canvas.fixed_prefix(), canvas.num_masks()), (2, 3));
-        assert_eq!(
-            (canvas.next_masked_block(0, 2), canvas.next_masked_block(2, 2), canvas.next_masked_block(3, 2)),
-            (Some(1), Some(2), None)
-        );
+        assert_eq!([0, 2, 3, 4, 5, 6].map(|from| canvas.next_masked(from)), [Some(2), Some(2), Some(4), Some(4), Some(5), None]);
         canvas.truncate(4);
         assert_eq!((canvas.len(), canvas.num_masks(), canvas.generated().collect::<Vec<_>>()), (4, 1, vec![2]));
     }

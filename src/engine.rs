@@ -24,7 +24,7 @@ use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
 use crate::plan::Plan;
 use crate::request::{Handle, Output, Prompt, Request, Segment, Timings};
 use crate::request::{Message, stop_at};
-use crate::schedule::{Defaults, Scope};
+use crate::schedule::{Defaults, Eos, Scope};
 use crate::session::{Event, EventKind, ForeseenStep, Next, Session, SessionSpec, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -95,6 +95,28 @@ impl<B: Backend> Loaded<B> {
     }
 }
 
+/// What [`Eos`] is about. [LLaDA] appendix B.4 bans the end of text alone, and holds back the end of a turn too.
+struct Ends {
+    /// Never drawn under [`Eos::Never`]: the end of text.
+    never: Vec<u32>,
+    /// Confidence 0 under [`Eos::Last`]: everything that ends a text, and the end of a turn.
+    last: Vec<u32>,
+}
+
+/// A session's part of the rows that decide, and how they are asked.
+#[derive(Clone)]
+struct Part {
+    /// Among the wanted rows of the forward.
+    rows: Range<usize>,
+    /// First of its rows among those kept for guidance.
+    guide: usize,
+    eos: Eos,
+    guidance: f32,
+}
+
+/// How LLaDA's tokenizer spells the end of a turn, which its config.json does not list.
+const END_OF_TURN: &str = "<|eot_id|>";
+
 /// Models on a backend, and everything in flight.
 pub struct Engine<B: Backend> {
     pub(crate) backend: B,
@@ -102,6 +124,7 @@ pub struct Engine<B: Backend> {
     pub(crate) models: Vec<Loaded<B>>,
     tokenizer: std::result::Result<Arc<Tokenizer>, Error>,
     pub(crate) banned: Vec<u32>,
+    ends: Ends,
     pub(crate) options: EngineOptions,
     pub(crate) pool: PagePool,
     queue: VecDeque<Active>,
@@ -157,9 +180,23 @@ impl<B: Backend> Engine<B> {
         }
         banned.sort_unstable();
         banned.dedup();
+        let mut ends = Ends { never: config.eos_id.into_iter().collect(), last: config.stop_ids.clone() };
+        ends.last.extend(tokenizer.as_ref().ok().and_then(|tokenizer| tokenizer.id(END_OF_TURN)));
         let pool = PagePool::new(num_pages, options.page_size);
         let models = vec![Loaded::new(&backend, model, &pool)?];
-        Ok(Engine { backend, models, tokenizer, banned, options, pool, queue: VecDeque::new(), active: Vec::new(), turn: 0, next_id: 0 })
+        Ok(Engine {
+            backend,
+            models,
+            tokenizer,
+            banned,
+            ends,
+            options,
+            pool,
+            queue: VecDeque::new(),
+            active: Vec::new(),
+            turn: 0,
+            next_id: 0,
+        })
     }
 
     /// Loads another model for stages that name it (`weights=INDEX`), with K/V pages of its own. Returns the index.
@@ -265,6 +302,17 @@ impl<B: Backend> Engine<B> {
                 self.models.len()
             )));
         }
+        let ends = |eos: Eos| match eos {
+            Eos::Free => true,
+            Eos::Never => !self.ends.never.is_empty(),
+            Eos::Last => !self.ends.last.is_empty(),
+        };
+        if let Some(index) = request.schedule.stages.iter().position(|s| !ends(s.eos)) {
+            let eos = request.schedule.stages[index].eos;
+            return Err(Error::request(format!(
+                "stage {index}: eos={eos}, but the checkpoint's `eos_token_id` names no token that ends a text"
+            )));
+        }
         let fixed = self.canvas(&request.prompt)?;
         let mut stop = Stop { tokens: Vec::new(), entropy: request.stop.entropy, text: None };
         if !request.stop.ignore_eos {
@@ -346,6 +394,7 @@ impl<B: Backend> Engine<B> {
         if !chosen.is_empty() && !self.run_ahead(&chosen, weights)? {
             let plan = self.plan(&chosen, weights)?;
             let (rows, draws) = self.asks(&chosen, &plan);
+            self.guide(&chosen, weights)?;
             let Loaded { model, kv, scratch } = &mut self.models[weights];
             let backend = &self.backend;
             backend.range("forward", || model.forward(backend, &plan, &rows, kv, scratch, None))?;
@@ -420,6 +469,27 @@ impl<B: Backend> Engine<B> {
             plan.push(&step.rows, table.pages(), self.options.page_size, step.visibility, step.len);
         }
         Ok(plan)
+    }
+
+    /// The forward without the prompt of those chosen sessions that want one. It writes the K/V of all of its rows to the sessions' own slots, where
+    /// the forward with the prompt overwrites every one of them.
+    fn guide(&mut self, chosen: &[usize], weights: usize) -> Result<()> {
+        let step = |i: usize| self.active[i].session.step().expect("chosen for its step");
+        let guided: Vec<usize> = chosen.iter().copied().filter(|i| step(*i).guidance > 0.0).collect();
+        if guided.is_empty() {
+            return Ok(());
+        }
+        let mut plan = Plan::new();
+        for &i in &guided {
+            let Active { session, table, .. } = &self.active[i];
+            let step = step(i);
+            plan.push(&session.unprompted(), table.pages(), self.options.page_size, step.visibility, step.len);
+        }
+        let (rows, _) = self.asks(&guided, &plan);
+        let Loaded { model, kv, scratch } = &mut self.models[weights];
+        let backend = &self.backend;
+        backend.range("guide", || model.forward(backend, &plan, &rows, kv, scratch, None))?;
+        model.keep_guide(backend, rows.len(), scratch)
     }
 
     /// Several steps of the chosen sessions at once, where the backend decides by itself and the sessions can say what comes. The host
@@ -534,24 +604,66 @@ impl<B: Backend> Engine<B> {
 
     /// Answers per chosen session. A row that cannot be decided fails its own session only.
     fn decide(&mut self, chosen: &[usize], weights: usize, draws: &[Draw]) -> Vec<Result<Vec<Decision>>> {
-        let mut first = 0;
-        let ranges: Vec<Range<usize>> = chosen
+        let (mut first, mut guides) = (0, 0);
+        let parts: Vec<Part> = chosen
             .iter()
             .map(|i| {
-                let asks = self.active[*i].session.step().expect("chosen for its step").asks.len();
+                let step = self.active[*i].session.step().expect("chosen for its step");
+                let asks = step.asks.len();
                 first += asks;
-                first - asks..first
+                guides += if step.guidance > 0.0 { asks } else { 0 };
+                Part { rows: first - asks..first, guide: guides.saturating_sub(asks), eos: step.eos, guidance: step.guidance }
             })
             .collect();
+        let mut answers = Vec::with_capacity(chosen.len());
+        // Sessions that ask alike are answered together.
+        for group in parts.chunk_by(|a, b| (a.eos, a.guidance) == (b.eos, b.guidance)) {
+            let first = group[0].rows.start;
+            match self.answers(weights, &Part { rows: first..group[group.len() - 1].rows.end, ..group[0].clone() }, draws) {
+                Ok(all) => answers.extend(group.iter().map(|part| Ok(all[part.rows.start - first..part.rows.end - first].to_vec()))),
+                // Found by asking again, one session at a time.
+                Err(_) => answers.extend(group.iter().map(|part| self.answers(weights, part, draws))),
+            }
+        }
+        answers
+    }
+
+    /// Answers to the draws of a part's rows, counted among the wanted rows of the last forward.
+    fn answers(&mut self, weights: usize, part: &Part, draws: &[Draw]) -> Result<Vec<Decision>> {
         let Loaded { model, scratch, .. } = &mut self.models[weights];
-        let mut ask = |range: Range<usize>| {
-            let rows: Vec<u32> = range.clone().map(|r| r as u32).collect();
-            model.decide(&self.backend, &rows, &draws[range], &self.banned, scratch)
+        let backend = &self.backend;
+        let draws = &draws[part.rows.clone()];
+        let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
+        let guides: Vec<u32> = (part.guide..part.guide + rows.len()).map(|row| row as u32).collect();
+        let mut ask = |draws: &[Draw], banned: &[u32]| match part.guidance {
+            // [LLaDA] The published scale counts from 0.
+            scale if scale > 0.0 => model.decide_guided(backend, &rows, &guides, scale + 1.0, draws, banned, scratch),
+            _ => model.decide(backend, &rows, draws, banned, scratch),
         };
-        match ask(0..draws.len()) {
-            Ok(all) => ranges.into_iter().map(|range| Ok(all[range].to_vec())).collect(),
-            // Found by asking again, one session at a time.
-            Err(_) => ranges.into_iter().map(ask).collect(),
+        let with = |ids: &[u32]| {
+            let mut all = [&self.banned[..], ids].concat();
+            all.sort_unstable();
+            all.dedup();
+            all
+        };
+        match part.eos {
+            Eos::Free => ask(draws, &self.banned),
+            Eos::Never => ask(draws, &with(&self.ends.never)),
+            Eos::Last => {
+                let mut answers = ask(draws, &self.banned)?;
+                let ends = |answer: &Decision| self.ends.last.contains(&answer.token);
+                // [LLaDA] Tokens first, from everything; then what each is worth where the ends do not count.
+                let again = |(draw, answer): (&Draw, &Decision)| match ends(answer) {
+                    true => Draw { temperature: 0.0, forced: None, ..*draw },
+                    false => Draw { forced: Some(answer.token), ..*draw },
+                };
+                let others = ask(&draws.iter().zip(&answers).map(again).collect::<Vec<_>>(), &with(&self.ends.last))?;
+                for (answer, other) in answers.iter_mut().zip(others) {
+                    let (confidence, log_prob) = if ends(answer) { (0.0, answer.log_prob) } else { (other.confidence, other.log_prob) };
+                    *answer = Decision { confidence, log_prob, ..*answer };
+                }
+                Ok(answers)
+            }
         }
     }
 

@@ -113,13 +113,15 @@ fn nucleus(mass: &mut [f64], logits: &[f32], top_p: f64, rule: TopPRule) {
 pub struct Candidate {
     pub position: usize,
     pub decision: Decision,
-    /// The order uniform of this position and step.
+    /// The order uniform of this position and step; its time under [`Unmask::Ancestral`].
     pub order: f64,
 }
 
 /// Where a block stands when its next reveals are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockProgress {
+    /// Positions of a whole block (of a part of one, where a stage has such).
+    pub block_len: usize,
     /// Masks the block held when the stage reached it.
     pub masks_at_start: usize,
     /// Masks it holds now.
@@ -128,35 +130,49 @@ pub struct BlockProgress {
     pub step: usize,
 }
 
-/// How many reveals `unmask` wants at this step, where it counts steps; `None` for rules that look at the candidates instead.
+/// How many reveals `unmask` wants at this step, where it counts steps (of [`Unmask::Above`]: at least); `None` for rules that look at
+/// the candidates instead.
 pub fn quota(unmask: &Unmask, progress: BlockProgress) -> Option<usize> {
-    let BlockProgress { masks_at_start, masks, step } = progress;
+    let BlockProgress { block_len, masks_at_start, masks, step } = progress;
+    // The remainder goes to the first steps.
+    let share = |count: usize, steps: usize| count / steps + usize::from(step < count % steps);
     match *unmask {
         Unmask::Count { n, .. } => Some(n),
-        // [LLaDA] get_num_transfer_tokens: the remainder goes to the first steps.
-        Unmask::Linear { steps, .. } => Some(masks_at_start / steps + usize::from(step < masks_at_start % steps)),
+        // [LLaDA] get_num_transfer_tokens, of what is masked.
+        Unmask::Linear { steps, .. } => Some(share(masks_at_start, steps)),
+        // [SDAR] get_num_transfer_tokens, of the block: a prompt's tail in it takes nothing off.
+        Unmask::Fixed { steps, .. } | Unmask::Above { steps: Some(steps), .. } => Some(share(block_len, steps)),
+        Unmask::Above { steps: None, .. } => Some(1),
         Unmask::Timestep { steps, .. } if step + 1 >= steps => Some(masks),
-        Unmask::Timestep { steps, .. } => {
-            // [Dream] f32 arithmetic decides the truncation: t and s are elements of linspace(1, 1e-3, steps + 1).
-            let (t, s) = (linspace_f32(steps, step), linspace_f32(steps, step + 1));
+        Unmask::Timestep { steps, eps, .. } => {
+            // [Dream] f32 arithmetic decides the truncation: t and s are elements of linspace(1, eps, steps + 1).
+            let (t, s) = (linspace_f32(eps, steps, step), linspace_f32(eps, steps, step + 1));
             Some((masks as f64 * f64::from(1.0 - s / t)) as usize)
         }
-        Unmask::Threshold(_) | Unmask::EntropyBound(_) => None,
+        Unmask::Ancestral { .. } | Unmask::Threshold(_) | Unmask::Factor(_) | Unmask::EntropyBound(_) => None,
     }
 }
 
-/// Element `index` of `linspace(1, 1e-3, steps + 1)` as PyTorch computes it in f32: from the nearer end.
-fn linspace_f32(steps: usize, index: usize) -> f32 {
-    let (start, end) = (1.0f32, 1e-3f32);
-    let delta = (end - start) / steps as f32;
-    if index < steps.div_ceil(2) { start + delta * index as f32 } else { end - delta * (steps - index) as f32 }
+/// Element `index` of `linspace(1, eps, steps + 1)` as PyTorch computes it in f32: from the nearer end.
+fn linspace_f32(eps: f32, steps: usize, index: usize) -> f32 {
+    let delta = (eps - 1.0) / steps as f32;
+    if index < steps.div_ceil(2) { 1.0 + delta * index as f32 } else { eps - delta * (steps - index) as f32 }
 }
 
-/// The first step at or after `progress.step` that reveals something: steps with an empty quota need no forward.
-pub fn next_step(unmask: &Unmask, mut progress: BlockProgress) -> usize {
+/// The first step at or after `progress.step` that reveals something: the others need no forward. `times` are the masked positions', of
+/// [`Unmask::Ancestral`].
+pub fn next_step(unmask: &Unmask, mut progress: BlockProgress, times: impl Iterator<Item = f64>) -> usize {
+    if let Unmask::Ancestral { steps, eps } = *unmask {
+        // [Dream] `origin`: with p = 1 - s/t at every step, a position's step is the one in which its time lies.
+        let latest = times.fold(0.0, f64::max);
+        while progress.step + 1 < steps && latest < f64::from(linspace_f32(eps, steps, progress.step + 1)) {
+            progress.step += 1;
+        }
+        return progress.step;
+    }
     while progress.masks > 0 && quota(unmask, progress) == Some(0) {
         progress.step += 1;
-        if let Unmask::Linear { steps, .. } = unmask
+        if let Unmask::Linear { steps, .. } | Unmask::Fixed { steps, .. } | Unmask::Above { steps: Some(steps), .. } = unmask
             && progress.step >= *steps
         {
             break;
@@ -169,6 +185,14 @@ pub fn next_step(unmask: &Unmask, mut progress: BlockProgress) -> usize {
 ///
 /// Errors: [`Error::Kernel`] naming the position if a confidence, margin or entropy is NaN.
 pub fn select(unmask: &Unmask, progress: BlockProgress, candidates: &[Candidate]) -> Result<Vec<usize>> {
+    select_tempered(unmask, 0.0, progress, candidates)
+}
+
+/// [`select`] where rankings by confidence, margin or entropy are draws of this `temperature`: positions one after the other, without
+/// putting back, with weights `exp(rank / temperature)` ([Dream] `alg_temp`; the rank of an entropy is its negative).
+///
+/// The n smallest of `E exp(-rank / temperature)`, E exponential, are such a draw (Efraimidis and Spirakis 2006; in logarithms, Gumbel-top-k).
+pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgress, candidates: &[Candidate]) -> Result<Vec<usize>> {
     for c in candidates {
         let Decision { confidence, margin, entropy, .. } = c.decision;
         if confidence.is_nan() || margin.is_nan() || entropy.is_nan() {
@@ -177,12 +201,15 @@ pub fn select(unmask: &Unmask, progress: BlockProgress, candidates: &[Candidate]
     }
     let best_first = |rank: Rank| {
         let mut order: Vec<usize> = (0..candidates.len()).collect();
-        let key = |c: &Candidate| match rank {
-            Rank::Uniform => c.order,
-            Rank::Confidence => -f64::from(c.decision.confidence),
-            Rank::Margin => -f64::from(c.decision.margin),
-            Rank::Entropy => f64::from(c.decision.entropy),
-            Rank::Left => 0.0,
+        let key = |c: &Candidate| {
+            let value = match rank {
+                Rank::Uniform => return c.order,
+                Rank::Left => return 0.0,
+                Rank::Confidence => -f64::from(c.decision.confidence),
+                Rank::Margin => -f64::from(c.decision.margin),
+                Rank::Entropy => f64::from(c.decision.entropy),
+            };
+            if temperature > 0.0 { (-(-c.order).ln_1p()).ln() + value / f64::from(temperature) } else { value }
         };
         order.sort_by(|&a, &b| {
             let (a, b) = (&candidates[a], &candidates[b]);
@@ -191,7 +218,7 @@ pub fn select(unmask: &Unmask, progress: BlockProgress, candidates: &[Candidate]
         order
     };
     let mut chosen = match *unmask {
-        Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Timestep { rank, .. } => {
+        Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
             let n = quota(unmask, progress).unwrap_or(1).max(1);
             let mut order = best_first(rank);
             order.truncate(n);
@@ -200,6 +227,29 @@ pub fn select(unmask: &Unmask, progress: BlockProgress, candidates: &[Candidate]
         Unmask::Threshold(threshold) => {
             let order = best_first(Rank::Confidence);
             order.iter().enumerate().filter(|(i, c)| *i == 0 || candidates[**c].decision.confidence >= threshold).map(|(_, c)| *c).collect()
+        }
+        Unmask::Above { bound, .. } => {
+            let least = quota(unmask, progress).unwrap_or(1).max(1);
+            let order = best_first(Rank::Confidence).into_iter().enumerate();
+            order.filter(|(i, c)| *i < least || candidates[*c].decision.confidence > bound).map(|(_, c)| c).collect()
+        }
+        Unmask::Factor(factor) => {
+            let mut order = best_first(Rank::Confidence);
+            // The last one of all is never asked, see `Unmask::Factor`. Rank r counts from 1, i from 0.
+            let short = |i: &usize| f64::from(candidates[order[*i]].decision.confidence) < 1.0 - f64::from(factor) / (*i + 2) as f64;
+            if let Some(n) = (1..order.len().saturating_sub(1)).find(short) {
+                order.truncate(n);
+            }
+            order
+        }
+        Unmask::Ancestral { steps, eps } => {
+            let next = if progress.step + 1 < steps { f64::from(linspace_f32(eps, steps, progress.step + 1)) } else { 0.0 };
+            let mut order: Vec<usize> = (0..candidates.len()).filter(|i| candidates[*i].order >= next).collect();
+            if order.is_empty() {
+                // Not where the step is that of `next_step`.
+                order.extend((0..candidates.len()).rev().max_by(|a, b| candidates[*a].order.total_cmp(&candidates[*b].order)));
+            }
+            order
         }
         Unmask::EntropyBound(bound) => {
             let order = best_first(Rank::Entropy);
@@ -240,6 +290,7 @@ pub fn remask(ratio: f64, scores: &[(usize, f64)]) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rng::{DrawKey, TIME_STEP, uniforms};
 
     const PLAIN: Draw =
         Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
@@ -314,7 +365,11 @@ mod tests {
     }
 
     fn at(masks_at_start: usize, masks: usize, step: usize) -> BlockProgress {
-        BlockProgress { masks_at_start, masks, step }
+        BlockProgress { block_len: masks_at_start, masks_at_start, masks, step }
+    }
+
+    fn confident(values: &[f32]) -> Vec<Candidate> {
+        candidates(&values.iter().map(|c| (*c, 0.0, 0.0, 0.0)).collect::<Vec<_>>())
     }
 
     #[test]
@@ -363,7 +418,7 @@ mod tests {
     #[test]
     fn timestep_quota_matches_dream() {
         let counts = |length: usize, steps: usize| {
-            let rule = Unmask::Timestep { rank: Rank::Confidence, steps };
+            let rule = Unmask::Timestep { rank: Rank::Confidence, steps, eps: 1e-3 };
             let mut masks = length;
             (0..steps)
                 .map(|step| {
@@ -385,7 +440,91 @@ mod tests {
         let c = counts(256, 128);
         assert!(c[0] == 1 && c[127] == 3 && c[1..127].iter().all(|n| *n == 2), "{c:?}");
         // The empty first step is skipped without a forward.
-        assert_eq!(next_step(&Unmask::Timestep { rank: Rank::Confidence, steps: 32 }, at(32, 32, 0)), 1);
+        let rule = Unmask::Timestep { rank: Rank::Confidence, steps: 32, eps: 1e-3 };
+        assert_eq!(next_step(&rule, at(32, 32, 0), std::iter::empty()), 1);
+    }
+
+    /// [SDAR] Strictly above, and never fewer than the quota: 8 positions over 3 steps are 3 3 2, also where only 5 are masked.
+    #[test]
+    fn above_is_strict_and_reveals_the_quota_at_least() {
+        let c = confident(&[0.5, 0.8, 0.79, 0.1, 0.9]);
+        let pick =
+            |bound, steps, step| select(&Unmask::Above { bound, steps }, BlockProgress { block_len: 8, ..at(5, 5, step) }, &c).unwrap();
+        assert_eq!([pick(0.8, None, 0), pick(0.79, None, 0), pick(0.95, None, 7)], [vec![4], vec![1, 4], vec![4]]);
+        assert_eq!([pick(0.8, Some(3), 0), pick(0.95, Some(3), 2), pick(0.4, Some(3), 2)], [vec![1, 2, 4], vec![1, 4], vec![0, 1, 2, 4]]);
+        assert_eq!(pick(0.95, Some(1), 0), [0, 1, 2, 3, 4], "clamped to what is masked");
+        let fixed = Unmask::Fixed { rank: Rank::Left, steps: 3 };
+        assert_eq!([0, 1, 2].map(|step| quota(&fixed, BlockProgress { block_len: 8, ..at(5, 5, step) }).unwrap()), [3, 3, 2]);
+    }
+
+    /// Factor 1: ranks 2, 3, 4 need 1 - 1/3, 1 - 1/4, 1 - 1/5.
+    #[test]
+    fn factor_needs_more_of_every_further_one_and_never_leaves_one_alone() {
+        let pick = |values: &[f32], factor| select(&Unmask::Factor(factor), at(5, 5, 0), &confident(values)).unwrap();
+        assert_eq!(pick(&[0.1, 0.99, 0.7, 0.74, 0.2], 1.0), [1, 3], "0.7 is below 3/4");
+        assert_eq!(pick(&[0.1, 0.99, 0.76, 0.74, 0.2], 1.0), [1, 2], "0.74 is below 3/4, though above 2/3");
+        assert_eq!(pick(&[0.1, 0.3, 0.2], 1.0), [1]);
+        assert_eq!(pick(&[0.1, 0.99, 0.76], 1.0), [0, 1, 2], "the last one goes along");
+        assert_eq!((pick(&[0.1, 0.2], 1.0), pick(&[0.1], 0.0)), (vec![0, 1], vec![0]));
+        assert_eq!(pick(&[0.1, 0.3, 0.2, 0.15], 9.0), [0, 1, 2, 3]);
+    }
+
+    /// [Dream] `origin` reveals at step i with probability 1 - s/t what is still masked: over all steps, t - s of the positions, the rest
+    /// in the last one. 40,000 times: five deviations of a share are below 1.3 %.
+    #[test]
+    fn ancestral_steps_are_independent_draws() {
+        let (steps, eps) = (6, 0.1);
+        let rule = Unmask::Ancestral { steps, eps };
+        let time = |position| uniforms(DrawKey { seed: 5, sample: 0, stage: 0, block: 0, step: TIME_STEP, position }).order;
+        let mut left: Vec<Candidate> =
+            (0..40_000).map(|p| Candidate { order: time(p), ..candidates(&[(0.5, 0.0, 0.0, 0.0)])[0] }).collect();
+        let (mut step, mut shares) = (0, Vec::new());
+        while !left.is_empty() {
+            step = next_step(&rule, at(40_000, left.len(), step), left.iter().map(|c| c.order));
+            let chosen = select(&rule, at(40_000, left.len(), step), &left).unwrap();
+            shares.push(chosen.len() as f64 / 40_000.0);
+            let mut at = 0..;
+            left.retain(|_| at.next().is_some_and(|i| chosen.binary_search(&i).is_err()));
+            step += 1;
+        }
+        assert_eq!(shares.len(), steps);
+        for (i, share) in shares.iter().enumerate() {
+            assert!((share - if i + 1 < steps { 0.15 } else { 0.25 }).abs() < 0.013, "step {i}: {shares:?}");
+        }
+        // Empty steps are skipped: times 0.9 and 0.2 lie in the first of six steps and in the last.
+        let two: Vec<Candidate> = [0.9, 0.2].map(|order| Candidate { order, ..left_over() }).into();
+        assert_eq!((next_step(&rule, at(2, 2, 0), [0.9, 0.2].into_iter()), select(&rule, at(2, 2, 0), &two).unwrap()), (0, vec![0]));
+        assert_eq!((next_step(&rule, at(2, 1, 1), [0.2].into_iter()), select(&rule, at(2, 1, 5), &two[1..]).unwrap()), (5, vec![0]));
+    }
+
+    fn left_over() -> Candidate {
+        candidates(&[(0.5, 0.0, 0.0, 0.0)])[0]
+    }
+
+    /// Draws without putting back: pairs of three positions with weights exp(c / 0.5), against their probabilities.
+    #[test]
+    fn tempered_rankings_draw_without_putting_back() {
+        let values = [0.9f32, 0.5, 0.1];
+        let rule = Unmask::Count { rank: Rank::Confidence, n: 2 };
+        let (mut seen, draws) = ([0usize; 3], 20_000u32);
+        for sample in 0..draws {
+            let mut c = confident(&values);
+            for (position, c) in c.iter_mut().enumerate() {
+                c.order = uniforms(DrawKey { seed: 1, sample, stage: 0, block: 0, step: 0, position: position as u32 }).order;
+            }
+            let pair = select_tempered(&rule, 0.5, at(3, 3, 0), &c).unwrap();
+            seen[3 - pair[0] - pair[1]] += 1;
+        }
+        let weights = values.map(|c| f64::from(c / 0.5).exp());
+        let total: f64 = weights.iter().sum();
+        for missing in 0..3 {
+            let (a, b) = (weights[(missing + 1) % 3], weights[(missing + 2) % 3]);
+            let p = a / total * b / (total - a) + b / total * a / (total - b);
+            let share = seen[missing] as f64 / f64::from(draws);
+            assert!((share - p).abs() < 5.0 * (p * (1.0 - p) / f64::from(draws)).sqrt(), "without {missing}: {share}, expected {p}");
+        }
+        // Temperature 0 is the ranking itself.
+        assert_eq!(select_tempered(&rule, 0.0, at(3, 3, 0), &confident(&values)).unwrap(), [0, 1]);
     }
 
     #[test]
@@ -405,8 +544,13 @@ mod tests {
         for rule in [
             Unmask::Count { rank: Rank::Confidence, n: 1 },
             Unmask::Linear { rank: Rank::Uniform, steps: 7 },
-            Unmask::Timestep { rank: Rank::Entropy, steps: 50 },
+            Unmask::Fixed { rank: Rank::Left, steps: 50 },
+            Unmask::Timestep { rank: Rank::Entropy, steps: 50, eps: 1e-3 },
+            Unmask::Ancestral { steps: 50, eps: 1e-3 },
             Unmask::Threshold(1.0),
+            Unmask::Above { bound: 1.0, steps: None },
+            Unmask::Above { bound: 1.0, steps: Some(50) },
+            Unmask::Factor(0.0),
             Unmask::EntropyBound(0.0),
         ] {
             assert!(select(&rule, at(1, 1, 0), &bad).is_err());

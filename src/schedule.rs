@@ -37,11 +37,24 @@ pub enum Unmask {
     Count { rank: Rank, n: usize },
     /// LLaDA's quota: m masks over `steps` forwards, `m / steps` each and one more in the first `m % steps`.
     Linear { rank: Rank, steps: usize },
-    /// Dream's integer schedule over `linspace(1, 1e-3, steps + 1)` in f32: `floor(masks left * (1 - s/t))`, the rest in the last step.
+    /// SDAR's quota: a block of L positions over `steps` forwards, `L / steps` each and one more in the first `L % steps`, however many
+    /// of them are masked.
+    Fixed { rank: Rank, steps: usize },
+    /// Dream's integer schedule over `linspace(1, eps, steps + 1)` in f32: `floor(masks left * (1 - s/t))`, the rest in the last step.
     /// Steps whose count is zero are skipped without a forward: Dream runs them, and throws their result away.
-    Timestep { rank: Rank, steps: usize },
-    /// Everything with confidence >= the threshold, and always the most confident.
+    Timestep { rank: Rank, steps: usize, eps: f32 },
+    /// Dream's `origin` over the same times: each masked position by itself, with probability `1 - s/t` and in the last step surely. Drawn as
+    /// one time in [0, 1) for each position, revealed by the step in which it lies: the reverse process itself. Steps in which no time lies
+    /// are skipped without a forward.
+    Ancestral { steps: usize, eps: f32 },
+    /// Everything with confidence >= the threshold, and always the most confident (Fast-dLLM).
     Threshold(f32),
+    /// Everything with confidence > the bound, and at least the most confident ones of [`Unmask::Fixed`]'s quota over `steps`, one without
+    /// (SDAR `low_confidence_dynamic`, Fast-dLLM v2).
+    Above { bound: f32, steps: Option<usize> },
+    /// Fast-dLLM's factor f: of the confidences in descending order the first, and on from there while the r-th is at least `1 - f / (r + 1)`. As
+    /// in its code, a last mask that alone falls short goes along.
+    Factor(f32),
     /// Lowest entropies first while (cumulative sum - largest so far) <= the bound, in nats.
     EntropyBound(f32),
 }
@@ -90,6 +103,24 @@ pub enum KvPolicy {
     Draft,
     /// Nothing is reused: every forward recomputes all rows it can see. The slow twin of `Exact`, equal to it token for token.
     Recompute,
+    /// Fast-dLLM's prefix cache for full attention: all rows in a block's first forward, in the others the block and everything behind it.
+    /// Approximate.
+    Prefix,
+    /// Fast-dLLM's dual cache: all rows in a block's first forward, in the others the block alone. Approximate.
+    Dual,
+}
+
+/// What becomes of tokens that end the text ([LLaDA] appendix B.4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Eos {
+    /// They are tokens like others.
+    #[default]
+    Free,
+    /// The end of text is never drawn (`logits_eos_inf`).
+    Never,
+    /// They may be drawn but have confidence 0, so they are revealed behind all others, whose confidence is that among the others
+    /// alone (`confidence_eos_eot_inf`).
+    Last,
 }
 
 /// Whether the model's attention spans the canvas or ends with the block.
@@ -107,11 +138,22 @@ pub struct Stage {
     /// `None` is `full`: one block spanning the sequence.
     pub block_len: Option<usize>,
     pub scope: Scope,
+    /// Blocks count from the first position to be generated and not from position 0.
+    pub from_prompt: bool,
+    /// Within a block, decisions go left to right in parts of this length; attention is the block's ([Fast-dLLM v2]).
+    pub sub_len: Option<usize>,
     pub remask: Option<Remask>,
     pub unmask: Unmask,
+    /// Above 0, a ranking by confidence, margin or entropy becomes a draw: positions one after the other, without putting back, with weights
+    /// `exp(rank / temperature)` (Dream's `alg_temp`).
+    pub order_temperature: f32,
     pub temperature: f32,
     pub top_p: f32,
     pub top_p_rule: TopPRule,
+    /// Classifier-free guidance: logits are `u + (guidance + 1) (l - u)`, u the logits where every given position is masked too; 0 is none
+    /// ([LLaDA] `cfg_scale`).
+    pub guidance: f32,
+    pub eos: Eos,
     pub kv: KvPolicy,
     /// Record the probability after temperature and nucleus as snapshot confidence instead of the raw one.
     pub truncated_confidence: bool,
@@ -131,6 +173,11 @@ impl Stage {
     /// Length of a decision block in a sequence of `len` positions.
     pub fn block_len_in(&self, len: usize) -> usize {
         self.block_len.unwrap_or(len).clamp(1, len.max(1))
+    }
+
+    /// Where block 0 begins in a sequence whose first `prompt_len` positions are given.
+    pub fn origin(&self, prompt_len: usize) -> usize {
+        if self.from_prompt { prompt_len } else { 0 }
     }
 }
 
@@ -162,15 +209,21 @@ impl Default for Defaults {
 pub struct StageSpec {
     block: Option<Option<usize>>,
     scope: Option<Scope>,
+    from_prompt: Option<bool>,
+    sub: Option<usize>,
     ratio: Option<f64>,
     by: Option<RemaskBy>,
     score: Option<Score>,
     unmask: Option<UnmaskSpec>,
     order: Option<Rank>,
     steps: Option<usize>,
+    eps: Option<f32>,
+    order_temperature: Option<f32>,
     temperature: Option<f32>,
     top_p: Option<f32>,
     top_p_rule: Option<TopPRule>,
+    guidance: Option<f32>,
+    eos: Option<Eos>,
     kv: Option<KvPolicy>,
     truncated_confidence: Option<bool>,
     weights: Option<usize>,
@@ -180,12 +233,20 @@ pub struct StageSpec {
 enum UnmaskSpec {
     Rank(Rank, Option<usize>),
     Linear(usize),
+    Fixed(usize),
     Timestep(usize),
+    Ancestral(usize),
     Threshold(f32),
+    Above(f32),
+    Factor(f32),
     EntropyBound(f32),
 }
 
-const KEYS: &str = "block, visible, remask, by, score, unmask, order, steps, temperature, top_p, top_p_rule, kv, confidence, weights";
+const KEYS: &str = "block, visible, from, sub, remask, by, score, unmask, order, steps, eps, order_temperature, temperature, top_p, top_p_rule, \
+                    guidance, eos, kv, confidence, weights";
+
+/// The last time of Dream's schedules where `eps` is not given.
+const EPS: f32 = 1e-3;
 
 impl FromStr for StageSpec {
     type Err = Error;
@@ -215,6 +276,15 @@ impl FromStr for StageSpec {
                     };
                     set(&mut spec.scope, scope, twice, bad("block or canvas"))?;
                 }
+                "from" => {
+                    let from = match value {
+                        "start" => Some(false),
+                        "prompt" => Some(true),
+                        _ => None,
+                    };
+                    set(&mut spec.from_prompt, from, twice, bad("start or prompt"))?;
+                }
+                "sub" => set(&mut spec.sub, parse_count(value), twice, bad("a length of at least 1"))?,
                 "remask" => {
                     let ratio = value.parse().ok().filter(|r| (0.0..=1.0).contains(r));
                     set(&mut spec.ratio, ratio, twice, bad("a ratio from 0 to 1"))?;
@@ -222,11 +292,20 @@ impl FromStr for StageSpec {
                 "by" => set(&mut spec.by, parse_by(value), twice, bad("snapshot, post-hoc, held-out:GROUPS (2 or more) or random"))?,
                 "score" => set(&mut spec.score, parse_score(value), twice, bad("probability, typicality or lift"))?,
                 "unmask" => {
-                    let want = "uniform:N, confidence:N, margin:N, entropy:N, left:N, threshold:T, linear:STEPS, timestep:STEPS or entropy-bound:NATS";
+                    let want = "uniform:N, confidence:N, margin:N, entropy:N, left:N, threshold:T, above:T, factor:F, linear:STEPS, \
+                                fixed:STEPS, timestep:STEPS, ancestral:STEPS or entropy-bound:NATS";
                     set(&mut spec.unmask, parse_unmask(value), twice, bad(want))?;
                 }
                 "order" => set(&mut spec.order, parse_rank(value), twice, bad("uniform, confidence, margin, entropy or left"))?,
                 "steps" => set(&mut spec.steps, parse_count(value), twice, bad("a number of forwards, at least 1"))?,
+                "eps" => {
+                    let eps = value.parse().ok().filter(|e| *e > 0.0 && *e < 1.0);
+                    set(&mut spec.eps, eps, twice, bad("a time above 0 and below 1"))?;
+                }
+                "order_temperature" => {
+                    let t = value.parse().ok().filter(|t| valid_temperature(*t));
+                    set(&mut spec.order_temperature, t, twice, bad("a finite number of at least 0"))?;
+                }
                 "temperature" => {
                     let t = value.parse().ok().filter(|t| valid_temperature(*t));
                     set(&mut spec.temperature, t, twice, bad("a finite number of at least 0"))?;
@@ -240,7 +319,12 @@ impl FromStr for StageSpec {
                     };
                     set(&mut spec.top_p_rule, rule, twice, bad("within or crossing"))?;
                 }
-                "kv" => set(&mut spec.kv, parse_kv(value), twice, bad("exact, refresh:FORWARDS, draft or recompute"))?,
+                "guidance" => {
+                    let scale = value.parse().ok().filter(|s| valid_temperature(*s));
+                    set(&mut spec.guidance, scale, twice, bad("a finite number of at least 0"))?;
+                }
+                "eos" => set(&mut spec.eos, parse_eos(value), twice, bad("free, never or last"))?,
+                "kv" => set(&mut spec.kv, parse_kv(value), twice, bad("exact, refresh:FORWARDS, draft, prefix, dual or recompute"))?,
                 "confidence" => {
                     let truncated = match value {
                         "raw" => Some(false),
@@ -308,8 +392,12 @@ fn parse_unmask(text: &str) -> Option<UnmaskSpec> {
     };
     match rule {
         "linear" => parse_count(value).map(UnmaskSpec::Linear),
+        "fixed" => parse_count(value).map(UnmaskSpec::Fixed),
         "timestep" => parse_count(value).map(UnmaskSpec::Timestep),
+        "ancestral" => parse_count(value).map(UnmaskSpec::Ancestral),
         "threshold" => value.parse().ok().filter(|t: &f32| (0.0..=1.0).contains(t)).map(UnmaskSpec::Threshold),
+        "above" => value.parse().ok().filter(|t: &f32| (0.0..=1.0).contains(t)).map(UnmaskSpec::Above),
+        "factor" => value.parse().ok().filter(|f: &f32| f.is_finite() && *f >= 0.0).map(UnmaskSpec::Factor),
         "entropy-bound" => value.parse().ok().filter(|b: &f32| b.is_finite() && *b >= 0.0).map(UnmaskSpec::EntropyBound),
         _ => Some(UnmaskSpec::Rank(parse_rank(rule)?, Some(parse_count(value)?))),
     }
@@ -320,26 +408,59 @@ fn parse_kv(text: &str) -> Option<KvPolicy> {
         None if text == "exact" => Some(KvPolicy::Exact),
         None if text == "draft" => Some(KvPolicy::Draft),
         None if text == "recompute" => Some(KvPolicy::Recompute),
+        None if text == "prefix" => Some(KvPolicy::Prefix),
+        None if text == "dual" => Some(KvPolicy::Dual),
         Some(("refresh", r)) => parse_count(r).map(KvPolicy::Refresh),
         _ => None,
     }
 }
 
+fn parse_eos(text: &str) -> Option<Eos> {
+    [Eos::Free, Eos::Never, Eos::Last].into_iter().find(|e| e.to_string() == text)
+}
+
 impl StageSpec {
-    /// Fills in the defaults and checks the stage in its place (`index` 0 drafts).
-    fn resolve(&self, index: usize, defaults: &Defaults, previous: Option<&Stage>) -> Result<Stage> {
-        let fail = |what: &str| Err(Error::request(format!("stage {index}: {what}")));
+    /// The reveal rule with what belongs to it: `order`, `steps`, `eps`.
+    fn unmask(&self) -> std::result::Result<Unmask, &'static str> {
+        let rank = self.order.unwrap_or(Rank::Confidence);
+        let eps = self.eps.unwrap_or(EPS);
         let unmask = match (self.unmask.unwrap_or(UnmaskSpec::Rank(Rank::Uniform, None)), self.steps) {
             (UnmaskSpec::Rank(rank, n), None) => Unmask::Count { rank, n: n.unwrap_or(1) },
             (UnmaskSpec::Rank(rank, None), Some(steps)) => Unmask::Linear { rank, steps },
-            (UnmaskSpec::Linear(steps), None) => Unmask::Linear { rank: self.order.unwrap_or(Rank::Confidence), steps },
-            (UnmaskSpec::Timestep(steps), None) => Unmask::Timestep { rank: self.order.unwrap_or(Rank::Confidence), steps },
+            (UnmaskSpec::Linear(steps), None) => Unmask::Linear { rank, steps },
+            (UnmaskSpec::Fixed(steps), None) => Unmask::Fixed { rank, steps },
+            (UnmaskSpec::Timestep(steps), None) => Unmask::Timestep { rank, steps, eps },
+            (UnmaskSpec::Ancestral(steps), None) => Unmask::Ancestral { steps, eps },
             (UnmaskSpec::Threshold(t), None) => Unmask::Threshold(t),
+            (UnmaskSpec::Above(bound), steps) => Unmask::Above { bound, steps },
+            (UnmaskSpec::Factor(f), None) => Unmask::Factor(f),
             (UnmaskSpec::EntropyBound(b), None) => Unmask::EntropyBound(b),
-            (_, Some(_)) => return fail("steps goes with a ranking alone, as in unmask=uniform,steps=12"),
+            (_, Some(_)) => return Err("steps goes with a ranking alone, as in unmask=uniform,steps=12, or with unmask=above:T"),
         };
-        if self.order.is_some() && !matches!(self.unmask, Some(UnmaskSpec::Linear(_) | UnmaskSpec::Timestep(_))) {
-            return fail("order goes with unmask=linear:STEPS or unmask=timestep:STEPS");
+        let spelled = self.unmask;
+        if self.order.is_some() && !matches!(spelled, Some(UnmaskSpec::Linear(_) | UnmaskSpec::Fixed(_) | UnmaskSpec::Timestep(_))) {
+            return Err("order goes with unmask=linear:STEPS, unmask=fixed:STEPS or unmask=timestep:STEPS");
+        }
+        if self.eps.is_some() && !matches!(spelled, Some(UnmaskSpec::Timestep(_) | UnmaskSpec::Ancestral(_))) {
+            return Err("eps goes with unmask=timestep:STEPS or unmask=ancestral:STEPS");
+        }
+        Ok(unmask)
+    }
+
+    /// Fills in the defaults and checks the stage in its place (`index` 0 drafts).
+    fn resolve(&self, index: usize, defaults: &Defaults, previous: Option<&Stage>) -> Result<Stage> {
+        let fail = |what: &str| Err(Error::request(format!("stage {index}: {what}")));
+        let unmask = match self.unmask() {
+            Ok(unmask) => unmask,
+            Err(what) => return fail(what),
+        };
+        let order_temperature = self.order_temperature.unwrap_or(0.0);
+        if order_temperature > 0.0 && !matches!(unmask.rank(), Some(Rank::Confidence | Rank::Margin | Rank::Entropy)) {
+            return fail("order_temperature goes with a ranking by confidence, margin or entropy that counts, not with a threshold");
+        }
+        let eos = self.eos.unwrap_or_default();
+        if eos == Eos::Last && !unmask.by_confidence() {
+            return fail("eos=last gives confidence 0 to ends of the text, so the rule must go by confidence");
         }
         let remask = match (index, self.ratio) {
             (0, None) if self.by.is_none() && self.score.is_none() => None,
@@ -360,18 +481,43 @@ impl StageSpec {
         if kv == KvPolicy::Draft && matches!(remask, Some(Remask { by: RemaskBy::HeldOut(_), .. })) {
             return fail("kv=draft cannot follow held-out scoring, whose forwards overwrite the draft's K/V; use kv=refresh:R");
         }
+        let block_len = self.block.unwrap_or(None);
+        let scope = self.scope.unwrap_or(defaults.scope);
+        if scope == Scope::Block && block_len.is_some() {
+            // [SDAR] Block-causal attention counts blocks from position 0, and finished blocks are never seen again anyway.
+            if self.from_prompt == Some(true) {
+                return fail("from=prompt needs visible=canvas: block-causal attention counts from position 0");
+            }
+            if matches!(kv, KvPolicy::Prefix | KvPolicy::Dual) {
+                return fail("kv=prefix and kv=dual are for visible=canvas: under block-causal attention kv=exact reuses more, exactly");
+            }
+        }
+        if let Some(sub) = self.sub
+            && block_len.is_none_or(|block| block % sub != 0)
+        {
+            return fail("sub goes with block=LENGTH, a multiple of it");
+        }
+        let guidance = self.guidance.unwrap_or(0.0);
+        if guidance > 0.0 && (scope == Scope::Block && block_len.is_some() || !matches!(kv, KvPolicy::Exact | KvPolicy::Recompute)) {
+            return fail("guidance runs every forward twice over all rows: it needs visible=canvas and kv=exact");
+        }
         let weights = self.weights.unwrap_or(0);
         if kv == KvPolicy::Draft && previous.is_some_and(|p| p.weights != weights) {
             return fail("kv=draft cannot reuse the K/V of other weights; use kv=refresh:R");
         }
         Ok(Stage {
-            block_len: self.block.unwrap_or(None),
-            scope: self.scope.unwrap_or(defaults.scope),
+            block_len,
+            scope,
+            from_prompt: self.from_prompt.unwrap_or(false),
+            sub_len: self.sub,
             remask,
             unmask,
+            order_temperature,
             temperature: self.temperature.unwrap_or(defaults.temperature),
             top_p: self.top_p.unwrap_or(defaults.top_p),
             top_p_rule: self.top_p_rule.unwrap_or(defaults.top_p_rule),
+            guidance,
+            eos,
             kv,
             truncated_confidence: self.truncated_confidence.unwrap_or(false),
             weights,
@@ -380,7 +526,7 @@ impl StageSpec {
 }
 
 /// Named schedules and the stages they expand to.
-pub const PRESETS: [(&str, &[&str]); 6] = [
+pub const PRESETS: [(&str, &[&str]); 11] = [
     ("draft", &["block=4,unmask=uniform:1"]),
     // Figures behind the refine stage: one full pass and frozen K/V lost nothing at 12 forwards for ratio 0.35 on a 3M-parameter model.
     ("did", &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact"]),
@@ -395,6 +541,17 @@ pub const PRESETS: [(&str, &[&str]); 6] = [
             "block=full,remask=0.2,by=snapshot,unmask=linear:12,order=uniform",
         ],
     ),
+    // The published samplers as their authors run them; docs/schedules.md has the variants.
+    ("llada", &["block=32,visible=canvas,from=prompt,unmask=linear:32,order=confidence,temperature=0,top_p=1"]),
+    (
+        "dream",
+        &[
+            "block=full,visible=canvas,unmask=timestep:512,order=entropy,temperature=0.2,top_p=0.95,top_p_rule=crossing,confidence=truncated",
+        ],
+    ),
+    ("sdar", &["block=4,visible=block,unmask=above:0.85,steps=4,temperature=1,top_p=1,confidence=truncated"]),
+    ("fast-dllm-v1", &["block=32,visible=canvas,from=prompt,unmask=threshold:0.9,temperature=0,top_p=1,kv=dual"]),
+    ("fast-dllm-v2", &["block=32,visible=block,sub=8,unmask=above:0.95,temperature=0,top_p=1"]),
 ];
 
 impl Schedule {
@@ -423,6 +580,23 @@ impl Schedule {
     }
 }
 
+impl Unmask {
+    /// The ranking of the rules that count.
+    pub fn rank(&self) -> Option<Rank> {
+        match *self {
+            Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
+                Some(rank)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether confidence alone says what is revealed.
+    pub fn by_confidence(&self) -> bool {
+        self.rank() == Some(Rank::Confidence) || matches!(self, Unmask::Threshold(_) | Unmask::Above { .. } | Unmask::Factor(_))
+    }
+}
+
 impl fmt::Display for Rank {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -437,13 +611,34 @@ impl fmt::Display for Rank {
 
 impl fmt::Display for Unmask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
+        match *self {
             Unmask::Count { rank, n } => write!(f, "{rank}:{n}"),
             Unmask::Linear { rank, steps } => write!(f, "linear:{steps},order={rank}"),
-            Unmask::Timestep { rank, steps } => write!(f, "timestep:{steps},order={rank}"),
+            Unmask::Fixed { rank, steps } => write!(f, "fixed:{steps},order={rank}"),
+            Unmask::Timestep { rank, steps, eps } => {
+                write!(f, "timestep:{steps},order={rank}")?;
+                if eps == EPS { Ok(()) } else { write!(f, ",eps={eps}") }
+            }
+            Unmask::Ancestral { steps, eps } => {
+                write!(f, "ancestral:{steps}")?;
+                if eps == EPS { Ok(()) } else { write!(f, ",eps={eps}") }
+            }
             Unmask::Threshold(t) => write!(f, "threshold:{t}"),
+            Unmask::Above { bound, steps: None } => write!(f, "above:{bound}"),
+            Unmask::Above { bound, steps: Some(steps) } => write!(f, "above:{bound},steps={steps}"),
+            Unmask::Factor(factor) => write!(f, "factor:{factor}"),
             Unmask::EntropyBound(b) => write!(f, "entropy-bound:{b}"),
         }
+    }
+}
+
+impl fmt::Display for Eos {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Eos::Free => "free",
+            Eos::Never => "never",
+            Eos::Last => "last",
+        })
     }
 }
 
@@ -475,6 +670,8 @@ impl fmt::Display for KvPolicy {
             KvPolicy::Refresh(r) => write!(f, "refresh:{r}"),
             KvPolicy::Draft => f.write_str("draft"),
             KvPolicy::Recompute => f.write_str("recompute"),
+            KvPolicy::Prefix => f.write_str("prefix"),
+            KvPolicy::Dual => f.write_str("dual"),
         }
     }
 }
@@ -498,17 +695,29 @@ impl fmt::Display for Stage {
             Scope::Block => ",visible=block",
             Scope::Canvas => ",visible=canvas",
         })?;
+        if self.from_prompt {
+            f.write_str(",from=prompt")?;
+        }
+        if let Some(sub) = self.sub_len {
+            write!(f, ",sub={sub}")?;
+        }
         if let Some(remask) = self.remask {
             write!(f, ",remask={},by={}", remask.ratio, remask.by)?;
             if remask.score != Score::Probability {
                 write!(f, ",score={}", remask.score)?;
             }
         }
-        write!(
-            f,
-            ",unmask={},temperature={},top_p={},top_p_rule={},kv={}",
-            self.unmask, self.temperature, self.top_p, self.top_p_rule, self.kv
-        )?;
+        write!(f, ",unmask={}", self.unmask)?;
+        if self.order_temperature > 0.0 {
+            write!(f, ",order_temperature={}", self.order_temperature)?;
+        }
+        write!(f, ",temperature={},top_p={},top_p_rule={},kv={}", self.temperature, self.top_p, self.top_p_rule, self.kv)?;
+        if self.guidance > 0.0 {
+            write!(f, ",guidance={}", self.guidance)?;
+        }
+        if self.eos != Eos::Free {
+            write!(f, ",eos={}", self.eos)?;
+        }
         f.write_str(if self.truncated_confidence { ",confidence=truncated" } else { ",confidence=raw" })?;
         if self.weights > 0 { write!(f, ",weights={}", self.weights) } else { Ok(()) }
     }
@@ -566,6 +775,27 @@ mod tests {
             (0, "temperature=inf", "at least 0"),
             (0, "top_p=0", "above 0"),
             (0, "", "key=value"),
+            (0, "block=4,from=prompt,visible=block", "visible=canvas"),
+            (0, "from=middle", "start or prompt"),
+            (0, "block=4,kv=dual,visible=block", "visible=canvas"),
+            (0, "sub=4", "block=LENGTH"),
+            (0, "block=32,sub=5", "a multiple of it"),
+            (0, "block=32,sub=0", "at least 1"),
+            (0, "unmask=above:1.5", "above:T"),
+            (0, "unmask=factor:-1", "factor:F"),
+            (0, "unmask=threshold:0.9,steps=4", "unmask=above:T"),
+            (0, "unmask=ancestral:0", "ancestral:STEPS"),
+            (0, "unmask=ancestral:4,order=left", "order goes with"),
+            (0, "unmask=linear:4,eps=0.1", "eps goes with"),
+            (0, "unmask=timestep:4,eps=1", "below 1"),
+            (0, "unmask=uniform:1,order_temperature=0.1", "goes with a ranking"),
+            (0, "unmask=threshold:0.9,order_temperature=0.5", "goes with a ranking"),
+            (0, "order_temperature=nan", "finite"),
+            (0, "guidance=-1", "at least 0"),
+            (0, "block=4,visible=block,guidance=1", "visible=canvas"),
+            (0, "block=full,guidance=1,kv=refresh:2", "kv=exact"),
+            (0, "eos=last", "by confidence"),
+            (0, "eos=maybe", "free, never or last"),
             (0, "weights=-1", "--model"),
             (0, "weights=16", "--model"),
         ] {
@@ -586,8 +816,23 @@ mod tests {
 
         #[test]
         fn every_stage_prints_back(block in prop_oneof![Just(None), (1usize..2000).prop_map(Some)], ratio in 0.0f64..=1.0, n in 1usize..99,
-                                   rule in 0usize..9, by in 0usize..4, kv in 0usize..3, t in 0.0f32..3.0, p in 0.01f32..=1.0, flags in 0usize..8) {
+                                   rule in 0usize..14, by in 0usize..4, kv in 0usize..5, t in 0.0f32..3.0, p in 0.01f32..=1.0, flags in 0usize..8) {
             let rank = [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left][n % 5];
+            let eps = [EPS, t / 4.0 + 0.1][n % 2];
+            let unmask = match rule {
+                0..5 => Unmask::Count { rank, n },
+                5 => Unmask::Linear { rank, steps: n },
+                6 => Unmask::Timestep { rank, steps: n, eps },
+                7 => Unmask::Threshold(t / 3.0),
+                8 => Unmask::Fixed { rank, steps: n },
+                9 => Unmask::Ancestral { steps: n, eps },
+                10 => Unmask::Above { bound: t / 3.0, steps: None },
+                11 => Unmask::Above { bound: t / 3.0, steps: Some(n) },
+                12 => Unmask::Factor(t),
+                _ => Unmask::EntropyBound(t),
+            };
+            let by_value = matches!(unmask.rank(), Some(Rank::Confidence | Rank::Margin | Rank::Entropy));
+            let canvas = flags & 1 != 0 || block.is_none();
             let stage = Stage {
                 block_len: block,
                 scope: if flags & 1 == 0 { Scope::Block } else { Scope::Canvas },
@@ -596,17 +841,16 @@ mod tests {
                     by: [RemaskBy::Snapshot, RemaskBy::PostHoc, RemaskBy::HeldOut(n + 1), RemaskBy::Random][by],
                     score: [Score::Probability, Score::Typicality, Score::Lift][if by == 1 || by == 2 { n % 3 } else { 0 }],
                 }),
-                unmask: match rule {
-                    0..5 => Unmask::Count { rank, n },
-                    5 => Unmask::Linear { rank, steps: n },
-                    6 => Unmask::Timestep { rank, steps: n },
-                    7 => Unmask::Threshold(t / 3.0),
-                    _ => Unmask::EntropyBound(t),
-                },
+                from_prompt: canvas && n.is_multiple_of(2),
+                sub_len: block.filter(|b| b.is_multiple_of(3)).map(|b| b / 3),
+                unmask,
+                order_temperature: if by_value && n.is_multiple_of(3) { t } else { 0.0 },
+                guidance: if canvas && kv.is_multiple_of(2) && kv < 3 { t } else { 0.0 },
+                eos: [Eos::Free, Eos::Never, if unmask.by_confidence() { Eos::Last } else { Eos::Free }][n % 3],
                 temperature: t,
                 top_p: p,
                 top_p_rule: if flags & 2 == 0 { TopPRule::Within } else { TopPRule::Crossing },
-                kv: [KvPolicy::Exact, KvPolicy::Refresh(n), KvPolicy::Recompute][kv],
+                kv: [KvPolicy::Exact, KvPolicy::Refresh(n), KvPolicy::Recompute, KvPolicy::Prefix, KvPolicy::Dual][if canvas { kv } else { kv % 3 }],
                 truncated_confidence: flags & 4 != 0,
                 weights: n % MAX_MODELS,
             };

@@ -21,19 +21,23 @@
 //! position, and then the block is denoised. [Fast-dLLM v2] It is the commit and the next token of the autoregressive reading in one.
 #![forbid(unsafe_code)]
 
+mod foresee;
+mod report;
+
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::backend::{Decision, Draw, Reveal, RunCanvas, SessionStep};
+pub use foresee::ForeseenStep;
+pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport, Stop, TextStop, unigram_entropy};
+
+use crate::backend::{Decision, Draw};
 use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};
 use crate::plan::{Kind, Visibility};
 use crate::policy::{self, BlockProgress, Candidate};
-use crate::rng::{self, DrawKey, STAGE_STEP, Uniforms};
-use crate::schedule::{KvPolicy, Rank, Remask, RemaskBy, Schedule, Stage, Unmask};
-
-/// Number of trailing tokens the low-entropy stop looks at ([BD3-LM] `_check_stop_conds`).
-pub const ENTROPY_WINDOW: usize = 256;
+use crate::rng::{self, DrawKey, STAGE_STEP, TIME_STEP, Uniforms};
+use crate::schedule::{Eos, KvPolicy, Rank, Remask, RemaskBy, Schedule, Stage, Unmask};
 
 /// What one session generates, fully resolved.
 #[derive(Clone)]
@@ -58,41 +62,6 @@ pub struct SessionSpec {
 /// Replaces the counter RNG.
 pub type DrawSource = Arc<dyn Fn(&DrawKey) -> Uniforms + Send + Sync>;
 
-/// Given the generated tokens so far: how many of them to keep, if the text should end there.
-pub type TextStop = Arc<dyn Fn(&[u32]) -> Option<usize> + Send + Sync>;
-
-/// When a draft ends before its length. Checked whenever a block of stage 0 is finished; needs generated positions up to the end.
-#[derive(Clone, Default)]
-pub struct Stop {
-    /// Any of these tokens ends the text, and is kept as its last token.
-    pub tokens: Vec<u32>,
-    /// Ends the text before its last 256 tokens when their unigram entropy (nats) falls below this ([BD3-LM] uses 4.0).
-    pub entropy: Option<f64>,
-    pub text: Option<TextStop>,
-}
-
-/// Why a session ended where it did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    Length,
-    EndOfText,
-    StopText,
-    LowEntropy,
-    Cancelled,
-}
-
-impl Finish {
-    pub fn name(self) -> &'static str {
-        match self {
-            Finish::Length => "length",
-            Finish::EndOfText => "end-of-text",
-            Finish::StopText => "stop-text",
-            Finish::LowEntropy => "low-entropy",
-            Finish::Cancelled => "cancelled",
-        }
-    }
-}
-
 /// One row that decides: an index into the step's rows and what is asked of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ask {
@@ -114,75 +83,10 @@ pub struct Step {
     /// Sequence length: no row sees a key at or beyond it.
     pub len: usize,
     pub asks: Vec<Ask>,
-}
-
-/// A step as far as it is known before the ones in front of it are decided.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ForeseenStep {
-    pub part: SessionStep,
-    /// Positions of its rows, ascending.
-    pub rows: Vec<usize>,
-    pub visibility: Visibility,
-    pub len: usize,
-}
-
-/// What happened to a set of positions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EventKind {
-    /// Masked positions took these tokens.
-    Reveal,
-    /// These tokens were masked again; `confidence` holds the scores that chose them.
-    Remask,
-    /// A block of the stage is finished.
-    Commit,
-    /// The sequence is finished: all generated positions.
-    Done,
-}
-
-/// One step of a sequence, as `--trace` writes it and library callers receive it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Event {
-    pub sample: u32,
-    pub stage: u8,
-    pub block: usize,
-    pub step: u32,
-    pub kind: EventKind,
-    pub positions: Vec<usize>,
-    pub tokens: Vec<u32>,
-    pub confidence: Vec<f32>,
-}
-
-/// Forwards of a stage by kind; each forward counts once (rows committed inside a denoising forward cost rows, not forwards).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Forwards {
-    pub prefill: usize,
-    pub denoise: usize,
-    pub commit: usize,
-    pub joint: usize,
-    /// Scoring forwards of post-hoc and held-out remasking.
-    pub score: usize,
-}
-
-/// What a stage did and cost.
-#[derive(Clone, Debug, PartialEq)]
-pub struct StageReport {
-    pub stage: Stage,
-    pub forwards: Forwards,
-    /// Query rows processed.
-    pub rows: usize,
-    pub remasked: Vec<usize>,
-    /// Remasked tokens that came back different.
-    pub changed: usize,
-    pub ms: f64,
-    /// Positions masked again, paired with the token each held.
-    before: Vec<(usize, u32)>,
-}
-
-impl StageReport {
-    /// Denoising forwards, as the papers count them: commits, prefill and scoring are not included ([BD3-LM] B.9).
-    pub fn nfe(&self) -> usize {
-        self.forwards.denoise
-    }
+    /// What the answers do with tokens that end the text.
+    pub eos: Eos,
+    /// Above 0: the same rows run once more before, with every given position masked, and lead the answers away from what they say.
+    pub guidance: f32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,6 +118,8 @@ pub struct Session {
     /// Positions below hold final K/V under the current stage's visibility.
     committed: usize,
     block: usize,
+    /// The positions among which is decided now: the block, or a part of it.
+    unit: Range<usize>,
     progress: BlockProgress,
     /// Denoising forwards of this stage so far.
     denoised: u32,
@@ -255,7 +161,8 @@ impl Session {
             stage: 0,
             committed: 0,
             block: 0,
-            progress: BlockProgress { masks_at_start: 0, masks: 0, step: 0 },
+            unit: 0..0,
+            progress: BlockProgress { block_len: 0, masks_at_start: 0, masks: 0, step: 0 },
             denoised: 0,
             since_full: None,
             fresh: Vec::new(),
@@ -387,90 +294,11 @@ impl Session {
         Next::Forward
     }
 
-    /// The pending step and the ones after it, at most `max`, as far as their rows and counts do not depend on what is revealed. Empty
-    /// where the pending step itself needs the host: prefill, commits, scoring, injected draws and tokens, K/V policies whose rows
-    /// follow the reveals.
-    ///
-    /// A copy of the session walks ahead and reveals anything: where a rule counts, only *which* positions remain is open, and rows of
-    /// an exact forward do not depend on that. A stop condition may end the text earlier than foreseen.
-    pub fn foresee(&self, max: usize) -> Vec<ForeseenStep> {
-        let mut foreseen = Vec::new();
-        if !self.spec.forced.is_empty() || self.spec.draws.is_some() {
-            return foreseen;
-        }
-        let mut ghost = self.clone();
-        ghost.spec.stop = Stop::default();
-        let mut remask = None;
-        while foreseen.len() < max {
-            let Some(step) = ghost.pending.clone() else {
-                let stage = ghost.stage;
-                ghost.next(&mut Vec::new());
-                if ghost.stage != stage {
-                    // One remask that the device can do: by snapshot, where every later row is computed whatever is masked.
-                    let by_snapshot = ghost.stage().remask.is_some_and(|remask| remask.by == RemaskBy::Snapshot);
-                    if ghost.stage != stage + 1
-                        || !by_snapshot
-                        || ghost.stage().visibility() != Visibility::Full
-                        || ghost.stage().block_len.is_some()
-                    {
-                        break;
-                    }
-                    remask = Some(ghost.reports.last().expect("opened with the stage").remasked.len());
-                }
-                if ghost.pending.is_none() {
-                    break;
-                }
-                continue;
-            };
-            let stage = *ghost.stage();
-            let kv = matches!(stage.kv, KvPolicy::Exact | KvPolicy::Recompute);
-            // Weights of another model are another forward.
-            if step.kind != Kind::Denoise || !kv || step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
-                break;
-            }
-            // The device answers each position by its own row.
-            if ghost.shifted() {
-                break;
-            }
-            let reveal = match stage.unmask {
-                Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Timestep { rank, .. } => {
-                    Reveal::Best { rank, n: policy::quota(&stage.unmask, ghost.progress).unwrap_or(1).max(1) }
-                }
-                Unmask::Threshold(t) => Reveal::Threshold(t),
-                Unmask::EntropyBound(bound) => Reveal::EntropyBound(bound),
-            };
-            let block_len = stage.block_len_in(ghost.canvas.len());
-            let start = ghost.block * block_len;
-            let draw = step.asks.first().expect("a denoising step asks").draw;
-            foreseen.push(ForeseenStep {
-                part: SessionStep {
-                    remask: remask.take(),
-                    stage: ghost.stage as u8,
-                    block: ghost.block as u32,
-                    step: ghost.denoised,
-                    range: start..(start + block_len).min(ghost.canvas.len()),
-                    asks: step.asks.len(),
-                    draw,
-                    reveal,
-                },
-                rows: step.rows.iter().map(|(position, _)| *position).collect(),
-                visibility: step.visibility,
-                len: step.len,
-            });
-            if !matches!(reveal, Reveal::Best { .. }) {
-                break;
-            }
-            let anything = Decision { token: 0, confidence: 0.5, log_prob: 0.0, margin: 0.0, entropy: 0.0 };
-            if ghost.apply(&vec![anything; step.asks.len()], &mut Vec::new()).is_err() {
-                break;
-            }
-        }
-        foreseen
-    }
-
-    /// What a run needs to know of this sequence.
-    pub fn run_canvas(&self) -> RunCanvas<'_> {
-        RunCanvas { canvas: &self.canvas, seed: self.spec.seed, sample: self.spec.sample }
+    /// The rows of the pending step with every given position masked.
+    pub fn unprompted(&self) -> Vec<(usize, u32)> {
+        let rows = self.step().map_or(&[][..], |step| &step.rows);
+        let hide = |&(p, token): &(usize, u32)| (p, if self.canvas.state(p) == State::Fixed { self.spec.mask_id } else { token });
+        rows.iter().map(hide).collect()
     }
 
     fn stage(&self) -> &Stage {
@@ -512,8 +340,18 @@ impl Session {
 
     fn set_step(&mut self, kind: Kind, positions: impl IntoIterator<Item = usize>, asks: Vec<Ask>) {
         let rows: Vec<_> = positions.into_iter().map(|p| (p, self.canvas.tokens()[p])).collect();
+        let Stage { weights, eos, guidance, .. } = *self.stage();
+        // Scoring asks about what stands there.
+        let (eos, guidance) = if matches!(kind, Kind::Denoise | Kind::Lead) { (eos, guidance) } else { (Eos::Free, 0.0) };
         self.pending =
-            Some(Step { kind, rows, visibility: self.stage().visibility(), weights: self.stage().weights, len: self.canvas.len(), asks });
+            Some(Step { kind, rows, visibility: self.stage().visibility(), weights, len: self.canvas.len(), asks, eos, guidance });
+    }
+
+    /// Positions of block `block` of the stage.
+    fn range(&self, block: usize) -> Range<usize> {
+        let (len, block_len) = (self.canvas.len(), self.stage().block_len_in(self.canvas.len()));
+        let start = self.stage().origin(self.prompt_len) + block * block_len;
+        start..start.saturating_add(block_len).min(len)
     }
 
     /// The next denoising (or separate commit) forward; false if no position of the stage is masked any more.
@@ -521,10 +359,11 @@ impl Session {
         let stage = *self.stage();
         let len = self.canvas.len();
         let block_len = stage.block_len_in(len);
-        let Some(block) = self.canvas.next_masked_block(self.block, block_len) else {
+        let Some(first) = self.canvas.next_masked(self.range(self.block).start) else {
             return false;
         };
-        let range = block * block_len..((block + 1) * block_len).min(len);
+        let block = (first - stage.origin(self.prompt_len)) / block_len;
+        let range = self.range(block);
         let blockwise = matches!(stage.visibility(), Visibility::BlockCausal(_));
         if blockwise && self.shifted() && range.start > 0 && self.canvas.state(range.start) == State::Masked {
             self.set_lead(block, range.start);
@@ -534,34 +373,51 @@ impl Session {
             self.set_step(Kind::Commit, self.committed..range.start, Vec::new());
             return true;
         }
-        let masked: Vec<usize> = self.canvas.masked_in(range.clone()).collect();
-        if block != self.block || self.progress.masks_at_start == 0 {
-            self.block = block;
-            self.progress = BlockProgress { masks_at_start: masked.len(), masks: masked.len(), step: 0 };
-            // A block the stage has not entered yet has no K/V under the stage's visibility.
-            if blockwise && stage.kv != KvPolicy::Draft {
-                self.since_full = None;
+        let unit = match stage.sub_len {
+            Some(sub) => {
+                let start = range.start + (first - range.start) / sub * sub;
+                start..(start + sub).min(range.end)
             }
+            None => range.clone(),
+        };
+        let masked: Vec<usize> = self.canvas.masked_in(unit.clone()).collect();
+        let entered = block != self.block || self.progress.masks_at_start == 0;
+        // A block the stage has not entered yet has no K/V under the stage's visibility; Fast-dLLM's caches are filled anew for every block.
+        let cached = matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
+        if entered && (cached || blockwise && stage.kv != KvPolicy::Draft) {
+            self.since_full = None;
         }
+        if entered || unit != self.unit {
+            let block_len = stage.sub_len.unwrap_or(block_len);
+            self.progress = BlockProgress { block_len, masks_at_start: masked.len(), masks: masked.len(), step: 0 };
+        }
+        self.block = block;
+        self.unit = unit;
         self.progress.masks = masked.len();
-        self.progress.step = policy::next_step(&stage.unmask, self.progress);
+        let times = masked.iter().map(|p| self.time(block, *p));
+        self.progress.step = policy::next_step(&stage.unmask, self.progress, times);
 
         let end = if blockwise { range.end } else { len };
         let partial = match stage.kv {
             KvPolicy::Exact | KvPolicy::Recompute => false,
             KvPolicy::Refresh(r) => self.since_full.is_some_and(|n| n < r),
             KvPolicy::Draft => true,
+            KvPolicy::Prefix | KvPolicy::Dual => self.since_full.is_some(),
         };
-        let positions: Vec<usize> = if partial {
+        let positions: Vec<usize> = if !partial {
+            let first = if stage.kv == KvPolicy::Recompute { 0 } else { self.committed };
+            (first..end).collect()
+        } else if cached {
+            // [Fast-dLLM] The block, and behind it what the dual cache holds and the prefix cache does not.
+            let first = self.answering(first).min(range.start);
+            (first..if stage.kv == KvPolicy::Dual { range.end } else { len }).collect()
+        } else {
             let mut rows = self.fresh.clone();
             rows.extend(&masked);
             rows.extend(masked.iter().map(|p| self.answering(*p)));
             rows.sort_unstable();
             rows.dedup();
             rows
-        } else {
-            let first = if stage.kv == KvPolicy::Recompute { 0 } else { self.committed };
-            (first..end).collect()
         };
         let asks = masked.iter().map(|p| self.ask(block, *p, &positions)).collect();
         self.since_full = Some(if partial { self.since_full.unwrap_or(0) + 1 } else { 1 });
@@ -569,22 +425,30 @@ impl Session {
         true
     }
 
+    /// When `position` is revealed by [`Unmask::Ancestral`].
+    fn time(&self, block: usize, position: usize) -> f64 {
+        self.uniforms(block, TIME_STEP, position).order
+    }
+
     /// What is asked about the masked `position` of a forward over the rows at `positions` (ascending).
     fn ask(&self, block: usize, position: usize, positions: &[usize]) -> Ask {
         let row = positions.binary_search(&self.answering(position)).expect("a row that answers is always computed");
-        let uniforms = self.uniforms(block, self.denoised, position);
+        let Uniforms { token, order } = self.uniforms(block, self.denoised, position);
+        let order = if matches!(self.stage().unmask, Unmask::Ancestral { .. }) { self.time(block, position) } else { order };
         let forced = self.spec.forced.get(position).copied();
-        Ask { row, position, draw: self.draw(uniforms.token, forced), order: uniforms.order }
+        Ask { row, position, draw: self.draw(token, forced), order }
     }
 
     /// The forward that reveals the first position of a block from the last row before it.
     fn set_lead(&mut self, block: usize, start: usize) {
         self.block = block;
+        self.unit = start..start + 1;
         // Steps of the block's own schedule begin behind it.
-        self.progress = BlockProgress { masks_at_start: 0, masks: 1, step: 0 };
+        self.progress = BlockProgress { block_len: 1, masks_at_start: 0, masks: 1, step: 0 };
         let last = start - 1;
         let positions: Vec<usize> = match self.stage().kv {
-            KvPolicy::Exact | KvPolicy::Refresh(_) => (self.committed.min(last)..start).collect(),
+            // The caches of full attention never get here.
+            KvPolicy::Exact | KvPolicy::Refresh(_) | KvPolicy::Prefix | KvPolicy::Dual => (self.committed.min(last)..start).collect(),
             KvPolicy::Recompute => (0..start).collect(),
             KvPolicy::Draft => self.fresh.iter().copied().filter(|p| *p < last).chain([last]).collect(),
         };
@@ -630,7 +494,10 @@ impl Session {
             .map(|(ask, decision)| Candidate { position: ask.position, decision: *decision, order: ask.order })
             .collect();
         let chosen = match step.kind {
-            Kind::Denoise => policy::select(&self.stage().unmask, self.progress, &candidates)?,
+            Kind::Denoise => {
+                let Stage { unmask, order_temperature, .. } = *self.stage();
+                policy::select_tempered(&unmask, order_temperature, self.progress, &candidates)?
+            }
             // The one candidate; the selection looks for NaN.
             Kind::Lead => policy::select(&Unmask::Count { rank: Rank::Left, n: 1 }, self.progress, &candidates)?,
             _ => Vec::new(),
@@ -638,6 +505,10 @@ impl Session {
         let step = self.pending.take().expect("checked above");
         let report = self.reports.last_mut().expect("opened with the stage");
         report.rows += step.rows.len();
+        if step.guidance > 0.0 {
+            report.rows += step.rows.len();
+            report.forwards.guide += 1;
+        }
         match step.kind {
             Kind::Prefill => {
                 report.forwards.prefill += 1;
@@ -688,13 +559,11 @@ impl Session {
 
         self.denoised += 1;
         self.progress.step += 1;
-        let block_len = stage.block_len_in(self.canvas.len());
-        let start = self.block * block_len;
+        let Range { start, end } = self.range(self.block);
         if matches!(stage.visibility(), Visibility::BlockCausal(_)) && matches!(stage.kv, KvPolicy::Exact | KvPolicy::Refresh(_)) {
             // Everything before the block went through this forward, or an earlier one, in its final form.
             self.committed = self.committed.max(start);
         }
-        let end = (start + block_len).min(self.canvas.len());
         if self.canvas.masked_in(start..end).next().is_none() {
             self.progress.masks_at_start = 0;
             if self.stage == 0 {
@@ -836,12 +705,4 @@ impl Session {
         self.reports.last_mut().expect("opened with the stage").remasked = positions;
         self.phase = Phase::Denoise;
     }
-}
-
-/// Unigram entropy of a token sequence, in nats.
-pub fn unigram_entropy(tokens: &[u32]) -> f64 {
-    let mut sorted = tokens.to_vec();
-    sorted.sort_unstable();
-    let n = tokens.len() as f64;
-    sorted.chunk_by(|a, b| a == b).map(|run| run.len() as f64 / n).map(|p| -p * p.ln()).sum()
 }

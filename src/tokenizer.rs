@@ -72,6 +72,11 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
+    /// The id that is spelled so in the vocabulary.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
     /// Whether every id is the same token in both.
     pub fn same_vocabulary(&self, other: &Tokenizer) -> bool {
         self.inner.get_vocab(true) == other.inner.get_vocab(true)

@@ -97,11 +97,12 @@ pub(super) struct Counts {
     commit: usize,
     joint: usize,
     score: usize,
+    guide: usize,
 }
 
 impl From<Forwards> for Counts {
     fn from(f: Forwards) -> Self {
-        Counts { prefill: f.prefill, denoise: f.denoise, commit: f.commit, joint: f.joint, score: f.score }
+        Counts { prefill: f.prefill, denoise: f.denoise, commit: f.commit, joint: f.joint, score: f.score, guide: f.guide }
     }
 }
 

@@ -114,6 +114,8 @@ pub struct Scratch<B: Backend> {
     picked: B::Buffer,
     /// (T, F).
     mlp: B::Buffer,
+    /// Rows and (rows, C) final rows of the last forward without the prompt, in f32.
+    guide: Option<(usize, B::Buffer)>,
 }
 
 /// A number that no other call in this process returned.
@@ -134,14 +136,15 @@ impl<B: Backend> Scratch<B> {
             Activation::F32(rows * wide),
             Activation::Input(rows * config.mlp_dim),
         ])?;
-        Ok(Scratch { id: unique(), rows, x, h, qkv, picked, mlp })
+        Ok(Scratch { id: unique(), rows, x, h, qkv, picked, mlp, guide: None })
     }
 
     fn reserve(&mut self, backend: &B, config: &ModelConfig, rows: usize) -> Result<()> {
         if rows > self.rows {
             // Freed before the larger ones are made: the two sets never exist together.
+            let guide = self.guide.take();
             *self = Scratch::new(backend, config, 0)?;
-            *self = Scratch::new(backend, config, rows)?;
+            *self = Scratch { guide, ..Scratch::new(backend, config, rows)? };
         }
         Ok(())
     }
@@ -299,6 +302,44 @@ impl<B: Backend> Model<B> {
         }
         self.final_rows(backend, rows, scratch)?;
         backend.decide(&scratch.h, &self.head.weight, self.head.bias.as_ref(), banned, draws)
+    }
+
+    /// Keeps the final rows of all `num_rows` wanted rows of the last forward for [`Model::decide_guided`].
+    pub fn keep_guide(&self, backend: &B, num_rows: usize, scratch: &mut Scratch<B>) -> Result<()> {
+        let room = num_rows * self.config.hidden_dim;
+        if scratch.guide.as_ref().is_none_or(|(rows, _)| *rows < num_rows) {
+            scratch.guide = Some((num_rows, backend.alloc(room)?));
+        }
+        let (_, guide) = scratch.guide.as_mut().expect("made above");
+        self.final_norm.apply(backend, &self.config, num_rows, &scratch.x, guide)
+    }
+
+    /// [`Model::decide`] under guidance: `rows[i]` is led away from row `guides[i]` of the kept ones, as if its logits l were `u + scale (l - u)`,
+    /// u those of the kept row. The head is linear, so the final rows are combined, and no logits are kept.
+    #[allow(clippy::too_many_arguments)] // those of `decide`, and what guides them
+    pub fn decide_guided(
+        &self,
+        backend: &B,
+        rows: &[u32],
+        guides: &[u32],
+        scale: f32,
+        draws: &[Draw],
+        banned: &[u32],
+        scratch: &mut Scratch<B>,
+    ) -> Result<Vec<Decision>> {
+        assert_eq!((rows.len(), rows.len()), (draws.len(), guides.len()), "one draw and one guide per row");
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        let width = self.config.hidden_dim;
+        let Scratch { x, qkv, picked, guide, .. } = scratch;
+        let (_, guide) = guide.as_ref().expect("kept before");
+        backend.gather(&backend.rows(rows)?, width, x, picked)?;
+        // In f32, so that nothing is rounded before it is scaled.
+        self.final_norm.apply(backend, &self.config, rows.len(), picked, qkv)?;
+        backend.gather(&backend.rows(guides)?, width, guide, picked)?;
+        backend.blend(rows.len() * width, scale, picked, qkv)?;
+        backend.decide(qkv, &self.head.weight, self.head.bias.as_ref(), banned, draws)
     }
 
     /// Logits of all `num_rows` wanted rows of the last forward, before any ban or shift, a few rows at a time: `sink(first_row, logits)`.

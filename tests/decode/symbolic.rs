@@ -183,14 +183,23 @@ impl Watched {
 
     fn masks_by_block(&self, stage: &Stage) -> Vec<usize> {
         let leads = self.shifted && matches!(stage.visibility(), Visibility::BlockCausal(_));
-        let blocks = self.shadow.chunks(stage.block_len_in(self.shadow.len())).enumerate();
-        let counts = blocks.flat_map(|(b, block)| {
-            let masks = block.iter().filter(|t| t.is_none()).count();
+        let mut counts = Vec::new();
+        for (b, block) in self.shadow[self.origin(stage)..].chunks(stage.block_len_in(self.shadow.len())).enumerate() {
             // A lead costs what a block of one mask costs.
-            let lead = usize::from(leads && b > 0 && block[0].is_none());
-            [lead, masks - lead]
-        });
-        counts.filter(|n| *n > 0).collect()
+            let mut lead = usize::from(leads && b > 0 && block[0].is_none());
+            counts.push(lead);
+            for part in block.chunks(stage.sub_len.unwrap_or(block.len())) {
+                counts.push(part.iter().filter(|t| t.is_none()).count() - lead);
+                lead = 0;
+            }
+        }
+        counts.retain(|n| *n > 0);
+        counts
+    }
+
+    /// Where block 0 of a stage begins.
+    fn origin(&self, stage: &Stage) -> usize {
+        if stage.from_prompt { self.fixed.iter().take_while(|f| f.is_some()).count() } else { 0 }
     }
 
     fn run(mut self, schedule: &Schedule) -> Run {
@@ -289,10 +298,14 @@ impl Watched {
             assert!(self.shadow[..=last].iter().all(Option::is_some), "{label}: a mask before position {}", last + 1);
         } else if step.kind == Kind::Denoise {
             assert!(!asked.is_empty() && asked.iter().all(|p| self.shadow[*p].is_none()), "{label}: asks {asked:?}");
-            let block_len = self.session.reports()[stage].stage.block_len_in(step.len);
-            let block = asked[0] / block_len;
-            let masked = (block * block_len..((block + 1) * block_len).min(step.len)).filter(|p| self.shadow[*p].is_none());
+            let stage = self.session.reports()[stage].stage;
+            let (origin, block_len) = (self.origin(&stage), stage.block_len_in(step.len));
+            let block = origin + (asked[0] - origin) / block_len * block_len;
+            let part = stage.sub_len.unwrap_or(block_len);
+            let first = block + (asked[0] - block) / part * part;
+            let masked = (first..(first + part).min(step.len)).filter(|p| self.shadow[*p].is_none());
             assert_eq!(asked, masked.collect::<Vec<_>>(), "{label}: every mask of the block decides, and nothing else");
+            assert!(self.shadow[origin..first].iter().all(Option::is_some), "{label}: a mask before position {first}");
         } else if step.kind != Kind::Score {
             assert!(asked.is_empty(), "{label}: asks {asked:?}");
         }
@@ -450,8 +463,9 @@ fn nfe_bounds(unmask: &Unmask, masks: &[usize]) -> (usize, usize) {
         Unmask::Count { n, .. } => (sum(&|m| m.div_ceil(n)), sum(&|m| m.div_ceil(n))),
         // A step whose quota is empty needs no forward.
         Unmask::Linear { steps, .. } => (sum(&|m| m.min(steps)), sum(&|m| m.min(steps))),
-        Unmask::Timestep { steps, .. } => (masks.len(), sum(&|m| m.min(steps))),
-        Unmask::Threshold(_) | Unmask::EntropyBound(_) => (masks.len(), sum(&|m| m)),
+        Unmask::Timestep { steps, .. } | Unmask::Ancestral { steps, .. } => (masks.len(), sum(&|m| m.min(steps))),
+        Unmask::Fixed { steps, .. } | Unmask::Above { steps: Some(steps), .. } => (masks.len(), sum(&|m| m.min(steps))),
+        Unmask::Threshold(_) | Unmask::Above { .. } | Unmask::Factor(_) | Unmask::EntropyBound(_) => (masks.len(), sum(&|m| m)),
     }
 }
 
@@ -494,6 +508,12 @@ fn unmask() -> impl Strategy<Value = String> {
         3 => (rank(), 1usize..5).prop_map(|(rank, n)| format!("{rank}:{n}")),
         1 => (rank(), 1usize..9).prop_map(|(rank, steps)| format!("linear:{steps},order={rank}")),
         1 => (rank(), 1usize..9).prop_map(|(rank, steps)| format!("timestep:{steps},order={rank}")),
+        1 => (rank(), 1usize..9).prop_map(|(rank, steps)| format!("fixed:{steps},order={rank}")),
+        1 => (1usize..9).prop_map(|steps| format!("ancestral:{steps},eps=0.05")),
+        1 => (0usize..=8, 1usize..9).prop_map(|(t, steps)| format!("above:{},steps={steps}", t as f32 / 8.0)),
+        1 => (0usize..=8).prop_map(|t| format!("above:{}", t as f32 / 8.0)),
+        1 => (0usize..5).prop_map(|f| format!("factor:{f}")),
+        1 => (1usize..5).prop_map(|n| format!("margin:{n},order_temperature=0.3")),
         1 => (0usize..=8).prop_map(|t| format!("threshold:{}", t as f32 / 8.0)),
         1 => (0usize..9).prop_map(|b| format!("entropy-bound:{b}")),
     ]
@@ -503,6 +523,8 @@ fn block() -> impl Strategy<Value = String> {
     prop_oneof![
         4 => (1usize..=8).prop_map(|b| format!("block={b},visible=block")),
         1 => (1usize..=8).prop_map(|b| format!("block={b},visible=canvas")),
+        1 => (1usize..=8).prop_map(|b| format!("block={b},visible=canvas,from=prompt")),
+        1 => (1usize..=4, 1usize..=3).prop_map(|(sub, n)| format!("block={},sub={sub},visible=block", n * sub)),
         2 => Just("block=full".to_string()),
     ]
 }
@@ -627,9 +649,11 @@ proptest! {
     /// was never written. (`run` checks all of it.)
     #[test]
     fn approximate_policies_keep_the_laws(
-        case in case(), kv in proptest::collection::vec((0usize..5, 2usize..6), 4), separate in any::<bool>()
+        case in case(), kv in proptest::collection::vec((0usize..7, 2usize..6), 4), separate in any::<bool>()
     ) {
         let schedule = case.schedule(|k| match kv[k] {
+            (5, _) if !case.stages[k].contains("visible=block") && !case.stages[k].contains("block=full") => "dual".into(),
+            (5 | 6, _) if !case.stages[k].contains("visible=block") => "prefix".into(),
             (0, _) if case.may_keep(k) => "draft".into(),
             (0 | 1, _) => "exact".into(),
             (2, _) => "recompute".into(),

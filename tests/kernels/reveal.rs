@@ -71,7 +71,7 @@ fn law(session: &Session) -> (Vec<usize>, SessionSummary) {
         Reveal::Threshold(bound) => Unmask::Threshold(bound),
         Reveal::EntropyBound(bound) => Unmask::EntropyBound(bound),
     };
-    let progress = BlockProgress { masks_at_start: candidates.len(), masks: candidates.len(), step: 0 };
+    let progress = BlockProgress { block_len: candidates.len(), masks_at_start: candidates.len(), masks: candidates.len(), step: 0 };
     let chosen = select(&unmask, progress, &candidates).expect("no NaN");
     let revealed = chosen.len() as u32;
     (chosen, SessionSummary { revealed, ..*before })

@@ -1,0 +1,116 @@
+//! Owns foresight: the steps of a session that a device may run and decide by itself, before anybody knows what they reveal.
+#![forbid(unsafe_code)]
+
+use super::{Session, Stop};
+use crate::backend::{Decision, Reveal, RunCanvas, SessionStep};
+use crate::plan::{Kind, Visibility};
+use crate::policy;
+use crate::schedule::{Eos, KvPolicy, RemaskBy, Stage, Unmask};
+
+/// A step as far as it is known before the ones in front of it are decided.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ForeseenStep {
+    pub part: SessionStep,
+    /// Positions of its rows, ascending.
+    pub rows: Vec<usize>,
+    pub visibility: Visibility,
+    pub len: usize,
+}
+
+impl Session {
+    /// The pending step and the ones after it, at most `max`, as far as their rows and counts do not depend on what is revealed. Empty
+    /// where the pending step itself needs the host: prefill, commits, scoring, injected draws and tokens, K/V policies whose rows
+    /// follow the reveals.
+    ///
+    /// A copy of the session walks ahead and reveals anything: where a rule counts, only *which* positions remain is open, and rows of
+    /// an exact forward do not depend on that. A stop condition may end the text earlier than foreseen.
+    pub fn foresee(&self, max: usize) -> Vec<ForeseenStep> {
+        let mut foreseen = Vec::new();
+        if !self.spec.forced.is_empty() || self.spec.draws.is_some() {
+            return foreseen;
+        }
+        let mut ghost = self.clone();
+        ghost.spec.stop = Stop::default();
+        let mut remask = None;
+        while foreseen.len() < max {
+            let Some(step) = ghost.pending.clone() else {
+                let stage = ghost.stage;
+                ghost.next(&mut Vec::new());
+                if ghost.stage != stage {
+                    // One remask that the device can do: by snapshot, where every later row is computed whatever is masked.
+                    let by_snapshot = ghost.stage().remask.is_some_and(|remask| remask.by == RemaskBy::Snapshot);
+                    if ghost.stage != stage + 1
+                        || !by_snapshot
+                        || ghost.stage().visibility() != Visibility::Full
+                        || ghost.stage().block_len.is_some()
+                    {
+                        break;
+                    }
+                    remask = Some(ghost.reports.last().expect("opened with the stage").remasked.len());
+                }
+                if ghost.pending.is_none() {
+                    break;
+                }
+                continue;
+            };
+            let stage = *ghost.stage();
+            let kv = matches!(stage.kv, KvPolicy::Exact | KvPolicy::Recompute);
+            // Weights of another model are another forward.
+            if step.kind != Kind::Denoise || !kv || step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
+                break;
+            }
+            // The device answers each position by its own row.
+            if ghost.shifted() {
+                break;
+            }
+            let Some(reveal) = device_rule(&stage, ghost.progress) else { break };
+            let draw = step.asks.first().expect("a denoising step asks").draw;
+            foreseen.push(ForeseenStep {
+                part: SessionStep {
+                    remask: remask.take(),
+                    stage: ghost.stage as u8,
+                    block: ghost.block as u32,
+                    step: ghost.denoised,
+                    range: ghost.unit.clone(),
+                    asks: step.asks.len(),
+                    draw,
+                    reveal,
+                },
+                rows: step.rows.iter().map(|(position, _)| *position).collect(),
+                visibility: step.visibility,
+                len: step.len,
+            });
+            if !matches!(reveal, Reveal::Best { .. }) {
+                break;
+            }
+            let anything = Decision { token: 0, confidence: 0.5, log_prob: 0.0, margin: 0.0, entropy: 0.0 };
+            if ghost.apply(&vec![anything; step.asks.len()], &mut Vec::new()).is_err() {
+                break;
+            }
+        }
+        foreseen
+    }
+
+    /// What a run needs to know of this sequence.
+    pub fn run_canvas(&self) -> RunCanvas<'_> {
+        RunCanvas { canvas: &self.canvas, seed: self.spec.seed, sample: self.spec.sample }
+    }
+}
+
+/// The rule of a step as the device knows it; `None` where the host decides.
+fn device_rule(stage: &Stage, progress: policy::BlockProgress) -> Option<Reveal> {
+    if stage.order_temperature > 0.0 || stage.guidance > 0.0 || stage.eos != Eos::Free {
+        return None;
+    }
+    let quota = policy::quota(&stage.unmask, progress).unwrap_or(1).max(1);
+    match stage.unmask {
+        Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
+            Some(Reveal::Best { rank, n: quota })
+        }
+        Unmask::Threshold(t) => Some(Reveal::Threshold(t)),
+        // The least f32 that is above.
+        Unmask::Above { bound, .. } if quota == 1 => Some(Reveal::Threshold(bound.next_up())),
+        Unmask::EntropyBound(bound) => Some(Reveal::EntropyBound(bound)),
+        Unmask::Above { .. } | Unmask::Factor(_) | Unmask::Ancestral { .. } => None,
+    }
+}

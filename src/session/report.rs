@@ -1,0 +1,113 @@
+//! Owns what a session tells about itself: events, reports of stages, and where a text ends.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use crate::schedule::Stage;
+
+/// Number of trailing tokens the low-entropy stop looks at ([BD3-LM] `_check_stop_conds`).
+pub const ENTROPY_WINDOW: usize = 256;
+
+/// Given the generated tokens so far: how many of them to keep, if the text should end there.
+pub type TextStop = Arc<dyn Fn(&[u32]) -> Option<usize> + Send + Sync>;
+
+/// When a draft ends before its length. Checked whenever a block of stage 0 is finished; needs generated positions up to the end.
+#[derive(Clone, Default)]
+pub struct Stop {
+    /// Any of these tokens ends the text, and is kept as its last token.
+    pub tokens: Vec<u32>,
+    /// Ends the text before its last 256 tokens when their unigram entropy (nats) falls below this ([BD3-LM] uses 4.0).
+    pub entropy: Option<f64>,
+    pub text: Option<TextStop>,
+}
+
+/// Why a session ended where it did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    Length,
+    EndOfText,
+    StopText,
+    LowEntropy,
+    Cancelled,
+}
+
+impl Finish {
+    pub fn name(self) -> &'static str {
+        match self {
+            Finish::Length => "length",
+            Finish::EndOfText => "end-of-text",
+            Finish::StopText => "stop-text",
+            Finish::LowEntropy => "low-entropy",
+            Finish::Cancelled => "cancelled",
+        }
+    }
+}
+
+/// What happened to a set of positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventKind {
+    /// Masked positions took these tokens.
+    Reveal,
+    /// These tokens were masked again; `confidence` holds the scores that chose them.
+    Remask,
+    /// A block of the stage is finished.
+    Commit,
+    /// The sequence is finished: all generated positions.
+    Done,
+}
+
+/// One step of a sequence, as `--trace` writes it and library callers receive it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    pub sample: u32,
+    pub stage: u8,
+    pub block: usize,
+    pub step: u32,
+    pub kind: EventKind,
+    pub positions: Vec<usize>,
+    pub tokens: Vec<u32>,
+    pub confidence: Vec<f32>,
+}
+
+/// Forwards of a stage by kind; each forward counts once (rows committed inside a denoising forward cost rows, not forwards).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Forwards {
+    pub prefill: usize,
+    pub denoise: usize,
+    pub commit: usize,
+    pub joint: usize,
+    /// Scoring forwards of post-hoc and held-out remasking.
+    pub score: usize,
+    /// Second runs of denoising forwards, without the prompt, for guidance.
+    pub guide: usize,
+}
+
+/// What a stage did and cost.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StageReport {
+    pub stage: Stage,
+    pub forwards: Forwards,
+    /// Query rows processed.
+    pub rows: usize,
+    pub remasked: Vec<usize>,
+    /// Remasked tokens that came back different.
+    pub changed: usize,
+    pub ms: f64,
+    /// Positions masked again, paired with the token each held.
+    pub(super) before: Vec<(usize, u32)>,
+}
+
+impl StageReport {
+    /// Denoising forwards, as the papers count them: commits, prefill and scoring are not included ([BD3-LM] B.9).
+    pub fn nfe(&self) -> usize {
+        self.forwards.denoise
+    }
+}
+
+/// Unigram entropy of a token sequence, in nats.
+pub fn unigram_entropy(tokens: &[u32]) -> f64 {
+    let mut sorted = tokens.to_vec();
+    sorted.sort_unstable();
+    let n = tokens.len() as f64;
+    sorted.chunk_by(|a, b| a == b).map(|run| run.len() as f64 / n).map(|p| -p * p.ln()).sum()
+}
