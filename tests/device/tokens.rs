@@ -75,6 +75,21 @@ fn tokens_equal_the_cpus_for_the_dense_families() {
     }
 }
 
+/// What the published samplers add: some of it is decided on the device, some by the host behind a forward there.
+#[test]
+fn tokens_equal_the_cpus_for_the_published_samplers() {
+    for (name, stage) in [
+        ("llada", "block=8,visible=canvas,from=prompt,unmask=linear:3,guidance=0.7,eos=last"),
+        ("llada", "block=8,visible=canvas,from=prompt,unmask=factor:2.5,kv=dual,eos=never"),
+        ("dream", "block=full,visible=canvas,unmask=ancestral:6,eps=0.1"),
+        ("sdar", "block=4,visible=block,unmask=above:0.25,steps=2"),
+        ("sdar", "block=4,visible=block,sub=2,unmask=fixed:2,order=left"),
+        ("fast-dllm", "block=8,visible=block,sub=4,unmask=above:0.2"),
+    ] {
+        agree(&fixture(name), &ragged(&schedule(&[stage]), [8, 9, 12]), &format!("{name} {stage}"));
+    }
+}
+
 #[test]
 fn tokens_equal_the_cpus_on_the_shipped_model() {
     let requests = [request(&[0, 433, 257], 16, &preset("did"), 7, 0)];

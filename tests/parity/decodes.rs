@@ -1,12 +1,16 @@
-//! Greedy decodes of the dense diffusion families: the published loops, canvas by canvas, and draft-then-refine on each.
+//! Decodes of the dense diffusion families: the published loops, canvas by canvas, and draft-then-refine on each.
+
+use std::sync::Arc;
 
 use redraft::backend::DType;
 use redraft::config::ModelConfig;
 use redraft::cpu::Cpu;
 use redraft::engine::Engine;
+use redraft::plan::Visibility;
 use redraft::request::{Output, Prompt, Request};
+use redraft::rng::{DrawKey, TIME_STEP, Uniforms, uniforms};
 use redraft::schedule::Schedule;
-use redraft::session::EventKind;
+use redraft::session::{DrawSource, EventKind};
 use serde_json::Value;
 
 use crate::fixture::{Fixture, text};
@@ -48,9 +52,41 @@ fn run(engine: &mut Engine<Cpu>, request: Request, label: &str) -> (Output, Vec<
     (output, canvases)
 }
 
-fn prompts(fixture: &Fixture) -> Vec<Value> {
-    let file = fixture.json("decode.json");
+fn runs(fixture: &Fixture, file: &str) -> Vec<Value> {
+    let file = fixture.json(file);
     file["runs"].as_array().expect("runs").clone()
+}
+
+/// The uniforms that a recorded run was drawn from, by forward and position.
+fn draws(recorded: &Value) -> DrawSource {
+    let numbers = |v: &Value| v.as_array().expect("a list").iter().map(|u| u.as_f64().expect("a uniform")).collect::<Vec<f64>>();
+    let table = |key: &str| recorded["draws"][key].as_array().expect("a table").iter().map(numbers).collect::<Vec<_>>();
+    let (token, order, time) = (table("token"), table("order"), numbers(&recorded["draws"]["time"]));
+    Arc::new(move |key| {
+        let position = key.position as usize;
+        if key.step == TIME_STEP {
+            return Uniforms { token: 0.0, order: time[position] };
+        }
+        Uniforms { token: token[key.step as usize][position], order: order[key.step as usize][position] }
+    })
+}
+
+/// Runs what was recorded and compares every canvas.
+fn follow(fixture: &Fixture, recorded: &Value, stage: String, draws: Option<DrawSource>, label: &str) -> Output {
+    let prompt = ids(&recorded["prompt"]);
+    let length = recorded["length"].as_u64().expect("a length") as usize;
+    let mut engine = fixture.engine(1, DType::F32);
+    let mut request = request(&engine.config().clone(), &prompt, length, &[stage]);
+    request.draws = draws;
+    let (output, canvases) = run(&mut engine, request, label);
+    let expected: Vec<Vec<u32>> = recorded["canvases"].as_array().expect("canvases").iter().map(ids).collect();
+    for (step, (found, expected)) in canvases.iter().zip(&expected).enumerate() {
+        assert_eq!(found, expected, "{label}: canvas after forward {step}");
+    }
+    assert_eq!(canvases.len(), expected.len(), "{label}: forwards that reveal");
+    assert_eq!(output.stages[0].nfe(), expected.len(), "{label}: NFE");
+    assert_eq!(&output.canvas, expected.last().expect("a canvas"), "{label}");
+    output
 }
 
 /// With and without reuse of K/V, every canvas of every published loop.
@@ -58,26 +94,124 @@ fn prompts(fixture: &Fixture) -> Vec<Value> {
 fn greedy_decodes_follow_the_published_loops() {
     for name in FAMILIES {
         let fixture = Fixture::open(name);
-        let runs = prompts(&fixture);
+        let runs = runs(&fixture, "decode.json");
         assert!(runs.len() >= 2, "{name}: runs");
         for recorded in &runs {
             for kv in ["exact", "recompute", "refresh:1"] {
-                let label = format!("{name} {} kv={kv}", recorded["name"]);
-                let prompt = ids(&recorded["prompt"]);
-                let length = recorded["length"].as_u64().expect("a length") as usize;
                 let stage = format!("{},temperature=0,kv={kv}", text(recorded, "stage"));
-                let mut engine = fixture.engine(1, DType::F32);
-                let request = request(&engine.config().clone(), &prompt, length, &[stage]);
-                let (output, canvases) = run(&mut engine, request, &label);
-                let expected: Vec<Vec<u32>> = recorded["canvases"].as_array().expect("canvases").iter().map(ids).collect();
-                for (step, (found, expected)) in canvases.iter().zip(&expected).enumerate() {
-                    assert_eq!(found, expected, "{label}: canvas after forward {step}");
-                }
-                assert_eq!(canvases.len(), expected.len(), "{label}: forwards that reveal");
-                assert_eq!(output.stages[0].nfe(), expected.len(), "{label}: NFE");
-                assert_eq!(&output.canvas, expected.last().expect("a canvas"), "{label}");
+                follow(&fixture, recorded, stage, None, &format!("{name} {} kv={kv}", recorded["name"]));
             }
         }
+    }
+}
+
+/// The samplers' own code, or their loops where that cannot run here; draws included. What reuses K/V exactly does so without a trace.
+#[test]
+fn published_samplers_are_followed() {
+    let mut names = Vec::new();
+    for name in FAMILIES {
+        let fixture = Fixture::open(name);
+        for recorded in &runs(&fixture, "samplers.json") {
+            let stage = text(recorded, "stage");
+            let cached = stage.contains("kv=");
+            // Guidance takes no refreshes.
+            let exact = &[",kv=exact", ",kv=recompute", ",kv=refresh:1"][..if stage.contains("guidance") { 2 } else { 3 }];
+            for kv in if cached { &[""][..] } else { exact } {
+                let label = format!("{name} {}{kv}", recorded["name"]);
+                let output = follow(&fixture, recorded, format!("{stage}{kv}"), Some(draws(recorded)), &label);
+                // Fast-dLLM's caches compute less than everything, and the runs are there to show it.
+                let (all, stage) = (output.canvas.len() * output.stages[0].nfe(), &output.stages[0]);
+                assert!(!cached || stage.rows < all, "{label}: {} of {all} rows", stage.rows);
+            }
+            names.push(text(recorded, "name").to_string());
+        }
+    }
+    assert!(names.len() >= 20 && names.iter().any(|n| n.contains("dual cache")), "{names:?}");
+}
+
+/// An ending text is held back or never written, and an unknown one cannot be.
+#[test]
+fn ends_of_texts_are_last_or_never() {
+    let fixture = Fixture::open("llada");
+    let mut engine = fixture.engine(1, DType::F32);
+    let config = engine.config().clone();
+    let ends = [config.eos_id.expect("an end of text"), 64];
+    let (mut free, mut steps) = (0, [Vec::new(), Vec::new()]);
+    for seed in 0..40 {
+        let mut written = |eos: &str| {
+            let stage = format!("block=full,unmask=confidence:1,temperature=1.5,top_p=1,eos={eos}");
+            let mut request = request(&config, &[seed % 60, 7], 12, &[stage]);
+            request.seed = seed.into();
+            run(&mut engine, request, eos).0
+        };
+        let ending = |output: &Output| output.tokens.iter().filter(|t| ends.contains(t)).count();
+        free += ending(&written("free"));
+        assert!(!written("never").tokens.contains(&ends[0]), "seed {seed}");
+        let output = written("last");
+        for ((token, confidence), (_, step)) in output.tokens.iter().zip(&output.confidence).zip(&output.revealed_at) {
+            let end = ends.contains(token);
+            // Zero, as far as a snapshot can be.
+            assert_eq!(*confidence == f32::MIN_POSITIVE, end, "seed {seed}: token {token} at {confidence}");
+            steps[usize::from(end)].push(*step);
+        }
+    }
+    // Held back, a position draws again with more around it, and seldom an end: they stand where nothing else was left.
+    let [others, ends] = steps;
+    assert!(free > 3 && !ends.is_empty() && 2 * ends.len() < free && others.len() > 400, "{free} ends, {} held back", ends.len());
+    assert!(ends.iter().all(|step| *step >= 9), "ends at steps {ends:?} of 12");
+}
+
+/// [LLaDA] The Gumbel draw at T > 0 is a draw from softmax(logits / T): counts of one masked position against the softmax of the network's own
+/// logits, and against as many Gumbel draws in f64.
+#[test]
+fn draws_have_the_distribution_of_gumbel_noise() {
+    let fixture = Fixture::open("llada");
+    let mut engine = fixture.engine(1, DType::F32);
+    let config = engine.config().clone();
+    let mask = config.mask_id.expect("a diffusion model");
+    let (temperature, samples) = (0.7, 1500);
+    let prompt = [3, 14, 15, 9, 2];
+    let mut logits = Vec::new();
+    let tokens: Vec<u32> = prompt.iter().copied().chain([mask]).collect();
+    engine
+        .logits(&tokens, Visibility::Full, &mut |_, rows| {
+            logits.extend_from_slice(rows);
+            Ok(())
+        })
+        .expect("a forward");
+    let mut logits = logits.split_off(prompt.len() * config.vocab_size);
+    logits[mask as usize] = f32::NEG_INFINITY;
+    let mut counts = [vec![0.0; config.vocab_size], vec![0.0; config.vocab_size]];
+    for sample in 0..samples {
+        let stage = format!("block=full,unmask=confidence:1,temperature={temperature},top_p=1");
+        let mut request = request(&config, &prompt, 1, &[stage]);
+        request.sample = sample;
+        counts[0][run(&mut engine, request, "one").0.tokens[0] as usize] += 1.0;
+        let noisy = |id: usize| {
+            let key = DrawKey { seed: 99, sample, stage: 0, block: 0, step: 0, position: id as u32 };
+            f64::from(logits[id]).exp() / (-uniforms(key).token.ln()).powf(temperature)
+        };
+        let gumbel = (0..config.vocab_size).max_by(|a, b| noisy(*a).total_cmp(&noisy(*b))).expect("a token");
+        counts[1][gumbel] += 1.0;
+    }
+    let weights: Vec<f64> = logits.iter().map(|l| (f64::from(*l) / temperature).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    for (counts, what) in counts.iter().zip(["the engine's draws", "Gumbel draws"]) {
+        // Tokens expected five times at least are cells of their own, the others one together.
+        let (mut chi, mut cells, mut rest) = (0.0, 0, (0.0, 0.0));
+        for (count, weight) in counts.iter().zip(&weights) {
+            let expected = f64::from(samples) * weight / total;
+            if expected >= 5.0 {
+                chi += (count - expected).powi(2) / expected;
+                cells += 1;
+            } else {
+                rest = (rest.0 + count, rest.1 + expected);
+            }
+        }
+        chi += (rest.0 - rest.1).powi(2) / rest.1.max(1.0);
+        // Mean `cells`, deviation sqrt(2 cells): five of them and room for the tail of few cells.
+        let bound = f64::from(cells) + 5.0 * (2.0 * f64::from(cells)).sqrt() + 12.0;
+        assert!(cells >= 4 && chi < bound, "{what}: chi-square {chi:.1} over {cells} cells, bound {bound:.1}");
     }
 }
 
@@ -132,4 +266,43 @@ fn neighbours_change_nothing_under_shifted_logits() {
             assert_eq!((&output.canvas, &output.confidence), (&alone.canvas, &alone.confidence), "{name}");
         }
     }
+}
+
+/// Requests with and without guidance, with their own ways of ending and of caching, in the same forwards.
+#[test]
+fn neighbours_change_nothing_under_the_published_samplers() {
+    let fixture = Fixture::open("llada");
+    let config = fixture.engine(1, DType::F32).config().clone();
+    let stages = [
+        "block=8,from=prompt,unmask=linear:3,guidance=0.7",
+        "block=8,from=prompt,unmask=linear:3",
+        "block=8,from=prompt,unmask=linear:3,guidance=0.7,eos=last",
+        "block=full,unmask=ancestral:6,guidance=2",
+        "block=8,from=prompt,unmask=factor:2.5,kv=dual,eos=never",
+        "block=8,from=prompt,unmask=above:0.2,steps=4,kv=prefix",
+        "block=full,unmask=margin:2,order_temperature=0.1,guidance=0.7",
+    ];
+    let prompt: Vec<u32> = (0..16).collect();
+    let requests: Vec<Request> = stages
+        .iter()
+        .enumerate()
+        .map(|(i, stage)| request(&config, &prompt[..3 + 2 * i], 14 + i, &[format!("visible=canvas,{stage},temperature=0.8,top_p=0.95")]))
+        .collect();
+    let alone: Vec<Output> = requests.iter().map(|r| run(&mut fixture.engine(1, DType::F32), r.clone(), "alone").0).collect();
+    let mut engine = fixture.engine(2, DType::F32);
+    let free = engine.free_pages();
+    let handles: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).expect("a request")).collect();
+    engine.run().expect("a run");
+    for ((handle, alone), stage) in handles.iter().zip(&alone).zip(stages) {
+        handle.events().for_each(drop);
+        let output = handle.take_output().expect("an outcome").expect("a text");
+        assert_eq!((&output.canvas, &output.confidence), (&alone.canvas, &alone.confidence), "{stage}");
+        let (report, guided) = (&output.stages[0], stage.contains("guidance"));
+        // Every denoising forward has its twin without the prompt, and both cost rows.
+        assert_eq!(report.forwards.guide, if guided { report.nfe() } else { 0 }, "{stage}");
+        if stage.starts_with("block=full") {
+            assert_eq!(report.rows, 2 * report.nfe() * output.canvas.len(), "{stage}");
+        }
+    }
+    assert_eq!(engine.free_pages(), free);
 }
