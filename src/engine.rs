@@ -95,7 +95,7 @@ impl<B: Backend> Loaded<B> {
     }
 }
 
-/// What [`Eos`] is about. [LLaDA] appendix B.4 bans the end of text alone, and holds back the end of a turn too.
+/// What [`Eos`] is about. LLaDA (appendix B.4) bans the end of text alone, and holds back the end of a turn too.
 struct Ends {
     /// Never drawn under [`Eos::Never`]: the end of text.
     never: Vec<u32>,

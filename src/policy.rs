@@ -189,7 +189,7 @@ pub fn select(unmask: &Unmask, progress: BlockProgress, candidates: &[Candidate]
 }
 
 /// [`select`] where rankings by confidence, margin or entropy are draws of this `temperature`: positions one after the other, without
-/// putting back, with weights `exp(rank / temperature)` ([Dream] `alg_temp`; the rank of an entropy is its negative).
+/// putting back, with weights `exp(rank / temperature)` (Dream's `alg_temp`; the rank of an entropy is its negative).
 ///
 /// The n smallest of `E exp(-rank / temperature)`, E exponential, are such a draw (Efraimidis and Spirakis 2006; in logarithms, Gumbel-top-k).
 pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgress, candidates: &[Candidate]) -> Result<Vec<usize>> {

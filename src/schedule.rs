@@ -110,7 +110,7 @@ pub enum KvPolicy {
     Dual,
 }
 
-/// What becomes of tokens that end the text ([LLaDA] appendix B.4).
+/// What becomes of tokens that end the text (LLaDA, appendix B.4).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Eos {
     /// They are tokens like others.
@@ -151,7 +151,7 @@ pub struct Stage {
     pub top_p: f32,
     pub top_p_rule: TopPRule,
     /// Classifier-free guidance: logits are `u + (guidance + 1) (l - u)`, u the logits where every given position is masked too; 0 is none
-    /// ([LLaDA] `cfg_scale`).
+    /// (LLaDA's `cfg_scale`).
     pub guidance: f32,
     pub eos: Eos,
     pub kv: KvPolicy,
