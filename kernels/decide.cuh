@@ -1,12 +1,12 @@
 // What the kernels of `decide` share: the records of a row, its place on one of the two routes, and the answer from its sums.
 //
-// The law is `policy::decide_row`. A row's route follows from its own draw alone: a draw from a nucleus takes route B (`decide_nucleus`), everything
-// else route A (`decide_tiles`, then `decide_draw`).
+// The law is `policy::decide_row`. A row's route follows from its own draw alone: a draw from a nucleus, or one that asks what is left of the
+// row, takes route B (`decide_nucleus`), everything else route A (`decide_tiles`, then `decide_draw`).
 #pragma once
 #include "select.cuh"
 
 #define DRAW_CROSSING 1u   // the nucleus includes the token that crosses top_p
-#define DRAW_TRUNCATED 2u  // confidence after temperature and nucleus
+#define DRAW_TRUNCATED 2u  // confidence, margin and entropy after temperature and nucleus
 #define DRAW_FORCED 4u     // `forced` instead of a draw
 #define DRAW_PADDING 8u    // nothing is asked
 
@@ -74,7 +74,11 @@ struct TileRecord {
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
 __device__ __forceinline__ bool draws(const DrawRecord& d) { return !(d.flags & DRAW_FORCED) && d.temperature != 0.0f; }
-__device__ __forceinline__ bool is_nucleus(const DrawRecord& d) { return !(d.flags & DRAW_PADDING) && draws(d) && d.top_p < 1.0f; }
+__device__ __forceinline__ bool is_nucleus(const DrawRecord& d) {
+    const bool asks = (d.flags & (DRAW_TRUNCATED | DRAW_FORCED)) == DRAW_TRUNCATED;
+    const bool tempered = d.temperature != 0.0f && d.temperature != 1.0f;
+    return !(d.flags & DRAW_PADDING) && ((asks && (tempered || d.top_p < 1.0f)) || (draws(d) && d.top_p < 1.0f));
+}
 __device__ __forceinline__ bool is_fused(const DrawRecord& d) { return !(d.flags & DRAW_PADDING) && !is_nucleus(d); }
 
 // `banned` holds a bit for every id, or is null.
@@ -131,7 +135,9 @@ __device__ __forceinline__ void answer(DecisionRecord* out, const DrawRecord& dr
                                        double sum, double moment) {
     const double log_sum = log(sum);
     const double log_prob = (double)logit - (double)max - log_sum;
-    const bool raw = !(draw.flags & DRAW_TRUNCATED) || (draw.flags & DRAW_FORCED);
+    // The most probable token of a row without a nucleus: nothing was taken from it.
+    const bool whole = draw.temperature == 0.0f && draw.top_p >= 1.0f;
+    const bool raw = !(draw.flags & DRAW_TRUNCATED) || (draw.flags & DRAW_FORCED) || whole;
     const double inverse = exp(-log_sum);  // of the sum; a division is a call, and costs more registers
     const double margin = (1.0 - exp((double)second - (double)max)) * inverse;
     const double entropy = log_sum - moment * inverse;

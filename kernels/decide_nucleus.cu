@@ -8,10 +8,12 @@
 //   3. inside that bin, four rounds of a radix select weighted by mass, over the ordered bits of the logit: the last logit kept, and how
 //      many of its equals, lowest ids first;
 //   4. the draw over the kept ids in ascending order: the row is cut into one range per warp, the range that holds the target again, until 32 ids
-//      are left.
+//      are left;
+//   5. where a draw asks for them, margin and entropy of what is kept, in one more pass.
 // Masses are integers, in units of 2^-41 of the largest: sums are exact whatever their order (so atomics may build them), every boundary is
 // met by the same numbers, and a row's bits depend on nothing but the row. The unit is below the rounding of an f32 exponential for any token
-// that a nucleus can reach: a kept one weighs at least (1 - p) / V of the row.
+// that a nucleus can reach: a kept one weighs at least (1 - p) / V of the row. Without a nucleus (a draw that asks for margin and entropy at another
+// temperature than 1) tokens below a unit, together less than V 2^-41 of the row, are not drawn.
 //
 // Layout: one CTA per row; the histogram is kept in copies, so that lanes that meet in a bin meet less often.
 // Cost: V f32 written and read seven times; an exponential per logit in step 2 and a few more in the end. Equal logits all fall into one bin
@@ -180,7 +182,9 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
     const DrawRecord draw = p.draws[blockIdx.x];
     if (!is_nucleus(draw)) return;
     DecisionRecord* out = p.decisions + blockIdx.x;
-    Row row = {p.logits + (u64)blockIdx.x * p.vocab, p.banned, 0.0f, draw.temperature, fminf(BINS / 29.0f / draw.temperature, 1e30f)};
+    const bool greedy = draw.temperature == 0.0f;  // of the nucleus at temperature 1, its first
+    const float temperature = greedy ? 1.0f : draw.temperature;
+    Row row = {p.logits + (u64)blockIdx.x * p.vocab, p.banned, 0.0f, temperature, fminf(BINS / 29.0f / temperature, 1e30f)};
 
     Top top = no_top();
     u64 broken = NO_ID;  // the lowest id
@@ -209,37 +213,67 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
     }
     const u64 in_bin = collect(histogram);
     const u64 total = block_sum64(in_bin);
-    const u64 limit = nucleus_limit(draw, total);
-    const Bin depth = find_bin(in_bin, limit);
+    Edge edge = {NO_ID, 0, 0};  // everything
+    u64 kept = total;
+    if (draw.top_p < 1.0f) {  // uniform over the CTA
+        const u64 limit = nucleus_limit(draw, total);
+        const Bin depth = find_bin(in_bin, limit);
 
-    u32 prefix = 0, fixed_bits = 0;
-    Bin last = {depth.before, 0, 0};
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        empty(histogram);
-        for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
-            const float logit = logit_at(row, id);
-            if (logit == -infinity() || bin_of(row, logit) != depth.index) continue;
-            const u32 key = key_of(logit);
-            if ((key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, mass_of(row, logit));
+        u32 prefix = 0, fixed_bits = 0;
+        Bin last = {depth.before, 0, 0};
+        for (int shift = 24; shift >= 0; shift -= 8) {
+            empty(histogram);
+            for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
+                const float logit = logit_at(row, id);
+                if (logit == -infinity() || bin_of(row, logit) != depth.index) continue;
+                const u32 key = key_of(logit);
+                if ((key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, mass_of(row, logit));
+            }
+            const Bin digit = find_bin(collect(histogram), limit - last.before);
+            last = Bin{last.before + digit.before, digit.mass, 0};
+            prefix |= digit.index << shift;
+            fixed_bits |= 255u << shift;
         }
-        const Bin digit = find_bin(collect(histogram), limit - last.before);
-        last = Bin{last.before + digit.before, digit.mass, 0};
-        prefix |= digit.index << shift;
-        fixed_bits |= 255u << shift;
-    }
-    Edge edge = {prefix, 0, mass_of(row, from_ordered_bits(~prefix))};
-    edge.equal = (u32)((limit - last.before) / edge.mass) + (draw.flags & DRAW_CROSSING ? 1 : 0);
-    if (last.before == 0 && edge.equal == 0) edge.equal = 1;  // the most probable token always stays
+        edge = Edge{prefix, 0, mass_of(row, from_ordered_bits(~prefix))};
+        edge.equal = (u32)((limit - last.before) / edge.mass) + (draw.flags & DRAW_CROSSING ? 1 : 0);
+        if (last.before == 0 && edge.equal == 0) edge.equal = 1;  // the most probable token always stays
 
-    const u64 kept = last.before + edge.equal * edge.mass;
+        kept = last.before + edge.equal * edge.mass;
+    }
+
     u64 target = (u64)(draw.u * (double)kept);
     if (target >= kept) target = kept - 1;
-    u64 mass;
-    const u32 token = draw_id(row, edge, p.vocab, target, mass);
+    u64 mass = mass_of(row, top.max);
+    u32 token = top.at;
+    if (!greedy) token = draw_id(row, edge, p.vocab, target, mass);
     sum = block_sum64(sum);
     moment = block_sum64(moment);
     if (threadIdx.x == 0) {
         const double share = (double)mass / (double)kept;
         answer(out, draw, token, row.logits[token], share, top.max, top.second, (double)sum / UNITS, -(double)moment / UNITS);
+    }
+    if (!(draw.flags & DRAW_TRUNCATED)) return;
+
+    // Margin and entropy of what is left: tokens below the edge, and its equals, which weigh the same each.
+    u64 spread = 0, others = 0;
+    for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
+        const float logit = logit_at(row, id);
+        if (logit == -infinity() || key_of(logit) >= edge.key) continue;
+        const float below = (logit - row.max) / temperature;
+        spread += units(-moment_of(tempered(logit - row.max, temperature), below));
+        ++others;
+    }
+    spread = block_sum64(spread);
+    others = block_sum64(others) + edge.equal;
+    if (threadIdx.x == 0) {
+        if (edge.equal > 0) {
+            const float below = from_ordered_bits(~edge.key) - row.max;
+            spread += edge.equal * units(-moment_of(tempered(below, temperature), below / temperature));
+        }
+        const double left = (double)kept / UNITS;
+        const double next = others > 1 ? exp(((double)top.second - (double)top.max) / temperature) : 0.0;
+        const double entropy = log(left) + (double)spread / UNITS / left;
+        out->margin = (float)((1.0 - next) / left);
+        out->entropy = (float)(entropy > 0.0 ? entropy : 0.0);
     }
 }

@@ -279,11 +279,13 @@ pub struct Draw {
     pub top_p_rule: TopPRule,
     /// `Some(t)`: choose t instead of drawing (scoring, teacher forcing).
     pub forced: Option<u32>,
-    /// Report the probability after temperature and nucleus instead of the raw one.
+    /// Report confidence, margin and entropy of the distribution that the token is drawn from, after temperature and nucleus, instead of the raw
+    /// ones. At temperature 0 that is the nucleus at temperature 1. Nothing for a forced token.
     pub truncated_confidence: bool,
 }
 
-/// The answer for one row. Raw quantities are under softmax(logits) with banned ids excluded, before temperature and nucleus.
+/// The answer for one row. Raw quantities are under softmax(logits) with banned ids excluded, before temperature and nucleus; `log_prob` always
+/// is, the others unless the draw asks otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decision {
     pub token: u32,
@@ -291,9 +293,9 @@ pub struct Decision {
     pub confidence: f32,
     /// ln of the raw probability of `token`.
     pub log_prob: f32,
-    /// Raw top-1 minus top-2 probability.
+    /// Top-1 minus top-2 probability.
     pub margin: f32,
-    /// Raw entropy in nats.
+    /// Entropy in nats.
     pub entropy: f32,
 }
 

@@ -41,15 +41,18 @@ pub fn decide_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decisio
     };
     let raw = masses(1.0);
     let sum: f64 = raw.iter().sum();
-    let entropy = sum.ln() - logits.iter().zip(&raw).filter(|(_, m)| **m > 0.0).map(|(&l, m)| m * (f64::from(l) - max)).sum::<f64>() / sum;
+    let mut entropy =
+        sum.ln() - logits.iter().zip(&raw).filter(|(_, m)| **m > 0.0).map(|(&l, m)| m * (f64::from(l) - max)).sum::<f64>() / sum;
     let second = if top[1].1 == usize::MAX { 0.0 } else { (top[1].0 - max).exp() };
+    let mut margin = (1.0 - second) / sum;
 
     let mut kept_share = None;
     let token = match draw.forced {
         Some(token) => token as usize,
-        None if draw.temperature == 0.0 => argmax,
+        None if draw.temperature == 0.0 && !draw.truncated_confidence => argmax,
         None => {
-            let mut mass = masses(f64::from(draw.temperature));
+            let greedy = draw.temperature == 0.0;
+            let mut mass = masses(if greedy { 1.0 } else { f64::from(draw.temperature) });
             if draw.top_p < 1.0 {
                 nucleus(&mut mass, logits, f64::from(draw.top_p), draw.top_p_rule);
             }
@@ -64,7 +67,15 @@ pub fn decide_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decisio
                     break;
                 }
             }
-            kept_share = Some(mass[token] / total);
+            if greedy {
+                token = argmax;
+            }
+            if draw.truncated_confidence {
+                // [Dream] All three are of what is left of the distribution.
+                kept_share = Some(mass[token] / total);
+                margin = (mass[argmax] - mass.get(top[1].1).copied().unwrap_or(0.0)) / total;
+                entropy = total.ln() - mass.iter().filter(|m| **m > 0.0).map(|m| m * m.ln()).sum::<f64>() / total;
+            }
             token
         }
     };
@@ -72,16 +83,12 @@ pub fn decide_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decisio
         return Err(Error::request(format!("token {token} is banned or outside the vocabulary of {}", logits.len())));
     };
     let log_prob = f64::from(logit) - max - sum.ln();
-    let confidence = match kept_share {
-        Some(share) if draw.truncated_confidence => share,
-        None if draw.truncated_confidence && draw.forced.is_none() => 1.0,
-        _ => log_prob.exp(),
-    };
+    let confidence = kept_share.unwrap_or_else(|| log_prob.exp());
     Ok(Decision {
         token: token as u32,
         confidence: confidence as f32,
         log_prob: log_prob as f32,
-        margin: ((1.0 - second) / sum) as f32,
+        margin: margin as f32,
         entropy: entropy.max(0.0) as f32,
     })
 }
@@ -326,6 +333,28 @@ mod tests {
         assert_eq!(decide_row(&l, &[], &draw).unwrap().confidence, 0.4);
         let d = decide_row(&l, &[], &Draw { truncated_confidence: true, ..draw }).unwrap();
         assert_eq!((d.token, d.confidence), (3, 1.0));
+    }
+
+    /// Sorted 0.4 0.3 0.2 0.1 at temperature 0.5 is 16 9 4 1 of 30; crossing 0.75 keeps two, 16 and 9 of 25.
+    #[test]
+    fn truncated_quantities_are_those_of_what_is_left() {
+        let l = logits(&[0.1, 0.2, 0.3, 0.4]);
+        let draw = Draw { temperature: 0.5, top_p: 0.75, top_p_rule: TopPRule::Crossing, truncated_confidence: true, ..PLAIN };
+        let close = |d: Decision, p: [f64; 2], token, confidence: f64| {
+            let entropy: f64 = p.iter().filter(|p| **p > 0.0).map(|p| -p * p.ln()).sum();
+            let found = [d.confidence, d.margin, d.entropy].map(f64::from);
+            let wanted = [confidence, p[0] - p[1], entropy];
+            assert!(d.token == token && found.iter().zip(wanted).all(|(f, w)| (f - w).abs() < 1e-6), "{d:?}, expected {wanted:?}");
+            assert!((f64::from(d.log_prob) - f64::from(l[token as usize])).abs() < 1e-6, "{d:?}: a log probability is raw");
+        };
+        close(decide_row(&l, &[], &Draw { u: 0.2, ..draw }).unwrap(), [0.64, 0.36], 2, 0.36);
+        close(decide_row(&l, &[], &Draw { u: 0.5, ..draw }).unwrap(), [0.64, 0.36], 3, 0.64);
+        // One is left.
+        close(decide_row(&l, &[], &Draw { top_p: 0.1, ..draw }).unwrap(), [1.0, 0.0], 3, 1.0);
+        // [Dream] At temperature 0 the nucleus is that of temperature 1: 0.4 and 0.3 reach 0.6, and the first is taken.
+        close(decide_row(&l, &[], &Draw { temperature: 0.0, top_p: 0.6, ..draw }).unwrap(), [4.0 / 7.0, 3.0 / 7.0], 3, 4.0 / 7.0);
+        let forced = decide_row(&l, &[], &Draw { forced: Some(0), ..draw }).unwrap();
+        assert_eq!(forced, decide_row(&l, &[], &Draw { forced: Some(0), ..PLAIN }).unwrap());
     }
 
     #[test]

@@ -155,7 +155,7 @@ pub struct Stage {
     pub guidance: f32,
     pub eos: Eos,
     pub kv: KvPolicy,
-    /// Record the probability after temperature and nucleus as snapshot confidence instead of the raw one.
+    /// Record and rank by confidence, margin and entropy of the distribution after temperature and nucleus instead of the raw ones.
     pub truncated_confidence: bool,
     /// Which of the engine's models runs the stage: 0 is the one it was loaded with.
     pub weights: usize,

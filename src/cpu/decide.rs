@@ -93,7 +93,7 @@ fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw) ->
         sum += tile.mass * weight;
         moment += (tile.moment + tile.mass * below) * weight;
     }
-    let entropy = sum.ln() - moment / sum;
+    let mut entropy = sum.ln() - moment / sum;
     let in_argtile = &logits[argtile * TILE..logits.len().min((argtile + 1) * TILE)];
     let argmax_in_tile = in_argtile.iter().position(|&l| l == max).unwrap_or(0);
     let argmax = argtile * TILE + argmax_in_tile;
@@ -109,47 +109,55 @@ fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw) ->
         }
     }
 
+    let mut margin = (1.0 - (f64::from(second) - f64::from(max)).exp()) / sum;
+
     let mut kept_share = None;
     let token = match draw.forced {
         Some(token) => token as usize,
-        None if draw.temperature == 0.0 => argmax,
-        None => {
-            let (token, share) = sample(machine, logits, &tiles, max, argmax, draw);
-            kept_share = Some(share);
-            token
+        // At temperatures 0 and 1, what is left without a nucleus is the raw distribution.
+        None if draw.truncated_confidence && (draw.top_p < 1.0 || ![0.0, 1.0].contains(&draw.temperature)) => {
+            // At temperature 0 the nucleus is that of temperature 1, and its first token is taken.
+            let temperature = if draw.temperature == 0.0 { 1.0 } else { draw.temperature };
+            let kept = kept(machine, logits, &tiles, max, argmax, &Draw { temperature, ..*draw });
+            let greedy = draw.temperature == 0.0;
+            kept_share = Some(if greedy { 1.0 / kept.mass } else { kept.share });
+            (margin, entropy) = (kept.margin, kept.entropy);
+            if greedy { argmax } else { kept.token }
         }
+        None if draw.temperature == 0.0 => argmax,
+        None => sample(machine, logits, &tiles, max, argmax, draw),
     };
     let Some(&logit) = logits.get(token).filter(|_| !banned.contains(&(token as u32))) else {
         return Err(Error::request(format!("token {token} is banned or outside the vocabulary of {}", logits.len())));
     };
     let log_prob = f64::from(logit) - f64::from(max) - sum.ln();
-    let confidence = match kept_share {
-        Some(share) if draw.truncated_confidence => share,
-        None if draw.truncated_confidence && draw.forced.is_none() => 1.0,
-        _ => log_prob.exp(),
-    };
+    let confidence = kept_share.unwrap_or_else(|| log_prob.exp());
     Ok(Decision {
         token: token as u32,
         confidence: confidence as f32,
         log_prob: log_prob as f32,
-        margin: ((1.0 - (f64::from(second) - f64::from(max)).exp()) / sum) as f32,
+        margin: margin as f32,
         entropy: entropy.max(0.0) as f32,
     })
 }
 
-/// Draws a token after temperature and nucleus: its id and its share of what was kept.
-fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> (usize, f64) {
-    let inverse_temperature = 1.0 / draw.temperature;
-    // Mass of each tile relative to the row's maximum.
-    let masses: Vec<f64> = if draw.temperature == 1.0 {
+/// Mass of each tile after temperature, relative to the row's maximum.
+fn tile_masses(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, temperature: f32) -> Vec<f64> {
+    if temperature == 1.0 {
         tiles.iter().map(|tile| if tile.max > f32::NEG_INFINITY { tile.mass * f64::from(tile.max - max).exp() } else { 0.0 }).collect()
     } else {
-        machine.isa.run(Masses { logits, max, inverse_temperature })
-    };
-    let total: f64 = masses.iter().sum();
-    if draw.top_p < 1.0 {
-        return nucleus(machine, logits, max, total, draw);
+        machine.isa.run(Masses { logits, max, inverse_temperature: 1.0 / temperature })
     }
+}
+
+/// Draws a token after temperature and nucleus.
+fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> usize {
+    if draw.top_p < 1.0 {
+        return kept(machine, logits, tiles, max, argmax, draw).token;
+    }
+    let inverse_temperature = 1.0 / draw.temperature;
+    let masses = tile_masses(machine, logits, tiles, max, draw.temperature);
+    let total: f64 = masses.iter().sum();
     let target = draw.u * total;
     let mut before = 0.0;
     let mut chosen = argmax;
@@ -174,19 +182,33 @@ fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argma
         }
         break;
     }
-    let mut one = [logits[chosen]];
-    machine.isa.run(Exponentials { logits: &mut one, max, inverse_temperature });
-    (chosen, f64::from(one[0]) / total)
+    chosen
 }
 
-/// Draws from the nucleus; `total` is the mass of the whole row after temperature, relative to `max`.
-fn nucleus(machine: &Machine, logits: &[f32], max: f32, total: f64, draw: &Draw) -> (usize, f64) {
+/// A draw from what temperature and nucleus leave of a row.
+struct Kept {
+    token: usize,
+    /// Of the token, in what is left.
+    share: f64,
+    /// What is left, relative to the mass of the most probable token.
+    mass: f64,
+    /// Top-1 minus top-2 and entropy of what is left, where the draw asks for them.
+    margin: f64,
+    entropy: f64,
+}
+
+/// Draws from the nucleus, or from everything where there is none.
+fn kept(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> Kept {
+    let total: f64 = tile_masses(machine, logits, tiles, max, draw.temperature).iter().sum();
     let mut masses = machine.spare_row();
     masses.clear();
     masses.extend_from_slice(logits);
     machine.isa.run(Exponentials { logits: &mut masses, max, inverse_temperature: 1.0 / draw.temperature });
 
-    let cut = edge(machine, logits, &masses, max, total, draw);
+    let cut = match draw.top_p < 1.0 {
+        true => edge(machine, logits, &masses, max, total, draw),
+        false => Cut { logit: f32::NEG_INFINITY, at: Vec::new() },
+    };
     let mut tiles = machine.isa.run(Above { logits, masses: &masses, threshold: cut.logit });
     for &id in &cut.at {
         tiles[id as usize / TILE] += f64::from(masses[id as usize]);
@@ -217,8 +239,19 @@ fn nucleus(machine: &Machine, logits: &[f32], max: f32, total: f64, draw: &Draw)
     // The most probable token is always kept and weighs 1, so there is one.
     let chosen = chosen.unwrap_or(0);
     let share = f64::from(masses[chosen]) / kept_total;
+    let (mut second, mut moment) = (0.0f32, 0.0f64);
+    if draw.truncated_confidence {
+        for (id, &mass) in masses.iter().enumerate().filter(|(id, mass)| **mass > 0.0 && kept(*id)) {
+            moment += f64::from(mass) * (f64::from(logits[id]) - f64::from(max));
+            if id != argmax {
+                second = second.max(mass);
+            }
+        }
+    }
     machine.keep_spare_row(masses);
-    (chosen, share)
+    let margin = (1.0 - f64::from(second)) / kept_total;
+    let entropy = kept_total.ln() - moment / f64::from(draw.temperature) / kept_total;
+    Kept { token: chosen, share, mass: kept_total, margin, entropy }
 }
 
 /// The end of the nucleus: tokens above `logit` are kept, and of those equal to it the ones in `at`, ids ascending.

@@ -1,8 +1,8 @@
 //! Launcher of `decide`: LM head and token choice of rows, by the law of `policy::decide_row`.
 //!
 //! Two routes, chosen by each row's own draw. Most rows take A: `decide_tiles` computes logits tile by tile and keeps a few sums, `decide_draw` answers
-//! from those, and the logits of a row never exist. Draws from a nucleus (`top_p < 1`) take B: the logits of a chunk of rows are
-//! written by `linear`, and `decide_nucleus` reads them. Where both routes run, both compute all rows and each answers its own.
+//! from those, and the logits of a row never exist. Draws from a nucleus (`top_p < 1`), and those that ask what is left of a distribution
+//! (`truncated_confidence`), take B: the logits of a chunk of rows are written by `linear`, and `decide_nucleus` reads them. Where both routes run, both compute all rows and each answers its own.
 #![forbid(unsafe_code)]
 
 use super::driver::{Address, Build, Launch};
@@ -100,7 +100,10 @@ impl DecisionRecord {
 
 /// Whether a draw takes route B: [`Decide::any_nucleus`] if one does, [`Decide::any_fused`] if one does not.
 pub fn needs_nucleus(draw: &Draw) -> bool {
-    draw.forced.is_none() && draw.temperature != 0.0 && draw.top_p < 1.0
+    // At temperatures 0 and 1, what is left without a nucleus is the raw distribution.
+    let tempered = draw.temperature != 0.0 && draw.temperature != 1.0;
+    let nucleus = draw.top_p < 1.0;
+    draw.forced.is_none() && (draw.temperature != 0.0 && nucleus || draw.truncated_confidence && (tempered || nucleus))
 }
 
 params! {
@@ -368,8 +371,12 @@ mod tests {
     #[test]
     fn the_route_of_a_row_is_its_own() {
         let draw = Draw { u: 0.5, temperature: 1.0, top_p: 0.9, top_p_rule: TopPRule::Crossing, forced: None, truncated_confidence: true };
-        assert!(needs_nucleus(&draw));
-        for other in [Draw { top_p: 1.0, ..draw }, Draw { temperature: 0.0, ..draw }, Draw { forced: Some(3), ..draw }] {
+        let plain = Draw { truncated_confidence: false, ..draw };
+        for asked in [draw, plain, Draw { temperature: 0.7, top_p: 1.0, ..draw }, Draw { temperature: 0.0, ..draw }] {
+            assert!(needs_nucleus(&asked));
+        }
+        let whole = Draw { top_p: 1.0, ..draw };
+        for other in [whole, Draw { temperature: 0.0, ..whole }, Draw { temperature: 0.0, ..plain }, Draw { forced: Some(3), ..draw }] {
             assert!(!needs_nucleus(&other));
         }
         assert_eq!(DrawRecord::from(&draw).flags, flag::CROSSING | flag::TRUNCATED);
