@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use crate::backend::{HeadShape, NormKind, Rope};
 use crate::error::{Error, Result};
 use crate::model::{bd3lm, dream, fast_dllm, llada, llama, mdlm, sdar, stable_diffcoder};
+use crate::schedule::{valid_temperature, valid_top_p};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
 pub const MAX_STRETCH: usize = 4;
@@ -170,6 +171,15 @@ pub struct ModelConfig {
     /// Every id that ends a text, ascending: `eos_id`, and what lists in config.json and generation_config.json add.
     pub stop_ids: Vec<u32>,
     pub pad_id: Option<u32>,
+    /// What generation_config.json recommends.
+    pub sampling: Sampling,
+}
+
+/// Recommended sampling of a checkpoint: keys `temperature` and `top_p` of its generation_config.json.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sampling {
+    pub temperature: Option<f32>,
+    pub top_p: Option<f32>,
 }
 
 impl ModelConfig {
@@ -196,8 +206,29 @@ impl ModelConfig {
             Family::StableDiffcoder => stable_diffcoder::config(dir, &keys),
             family @ (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3) => llama::config(dir, &keys, family),
         }?;
-        config.stop_ids = keys.stop_tokens(dir, &config)?;
+        config.stop_ids = config.eos_id.into_iter().collect();
+        config.stop_ids.extend(keys.tokens("eos_token_id", config.vocab_size)?);
+        config.read_generation(dir)?;
+        config.stop_ids.sort_unstable();
+        config.stop_ids.dedup();
         Ok(config)
+    }
+
+    /// What `dir/generation_config.json` adds, where there is one: chat models name there what ends a turn.
+    fn read_generation(&mut self, dir: &Path) -> Result<()> {
+        let path = dir.join("generation_config.json");
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            return Ok(());
+        };
+        let map: Map<String, Value> =
+            serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))?;
+        let keys = Keys { path: &path, map: &map, parent: "" };
+        self.stop_ids.extend(keys.tokens("eos_token_id", self.vocab_size)?);
+        self.sampling = Sampling {
+            temperature: keys.checked("temperature", valid_temperature, "a finite number of at least 0")?,
+            top_p: keys.checked("top_p", valid_top_p, "a number above 0, at most 1")?,
+        };
+        Ok(())
     }
 
     /// Positions served at most.
@@ -433,19 +464,13 @@ impl Keys<'_> {
         }
     }
 
-    /// The ids that end a text of this model; chat models name theirs in generation_config.json.
-    fn stop_tokens(&self, dir: &Path, config: &ModelConfig) -> Result<Vec<u32>> {
-        let mut ids: Vec<u32> = config.eos_id.into_iter().collect();
-        ids.extend(self.tokens("eos_token_id", config.vocab_size)?);
-        let path = dir.join("generation_config.json");
-        if let Ok(text) = std::fs::read_to_string(&path) {
-            let map: Map<String, Value> =
-                serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))?;
-            ids.extend(Keys { path: &path, map: &map, parent: "" }.tokens("eos_token_id", config.vocab_size)?);
-        }
-        ids.sort_unstable();
-        ids.dedup();
-        Ok(ids)
+    /// An optional number that `valid` accepts.
+    fn checked(&self, key: &str, valid: impl Fn(f32) -> bool, expected: &str) -> Result<Option<f32>> {
+        let read = |v: &Value| {
+            let number = v.as_f64().map(|n| n as f32).filter(|n| valid(*n));
+            number.ok_or_else(|| self.error(format!("key `{}`: expected {expected}, found {v}", self.name(key))))
+        };
+        self.get(key).map(read).transpose()
     }
 
     /// An optional token id below `vocab_size`.

@@ -241,10 +241,16 @@ impl<B: Backend> Engine<B> {
         &self.banned
     }
 
-    /// Sampling defaults that fit the model: block scope for block diffusion, canvas scope for full attention.
+    /// Sampling defaults that fit the model: what its directory recommends; block scope for block diffusion, canvas scope for full attention.
     pub fn defaults(config: &ModelConfig) -> Defaults {
         let scope = if config.attention == Attention::Full { Scope::Canvas } else { Scope::Block };
-        Defaults { scope, ..Defaults::default() }
+        let general = Defaults::default();
+        Defaults {
+            temperature: config.sampling.temperature.unwrap_or(general.temperature),
+            top_p: config.sampling.top_p.unwrap_or(general.top_p),
+            scope,
+            ..general
+        }
     }
 
     /// The canvas of a prompt: BOS first where the prompt is text.

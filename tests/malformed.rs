@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use redraft::config::Attention;
-use redraft::{Cpu, DType, Engine, EngineOptions, Error};
+use redraft::{Cpu, DType, Engine, EngineOptions, Error, Schedule};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
@@ -427,6 +427,29 @@ fn ids_that_end_a_text() {
     ] {
         copy.write("generation_config.json", text);
         copy.refused(text, "Config", &[["generation_config.json"].as_slice(), &words].concat());
+    }
+}
+
+/// Sampling that a checkpoint recommends is where its schedules start; what a stage says itself goes before.
+#[test]
+fn recommended_sampling() {
+    let copy = Copy::of("sdar");
+    let draft = |copy: &Copy| {
+        let engine = copy.load().expect("an engine");
+        let stages = ["block=4", "block=4,remask=0.5,temperature=0.25"].map(|stage| stage.parse().unwrap());
+        let schedule = Schedule::resolve(&stages, &Engine::<Cpu>::defaults(engine.config())).unwrap();
+        [0, 1].map(|i| (schedule.stages[i].temperature, schedule.stages[i].top_p))
+    };
+    assert_eq!(draft(&copy), [(1.0, 0.9), (0.25, 0.9)]);
+    copy.write("generation_config.json", r#"{"temperature": 0.5, "top_p": null}"#);
+    assert_eq!(draft(&copy), [(0.5, 0.9), (0.25, 0.9)]);
+    copy.write("generation_config.json", r#"{"temperature": 0, "top_p": 0.75}"#);
+    assert_eq!(draft(&copy), [(0.0, 0.75), (0.25, 0.75)]);
+    for (text, key) in
+        [(r#"{"temperature": -1}"#, "temperature"), (r#"{"temperature": "warm"}"#, "temperature"), (r#"{"top_p": 0}"#, "top_p")]
+    {
+        copy.write("generation_config.json", text);
+        copy.refused(text, "Config", &["generation_config.json", key]);
     }
 }
 

@@ -304,7 +304,7 @@ fn figures_depend_on_the_request_alone() {
     }
 }
 
-/// Without flags, the headline: five rows over one set of drafts, and what is missing is said.
+/// Without flags, the headline: six rows over one set of drafts, and what is missing is said.
 #[test]
 fn the_headline_shares_its_drafts() {
     let work = Work::new();
@@ -312,9 +312,9 @@ fn the_headline_shares_its_drafts() {
     let rows = report["rows"].as_array().expect("rows");
     assert_eq!(
         rows.iter().map(|r| r["name"].as_str().unwrap()).collect::<Vec<_>>(),
-        ["draft", "snapshot", "random", "post-hoc", "held-out:4"]
+        ["draft", "snapshot", "random", "post-hoc", "held-out:4", "did-lift"]
     );
-    for row in &rows[1..] {
+    for row in &rows[1..5] {
         let refine = row["schedule"][1].as_str().expect("a stage");
         assert!(
             refine.contains("block=full") && refine.contains("remask=0.35") && refine.contains("unmask=linear:12,order=uniform"),
@@ -325,7 +325,8 @@ fn the_headline_shares_its_drafts() {
         assert!(row["samples"].is_null(), "only with --per-sample");
     }
     let extra = |i: usize| rows[i]["cost"]["forwards"].as_f64().unwrap() - rows[i]["cost"]["nfe"].as_f64().unwrap();
-    assert_eq!([0, 1, 2, 3, 4].map(extra), [0.0, 0.0, 0.0, 1.0, 4.0], "scoring forwards");
+    assert_eq!([0, 1, 2, 3, 4, 5].map(extra), [0.0, 0.0, 0.0, 1.0, 4.0, 8.0], "scoring forwards");
+    assert_eq!(rows[5]["paired"]["to"], "draft");
     assert!(
         report["human"].is_null() && rows.iter().all(|r| r["measures"]["trigram_ppl"].is_null() && r["measures"]["reverse_ppl"].is_null())
     );

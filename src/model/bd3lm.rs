@@ -10,7 +10,7 @@
 use std::path::Path;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope};
-use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Switches};
+use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
 use crate::model::reader::Reader;
 use crate::model::{Layer, Linear, Model, Norm, Progress};
@@ -84,6 +84,7 @@ pub(crate) fn shared_config(dir: &Path, keys: &Keys, family: Family, attention: 
         eos_id: Some(eos_id),
         stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| *id != eos_id),
+        sampling: Sampling::default(),
     })
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{HeadShape, NormKind, Rope};
-use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Switches};
+use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
 use crate::model::llama::Names;
 
@@ -103,5 +103,6 @@ pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
         eos_id,
         stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
+        sampling: Sampling::default(),
     })
 }

@@ -9,7 +9,7 @@
 use std::path::Path;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope, RopeScaling};
-use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Switches};
+use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
 use crate::model::llada;
 use crate::model::reader::Reader;
@@ -123,6 +123,7 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
         eos_id,
         stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
+        sampling: Sampling::default(),
     })
 }
 

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::backend::{HeadShape, Rope};
-use crate::config::{Attention, Family, ModelConfig};
+use crate::config::{Attention, Family, ModelConfig, Sampling};
 use crate::error::{Error, Result};
 use crate::model::bd3lm;
 
@@ -40,5 +40,6 @@ pub fn config(name: &str) -> Result<ModelConfig> {
         eos_id: Some(vocab_size as u32 - 2),
         stop_ids: vec![vocab_size as u32 - 2],
         pad_id: None,
+        sampling: Sampling::default(),
     })
 }

@@ -169,6 +169,14 @@ fn presets_cost_what_the_documentation_says() {
     assert_eq!(refresh_rows(257, 89, 12), 811);
     documented("= 811 |");
     assert_eq!(fast.stages[1].remasked, did.stages[1].remasked, "both remask the same draft");
+
+    let lift = run(&mut engine, "did-lift");
+    assert_eq!(4 * 257 + refresh_rows(257, 25, 4), 1340);
+    for stage in &lift.stages[1..3] {
+        check(stage, Forwards { score: 4, ..nfe(4) }, 1340, "did-lift, a round");
+        assert_eq!(stage.remasked.len(), 25);
+    }
+    documented("| `did-lift` | full, twice | 0 | 4 | 0 | 4·257 + 257 + (25+18+12) = 1340 |");
 }
 
 /// Everything is one block, or everything is visible.

@@ -123,7 +123,9 @@ fn infilling_leaves_given_tokens_alone() {
     for (name, dir) in [("tiny", fixture()), ("shipped", shipped())] {
         let mut engine = engine(&dir);
         let eos = engine.config().eos_id.expect("an end of text");
-        for (i, name) in ["draft", "did", "did-fast", "three", "global", "semi-ar"].into_iter().map(|p| format!("{name} {p}")).enumerate() {
+        for (i, name) in
+            ["draft", "did", "did-fast", "did-lift", "three", "global", "semi-ar"].into_iter().map(|p| format!("{name} {p}")).enumerate()
+        {
             let preset = preset(name.split(' ').next_back().expect("a name"));
             let canvas: Vec<Option<u32>> = (0..40).map(|p| (p % 7 == i || p >= 36 || p == 0).then_some(p as u32 + 2)).collect();
             let output = one(&mut engine, Request::new(Prompt::Canvas(canvas.clone()), preset, 9, 0), &name);

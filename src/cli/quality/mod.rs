@@ -71,7 +71,7 @@ pub(super) struct QualityFlags {
     #[arg(long, default_value_t = 0, requires = "quality")]
     seed: u64,
     /// JSON lines, a row each: {"name", "stages": [..] or "preset", and "temperature", "top_p", "seed", "model" where wanted}
-    /// [default: draft, and a full refine by snapshot, random, post-hoc and held-out:4]
+    /// [default: draft, a full refine by snapshot, random, post-hoc and held-out:4, and did-lift]
     #[arg(long, value_name = "FILE", requires = "quality", conflicts_with_all = ["preset", "stage"])]
     rows: Option<PathBuf>,
     /// Softmax temperature of stages that do not name one

@@ -99,13 +99,13 @@ impl Rows {
     pub(super) fn headline(&mut self) -> Result<()> {
         let defaults = self.defaults(0, &Line::default())?;
         for (name, by) in HEADLINE {
-            let mut schedule = Schedule::preset(if by.is_some() { "did" } else { "draft" }, &defaults)?;
+            let mut schedule = Schedule::preset(if by.is_some() { "did-fast" } else { "draft" }, &defaults)?;
             if let (Some(by), Some(refine)) = (by, schedule.stages.get_mut(1)) {
                 refine.remask = Some(Remask { ratio: HEADLINE_RATIO, by, score: Score::Probability });
             }
             self.push(name, 0, schedule, self.sampling.seed)?;
         }
-        Ok(())
+        self.push("did-lift", 0, Schedule::preset("did-lift", &defaults)?, self.sampling.seed)
     }
 
     fn defaults(&self, model: usize, line: &Line) -> Result<crate::schedule::Defaults> {
