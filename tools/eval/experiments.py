@@ -19,6 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
 
 DRAFT = "block=4,unmask=uniform:1"
+FEW = "linear:4,order=uniform"
 
 
 def refine(ratio=0.35, by="snapshot", block="full", unmask="linear:12,order=uniform", kv="refresh:12", **more):
@@ -39,6 +40,7 @@ def headline(prefix="", **settings):
     yield row(prefix + "draft", DRAFT, **settings)
     for by in ("snapshot", "random", "post-hoc", "held-out:2", "held-out:4", "held-out:8"):
         yield row(f"{prefix}refine {by}", DRAFT, refine(by=by), **settings)
+    yield row(prefix + "did-lift", DRAFT, *[refine(0.1, "held-out:4", unmask=FEW, score="lift")] * 2, **settings)
 
 
 def ratios():
@@ -83,27 +85,27 @@ def stages():
 
 def compute():
     """The same or more work given to the draft, and less, with refining to make up for it."""
-    for block in (4, 8, 16, 64, "full"):
+    for block in (4, 16, 64, "full"):
         yield row(f"draft block {block}", f"block={block},unmask=uniform:1")
-    for block, n in ((4, 2), (4, 4), (16, 4)):
-        draft = f"block={block},unmask=uniform:{n}"
-        yield row(f"draft block {block}, {n} tokens a forward", draft)
-        for by in ("snapshot", "held-out:4"):
-            yield row(f"draft block {block}, {n} tokens a forward, refine {by}", draft, refine(by=by))
-    for block in (8, 16):
-        yield row(f"draft block {block}, refine snapshot", f"block={block},unmask=uniform:1", refine())
+    for n in (2, 4):
+        draft = f"block=4,unmask=uniform:{n}"
+        yield row(f"draft, {n} tokens a forward", draft)
+        for ratio, by, score in ((0.35, "snapshot", {}), (0.35, "held-out:4", {}), (0.1, "held-out:4", {"score": "lift"})):
+            name = " ".join([by, *score.values(), str(ratio)])
+            yield row(f"draft, {n} tokens a forward, refine {name}", draft, refine(ratio, by, **score))
 
 
 def reuse():
     yield row("draft", DRAFT)
-    for by in ("snapshot", "held-out:4"):
-        for kv in ("exact", "refresh:2", "refresh:4", "refresh:12", "draft"):
+    # Held-out scoring writes over the draft's K/V, so it cannot refine from them.
+    for by, policies in (("snapshot", ("exact", "refresh:4", "refresh:12", "draft")), ("held-out:4", ("exact", "refresh:12"))):
+        for kv in policies:
             yield row(f"{by}, kv={kv}", DRAFT, refine(by=by, kv=kv))
 
 
 def truncation():
     yield row("draft", DRAFT)
-    for ratio in (0.1, 0.35, 0.8, 0.9):
+    for ratio in (0.1, 0.35, 0.9):
         for kind in ("raw", "truncated"):
             yield row(f"{kind} {ratio}", f"{DRAFT},confidence={kind}", refine(ratio))
 
@@ -122,12 +124,11 @@ def scores():
 def rounds():
     """A little at a time: n rounds of a tenth, each scored anew."""
     yield row("draft", DRAFT)
-    few = {"unmask": "linear:4,order=uniform"}
     for by, score in (("held-out:4", "typicality"), ("held-out:4", "lift"), ("random", None)):
         for n in (1, 2, 4, 8):
             more = {"score": score} if score else {}
             name = f"{by} {score}" if score else by
-            yield row(f"{n} x 0.1 {name}", DRAFT, *[refine(0.1, by, **few, **more)] * n)
+            yield row(f"{n} x 0.1 {name}", DRAFT, *[refine(0.1, by, unmask=FEW, **more)] * n)
 
 
 # Sharper or softer sampling of a whole schedule: the curve on which every method is compared.
@@ -136,12 +137,10 @@ SETTINGS = [(t, 0.9) for t in (1.0, 0.9, 0.8)] + [(1.0, 1.0)]
 
 METHODS = {
     "snapshot 0.35": [DRAFT, refine()],
-    "snapshot 0.1": [DRAFT, refine(0.1)],
-    "random 0.35": [DRAFT, refine(by="random")],
     "held-out:4 0.35": [DRAFT, refine(by="held-out:4")],
-    "held-out:4 typicality 0.15": [DRAFT, refine(0.15, "held-out:4", score="typicality")],
-    "held-out:4 lift 0.15": [DRAFT, refine(0.15, "held-out:4", score="lift")],
-    "4 x 0.1 held-out:4 typicality": [DRAFT, *[refine(0.1, "held-out:4", unmask="linear:4,order=uniform", score="typicality")] * 4],
+    "held-out:4 lift 0.1": [DRAFT, refine(0.1, "held-out:4", score="lift")],
+    "4 x held-out:4 typicality 0.1": [DRAFT, *[refine(0.1, "held-out:4", unmask=FEW, score="typicality")] * 4],
+    "4 x held-out:4 lift 0.1": [DRAFT, *[refine(0.1, "held-out:4", unmask=FEW, score="lift")] * 4],
 }
 
 
@@ -157,18 +156,17 @@ def frontier():
             yield row(f"{method}, T {t}, p {p}", *schedule, temperature=t, top_p=p)
 
 
-def cooler():
-    """A refine sharper than its draft: temperature of the refining stage below the draft's."""
+def sharpness():
+    """A refine that samples sharper or softer than its draft."""
     yield row("draft", DRAFT)
-    for refine_t in (1.0, 0.8, 0.5):
-        yield row(f"snapshot 0.35, refine T {refine_t}", DRAFT, refine(temperature=refine_t))
-        yield row(f"held-out:4 lift 0.15, refine T {refine_t}", DRAFT,
-                  refine(0.15, "held-out:4", score="lift", temperature=refine_t))
+    for name, ratio, by, more in (("snapshot 0.35", 0.35, "snapshot", {}), ("held-out:4 lift 0.1", 0.1, "held-out:4", {"score": "lift"})):
+        for t, p in ((0.8, 0.9), (1.0, 0.9), (1.0, 1.0)):
+            yield row(f"{name}, refine T {t}, p {p}", DRAFT, refine(ratio, by, temperature=t, top_p=p, **more))
 
 
 GROUPS = {
     "drafts": drafts, "headline": headline, "scores": scores, "rounds": rounds, "ratio": ratios, "reuse": reuse,
-    "stages": stages, "cooler": cooler, "block": blocks, "steps": steps, "compute": compute, "truncation": truncation,
+    "stages": stages, "sharpness": sharpness, "block": blocks, "steps": steps, "compute": compute, "truncation": truncation,
     "frontier": frontier,
 }
 
