@@ -61,10 +61,10 @@ pub(super) struct Flags {
     /// Samples to write, sharing the prompt and the batch
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     samples: u32,
-    /// Softmax temperature of stages that do not name one; 0 is greedy
+    /// Softmax temperature of stages that do not name one; 0 is greedy [default: what the model recommends, or 1]
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
-    /// Nucleus of stages that do not name one
+    /// Nucleus of stages that do not name one [default: what the model recommends, or 0.9]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f32>,
     /// Whether the token that crosses p is kept
