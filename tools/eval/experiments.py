@@ -85,14 +85,14 @@ def stages():
 
 def compute():
     """The same or more work given to the draft, and less, with refining to make up for it."""
-    for block in (4, 16, 64, "full"):
-        yield row(f"draft block {block}", f"block={block},unmask=uniform:1")
+    yield row("draft", DRAFT)
+    for block, n in ((16, 1), (64, 4), ("full", 8)):
+        yield row(f"draft block {block}, {n} a forward", f"block={block},unmask=uniform:{n}")
     for n in (2, 4):
         draft = f"block=4,unmask=uniform:{n}"
-        yield row(f"draft, {n} tokens a forward", draft)
-        for ratio, by, score in ((0.35, "snapshot", {}), (0.35, "held-out:4", {}), (0.1, "held-out:4", {"score": "lift"})):
-            name = " ".join([by, *score.values(), str(ratio)])
-            yield row(f"draft, {n} tokens a forward, refine {name}", draft, refine(ratio, by, **score))
+        yield row(f"draft, {n} a forward", draft)
+        yield row(f"draft, {n} a forward, refine snapshot 0.35", draft, refine())
+        yield row(f"draft, {n} a forward, refine held-out:4 lift 0.1", draft, refine(0.1, "held-out:4", score="lift"))
 
 
 def reuse():
@@ -105,7 +105,7 @@ def reuse():
 
 def truncation():
     yield row("draft", DRAFT)
-    for ratio in (0.1, 0.35, 0.9):
+    for ratio in (0.35, 0.9):
         for kind in ("raw", "truncated"):
             yield row(f"{kind} {ratio}", f"{DRAFT},confidence={kind}", refine(ratio))
 
