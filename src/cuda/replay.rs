@@ -378,6 +378,6 @@ mod tests {
             let text = of(&[given], false).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
         }
-        assert!(replay_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are ask, attention, copy, "));
+        assert!(replay_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are ask, attention, blend, copy, "));
     }
 }
