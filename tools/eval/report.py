@@ -54,7 +54,7 @@ def show(row, measure, digits, interval=False):
 
 def paired(row):
     """Difference in nats per token to the draft, and the share of samples that improved."""
-    if not row.get("paired"):
+    if not row.get("paired") or not row["paired"]["to"].startswith("draft"):
         return ["", ""]
     p = row["paired"]
     d = p["judge_nll"]
