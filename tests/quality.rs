@@ -276,7 +276,8 @@ fn figures_are_those_of_the_saved_samples() {
 fn samples_are_those_of_generate() {
     let work = Work::new();
     work.json(&["--preset", "did", "--samples", "2", "--length", "24", "--seed", "5", "--temperature", "0.7", "--save", "saved.jsonl"]);
-    let args = ["generate", "--samples", "2", "--length", "24", "--seed", "5", "--temperature", "0.7", "--ignore-eos", "--format", "jsonl"];
+    let args = "generate --preset did --samples 2 --length 24 --seed 5 --temperature 0.7 --ignore-eos --format jsonl";
+    let args: Vec<&str> = args.split(' ').collect();
     let ran = work.run(&args);
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
     let generated: Vec<Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();

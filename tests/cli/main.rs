@@ -62,7 +62,7 @@ fn threads_change_nothing_but_the_name_of_the_device() {
 #[test]
 fn the_json_object_keeps_its_contract() {
     let work = Work::new();
-    let object = work.run(&generate("5", &[])).json().remove(0);
+    let object = work.run(&generate("5", &["--preset", "did"])).json().remove(0);
     let keys =
         ["model", "device", "dtype", "seed", "sample", "prompt_tokens", "tokens", "text", "draft", "confidence", "revealed_at", "stages"];
     for key in keys {
@@ -149,7 +149,7 @@ fn a_trace_joins_to_the_text() {
     let prompt = objects[0]["prompt_tokens"].as_u64().expect("a count") as usize;
     let mut canvas = vec![vec![None::<u64>; prompt + 24]; 3];
     let mut confidence = vec![vec![0.0f64; prompt + 24]; 3];
-    let (mut reveals, mut done) = (vec![[0u64; 2]; 3], [false; 3]);
+    let (mut reveals, mut done) = (vec![[0u64; 3]; 3], [false; 3]);
     for line in lines.lines() {
         let event: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
         let sample = event["sample"].as_u64().expect("a sample") as usize;
