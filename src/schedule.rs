@@ -525,9 +525,6 @@ impl StageSpec {
     }
 }
 
-/// One round of `did-lift`.
-const LIFT: &str = "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12";
-
 /// Named schedules and the stages they expand to.
 pub const PRESETS: [(&str, &[&str]); 12] = [
     ("draft", &["block=4,unmask=uniform:1"]),
@@ -535,7 +532,10 @@ pub const PRESETS: [(&str, &[&str]); 12] = [
     ("did", &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact"]),
     ("did-fast", &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=refresh:12"]),
     // What lowers perplexity at equal diversity: docs/evidence.md.
-    ("did-lift", &["block=4,unmask=uniform:1", LIFT, LIFT]),
+    (
+        "did-lift",
+        &["block=4,unmask=uniform:1", "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
+    ),
     ("global", &["block=full,unmask=uniform:1"]),
     ("semi-ar", &["block=32,visible=canvas,unmask=linear:32"]),
     (

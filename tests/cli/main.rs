@@ -149,7 +149,7 @@ fn a_trace_joins_to_the_text() {
     let prompt = objects[0]["prompt_tokens"].as_u64().expect("a count") as usize;
     let mut canvas = vec![vec![None::<u64>; prompt + 24]; 3];
     let mut confidence = vec![vec![0.0f64; prompt + 24]; 3];
-    let (mut reveals, mut done) = (vec![[0u64; 3]; 3], [false; 3]);
+    let (mut reveals, mut done) = (vec![[0u64; 2]; 3], [false; 3]);
     for line in lines.lines() {
         let event: Value = serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"));
         let sample = event["sample"].as_u64().expect("a sample") as usize;
