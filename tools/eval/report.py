@@ -19,6 +19,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
 RESAMPLES = 2000
 
+# Nats above the drafts beyond which a row says nothing in a picture.
+WORST_SHOWN = 0.7
+
 
 class Results:
     """Rows of all groups; a group is a file, `LABEL.GROUP.json` for other checkpoints."""
@@ -261,22 +264,23 @@ def plots(results, folder):
         panels[0].legend(fontsize=8)
         save(figure, "ratio.svg")
 
-    groups = [g for g in ("headline", "steps", "stages", "compute", "reuse", "scores", "rounds") if g in results.groups]
-    if groups:
+    if "drafts" in results.groups:
+        drafts, points = results.rows("drafts"), {}
+        for group in ("headline", "scores", "rounds", "ratio", "steps", "stages", "reuse", "sharpness", "compute"):
+            rows = results.rows(group) if group in results.groups else []
+            equal = at_equal(rows, drafts, "entropy")
+            points |= {r["name"]: (r["cost"]["rows"], equal[r["name"]][0], value(r, "judge_ppl_pooled")) for r in rows if equal[r["name"]]}
+        points = {name: point for name, point in points.items() if point[1] < WORST_SHOWN}
         figure, panel = plt.subplots(figsize=(8.5, 5))
-        points = {}
-        for group in groups:
-            for r in results.rows(group):
-                points[(group, r["name"])] = (r["cost"]["rows"], value(r, "judge_ppl_pooled"), value(r, "entropy"))
         x, y, c = zip(*points.values())
-        drawn = panel.scatter(x, y, c=c, cmap="viridis", s=18)
-        figure.colorbar(drawn, label="unigram entropy")
+        panel.axhline(0, color="gray", linewidth=0.8)
+        figure.colorbar(panel.scatter(x, y, c=c, cmap="viridis", s=18), label="judge perplexity, pooled")
         best = math.inf
-        for (_, name), (rows, ppl, _) in sorted(points.items(), key=lambda item: item[1]):
-            if ppl < best:
-                best = ppl
-                panel.annotate(name, (rows, ppl), fontsize=6, xytext=(3, -7), textcoords="offset points")
-        panel.set(xlabel="rows a sample", ylabel="judge perplexity, pooled", xscale="log")
+        for name, (rows, difference, _) in sorted(points.items(), key=lambda item: item[1]):
+            if difference < best:
+                best = difference
+                panel.annotate(name, (rows, difference), fontsize=7, xytext=(3, -9), textcoords="offset points")
+        panel.set(xlabel="rows a sample", ylabel="nats a token to the best draft of equal entropy", xscale="log")
         save(figure, "pareto.svg")
 
 
