@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::available_parallelism;
 
 use bytemuck::Pod;
+use half::bf16;
+use redraft::backend::DType;
 use redraft::cuda::driver::Address;
 use redraft::cuda::machine::Machine;
 use redraft::cuda::{Copies, Edit, Emulator, EmulatorOptions, Gpu, Schedule, device_count};
@@ -165,4 +167,34 @@ pub fn same_bits(expected: &[f32], found: &[f32], what: &str) -> Result<(), Stri
 /// The words of an error.
 pub fn words(outcome: redraft::Result<()>) -> Result<(), String> {
     outcome.map_err(|e| e.to_string())
+}
+
+/// Numbers on the machine in either type.
+pub enum Operand<'m> {
+    F32(Array<'m, f32>),
+    Bf16(Array<'m, bf16>),
+}
+
+impl<'m> Operand<'m> {
+    /// The values begin `skew` elements behind an aligned address.
+    pub fn new(machine: &'m Machine, dtype: DType, values: &[f32], skew: usize) -> Self {
+        match dtype {
+            DType::F32 => Operand::F32(Array::skewed(machine, values, skew)),
+            DType::Bf16 => Operand::Bf16(Array::skewed(machine, &values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>(), skew)),
+        }
+    }
+
+    pub fn address(&self) -> Address {
+        match self {
+            Operand::F32(array) => array.address(),
+            Operand::Bf16(array) => array.address(),
+        }
+    }
+
+    pub fn read(&self) -> Result<Vec<f32>, String> {
+        Ok(match self {
+            Operand::F32(array) => array.read()?,
+            Operand::Bf16(array) => array.read()?.into_iter().map(bf16::to_f32).collect(),
+        })
+    }
 }

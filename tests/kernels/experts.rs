@@ -1,43 +1,12 @@
 //! `experts` obeys the law of its sums bit by bit, whatever the tile and however many rows share an expert; `experts_combine` adds in the order
 //! of the experts.
 
-use half::bf16;
 use redraft::backend::DType;
 use redraft::cpu::oracle;
-use redraft::cuda::driver::Address;
 use redraft::cuda::experts::{Combine, Grouped, combine, every_tile_rows, grouped};
 use redraft::cuda::machine::Machine;
 
-use crate::emulator::{Array, machines, noise, same_bits, words};
-
-/// Numbers on the machine in either type.
-enum Operand<'m> {
-    F32(Array<'m, f32>),
-    Bf16(Array<'m, bf16>),
-}
-
-impl<'m> Operand<'m> {
-    fn new(machine: &'m Machine, dtype: DType, values: &[f32], skew: usize) -> Self {
-        match dtype {
-            DType::F32 => Operand::F32(Array::skewed(machine, values, skew)),
-            DType::Bf16 => Operand::Bf16(Array::skewed(machine, &values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>(), skew)),
-        }
-    }
-
-    fn address(&self) -> Address {
-        match self {
-            Operand::F32(array) => array.address(),
-            Operand::Bf16(array) => array.address(),
-        }
-    }
-
-    fn read(&self) -> Result<Vec<f32>, String> {
-        Ok(match self {
-            Operand::F32(array) => array.read()?,
-            Operand::Bf16(array) => array.read()?.into_iter().map(bf16::to_f32).collect(),
-        })
-    }
-}
+use crate::emulator::{Array, Operand, machines, noise, same_bits, words};
 
 #[derive(Clone, Copy, Debug)]
 struct Case {

@@ -1,44 +1,12 @@
 //! `linear` obeys the law of its sums bit by bit, by every tile, whole and split, for a row alone and among others, at any
 //! alignment; and errs at most twice as much as a plain f32 loop.
 
-use half::bf16;
 use redraft::backend::{DType, Epilogue};
 use redraft::cpu::oracle;
-use redraft::cuda::driver::Address;
 use redraft::cuda::linear::{self, Linear};
 use redraft::cuda::machine::{COUNTERS, Machine};
 
-use crate::emulator::{Array, machines, noise, same_bits, words};
-
-/// Numbers on the machine in either type.
-enum Operand<'m> {
-    F32(Array<'m, f32>),
-    Bf16(Array<'m, bf16>),
-}
-
-impl<'m> Operand<'m> {
-    /// The values begin `skew` elements behind an aligned address.
-    fn new(machine: &'m Machine, dtype: DType, values: &[f32], skew: usize) -> Self {
-        match dtype {
-            DType::F32 => Operand::F32(Array::skewed(machine, values, skew)),
-            DType::Bf16 => Operand::Bf16(Array::skewed(machine, &values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>(), skew)),
-        }
-    }
-
-    fn address(&self) -> Address {
-        match self {
-            Operand::F32(array) => array.address(),
-            Operand::Bf16(array) => array.address(),
-        }
-    }
-
-    fn read(&self) -> Result<Vec<f32>, String> {
-        Ok(match self {
-            Operand::F32(array) => array.read()?,
-            Operand::Bf16(array) => array.read()?.into_iter().map(bf16::to_f32).collect(),
-        })
-    }
-}
+use crate::emulator::{Array, Operand, machines, noise, same_bits, words};
 
 /// Rows of NaN behind x and the weight, which nothing may read, and room behind the output, which nothing may write.
 const BEHIND: usize = 3;
