@@ -1,12 +1,12 @@
 // rope_append: RMS norm of q and k per head (where weights are given), rotary positions on q and k, k and v into the pages.
 //
-// A head is rotated in pairs (i, i + D / 2): (a, b) becomes (a cos - b sin, b cos + a sin), each product and sum rounded once, so that
-// the numbers are those of the CPU. cos and sin come from a table that the host makes in f64 from the f32 angle: sines of large
+// The first R = ROTARY_DIM elements of a head are rotated in pairs (i, i + R / 2): (a, b) becomes (a cos - b sin, b cos + a sin), each
+// product and sum rounded once, so that the numbers are those of the CPU. The others travel in pairs too, but are not turned. cos and sin come from a table that the host makes in f64 from the f32 angle: sines of large
 // arguments in f32 would be the largest error of a whole layer, and f64 on a GPU without f64 units the largest cost. q is rewritten in
 // place in f32; k and v go to the row's slot as the pages store them, and their place in the fused row is left as it is.
 //
 // Layout: a power of two of lanes per (row, head), each with four pairs at a time; what the head's pairs are does not depend on
-// neighbours. D that is no multiple of 8 goes pair by pair. A row of slot NO_SLOT is padding: it is not touched and writes nothing.
+// neighbours. D or R that is no multiple of 8 goes pair by pair. A row of slot NO_SLOT is padding: it is not touched and writes nothing.
 // Cost: one read of the fused rows, one write of q in f32 and of k and v in their dtype; bound by memory.
 #include "common.cuh"
 
@@ -16,7 +16,7 @@ struct RopeAppendParams {
     float* qkv;               // (T, (H + 2 K) D): queries, keys, values, head-major
     const u32* positions;     // (T)
     const u32* slots;         // (T) page * PAGE_SIZE + offset, or NO_SLOT
-    const float* rotations;   // (positions, 2 (D / 2)): cosines, then sines
+    const float* rotations;   // (positions, 2 (R / 2)): cosines, then sines
     const float* q_norm;      // (D) or null
     const float* k_norm;      // (D) or null
     void* keys;               // [page][kv head][offset][D] of one layer, f32 or bf16
@@ -41,16 +41,30 @@ FIELD(RopeAppendParams, eps, 76);
 LAYOUT(RopeAppendParams, 80);
 
 #define HALF (HEAD_DIM / 2)
-// Pairs that a lane takes at once, lanes of a head (GROUP in the launcher), and how often they go round.
-#define VECTOR (HEAD_DIM % 8 == 0 ? 4 : 1)
+#define TURNING (ROTARY_DIM / 2)
+// Pairs that a lane takes at once, lanes of a head (as the launcher counts them), and how often they go round.
+#define VECTOR (HEAD_DIM % 8 == 0 && ROTARY_DIM % 8 == 0 ? 4 : 1)
 #define UNITS (HALF / VECTOR)
 #define LANES (UNITS > 16 ? 32 : UNITS > 8 ? 16 : UNITS > 4 ? 8 : UNITS > 2 ? 4 : UNITS > 1 ? 2 : 1)
 #define ROUNDS (UNITS > 0 ? (UNITS + LANES - 1) / LANES : 1)
+
+static_assert(ROTARY_DIM <= HEAD_DIM, "more elements are rotated than a head has");
+static_assert(ROTARY_DIM == HEAD_DIM || ROTARY_DIM % 2 == 0, "a part of a head is rotated in whole pairs");
 
 // `VECTOR` elements of both halves of a head.
 struct Pairs {
     float low[VECTOR], high[VECTOR];
 };
+
+// Where the low and the high elements of unit `unit` begin: in the halves of the rotated part, then in those of the rest.
+__device__ __forceinline__ u32 low_of(u32 unit) {
+    const u32 pair = unit * VECTOR;
+    return pair < TURNING ? pair : pair + TURNING;
+}
+
+__device__ __forceinline__ u32 high_of(u32 unit) {
+    return low_of(unit) + (unit * VECTOR < TURNING ? TURNING : HALF - TURNING);
+}
 
 template <u32 COUNT>
 __device__ __forceinline__ void load_run(float (&values)[COUNT], const float* source) {
@@ -99,8 +113,8 @@ __device__ __forceinline__ void rope_append_head(const RopeAppendParams& p) {
     for (u32 round = 0; round < ROUNDS; ++round) {
         const u32 unit = round * LANES + lane;
         if (!live || unit >= UNITS) continue;
-        load_run(pairs[round].low, x + unit * VECTOR);
-        load_run(pairs[round].high, x + HALF + unit * VECTOR);
+        load_run(pairs[round].low, x + low_of(unit));
+        load_run(pairs[round].high, x + high_of(unit));
 #pragma unroll
         for (u32 i = 0; i < VECTOR; ++i) {
             squares = fmaf(pairs[round].low[i], pairs[round].low[i], squares);
@@ -116,7 +130,7 @@ __device__ __forceinline__ void rope_append_head(const RopeAppendParams& p) {
 
     const float* weight = is_query ? p.q_norm : is_value ? nullptr : p.k_norm;
     const float scale = 1.0f / sqrtf(squares / (float)HEAD_DIM + p.eps);
-    const float* rotation = p.rotations + (u64)p.positions[row] * (2 * HALF);
+    const float* rotation = p.rotations + (u64)p.positions[row] * (2 * TURNING);
     const u32 kv_head = (head - p.num_heads) % p.num_kv_heads;
     const u64 place = (((u64)(slot / PAGE_SIZE) * p.num_kv_heads + kv_head) * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_DIM;
     Element* stored = (Element*)(is_value ? p.values : p.keys) + place;
@@ -127,18 +141,18 @@ __device__ __forceinline__ void rope_append_head(const RopeAppendParams& p) {
         Pairs out = pairs[round];
         if (weight) {
             float low[VECTOR], high[VECTOR];
-            load_run(low, weight + unit * VECTOR);
-            load_run(high, weight + HALF + unit * VECTOR);
+            load_run(low, weight + low_of(unit));
+            load_run(high, weight + high_of(unit));
 #pragma unroll
             for (u32 i = 0; i < VECTOR; ++i) {
                 out.low[i] = __fmul_rn(__fmul_rn(out.low[i], scale), low[i]);
                 out.high[i] = __fmul_rn(__fmul_rn(out.high[i], scale), high[i]);
             }
         }
-        if (!is_value) {
+        if (!is_value && unit * VECTOR < TURNING) {
             float cosine[VECTOR], sine[VECTOR];
             load_run(cosine, rotation + unit * VECTOR);
-            load_run(sine, rotation + HALF + unit * VECTOR);
+            load_run(sine, rotation + TURNING + unit * VECTOR);
 #pragma unroll
             for (u32 i = 0; i < VECTOR; ++i) {
                 const float a = out.low[i], b = out.high[i];
@@ -147,11 +161,11 @@ __device__ __forceinline__ void rope_append_head(const RopeAppendParams& p) {
             }
         }
         if (is_query) {
-            store_run(x + unit * VECTOR, out.low);
-            store_run(x + HALF + unit * VECTOR, out.high);
+            store_run(x + low_of(unit), out.low);
+            store_run(x + high_of(unit), out.high);
         } else {
-            store_run(stored + unit * VECTOR, out.low);
-            store_run(stored + HALF + unit * VECTOR, out.high);
+            store_run(stored + low_of(unit), out.low);
+            store_run(stored + high_of(unit), out.high);
         }
     }
     if (HEAD_DIM % 2 == 1 && lane == 0) {

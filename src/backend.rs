@@ -84,12 +84,14 @@ pub struct Norm<'a, V: ?Sized> {
     pub bias: Option<&'a V>,
 }
 
-/// How positions become angles: pair i of D / 2 turns by `position * frequency(i)`.
+/// How positions become angles: of the first R elements of a head, pair (i, i + R / 2) turns by `position * frequency(i)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rope {
-    /// Pair i turns by `base^(-2i/D)` a position, before scaling.
+    /// Pair i turns by `base^(-2i/R)` a position, before scaling.
     pub base: f32,
     pub scaling: RopeScaling,
+    /// R; `None` is the whole head, 0 leaves it as it is.
+    pub width: Option<usize>,
 }
 
 /// How frequencies are stretched for longer texts than the first training saw.
@@ -113,12 +115,17 @@ pub enum RopeScaling {
 impl Rope {
     /// Rotary positions without scaling.
     pub const fn plain(base: f32) -> Rope {
-        Rope { base, scaling: RopeScaling::None }
+        Rope { base, scaling: RopeScaling::None, width: None }
+    }
+
+    /// Leading elements of a head of `head_dim` that are rotated.
+    pub fn rotary_dim(&self, head_dim: usize) -> usize {
+        self.width.unwrap_or(head_dim)
     }
 
     /// Radians that pair `i` of a head of `head_dim` turns in one position, rounded to f32 once.
     pub fn frequency(&self, i: usize, head_dim: usize) -> f32 {
-        let frequency = 1.0 / f64::from(self.base).powf(2.0 * i as f64 / head_dim as f64);
+        let frequency = 1.0 / f64::from(self.base).powf(2.0 * i as f64 / self.rotary_dim(head_dim) as f64);
         let scaled = match self.scaling {
             RopeScaling::None => frequency,
             RopeScaling::Linear { factor } => frequency / f64::from(factor),
@@ -133,7 +140,7 @@ impl Rope {
     }
 
     /// The same bits for the same frequencies.
-    pub fn bits(&self) -> [u32; 6] {
+    pub fn bits(&self) -> [u32; 7] {
         let [kind, a, b, c, d] = match self.scaling {
             RopeScaling::None => [0.0; 5],
             RopeScaling::Linear { factor } => [1.0, factor, 0.0, 0.0, 0.0],
@@ -141,7 +148,8 @@ impl Rope {
                 [2.0, factor, low_freq_factor, high_freq_factor, original_len]
             }
         };
-        [self.base, kind, a, b, c, d].map(f32::to_bits)
+        let [base, kind, a, b, c, d] = [self.base, kind, a, b, c, d].map(f32::to_bits);
+        [base, kind, a, b, c, d, self.width.map_or(u32::MAX, |width| width as u32)]
     }
 }
 
@@ -468,9 +476,9 @@ pub trait Backend {
         down: &Self::Stack,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// Norms the heads of q and k of each fused QKV row where the rotation says so, rotates q (in place) and k by the row's position (half-split
-    /// RoPE: pairs (i, i + D/2), angle `position * frequency(i)`, f32), then writes k and v to the row's slot of `layer`. What stays in the place
-    /// of k is unspecified.
+    /// Norms the heads of q and k of each fused QKV row where the rotation says so, rotates the first R elements of q (in place) and k by the
+    /// row's position (half-split RoPE: pairs (i, i + R/2), angle `position * frequency(i)`, f32), then writes k and v to the row's slot of `layer`.
+    /// What stays in the place of k is unspecified.
     fn rope_append(
         &self,
         batch: &Self::Batch,

@@ -151,11 +151,12 @@ pub fn rope_append(
                 let weight = if h < num_heads { q } else { k };
                 exact = norm(head, &Norm { kind: NormKind::Rms, eps: *eps, weight, bias: None });
             }
-            for i in 0..head_dim / 2 {
+            let half = rotation.rope.rotary_dim(head_dim) / 2;
+            for i in 0..half {
                 let (sin, cos) = f64::from(rope_angle(plan.positions[t], rotation.rope, i, head_dim)).sin_cos();
-                let (a, b) = (exact[i], exact[i + head_dim / 2]);
+                let (a, b) = (exact[i], exact[i + half]);
                 exact[i] = a * cos - b * sin;
-                exact[i + head_dim / 2] = b * cos + a * sin;
+                exact[i + half] = b * cos + a * sin;
             }
             head.iter_mut().zip(exact).for_each(|(v, exact)| *v = exact as f32);
         }

@@ -13,12 +13,12 @@ use crate::plan::Plan;
 /// Elements of qkv a task takes, a few microseconds.
 const TASK_ELEMENTS: usize = 1 << 14;
 
-/// cos and sin by position for one (rope, head_dim): computed once per position, kept between forwards. 4 KiB per 8 positions at D = 64.
+/// cos and sin by position for one (rope, head_dim): computed once per position, kept between forwards. 4 KiB per 8 positions at R = 64.
 #[derive(Default)]
 pub struct Rotations {
     rope: Option<Rope>,
     head_dim: usize,
-    /// (positions, D): D/2 cosines, then D/2 sines.
+    /// (positions, R): R/2 cosines, then R/2 sines.
     table: Vec<f32>,
 }
 
@@ -33,9 +33,9 @@ impl Rotations {
     }
 }
 
-/// Grows a table of rotations to at least `positions` rows: D/2 cosines, then D/2 sines, each computed in f64 from the f32 angle.
+/// Grows a table of rotations to at least `positions` rows: R/2 cosines, then R/2 sines, each computed in f64 from the f32 angle.
 pub fn extend_rotations(rope: Rope, head_dim: usize, positions: usize, table: &mut Vec<f32>) {
-    let half = head_dim / 2;
+    let half = rope.rotary_dim(head_dim) / 2;
     let frequencies: Vec<f32> = (0..half).map(|i| rope.frequency(i, head_dim)).collect();
     for position in table.len() / (2 * half).max(1)..positions {
         let angles = || frequencies.iter().map(|f| f64::from(position as f32 * f));
@@ -62,11 +62,12 @@ pub fn rope_append(
 
     let mut rotations = machine.rotations();
     let table = rotations.table(rotation.rope, head_dim, last as usize + 1);
+    let half = rotation.rope.rotary_dim(head_dim) / 2;
     let rows_at_once = (TASK_ELEMENTS / width).max(1);
     // An element costs about as much as sixteen multiply-adds of a product.
     machine.pool_for(16 * rows * width).chunks(qkv, rows_at_once * width, &|i, rows| {
         let positions = &plan.positions[i * rows_at_once..];
-        machine.isa.run(Rotate { rows, width, heads, norm: rotation.norm.as_ref(), positions, table });
+        machine.isa.run(Rotate { rows, width, heads, norm: rotation.norm.as_ref(), half, positions, table });
     });
 
     let layout = kv.layout;
@@ -93,6 +94,8 @@ struct Rotate<'a> {
     width: usize,
     heads: HeadShape,
     norm: Option<&'a HeadNorm<'a, Aligned<f32>>>,
+    /// R / 2.
+    half: usize,
     positions: &'a [u32],
     table: &'a [f32],
 }
@@ -102,14 +105,14 @@ impl Kernel for Rotate<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let HeadShape { num_heads, num_kv_heads, head_dim } = self.heads;
-        let half = head_dim / 2;
+        let half = self.half;
         for (row, &position) in self.rows.chunks_exact_mut(self.width).zip(self.positions) {
             let (cos, sin) = self.table[position as usize * 2 * half..][..2 * half].split_at(half);
             for (h, head) in row[..(num_heads + num_kv_heads) * head_dim].chunks_exact_mut(head_dim).enumerate() {
                 if let Some(norm) = self.norm {
                     rms(simd, head, if h < num_heads { norm.q } else { norm.k }, norm.eps);
                 }
-                // An odd D leaves its last element alone, as the pairs (i, i + D/2) do.
+                // Elements from R on stay as they are, and so does the last of an odd R.
                 let (low, high) = head[..2 * half].split_at_mut(half);
                 let ((low, low_tail), (high, high_tail)) = (low.as_chunks_mut::<LANES>(), high.as_chunks_mut::<LANES>());
                 let ((cos, cos_tail), (sin, sin_tail)) = (cos.as_chunks::<LANES>(), sin.as_chunks::<LANES>());

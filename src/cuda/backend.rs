@@ -39,7 +39,7 @@ const UPLOAD_BYTES: usize = 4 << 20;
 const MAX_GRAPHS: usize = 256;
 
 /// Tables by (head_dim, bits of the rope), with the positions they reach.
-type Rotations = HashMap<(usize, [u32; 6]), (usize, Memory)>;
+type Rotations = HashMap<(usize, [u32; 7]), (usize, Memory)>;
 
 /// The engine's CUDA backend, on a driver.
 pub struct Cuda {
@@ -576,13 +576,16 @@ impl Backend for Cuda {
         // As far as any sequence of this store can reach: a recorded forward never outgrows the table.
         let reach = kv.shape.num_pages * kv.shape.page_size;
         let mut known = self.rotations.borrow_mut();
+        let rotary_dim = rope.rotary_dim(heads.head_dim);
+        assert!(rotary_dim <= heads.head_dim, "{rotary_dim} elements of {heads:?} rotate");
         let entry = known.entry((heads.head_dim, rope.bits()));
         let rotations = match entry {
             Entry::Occupied(entry) if entry.get().0 >= reach => entry.get().1.address(),
             entry => {
                 let mut table = Vec::new();
                 crate::cpu::extend_rotations(*rope, heads.head_dim, reach, &mut table);
-                let words: Vec<u32> = table.into_iter().map(f32::to_bits).collect();
+                // Never empty, as no device array is, even where nothing turns.
+                let words: Vec<u32> = table.into_iter().chain([0.0]).map(f32::to_bits).collect();
                 self.machine.moved();
                 entry.insert_entry((reach, self.upload_words(&words)?)).get().1.address()
             }
@@ -591,6 +594,7 @@ impl Backend for Cuda {
         let op = RopeAppend {
             rows: batch.shape.rows,
             heads,
+            rotary_dim,
             page_size: kv.shape.page_size as u32,
             dtype: self.dtype,
             positions: batch.arrays.positions,

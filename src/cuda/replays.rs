@@ -175,6 +175,7 @@ fn rope_append(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let op = RopeAppend {
         rows,
         heads,
+        rotary_dim: heads.head_dim,
         page_size: PAGE_SIZE,
         dtype,
         norm: None,

@@ -21,7 +21,7 @@ params! {
         positions: u64 = 8,
         /// (T) u32, or [`NO_SLOT`].
         slots: u64 = 16,
-        /// (positions, 2 (D / 2)) f32: cosines, then sines.
+        /// (positions, 2 (R / 2)) f32: cosines, then sines.
         rotations: u64 = 24,
         /// (D) f32, or 0 for none.
         q_norm: u64 = 32,
@@ -40,22 +40,27 @@ params! {
 
 /// The builds of this kernel.
 pub(super) fn builds() -> Vec<Build> {
-    [32, 64, 96, 128].map(|head_dim| build(head_dim, 16)).to_vec()
+    // Whole heads, and the half heads of LLaDA2.
+    let whole = [32, 64, 96, 128].map(|head_dim| build(head_dim, head_dim, 16));
+    let half = [64, 128].map(|head_dim| build(head_dim, head_dim / 2, 16));
+    [whole.as_slice(), &half].concat()
 }
 
-fn build(head_dim: u32, page_size: u32) -> Build {
-    Build { stem: "rope_append", defines: vec![("THREADS", THREADS), ("HEAD_DIM", head_dim), ("PAGE_SIZE", page_size)] }
+fn build(head_dim: u32, rotary_dim: u32, page_size: u32) -> Build {
+    let defines = vec![("THREADS", THREADS), ("HEAD_DIM", head_dim), ("ROTARY_DIM", rotary_dim), ("PAGE_SIZE", page_size)];
+    Build { stem: "rope_append", defines }
 }
 
 /// Lanes that share a head: a power of two that takes up to four pairs at a time in one go, up to a warp.
-fn lanes(head_dim: u32) -> u32 {
-    let units = head_dim / 2 / if head_dim.is_multiple_of(8) { 4 } else { 1 };
+fn lanes(head_dim: u32, rotary_dim: u32) -> u32 {
+    let by_four = head_dim.is_multiple_of(8) && rotary_dim.is_multiple_of(8);
+    let units = head_dim / 2 / if by_four { 4 } else { 1 };
     units.max(1).next_power_of_two().min(32)
 }
 
-fn shape(rows: u32, heads: HeadShape) -> Launch {
+fn shape(rows: u32, heads: HeadShape, rotary_dim: u32) -> Launch {
     let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
-    let threads = u64::from(rows) * (num_heads + 2 * num_kv_heads) as u64 * u64::from(lanes(head_dim as u32));
+    let threads = u64::from(rows) * (num_heads + 2 * num_kv_heads) as u64 * u64::from(lanes(head_dim as u32, rotary_dim));
     let ctas = threads.div_ceil(u64::from(THREADS));
     Launch::line(u32::try_from(ctas).ok().filter(|ctas| ctas.checked_mul(THREADS).is_some()).expect("rows of a forward"), THREADS)
 }
@@ -73,6 +78,8 @@ pub struct HeadNorm {
 pub struct RopeAppend {
     pub rows: u32,
     pub heads: HeadShape,
+    /// R, at most D: the elements of a head that are rotated, the first ones.
+    pub rotary_dim: usize,
     pub page_size: u32,
     /// Of keys and values.
     pub dtype: DType,
@@ -88,7 +95,7 @@ pub struct RopeAppend {
 }
 
 pub fn rope_append(machine: &Machine, op: &RopeAppend) -> Result<()> {
-    let RopeAppend { rows, heads, page_size, dtype, norm, qkv, positions, slots, rotations, keys, values } = *op;
+    let RopeAppend { rows, heads, rotary_dim, page_size, dtype, norm, qkv, positions, slots, rotations, keys, values } = *op;
     let entry = match dtype {
         DType::F32 => "rope_append_f32",
         DType::Bf16 => "rope_append_bf16",
@@ -107,7 +114,8 @@ pub fn rope_append(machine: &Machine, op: &RopeAppend) -> Result<()> {
         num_kv_heads: heads.num_kv_heads as u32,
         eps: norm.map_or(0.0, |norm| norm.eps),
     };
-    machine.launch(build(heads.head_dim as u32, page_size), entry, shape(rows, heads), &params)
+    let rotary_dim = rotary_dim as u32;
+    machine.launch(build(heads.head_dim as u32, rotary_dim, page_size), entry, shape(rows, heads, rotary_dim), &params)
 }
 
 #[cfg(test)]
@@ -116,13 +124,16 @@ mod tests {
 
     #[test]
     fn lanes_of_a_head() {
-        assert_eq!([1, 2, 7, 8, 16, 32, 64, 96, 128, 250, 256].map(lanes), [1, 1, 4, 1, 2, 4, 8, 16, 16, 32, 32]);
+        let whole = |head_dim| lanes(head_dim, head_dim);
+        assert_eq!([1, 2, 7, 8, 16, 32, 64, 96, 128, 250, 256].map(whole), [1, 1, 4, 1, 2, 4, 8, 16, 16, 32, 32]);
+        // A part that is no multiple of 8 goes pair by pair.
+        assert_eq!([0, 4, 8, 12, 16].map(|rotary_dim| lanes(16, rotary_dim)), [2, 8, 2, 8, 2]);
     }
 
     #[test]
     fn every_head_has_its_lanes() {
         let heads = HeadShape { num_heads: 12, num_kv_heads: 4, head_dim: 64 };
-        assert_eq!([0, 1, 4, 5].map(|rows| shape(rows, heads).grid[0]), [0, 2, 5, 7]);
-        assert_eq!(shape(1024, heads), Launch::line(1280, THREADS));
+        assert_eq!([0, 1, 4, 5].map(|rows| shape(rows, heads, 64).grid[0]), [0, 2, 5, 7]);
+        assert_eq!(shape(1024, heads, 64), Launch::line(1280, THREADS));
     }
 }

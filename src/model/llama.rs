@@ -169,7 +169,7 @@ fn rope(keys: &Keys, model_length: usize) -> Result<Rope> {
             return Err(keys.error(format!("rotary positions of type `{other}` are not supported; supported: default, linear, llama3")));
         }
     };
-    Ok(Rope { base, scaling })
+    Ok(Rope { base, scaling, width: None })
 }
 
 /// The window of the layers that have one; an error where it is shorter than the model's length, as attention here has none.

@@ -287,7 +287,13 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         rope_append::holds,
         ("rope_append.cu", "const bool live = slot != NO_SLOT;", "const bool live = row < p.rows;"),
     ),
-    ("values that are rotated", rope_append::holds, ("rope_append.cu", "if (!is_value) {", "if (true) {")),
+    ("values that are rotated", rope_append::holds, ("rope_append.cu", "if (!is_value && unit", "if (unit")),
+    (
+        "the rest of a head rotated too",
+        rope_append::holds,
+        ("rope_append.cu", "if (!is_value && unit * VECTOR < TURNING)", "if (!is_value)"),
+    ),
+    ("the rest of a head out of place", rope_append::holds, ("rope_append.cu", "pair : pair + TURNING;", "pair : pair;")),
     ("a level of the head's sum missing", rope_append::holds, ("rope_append.cu", "u32 distance = LANES / 2;", "u32 distance = LANES / 4;")),
     (
         "heads of a page on top of each other",

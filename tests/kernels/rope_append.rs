@@ -14,6 +14,8 @@ const UNTOUCHED: u32 = 0x7fc0_1234;
 
 struct Case {
     heads: HeadShape,
+    /// Leading elements of a head that turn.
+    rotary_dim: usize,
     page_size: usize,
     normed: bool,
     positions: Vec<u32>,
@@ -43,7 +45,20 @@ impl Case {
         let num_pages = positions.len() / page_size + 2;
         // Slots in falling order from the last page on, every fourth row padding.
         let slot = |row: usize| if row % 4 == 3 { NO_SLOT } else { (num_pages * page_size - 1 - row) as u32 };
-        Case { heads, page_size, normed, positions: positions.to_vec(), slots: (0..positions.len()).map(slot).collect(), num_pages }
+        let rotary_dim = heads.head_dim;
+        Case {
+            heads,
+            rotary_dim,
+            page_size,
+            normed,
+            positions: positions.to_vec(),
+            slots: (0..positions.len()).map(slot).collect(),
+            num_pages,
+        }
+    }
+
+    fn partly(self, rotary_dim: usize) -> Case {
+        Case { rotary_dim, ..self }
     }
 
     fn holds(&self, machine: &Machine, dtype: DType) -> Result<(), String> {
@@ -62,11 +77,12 @@ impl Case {
     ) -> Result<(), String> {
         let HeadShape { num_heads, num_kv_heads, head_dim } = self.heads;
         let rows = self.positions.len();
-        let what = format!("{dtype:?}, {:?}, page size {}, norm {}", self.heads, self.page_size, self.normed);
+        let rope = Rope { width: Some(self.rotary_dim), ..ROPE };
+        let what = format!("{dtype:?}, {:?}, {} turning, page size {}, norm {}", self.heads, self.rotary_dim, self.page_size, self.normed);
         let before = noise(11, rows * self.heads.qkv_width());
         let weights = [12, 13].map(|seed| noise(seed, head_dim).iter().map(|x| 1.0 + 0.5 * x).collect::<Vec<f32>>());
         let mut table = Vec::new();
-        extend_rotations(ROPE, head_dim, *self.positions.iter().max().unwrap() as usize + 1, &mut table);
+        extend_rotations(rope, head_dim, *self.positions.iter().max().unwrap() as usize + 1, &mut table);
         table.push(f32::NAN); // never empty, as no device array is
 
         let len = self.num_pages * self.page_size * num_kv_heads * head_dim;
@@ -77,6 +93,7 @@ impl Case {
         let op = RopeAppend {
             rows: rows as u32,
             heads: self.heads,
+            rotary_dim: self.rotary_dim,
             page_size: self.page_size as u32,
             dtype,
             norm: self.normed.then(|| HeadNorm { q: q_norm.address(), k: k_norm.address(), eps: EPS }),
@@ -110,9 +127,9 @@ impl Case {
                 }
                 let weight = (self.normed && !is_value).then(|| weights[usize::from(!is_query)].as_slice());
                 let (mut exact, mut plain) = (norm(&before[range.clone()], weight), plain_norm(&before[range.clone()], weight));
-                let half = head_dim / 2;
+                let half = self.rotary_dim / 2;
                 for i in 0..if is_value { 0 } else { half } {
-                    let (sin, cos) = f64::from(oracle::rope_angle(self.positions[row], ROPE, i, head_dim)).sin_cos();
+                    let (sin, cos) = f64::from(oracle::rope_angle(self.positions[row], rope, i, head_dim)).sin_cos();
                     (exact[i], exact[i + half]) = (exact[i] * cos - exact[i + half] * sin, exact[i + half] * cos + exact[i] * sin);
                     let (sin, cos) = (sin as f32, cos as f32);
                     (plain[i], plain[i + half]) = (plain[i] * cos - plain[i + half] * sin, plain[i + half] * cos + plain[i] * sin);
@@ -175,6 +192,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
             Case::new(shape(2, 2, 64), 16, normed, &positions).holds(machine, dtype)?;
             Case::new(shape(6, 2, 96), 16, normed, &positions[..5]).holds(machine, dtype)?;
             Case::new(shape(3, 1, 32), 4, normed, &positions).holds(machine, dtype)?;
+            Case::new(shape(2, 1, 64), 16, normed, &positions).partly(32).holds(machine, dtype)?;
         }
     }
     Ok(())
@@ -194,6 +212,18 @@ fn any_head_dim() {
         for dtype in [DType::F32, DType::Bf16] {
             let case = Case::new(shape(3, 1, head_dim), 1 << (i % 8), i % 2 == 1, &[3, 200, 1, 0, 17]);
             case.holds(machine, dtype).unwrap();
+        }
+    }
+}
+
+#[test]
+fn any_part_of_a_head() {
+    let machine = &machines()[2];
+    for (i, (head_dim, rotary_dim)) in
+        [(16, 0), (16, 4), (16, 8), (33, 6), (33, 0), (128, 64), (128, 126), (256, 8)].into_iter().enumerate()
+    {
+        for dtype in [DType::F32, DType::Bf16] {
+            Case::new(shape(3, 1, head_dim), 16, i % 2 == 1, &[3, 200, 1, 0, 17]).partly(rotary_dim).holds(machine, dtype).unwrap();
         }
     }
 }

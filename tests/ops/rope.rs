@@ -53,8 +53,12 @@ fn rotates_as_the_oracle_does() {
             plain(500_000.0),
             plain(10_000.0),
             plain(100.0),
-            Rope { base: 100.0, scaling: RopeScaling::Linear { factor: 2.5 } },
-            Rope { base: 100.0, scaling: llama3 },
+            Rope { scaling: RopeScaling::Linear { factor: 2.5 }, ..plain(100.0) },
+            Rope { scaling: llama3, ..plain(100.0) },
+            // A part of each head, another part of it, none.
+            Rope { width: Some(48), ..plain(100.0) },
+            Rope { width: Some(10), ..plain(100.0) },
+            Rope { width: Some(0), ..plain(100.0) },
         ];
         for (i, rope) in ropes.into_iter().enumerate() {
             let heads = SHAPES[i.min(SHAPES.len() - 1)];
@@ -101,7 +105,7 @@ fn a_row_does_not_depend_on_its_neighbours() {
 fn scaled_frequencies() {
     let close = |scaling: RopeScaling, want: [f64; 4]| {
         for (i, want) in want.into_iter().enumerate() {
-            let found = f64::from(Rope { base: 10_000.0, scaling }.frequency(i, 8));
+            let found = f64::from(Rope { scaling, ..Rope::plain(10_000.0) }.frequency(i, 8));
             assert!((found / want - 1.0).abs() < 1e-7, "{scaling:?}: pair {i}: {found}, expected {want}");
         }
     };
@@ -111,4 +115,7 @@ fn scaled_frequencies() {
     let original_len = (40.0 * std::f64::consts::PI) as f32;
     let llama3 = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 5.0, original_len };
     close(llama3, [1.0, 0.75 * 0.1 / 8.0 + 0.25 * 0.1, 0.01 / 8.0, 0.001 / 8.0]);
+    // Half of a head of 16 turns as a head of 8.
+    let half = Rope { width: Some(8), ..Rope::plain(10_000.0) };
+    assert_eq!([0, 1, 2, 3].map(|i| half.frequency(i, 16)), [0, 1, 2, 3].map(|i| Rope::plain(10_000.0).frequency(i, 8)));
 }
