@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::backend::{HeadShape, NormKind, Rope};
+use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
-use crate::model::{bd3lm, dream, fast_dllm, llada, llama, mdlm, sdar, stable_diffcoder};
+use crate::model::{bd3lm, dream, fast_dllm, llada, llada_moe, llada2, llama, mdlm, qwen3_moe, sdar, stable_diffcoder};
 use crate::schedule::{valid_temperature, valid_top_p};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
@@ -25,14 +25,19 @@ pub enum Family {
     Bd3lm,
     Mdlm,
     Llada,
+    LladaMoe,
+    Llada2,
     Dream,
     Sdar,
+    SdarMoe,
+    Rnd1,
     FastDllm,
     StableDiffcoder,
     Llama,
     Mistral,
     Qwen2,
     Qwen3,
+    Qwen3Moe,
 }
 
 impl Family {
@@ -41,14 +46,19 @@ impl Family {
             Family::Bd3lm => "bd3lm",
             Family::Mdlm => "mdlm",
             Family::Llada => "llada",
+            Family::LladaMoe => "llada-moe",
+            Family::Llada2 => "llada2",
             Family::Dream => "dream",
             Family::Sdar => "sdar",
+            Family::SdarMoe => "sdar-moe",
+            Family::Rnd1 => "rnd1",
             Family::FastDllm => "fast-dllm",
             Family::StableDiffcoder => "stable-diffcoder",
             Family::Llama => "llama",
             Family::Mistral => "mistral",
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
+            Family::Qwen3Moe => "qwen3-moe",
         }
     }
 
@@ -57,46 +67,61 @@ impl Family {
         match self {
             Family::Dream => "Dream",
             Family::FastDllm => "Fast_dLLM_Qwen",
-            // Llama's own; the class tells them apart.
+            // Llama's and LLaDA's own; the class tells them apart.
             Family::StableDiffcoder => "llama",
+            Family::LladaMoe => "llada",
+            Family::Llada2 => "llada2_moe",
+            Family::SdarMoe => "sdar_moe",
+            Family::Qwen3Moe => "qwen3_moe",
             other => other.name(),
         }
     }
 
     /// Published under a class of its own over the decoder of an autoregressive family, with its own code beside the weights.
     fn is_adapted(self) -> bool {
-        matches!(self, Family::Llada | Family::Dream | Family::Sdar | Family::FastDllm | Family::StableDiffcoder)
+        use Family::{Dream, FastDllm, Llada, Llada2, LladaMoe, Rnd1, Sdar, SdarMoe, StableDiffcoder};
+        matches!(self, Llada | LladaMoe | Llada2 | Dream | Sdar | SdarMoe | Rnd1 | FastDllm | StableDiffcoder)
     }
 
-    /// The class that `architectures` names.
-    fn architecture(self) -> &'static str {
+    /// The classes that `architectures` may name, the published one first.
+    fn architectures(self) -> &'static [&'static str] {
         match self {
-            Family::Bd3lm => "BD3LM",
-            Family::Mdlm => "MDLM",
-            Family::Llada => "LLaDAModelLM",
-            Family::Dream => "DreamModel",
-            Family::Sdar => "SDARForCausalLM",
-            Family::FastDllm => "Fast_dLLM_QwenForCausalLM",
-            Family::StableDiffcoder => "StableDiffcoderForCausalLM",
-            Family::Llama => "LlamaForCausalLM",
-            Family::Mistral => "MistralForCausalLM",
-            Family::Qwen2 => "Qwen2ForCausalLM",
-            Family::Qwen3 => "Qwen3ForCausalLM",
+            Family::Bd3lm => &["BD3LM"],
+            Family::Mdlm => &["MDLM"],
+            Family::Llada => &["LLaDAModelLM"],
+            Family::LladaMoe => &["LLaDAMoEModelLM", "LLaDAMoEModel"],
+            Family::Llada2 => &["LLaDA2MoeModelLM"],
+            Family::Dream => &["DreamModel"],
+            Family::Sdar => &["SDARForCausalLM"],
+            Family::SdarMoe => &["SDARMoeForCausalLM"],
+            Family::Rnd1 => &["RND1LM"],
+            Family::FastDllm => &["Fast_dLLM_QwenForCausalLM"],
+            Family::StableDiffcoder => &["StableDiffcoderForCausalLM"],
+            Family::Llama => &["LlamaForCausalLM"],
+            Family::Mistral => &["MistralForCausalLM"],
+            Family::Qwen2 => &["Qwen2ForCausalLM"],
+            Family::Qwen3 => &["Qwen3ForCausalLM"],
+            Family::Qwen3Moe => &["Qwen3MoeForCausalLM"],
         }
     }
 
-    const ALL: [Family; 11] = [
+    const ALL: [Family; 16] = [
         Family::Bd3lm,
         Family::Mdlm,
         Family::Llada,
+        Family::Llada2,
         Family::Dream,
         Family::Sdar,
+        Family::SdarMoe,
+        Family::Rnd1,
         Family::FastDllm,
         Family::Llama,
         Family::Mistral,
         Family::Qwen2,
         Family::Qwen3,
-        // Behind Llama, whose type it shares.
+        Family::Qwen3Moe,
+        // Behind those whose type they share.
+        Family::LladaMoe,
         Family::StableDiffcoder,
     ];
 }
@@ -139,6 +164,19 @@ pub struct Switches {
     pub tied_head: bool,
 }
 
+/// Experts in the place of MLPs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moe {
+    pub shape: ExpertShape,
+    pub score: RouterScore,
+    /// The router's choice has a bias of (E), a tensor of its own.
+    pub router_bias: bool,
+    /// Width between gate and down of the MLP that every row goes through beside its experts.
+    pub shared_dim: Option<usize>,
+    /// For each layer, whether it has experts.
+    pub sparse: Vec<bool>,
+}
+
 /// One decoder's shape and habits. Field names follow the checkpoint's where they have one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -149,7 +187,9 @@ pub struct ModelConfig {
     pub hidden_dim: usize,
     pub num_layers: usize,
     pub heads: HeadShape,
+    /// F, the width between the MLP's products; 0 where every layer has experts.
     pub mlp_dim: usize,
+    pub moe: Option<Moe>,
     pub norm_eps: f32,
     pub rope: Rope,
     pub switches: Switches,
@@ -200,8 +240,11 @@ impl ModelConfig {
             Family::Bd3lm => bd3lm::config(dir, &keys),
             Family::Mdlm => mdlm::config(dir, &keys),
             Family::Llada => llada::config(dir, &keys),
+            Family::LladaMoe => llada_moe::config(dir, &keys),
+            Family::Llada2 => llada2::config(dir, &keys),
             Family::Dream => dream::config(dir, &keys),
             Family::Sdar => sdar::config(dir, &keys),
+            family @ (Family::SdarMoe | Family::Rnd1 | Family::Qwen3Moe) => qwen3_moe::config(dir, &keys, family),
             Family::FastDllm => fast_dllm::config(dir, &keys),
             Family::StableDiffcoder => stable_diffcoder::config(dir, &keys),
             family @ (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3) => llama::config(dir, &keys, family),
@@ -261,6 +304,16 @@ impl ModelConfig {
             .ok_or_else(|| Error::request(format!("{}: {what}", self.dir.display())))
     }
 
+    /// The experts of a layer, where it has them.
+    pub fn experts(&self, layer: usize) -> Option<&Moe> {
+        self.moe.as_ref().filter(|moe| moe.sparse[layer])
+    }
+
+    /// Widest row between the products of any dense MLP, shared experts included.
+    pub fn widest_mlp(&self) -> usize {
+        self.mlp_dim.max(self.moe.as_ref().and_then(|moe| moe.shared_dim).unwrap_or(0))
+    }
+
     /// K/V bytes per token over all layers.
     pub fn kv_bytes_per_token(&self, element_bytes: usize) -> usize {
         2 * self.num_layers * self.heads.num_kv_heads * self.heads.head_dim * element_bytes
@@ -290,16 +343,19 @@ impl Keys<'_> {
             .map(|a| a.iter().filter_map(Value::as_str).collect())
             .unwrap_or_default();
         // Adapted checkpoints may keep the type of the decoder that they were made from: there the class decides.
-        let classed = |f: &Family| architectures.contains(&f.architecture()) && (f.is_adapted() || model_type.is_empty());
-        let typed = |f: &Family| model_type == f.model_type();
+        let named = |f: &Family| f.architectures().iter().any(|class| architectures.contains(class));
+        let classed = |f: &Family| named(f) && (f.is_adapted() || model_type.is_empty());
+        // Where no class is named, experts tell LLaDA-MoE from LLaDA.
+        let plain = |f: &Family| *f != Family::Llada || !architectures.is_empty() || !self.has("num_experts");
+        let typed = |f: &Family| model_type == f.model_type() && plain(f);
         let family = Family::ALL.into_iter().find(classed).or_else(|| Family::ALL.into_iter().find(typed)).ok_or_else(|| {
-            let known = Family::ALL.map(|f| format!("{} ({})", f.model_type(), f.architecture())).join(", ");
+            let known = Family::ALL.map(|f| format!("{} ({})", f.model_type(), f.architectures()[0])).join(", ");
             self.error(format!("model_type `{model_type}`, architectures {architectures:?}: not a supported family; supported: {known}"))
         })?;
         if !matches!(family, Family::Bd3lm | Family::Mdlm) {
-            // Diffusion models and classifiers are published under the type of the decoder that they were made from, LLaDA-MoE under LLaDA's.
-            let expected = family.architecture();
-            if !architectures.is_empty() && !architectures.contains(&expected) {
+            // Diffusion models and classifiers are published under the type of the decoder that they were made from.
+            let expected = family.architectures()[0];
+            if !architectures.is_empty() && !named(&family) {
                 return Err(
                     self.error(format!("key `architectures`: expected {expected} for model_type {model_type}, found {architectures:?}"))
                 );
@@ -325,6 +381,11 @@ impl Keys<'_> {
     /// Whether any value is an object itself.
     pub fn is_nested(&self) -> bool {
         self.map.values().any(Value::is_object)
+    }
+
+    /// Whether the value is false, which some configurations say where others leave a number out.
+    pub fn is_false(&self, key: &str) -> bool {
+        self.get(key) == Some(&Value::Bool(false))
     }
 
     fn get(&self, key: &str) -> Option<&Value> {
@@ -366,6 +427,23 @@ impl Keys<'_> {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Refuses experts that no router can choose among, or that are too large to exist.
+    pub fn experts(&self, moe: Moe) -> Result<Moe> {
+        moe.shape.check(moe.score).map_err(|what| self.error(what))?;
+        Ok(moe)
+    }
+
+    /// An optional list of numbers from 0 to `max`.
+    pub fn counts(&self, key: &str, max: usize) -> Result<Option<Vec<usize>>> {
+        let number = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n <= max);
+        self.get(key)
+            .map(|v| {
+                let list: Option<Vec<usize>> = v.as_array().and_then(|list| list.iter().map(number).collect());
+                list.ok_or_else(|| self.error(format!("key `{}`: expected a list of numbers up to {max}, found {v}", self.name(key))))
+            })
+            .transpose()
     }
 
     /// The id that hides a token: `mask_token_id`, or the added token of `tokenizer.json` that published tokenizers of such models spell so, or
@@ -433,10 +511,11 @@ impl Keys<'_> {
             .transpose()
     }
 
-    /// An optional object; `dotted` is its key and a dot.
+    /// An optional object, none where it is false; `dotted` is its key and a dot.
     pub fn object(&self, dotted: &'static str) -> Result<Option<Keys<'_>>> {
         let key = dotted.trim_end_matches('.');
         self.get(key)
+            .filter(|v| **v != Value::Bool(false))
             .map(|v| match v {
                 Value::Object(map) => Ok(Keys { path: self.path, map, parent: dotted }),
                 _ => Err(self.error(format!("key `{key}`: expected an object, found {v}"))),

@@ -355,6 +355,54 @@ fn broken_configurations_of_plain_decoders() {
     spoil("qwen2", "num_attention_heads", Some(json!(6)), &["hidden_size 64", "num_attention_heads 6"]);
 }
 
+/// Experts that no router can choose among, and what the published code does otherwise.
+#[test]
+fn broken_configurations_of_experts() {
+    let refused = |name: &str, key: &str, value: Value, words: &[&str]| {
+        let copy = Copy::of(name);
+        copy.edit("config.json", |c| drop(c.insert(key.into(), value.clone())));
+        copy.refused(&format!("{name} {key} {value}"), "Config", &[&["config.json"], words].concat());
+    };
+    for name in ["llada2", "llada-moe", "sdar-moe", "rnd1"] {
+        refused(name, "num_experts_per_tok", json!(9), &["9 experts for each row", "expected 1 to"]);
+        refused(name, "num_experts_per_tok", json!(0), &["num_experts_per_tok", "from 1"]);
+        refused(name, "num_experts", json!(2000), &["2000 experts", "1 to 1024"]);
+        refused(name, "num_experts", json!("x"), &["num_experts", "from 1"]);
+    }
+    refused("llada2", "n_group", json!(3), &["3 groups", "equal size", "8 experts"]);
+    refused("llada2", "n_group", json!(8), &["8 groups of one expert"]);
+    refused("llada2", "topk_group", json!(5), &["5 groups kept", "1 to 4"]);
+    refused("llada2", "topk_group", json!(1), &["3 experts for each row", "1 to 2"]);
+    refused("llada2", "num_experts_per_tok", json!(1), &["num_experts_per_tok", "at least 2"]);
+    refused("llada2", "moe_intermediate_size", json!(null), &["moe_intermediate_size", "missing"]);
+    refused("llada2", "intermediate_size", json!(null), &["intermediate_size", "missing"]);
+    refused("llada2", "routed_scaling_factor", json!(-1), &["routed_scaling_factor", "above 0"]);
+    refused("llada2", "partial_rotary_factor", json!(1.5), &["partial_rotary_factor", "1.5", "at most the head"]);
+    refused("llada2", "partial_rotary_factor", json!(0.2), &["partial_rotary_factor", "0.2", "even"]);
+    for (key, value) in [("score_function", json!("softmax")), ("norm_topk_prob", json!(false)), ("use_sliding_window", json!(true))] {
+        refused("llada2", key, value.clone(), &[key, &value.to_string(), "nothing else"]);
+    }
+    refused("llada-moe", "moe_layer_freq", json!([1]), &["moe_layer_freq", "2 layers", "found 1"]);
+    refused("llada-moe", "moe_layer_freq", json!([1, 2]), &["moe_layer_freq", "up to 1"]);
+    refused("llada-moe", "dense_intermediate_size", json!(null), &["dense_intermediate_size", "missing"]);
+    refused("llada-moe", "shared_expert_intermediate_size", json!(48), &["shared_expert_intermediate_size", "48"]);
+    refused("llada-moe", "moe_router_enable_expert_bias", json!(true), &["moe_router_enable_expert_bias", "true"]);
+    refused("sdar-moe", "mlp_only_layers", json!([2]), &["mlp_only_layers", "up to 1"]);
+    refused("sdar-moe", "decoder_sparse_step", json!(0), &["decoder_sparse_step", "from 1"]);
+    refused("rnd1", "mlp_only_layers", json!([0]), &["mlp_only_layers", "every layer"]);
+}
+
+/// An expert's tensor that is missing or of another shape is named.
+#[test]
+fn broken_experts() {
+    let copy = Copy::of("llada2");
+    copy.edit("config.json", |c| drop(c.insert("num_experts".into(), json!(12))));
+    copy.refused("more experts than there are", "Weights", &["model.layers.1.mlp.gate.weight", "[12, 32]", "[8, 32]"]);
+    let copy = Copy::of("llada2");
+    copy.edit("config.json", |c| drop(c.insert("moe_intermediate_size".into(), json!(20))));
+    copy.refused("narrower experts", "Weights", &["model.layers.1.mlp.experts.0.gate_proj.weight", "[20, 32]", "[24, 32]"]);
+}
+
 /// Diffusion models over the decoders of autoregressive families.
 #[test]
 fn broken_configurations_of_adapted_decoders() {
@@ -376,13 +424,15 @@ fn broken_configurations_of_adapted_decoders() {
         refused("llada", json!({key: value}), &[key, &value.to_string(), "nothing else"]);
     }
     refused("llada", json!({"num_experts": 64}), &["num_experts", "LLaDA-MoE"]);
-    refused("llada", json!({"architectures": ["LLaDAMoEModelLM"]}), &["architectures", "LLaDAModelLM"]);
+    // LLaDA-MoE by its class, and without one by its experts.
+    refused("llada", json!({"architectures": ["LLaDAMoEModelLM"]}), &["hidden_size", "missing"]);
+    refused("llada", json!({"architectures": null, "num_experts": 64}), &["hidden_size", "missing"]);
     refused("llada", json!({"n_heads": 5}), &["d_model 32", "n_heads 5"]);
     refused("llada", json!({"n_kv_heads": 3}), &["n_heads 2", "n_kv_heads 3"]);
     refused(
         "sdar",
-        json!({"model_type": "sdar_moe", "architectures": ["SDARMoeForCausalLM"]}),
-        &["sdar_moe", "supported", "SDARForCausalLM"],
+        json!({"model_type": "sdar_vl", "architectures": ["SDARVLForCausalLM"]}),
+        &["sdar_vl", "supported", "SDARForCausalLM", "SDARMoeForCausalLM"],
     );
     refused("sdar", json!({"block_size": 0}), &["block_size", "from 1"]);
     refused("fast-dllm", json!({"bd_size": "x"}), &["bd_size", "from 1"]);

@@ -14,7 +14,7 @@ use serde_json::json;
 use super::model::Format;
 use super::quality::QualityFlags;
 use super::{DeviceFlags, Progress};
-use crate::backend::{Backend, DType, Epilogue};
+use crate::backend::{Backend, DType, Epilogue, ExpertShape};
 use crate::config::{Mlp, ModelConfig};
 use crate::cpu::Cpu;
 use crate::engine::Engine;
@@ -204,20 +204,38 @@ fn sweep<B: Backend>(engine: &mut Engine<B>, flags: &Flags, schedules: &[(String
 
 /// Multiply-adds of the weight products over `rows` rows, of which `decided` go on past the last layer's K/V, in GFLOP.
 fn gflop(config: &ModelConfig, rows: usize, decided: usize) -> f64 {
+    2.0 * products(config, rows as f64, decided as f64, |rows, top_k, _| rows * top_k) / 1e9
+}
+
+/// Bytes of the weights a forward of `rows` rows reads: layers and head, without the embedding table. Of experts those that rows go to, if every
+/// choice were as likely as any other.
+fn weight_bytes(config: &ModelConfig, dtype: DType, rows: usize) -> usize {
+    let touched = |_: f64, top_k: f64, experts: f64| experts * (1.0 - (1.0 - top_k / experts).powi(rows as i32));
+    products(config, 1.0, 1.0, touched) as usize * dtype.bytes()
+}
+
+/// Elements of the weights of a forward, each counted once for each of the rows that go through it; those of an expert `experts(rows, k, E)` times
+/// for all of them together.
+fn products(config: &ModelConfig, rows: f64, decided: f64, experts: impl Fn(f64, f64, f64) -> f64) -> f64 {
     let c = config.hidden_dim;
-    let qkv = c * config.heads.qkv_width();
     let products = match config.switches.mlp {
         Mlp::Gelu => 2,
         Mlp::SwiGlu => 3,
     };
-    let rest = config.heads.q_width() * c + products * c * config.mlp_dim;
-    let layers = rows * (qkv + rest) * (config.num_layers - 1) + rows * qkv + decided * rest;
-    2.0 * (layers + decided * c * config.vocab_size) as f64 / 1e9
-}
-
-/// Bytes of the weights a forward reads: layers and head, without the embedding table.
-fn weight_bytes(config: &ModelConfig, dtype: DType) -> usize {
-    (gflop(config, 1, 1) * 1e9 / 2.0) as usize * dtype.bytes()
+    let layer = |i: usize| {
+        // Behind the last layer's K/V only decided rows go on.
+        let on = if i + 1 == config.num_layers { decided } else { rows };
+        let mlp = match config.experts(i) {
+            None => on * (products * c * config.mlp_dim) as f64,
+            Some(moe) => {
+                let ExpertShape { num_experts, top_k, expert_dim, .. } = moe.shape;
+                let dense = c * num_experts + products * c * moe.shared_dim.unwrap_or(0);
+                on * dense as f64 + experts(on, top_k as f64, num_experts as f64) * (products * c * expert_dim) as f64
+            }
+        };
+        rows * (c * config.heads.qkv_width()) as f64 + on * (config.heads.q_width() * c) as f64 + mlp
+    };
+    (0..config.num_layers).map(layer).sum::<f64>() + decided * (c * config.vocab_size) as f64
 }
 
 fn ceilings<B: Backend>(engine: &Engine<B>) -> Result<Ceilings> {
@@ -245,7 +263,7 @@ fn ceilings<B: Backend>(engine: &Engine<B>) -> Result<Ceilings> {
     let matrix_gflop_per_s = 2.0 * (ROWS * K * N) as f64 / best / 1e9;
 
     // Up to 512 MiB: beyond that the rate no longer depends on the size.
-    let bytes = weight_bytes(engine.config(), backend.dtype()).clamp(1 << 20, 1 << 29);
+    let bytes = weight_bytes(engine.config(), backend.dtype(), 1).clamp(1 << 20, 1 << 29);
     Ok(Ceilings { matrix_gflop_per_s, read_gb_per_s: backend.streaming(bytes)? / 1e9 })
 }
 
@@ -263,7 +281,7 @@ fn probe<B: Backend>(engine: &mut Engine<B>, ceilings: &Ceilings, len: usize, ru
         let mut times = engine.time_forward(range, decided, visibility, len, runs.max(5) as usize)?;
         let median_ms = median(&mut times);
         let gflop = gflop(engine.config(), rows, decided);
-        let read_ms = weight_bytes(engine.config(), engine.backend().dtype()) as f64 / ceilings.read_gb_per_s / 1e6;
+        let read_ms = weight_bytes(engine.config(), engine.backend().dtype(), rows) as f64 / ceilings.read_gb_per_s / 1e6;
         let floor_ms = (gflop / ceilings.matrix_gflop_per_s * 1e3).max(read_ms);
         let gflop_per_s = gflop / (median_ms / 1e3);
         probes.push(Probe { name, rows, median_ms, best_ms: times[0], gflop, gflop_per_s, floor_ms, times_floor: median_ms / floor_ms });

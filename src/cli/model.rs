@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::DeviceFlags;
 use crate::backend::{NormKind, RopeScaling};
-use crate::config::{Attention, Mlp, ModelConfig};
+use crate::config::{Attention, Mlp, ModelConfig, Moe};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::plan::Visibility;
@@ -122,6 +122,10 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
         RopeScaling::Linear { factor } => format!("base {}, linear scaling by {factor}", config.rope.base),
         RopeScaling::Llama3 { factor, .. } => format!("base {}, llama3 scaling by {factor}", config.rope.base),
     };
+    let rope = match config.rope.width {
+        Some(width) => format!("{rope}, {width} elements of a head"),
+        None => rope,
+    };
     let switches = config.switches;
     let id = |id: Option<u32>| id.map_or("none".into(), |id| id.to_string());
     if flags.format == Format::Json {
@@ -129,7 +133,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
             "dir": dir.display().to_string(), "family": config.family.name(), "parameters": parameters, "bytes": weights.num_bytes(),
             "dtypes": weights.dtypes(), "vocab_size": config.vocab_size, "hidden_dim": config.hidden_dim, "num_layers": config.num_layers,
             "num_heads": config.heads.num_heads, "num_kv_heads": config.heads.num_kv_heads, "head_dim": config.heads.head_dim,
-            "mlp_dim": config.mlp_dim, "model_length": config.model_length, "attention": attention, "adaln": config.cond_dim.is_some(),
+            "mlp_dim": config.mlp_dim, "experts": experts(&config), "model_length": config.model_length, "attention": attention, "adaln": config.cond_dim.is_some(),
             "norm": match config.switches.norm { NormKind::Layer => "layer", NormKind::Rms => "rms" },
             "mlp": match config.switches.mlp { Mlp::Gelu => "gelu", Mlp::SwiGlu => "swiglu" },
             "qk_norm": config.switches.qk_norm, "tied_head": config.switches.tied_head, "shift": config.shift,
@@ -158,11 +162,20 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     ];
     inside.extend(optional.iter().filter(|(on, _)| *on).map(|(_, name)| *name));
     let inside = inside.join(", ");
+    let mut layers = format!("{} of width {}", config.num_layers, config.hidden_dim);
+    if config.mlp_dim > 0 {
+        layers += &format!(", MLP {}", config.mlp_dim);
+    }
+    if let Some(Moe { shape, shared_dim, sparse, .. }) = &config.moe {
+        let count = sparse.iter().filter(|sparse| **sparse).count();
+        layers += &format!(", {} of {} experts of {} in {count} of them", shape.top_k, shape.num_experts, shape.expert_dim);
+        layers += &shared_dim.map_or(String::new(), |width| format!(", {width} shared"));
+    }
     let rows = [
         ("directory", dir.display().to_string()),
         ("family", config.family.name().into()),
         ("parameters", format!("{parameters} (buffers included), {} as {}", mib(weights.num_bytes()), weights.dtypes().join(", "))),
-        ("layers", format!("{} of width {}, MLP {}", config.num_layers, config.hidden_dim, config.mlp_dim)),
+        ("layers", layers),
         ("heads", format!("{} (K/V {}) of {}", config.heads.num_heads, config.heads.num_kv_heads, config.heads.head_dim)),
         ("inside", inside),
         ("rotation", rope),
@@ -180,6 +193,16 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let table: String = rows.iter().map(|(name, value)| format!("{name:<17} {value}\n")).collect();
     super::print(&table)?;
     Ok(())
+}
+
+/// The experts of a layer, null where there are none.
+fn experts(config: &ModelConfig) -> Value {
+    config.moe.as_ref().map_or(Value::Null, |Moe { shape, shared_dim, sparse, .. }| {
+        json!({
+            "num_experts": shape.num_experts, "top_k": shape.top_k, "expert_dim": shape.expert_dim, "shared_dim": shared_dim,
+            "num_layers": sparse.iter().filter(|sparse| **sparse).count(),
+        })
+    })
 }
 
 fn mib(bytes: usize) -> String {

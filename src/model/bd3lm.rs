@@ -13,7 +13,7 @@ use crate::backend::{Backend, HeadShape, NormKind, Rope};
 use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
 use crate::model::reader::Reader;
-use crate::model::{Layer, Linear, Model, Norm, Progress};
+use crate::model::{Dense, FeedForward, Layer, Linear, Model, Norm, Progress};
 use crate::weights::Weights;
 
 /// Width of the sinusoidal timestep embedding, fixed in the published `TimestepEmbedder`.
@@ -71,6 +71,7 @@ pub(crate) fn shared_config(dir: &Path, keys: &Keys, family: Family, attention: 
         num_layers: keys.size("n_blocks", 1 << 10)?,
         heads: HeadShape { num_heads, num_kv_heads: num_heads, head_dim: hidden_dim / num_heads },
         mlp_dim: 4 * hidden_dim,
+        moe: None,
         norm_eps: 1e-5,
         rope: Rope::plain(10_000.0),
         switches: SWITCHES,
@@ -199,8 +200,10 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
             head_norm: None,
             attn_out: Linear { weight: r.matrix(&name("attn_out.weight"), c, c, part(2))?, bias: None },
             mlp_norm: norm(&mut r, &name("norm2.weight"), c, pair(3))?,
-            up: r.linear(&name("mlp.0"), f, c, true)?,
-            down: Linear { weight: r.matrix(&name("mlp.2.weight"), c, f, part(5))?, bias: Some(backend.vector(&down_bias)?) },
+            mlp: FeedForward::Dense(Dense {
+                up: r.linear(&name("mlp.0"), f, c, true)?,
+                down: Linear { weight: r.matrix(&name("mlp.2.weight"), c, f, part(5))?, bias: Some(backend.vector(&down_bias)?) },
+            }),
         });
     }
 

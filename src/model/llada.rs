@@ -11,16 +11,14 @@ use serde_json::json;
 use crate::backend::{HeadShape, NormKind, Rope};
 use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
-use crate::model::llama::Names;
+use crate::model::llama::{Names, Qkv};
 
 /// `ff_proj` is the gate; a layer's `ff_out` is its down-projection, the one beside the layers is the head.
 pub(crate) const NAMES: Names = Names {
     table: "model.transformer.wte.weight",
     layers: "model.transformer.blocks",
     attn_norm: "attn_norm.weight",
-    q: "q_proj",
-    k: "k_proj",
-    v: "v_proj",
+    qkv: Qkv::Separate { q: "q_proj", k: "k_proj", v: "v_proj" },
     q_norm: "q_norm.weight",
     k_norm: "k_norm.weight",
     attn_out: "attn_out",
@@ -35,7 +33,7 @@ pub(crate) const NAMES: Names = Names {
 /// Reads the published keys with the defaults of the published configuration class.
 pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     if keys.has("num_experts") {
-        return Err(keys.error("key `num_experts`: LLaDA-MoE shares LLaDA's model_type but not its layers, and is not supported"));
+        return Err(keys.error("key `num_experts`: LLaDA-MoE shares LLaDA's model_type but not its class, LLaDAMoEModelLM"));
     }
     for (key, value) in [
         ("block_type", json!("llama")),
@@ -81,6 +79,7 @@ pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
         num_layers: keys.size("n_layers", 1 << 10)?,
         heads: HeadShape { num_heads, num_kv_heads, head_dim: hidden_dim / num_heads },
         mlp_dim,
+        moe: None,
         norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-5),
         rope: Rope::plain(keys.number("rope_theta")?.unwrap_or(10_000.0)),
         switches: Switches {

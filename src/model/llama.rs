@@ -3,7 +3,7 @@
 //!
 //! Pre-norm layers with RMS norms, separate q, k and v, SwiGLU of separate gate and up, half-split rotary positions, grouped K/V heads. Qwen2
 //! gives q, k and v biases, Qwen3 norms the heads of q and k, a head may be the embedding table. All are autoregressive: row i predicts token
-//! i + 1, and there is no mask token. Diffusion models made from them (`llada.rs`, `dream.rs`, `sdar.rs`, `fast_dllm.rs`) load through here.
+//! i + 1, and there is no mask token. Diffusion models made from them, and those with experts in the place of MLPs, load through here.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -11,9 +11,8 @@ use std::path::Path;
 use crate::backend::{Backend, HeadShape, NormKind, Rope, RopeScaling};
 use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
-use crate::model::llada;
 use crate::model::reader::Reader;
-use crate::model::{Layer, Linear, Model, Progress};
+use crate::model::{Dense, FeedForward, Layer, Linear, Model, Progress, llada, llada2, moe};
 use crate::weights::Weights;
 
 /// Where a layout keeps what the decoder reads; names in a layer come behind `{layers}.{i}.`, projections without `.weight` and `.bias`.
@@ -21,9 +20,7 @@ pub(crate) struct Names {
     pub table: &'static str,
     pub layers: &'static str,
     pub attn_norm: &'static str,
-    pub q: &'static str,
-    pub k: &'static str,
-    pub v: &'static str,
+    pub qkv: Qkv,
     pub q_norm: &'static str,
     pub k_norm: &'static str,
     pub attn_out: &'static str,
@@ -35,14 +32,34 @@ pub(crate) struct Names {
     pub head: &'static str,
 }
 
+/// The projections in front of attention.
+pub(crate) enum Qkv {
+    Separate {
+        q: &'static str,
+        k: &'static str,
+        v: &'static str,
+    },
+    /// One, its rows those of q, of k and of v.
+    Fused(&'static str),
+}
+
+impl Qkv {
+    /// Each with its rows.
+    fn parts(&self, heads: HeadShape) -> Vec<(&'static str, usize)> {
+        let kv = heads.num_kv_heads * heads.head_dim;
+        match *self {
+            Qkv::Separate { q, k, v } => vec![(q, heads.q_width()), (k, kv), (v, kv)],
+            Qkv::Fused(all) => vec![(all, heads.qkv_width())],
+        }
+    }
+}
+
 /// The names of Hugging Face's own classes.
-const NAMES: Names = Names {
+pub(crate) const NAMES: Names = Names {
     table: "model.embed_tokens.weight",
     layers: "model.layers",
     attn_norm: "input_layernorm.weight",
-    q: "self_attn.q_proj",
-    k: "self_attn.k_proj",
-    v: "self_attn.v_proj",
+    qkv: Qkv::Separate { q: "self_attn.q_proj", k: "self_attn.k_proj", v: "self_attn.v_proj" },
     q_norm: "self_attn.q_norm.weight",
     k_norm: "self_attn.k_norm.weight",
     attn_out: "self_attn.o_proj",
@@ -56,7 +73,11 @@ const NAMES: Names = Names {
 
 /// The layout of a family.
 fn names(family: Family) -> &'static Names {
-    if family == Family::Llada { &llada::NAMES } else { &NAMES }
+    match family {
+        Family::Llada => &llada::NAMES,
+        Family::Llada2 => &llada2::NAMES,
+        _ => &NAMES,
+    }
 }
 
 /// Reads the published keys with the defaults of the published configuration classes.
@@ -66,7 +87,7 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
     let num_layers = keys.size("num_hidden_layers", 1 << 10)?;
     let num_heads = keys.size("num_attention_heads", 1 << 12)?;
     let num_kv_heads = match family {
-        Family::Llama => keys.optional_size("num_key_value_heads", 1 << 12)?.unwrap_or(num_heads),
+        Family::Llama | Family::LladaMoe => keys.optional_size("num_key_value_heads", 1 << 12)?.unwrap_or(num_heads),
         _ => keys.size("num_key_value_heads", 1 << 12)?,
     };
     let head_dim = match (keys.optional_size("head_dim", 1 << 12)?, family) {
@@ -90,7 +111,29 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
         return Err(keys.error("key `quantization_config`: quantised weights are not supported, expected f32, bf16 or f16 tensors"));
     }
     let model_length = keys.size("max_position_embeddings", 1 << 24)?;
-    let attention_bias = matches!(family, Family::Llama | Family::Qwen3) && keys.flag("attention_bias", false)?;
+    let attention_bias = match family {
+        Family::Llama | Family::LladaMoe | Family::Qwen3 | Family::Qwen3Moe => keys.flag("attention_bias", false)?,
+        _ => false,
+    };
+    let (qkv_bias, attn_out_bias) = match family {
+        Family::Qwen2 => (true, false),
+        Family::Llada2 => (keys.flag("use_qkv_bias", false)?, keys.flag("use_bias", true)?),
+        _ => (attention_bias, attention_bias),
+    };
+    let qk_norm = match family {
+        Family::Qwen3 | Family::Qwen3Moe => true,
+        Family::Llada2 => keys.flag("use_qk_norm", true)?,
+        Family::LladaMoe => keys.flag("qk_layernorm", false)?,
+        _ => false,
+    };
+    let mlp_dim = match family {
+        // Every layer may have experts; their families know.
+        Family::LladaMoe => 0,
+        Family::Llada2 => keys.optional_size("intermediate_size", 1 << 20)?.unwrap_or(0),
+        Family::Qwen3Moe => keys.optional_size("intermediate_size", 1 << 20)?.unwrap_or(6144),
+        _ => keys.size("intermediate_size", 1 << 20)?,
+    };
+    let norm_eps = if matches!(family, Family::Llada2 | Family::LladaMoe) { 1e-5 } else { 1e-6 };
     let eos_id = keys.first_token("eos_token_id", vocab_size)?;
     Ok(ModelConfig {
         family,
@@ -99,17 +142,18 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
         hidden_dim,
         num_layers,
         heads: HeadShape { num_heads, num_kv_heads, head_dim },
-        mlp_dim: keys.size("intermediate_size", 1 << 20)?,
-        norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
-        rope: rope(keys, model_length)?,
+        mlp_dim,
+        moe: None,
+        norm_eps: keys.number("rms_norm_eps")?.unwrap_or(norm_eps),
+        rope: Rope { width: rotary_dim(keys, family, head_dim)?, ..rope(keys, family, model_length)? },
         switches: Switches {
             norm: NormKind::Rms,
             mlp: Mlp::SwiGlu,
-            qkv_bias: family == Family::Qwen2 || attention_bias,
-            attn_out_bias: attention_bias,
+            qkv_bias,
+            attn_out_bias,
             mlp_bias: family == Family::Llama && keys.flag("mlp_bias", false)?,
             head_bias: false,
-            qk_norm: family == Family::Qwen3,
+            qk_norm,
             tied_head: keys.flag("tie_word_embeddings", false)?,
         },
         model_length,
@@ -128,13 +172,15 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
 }
 
 /// Rotary positions: `rope_parameters` with everything, or `rope_theta` beside an optional `rope_scaling`.
-fn rope(keys: &Keys, model_length: usize) -> Result<Rope> {
+fn rope(keys: &Keys, family: Family, model_length: usize) -> Result<Rope> {
     let theta = keys.number("rope_theta")?;
     let full = |keys: &Keys| match keys.number("partial_rotary_factor")? {
-        None | Some(1.0) => Ok(()),
-        Some(factor) => {
-            Err(keys.error(format!("key `partial_rotary_factor`: expected 1, found {factor}; partly rotated heads are not supported")))
+        Some(factor) if factor != 1.0 && !rotates_parts(family) => {
+            let what =
+                format!("key `partial_rotary_factor`: expected 1, found {factor}; partly rotated heads are LLaDA2's and LLaDA-MoE's alone");
+            Err(keys.error(what))
         }
+        _ => Ok(()),
     };
     full(keys)?;
     // The published classes let the older key win where both are there.
@@ -172,6 +218,27 @@ fn rope(keys: &Keys, model_length: usize) -> Result<Rope> {
     Ok(Rope { base, scaling, width: None })
 }
 
+/// Families whose classes rotate the first elements of a head and leave the rest.
+fn rotates_parts(family: Family) -> bool {
+    matches!(family, Family::Llada2 | Family::LladaMoe)
+}
+
+/// Elements of a head that are rotated, where that is not the whole head.
+fn rotary_dim(keys: &Keys, family: Family, head_dim: usize) -> Result<Option<usize>> {
+    if !rotates_parts(family) {
+        return Ok(None);
+    }
+    let default = if family == Family::Llada2 { 0.5 } else { 1.0 };
+    let factor = keys.number("partial_rotary_factor")?.unwrap_or(default);
+    let width = (f64::from(factor) * head_dim as f64) as usize;
+    if factor > 1.0 || !width.is_multiple_of(2) {
+        let what =
+            format!("key `partial_rotary_factor`: {factor} of a head of {head_dim} is {width}: expected an even number, at most the head");
+        return Err(keys.error(what));
+    }
+    Ok(Some(width).filter(|width| *width < head_dim))
+}
+
 /// The window of the layers that have one; an error where it is shorter than the model's length, as attention here has none.
 fn sliding_window(keys: &Keys, family: Family, num_layers: usize, model_length: usize) -> Result<Option<usize>> {
     const FULL: &str = "full_attention";
@@ -180,7 +247,8 @@ fn sliding_window(keys: &Keys, family: Family, num_layers: usize, model_length: 
     if let Some(other) = kinds.iter().flatten().find(|kind| ![FULL, SLIDING].contains(*kind)) {
         return Err(keys.error(format!("key `layer_types`: expected {FULL} or {SLIDING}, found {other}")));
     }
-    let window = keys.optional_size("sliding_window", 1 << 24)?;
+    // RND1's is false.
+    let window = if keys.is_false("sliding_window") { None } else { keys.optional_size("sliding_window", 1 << 24)? };
     let window = match family {
         Family::Mistral if !keys.has("sliding_window") => Some(4096),
         Family::Mistral => window,
@@ -192,6 +260,7 @@ fn sliding_window(keys: &Keys, family: Family, num_layers: usize, model_length: 
             };
             window.filter(|_| sliding)
         }
+        Family::Qwen3Moe if keys.flag("use_sliding_window", false)? => window,
         _ => None,
     };
     match window {
@@ -205,7 +274,6 @@ fn sliding_window(keys: &Keys, family: Family, num_layers: usize, model_length: 
 /// Names and shapes of every tensor that [`load`] reads, in its order.
 pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
-    let (q, kv) = (config.heads.q_width(), config.heads.num_kv_heads * config.heads.head_dim);
     let switches = config.switches;
     let names = names(config.family);
     let mut list = vec![(names.table.to_string(), vec![v, c])];
@@ -217,12 +285,15 @@ pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
                 add(&format!("{name}.bias"), &[n]);
             }
         };
-        for (name, width) in [(names.q, q), (names.k, kv), (names.v, kv)] {
+        for (name, width) in names.qkv.parts(config.heads) {
             linear(name, width, c, switches.qkv_bias);
         }
-        linear(names.attn_out, c, q, switches.attn_out_bias);
-        for (name, n, k) in [(names.gate, f, c), (names.up, f, c), (names.down, c, f)] {
-            linear(name, n, k, switches.mlp_bias);
+        linear(names.attn_out, c, config.heads.q_width(), switches.attn_out_bias);
+        let experts = config.experts(i);
+        if experts.is_none() {
+            for (name, n, k) in [(names.gate, f, c), (names.up, f, c), (names.down, c, f)] {
+                linear(name, n, k, switches.mlp_bias);
+            }
         }
         for norm in [names.attn_norm, names.mlp_norm] {
             add(norm, &[c]);
@@ -231,6 +302,9 @@ pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
             for norm in [names.q_norm, names.k_norm] {
                 add(norm, &[config.heads.head_dim]);
             }
+        }
+        if let Some(experts) = experts {
+            list.extend(moe::tensors(config, experts, &format!("{}.{i}", names.layers)));
         }
     }
     list.push((names.final_norm.to_string(), vec![c]));
@@ -243,7 +317,6 @@ pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
 /// Packs a checkpoint. Errors name the missing or misshapen tensor.
 pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
     let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
-    let (q, kv) = (config.heads.q_width(), config.heads.num_kv_heads * config.heads.head_dim);
     let switches = config.switches;
     let names = names(config.family);
     let mut r = Reader::new(backend, weights, progress, &tensors(&config))?;
@@ -251,23 +324,23 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
     let mut layers = Vec::with_capacity(config.num_layers);
     for i in 0..config.num_layers {
         let name = |leaf: &str| format!("{}.{i}.{leaf}", names.layers);
-        let parts = [(name(names.q), q), (name(names.k), kv), (name(names.v), kv)];
+        let parts: Vec<(String, usize)> = names.qkv.parts(config.heads).into_iter().map(|(part, width)| (name(part), width)).collect();
         let weights: Vec<(String, usize)> = parts.iter().map(|(part, width)| (format!("{part}.weight"), *width)).collect();
         let mut qkv = Linear { weight: r.stacked(&weights, c)?, bias: None };
         if switches.qkv_bias {
-            let mut bias = Vec::with_capacity(q + 2 * kv);
+            let mut bias = Vec::with_capacity(config.heads.qkv_width());
             for (part, width) in &parts {
                 bias.extend(r.values(&format!("{part}.bias"), *width)?);
             }
             qkv.bias = Some(backend.vector(&bias)?);
         }
-        let (gate, up) = (name(names.gate), name(names.up));
-        let mut gate_up = Linear { weight: r.interleaved(&format!("{gate}.weight"), &format!("{up}.weight"), f, c)?, bias: None };
-        if switches.mlp_bias {
-            let (gate, up) = (r.values(&format!("{gate}.bias"), f)?, r.values(&format!("{up}.bias"), f)?);
-            let bias: Vec<f32> = gate.into_iter().zip(up).flat_map(|(gate, up)| [gate, up]).collect();
-            gate_up.bias = Some(backend.vector(&bias)?);
-        }
+        let mlp = match config.experts(i) {
+            Some(experts) => FeedForward::Experts(moe::load(&mut r, experts, &format!("{}.{i}", names.layers))?),
+            None => FeedForward::Dense(Dense {
+                up: r.interleaved_linear(&name(names.gate), &name(names.up), f, c, switches.mlp_bias)?,
+                down: r.linear(&name(names.down), c, f, switches.mlp_bias)?,
+            }),
+        };
         layers.push(Layer {
             attn_norm: r.norm(&name(names.attn_norm), c)?,
             qkv,
@@ -277,10 +350,9 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
             } else {
                 None
             },
-            attn_out: r.linear(&name(names.attn_out), c, q, switches.attn_out_bias)?,
+            attn_out: r.linear(&name(names.attn_out), c, config.heads.q_width(), switches.attn_out_bias)?,
             mlp_norm: r.norm(&name(names.mlp_norm), c)?,
-            up: gate_up,
-            down: r.linear(&name(names.down), c, f, switches.mlp_bias)?,
+            mlp,
         });
     }
     let final_norm = r.norm(names.final_norm, c)?;

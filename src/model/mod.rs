@@ -4,17 +4,21 @@
 //! ids -> embed -> [ norm -> qkv -> (q/k norm,) rope + K/V append -> attention -> out (+x) -> norm -> up, activation -> down (+x) ] x N
 //!     -> (deciding rows) -> final norm -> head + decide
 //! ```
-//! A family file (`bd3lm.rs`, `mdlm.rs`, `llama.rs`, `llada.rs`, `dream.rs`, `sdar.rs`, `fast_dllm.rs`,
-//! `stable_diffcoder.rs`) maps config keys and tensor names onto it; what families do differently is
-//! [`crate::config::Switches`]. adaLN with a constant condition is folded into the weights at load, so the decoder itself knows nothing of it.
+//! A family file (`bd3lm.rs`, `mdlm.rs`, `llama.rs`, `llada.rs`, `llada_moe.rs`, `llada2.rs`, `dream.rs`, `sdar.rs`, `qwen3_moe.rs`,
+//! `fast_dllm.rs`, `stable_diffcoder.rs`) maps config keys and tensor names onto it; what families do differently is
+//! [`crate::config::Switches`], and [`crate::config::Moe`] where experts (`moe.rs`) stand in the place of an MLP. adaLN with a constant condition is folded into the weights at load, so the decoder itself knows nothing of it.
 #![forbid(unsafe_code)]
 
 pub mod bd3lm;
 pub mod dream;
 pub mod fast_dllm;
 pub mod llada;
+pub mod llada2;
+pub mod llada_moe;
 pub mod llama;
 pub mod mdlm;
+mod moe;
+pub mod qwen3_moe;
 mod reader;
 pub mod sdar;
 pub mod shapes;
@@ -71,10 +75,37 @@ struct Layer<B: Backend> {
     /// (C, H D).
     attn_out: Linear<B>,
     mlp_norm: Norm<B>,
+    mlp: FeedForward<B>,
+}
+
+/// What rows go through between attentions.
+enum FeedForward<B: Backend> {
+    Dense(Dense<B>),
+    Experts(moe::Experts<B>),
+}
+
+/// An MLP.
+struct Dense<B: Backend> {
     /// (F, C), or (2F, C) with gate and up in turn.
     up: Linear<B>,
     /// (C, F).
     down: Linear<B>,
+}
+
+impl<B: Backend> Dense<B> {
+    /// `out (rows, C) += down(activation(up x))`; `inner` is room of (rows, F).
+    fn apply(
+        &self,
+        backend: &B,
+        rows: usize,
+        activation: Epilogue,
+        x: &B::Buffer,
+        inner: &mut B::Buffer,
+        out: &mut B::Buffer,
+    ) -> Result<()> {
+        self.up.apply(backend, rows, x, activation, inner)?;
+        self.down.apply(backend, rows, inner, Epilogue::Add, out)
+    }
 }
 
 /// Everything that keeps a checkpoint from loading: missing and misshapen tensors. Values are not read.
@@ -108,12 +139,14 @@ pub struct Scratch<B: Backend> {
     x: B::Buffer,
     /// (T, C) normed rows; attention output.
     h: B::Buffer,
-    /// (T, (H + 2K) D); rows on their way between buffers.
+    /// (T, (H + 2K) D); rows on their way between buffers; (T, E) of a router.
     qkv: B::Buffer,
     /// (T, (H + 2K) D) queries of the wanted rows in the last layer.
     picked: B::Buffer,
     /// (T, F).
     mlp: B::Buffer,
+    /// Which rows go to which experts.
+    routes: Option<B::Routes>,
     /// Rows and (rows, C) final rows of the last forward without the prompt, in f32.
     guide: Option<(usize, B::Buffer)>,
 }
@@ -128,15 +161,20 @@ impl<B: Backend> Scratch<B> {
     /// Room for `rows` rows.
     pub fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self> {
         let width = config.hidden_dim.max(config.heads.q_width());
-        let wide = config.heads.qkv_width().max(config.hidden_dim);
+        let num_experts = config.moe.as_ref().map_or(0, |moe| moe.shape.num_experts);
+        let wide = config.heads.qkv_width().max(config.hidden_dim).max(num_experts);
         let [x, h, qkv, picked, mlp] = backend.arena([
             Activation::F32(rows * width),
             Activation::Input(rows * width),
             Activation::F32(rows * wide),
             Activation::F32(rows * wide),
-            Activation::Input(rows * config.mlp_dim),
+            Activation::Input(rows * config.widest_mlp()),
         ])?;
-        Ok(Scratch { id: unique(), rows, x, h, qkv, picked, mlp, guide: None })
+        let routes = match &config.moe {
+            Some(moe) => Some(backend.routes(rows, moe.shape)?),
+            None => None,
+        };
+        Ok(Scratch { id: unique(), rows, x, h, qkv, picked, mlp, routes, guide: None })
     }
 
     fn reserve(&mut self, backend: &B, config: &ModelConfig, rows: usize) -> Result<()> {
@@ -216,7 +254,7 @@ impl<B: Backend> Model<B> {
             Mlp::Gelu => Epilogue::Gelu,
             Mlp::SwiGlu => Epilogue::SwiGlu,
         };
-        let Scratch { x, h, qkv, picked, mlp, .. } = scratch;
+        let Scratch { x, h, qkv, picked, mlp, routes, .. } = scratch;
         backend.embed(batch, &self.table, x)?;
         let mut look = |layer: usize, x: &B::Buffer| probe.as_mut().map_or(Ok(()), |probe| probe(backend, layer, x));
         look(0, x)?;
@@ -241,8 +279,13 @@ impl<B: Backend> Model<B> {
             }
             layer.attn_out.apply(backend, rows, h, Epilogue::Add, x)?;
             layer.mlp_norm.apply(backend, config, rows, x, h)?;
-            layer.up.apply(backend, rows, h, activation, mlp)?;
-            layer.down.apply(backend, rows, mlp, Epilogue::Add, x)?;
+            match &layer.mlp {
+                FeedForward::Dense(dense) => dense.apply(backend, rows, activation, h, mlp, x)?,
+                FeedForward::Experts(experts) => {
+                    let (moe, routes) = config.moe.as_ref().zip(routes.as_mut()).expect("made with the layer");
+                    experts.apply(backend, moe, rows, h, moe::Room { logits: qkv, mlp, routes }, x)?
+                }
+            }
             look(i + 1, x)?;
         }
         Ok(())

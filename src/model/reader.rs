@@ -79,19 +79,37 @@ impl<'a, B: Backend> Reader<'a, B> {
     pub fn interleaved(&mut self, even: &str, odd: &str, n: usize, k: usize) -> Result<B::Matrix> {
         let tensors = [self.tensor(even, &[n, k])?, self.tensor(odd, &[n, k])?];
         let mut rows = Vec::new();
-        self.backend.matrix(2 * n, k, &mut |first, dst| {
-            let end = first + dst.len() / k;
-            for (parity, tensor) in tensors.iter().enumerate() {
-                // Rows 2j + parity from `first` up to `end`.
-                let (from, to) = ((first + 1 - parity) / 2, (end + 1 - parity) / 2);
-                rows.resize((to - from) * k, 0.0);
-                tensor.read(from * k, &mut rows)?;
-                for (j, row) in (from..to).zip(rows.chunks_exact(k)) {
-                    dst[(2 * j + parity - first) * k..][..k].copy_from_slice(row);
-                }
-            }
-            Ok(())
+        self.backend.matrix(2 * n, k, &mut |first, dst| read_interleaved(&tensors, first, k, dst, &mut rows))
+    }
+
+    /// Packs (n, k) weights, one of each expert.
+    pub fn stack(&mut self, names: &[String], n: usize, k: usize) -> Result<B::Stack> {
+        let tensors = names.iter().map(|name| self.tensor(name, &[n, k])).collect::<Result<Vec<_>>>()?;
+        self.backend
+            .stack(names.len(), n, k, &mut |first, dst| by_expert(first, n, k, dst, |expert, row, dst| tensors[expert].read(row * k, dst)))
+    }
+
+    /// Packs two (n, k) weights of each expert as one of (2n, k), as [`Reader::interleaved`] does.
+    pub fn interleaved_stack(&mut self, even: &[String], odd: &[String], n: usize, k: usize) -> Result<B::Stack> {
+        let mut pairs = Vec::with_capacity(even.len());
+        for (even, odd) in even.iter().zip(odd) {
+            pairs.push([self.tensor(even, &[n, k])?, self.tensor(odd, &[n, k])?]);
+        }
+        let mut rows = Vec::new();
+        self.backend.stack(even.len(), 2 * n, k, &mut |first, dst| {
+            by_expert(first, 2 * n, k, dst, |expert, row, dst| read_interleaved(&pairs[expert], row, k, dst, &mut rows))
         })
+    }
+
+    /// [`Reader::interleaved`] with biases where there are any, all read under the two names.
+    pub fn interleaved_linear(&mut self, even: &str, odd: &str, n: usize, k: usize, with_bias: bool) -> Result<Linear<B>> {
+        let weight = self.interleaved(&format!("{even}.weight"), &format!("{odd}.weight"), n, k)?;
+        if !with_bias {
+            return Ok(Linear { weight, bias: None });
+        }
+        let (even, odd) = (self.values(&format!("{even}.bias"), n)?, self.values(&format!("{odd}.bias"), n)?);
+        let bias: Vec<f32> = even.into_iter().zip(odd).flat_map(|(even, odd)| [even, odd]).collect();
+        Ok(Linear { weight, bias: Some(self.backend.vector(&bias)?) })
     }
 
     /// A small parameter vector.
@@ -111,4 +129,38 @@ impl<'a, B: Backend> Reader<'a, B> {
         let bias = if with_bias { Some(self.vector(&format!("{name}.bias"), n)?) } else { None };
         Ok(Linear { weight, bias })
     }
+}
+
+/// Rows from `first` on of two interleaved weights of width k; `rows` is room.
+fn read_interleaved(tensors: &[Tensor; 2], first: usize, k: usize, dst: &mut [f32], rows: &mut Vec<f32>) -> Result<()> {
+    let end = first + dst.len() / k;
+    for (parity, tensor) in tensors.iter().enumerate() {
+        // Rows 2j + parity from `first` up to `end`.
+        let (from, to) = ((first + 1 - parity) / 2, (end + 1 - parity) / 2);
+        rows.resize((to - from) * k, 0.0);
+        tensor.read(from * k, rows)?;
+        for (j, row) in (from..to).zip(rows.chunks_exact(k)) {
+            dst[(2 * j + parity - first) * k..][..k].copy_from_slice(row);
+        }
+    }
+    Ok(())
+}
+
+/// Rows from `first` on of weights of n rows each, one below the other: `read(weight, row, dst)` for the part of each.
+fn by_expert(
+    first: usize,
+    n: usize,
+    k: usize,
+    dst: &mut [f32],
+    mut read: impl FnMut(usize, usize, &mut [f32]) -> Result<()>,
+) -> Result<()> {
+    let mut rest = dst;
+    let mut row = first;
+    while !rest.is_empty() {
+        let (part, after) = rest.split_at_mut(rest.len().min((n - row % n) * k));
+        read(row / n, row % n, part)?;
+        row += part.len() / k;
+        rest = after;
+    }
+    Ok(())
 }

@@ -13,7 +13,12 @@ const BLOCK_LEN: usize = 4;
 /// Reads the keys of Qwen3, MASK, and the block length that derivatives add.
 pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     let base = llama::config(dir, keys, Family::Qwen3)?;
+    block_causal(dir, keys, ModelConfig { family: Family::Sdar, ..base })
+}
+
+/// SDAR over any Qwen3 decoder.
+pub(crate) fn block_causal(dir: &Path, keys: &Keys, base: ModelConfig) -> Result<ModelConfig> {
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
     let block_len = keys.optional_size("block_size", 1 << 24)?.unwrap_or(BLOCK_LEN);
-    Ok(ModelConfig { family: Family::Sdar, attention: Attention::BlockCausal(block_len), mask_id, ..base })
+    Ok(ModelConfig { attention: Attention::BlockCausal(block_len), mask_id, ..base })
 }

@@ -27,6 +27,7 @@ pub fn config(name: &str) -> Result<ModelConfig> {
         num_layers,
         heads: HeadShape { num_heads, num_kv_heads: num_heads, head_dim: hidden_dim / num_heads },
         mlp_dim: 4 * hidden_dim,
+        moe: None,
         norm_eps: 1e-5,
         rope: Rope::plain(10_000.0),
         switches: bd3lm::SWITCHES,

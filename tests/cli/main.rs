@@ -435,11 +435,17 @@ fn inspect_says_what_a_directory_holds() {
             serde_json::from_str(&std::fs::read_to_string(Path::new(&dir).join("config.json")).expect("config.json")).expect("JSON");
         let object = work.run(&["inspect", &dir, "--format", "json"]).json().remove(0);
         let kind = config["model_type"].as_str().expect("a type");
-        assert_eq!(object["family"], if kind == "Fast_dLLM_Qwen" { "fast-dllm".into() } else { kind.to_lowercase() }, "{dir}");
+        let family = match kind {
+            "Fast_dLLM_Qwen" => "fast-dllm".into(),
+            "llada2_moe" => "llada2".into(),
+            "llada" if config["num_experts"].is_u64() => "llada-moe".into(),
+            _ => kind.to_lowercase().replace('_', "-"),
+        };
+        assert_eq!(object["family"], family, "{dir}");
         // Decoders with Hugging Face's keys, diffusion models made from them, and LLaDA, which has keys of its own.
         let plain = config["hidden_size"].is_u64();
-        let adapted = ["Dream", "Fast_dLLM_Qwen", "sdar", "llada"].contains(&kind);
-        let keys = if kind == "llada" {
+        let adapted = ["Dream", "Fast_dLLM_Qwen", "sdar", "llada", "llada2_moe", "sdar_moe", "rnd1"].contains(&kind);
+        let keys = if family == "llada" {
             ["vocab_size", "d_model", "n_layers", "n_heads"]
         } else if plain {
             ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
@@ -456,7 +462,10 @@ fn inspect_says_what_a_directory_holds() {
             let mask_id = if adapted { size("vocab_size").saturating_sub(1).into() } else { Value::Null };
             assert_eq!((&object["mask_id"], &object["tied_head"]), (&mask_id, &config["tie_word_embeddings"]), "{dir}");
             assert_eq!((&object["norm"], &object["mlp"]), (&"rms".into(), &"swiglu".into()), "{dir}");
-            assert_eq!(object["qk_norm"], ["qwen3", "sdar"].contains(&kind), "{dir}");
+            let normed = ["qwen3", "sdar", "llada-moe", "llada2", "qwen3-moe", "sdar-moe", "rnd1"].contains(&family.as_str());
+            assert_eq!(object["qk_norm"], normed, "{dir}");
+            let experts = config.get("num_experts").or(config.get("num_local_experts")).unwrap_or(&Value::Null);
+            assert_eq!(&object["experts"]["num_experts"], experts, "{dir}");
         } else if adapted {
             assert_eq!(
                 (size("mask_id"), &object["norm"], &object["mlp"]),
@@ -468,7 +477,7 @@ fn inspect_says_what_a_directory_holds() {
             assert_eq!((&object["norm"], &object["mlp"], &object["tied_head"]), (&"layer".into(), &"gelu".into(), &false.into()), "{dir}");
         }
         let unsupported = object["unsupported"].as_array().expect("a list");
-        assert_eq!(object["shift"], ["Dream", "Fast_dLLM_Qwen"].contains(&kind), "{dir}");
+        assert_eq!(object["shift"], ["Dream", "Fast_dLLM_Qwen", "rnd1"].contains(&kind), "{dir}");
         assert_eq!(unsupported.is_empty(), (!plain || adapted) && !dir.ends_with("bd3lm-ar"), "{dir}: {unsupported:?}");
         let table = work.run(&["inspect", &dir]).ok();
         assert!(table.contains("family") && table.contains("K/V per token"), "{dir}: {table}");

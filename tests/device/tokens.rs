@@ -67,8 +67,10 @@ fn tokens_equal_the_cpus_for_every_checkpoint() {
 
 /// Other layouts and shifted logits, where the device is asked row by row.
 #[test]
-fn tokens_equal_the_cpus_for_the_dense_families() {
-    for (name, scope) in [("dream", "canvas"), ("fast-dllm", "block"), ("llada", "canvas"), ("sdar", "block")] {
+fn tokens_equal_the_cpus_for_the_adapted_families() {
+    let dense = [("dream", "canvas"), ("fast-dllm", "block"), ("llada", "canvas"), ("sdar", "block")];
+    let experts = [("llada-moe", "canvas"), ("llada2", "block"), ("rnd1", "canvas"), ("sdar-moe", "block")];
+    for (name, scope) in dense.into_iter().chain(experts) {
         let draft = format!("block=8,visible={scope},unmask=confidence:3");
         let stages = schedule(&[&draft, "block=full,remask=0.4,by=snapshot,unmask=linear:2,kv=refresh:2"]);
         agree(&fixture(name), &ragged(&stages, [8, 9, 12]), name);

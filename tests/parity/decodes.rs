@@ -15,7 +15,9 @@ use serde_json::Value;
 
 use crate::fixture::{Fixture, text};
 
-const FAMILIES: [&str; 4] = ["dream", "fast-dllm", "llada", "sdar"];
+const FAMILIES: [&str; 8] = ["dream", "fast-dllm", "llada", "llada-moe", "llada2", "rnd1", "sdar", "sdar-moe"];
+/// Those whose authors' samplers are recorded.
+const SAMPLED: [&str; 4] = ["dream", "fast-dllm", "llada", "sdar"];
 
 fn ids(value: &Value) -> Vec<u32> {
     value.as_array().expect("a list of ids").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
@@ -109,7 +111,7 @@ fn greedy_decodes_follow_the_published_loops() {
 #[test]
 fn published_samplers_are_followed() {
     let mut names = Vec::new();
-    for name in FAMILIES {
+    for name in SAMPLED {
         let fixture = Fixture::open(name);
         for recorded in &runs(&fixture, "samplers.json") {
             let stage = text(recorded, "stage");
@@ -249,8 +251,8 @@ fn drafts_are_refined_on_every_family() {
 
 /// Requests that share forwards, and prompts that share pages, leave no trace in each other.
 #[test]
-fn neighbours_change_nothing_under_shifted_logits() {
-    for name in ["dream", "fast-dllm"] {
+fn neighbours_change_nothing_under_shifted_logits_or_with_experts() {
+    for name in ["dream", "fast-dllm", "llada2", "rnd1"] {
         let fixture = Fixture::open(name);
         let config = fixture.engine(1, DType::F32).config().clone();
         let stages = ["block=8,unmask=confidence:2".to_string(), "block=full,remask=0.4,unmask=linear:3".to_string()];

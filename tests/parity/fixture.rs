@@ -50,11 +50,16 @@ pub fn all() -> Vec<Fixture> {
         "dream",
         "fast-dllm",
         "llada",
+        "llada-moe",
+        "llada2",
         "llama",
         "mdlm",
         "qwen2",
         "qwen3",
+        "qwen3-moe",
+        "rnd1",
         "sdar",
+        "sdar-moe",
     ]
     .map(String::from);
     let missing: Vec<&String> = expected.iter().filter(|name| !names.contains(name)).collect();

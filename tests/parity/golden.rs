@@ -155,7 +155,7 @@ fn weights_stored_in_bf16_are_the_rounded_ones() {
 /// Per-token likelihoods of autoregressive checkpoints.
 #[test]
 fn likelihoods_of_autoregressive_checkpoints_agree() {
-    for name in ["bd3lm-ar", "llama", "qwen2", "qwen3"] {
+    for name in ["bd3lm-ar", "llama", "qwen2", "qwen3", "qwen3-moe"] {
         likelihoods_agree(&Fixture::open(name));
     }
 }
