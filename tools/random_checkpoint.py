@@ -3,6 +3,7 @@
   python tools/random_checkpoint.py --like llada-8b --dtype bf16 --out DIR
   python tools/random_checkpoint.py --hidden 256 --layers 4 --heads 4 --vocab 1000 --length 256 --block-size 4 --out DIR
   python tools/random_checkpoint.py --family qwen3 --hidden 256 --heads 8 --kv-heads 2 --head-dim 64 --mlp 512 --tied --out DIR
+  python tools/random_checkpoint.py --like llada2-mini --layers 4 --dtype bf16 --out DIR    # as many layers as memory holds
   python tools/random_checkpoint.py --check target/release/redraft    # every family in small, through the binary
 
 The directory has the published form: config.json, tokenizer.json, and model.safetensors or shards of at most `--shard-bytes` with
@@ -36,6 +37,12 @@ def plain(family, hidden, layers, heads, kv_heads, mlp, vocab, length, tied=Fals
     return dict(shape, family=family, tied=tied, **more)
 
 
+def experts(family, hidden, layers, heads, kv_heads, vocab, length, number, top_k, width, **more):
+    """A shape of the Llama layout with `number` experts of `width`, `top_k` of them for each row; `dense` layers with an MLP come first."""
+    more = dict(dict(mlp=width, dense=0, shared=0), **more)
+    return plain(family, hidden, layers, heads, kv_heads, vocab=vocab, length=length, experts=number, top_k=top_k, expert_mlp=width, **more)
+
+
 SDAR_IDS = dict(mask=151669, end=151643, bos=151643, pad=151643)
 FAST_IDS = dict(mask=151665, end=151645, bos=151643, pad=151645)
 LIKE = {
@@ -57,6 +64,15 @@ LIKE = {
     "stable-diffcoder-8b": plain(
         "stable-diffcoder", 4096, 32, 32, 8, 14336, 155136, 32768, ids=dict(mask=5, end=2, bos=0, pad=1)
     ),
+    # Those with experts, and a dense model of LLaDA2-mini's active size: eight experts and the shared one make an MLP of 4608.
+    "llada2-mini": experts(
+        "llada2", 2048, 20, 16, 4, 157184, 32768, 256, 8, 512,
+        mlp=5120, dense=1, shared=1, groups=8, top_groups=4, head_dim=128, ids=dict(mask=156895, end=156892, bos=156891, pad=156892),
+    ),
+    "llada2-mini-active": plain("sdar", 2048, 20, 16, 4, 4608, 157184, 32768, head_dim=128),
+    "llada-moe-7b": experts("llada-moe", 2048, 16, 16, 16, 157184, 8192, 64, 8, 1024, ids=dict(mask=156895, end=156892, bos=156891, pad=156892)),
+    "sdar-30b": experts("sdar-moe", 2048, 48, 32, 4, 151936, 32768, 128, 8, 768, head_dim=128, ids=SDAR_IDS),
+    "rnd1-30b": experts("rnd1", 2048, 48, 32, 4, 151936, 40960, 128, 8, 768, head_dim=128, ids=dict(mask=151669, end=151645, pad=151643)),
     # Autoregressive models: a judge of a few million parameters, and small published ones of each layout.
     "qwen2-judge": plain("qwen2", 256, 6, 4, 4, 688, 4096, 256, tied=True),
     "qwen2-0.5b": plain("qwen2", 896, 24, 14, 2, 4864, 151936, 32768, tied=True),
@@ -69,9 +85,11 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 TAG = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 # Families of the Llama layout, and what they have beside it.
-LAYOUT = (*published.PLAIN, *published.ADAPTED)
+LAYOUT = (*published.PLAIN, *published.ADAPTED, *published.EXPERTS)
 QKV_BIAS = ("qwen2", "dream", "fast-dllm")
-QK_NORM = ("qwen3", "sdar")
+QK_NORM = ("qwen3", "sdar", *published.EXPERTS)
+# Experts where only a family is named.
+SMALL_EXPERTS = dict(experts=8, top_k=2, dense=0, shared=0, groups=4, top_groups=2)
 
 
 def plain_tensors(o):
@@ -82,18 +100,29 @@ def plain_tensors(o):
     for i in range(o.layers):
         layer = f"{n['layers']}.{i}."
         yield layer + n["attn_norm"], (c,), "norm"
-        for name, width in (("q", q), ("k", kv), ("v", kv)):
+        for name, width in (("qkv", q + 2 * kv),) if "qkv" in n else (("q", q), ("k", kv), ("v", kv)):
             yield f"{layer}{n[name]}.weight", (width, c), "weight"
             if o.family in QKV_BIAS:
                 yield f"{layer}{n[name]}.bias", (width,), "bias"
         if o.family in QK_NORM:
-            yield layer + "self_attn.q_norm.weight", (o.head_dim,), "norm"
-            yield layer + "self_attn.k_norm.weight", (o.head_dim,), "norm"
+            yield layer + n.get("q_norm", "self_attn.q_norm.weight"), (o.head_dim,), "norm"
+            yield layer + n.get("k_norm", "self_attn.k_norm.weight"), (o.head_dim,), "norm"
         yield f"{layer}{n['attn_out']}.weight", (c, q), "weight"
         yield layer + n["mlp_norm"], (c,), "norm"
-        yield f"{layer}{n['gate']}.weight", (o.mlp, c), "weight"
-        yield f"{layer}{n['up']}.weight", (o.mlp, c), "weight"
-        yield f"{layer}{n['down']}.weight", (c, o.mlp), "weight"
+        if o.family not in published.EXPERTS or i < o.dense:
+            mlps = [(layer, o.mlp, n["gate"], n["up"], n["down"])]
+        else:
+            yield layer + "mlp.gate.weight", (o.experts, c), "weight"
+            if o.family == "llada2":
+                yield layer + "mlp.gate.expert_bias", (o.experts,), "bias"
+            leaves = ("gate_proj", "up_proj", "down_proj")
+            mlps = [(f"{layer}mlp.experts.{expert}.", o.expert_mlp, *leaves) for expert in range(o.experts)]
+            if o.shared:
+                mlps.append((layer + "mlp.shared_experts.", o.shared * o.expert_mlp, *leaves))
+        for stem, width, gate, up, down in mlps:
+            yield f"{stem}{gate}.weight", (width, c), "weight"
+            yield f"{stem}{up}.weight", (width, c), "weight"
+            yield f"{stem}{down}.weight", (c, width), "weight"
     yield n["final_norm"], (c,), "norm"
     if not o.tied:
         yield n["head"], (o.vocab, c), "head"
@@ -267,8 +296,8 @@ def write_tokenizer(path, o):
         if token is not None:
             taken.setdefault(token, text)
     added = [special(token, text) for token, text in sorted(taken.items())]
-    if o.family == "sdar":
-        added.append(special(o.mask, "<|MASK|>"))
+    if o.family in published.SPELLED_MASK:
+        added.append(special(o.mask, published.SPELLED_MASK[o.family]))
     vocab, letters, n = {}, iter(byte_alphabet()), 26
     for token in range(o.vocab):
         if token in taken or token == o.mask:
@@ -315,6 +344,8 @@ def options(argv=None):
     for name in ("hidden", "layers", "heads", "vocab", "length", "block-size", "cond-dim"):
         parse.add_argument(f"--{name}", type=int)
     parse.add_argument("--adaln", action=argparse.BooleanOptionalAction)
+    for name in ("experts", "top-k", "expert-mlp", "dense"):
+        parse.add_argument(f"--{name}", type=int, help="of the families with experts")
     for name in ("kv-heads", "head-dim", "mlp"):
         parse.add_argument(f"--{name}", type=int, help="of the Llama layout")
     parse.add_argument("--tied", action=argparse.BooleanOptionalAction, help="the head is the embedding table")
@@ -345,6 +376,12 @@ def options(argv=None):
         o.kv_heads = o.kv_heads or o.heads
         o.head_dim = o.head_dim or o.hidden // o.heads
         o.mlp = o.mlp or 8 * o.hidden // 3
+        if o.family in published.EXPERTS:
+            for name, value in SMALL_EXPERTS.items():
+                setattr(o, name, value if getattr(o, name, None) is None else getattr(o, name))
+            o.expert_mlp = o.expert_mlp or o.mlp
+            if not 1 <= o.top_k <= o.experts or not 0 <= o.dense < o.layers or o.expert_mlp < 1:
+                parse.error("--top-k: from 1 to --experts; --dense: below --layers; --expert-mlp: at least 1")
         if o.heads % o.kv_heads or o.head_dim % 2:
             parse.error("--kv-heads must divide --heads, and --head-dim be even")
         if o.family in ("qwen2", "llada") and o.head_dim * o.heads != o.hidden:
@@ -377,6 +414,8 @@ def configuration(o):
             "tie_word_embeddings": bool(o.tied),
             "vocab_size": o.vocab,
         }
+        if o.family in published.EXPERTS:
+            return published.experts_config(o.family, shape, o)
         if o.family in published.ADAPTED:
             return published.adapted_config(o.family, shape)
         return published.plain_config(o.family, shape)
