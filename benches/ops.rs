@@ -63,7 +63,7 @@ fn noise(len: usize, seed: u64) -> Vec<f32> {
 }
 
 fn pack(cpu: &Cpu, weight: &[f32], n: usize, k: usize) -> redraft::cpu::Matrix {
-    cpu.matrix(n, k, &mut |first, dst| {
+    cpu.matrix(n, k, &|first, dst| {
         dst.copy_from_slice(&weight[first * k..][..dst.len()]);
         Ok(())
     })
@@ -192,7 +192,7 @@ fn experts(c: &mut Criterion) {
     for cpu in cpus() {
         let weights: Vec<f32> = noise(num_experts * 2 * inner * width, 7).iter().map(|w| w * 0.1).collect();
         let stack = |n: usize, k: usize| {
-            cpu.stack(num_experts, n, k, &mut |first, dst| {
+            cpu.stack(num_experts, n, k, &|first, dst| {
                 dst.copy_from_slice(&weights[first * k..][..dst.len()]);
                 Ok(())
             })

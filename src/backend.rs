@@ -384,8 +384,8 @@ pub enum Activation {
     Input(usize),
 }
 
-/// Reads rows of a weight on demand: `fill(first_row, dst)` writes `dst.len() / k` rows of k f32 values.
-pub type RowSource<'a> = dyn FnMut(usize, &mut [f32]) -> Result<()> + 'a;
+/// Reads rows of a weight on demand, for several threads at once: `fill(first_row, dst)` writes `dst.len() / k` rows of k f32 values.
+pub type RowSource<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
 
 /// A machine that can run the network.
 pub trait Backend {
@@ -423,14 +423,14 @@ pub trait Backend {
     fn synchronize(&self) -> Result<()>;
     /// Uploads a parameter vector.
     fn vector(&self, src: &[f32]) -> Result<Self::Vector>;
-    /// Packs an (n, k) row-major weight for `linear`, reading it a panel of rows at a time so that no second full copy exists.
-    fn matrix(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Self::Matrix>;
+    /// Packs an (n, k) row-major weight for `linear`, reading it some rows at a time so that no second full copy exists.
+    fn matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Self::Matrix>;
     /// Packs `num` weights of (n, k) for `experts`; row r of `source` is row `r % n` of weight `r / n`.
-    fn stack(&self, num: usize, n: usize, k: usize, source: &mut RowSource) -> Result<Self::Stack>;
+    fn stack(&self, num: usize, n: usize, k: usize, source: &RowSource) -> Result<Self::Stack>;
     /// Room for the routes of up to `rows` rows through experts of this shape.
     fn routes(&self, rows: usize, shape: ExpertShape) -> Result<Self::Routes>;
     /// Stores an (n, k) table for `embed` in the weight dtype, row-major.
-    fn table(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Self::Matrix>;
+    fn table(&self, n: usize, k: usize, source: &RowSource) -> Result<Self::Matrix>;
     /// Pages filled with NaN: a slot that is read before it is written poisons the result instead of looking plausible.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
     /// Copies all layers of page `src` to page `dst` (copy on write).
@@ -446,7 +446,7 @@ pub trait Backend {
     /// The batch of the given rows alone (ascending), over the same pages: [`Plan::select`]. For `attention` only.
     fn select(&self, batch: &Self::Batch, rows: &Self::Rows) -> Result<Self::Batch>;
 
-    /// `out[t, :] = table[ids[t], :]`. T from the batch; `out` holds at least T * k.
+    /// `out[t, :] = table[ids[t], :]`, the table from `table` or, where it is also the head, from `matrix`. T from the batch; `out` holds at least T * k.
     fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, out: &mut Self::Buffer) -> Result<()>;
     /// `out (rows, C) = norm(x (rows, C))` row by row, C the width of the norm's weight; statistics in f32 or wider.
     fn norm(&self, rows: usize, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer) -> Result<()>;

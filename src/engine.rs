@@ -139,7 +139,7 @@ impl<B: Backend> Engine<B> {
         Engine::load_with_progress(model_dir, backend, options, &mut |_, _| {})
     }
 
-    /// [`Engine::load`], reporting tensors packed and tensors in all.
+    /// [`Engine::load`], reporting bytes of tensors packed and bytes in all.
     pub fn load_with_progress(model_dir: &Path, backend: B, options: EngineOptions, progress: Progress) -> Result<Engine<B>> {
         let config = ModelConfig::load(model_dir)?;
         let tokenizer = match &options.tokenizer {

@@ -173,6 +173,16 @@ fn wrong_tensors() {
     spoil("transposed", &[EMBEDDING, "[67, 32]", "[32, 67]"], &|h| h[EMBEDDING]["shape"] = json!([32, 67]));
     spoil("flat", &[EMBEDDING, "[67, 32]", "[2144]"], &|h| h[EMBEDDING]["shape"] = json!([67 * 32]));
     spoil("one more dimension", &[NORM, "[32]", "[1, 32]"], &|h| h[NORM]["shape"] = json!([1, 32]));
+    // Several at once: the first few are named, the others counted.
+    spoil("everything renamed", &[EMBEDDING, "; tensor backbone.", "missing", "; and 8 more"], &|h| {
+        let renamed =
+            h.iter().map(|(name, tensor)| (if name == "__metadata__" { name.clone() } else { format!("old.{name}") }, tensor.clone()));
+        *h = renamed.collect();
+    });
+    spoil("two kinds of trouble", &[EMBEDDING, "[32, 67]", &format!("; tensor {NORM}: expected dtype"), "I32"], &|h| {
+        h[EMBEDDING]["shape"] = json!([32, 67]);
+        h[NORM]["dtype"] = json!("I32");
+    });
     for dtype in ["I32", "U32"] {
         spoil("integers", &[NORM, dtype, "BF16"], &|h| h[NORM]["dtype"] = json!(dtype));
     }
@@ -180,13 +190,14 @@ fn wrong_tensors() {
     spoil("no such dtype", &[WEIGHTS], &|h| h[NORM]["dtype"] = json!("F7"));
     spoil("a huge shape", &[WEIGHTS], &|h| h[NORM]["shape"] = json!([u64::MAX, 2]));
 
-    // 64-bit integers and floats that fill their bytes honestly.
-    for dtype in ["I64", "F64"] {
+    // Integers and floats of other widths that fill their bytes honestly.
+    for (dtype, size) in [("I64", 8), ("F64", 8), ("F8_E4M3", 1), ("F8_E5M2", 1), ("U8", 1)] {
         let (mut spoiled, mut data) = (header.clone(), data.clone());
         let start = data.len() as u64;
-        data.extend([0; 32 * 8]);
+        data.extend(vec![0; 32 * size]);
         let name = "backbone.extra";
-        spoiled.insert(name.into(), json!({"dtype": dtype, "shape": [32], "data_offsets": [start, start + 256]}));
+        let end = start + 32 * size as u64;
+        spoiled.insert(name.into(), json!({"dtype": dtype, "shape": [32], "data_offsets": [start, end]}));
         copy.set_weights(&spoiled, &data);
         copy.load().unwrap_or_else(|e| panic!("a tensor nobody asks for is nobody's business: {e}"));
         let good = spoiled.remove(NORM).expect("a tensor");
@@ -673,7 +684,11 @@ fn broken_indices() {
         copy.write(index, spoiled.to_string());
         copy.refused(label, "Weights", words);
     };
-    point("a shard that is not there", json!("model-00003-of-00002.safetensors"), &["model-00003-of-00002.safetensors", "cannot open"]);
+    point(
+        "a shard that is not there",
+        json!("model-00003-of-00002.safetensors"),
+        &["model-00003-of-00002.safetensors", "no such file", "1 tensors", NORM],
+    );
     let outside = fixture("bd3lm-plain").join(WEIGHTS).display().to_string();
     for path in ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..\\model.safetensors", "", &outside] {
         point("a path", json!(path), &[index, NORM, "same directory"]);
@@ -682,15 +697,23 @@ fn broken_indices() {
         point("no name", value, &[index, NORM]);
     }
     point("a directory", json!("."), &["cannot"]);
+    // The norm is in the first shard.
+    point("another shard", json!(second), &[index, NORM, &format!("expected in {second}, found in {first}")]);
+    let mut spoiled = good.clone();
+    spoiled["weight_map"]["backbone.nowhere"] = json!(first);
+    copy.write(index, spoiled.to_string());
+    copy.refused("a tensor that no shard has", "Weights", &[index, &format!("backbone.nowhere: expected in {first}, found in no shard")]);
     copy.write(index, good.to_string());
     copy.load().expect("good again");
     let (a, b) = (copy.read(first), copy.read(second));
     copy.write(second, &a);
-    copy.refused("the same shard twice", "Weights", &[second, "appears in two shards"]);
+    copy.refused("the same shard twice", "Weights", &[second, "appears in two shards, the other is", first]);
     copy.write(second, &b[..b.len() - 3]);
-    copy.refused("a truncated shard", "Weights", &[second]);
+    copy.refused("a truncated shard", "Weights", &[second, &format!("expected {} bytes", b.len()), &format!("found {}", b.len() - 3)]);
     std::fs::remove_file(copy.path(second)).expect("a file");
-    copy.refused("a missing shard", "Weights", &[second]);
+    copy.refused("a missing shard", "Weights", &[second, "no such file"]);
+    std::fs::remove_file(copy.path(first)).expect("a file");
+    copy.refused("both missing", "Weights", &[first, second, "no such file"]);
     std::fs::remove_file(copy.path(index)).expect("a file");
     copy.refused("no weights", "Weights", &["model.safetensors", "index"]);
 }

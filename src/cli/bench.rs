@@ -153,12 +153,14 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
     options.budget.max_sessions = most;
     options.budget.max_rows = usize::MAX;
     options.kv_pages = Some(longest.div_ceil(options.page_size) * most);
-    let Measured { device, ceilings, probes, rows } = super::on_machine!(flags.device.machine()?, |backend| {
+    let Measured { device, load_ms, ceilings, probes, rows } = super::on_machine!(flags.device.machine()?, |backend| {
+        let loading = Instant::now();
         let mut engine = match &flags.shape {
             Some(_) => Engine::random(config.clone(), backend, options)?,
-            None => Engine::load(&config.dir, backend, options)?,
+            None => super::load(&config.dir, backend, options)?,
         };
-        sweep(&mut engine, &flags, &schedules, &lengths)?
+        let load_ms = loading.elapsed().as_secs_f64() * 1e3;
+        sweep(&mut engine, load_ms, &flags, &schedules, &lengths)?
     });
     let dtype = flags.device.dtype();
     if let Some(path) = &flags.plot {
@@ -168,10 +170,11 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
     let text = if flags.format == Format::Json {
         format!(
             "{}\n",
-            json!({"model": label, "device": device, "dtype": dtype.name(), "runs": flags.runs, "ceilings": ceilings, "forwards": probes, "rows": rows})
+            json!({"model": label, "device": device, "dtype": dtype.name(), "runs": flags.runs, "load_ms": load_ms, "ceilings": ceilings, "forwards": probes, "rows": rows})
         )
     } else {
-        table(&label, &device, dtype, flags.runs, &ceilings, &probes, &rows)
+        let head = format!("{label}, {device}, {}, loaded in {:.1} s, medians of {} runs", dtype.name(), load_ms / 1e3, flags.runs);
+        table(&head, &ceilings, &probes, &rows)
     };
     super::print(&text)?;
     Ok(())
@@ -180,12 +183,19 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
 /// Everything that was measured on one machine.
 struct Measured {
     device: String,
+    load_ms: f64,
     ceilings: Ceilings,
     probes: Vec<Probe>,
     rows: Vec<Row>,
 }
 
-fn sweep<B: Backend>(engine: &mut Engine<B>, flags: &Flags, schedules: &[(String, Schedule)], lengths: &[u32]) -> Result<Measured> {
+fn sweep<B: Backend>(
+    engine: &mut Engine<B>,
+    load_ms: f64,
+    flags: &Flags,
+    schedules: &[(String, Schedule)],
+    lengths: &[u32],
+) -> Result<Measured> {
     let longest = *lengths.iter().max().expect("not empty") as usize + 1;
     let ceilings = ceilings(engine)?;
     let probes = probe(engine, &ceilings, longest, flags.runs)?;
@@ -199,7 +209,7 @@ fn sweep<B: Backend>(engine: &mut Engine<B>, flags: &Flags, schedules: &[(String
             }
         }
     }
-    Ok(Measured { device: engine.backend().name(), ceilings, probes, rows })
+    Ok(Measured { device: engine.backend().name(), load_ms, ceilings, probes, rows })
 }
 
 /// Multiply-adds of the weight products over `rows` rows, of which `decided` go on past the last layer's K/V, in GFLOP.
@@ -244,11 +254,11 @@ fn ceilings<B: Backend>(engine: &Engine<B>) -> Result<Ceilings> {
     const N: usize = 3072;
     let backend = engine.backend();
     let value = |i: usize| (i % 17) as f32 / 17.0 - 0.5;
-    let mut source = |first: usize, dst: &mut [f32]| {
+    let source = |first: usize, dst: &mut [f32]| {
         dst.iter_mut().enumerate().for_each(|(i, v)| *v = value(first + i));
         Ok(())
     };
-    let (square, weight) = (backend.matrix(K, K, &mut source)?, backend.matrix(N, K, &mut source)?);
+    let (square, weight) = (backend.matrix(K, K, &source)?, backend.matrix(N, K, &source)?);
     // Rows that are not zero: a product of zeros with a bias.
     let bias = backend.vector(&(0..K).map(value).collect::<Vec<_>>())?;
     let (mut x, mut out) = (backend.alloc(ROWS * K)?, backend.alloc(ROWS * N)?);
@@ -344,8 +354,8 @@ fn measure<B: Backend>(engine: &mut Engine<B>, name: &str, schedule: &Schedule, 
     })
 }
 
-fn table(label: &str, device: &str, dtype: DType, runs: u32, ceilings: &Ceilings, probes: &[Probe], rows: &[Row]) -> String {
-    let mut out = format!("{label}, {device}, {}, medians of {runs} runs\n", dtype.name());
+fn table(head: &str, ceilings: &Ceilings, probes: &[Probe], rows: &[Row]) -> String {
+    let mut out = format!("{head}\n");
     let Ceilings { matrix_gflop_per_s, read_gb_per_s } = ceilings;
     let _ = writeln!(
         out,

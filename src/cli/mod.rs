@@ -165,11 +165,8 @@ impl DeviceFlags {
         len: usize,
         sessions: usize,
     ) -> Result<Engine<B>> {
-        let mut progress = Progress::new("loading");
         let options = EngineOptions { tokenizer, ..self.options(len, sessions) };
-        let engine = Engine::load_with_progress(dir, backend, options, &mut |done, total| {
-            progress.show(|| format!("{done}/{total} tensors"));
-        })?;
+        let engine = load(dir, backend, options)?;
         if len > engine.config().model_length {
             eprintln!(
                 "redraft: {len} positions, the model was trained on {}: expect the text to fall apart beyond",
@@ -191,6 +188,14 @@ impl DeviceFlags {
         let pages = len.div_ceil(defaults.page_size).saturating_mul(sessions);
         EngineOptions { budget: Budget { max_sessions: sessions, ..defaults.budget }, kv_pages: Some(pages), ..defaults }
     }
+}
+
+/// [`Engine::load`] with its progress on a terminal.
+pub(crate) fn load<B: Backend>(dir: &Path, backend: B, options: EngineOptions) -> Result<Engine<B>> {
+    let mut progress = Progress::on_terminal("loading");
+    Engine::load_with_progress(dir, backend, options, &mut |done, total| {
+        progress.show(|| format!("{}: {:.2} of {:.2} GB", dir.display(), done as f64 / 1e9, total as f64 / 1e9));
+    })
 }
 
 /// A backend, ready. The commands are written once for any of them; [`on_machine`] is the one place that tells them apart.
@@ -317,18 +322,26 @@ pub(crate) struct Progress {
     start: Instant,
     last: Option<Instant>,
     terminal: bool,
+    /// Nothing where there is no terminal.
+    silent: bool,
 }
 
 impl Progress {
     pub(crate) fn new(what: &'static str) -> Self {
-        Progress { what, start: Instant::now(), last: None, terminal: std::io::stderr().is_terminal() }
+        Progress { what, start: Instant::now(), last: None, terminal: std::io::stderr().is_terminal(), silent: false }
+    }
+
+    /// For loading, which logs need no lines of.
+    pub(crate) fn on_terminal(what: &'static str) -> Self {
+        let progress = Progress::new(what);
+        Progress { silent: !progress.terminal, ..progress }
     }
 
     pub(crate) fn show(&mut self, state: impl FnOnce() -> String) {
         let (patience, interval) = if self.terminal { (1.0, 0.1) } else { (10.0, 10.0) };
         let due =
             self.last.map_or_else(|| self.start.elapsed().as_secs_f64() > patience, |l| l.elapsed() > Duration::from_secs_f64(interval));
-        if due {
+        if due && !self.silent {
             self.last = Some(Instant::now());
             let end = if self.terminal { '\r' } else { '\n' };
             eprint!("redraft: {} {}          {end}", self.what, state());

@@ -2,11 +2,10 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, RowSource};
+use crate::cpu::Machine;
+use crate::cpu::linear::{READ_VALUES, Round, read_in_parts};
 use crate::cpu::memory::Aligned;
 use crate::error::Result;
-
-/// Rows converted at a time while a table is loaded.
-const ROWS_AT_ONCE: usize = 256;
 
 /// An (n, k) table, row-major.
 pub enum Table {
@@ -15,25 +14,27 @@ pub enum Table {
 }
 
 impl Table {
-    pub fn new(dtype: DType, n: usize, k: usize, source: &mut RowSource) -> Result<Table> {
+    pub fn new(machine: &Machine, dtype: DType, n: usize, k: usize, source: &RowSource) -> Result<Table> {
+        let at_once = (READ_VALUES / k).max(1);
         match dtype {
             DType::F32 => {
                 let mut rows = Aligned::zeroed(n * k);
-                for (i, rows) in rows.chunks_mut(ROWS_AT_ONCE * k).enumerate() {
-                    source(i * ROWS_AT_ONCE, rows)?;
-                }
+                read_in_parts(machine, &mut rows, at_once * k, &|i, rows, _| source(i * at_once, rows))?;
                 Ok(Table::F32 { n, k, rows })
             }
             DType::Bf16 => {
                 let mut rows = Aligned::<u16>::zeroed(n * k);
-                let mut wide = vec![0.0; ROWS_AT_ONCE.min(n) * k];
-                for (i, rows) in rows.chunks_mut(ROWS_AT_ONCE * k).enumerate() {
-                    let wide = &mut wide[..rows.len()];
-                    source(i * ROWS_AT_ONCE, wide)?;
-                    for (narrow, wide) in rows.iter_mut().zip(wide) {
-                        *narrow = half::bf16::from_f32(*wide).to_bits();
+                read_in_parts(machine, &mut rows, at_once * k, &|i, rows, wide| {
+                    wide.resize(rows.len(), 0.0);
+                    source(i * at_once, wide)?;
+                    // As one row, because a row is padded to whole words; an odd value is left for the end.
+                    let even = rows.len() / 2 * 2;
+                    machine.isa.run(Round { x: &wide[..even], k: even.max(1), words: &mut rows[..even] });
+                    if let (Some(row), Some(wide)) = (rows.get_mut(even), wide.get(even)) {
+                        *row = half::bf16::from_f32(*wide).to_bits();
                     }
-                }
+                    Ok(())
+                })?;
                 Ok(Table::Bf16 { n, k, rows })
             }
         }

@@ -12,8 +12,8 @@ use crate::error::Result;
 pub struct Stack(pub Vec<Packed>);
 
 impl Stack {
-    pub fn new(machine: &Machine, dtype: DType, num: usize, n: usize, k: usize, source: &mut RowSource) -> Result<Stack> {
-        let pack = |i: usize| Packed::new(machine, dtype, n, k, &mut |first, dst| source(i * n + first, dst));
+    pub fn new(machine: &Machine, dtype: DType, num: usize, n: usize, k: usize, source: &RowSource) -> Result<Stack> {
+        let pack = |i: usize| Packed::new(machine, dtype, n, k, &|first, dst| source(i * n + first, dst));
         (0..num).map(pack).collect::<Result<_>>().map(Stack)
     }
 }

@@ -10,8 +10,8 @@
 //! in ascending order for every shape, hence a row's result does not depend on its neighbours.
 #![forbid(unsafe_code)]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::backend::{DType, Epilogue, RowSource};
 use crate::cpu::Machine;
@@ -19,7 +19,7 @@ use crate::cpu::memory::Aligned;
 use crate::cpu::pool::{Order, Tile};
 use crate::cpu::simd::tile::{self, Piece};
 use crate::cpu::simd::{Kernel, LANES, Simd};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Columns of a panel: four vectors.
 pub const PANEL: usize = 64;
@@ -56,26 +56,51 @@ impl Drop for Packed {
 }
 
 impl Packed {
-    /// Reads the (n, k) rows a few panels at a time.
-    pub fn new(machine: &Machine, dtype: DType, n: usize, k: usize, source: &mut RowSource) -> Result<Packed> {
+    /// Reads the (n, k) rows sixteen at a time, a vector of columns of a panel, on all threads.
+    pub fn new(machine: &Machine, dtype: DType, n: usize, k: usize, source: &RowSource) -> Result<Packed> {
         let steps = steps(dtype, k);
         let words = Aligned::zeroed(n.div_ceil(PANEL) * steps * PANEL);
         machine.packed_words.fetch_add(words.len(), Ordering::Relaxed);
         let mut packed = Packed { n, k, dtype, steps, words, all_words: machine.packed_words.clone() };
-        let panels_at_once = 2 * machine.pool.threads();
-        let mut rows = vec![0.0; panels_at_once.min(n.div_ceil(PANEL)) * PANEL * k];
-        if packed.words.is_empty() {
-            return Ok(packed);
-        }
-        for (group, panels) in packed.words.chunks_mut(panels_at_once * steps * PANEL).enumerate() {
-            let first = group * panels_at_once * PANEL;
-            let rows = &mut rows[..(n - first).min(panels_at_once * PANEL) * k];
-            source(first, rows)?;
-            machine.pool.chunks(panels, steps * PANEL, &|i, panel| {
-                pack_panel(dtype, &rows[i * PANEL * k..rows.len().min((i + 1) * PANEL * k)], k, panel);
-            });
-        }
+        read_in_parts(machine, &mut packed.words, steps * PANEL, &|i, panel, room| {
+            room.resize(LANES * (k + steps), 0.0);
+            let (wide, words) = room.split_at_mut(LANES * k);
+            let words: &mut [u32] = bytemuck::cast_slice_mut(words);
+            for column in (0..PANEL.min(n - i * PANEL)).step_by(LANES) {
+                let first = i * PANEL + column;
+                let height = LANES.min(n - first);
+                let wide = &mut wide[..height * k];
+                source(first, wide)?;
+                if dtype == DType::F32 {
+                    pack_columns(bytemuck::cast_slice(wide), steps, &mut panel[column..]);
+                } else {
+                    let words = &mut words[..height * steps];
+                    machine.isa.run(Round { x: wide, k, words: bytemuck::cast_slice_mut(words) });
+                    pack_columns(words, steps, &mut panel[column..]);
+                }
+            }
+            Ok(())
+        })?;
         Ok(packed)
+    }
+
+    /// Rows of the weight by their index, as f32: `out[i, :] = weight[ids[i], :]`. They lie a line of the panel apart, which costs a few
+    /// microseconds a row.
+    pub fn rows(&self, ids: &[u32], out: &mut [f32]) {
+        for (&id, out) in ids.iter().zip(out.chunks_exact_mut(self.k)) {
+            let id = id as usize;
+            assert!(id < self.n, "token id {id} of a table of {} rows", self.n);
+            let words = self.panel(id / PANEL).iter().skip(id % PANEL).step_by(PANEL);
+            match self.dtype {
+                DType::F32 => out.iter_mut().zip(words).for_each(|(out, word)| *out = f32::from_bits(*word)),
+                DType::Bf16 => {
+                    for (out, word) in out.chunks_mut(2).zip(words) {
+                        let pair = [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)];
+                        out.copy_from_slice(&pair[..out.len()]);
+                    }
+                }
+            }
+        }
     }
 
     fn panel(&self, panel: usize) -> &[u32] {
@@ -93,21 +118,44 @@ fn steps(dtype: DType, k: usize) -> usize {
     k.div_ceil(4 / dtype.bytes())
 }
 
-/// `rows (up to 64, k)` into `panel (steps, 64)`.
-fn pack_panel(dtype: DType, rows: &[f32], k: usize, panel: &mut [u32]) {
-    // Sixteen steps at a time: the 4 KiB of the panel being written stay in L1 while the columns go by.
+/// Values that a thread reads at a time while weights are loaded: 1 MiB of f32, which stays in L2 until it is packed.
+pub const READ_VALUES: usize = 1 << 18;
+
+/// `fill(i, part, room)` writes part i, with `room` to read into.
+type Fill<'a, T> = dyn Fn(usize, &mut [T], &mut Vec<f32>) -> Result<()> + Sync + 'a;
+
+/// Fills `data` in parts of `part_len`, on all threads.
+///
+/// Errors: that of the first part that has one; some parts behind it may not have been filled.
+pub fn read_in_parts<T: Send>(machine: &Machine, data: &mut [T], part_len: usize, fill: &Fill<T>) -> Result<()> {
+    let rooms: Mutex<Vec<Vec<f32>>> = Mutex::default();
+    let first_error: Mutex<Option<(usize, Error)>> = Mutex::default();
+    // What a panic leaves there is complete: rooms hold nothing between parts.
+    let failed = || first_error.lock().unwrap_or_else(PoisonError::into_inner);
+    machine.pool.chunks(data, part_len, &|i, part| {
+        if failed().as_ref().is_some_and(|(at, _)| *at < i) {
+            return;
+        }
+        let mut room = rooms.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        if let Err(error) = fill(i, part, &mut room) {
+            let mut failed = failed();
+            if failed.as_ref().is_none_or(|(at, _)| i < *at) {
+                *failed = Some((i, error));
+            }
+        }
+        rooms.lock().unwrap_or_else(PoisonError::into_inner).push(room);
+    });
+    first_error.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), |(_, error)| Err(error))
+}
+
+/// `words (up to 16, steps)` into the first columns of `panel (steps, 64)`.
+fn pack_columns(words: &[u32], steps: usize, panel: &mut [u32]) {
+    // Sixteen steps at a time: what is read and what is written stay in L1, and all columns of a step are one line.
     const BLOCK: usize = 16;
     for (block, panel) in panel.chunks_mut(BLOCK * PANEL).enumerate() {
-        for (column, row) in rows.chunks_exact(k).enumerate() {
-            for (i, step) in panel.chunks_exact_mut(PANEL).enumerate() {
-                let at = block * BLOCK + i;
-                step[column] = match dtype {
-                    DType::F32 => row[at].to_bits(),
-                    DType::Bf16 => {
-                        let half = |at: usize| row.get(at).map_or(0, |&x| u32::from(half::bf16::from_f32(x).to_bits()));
-                        half(2 * at) | half(2 * at + 1) << 16
-                    }
-                };
+        for (column, words) in words.chunks_exact(steps).enumerate() {
+            for (step, word) in panel.chunks_mut(PANEL).zip(&words[block * BLOCK..]) {
+                step[column] = *word;
             }
         }
     }
@@ -132,10 +180,10 @@ fn words_of<'a>(machine: &Machine, dtype: DType, rows: usize, k: usize, x: &'a [
 }
 
 /// Rounds rows of k f32 to rows of k bf16, padded with a zero to a whole word.
-struct Round<'a> {
-    x: &'a [f32],
-    k: usize,
-    words: &'a mut [u16],
+pub struct Round<'a> {
+    pub x: &'a [f32],
+    pub k: usize,
+    pub words: &'a mut [u16],
 }
 
 impl Kernel for Round<'_> {

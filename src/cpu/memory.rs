@@ -1,19 +1,31 @@
 //! Buffers of 32-bit elements that begin on a cache line, so that vector loads never straddle two lines.
+//!
+//! Large ones are mappings of their own that ask for huge pages: a weight of 100 MB then takes fifty entries of the TLB instead of
+//! 25,000, fewer faults when it is filled, and goes back to the system when it is dropped.
 #![forbid(unsafe_code)]
 
 use std::ops::{Deref, DerefMut};
 
 use bytemuck::{Pod, Zeroable};
+use memmap2::MmapMut;
+
+/// Bytes from which a buffer is a mapping of its own: four huge pages. Below, the allocator serves better.
+const MAPPED_BYTES: usize = 8 << 20;
 
 /// One cache line, one AVX-512 register.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 struct Line([u32; 16]);
 
+enum Lines {
+    Allocated(Vec<Line>),
+    /// Begins on a page.
+    Mapped(MmapMut),
+}
+
 /// A slice of `T` (f32, u32 or u16 elements) on cache-line boundaries.
-#[derive(Clone)]
 pub struct Aligned<T> {
-    lines: Vec<Line>,
+    lines: Lines,
     len: usize,
     element: std::marker::PhantomData<T>,
 }
@@ -21,9 +33,12 @@ pub struct Aligned<T> {
 impl<T: Pod> Aligned<T> {
     const PER_LINE: usize = size_of::<Line>() / size_of::<T>();
 
-    /// `len` zeros.
+    /// `len` zeros. What is never written to takes no memory.
     pub fn zeroed(len: usize) -> Self {
-        Aligned { lines: vec![Line([0; 16]); len.div_ceil(Self::PER_LINE)], len, element: std::marker::PhantomData }
+        let lines = len.div_ceil(Self::PER_LINE);
+        let mapped = if lines * size_of::<Line>() >= MAPPED_BYTES { map(lines * size_of::<Line>()) } else { None };
+        let lines = mapped.map_or_else(|| Lines::Allocated(bytemuck::zeroed_vec(lines)), Lines::Mapped);
+        Aligned { lines, len, element: std::marker::PhantomData }
     }
 
     /// At least `len` elements, keeping whatever is there; never shrinks.
@@ -32,6 +47,21 @@ impl<T: Pod> Aligned<T> {
             *self = Self::zeroed(len);
         }
         &mut self[..len]
+    }
+}
+
+/// Zeros on huge pages where the system has them. `None`: it refuses the mapping, and the allocator is asked instead.
+fn map(bytes: usize) -> Option<MmapMut> {
+    let map = MmapMut::map_anon(bytes).ok()?;
+    // Advice only: without huge pages everything works, a little slower.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    Some(map)
+}
+
+impl<T: Pod> Clone for Aligned<T> {
+    fn clone(&self) -> Self {
+        Self::from(&self[..])
     }
 }
 
@@ -44,13 +74,21 @@ impl<T: Pod> Default for Aligned<T> {
 impl<T: Pod> Deref for Aligned<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        &bytemuck::cast_slice(&self.lines)[..self.len]
+        let all = match &self.lines {
+            Lines::Allocated(lines) => bytemuck::cast_slice(lines),
+            Lines::Mapped(map) => bytemuck::cast_slice(map),
+        };
+        &all[..self.len]
     }
 }
 
 impl<T: Pod> DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.len]
+        let all = match &mut self.lines {
+            Lines::Allocated(lines) => bytemuck::cast_slice_mut(lines),
+            Lines::Mapped(map) => bytemuck::cast_slice_mut(map),
+        };
+        &mut all[..self.len]
     }
 }
 

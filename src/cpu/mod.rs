@@ -154,13 +154,6 @@ impl Matrix {
         }
     }
 
-    fn table(&self) -> &embed::Table {
-        match &self.0 {
-            Weight::Table(table) => table,
-            Weight::Packed(_) => panic!("a lookup needs a weight from `table`, this one is from `matrix`"),
-        }
-    }
-
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.0 {
@@ -246,17 +239,17 @@ impl Backend for Cpu {
         Ok(src.into())
     }
 
-    fn matrix(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+    fn matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
         Ok(Matrix(Weight::Packed(linear::Packed::new(&self.machine, self.dtype, n, k, source)?)))
     }
 
-    fn table(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+    fn table(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
         assert!(n > 0 && k > 0, "a table of {n} x {k}");
-        Ok(Matrix(Weight::Table(embed::Table::new(self.dtype, n, k, source)?)))
+        Ok(Matrix(Weight::Table(embed::Table::new(&self.machine, self.dtype, n, k, source)?)))
     }
 
-    fn stack(&self, num: usize, n: usize, k: usize, source: &mut RowSource) -> Result<Stack> {
+    fn stack(&self, num: usize, n: usize, k: usize, source: &RowSource) -> Result<Stack> {
         assert!(num > 0 && n > 0 && k > 0, "{num} weights of {n} x {k}");
         Ok(Stack(experts::Stack::new(&self.machine, self.dtype, num, n, k, source)?))
     }
@@ -301,9 +294,16 @@ impl Backend for Cpu {
     }
 
     fn embed(&self, batch: &Batch, table: &Matrix, out: &mut Buffer) -> Result<()> {
-        let (ids, table) = (&batch.0.ids, table.table());
-        assert!(out.0.len() >= ids.len() * table.width(), "out of {} for {} rows of {}", out.0.len(), ids.len(), table.width());
-        embed::embed(ids, table, &mut out.0);
+        let ids = &batch.0.ids;
+        let width = match &table.0 {
+            Weight::Packed(packed) => packed.k,
+            Weight::Table(table) => table.width(),
+        };
+        assert!(out.0.len() >= ids.len() * width, "out of {} for {} rows of {width}", out.0.len(), ids.len());
+        match &table.0 {
+            Weight::Packed(packed) => packed.rows(ids, &mut out.0),
+            Weight::Table(table) => embed::embed(ids, table, &mut out.0),
+        }
         Ok(())
     }
 

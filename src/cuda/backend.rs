@@ -242,7 +242,7 @@ impl Cuda {
     }
 
     /// The (n, k) values of `source`, in the weight dtype, a few megabytes at a time.
-    fn upload_matrix(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+    fn upload_matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
         let memory = self.machine.memory(n * k * self.dtype.bytes())?;
         let panel = (UPLOAD_BYTES / (k * 4)).clamp(1, n);
@@ -384,15 +384,15 @@ impl Backend for Cuda {
         Ok(Vector { memory, len: src.len() })
     }
 
-    fn matrix(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+    fn matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
         self.upload_matrix(n, k, source)
     }
 
-    fn table(&self, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+    fn table(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
         self.upload_matrix(n, k, source)
     }
 
-    fn stack(&self, num: usize, n: usize, k: usize, source: &mut RowSource) -> Result<Matrix> {
+    fn stack(&self, num: usize, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
         self.upload_matrix(num * n, k, source)
     }
 

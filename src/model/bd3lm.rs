@@ -213,5 +213,5 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
     };
     let final_norm = norm(&mut r, "backbone.output_layer.norm_final.weight", c, modulation.as_ref().map(|m| m.split_at(c)))?;
     let head = r.linear("backbone.output_layer.linear", v, c, true)?;
-    Ok(Model::new(config, table, layers, final_norm, head))
+    Ok(Model::new(config, Some(table), layers, final_norm, head))
 }

@@ -320,7 +320,8 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
     let switches = config.switches;
     let names = names(config.family);
     let mut r = Reader::new(backend, weights, progress, &tensors(&config))?;
-    let table = r.table(names.table, v, c)?;
+    // A tied table is the head, and held as that alone: of a small model it is a sixth of all weights.
+    let table = if switches.tied_head { None } else { Some(r.table(names.table, v, c)?) };
     let mut layers = Vec::with_capacity(config.num_layers);
     for i in 0..config.num_layers {
         let name = |leaf: &str| format!("{}.{i}.{leaf}", names.layers);

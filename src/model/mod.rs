@@ -36,7 +36,7 @@ use crate::weights::Weights;
 /// Rows whose logits are materialised together by [`Model::logits`].
 const LOGIT_ROWS: usize = 64;
 
-/// Called while weights are packed: tensors done, tensors in all.
+/// Called before each tensor is read: bytes of the tensors before it, bytes in all.
 pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 
 /// Sees the residual stream (T, C): 0 after the embedding, i after layer i.
@@ -122,8 +122,8 @@ pub struct Model<B: Backend> {
     /// Names these weights among all that ever were.
     id: u64,
     config: ModelConfig,
-    /// (V, C).
-    table: B::Matrix,
+    /// (V, C); none where the head is the table, which is then held once.
+    table: Option<B::Matrix>,
     layers: Vec<Layer<B>>,
     final_norm: Norm<B>,
     /// (V, C).
@@ -197,7 +197,7 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    fn new(config: ModelConfig, table: B::Matrix, layers: Vec<Layer<B>>, final_norm: Norm<B>, head: Linear<B>) -> Model<B> {
+    fn new(config: ModelConfig, table: Option<B::Matrix>, layers: Vec<Layer<B>>, final_norm: Norm<B>, head: Linear<B>) -> Model<B> {
         Model { id: unique(), config, table, layers, final_norm, head }
     }
 
@@ -255,7 +255,7 @@ impl<B: Backend> Model<B> {
             Mlp::SwiGlu => Epilogue::SwiGlu,
         };
         let Scratch { x, h, qkv, picked, mlp, routes, .. } = scratch;
-        backend.embed(batch, &self.table, x)?;
+        backend.embed(batch, self.table.as_ref().unwrap_or(&self.head.weight), x)?;
         let mut look = |layer: usize, x: &B::Buffer| probe.as_mut().map_or(Ok(()), |probe| probe(backend, layer, x));
         look(0, x)?;
         for (i, layer) in self.layers.iter().enumerate() {

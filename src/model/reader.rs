@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::model::{Linear, Norm, Progress};
 use crate::weights::{Tensor, Weights};
 
-/// Reads tensors whole and packs matrices, counting progress.
+/// Reads tensors whole and packs matrices, counting the bytes that were read.
 pub(super) struct Reader<'a, B: Backend> {
     pub backend: &'a B,
     weights: &'a Weights,
@@ -19,16 +19,18 @@ pub(super) struct Reader<'a, B: Backend> {
 impl<'a, B: Backend> Reader<'a, B> {
     /// Shapes first: a checkpoint that lacks one of the `expected` tensors is refused before anything is packed.
     pub fn new(backend: &'a B, weights: &'a Weights, progress: Progress<'a>, expected: &[(String, Vec<usize>)]) -> Result<Self> {
-        for (name, shape) in expected {
-            weights.tensor(name, shape)?;
-        }
-        Ok(Reader { backend, weights, progress, done: 0, total: expected.len() })
+        weights.check(expected)?;
+        let bytes = |(name, shape): &(String, Vec<usize>)| weights.tensor(name, shape).map(|tensor| tensor.num_bytes());
+        let total = expected.iter().map(bytes).sum::<Result<usize>>()?;
+        Ok(Reader { backend, weights, progress, done: 0, total })
     }
 
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor<'a>> {
-        self.done += 1;
+        let tensor = self.weights.tensor(name, shape)?;
+        // What was asked for before has been read by now; this one is about to be.
         (self.progress)(self.done.min(self.total), self.total);
-        self.weights.tensor(name, shape)
+        self.done += tensor.num_bytes();
+        Ok(tensor)
     }
 
     pub fn values(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
@@ -38,13 +40,13 @@ impl<'a, B: Backend> Reader<'a, B> {
     /// An (n, k) table for lookups.
     pub fn table(&mut self, name: &str, n: usize, k: usize) -> Result<B::Matrix> {
         let tensor = self.tensor(name, &[n, k])?;
-        self.backend.table(n, k, &mut |first, dst| tensor.read(first * k, dst))
+        self.backend.table(n, k, &|first, dst| tensor.read(first * k, dst))
     }
 
     /// Packs an (n, k) weight, each row multiplied by its gate.
     pub fn matrix(&mut self, name: &str, n: usize, k: usize, gate: Option<&[f32]>) -> Result<B::Matrix> {
         let tensor = self.tensor(name, &[n, k])?;
-        self.backend.matrix(n, k, &mut |first, dst| {
+        self.backend.matrix(n, k, &|first, dst| {
             tensor.read(first * k, dst)?;
             if let Some(gate) = gate {
                 for (row, gate) in dst.chunks_exact_mut(k).zip(&gate[first..]) {
@@ -63,7 +65,7 @@ impl<'a, B: Backend> Reader<'a, B> {
             tensors.push((n..n + rows, self.tensor(name, &[*rows, k])?));
             n += rows;
         }
-        self.backend.matrix(n, k, &mut |first, dst| {
+        self.backend.matrix(n, k, &|first, dst| {
             let end = first + dst.len() / k;
             for (rows, tensor) in &tensors {
                 let shared = rows.start.max(first)..rows.end.min(end);
@@ -78,15 +80,14 @@ impl<'a, B: Backend> Reader<'a, B> {
     /// Packs two (n, k) weights as one of (2n, k): row 2j is row j of `even`, row 2j + 1 is row j of `odd`.
     pub fn interleaved(&mut self, even: &str, odd: &str, n: usize, k: usize) -> Result<B::Matrix> {
         let tensors = [self.tensor(even, &[n, k])?, self.tensor(odd, &[n, k])?];
-        let mut rows = Vec::new();
-        self.backend.matrix(2 * n, k, &mut |first, dst| read_interleaved(&tensors, first, k, dst, &mut rows))
+        self.backend.matrix(2 * n, k, &|first, dst| read_interleaved(&tensors, first, k, dst))
     }
 
     /// Packs (n, k) weights, one of each expert.
     pub fn stack(&mut self, names: &[String], n: usize, k: usize) -> Result<B::Stack> {
         let tensors = names.iter().map(|name| self.tensor(name, &[n, k])).collect::<Result<Vec<_>>>()?;
         self.backend
-            .stack(names.len(), n, k, &mut |first, dst| by_expert(first, n, k, dst, |expert, row, dst| tensors[expert].read(row * k, dst)))
+            .stack(names.len(), n, k, &|first, dst| by_expert(first, n, k, dst, |expert, row, dst| tensors[expert].read(row * k, dst)))
     }
 
     /// Packs two (n, k) weights of each expert as one of (2n, k), as [`Reader::interleaved`] does.
@@ -95,9 +96,8 @@ impl<'a, B: Backend> Reader<'a, B> {
         for (even, odd) in even.iter().zip(odd) {
             pairs.push([self.tensor(even, &[n, k])?, self.tensor(odd, &[n, k])?]);
         }
-        let mut rows = Vec::new();
-        self.backend.stack(even.len(), 2 * n, k, &mut |first, dst| {
-            by_expert(first, 2 * n, k, dst, |expert, row, dst| read_interleaved(&pairs[expert], row, k, dst, &mut rows))
+        self.backend.stack(even.len(), 2 * n, k, &|first, dst| {
+            by_expert(first, 2 * n, k, dst, |expert, row, dst| read_interleaved(&pairs[expert], row, k, dst))
         })
     }
 
@@ -131,14 +131,14 @@ impl<'a, B: Backend> Reader<'a, B> {
     }
 }
 
-/// Rows from `first` on of two interleaved weights of width k; `rows` is room.
-fn read_interleaved(tensors: &[Tensor; 2], first: usize, k: usize, dst: &mut [f32], rows: &mut Vec<f32>) -> Result<()> {
+/// Rows from `first` on of two interleaved weights of width k.
+fn read_interleaved(tensors: &[Tensor; 2], first: usize, k: usize, dst: &mut [f32]) -> Result<()> {
     let end = first + dst.len() / k;
     for (parity, tensor) in tensors.iter().enumerate() {
         // Rows 2j + parity from `first` up to `end`.
         let (from, to) = ((first + 1 - parity) / 2, (end + 1 - parity) / 2);
-        rows.resize((to - from) * k, 0.0);
-        tensor.read(from * k, rows)?;
+        let mut rows = vec![0.0; (to - from) * k];
+        tensor.read(from * k, &mut rows)?;
         for (j, row) in (from..to).zip(rows.chunks_exact(k)) {
             dst[(2 * j + parity - first) * k..][..k].copy_from_slice(row);
         }
@@ -147,13 +147,7 @@ fn read_interleaved(tensors: &[Tensor; 2], first: usize, k: usize, dst: &mut [f3
 }
 
 /// Rows from `first` on of weights of n rows each, one below the other: `read(weight, row, dst)` for the part of each.
-fn by_expert(
-    first: usize,
-    n: usize,
-    k: usize,
-    dst: &mut [f32],
-    mut read: impl FnMut(usize, usize, &mut [f32]) -> Result<()>,
-) -> Result<()> {
+fn by_expert(first: usize, n: usize, k: usize, dst: &mut [f32], read: impl Fn(usize, usize, &mut [f32]) -> Result<()>) -> Result<()> {
     let mut rest = dst;
     let mut row = first;
     while !rest.is_empty() {

@@ -106,7 +106,7 @@ fn a_machine_without_the_library() {
     let emulator = Emulator::new(EmulatorOptions::default()).unwrap_or_else(|e| panic!("{e}"));
     let cuda = Cuda::new(Box::new(emulator), DType::Bf16).unwrap_or_else(|e| panic!("{e}"));
     let product = || -> Result<Vec<f32>> {
-        let weight = cuda.matrix(24, 40, &mut |first, values| {
+        let weight = cuda.matrix(24, 40, &|first, values| {
             values.copy_from_slice(&numbers(2, 24 * 40)[first * 40..][..values.len()]);
             Ok(())
         })?;

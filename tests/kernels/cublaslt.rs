@@ -162,7 +162,7 @@ fn backend() -> Result<String> {
     let cuda = Cuda::new(Box::new(Gpu::open(0)?), DType::Bf16)?;
     let before = cuda.name();
     cuda.set_cublaslt(true);
-    let weight = cuda.matrix(8, 16, &mut |_, values| {
+    let weight = cuda.matrix(8, 16, &|_, values| {
         values.fill(1.0);
         Ok(())
     })?;

@@ -12,19 +12,20 @@ fn embed_reads_rows_as_stored() {
     each!(b in cpus(1), {
         for (n, k) in [(1, 1), (7, 5), (600, 33)] {
             let values = noise(n * k, 1);
-            let table = b
-                .table(n, k, &mut |first, dst| {
-                    dst.copy_from_slice(&values[first * k..][..dst.len()]);
-                    Ok(())
-                })
-                .unwrap();
+            let source = |first: usize, dst: &mut [f32]| {
+                dst.copy_from_slice(&values[first * k..][..dst.len()]);
+                Ok(())
+            };
             let ids: Vec<u32> = (0..9).map(|i| (i * 131 % n) as u32).collect();
             let rows: Vec<_> = ids.iter().enumerate().map(|(i, &id)| (i, id)).collect();
             let mut plan = Plan::new();
             plan.push(&rows, &[0], 16, Visibility::Full, 9);
-            let mut out = b.alloc(9 * k).unwrap();
-            b.embed(&b.batch(&plan).unwrap(), &table, &mut out).unwrap();
-            assert_same(&b.name(), &b.read(&out, 9 * k), &oracle::embed(b.dtype(), &ids, &values, k));
+            // A tied table is packed as the head is.
+            for table in [b.table(n, k, &source).unwrap(), b.matrix(n, k, &source).unwrap()] {
+                let mut out = b.alloc(9 * k).unwrap();
+                b.embed(&b.batch(&plan).unwrap(), &table, &mut out).unwrap();
+                assert_same(&b.name(), &b.read(&out, 9 * k), &oracle::embed(b.dtype(), &ids, &values, k));
+            }
         }
     });
 }
@@ -56,13 +57,17 @@ fn blend_leads_away_from_the_base() {
 
 #[test]
 fn a_failing_source_is_passed_on() {
-    let b = Cpu::new(2, DType::Bf16).unwrap();
-    let mut fail = |first: usize, dst: &mut [f32]| {
-        dst.fill(0.0);
-        if first > 100 { Err(Error::kernel("truncated")) } else { Ok(()) }
-    };
-    assert_eq!(b.matrix(1000, 3, &mut fail).err(), Some(Error::kernel("truncated")));
-    assert_eq!(b.table(1000, 3, &mut fail).err(), Some(Error::kernel("truncated")));
+    for dtype in [DType::F32, DType::Bf16] {
+        let b = Cpu::new(2, dtype).unwrap();
+        // Of many parts that fail on two threads, the error is that of the first.
+        let fail = |first: usize, dst: &mut [f32]| {
+            dst.fill(0.0);
+            let end = first + dst.len() / 3000;
+            if end > 1000 { Err(Error::kernel(format!("truncated before {}", end / 1000))) } else { Ok(()) }
+        };
+        assert_eq!(b.matrix(9000, 3000, &fail).err(), Some(Error::kernel("truncated before 1")));
+        assert_eq!(b.table(9000, 3000, &fail).err(), Some(Error::kernel("truncated before 1")));
+    }
 }
 
 #[test]

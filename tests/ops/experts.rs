@@ -36,7 +36,7 @@ impl Layer {
     fn run<B: TestBackend>(&self, b: &B, first: usize, rows: usize, room: usize) -> Vec<f32> {
         let ExpertShape { num_experts, hidden_dim: c, expert_dim: f, .. } = self.shape;
         let stack = |weights: &[f32], n: usize, k: usize| {
-            b.stack(num_experts, n, k, &mut |first, dst| {
+            b.stack(num_experts, n, k, &|first, dst| {
                 dst.copy_from_slice(&weights[first * k..][..dst.len()]);
                 Ok(())
             })

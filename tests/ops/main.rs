@@ -38,7 +38,7 @@ pub trait TestBackend: Backend {
 
     /// Packs an (n, k) weight that lies in memory.
     fn pack(&self, weight: &[f32], n: usize, k: usize) -> Self::Matrix {
-        self.matrix(n, k, &mut |first, dst| {
+        self.matrix(n, k, &|first, dst| {
             dst.copy_from_slice(&weight[first * k..][..dst.len()]);
             Ok(())
         })

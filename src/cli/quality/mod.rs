@@ -380,11 +380,8 @@ impl<'a> Job<'a> {
         options.kv_pages = Some((self.length + 1).div_ceil(options.page_size) * self.batch);
         options.tokenizer = Some(self.tokenizer.clone());
         let dir = &self.rows.models[model].dir;
-        let mut progress = Progress::new("loading");
         super::on_machine!(flags.machine()?, |backend| {
-            let mut engine = Engine::load_with_progress(dir, backend, options, &mut |done, total| {
-                progress.show(|| format!("{}: {done}/{total} tensors", dir.display()));
-            })?;
+            let mut engine = super::load(dir, backend, options)?;
             for other in self.more_models {
                 engine.add_model(other, &mut |_, _| {})?;
             }
