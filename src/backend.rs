@@ -450,6 +450,15 @@ pub trait Backend {
     fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, out: &mut Self::Buffer) -> Result<()>;
     /// `out (rows, C) = norm(x (rows, C))` row by row, C the width of the norm's weight; statistics in f32 or wider.
     fn norm(&self, rows: usize, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer) -> Result<()>;
+    /// `x (rows, C) += residual (rows, C)`, then `out = norm(x)`.
+    fn add_norm(
+        &self,
+        rows: usize,
+        x: &mut Self::Buffer,
+        residual: &Self::Buffer,
+        norm: &Norm<Self::Vector>,
+        out: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`, n halved by [`Epilogue::SwiGlu`]. With bf16 weights x is rounded to bf16 (nearest even) first; f32 accumulation over k in a fixed order.
     fn linear(
         &self,

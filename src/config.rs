@@ -225,29 +225,22 @@ pub struct Sampling {
 impl ModelConfig {
     /// Reads `dir/config.json`.
     pub fn load(dir: &Path) -> Result<ModelConfig> {
-        let path = dir.join("config.json");
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(_) if !dir.is_dir() => return Err(Error::config(dir, "no such model directory")),
-            Err(error) => return Err(Error::config(&path, format!("cannot read the model's configuration: {error}"))),
-        };
-        let value: Value = serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("not JSON: {e}")))?;
-        let Value::Object(map) = value else {
-            return Err(Error::config(&path, "expected a JSON object"));
-        };
-        let keys = Keys { path: &path, map: &map, parent: "" };
+        Keys::of(dir, |keys| ModelConfig::of(dir, keys))
+    }
+
+    fn of(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
         let mut config = match keys.family()? {
-            Family::Bd3lm => bd3lm::config(dir, &keys),
-            Family::Mdlm => mdlm::config(dir, &keys),
-            Family::Llada => llada::config(dir, &keys),
-            Family::LladaMoe => llada_moe::config(dir, &keys),
-            Family::Llada2 => llada2::config(dir, &keys),
-            Family::Dream => dream::config(dir, &keys),
-            Family::Sdar => sdar::config(dir, &keys),
-            family @ (Family::SdarMoe | Family::Rnd1 | Family::Qwen3Moe) => qwen3_moe::config(dir, &keys, family),
-            Family::FastDllm => fast_dllm::config(dir, &keys),
-            Family::StableDiffcoder => stable_diffcoder::config(dir, &keys),
-            family @ (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3) => llama::config(dir, &keys, family),
+            Family::Bd3lm => bd3lm::config(dir, keys),
+            Family::Mdlm => mdlm::config(dir, keys),
+            Family::Llada => llada::config(dir, keys),
+            Family::LladaMoe => llada_moe::config(dir, keys),
+            Family::Llada2 => llada2::config(dir, keys),
+            Family::Dream => dream::config(dir, keys),
+            Family::Sdar => sdar::config(dir, keys),
+            family @ (Family::SdarMoe | Family::Rnd1 | Family::Qwen3Moe) => qwen3_moe::config(dir, keys, family),
+            Family::FastDllm => fast_dllm::config(dir, keys),
+            Family::StableDiffcoder => stable_diffcoder::config(dir, keys),
+            family @ (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3) => llama::config(dir, keys, family),
         }?;
         config.stop_ids = config.eos_id.into_iter().collect();
         config.stop_ids.extend(keys.tokens("eos_token_id", config.vocab_size)?);
@@ -329,6 +322,21 @@ pub struct Keys<'a> {
 }
 
 impl Keys<'_> {
+    /// What `read` makes of `dir/config.json`.
+    pub fn of<T>(dir: &Path, read: impl FnOnce(&Keys) -> Result<T>) -> Result<T> {
+        let path = dir.join("config.json");
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(_) if !dir.is_dir() => return Err(Error::config(dir, "no such model directory")),
+            Err(error) => return Err(Error::config(&path, format!("cannot read the model's configuration: {error}"))),
+        };
+        let value: Value = serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("not JSON: {e}")))?;
+        let Value::Object(map) = value else {
+            return Err(Error::config(&path, "expected a JSON object"));
+        };
+        read(&Keys { path: &path, map: &map, parent: "" })
+    }
+
     /// An error about this file.
     pub fn error(&self, what: impl Into<String>) -> Error {
         Error::config(self.path, what)

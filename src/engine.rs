@@ -5,6 +5,8 @@
 //! (the backend may), and holds memory for admitted requests only.
 #![forbid(unsafe_code)]
 
+mod joint;
+
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -80,6 +82,7 @@ pub(crate) struct Loaded<B: Backend> {
     pub(crate) model: Model<B>,
     pub(crate) kv: B::KvCache,
     pub(crate) scratch: Scratch<B>,
+    pub(crate) joint: Option<joint::LoadedJoint<B>>,
 }
 
 impl<B: Backend> Loaded<B> {
@@ -89,9 +92,9 @@ impl<B: Backend> Loaded<B> {
         if bytes.is_none_or(|bytes| bytes > isize::MAX as usize / 4) {
             return Err(Error::request(format!("{num_pages} K/V pages of {page_size} positions are more than can be addressed")));
         }
-        let kv = backend.kv_cache(model.kv_shape(num_pages, page_size))?;
+        let kv = backend.kv_cache(model.kv_shape(num_pages, page_size, 0))?;
         let scratch = Scratch::new(backend, model.config(), 16)?;
-        Ok(Loaded { model, kv, scratch })
+        Ok(Loaded { model, kv, scratch, joint: None })
     }
 }
 
@@ -401,7 +404,7 @@ impl<B: Backend> Engine<B> {
             let plan = self.plan(&chosen, weights)?;
             let (rows, draws) = self.asks(&chosen, &plan);
             self.guide(&chosen, weights)?;
-            let Loaded { model, kv, scratch } = &mut self.models[weights];
+            let Loaded { model, kv, scratch, .. } = &mut self.models[weights];
             let backend = &self.backend;
             backend.range("forward", || model.forward(backend, &plan, &rows, kv, scratch, None))?;
             let answers = self.decide(&chosen, weights, &draws);
@@ -492,7 +495,7 @@ impl<B: Backend> Engine<B> {
             plan.push(&session.unprompted(), table.pages(), self.options.page_size, step.visibility, step.len);
         }
         let (rows, _) = self.asks(&guided, &plan);
-        let Loaded { model, kv, scratch } = &mut self.models[weights];
+        let Loaded { model, kv, scratch, .. } = &mut self.models[weights];
         let backend = &self.backend;
         backend.range("guide", || model.forward(backend, &plan, &rows, kv, scratch, None))?;
         model.keep_guide(backend, rows.len(), scratch)
@@ -522,7 +525,7 @@ impl<B: Backend> Engine<B> {
         };
         let mut run = self.backend.begin_run(&spec)?;
         let steps = spec.steps;
-        let Loaded { model, kv, scratch } = &mut self.models[weights];
+        let Loaded { model, kv, scratch, .. } = &mut self.models[weights];
         let entered = model.run(&self.backend, &mut run, &steps, kv, scratch)?;
         // Sessions that left the run: finished, failed, or with a draft that ended early.
         let mut over = vec![false; chosen.len()];

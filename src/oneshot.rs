@@ -61,7 +61,7 @@ impl<B: Backend> Engine<B> {
         let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
         plan.push(&rows, table.pages(), self.options.page_size, visibility, len);
         let wanted: Vec<u32> = (0..len as u32).collect();
-        let Loaded { model, kv, scratch } = &mut self.models[0];
+        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
         let outcome = model.forward(&self.backend, &plan, &wanted, kv, scratch, probe).and_then(|()| read(model, &self.backend, scratch));
         let freed = table.truncate(&mut self.pool, 0);
         self.pool.uncommit(needed);
@@ -158,7 +158,7 @@ impl<B: Backend> Engine<B> {
         }
         let all: Vec<u32> = (0..plan.num_rows() as u32).collect();
         let banned: Vec<u32> = self.config().mask_id.into_iter().collect();
-        let Loaded { model, kv, scratch } = &mut self.models[0];
+        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
         model.forward(&self.backend, &plan, &all, kv, scratch, None)?;
         let mut decisions = model.decide(&self.backend, &all, &draws, &banned, scratch)?.into_iter();
         for (index, count) in parts {
@@ -184,7 +184,7 @@ impl<B: Backend> Engine<B> {
         let (draws, banned, page_size) = (vec![draw; decided], self.banned.clone(), self.options.page_size);
         let mut times = Vec::with_capacity(runs);
         let (backend, pool) = (&self.backend, &mut self.pool);
-        let Loaded { model, kv, scratch } = &mut self.models[0];
+        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
         let mut table = PageTable::default();
         let needed = pool.pages_for(len);
         if !pool.commit(needed) {

@@ -315,6 +315,13 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn add_norm(&self, rows: usize, x: &mut Buffer, residual: &Buffer, norm: &Norm<Aligned<f32>>, out: &mut Buffer) -> Result<()> {
+        let len = rows * norm.weight.len();
+        assert!(residual.0.len().min(x.0.len()) >= len, "x of {}, residual of {} for {len} elements", x.0.len(), residual.0.len());
+        x.0[..len].iter_mut().zip(&residual.0[..len]).for_each(|(x, more)| *x += more);
+        self.norm(rows, x, norm, out)
+    }
+
     fn linear(
         &self,
         rows: usize,

@@ -25,6 +25,7 @@ use super::machine::{Machine, Memory};
 use super::norm;
 use super::rope_append::{self, HeadNorm, RopeAppend};
 use super::run::{Current, Run};
+use super::words::{Arrays, Words};
 use crate::backend::{
     Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, Rotation, Router, RowSource,
     RunSpec, StepDecisions,
@@ -137,19 +138,6 @@ pub struct Batch {
     pub(super) arrays: Arrays,
     pub(super) shape: BatchShape,
     origin: Origin,
-}
-
-/// Where the arrays of a batch lie.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Arrays {
-    pub ids: Address,
-    /// Places in the canvas, where `ids` is one.
-    pub index: Option<Address>,
-    pub positions: Address,
-    pub slots: Address,
-    pub visible: Address,
-    pub page_indptr: Address,
-    pub pages: Address,
 }
 
 enum Origin {
@@ -499,21 +487,11 @@ impl Backend for Cuda {
     }
 
     fn norm(&self, rows: usize, x: &Buffer, norm: &Norm<Vector>, out: &mut Buffer) -> Result<()> {
-        let Norm { kind, eps, weight, bias } = *norm;
-        let width = weight.len;
-        assert!(x.dtype == DType::F32 && width > 0 && bias.is_none_or(|b| b.len == width), "weight of {width}");
-        assert!(x.len.min(out.len) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.len, out.len);
-        let op = norm::Norm {
-            rows: rows as u32,
-            width: width as u32,
-            eps,
-            x: x.address,
-            weight: weight.memory.address(),
-            bias: bias.map(|b| b.memory.address()),
-            out: out.address,
-            out_dtype: out.dtype,
-        };
-        norm::norm(&self.machine, &op, kind)
+        self.norm_rows(rows, x, None, norm, out)
+    }
+
+    fn add_norm(&self, rows: usize, x: &mut Buffer, residual: &Buffer, norm: &Norm<Vector>, out: &mut Buffer) -> Result<()> {
+        self.norm_rows(rows, x, Some(residual), norm, out)
     }
 
     fn linear(&self, rows: usize, x: &Buffer, weight: &Matrix, bias: Option<&Vector>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
@@ -772,6 +750,26 @@ impl Backend for Cuda {
 }
 
 impl Cuda {
+    /// The norm, of the sum with a residual where there is one.
+    fn norm_rows(&self, rows: usize, x: &Buffer, residual: Option<&Buffer>, norm: &Norm<Vector>, out: &mut Buffer) -> Result<()> {
+        let Norm { kind, eps, weight, bias } = *norm;
+        let width = weight.len;
+        assert!(x.dtype == DType::F32 && width > 0 && bias.is_none_or(|b| b.len == width), "weight of {width}");
+        assert!(x.len.min(out.len) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.len, out.len);
+        assert!(residual.is_none_or(|r| r.dtype == DType::F32 && r.len >= rows * width), "residual for {rows} rows of {width}");
+        let op = norm::Norm {
+            rows: rows as u32,
+            width: width as u32,
+            eps,
+            x: x.address,
+            weight: weight.memory.address(),
+            bias: bias.map(|b| b.memory.address()),
+            out: out.address,
+            out_dtype: out.dtype,
+        };
+        norm::add_norm(&self.machine, &op, kind, residual.map(|r| r.address))
+    }
+
     /// The work list of a batch and where it lies.
     fn work_list(&self, batch: &Batch, heads: HeadShape) -> Result<(TileShape, Address)> {
         match &batch.origin {
@@ -807,63 +805,6 @@ fn poison(dtype: DType) -> u32 {
     }
 }
 
-/// Words on their way to the device.
-#[derive(Default)]
-pub(super) struct Words(pub Vec<u32>);
-
-/// Where the arrays of a plan begin, in words.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Places {
-    pub ids: usize,
-    pub positions: usize,
-    pub slots: usize,
-    pub visible: usize,
-    pub page_indptr: usize,
-    pub pages: usize,
-}
-
-impl Words {
-    /// Appends an array at the next 16 bytes; returns its place.
-    pub fn push(&mut self, words: impl IntoIterator<Item = u32>) -> usize {
-        self.0.resize(self.0.len().next_multiple_of(4), 0);
-        let place = self.0.len();
-        self.0.extend(words);
-        place
-    }
-
-    /// Appends a plan's arrays, padded to `rows` rows that write nothing and see nothing.
-    pub fn plan(&mut self, plan: &Plan, rows: usize) -> Places {
-        let padded = |values: &[u32], fill: u32| {
-            let padding = std::iter::repeat_n(fill, rows - values.len());
-            values.iter().copied().chain(padding).collect::<Vec<u32>>()
-        };
-        Places {
-            ids: self.push(padded(&plan.ids, 0)),
-            positions: self.push(padded(&plan.positions, 0)),
-            slots: self.push(padded(&plan.slots, rope_append::NO_SLOT)),
-            visible: self.push(padded(&plan.visible, 0)),
-            page_indptr: self.push(plan.page_indptr.iter().copied()),
-            pages: self.push(plan.pages.iter().copied()),
-        }
-    }
-}
-
-impl Places {
-    /// The same as addresses behind `base`.
-    pub fn at(&self, base: Address) -> Arrays {
-        let at = |place: usize| base + 4 * place as u64;
-        Arrays {
-            ids: at(self.ids),
-            index: None,
-            positions: at(self.positions),
-            slots: at(self.slots),
-            visible: at(self.visible),
-            page_indptr: at(self.page_indptr),
-            pages: at(self.pages),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -873,23 +814,5 @@ mod tests {
     fn an_engine_crosses_threads() {
         fn crosses<T: Send>() {}
         crosses::<crate::Engine<Cuda>>();
-    }
-
-    #[test]
-    fn arrays_of_a_plan_begin_at_sixteen_bytes_and_padding_writes_nothing() {
-        let mut plan = Plan::new();
-        plan.push(&[(3, 7), (4, 8), (5, 9)], &[5, 2], 4, crate::plan::Visibility::Full, 6);
-        let mut words = Words::default();
-        words.push([1]);
-        let places = words.plan(&plan, 8);
-        let at = |place: usize, count: usize| &words.0[place..place + count];
-        assert_eq!(at(places.ids, 8), [7, 8, 9, 0, 0, 0, 0, 0]);
-        assert_eq!(at(places.slots, 8), [23, 8, 9, u32::MAX, u32::MAX, u32::MAX, u32::MAX, u32::MAX]);
-        assert_eq!(at(places.visible, 8), [6, 6, 6, 0, 0, 0, 0, 0]);
-        assert_eq!((at(places.page_indptr, 2), at(places.pages, 2)), (&[0, 2][..], &[5, 2][..]));
-        for place in [places.ids, places.positions, places.slots, places.visible, places.page_indptr, places.pages] {
-            assert_eq!(place % 4, 0);
-        }
-        assert_eq!(places.at(0x1000).slots, 0x1000 + 4 * places.slots as u64);
     }
 }

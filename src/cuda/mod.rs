@@ -50,6 +50,7 @@ pub mod route;
 mod run;
 mod staging;
 mod trouble;
+mod words;
 
 pub use backend::{Batch, Buffer, Cuda, KvCache, Matrix, Rows, Vector};
 pub use compile::{Compiled, Compiler, EntryUse, compiler};

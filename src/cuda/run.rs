@@ -14,12 +14,13 @@
 #![forbid(unsafe_code)]
 
 use super::ask::{self, Ask, SessionSummary, trouble};
-use super::backend::{Arrays, Batch, BatchShape, Cuda, Matrix, Places, Rows, RunPlaces, Signature, Vector, Words};
+use super::backend::{Batch, BatchShape, Cuda, Matrix, Rows, RunPlaces, Signature, Vector};
 use super::decide::{self, Decide, DecisionRecord, DrawRecord};
 use super::driver::Address;
 use super::machine::{Machine, Memory};
 use super::remask::{self, RemaskParams, state};
 use super::reveal::{self, RevealParams};
+use super::words::{Arrays, Places, Words};
 use crate::backend::{RunDecision, RunSpec, RunStep, SessionStep, StepDecisions};
 use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};

@@ -91,7 +91,7 @@ pub(crate) fn shared_config(dir: &Path, keys: &Keys, family: Family, attention: 
 
 /// Names and shapes of every tensor that [`load`] reads, in its order.
 pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
+    let (c, v) = (config.hidden_dim, config.vocab_size);
     let mut list: Vec<(String, Vec<usize>)> = Vec::new();
     let mut add = |name: String, shape: &[usize]| list.push((format!("backbone.{name}"), shape.to_vec()));
     if let Some(d) = config.cond_dim {
@@ -106,18 +106,8 @@ pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
             add(format!("blocks.{i}.adaLN_modulation.weight"), &[6 * c, d]);
             add(format!("blocks.{i}.adaLN_modulation.bias"), &[6 * c]);
         }
-        let leaves: [(&str, &[usize]); 8] = [
-            ("mlp.2.bias", &[c]),
-            ("norm1.weight", &[c]),
-            ("attn_qkv.weight", &[3 * c, c]),
-            ("attn_out.weight", &[c, c]),
-            ("norm2.weight", &[c]),
-            ("mlp.0.weight", &[f, c]),
-            ("mlp.0.bias", &[f]),
-            ("mlp.2.weight", &[c, f]),
-        ];
-        for (leaf, shape) in leaves {
-            add(format!("blocks.{i}.{leaf}"), shape);
+        for (name, shape) in layer_tensors(config, &format!("blocks.{i}")) {
+            add(name, &shape);
         }
     }
     if let Some(d) = config.cond_dim {
@@ -128,6 +118,22 @@ pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     add("output_layer.linear.weight".into(), &[v, c]);
     add("output_layer.linear.bias".into(), &[v]);
     list
+}
+
+/// Those of one layer without its modulation, whose names begin with `prefix`.
+pub(super) fn layer_tensors(config: &ModelConfig, prefix: &str) -> Vec<(String, Vec<usize>)> {
+    let (c, f) = (config.hidden_dim, config.mlp_dim);
+    let leaves: [(&str, &[usize]); 8] = [
+        ("mlp.2.bias", &[c]),
+        ("norm1.weight", &[c]),
+        ("attn_qkv.weight", &[3 * c, c]),
+        ("attn_out.weight", &[c, c]),
+        ("norm2.weight", &[c]),
+        ("mlp.0.weight", &[f, c]),
+        ("mlp.0.bias", &[f]),
+        ("mlp.2.weight", &[c, f]),
+    ];
+    leaves.map(|(leaf, shape)| (format!("{prefix}.{leaf}"), shape.to_vec())).to_vec()
 }
 
 /// LayerNorm weight under a (shift, scale) pair; plain where there is no adaLN.
@@ -159,7 +165,7 @@ fn silu(x: f64) -> f64 {
 
 /// Packs a BD3-LM or MDLM checkpoint. Errors name the missing or misshapen tensor.
 pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
-    let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
+    let (c, v) = (config.hidden_dim, config.vocab_size);
     let mut r = Reader::new(backend, weights, progress, &tensors(&config))?;
 
     let condition = match config.cond_dim {
@@ -182,29 +188,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
 
     let mut layers = Vec::with_capacity(config.num_layers);
     for i in 0..config.num_layers {
-        let name = |leaf: &str| format!("backbone.blocks.{i}.{leaf}");
-        // Order of the chunks: shift, scale, gate for attention, then for the MLP.
-        let modulation = match &condition {
-            None => None,
-            Some(condition) => Some(modulation(&mut r, &name("adaLN_modulation"), condition, 6, c)?),
-        };
-        let part = |index: usize| modulation.as_ref().map(|m| &m[index * c..(index + 1) * c]);
-        let pair = |index: usize| part(index).zip(part(index + 1));
-        let mut down_bias = r.values(&name("mlp.2.bias"), c)?;
-        if let Some(gate) = part(5) {
-            down_bias.iter_mut().zip(gate).for_each(|(b, g)| *b *= g);
-        }
-        layers.push(Layer {
-            attn_norm: norm(&mut r, &name("norm1.weight"), c, pair(0))?,
-            qkv: Linear { weight: r.matrix(&name("attn_qkv.weight"), 3 * c, c, None)?, bias: None },
-            head_norm: None,
-            attn_out: Linear { weight: r.matrix(&name("attn_out.weight"), c, c, part(2))?, bias: None },
-            mlp_norm: norm(&mut r, &name("norm2.weight"), c, pair(3))?,
-            mlp: FeedForward::Dense(Dense {
-                up: r.linear(&name("mlp.0"), f, c, true)?,
-                down: Linear { weight: r.matrix(&name("mlp.2.weight"), c, f, part(5))?, bias: Some(backend.vector(&down_bias)?) },
-            }),
-        });
+        layers.push(load_layer(&mut r, &config, &format!("backbone.blocks.{i}"), condition.as_deref())?);
     }
 
     let modulation = match &condition {
@@ -214,4 +198,32 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
     let final_norm = norm(&mut r, "backbone.output_layer.norm_final.weight", c, modulation.as_ref().map(|m| m.split_at(c)))?;
     let head = r.linear("backbone.output_layer.linear", v, c, true)?;
     Ok(Model::new(config, Some(table), layers, final_norm, head))
+}
+
+/// Packs what [`layer_tensors`] lists, under the modulation of `condition` where there is one.
+pub(super) fn load_layer<B: Backend>(r: &mut Reader<B>, config: &ModelConfig, prefix: &str, condition: Option<&[f64]>) -> Result<Layer<B>> {
+    let (c, f) = (config.hidden_dim, config.mlp_dim);
+    let name = |leaf: &str| format!("{prefix}.{leaf}");
+    // Order of the chunks: shift, scale, gate for attention, then for the MLP.
+    let modulation = match condition {
+        None => None,
+        Some(condition) => Some(modulation(r, &name("adaLN_modulation"), condition, 6, c)?),
+    };
+    let part = |index: usize| modulation.as_ref().map(|m| &m[index * c..(index + 1) * c]);
+    let pair = |index: usize| part(index).zip(part(index + 1));
+    let mut down_bias = r.values(&name("mlp.2.bias"), c)?;
+    if let Some(gate) = part(5) {
+        down_bias.iter_mut().zip(gate).for_each(|(b, g)| *b *= g);
+    }
+    Ok(Layer {
+        attn_norm: norm(r, &name("norm1.weight"), c, pair(0))?,
+        qkv: Linear { weight: r.matrix(&name("attn_qkv.weight"), 3 * c, c, None)?, bias: None },
+        head_norm: None,
+        attn_out: Linear { weight: r.matrix(&name("attn_out.weight"), c, c, part(2))?, bias: None },
+        mlp_norm: norm(r, &name("norm2.weight"), c, pair(3))?,
+        mlp: FeedForward::Dense(Dense {
+            up: r.linear(&name("mlp.0"), f, c, true)?,
+            down: Linear { weight: r.matrix(&name("mlp.2.weight"), c, f, part(5))?, bias: Some(r.backend.vector(&down_bias)?) },
+        }),
+    })
 }

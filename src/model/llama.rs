@@ -9,7 +9,7 @@
 use std::path::Path;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope, RopeScaling};
-use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Moe, Sampling, Switches};
 use crate::error::Result;
 use crate::model::reader::Reader;
 use crate::model::{Dense, FeedForward, Layer, Linear, Model, Progress, llada, llada2, moe};
@@ -271,92 +271,108 @@ fn sliding_window(keys: &Keys, family: Family, num_layers: usize, model_length: 
     }
 }
 
-/// Names and shapes of every tensor that [`load`] reads, in its order.
+/// Names and shapes of every tensor that [`load`] reads.
 pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
-    let switches = config.switches;
+    let (c, v) = (config.hidden_dim, config.vocab_size);
     let names = names(config.family);
     let mut list = vec![(names.table.to_string(), vec![v, c])];
     for i in 0..config.num_layers {
-        let mut add = |leaf: &str, shape: &[usize]| list.push((format!("{}.{i}.{leaf}", names.layers), shape.to_vec()));
-        let mut linear = |name: &str, n: usize, k: usize, with_bias: bool| {
-            add(&format!("{name}.weight"), &[n, k]);
-            if with_bias {
-                add(&format!("{name}.bias"), &[n]);
-            }
-        };
-        for (name, width) in names.qkv.parts(config.heads) {
-            linear(name, width, c, switches.qkv_bias);
-        }
-        linear(names.attn_out, c, config.heads.q_width(), switches.attn_out_bias);
-        let experts = config.experts(i);
-        if experts.is_none() {
-            for (name, n, k) in [(names.gate, f, c), (names.up, f, c), (names.down, c, f)] {
-                linear(name, n, k, switches.mlp_bias);
-            }
-        }
-        for norm in [names.attn_norm, names.mlp_norm] {
-            add(norm, &[c]);
-        }
-        if switches.qk_norm {
-            for norm in [names.q_norm, names.k_norm] {
-                add(norm, &[config.heads.head_dim]);
-            }
-        }
-        if let Some(experts) = experts {
-            list.extend(moe::tensors(config, experts, &format!("{}.{i}", names.layers)));
-        }
+        list.extend(layer_tensors(config, &format!("{}.{i}", names.layers), config.experts(i)));
     }
     list.push((names.final_norm.to_string(), vec![c]));
-    if !switches.tied_head {
+    if !config.switches.tied_head {
         list.push((names.head.to_string(), vec![v, c]));
+    }
+    list
+}
+
+/// Those of one layer, whose names begin with `prefix`.
+pub(super) fn layer_tensors(config: &ModelConfig, prefix: &str, experts: Option<&Moe>) -> Vec<(String, Vec<usize>)> {
+    let (c, f) = (config.hidden_dim, config.mlp_dim);
+    let switches = config.switches;
+    let names = names(config.family);
+    let mut list = Vec::new();
+    let mut add = |leaf: &str, shape: &[usize]| list.push((format!("{prefix}.{leaf}"), shape.to_vec()));
+    let mut linear = |name: &str, n: usize, k: usize, with_bias: bool| {
+        add(&format!("{name}.weight"), &[n, k]);
+        if with_bias {
+            add(&format!("{name}.bias"), &[n]);
+        }
+    };
+    for (name, width) in names.qkv.parts(config.heads) {
+        linear(name, width, c, switches.qkv_bias);
+    }
+    linear(names.attn_out, c, config.heads.q_width(), switches.attn_out_bias);
+    if experts.is_none() {
+        for (name, n, k) in [(names.gate, f, c), (names.up, f, c), (names.down, c, f)] {
+            linear(name, n, k, switches.mlp_bias);
+        }
+    }
+    for norm in [names.attn_norm, names.mlp_norm] {
+        add(norm, &[c]);
+    }
+    if switches.qk_norm {
+        for norm in [names.q_norm, names.k_norm] {
+            add(norm, &[config.heads.head_dim]);
+        }
+    }
+    if let Some(experts) = experts {
+        list.extend(moe::tensors(config, experts, prefix));
     }
     list
 }
 
 /// Packs a checkpoint. Errors name the missing or misshapen tensor.
 pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
-    let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
-    let switches = config.switches;
+    let (c, v) = (config.hidden_dim, config.vocab_size);
+    let tied = config.switches.tied_head;
     let names = names(config.family);
     let mut r = Reader::new(backend, weights, progress, &tensors(&config))?;
     // A tied table is the head, and held as that alone: of a small model it is a sixth of all weights.
-    let table = if switches.tied_head { None } else { Some(r.table(names.table, v, c)?) };
+    let table = if tied { None } else { Some(r.table(names.table, v, c)?) };
     let mut layers = Vec::with_capacity(config.num_layers);
     for i in 0..config.num_layers {
-        let name = |leaf: &str| format!("{}.{i}.{leaf}", names.layers);
-        let parts: Vec<(String, usize)> = names.qkv.parts(config.heads).into_iter().map(|(part, width)| (name(part), width)).collect();
-        let weights: Vec<(String, usize)> = parts.iter().map(|(part, width)| (format!("{part}.weight"), *width)).collect();
-        let mut qkv = Linear { weight: r.stacked(&weights, c)?, bias: None };
-        if switches.qkv_bias {
-            let mut bias = Vec::with_capacity(config.heads.qkv_width());
-            for (part, width) in &parts {
-                bias.extend(r.values(&format!("{part}.bias"), *width)?);
-            }
-            qkv.bias = Some(backend.vector(&bias)?);
-        }
-        let mlp = match config.experts(i) {
-            Some(experts) => FeedForward::Experts(moe::load(&mut r, experts, &format!("{}.{i}", names.layers))?),
-            None => FeedForward::Dense(Dense {
-                up: r.interleaved_linear(&name(names.gate), &name(names.up), f, c, switches.mlp_bias)?,
-                down: r.linear(&name(names.down), c, f, switches.mlp_bias)?,
-            }),
-        };
-        layers.push(Layer {
-            attn_norm: r.norm(&name(names.attn_norm), c)?,
-            qkv,
-            head_norm: if switches.qk_norm {
-                let width = config.heads.head_dim;
-                Some([r.vector(&name(names.q_norm), width)?, r.vector(&name(names.k_norm), width)?])
-            } else {
-                None
-            },
-            attn_out: r.linear(&name(names.attn_out), c, config.heads.q_width(), switches.attn_out_bias)?,
-            mlp_norm: r.norm(&name(names.mlp_norm), c)?,
-            mlp,
-        });
+        layers.push(load_layer(&mut r, &config, &format!("{}.{i}", names.layers), config.experts(i))?);
     }
     let final_norm = r.norm(names.final_norm, c)?;
-    let head = r.matrix(if switches.tied_head { names.table } else { names.head }, v, c, None)?;
+    let head = r.matrix(if tied { names.table } else { names.head }, v, c, None)?;
     Ok(Model::new(config, table, layers, final_norm, Linear { weight: head, bias: None }))
+}
+
+/// Packs what [`layer_tensors`] lists.
+pub(super) fn load_layer<B: Backend>(r: &mut Reader<B>, config: &ModelConfig, prefix: &str, experts: Option<&Moe>) -> Result<Layer<B>> {
+    let (c, f) = (config.hidden_dim, config.mlp_dim);
+    let switches = config.switches;
+    let names = names(config.family);
+    let name = |leaf: &str| format!("{prefix}.{leaf}");
+    let parts: Vec<(String, usize)> = names.qkv.parts(config.heads).into_iter().map(|(part, width)| (name(part), width)).collect();
+    let weights: Vec<(String, usize)> = parts.iter().map(|(part, width)| (format!("{part}.weight"), *width)).collect();
+    let mut qkv = Linear { weight: r.stacked(&weights, c)?, bias: None };
+    if switches.qkv_bias {
+        let mut bias = Vec::with_capacity(config.heads.qkv_width());
+        for (part, width) in &parts {
+            bias.extend(r.values(&format!("{part}.bias"), *width)?);
+        }
+        qkv.bias = Some(r.backend.vector(&bias)?);
+    }
+    let mlp = match experts {
+        Some(experts) => FeedForward::Experts(moe::load(r, experts, prefix)?),
+        None => FeedForward::Dense(Dense {
+            up: r.interleaved_linear(&name(names.gate), &name(names.up), f, c, switches.mlp_bias)?,
+            down: r.linear(&name(names.down), c, f, switches.mlp_bias)?,
+        }),
+    };
+    Ok(Layer {
+        attn_norm: r.norm(&name(names.attn_norm), c)?,
+        qkv,
+        head_norm: if switches.qk_norm {
+            let width = config.heads.head_dim;
+            Some([r.vector(&name(names.q_norm), width)?, r.vector(&name(names.k_norm), width)?])
+        } else {
+            None
+        },
+        attn_out: r.linear(&name(names.attn_out), c, config.heads.q_width(), switches.attn_out_bias)?,
+        mlp_norm: r.norm(&name(names.mlp_norm), c)?,
+        mlp,
+    })
 }

@@ -12,6 +12,7 @@
 pub mod bd3lm;
 pub mod dream;
 pub mod fast_dllm;
+pub mod joint;
 pub mod llada;
 pub mod llada2;
 pub mod llada_moe;
@@ -108,6 +109,47 @@ impl<B: Backend> Dense<B> {
     }
 }
 
+impl<B: Backend> Layer<B> {
+    /// The queries of `scratch.x`'s rows in `scratch.qkv`, and their K/V in the pages of `layer`.
+    #[allow(clippy::too_many_arguments)] // as the forward's
+    fn keys(
+        &self,
+        backend: &B,
+        config: &ModelConfig,
+        rows: usize,
+        batch: &B::Batch,
+        layer: usize,
+        kv: &mut B::KvCache,
+        scratch: &mut Scratch<B>,
+    ) -> Result<()> {
+        let Scratch { x, h, qkv, .. } = scratch;
+        self.attn_norm.apply(backend, config, rows, x, h)?;
+        self.qkv.apply(backend, rows, h, Epilogue::Store, qkv)?;
+        let norm = self.head_norm.as_ref().map(|[q, k]| HeadNorm { q, k, eps: config.norm_eps });
+        backend.rope_append(batch, config.heads, &Rotation { rope: config.rope, norm }, qkv, layer, kv)
+    }
+
+    /// From what attention left in `scratch.h` to the layer's output in `scratch.x`.
+    fn rest(&self, backend: &B, config: &ModelConfig, rows: usize, scratch: &mut Scratch<B>) -> Result<()> {
+        let Scratch { x, h, qkv, mlp, routes, .. } = scratch;
+        self.attn_out.apply(backend, rows, h, Epilogue::Add, x)?;
+        self.mlp_norm.apply(backend, config, rows, x, h)?;
+        match &self.mlp {
+            FeedForward::Dense(dense) => {
+                let activation = match config.switches.mlp {
+                    Mlp::Gelu => Epilogue::Gelu,
+                    Mlp::SwiGlu => Epilogue::SwiGlu,
+                };
+                dense.apply(backend, rows, activation, h, mlp, x)
+            }
+            FeedForward::Experts(experts) => {
+                let (moe, routes) = config.moe.as_ref().zip(routes.as_mut()).expect("made with the layer");
+                experts.apply(backend, moe, rows, h, moe::Room { logits: qkv, mlp, routes }, x)
+            }
+        }
+    }
+}
+
 /// Everything that keeps a checkpoint from loading: missing and misshapen tensors. Values are not read.
 pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
     let tensors = match config.family {
@@ -201,14 +243,24 @@ impl<B: Backend> Model<B> {
         Model { id: unique(), config, table, layers, final_norm, head }
     }
 
+    /// (V, C) for lookups.
+    fn embedding(&self) -> &B::Matrix {
+        self.table.as_ref().unwrap_or(&self.head.weight)
+    }
+
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Shape of the page store this model needs.
-    pub fn kv_shape(&self, num_pages: usize, page_size: usize) -> KvShape {
+    /// The row that answers a position.
+    pub fn answering(&self, position: usize) -> usize {
+        if self.config.shift { position.saturating_sub(1) } else { position }
+    }
+
+    /// Shape of the page store this model needs, with `more` layers behind its own.
+    pub fn kv_shape(&self, num_pages: usize, page_size: usize, more: usize) -> KvShape {
         KvShape {
-            num_layers: self.config.num_layers,
+            num_layers: self.config.num_layers + more,
             num_pages,
             page_size,
             num_kv_heads: self.config.heads.num_kv_heads,
@@ -250,19 +302,13 @@ impl<B: Backend> Model<B> {
         mut probe: Option<Probe<B>>,
     ) -> Result<()> {
         let config = &self.config;
-        let activation = match config.switches.mlp {
-            Mlp::Gelu => Epilogue::Gelu,
-            Mlp::SwiGlu => Epilogue::SwiGlu,
-        };
-        let Scratch { x, h, qkv, picked, mlp, routes, .. } = scratch;
-        backend.embed(batch, self.table.as_ref().unwrap_or(&self.head.weight), x)?;
+        let Scratch { x, .. } = &mut *scratch;
+        backend.embed(batch, self.embedding(), x)?;
         let mut look = |layer: usize, x: &B::Buffer| probe.as_mut().map_or(Ok(()), |probe| probe(backend, layer, x));
         look(0, x)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            layer.attn_norm.apply(backend, config, rows, x, h)?;
-            layer.qkv.apply(backend, rows, h, Epilogue::Store, qkv)?;
-            let norm = layer.head_norm.as_ref().map(|[q, k]| HeadNorm { q, k, eps: config.norm_eps });
-            backend.rope_append(batch, config.heads, &Rotation { rope: config.rope, norm }, qkv, i, kv)?;
+            layer.keys(backend, config, rows, batch, i, kv, scratch)?;
+            let Scratch { x, h, qkv, picked, .. } = &mut *scratch;
             match wanted {
                 Some(wanted) if i + 1 == self.layers.len() => {
                     // Queries and residuals of the wanted rows move up; their K/V are in the pages like everyone's.
@@ -277,16 +323,8 @@ impl<B: Backend> Model<B> {
                 }
                 _ => backend.attention(batch, config.heads, qkv, i, kv, h)?,
             }
-            layer.attn_out.apply(backend, rows, h, Epilogue::Add, x)?;
-            layer.mlp_norm.apply(backend, config, rows, x, h)?;
-            match &layer.mlp {
-                FeedForward::Dense(dense) => dense.apply(backend, rows, activation, h, mlp, x)?,
-                FeedForward::Experts(experts) => {
-                    let (moe, routes) = config.moe.as_ref().zip(routes.as_mut()).expect("made with the layer");
-                    experts.apply(backend, moe, rows, h, moe::Room { logits: qkv, mlp, routes }, x)?
-                }
-            }
-            look(i + 1, x)?;
+            layer.rest(backend, config, rows, scratch)?;
+            look(i + 1, &scratch.x)?;
         }
         Ok(())
     }

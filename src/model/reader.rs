@@ -57,6 +57,15 @@ impl<'a, B: Backend> Reader<'a, B> {
         })
     }
 
+    /// Packs `k` columns from `first_column` on of an (n, width) weight.
+    pub fn columns(&mut self, name: &str, n: usize, width: usize, first_column: usize, k: usize) -> Result<B::Matrix> {
+        let tensor = self.tensor(name, &[n, width])?;
+        self.backend.matrix(n, k, &|first, dst| {
+            let mut rows = dst.chunks_exact_mut(k).enumerate();
+            rows.try_for_each(|(i, row)| tensor.read((first + i) * width + first_column, row))
+        })
+    }
+
     /// Packs weights of (rows, k) each as one matrix, one below the other.
     pub fn stacked(&mut self, parts: &[(String, usize)], k: usize) -> Result<B::Matrix> {
         let mut tensors = Vec::with_capacity(parts.len());

@@ -4,6 +4,8 @@
 #[path = "../parity/fixture.rs"]
 #[allow(dead_code)] // shared with the parity tests, which need all of it
 mod fixture;
+#[path = "../parity/joint.rs"]
+mod joint;
 #[path = "../decode/support.rs"]
 #[allow(dead_code)] // shared with the tests of the engine's laws
 mod support;

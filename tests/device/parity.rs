@@ -4,6 +4,7 @@ use redraft::DType;
 
 use crate::backends;
 use crate::fixture::{self, relative, text, visibility};
+use crate::joint;
 
 /// As for the CPU: the golden values' own rounding, and another order of summation.
 const F32_BOUND: f64 = 2e-5;
@@ -45,4 +46,15 @@ fn every_layer_agrees_in_f32() {
 #[test]
 fn every_layer_agrees_in_bf16_up_to_its_rounding() {
     worst(DType::Bf16, |layers| 4.0 * 1.5 * 0.8165 / 512.0 * ((7 * layers + 1) as f64).sqrt());
+}
+
+/// The joint sampler's layer, call by call.
+#[test]
+fn chained_calls_of_the_joint_sampler_agree_in_f32() {
+    for name in ["bd3lm-adaln", "dream", "llada"] {
+        for backend in backends(DType::F32) {
+            let worst = joint::worst(name, backend);
+            assert!(worst <= 5e-5, "{name}: {worst:.2e}");
+        }
+    }
 }

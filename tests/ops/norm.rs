@@ -33,6 +33,24 @@ fn agrees_with_the_oracle() {
     });
 }
 
+/// The residual is added where the row lies, with one rounding, and the norm is that of the sum.
+#[test]
+fn a_residual_is_added_before_the_norm() {
+    each!(b in cpus(2), {
+        for (rows, width) in [(1, 1), (3, 15), (5, 100), (40, 257)] {
+            let (x, more, weight) = (noise(rows * width, 1), noise(rows * width, 2), noise(width, 3));
+            let sums: Vec<f32> = x.iter().zip(&more).map(|(x, more)| x + more).collect();
+            for kind in KINDS {
+                let (mut buffer, mut out, vector) = (b.upload(&x), b.alloc(rows * width).unwrap(), b.vector(&weight).unwrap());
+                let norm = Norm { kind, eps: 1e-5, weight: &vector, bias: None };
+                b.add_norm(rows, &mut buffer, &b.upload(&more), &norm, &mut out).unwrap();
+                assert_same(&b.name(), &b.read(&buffer, rows * width), &sums);
+                assert_same(&b.name(), &b.read(&out, rows * width), &run(b, kind, rows, &sums, &weight, None));
+            }
+        }
+    });
+}
+
 #[test]
 fn a_row_does_not_depend_on_its_neighbours_or_on_threads() {
     for (one, two) in cpus(1).iter().zip(&cpus(2)) {

@@ -85,8 +85,20 @@ impl Fixture {
         json(&self.dir.join(file))
     }
 
+    /// Shape and values in another of the directory's files.
+    pub fn floats_of(&self, file: &str, name: &str) -> (Vec<usize>, Vec<f32>) {
+        let path = self.dir.join(file);
+        let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let (shape, words) = self.view(&bytes, name, Dtype::F32);
+        (shape, words.into_iter().map(f32::from_le_bytes).collect())
+    }
+
     fn tensor(&self, name: &str, dtype: Dtype) -> (Vec<usize>, Vec<[u8; 4]>) {
-        let tensors = SafeTensors::deserialize(&self.tensors).expect("golden.safetensors");
+        self.view(&self.tensors, name, dtype)
+    }
+
+    fn view(&self, bytes: &[u8], name: &str, dtype: Dtype) -> (Vec<usize>, Vec<[u8; 4]>) {
+        let tensors = SafeTensors::deserialize(bytes).expect("golden tensors");
         let view = tensors.tensor(name).unwrap_or_else(|e| panic!("{}: {name}: {e}", self.name));
         assert_eq!(view.dtype(), dtype, "{}: {name}", self.name);
         (view.shape().to_vec(), view.data().as_chunks::<4>().0.to_vec())

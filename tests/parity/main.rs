@@ -6,4 +6,5 @@
 mod decodes;
 mod fixture;
 mod golden;
+mod joint;
 mod traces;
