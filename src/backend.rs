@@ -446,8 +446,9 @@ pub trait Backend {
     /// The batch of the given rows alone (ascending), over the same pages: [`Plan::select`]. For `attention` only.
     fn select(&self, batch: &Self::Batch, rows: &Self::Rows) -> Result<Self::Batch>;
 
-    /// `out[t, :] = table[ids[t], :]`, the table from `table` or, where it is also the head, from `matrix`. T from the batch; `out` holds at least T * k.
-    fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, out: &mut Self::Buffer) -> Result<()>;
+    /// `out[t, :] = table[ids[t], :]`, `+ positions[position of t, :]` where positions are learned; a table is from `table` or, where it is also the
+    /// head, from `matrix`. T from the batch; `out` holds at least T * k.
+    fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, positions: Option<&Self::Matrix>, out: &mut Self::Buffer) -> Result<()>;
     /// `out (rows, C) = norm(x (rows, C))` row by row, C the width of the norm's weight; statistics in f32 or wider.
     fn norm(&self, rows: usize, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer) -> Result<()>;
     /// `x (rows, C) += residual (rows, C)`, then `out = norm(x)`.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
-use crate::model::{bd3lm, dream, fast_dllm, llada, llada_moe, llada2, llama, mdlm, qwen3_moe, sdar, stable_diffcoder};
+use crate::model::{bd3lm, dream, fast_dllm, gpt2, llada, llada_moe, llada2, llama, mdlm, qwen3_moe, sdar, stable_diffcoder};
 use crate::schedule::{valid_temperature, valid_top_p};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
@@ -33,6 +33,7 @@ pub enum Family {
     Rnd1,
     FastDllm,
     StableDiffcoder,
+    Gpt2,
     Llama,
     Mistral,
     Qwen2,
@@ -54,6 +55,7 @@ impl Family {
             Family::Rnd1 => "rnd1",
             Family::FastDllm => "fast-dllm",
             Family::StableDiffcoder => "stable-diffcoder",
+            Family::Gpt2 => "gpt2",
             Family::Llama => "llama",
             Family::Mistral => "mistral",
             Family::Qwen2 => "qwen2",
@@ -97,6 +99,7 @@ impl Family {
             Family::Rnd1 => &["RND1LM"],
             Family::FastDllm => &["Fast_dLLM_QwenForCausalLM"],
             Family::StableDiffcoder => &["StableDiffcoderForCausalLM"],
+            Family::Gpt2 => &["GPT2LMHeadModel"],
             Family::Llama => &["LlamaForCausalLM"],
             Family::Mistral => &["MistralForCausalLM"],
             Family::Qwen2 => &["Qwen2ForCausalLM"],
@@ -105,7 +108,7 @@ impl Family {
         }
     }
 
-    const ALL: [Family; 16] = [
+    const ALL: [Family; 17] = [
         Family::Bd3lm,
         Family::Mdlm,
         Family::Llada,
@@ -115,6 +118,7 @@ impl Family {
         Family::SdarMoe,
         Family::Rnd1,
         Family::FastDllm,
+        Family::Gpt2,
         Family::Llama,
         Family::Mistral,
         Family::Qwen2,
@@ -162,6 +166,8 @@ pub struct Switches {
     pub qk_norm: bool,
     /// The head is the embedding table.
     pub tied_head: bool,
+    /// Positions are rows of a table, as many as the model's length, added to the embedding; nothing is rotated.
+    pub learned_positions: bool,
 }
 
 /// Experts in the place of MLPs.
@@ -240,6 +246,7 @@ impl ModelConfig {
             family @ (Family::SdarMoe | Family::Rnd1 | Family::Qwen3Moe) => qwen3_moe::config(dir, keys, family),
             Family::FastDllm => fast_dllm::config(dir, keys),
             Family::StableDiffcoder => stable_diffcoder::config(dir, keys),
+            Family::Gpt2 => gpt2::config(dir, keys),
             family @ (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3) => llama::config(dir, keys, family),
         }?;
         config.stop_ids = config.eos_id.into_iter().collect();
@@ -269,7 +276,9 @@ impl ModelConfig {
 
     /// Positions served at most.
     pub fn max_len(&self) -> usize {
-        self.model_length.saturating_mul(MAX_STRETCH).min(self.sliding_window.unwrap_or(usize::MAX))
+        // A table of positions cannot be stretched.
+        let stretch = if self.switches.learned_positions { 1 } else { MAX_STRETCH };
+        self.model_length.saturating_mul(stretch).min(self.sliding_window.unwrap_or(usize::MAX))
     }
 
     /// Refuses sequences that are longer than this model is served with.

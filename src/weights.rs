@@ -147,6 +147,11 @@ impl Weights {
         Ok(Tensor { name: name.to_string(), len: shape.iter().product(), data: Data::Mapped(entry, shard) })
     }
 
+    /// Whether there is a tensor of the name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.random || self.tensors.contains_key(name)
+    }
+
     /// Every tensor is there, of its shape and of a dtype that is read; else the first few that are not.
     pub fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
         all(expected.iter().filter_map(|(name, shape)| self.tensor(name, shape).err()).collect())

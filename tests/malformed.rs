@@ -301,7 +301,7 @@ fn broken_configurations() {
             spoil(key, Some(value), &[key, "131"]);
         }
     }
-    for value in [json!("gpt2"), json!("BD3LM"), json!("bd3lm ")] {
+    for value in [json!("bert"), json!("BD3LM"), json!("bd3lm ")] {
         let shown = value.as_str().expect("text").to_string();
         spoil("model_type", Some(value), &[&shown, "bd3lm", "mdlm"]);
     }
@@ -587,6 +587,62 @@ fn plain_decoders_of_another_shape() {
 }
 
 /// A configuration that does not describe the weights beside it: the first tensor that does not fit is named, with both shapes.
+/// GPT-2: what would change its numbers is refused, names with and without the class's prefix are the same model, other shapes run.
+#[test]
+fn gpt2() {
+    let copy = Copy::of("gpt2");
+    let good = copy.json("config.json");
+    copy.load().expect("good");
+    for (key, value, words) in [
+        ("activation_function", json!("relu"), ["gelu_new", "relu"]),
+        ("activation_function", json!("gelu"), ["gelu_pytorch_tanh", "found gelu"]),
+        ("scale_attn_by_inverse_layer_idx", json!(true), ["expected false", "found true"]),
+        ("scale_attn_weights", json!(false), ["expected true", "found false"]),
+        ("add_cross_attention", json!(true), ["expected false", "found true"]),
+        ("quantization_config", json!({"bits": 4}), ["expected null", "bits"]),
+        ("n_head", json!(5), ["n_embd 48", "n_head 5"]),
+        ("n_inner", json!(0), ["from 1", "found 0"]),
+        ("n_positions", json!(null), ["n_positions", "missing"]),
+        ("layer_norm_epsilon", json!(0), ["above 0", "found 0"]),
+    ] {
+        copy.edit("config.json", |map| drop(map.insert(key.into(), value.clone())));
+        copy.refused(&format!("{key} {value}"), "Config", &[&["config.json", key], &words[..]].concat());
+        copy.write("config.json", good.to_string());
+    }
+    // A table of positions of another length than the config says.
+    copy.edit("config.json", |map| drop(map.insert("n_positions".into(), json!(31))));
+    copy.refused("n_positions 31", "Weights", &["wpe.weight", "[31, 48]", "[32, 48]"]);
+    copy.write("config.json", good.to_string());
+
+    let tokens: Vec<u32> = (0..20).collect();
+    let nll = |copy: &Copy| copy.load().expect("a judge").causal_nll(&tokens).expect("a likelihood");
+    let published = nll(&copy);
+    let (header, data) = copy.weights();
+    let saved = header.iter().map(|(name, tensor)| match name.as_str() {
+        "__metadata__" => (name.clone(), tensor.clone()),
+        name => (format!("transformer.{name}"), tensor.clone()),
+    });
+    copy.set_weights(&saved.collect(), &data);
+    assert_eq!(nll(&copy), published, "names as the class saves them");
+    copy.set_weights(&header, &data);
+    // Stored (in, out): the transpose is another tensor, and says so.
+    let mut spoiled = header.clone();
+    spoiled["h.0.attn.c_attn.weight"]["shape"] = json!([144, 48]);
+    copy.set_weights(&spoiled, &data);
+    copy.refused("transposed", "Weights", &["h.0.attn.c_attn.weight", "[48, 144]", "[144, 48]"]);
+
+    // Untied: a head of its own is asked for, and makes another model.
+    copy.set_weights(&header, &data);
+    copy.edit("config.json", |map| drop(map.insert("tie_word_embeddings".into(), json!(false))));
+    copy.refused("untied", "Weights", &["lm_head.weight", "missing"]);
+    let mut untied = header.clone();
+    let start = data.len() as u64;
+    untied.insert("lm_head.weight".into(), json!({"dtype": "F32", "shape": [67, 48], "data_offsets": [start, start + 67 * 48 * 4]}));
+    let head: Vec<u8> = (0..67 * 48).flat_map(|i| ((i % 7) as f32 * 0.1).to_le_bytes()).collect();
+    copy.set_weights(&untied, &[&data[..], &head].concat());
+    assert_ne!(nll(&copy), published, "a head of its own");
+}
+
 #[test]
 fn configurations_of_another_model() {
     let copy = Copy::of("bd3lm-adaln");

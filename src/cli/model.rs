@@ -123,6 +123,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
         RopeScaling::Llama3 { factor, .. } => format!("base {}, llama3 scaling by {factor}", config.rope.base),
     };
     let rope = match config.rope.width {
+        Some(0) => "none, positions are learned".into(),
         Some(width) => format!("{rope}, {width} elements of a head"),
         None => rope,
     };

@@ -154,6 +154,21 @@ impl Matrix {
         }
     }
 
+    fn width(&self) -> usize {
+        match &self.0 {
+            Weight::Packed(packed) => packed.k,
+            Weight::Table(table) => table.width(),
+        }
+    }
+
+    /// Rows by their index, as f32.
+    fn rows(&self, ids: &[u32], out: &mut [f32]) {
+        match &self.0 {
+            Weight::Packed(packed) => packed.rows(ids, out),
+            Weight::Table(table) => embed::embed(ids, table, out),
+        }
+    }
+
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.0 {
@@ -293,16 +308,15 @@ impl Backend for Cpu {
         Ok(Batch(plan.clone()))
     }
 
-    fn embed(&self, batch: &Batch, table: &Matrix, out: &mut Buffer) -> Result<()> {
-        let ids = &batch.0.ids;
-        let width = match &table.0 {
-            Weight::Packed(packed) => packed.k,
-            Weight::Table(table) => table.width(),
-        };
-        assert!(out.0.len() >= ids.len() * width, "out of {} for {} rows of {width}", out.0.len(), ids.len());
-        match &table.0 {
-            Weight::Packed(packed) => packed.rows(ids, &mut out.0),
-            Weight::Table(table) => embed::embed(ids, table, &mut out.0),
+    fn embed(&self, batch: &Batch, table: &Matrix, positions: Option<&Matrix>, out: &mut Buffer) -> Result<()> {
+        let (ids, width) = (&batch.0.ids, table.width());
+        let out = &mut out.0[..ids.len() * width];
+        table.rows(ids, out);
+        if let Some(positions) = positions {
+            assert!(positions.width() == width, "tables of widths {width} and {}", positions.width());
+            let mut room = Aligned::zeroed(out.len());
+            positions.rows(&batch.0.positions, &mut room);
+            out.iter_mut().zip(&room[..]).for_each(|(out, position)| *out += position);
         }
         Ok(())
     }

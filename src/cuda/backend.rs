@@ -470,8 +470,9 @@ impl Backend for Cuda {
         }
     }
 
-    fn embed(&self, batch: &Batch, table: &Matrix, out: &mut Buffer) -> Result<()> {
+    fn embed(&self, batch: &Batch, table: &Matrix, positions: Option<&Matrix>, out: &mut Buffer) -> Result<()> {
         let rows = batch.shape.rows;
+        assert!(positions.is_none_or(|p| p.k == table.k), "tables of widths {} and {:?}", table.k, positions.map(|p| p.k));
         assert!(out.dtype == DType::F32 && out.len >= rows as usize * table.k, "out of {} for {rows} rows of {}", out.len, table.k);
         let op = Embed {
             rows,
@@ -481,6 +482,7 @@ impl Backend for Cuda {
             ids: batch.arrays.ids,
             index: batch.arrays.index,
             table: table.memory.address(),
+            positions: positions.map(|p| (batch.arrays.positions, p.memory.address(), p.n as u32)),
             out: out.address,
         };
         embed::embed(&self.machine, &op)

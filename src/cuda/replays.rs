@@ -232,7 +232,7 @@ fn embed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, width, vocab, dtype) = (shape.get("rows"), shape.get("width"), shape.get("vocab"), shape.dtype);
     let ids = inputs.words(rows, |_, random| random % vocab)?;
     let (table, out) = (inputs.noise(vocab, width, dtype)?, inputs.space(rows, width, DType::F32)?);
-    let op = Embed { rows, width, vocab, dtype, ids, index: None, table, out };
+    let op = Embed { rows, width, vocab, dtype, ids, index: None, table, positions: None, out };
     let bytes = count(rows, width) * (dtype.bytes() as u64 + 4);
     Ok(Op::new(bytes, move |machine| embed::embed(machine, &op)).result(out, count(rows, width), DType::F32))
 }

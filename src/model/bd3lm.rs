@@ -29,6 +29,7 @@ pub(crate) const SWITCHES: Switches = Switches {
     head_bias: true,
     qk_norm: false,
     tied_head: false,
+    learned_positions: false,
 };
 
 /// Reads the published keys with the defaults of the published configuration class.

@@ -156,7 +156,7 @@ impl<B: Backend> Joint<B> {
         assert!(rows <= state.rows, "{rows} rows where there is a state for {}", state.rows);
         scratch.reserve(backend, config, rows)?;
         let Scratch { x, h, .. } = &mut *scratch;
-        backend.embed(batch, model.embedding(), x)?;
+        backend.embed(batch, model.embedding(), None, x)?;
         let norm = backend::Norm { kind: NormKind::Rms, eps: config.norm_eps, weight: &self.embed_norm, bias: None };
         backend.norm(rows, x, &norm, h)?;
         backend.linear(rows, h, &self.embed_down, None, Epilogue::Store, x)?;

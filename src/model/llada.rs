@@ -91,6 +91,7 @@ pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
             head_bias: false,
             qk_norm: false,
             tied_head: keys.flag("weight_tying", true)?,
+            learned_positions: false,
         },
         model_length: keys.size("max_sequence_length", 1 << 24)?,
         sliding_window: None,

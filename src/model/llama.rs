@@ -155,6 +155,7 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
             head_bias: false,
             qk_norm,
             tied_head: keys.flag("tie_word_embeddings", false)?,
+            learned_positions: false,
         },
         model_length,
         sliding_window: sliding_window(keys, family, num_layers, model_length)?,

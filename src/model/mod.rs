@@ -1,10 +1,10 @@
 //! Owns the forward pass, generic over the machine: one decoder with switches, in the order of the papers.
 //!
 //! ```text
-//! ids -> embed -> [ norm -> qkv -> (q/k norm,) rope + K/V append -> attention -> out (+x) -> norm -> up, activation -> down (+x) ] x N
+//! ids -> embed (+ positions) -> [ norm -> qkv -> (q/k norm,) rope + K/V append -> attention -> out (+x) -> norm -> up, activation -> down (+x) ] x N
 //!     -> (deciding rows) -> final norm -> head + decide
 //! ```
-//! A family file (`bd3lm.rs`, `mdlm.rs`, `llama.rs`, `llada.rs`, `llada_moe.rs`, `llada2.rs`, `dream.rs`, `sdar.rs`, `qwen3_moe.rs`,
+//! A family file (`bd3lm.rs`, `mdlm.rs`, `gpt2.rs`, `llama.rs`, `llada.rs`, `llada_moe.rs`, `llada2.rs`, `dream.rs`, `sdar.rs`, `qwen3_moe.rs`,
 //! `fast_dllm.rs`, `stable_diffcoder.rs`) maps config keys and tensor names onto it; what families do differently is
 //! [`crate::config::Switches`], and [`crate::config::Moe`] where experts (`moe.rs`) stand in the place of an MLP. adaLN with a constant condition is folded into the weights at load, so the decoder itself knows nothing of it.
 #![forbid(unsafe_code)]
@@ -12,6 +12,7 @@
 pub mod bd3lm;
 pub mod dream;
 pub mod fast_dllm;
+pub mod gpt2;
 pub mod joint;
 pub mod llada;
 pub mod llada2;
@@ -154,6 +155,7 @@ impl<B: Backend> Layer<B> {
 pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
     let tensors = match config.family {
         Family::Bd3lm | Family::Mdlm => bd3lm::tensors(config),
+        Family::Gpt2 => gpt2::tensors(config, weights),
         _ => llama::tensors(config),
     };
     tensors.iter().filter_map(|(name, shape)| weights.tensor(name, shape).err()).collect()
@@ -166,6 +168,8 @@ pub struct Model<B: Backend> {
     config: ModelConfig,
     /// (V, C); none where the head is the table, which is then held once.
     table: Option<B::Matrix>,
+    /// (positions, C) where positions are learned.
+    positions: Option<B::Matrix>,
     layers: Vec<Layer<B>>,
     final_norm: Norm<B>,
     /// (V, C).
@@ -235,12 +239,13 @@ impl<B: Backend> Model<B> {
     pub fn load(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
         match config.family {
             Family::Bd3lm | Family::Mdlm => bd3lm::load(backend, config, weights, progress),
+            Family::Gpt2 => gpt2::load(backend, config, weights, progress),
             _ => llama::load(backend, config, weights, progress),
         }
     }
 
     fn new(config: ModelConfig, table: Option<B::Matrix>, layers: Vec<Layer<B>>, final_norm: Norm<B>, head: Linear<B>) -> Model<B> {
-        Model { id: unique(), config, table, layers, final_norm, head }
+        Model { id: unique(), config, table, positions: None, layers, final_norm, head }
     }
 
     /// (V, C) for lookups.
@@ -303,7 +308,7 @@ impl<B: Backend> Model<B> {
     ) -> Result<()> {
         let config = &self.config;
         let Scratch { x, .. } = &mut *scratch;
-        backend.embed(batch, self.embedding(), x)?;
+        backend.embed(batch, self.embedding(), self.positions.as_ref(), x)?;
         let mut look = |layer: usize, x: &B::Buffer| probe.as_mut().map_or(Ok(()), |probe| probe(backend, layer, x));
         look(0, x)?;
         for (i, layer) in self.layers.iter().enumerate() {

@@ -66,6 +66,21 @@ impl<'a, B: Backend> Reader<'a, B> {
         })
     }
 
+    /// Packs an (n, k) weight that is stored as (k, n).
+    pub fn transposed(&mut self, name: &str, n: usize, k: usize) -> Result<B::Matrix> {
+        let values = self.tensor(name, &[k, n])?.to_vec()?;
+        self.backend.matrix(n, k, &|first, dst| {
+            // Of each stored row, the stretch that belongs to the asked ones.
+            let height = dst.len() / k;
+            for (i, stored) in values.chunks_exact(n).enumerate() {
+                for (row, value) in dst[i..].iter_mut().step_by(k).zip(&stored[first..first + height]) {
+                    *row = *value;
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Packs weights of (rows, k) each as one matrix, one below the other.
     pub fn stacked(&mut self, parts: &[(String, usize)], k: usize) -> Result<B::Matrix> {
         let mut tensors = Vec::with_capacity(parts.len());

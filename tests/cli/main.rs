@@ -438,14 +438,18 @@ fn inspect_says_what_a_directory_holds() {
         let family = match kind {
             "Fast_dLLM_Qwen" => "fast-dllm".into(),
             "llada2_moe" => "llada2".into(),
+            "llama" if config["architectures"][0] == "StableDiffcoderForCausalLM" => "stable-diffcoder".into(),
             "llada" if config["num_experts"].is_u64() => "llada-moe".into(),
             _ => kind.to_lowercase().replace('_', "-"),
         };
         assert_eq!(object["family"], family, "{dir}");
         // Decoders with Hugging Face's keys, diffusion models made from them, and LLaDA, which has keys of its own.
         let plain = config["hidden_size"].is_u64();
-        let adapted = ["Dream", "Fast_dLLM_Qwen", "sdar", "llada", "llada2_moe", "sdar_moe", "rnd1"].contains(&kind);
-        let keys = if family == "llada" {
+        let adapted =
+            ["Dream", "Fast_dLLM_Qwen", "sdar", "llada", "llada2_moe", "sdar_moe", "rnd1"].contains(&kind) || family == "stable-diffcoder";
+        let keys = if kind == "gpt2" {
+            ["vocab_size", "n_embd", "n_layer", "n_head"]
+        } else if family == "llada" {
             ["vocab_size", "d_model", "n_layers", "n_heads"]
         } else if plain {
             ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
@@ -472,13 +476,21 @@ fn inspect_says_what_a_directory_holds() {
                 (size("vocab_size") - 1, &"rms".into(), &"swiglu".into()),
                 "{dir}"
             );
+        } else if kind == "gpt2" {
+            assert_eq!((&object["mask_id"], &object["tied_head"]), (&Value::Null, &true.into()), "{dir}");
+            assert_eq!(
+                (&object["norm"], &object["mlp"], size("mlp_dim")),
+                (&"layer".into(), &"gelu".into(), 4 * size("hidden_dim")),
+                "{dir}"
+            );
+            assert!(object["rope"].as_str().is_some_and(|text| text.contains("learned")), "{dir}");
         } else {
             assert_eq!((size("mask_id"), size("num_kv_heads")), (size("vocab_size") - 1, size("num_heads")), "{dir}");
             assert_eq!((&object["norm"], &object["mlp"], &object["tied_head"]), (&"layer".into(), &"gelu".into(), &false.into()), "{dir}");
         }
         let unsupported = object["unsupported"].as_array().expect("a list");
         assert_eq!(object["shift"], ["Dream", "Fast_dLLM_Qwen", "rnd1"].contains(&kind), "{dir}");
-        assert_eq!(unsupported.is_empty(), (!plain || adapted) && !dir.ends_with("bd3lm-ar"), "{dir}: {unsupported:?}");
+        assert_eq!(unsupported.is_empty(), (!plain || adapted) && !dir.ends_with("bd3lm-ar") && kind != "gpt2", "{dir}: {unsupported:?}");
         let table = work.run(&["inspect", &dir]).ok();
         assert!(table.contains("family") && table.contains("K/V per token"), "{dir}: {table}");
     }
@@ -488,10 +500,10 @@ fn inspect_says_what_a_directory_holds() {
 #[test]
 fn an_unknown_family_is_refused_with_the_known_ones() {
     let work = Work::new();
-    work.write("config.json", r#"{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 10}"#);
+    work.write("config.json", r#"{"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 10}"#);
     let dir = work.dir.path().display().to_string();
     for args in [["inspect", &dir].as_slice(), &["generate", "--model", &dir]] {
-        work.run(args).fails(1, &["config.json", "gpt2", "bd3lm", "mdlm", "qwen2 (Qwen2ForCausalLM)"]);
+        work.run(args).fails(1, &["config.json", "bert", "bd3lm", "mdlm", "qwen2 (Qwen2ForCausalLM)"]);
     }
 }
 

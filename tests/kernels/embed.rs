@@ -31,11 +31,45 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
             for (ids, index) in [(ids.address(), None), (canvas.address(), Some(places.address()))] {
                 let out = Array::nan(machine, IDS.len() * width);
                 let (rows, vocab) = (IDS.len() as u32, VOCAB as u32);
-                let op = Embed { rows, width: width as u32, vocab, dtype, ids, index, table, out: out.address() };
+                let op = Embed { rows, width: width as u32, vocab, dtype, ids, index, table, positions: None, out: out.address() };
                 words(embed(machine, &op))?;
                 same_bits(expected, &out.read()?, &format!("{dtype:?}, width {width}, index {}", index.is_some()))?;
             }
         }
+        learned_positions(machine, width, skew)?;
+    }
+    Ok(())
+}
+
+/// The second table's rows are added; a position outside it gives NaN.
+fn learned_positions(machine: &Machine, width: usize, skew: usize) -> Result<(), String> {
+    const NUM: u32 = 4;
+    let places = [NUM - 1, 2, 0, 1, NUM];
+    let (tokens, positions) = (noise(2, VOCAB * width), noise(3, NUM as usize * width));
+    let sum = |narrow: bool| -> Vec<f32> {
+        let read = |values: &[f32], row: u32, i: usize| {
+            let value = values[row as usize * width + i];
+            if narrow { bf16::from_f32(value).to_f32() } else { value }
+        };
+        let element = |id: u32, place: u32, i: usize| {
+            let inside = (id as usize) < VOCAB && place < NUM;
+            if inside { read(&tokens, id, i) + read(&positions, place, i) } else { f32::from_bits(0x7fc0_0000) }
+        };
+        IDS.iter().zip(places).flat_map(|(id, place)| (0..width).map(move |i| element(*id, place, i))).collect()
+    };
+    let narrow = |values: &[f32]| values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>();
+    let (ids, places) = (Array::new(machine, &IDS), Array::new(machine, &places));
+    let wide = [Array::skewed(machine, &tokens, skew), Array::skewed(machine, &positions, skew)];
+    let halves = [Array::skewed(machine, &narrow(&tokens), skew), Array::skewed(machine, &narrow(&positions), skew)];
+    for (dtype, [table, second]) in
+        [(DType::F32, wide.each_ref().map(Array::address)), (DType::Bf16, halves.each_ref().map(Array::address))]
+    {
+        let out = Array::nan(machine, IDS.len() * width);
+        let (rows, vocab) = (IDS.len() as u32, VOCAB as u32);
+        let positions = Some((places.address(), second, NUM));
+        let op = Embed { rows, width: width as u32, vocab, dtype, ids: ids.address(), index: None, table, positions, out: out.address() };
+        words(embed(machine, &op))?;
+        same_bits(&sum(dtype == DType::Bf16), &out.read()?, &format!("{dtype:?}, width {width}, learned positions"))?;
     }
     Ok(())
 }

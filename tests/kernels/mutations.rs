@@ -61,6 +61,8 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     ),
     ("one tie too many", remask::holds, ("remask.cu", "(equal && equal_before < cut.equal)", "(equal && equal_before <= cut.equal)")),
     ("an id one past the vocabulary", embed::holds, ("embed.cu", "id >= p.vocab", "id > p.vocab")),
+    ("a position one past its table", embed::holds, ("embed.cu", "position >= p.num_positions", "position > p.num_positions")),
+    ("the row's place instead of its position", embed::holds, ("embed.cu", "p.positions[blockIdx.x]", "blockIdx.x")),
     (
         "one id more than the vocabulary has",
         decide::the_law,

@@ -156,7 +156,7 @@ CALL(LaunchKernel, std::string* function, unsigned x, unsigned y, unsigned z, un
     char text[64];
     snprintf(text, sizeof text, "%u,%u,%u x %u, %u B: ", x, y, z, threads, shared);
     std::string line = *function + " " + text;
-    for (int i = 0; i < 40; ++i) snprintf(text, sizeof text, "%02x", params[0][i]), line += text;
+    for (int i = 0; i < 64; ++i) snprintf(text, sizeof text, "%02x", params[0][i]), line += text;
     if (recording) recorded.push_back(line);
     else say("launched " + line), usleep(1000 * number("STUB_LAUNCH_MS", 0));
     return 0;

@@ -84,7 +84,8 @@ fn too_much(gpu: &Gpu) -> Result<String> {
 }
 
 fn launches(machine: &Machine) -> Result<()> {
-    let op = Embed { rows: 5, width: 64, vocab: 11, dtype: DType::Bf16, ids: 0x1000, index: None, table: 0x2000, out: 0x3000 };
+    let op =
+        Embed { rows: 5, width: 64, vocab: 11, dtype: DType::Bf16, ids: 0x1000, index: None, table: 0x2000, positions: None, out: 0x3000 };
     embed(machine, &op)?;
     embed(machine, &Embed { rows: 0, ..op })?;
     machine.driver.begin_capture()?;
@@ -162,7 +163,7 @@ fn memory_arrives_whole_and_is_given_back() {
 
 #[test]
 fn a_launch_hands_over_grid_and_params() {
-    let params = EmbedParams { ids: 0x1000, index: 0, table: 0x2000, out: 0x3000, width: 64, vocab: 11 };
+    let params = EmbedParams { ids: 0x1000, table: 0x2000, out: 0x3000, width: 64, vocab: 11, ..EmbedParams::default() };
     let hex: String = params.bytes().iter().map(|byte| format!("{byte:02x}")).collect();
     let text = report("launches", &scratch("cache-launch"), &[]);
     has(&text, &[&format!("launched embed_bf16 5,1,1 x 128, 0 B: {hex}"), "launches: done", "again: alive"]);

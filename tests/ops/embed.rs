@@ -23,10 +23,34 @@ fn embed_reads_rows_as_stored() {
             // A tied table is packed as the head is.
             for table in [b.table(n, k, &source).unwrap(), b.matrix(n, k, &source).unwrap()] {
                 let mut out = b.alloc(9 * k).unwrap();
-                b.embed(&b.batch(&plan).unwrap(), &table, &mut out).unwrap();
+                b.embed(&b.batch(&plan).unwrap(), &table, None, &mut out).unwrap();
                 assert_same(&b.name(), &b.read(&out, 9 * k), &oracle::embed(b.dtype(), &ids, &values, k));
             }
         }
+    });
+}
+
+/// Each row by its own position, whatever its place in the batch, summed in f32.
+#[test]
+fn learned_positions_are_added() {
+    each!(b in cpus(2), {
+        let (n, k, num) = (11, 34, 20);
+        let (values, places) = (noise(n * k, 1), noise(num * k, 2));
+        let source = |values: &[f32], first: usize, dst: &mut [f32]| {
+            dst.copy_from_slice(&values[first * k..][..dst.len()]);
+            Ok(())
+        };
+        let table = b.matrix(n, k, &|first, dst: &mut [f32]| source(&values, first, dst)).unwrap();
+        let second = b.table(num, k, &|first, dst: &mut [f32]| source(&places, first, dst)).unwrap();
+        let rows: [(usize, u32); 4] = [(3, 10), (4, 0), (9, 7), (19, 7)];
+        let mut plan = Plan::new();
+        plan.push(&rows, &[0, 1], 16, Visibility::Full, 20);
+        let mut out = b.alloc(4 * k).unwrap();
+        b.embed(&b.batch(&plan).unwrap(), &table, Some(&second), &mut out).unwrap();
+        let tokens = oracle::embed(b.dtype(), &rows.map(|(_, id)| id), &values, k);
+        let positions = oracle::embed(b.dtype(), &rows.map(|(position, _)| position as u32), &places, k);
+        let sums: Vec<f32> = tokens.iter().zip(&positions).map(|(a, b)| a + b).collect();
+        assert_same(&b.name(), &b.read(&out, 4 * k), &sums);
     });
 }
 

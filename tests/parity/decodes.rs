@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::fixture::{Fixture, text};
 
-const FAMILIES: [&str; 8] = ["dream", "fast-dllm", "llada", "llada-moe", "llada2", "rnd1", "sdar", "sdar-moe"];
+const FAMILIES: [&str; 9] = ["dream", "fast-dllm", "llada", "llada-moe", "llada2", "rnd1", "sdar", "sdar-moe", "stable-diffcoder"];
 /// Those whose authors' samplers are recorded.
 const SAMPLED: [&str; 4] = ["dream", "fast-dllm", "llada", "sdar"];
 

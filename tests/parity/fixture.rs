@@ -49,6 +49,7 @@ pub fn all() -> Vec<Fixture> {
         "bd3lm-plain-sharded",
         "dream",
         "fast-dllm",
+        "gpt2",
         "llada",
         "llada-moe",
         "llada2",
@@ -60,6 +61,7 @@ pub fn all() -> Vec<Fixture> {
         "rnd1",
         "sdar",
         "sdar-moe",
+        "stable-diffcoder",
     ]
     .map(String::from);
     let missing: Vec<&String> = expected.iter().filter(|name| !names.contains(name)).collect();

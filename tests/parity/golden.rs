@@ -155,7 +155,7 @@ fn weights_stored_in_bf16_are_the_rounded_ones() {
 /// Per-token likelihoods of autoregressive checkpoints.
 #[test]
 fn likelihoods_of_autoregressive_checkpoints_agree() {
-    for name in ["bd3lm-ar", "llama", "qwen2", "qwen3", "qwen3-moe"] {
+    for name in ["bd3lm-ar", "gpt2", "llama", "qwen2", "qwen3", "qwen3-moe"] {
         likelihoods_agree(&Fixture::open(name));
     }
 }
@@ -181,7 +181,9 @@ fn likelihoods_agree(fixture: &Fixture) {
 /// Sequences that share forwards, wait for pages or are cut into many forwards have the likelihoods of one alone, to the last bit.
 #[test]
 fn likelihoods_do_not_depend_on_what_shares_a_forward() {
-    for (name, dtype) in ["bd3lm-ar", "llama", "qwen2", "qwen3"].into_iter().flat_map(|name| [(name, DType::F32), (name, DType::Bf16)]) {
+    for (name, dtype) in
+        ["bd3lm-ar", "gpt2", "llama", "qwen2", "qwen3"].into_iter().flat_map(|name| [(name, DType::F32), (name, DType::Bf16)])
+    {
         let fixture = Fixture::open(name);
         let cases: Vec<Vec<u32>> = fixture.cases().iter().map(|case| fixture.tokens(text(case, "tokens"))).collect();
         let sequences: Vec<&[u32]> = (1..20).map(|len| &cases[len % cases.len()][..len.min(cases[len % cases.len()].len())]).collect();
@@ -219,6 +221,9 @@ fn likelihoods_that_cannot_be_had_are_errors() {
     )
     .expect("a fixture");
     assert!(matches!(small.causal_nll(&[1; 18]), Err(Error::OutOfPages { needed: 2, capacity: 1 })));
+    // A table of positions ends where it ends; rotary positions are stretched.
+    let beyond = Fixture::open("gpt2").engine(1, DType::F32).causal_nll(&[1; 33]).expect_err("too long").to_string();
+    assert!(beyond.contains("33 positions") && beyond.contains("at most 32 are served"), "{beyond}");
     let other = Fixture::open("mdlm").engine(1, DType::F32).causal_nll(&[1, 2]).expect_err("a diffusion model").to_string();
     assert!(other.contains("not autoregressive"), "{other}");
 }
