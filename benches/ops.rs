@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use redraft::backend::{
-    Backend, DType, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, NormKind, Rotation, Router, RouterScore, TopPRule,
+    Backend, DType, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, NormKind, Rotation, Router, RouterScore, TopK, TopKOrder,
+    TopPRule,
 };
 use redraft::cpu::simd::{Isa, Kernel, Simd};
 use redraft::cpu::{Buffer, Cpu, oracle};
@@ -265,12 +266,15 @@ fn decide(c: &mut Criterion) {
         });
         let mut host = vec![0.0; vocab];
         cpu.download(&logits, 0, &mut host).expect("download");
-        for (name, temperature, top_p) in [("greedy", 0.0, 1.0), ("plain", 1.0, 1.0), ("nucleus", 1.0, 0.9)] {
+        let fifty = Some(TopK { k: 50, order: TopKOrder::Before });
+        let kinds = [("greedy", 0.0, 1.0, None), ("plain", 1.0, 1.0, None), ("nucleus", 1.0, 0.9, None), ("top-50", 1.0, 1.0, fifty)];
+        for (name, temperature, top_p, top_k) in kinds {
             let draw = |row: usize| Draw {
                 u: (row as f64 + 0.37) / rows as f64,
                 temperature,
                 top_p,
                 top_p_rule: TopPRule::Within,
+                top_k,
                 forced: None,
                 truncated_confidence: false,
             };

@@ -1,21 +1,23 @@
 // What the kernels of `decide` share: the records of a row, its place on one of the two routes, and the answer from its sums.
 //
-// The law is `policy::decide_row`. A row's route follows from its own draw alone: a draw from a nucleus, or one that asks what is left of the
-// row, takes route B (`decide_nucleus`), everything else route A (`decide_tiles`, then `decide_draw`).
+// The law is `policy::decide_row`. A row's route follows from its own draw alone: a draw from a nucleus or from the most probable tokens, or one
+// that asks what is left of the row, takes route B (`decide_nucleus`), everything else route A (`decide_tiles`, then `decide_draw`).
 #pragma once
 #include "select.cuh"
 
 #define DRAW_CROSSING 1u   // the nucleus includes the token that crosses top_p
-#define DRAW_TRUNCATED 2u  // confidence, margin and entropy after temperature and nucleus
+#define DRAW_TRUNCATED 2u  // confidence, margin and entropy after temperature, top-k and nucleus
 #define DRAW_FORCED 4u     // `forced` instead of a draw
 #define DRAW_PADDING 8u    // nothing is asked
+#define DRAW_TOP_K_AFTER 16u  // the nucleus is one of the whole distribution, not of what top-k leaves
+#define DRAW_TOP_K_SHIFT 8    // the bits above hold the k of top-k, 0 for none
 
 // What is asked of a row: `backend::Draw`.
 struct DrawRecord {
     double u;  // uniform in [0, 1)
     float temperature;
     float top_p;
-    u32 flags;  // DRAW_*
+    u32 flags;  // DRAW_*, and k
     u32 forced;
     u32 position;  // passed on
     u32 sequence;  // passed on
@@ -74,10 +76,13 @@ struct TileRecord {
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
 __device__ __forceinline__ bool draws(const DrawRecord& d) { return !(d.flags & DRAW_FORCED) && d.temperature != 0.0f; }
+__device__ __forceinline__ u32 top_k(const DrawRecord& d) { return d.flags >> DRAW_TOP_K_SHIFT; }
+// Whether anything is taken away from a drawn row.
+__device__ __forceinline__ bool is_cut(const DrawRecord& d) { return d.top_p < 1.0f || top_k(d) > 0; }
 __device__ __forceinline__ bool is_nucleus(const DrawRecord& d) {
     const bool asks = (d.flags & (DRAW_TRUNCATED | DRAW_FORCED)) == DRAW_TRUNCATED;
     const bool tempered = d.temperature != 0.0f && d.temperature != 1.0f;
-    return !(d.flags & DRAW_PADDING) && ((asks && (tempered || d.top_p < 1.0f)) || (draws(d) && d.top_p < 1.0f));
+    return !(d.flags & DRAW_PADDING) && ((asks && (tempered || is_cut(d))) || (draws(d) && is_cut(d)));
 }
 __device__ __forceinline__ bool is_fused(const DrawRecord& d) { return !(d.flags & DRAW_PADDING) && !is_nucleus(d); }
 
@@ -135,8 +140,8 @@ __device__ __forceinline__ void answer(DecisionRecord* out, const DrawRecord& dr
                                        double sum, double moment) {
     const double log_sum = log(sum);
     const double log_prob = (double)logit - (double)max - log_sum;
-    // The most probable token of a row without a nucleus: nothing was taken from it.
-    const bool whole = draw.temperature == 0.0f && draw.top_p >= 1.0f;
+    // The most probable token of a row from which nothing was taken.
+    const bool whole = draw.temperature == 0.0f && !is_cut(draw);
     const bool raw = !(draw.flags & DRAW_TRUNCATED) || (draw.flags & DRAW_FORCED) || whole;
     const double inverse = exp(-log_sum);  // of the sum; a division is a call, and costs more registers
     const double margin = (1.0 - exp((double)second - (double)max)) * inverse;

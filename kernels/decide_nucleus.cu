@@ -7,6 +7,7 @@
 //   2. masses exp((l - max) / T), and their histogram over 256 depths (max - l) / T up to 29 (beyond, e^-29 < 2^-41): the bin in which the nucleus ends;
 //   3. inside that bin, four rounds of a radix select weighted by mass, over the ordered bits of the logit: the last logit kept, and how
 //      many of its equals, lowest ids first;
+//      Top-k has four such rounds of its own, that count: the k-th largest logit, and the mass down to it, of which the nucleus may be one;
 //   4. the draw over the kept ids in ascending order: the row is cut into one range per warp, the range that holds the target again, until 32 ids
 //      are left;
 //   5. where a draw asks for them, margin and entropy of what is kept, in one more pass.
@@ -16,7 +17,7 @@
 // temperature than 1) tokens below a unit, together less than V 2^-41 of the row, are not drawn.
 //
 // Layout: one CTA per row; the histogram is kept in copies, so that lanes that meet in a bin meet less often.
-// Cost: V f32 written and read seven times; an exponential per logit in step 2 and a few more in the end. Equal logits all fall into one bin
+// Cost: V f32 written and read seven times, five times more with top-k; an exponential per logit in step 2 and a few more in the end. Equal logits all fall into one bin
 // and then queue at eight addresses.
 #include "decide.cuh"
 
@@ -108,7 +109,31 @@ __device__ __forceinline__ u64 nucleus_limit(const DrawRecord& draw, u64 total) 
     return limit;
 }
 
-// The end of the nucleus: keys below `key` are kept, and the first `equal` ids with that key, of `mass` each.
+// The key of the k-th largest logit, the last of all where there are fewer.
+__device__ __forceinline__ u32 kth_key(const Row& row, u64* histogram, u32 vocab, u32 k) {
+    u32 prefix = 0, fixed_bits = 0;
+    u64 wanted = k - 1;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        empty(histogram);
+        for (u32 id = threadIdx.x; id < vocab; id += THREADS) {
+            const float logit = logit_at(row, id);
+            const u32 key = key_of(logit);
+            if (logit != -infinity() && (key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, 1);
+        }
+        const u64 in_bin = collect(histogram);
+        if (fixed_bits == 0) {
+            const u64 all = block_sum64(in_bin);
+            wanted = wanted < all ? wanted : all - 1;
+        }
+        const Bin digit = find_bin(in_bin, wanted);
+        wanted -= digit.before;
+        prefix |= digit.index << shift;
+        fixed_bits |= 255u << shift;
+    }
+    return prefix;
+}
+
+// The end of what is left: keys below `key` are kept, and the first `equal` ids with that key, of `mass` each.
 struct Edge {
     u32 key, equal;
     u64 mass;
@@ -213,10 +238,21 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
     }
     const u64 in_bin = collect(histogram);
     const u64 total = block_sum64(in_bin);
+    u32 last_key = NO_ID;  // of top-k
+    u64 most_probable = total;
+    if (top_k(draw) > 0) {  // uniform over the CTA
+        last_key = kth_key(row, histogram, p.vocab, top_k(draw));
+        u64 mass = 0;
+        for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
+            const float logit = logit_at(row, id);
+            if (key_of(logit) <= last_key) mass += mass_of(row, logit);
+        }
+        most_probable = block_sum64(mass);
+    }
     Edge edge = {NO_ID, 0, 0};  // everything
     u64 kept = total;
     if (draw.top_p < 1.0f) {  // uniform over the CTA
-        const u64 limit = nucleus_limit(draw, total);
+        const u64 limit = nucleus_limit(draw, draw.flags & DRAW_TOP_K_AFTER ? total : most_probable);
         const Bin depth = find_bin(in_bin, limit);
 
         u32 prefix = 0, fixed_bits = 0;
@@ -239,6 +275,11 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
         if (last.before == 0 && edge.equal == 0) edge.equal = 1;  // the most probable token always stays
 
         kept = last.before + edge.equal * edge.mass;
+    }
+    // Both keep a prefix of the same order.
+    if (edge.key > last_key) {
+        edge = Edge{last_key + 1, 0, 0};
+        kept = most_probable;
     }
 
     u64 target = (u64)(draw.u * (double)kept);

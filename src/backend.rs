@@ -275,6 +275,24 @@ pub enum TopPRule {
     Crossing,
 }
 
+/// Which of the most probable tokens may be drawn: k of them, and those that are as probable as the last of these. Banned ids are none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TopK {
+    /// At least 1.
+    pub k: u32,
+    pub order: TopKOrder,
+}
+
+/// Which published order of top-k and nucleus applies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TopKOrder {
+    /// The nucleus is one of what top-k leaves (Hugging Face, SDAR, LLaDA2).
+    #[default]
+    Before,
+    /// The nucleus is one of the whole distribution (Dream).
+    After,
+}
+
 /// What is asked of one masked row: a token draw, or the probability of a given token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
@@ -285,19 +303,21 @@ pub struct Draw {
     /// In (0, 1]; 1 keeps everything.
     pub top_p: f32,
     pub top_p_rule: TopPRule,
+    /// `None` keeps everything.
+    pub top_k: Option<TopK>,
     /// `Some(t)`: choose t instead of drawing (scoring, teacher forcing).
     pub forced: Option<u32>,
-    /// Report confidence, margin and entropy of the distribution that the token is drawn from, after temperature and nucleus, instead of the raw
-    /// ones. At temperature 0 that is the nucleus at temperature 1. Nothing for a forced token.
+    /// Report confidence, margin and entropy of the distribution that the token is drawn from, after temperature, top-k and nucleus, instead of the
+    /// raw ones. At temperature 0 that is what they leave at temperature 1. Nothing for a forced token.
     pub truncated_confidence: bool,
 }
 
-/// The answer for one row. Raw quantities are under softmax(logits) with banned ids excluded, before temperature and nucleus; `log_prob` always
-/// is, the others unless the draw asks otherwise.
+/// The answer for one row. Raw quantities are under softmax(logits) with banned ids excluded, before temperature, top-k and nucleus; `log_prob`
+/// always is, the others unless the draw asks otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decision {
     pub token: u32,
-    /// Probability of `token`: raw, or after temperature and nucleus where the draw asks for it.
+    /// Probability of `token`: raw, or after temperature, top-k and nucleus where the draw asks for it.
     pub confidence: f32,
     /// ln of the raw probability of `token`.
     pub log_prob: f32,

@@ -1,6 +1,7 @@
 //! Owns one sequence's positions: token, state, snapshot confidence, stage and step of the reveal.
 //!
-//! Transitions are the only way in: masked -> revealed ([`Canvas::reveal`]) and revealed -> masked ([`Canvas::remask`]).
+//! Transitions are the only way in: masked -> revealed ([`Canvas::reveal`]), revealed -> masked ([`Canvas::remask`]), and another token where one
+//! was revealed ([`Canvas::edit`]).
 //! Fixed positions never change. A broken transition is a bug of ours and asserts.
 #![forbid(unsafe_code)]
 
@@ -23,7 +24,7 @@ pub struct Canvas {
     mask_id: u32,
     tokens: Vec<u32>,
     state: Vec<State>,
-    /// Snapshot confidence: probability of the token at the forward that revealed it. 0 where nothing is revealed.
+    /// Snapshot confidence: probability of the token at the forward that revealed it, or wrote it over another. 0 where nothing is revealed.
     confidence: Vec<f32>,
     stage: Vec<u8>,
     step: Vec<u32>,
@@ -109,6 +110,16 @@ impl Canvas {
         self.masks -= 1;
     }
 
+    /// Another token at a revealed position, as if it had been revealed now.
+    pub fn edit(&mut self, position: usize, token: u32, confidence: f32, stage: u8, step: u32) {
+        assert_eq!(self.state[position], State::Revealed, "edit of position {position}");
+        assert_ne!(token, self.mask_id, "MASK written at position {position}");
+        self.tokens[position] = token;
+        self.confidence[position] = confidence;
+        self.stage[position] = stage;
+        self.step[position] = step;
+    }
+
     /// Revealed -> masked, for `stage`: the snapshot is cleared.
     pub fn remask(&mut self, position: usize, stage: u8) {
         assert_eq!(self.state[position], State::Revealed, "remask of position {position}");
@@ -146,6 +157,11 @@ mod tests {
                 let position = position % canvas.len();
                 match canvas.state(position) {
                     State::Masked => canvas.reveal(position, token, 0.5, 1, i as u32),
+                    State::Revealed if token < 3 => {
+                        canvas.edit(position, token, 0.25, 1, i as u32);
+                        prop_assert_eq!((canvas.tokens()[position], canvas.confidence(position)), (token, 0.25));
+                        prop_assert_eq!(canvas.revealed_at(position), (1, i as u32));
+                    }
                     State::Revealed => canvas.remask(position, 2),
                     State::Fixed => {}
                 }

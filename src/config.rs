@@ -221,11 +221,13 @@ pub struct ModelConfig {
     pub sampling: Sampling,
 }
 
-/// Recommended sampling of a checkpoint: keys `temperature` and `top_p` of its generation_config.json.
+/// Recommended sampling of a checkpoint: keys `temperature`, `top_p` and `top_k` of its generation_config.json.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sampling {
     pub temperature: Option<f32>,
     pub top_p: Option<f32>,
+    /// 0 keeps everything.
+    pub top_k: Option<u32>,
 }
 
 impl ModelConfig {
@@ -270,6 +272,7 @@ impl ModelConfig {
         self.sampling = Sampling {
             temperature: keys.checked("temperature", valid_temperature, "a finite number of at least 0")?,
             top_p: keys.checked("top_p", valid_top_p, "a number above 0, at most 1")?,
+            top_k: keys.optional_count("top_k", u32::MAX as usize)?.map(|k| k as u32),
         };
         Ok(())
     }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
-use crate::backend::{Backend, Decision, Draw, RunDecision, RunSpec, RunStep};
+use crate::backend::{Backend, Decision, Draw, RunDecision, RunSpec, RunStep, TopKOrder};
 use crate::batcher::{self, Budget, Need};
 use crate::canvas::State;
 use crate::config::{Attention, ModelConfig};
@@ -26,7 +26,7 @@ use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
 use crate::plan::Plan;
 use crate::request::{Handle, Output, Prompt, Request, Segment, Timings};
 use crate::request::{Message, stop_at};
-use crate::schedule::{Defaults, Eos, Scope};
+use crate::schedule::{Defaults, Eos, Scope, top_k_of};
 use crate::session::{Event, EventKind, ForeseenStep, Next, Session, SessionSpec, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -251,6 +251,7 @@ impl<B: Backend> Engine<B> {
         Defaults {
             temperature: config.sampling.temperature.unwrap_or(general.temperature),
             top_p: config.sampling.top_p.unwrap_or(general.top_p),
+            top_k: top_k_of(config.sampling.top_k.unwrap_or(0), TopKOrder::Before),
             scope,
             ..general
         }
@@ -315,6 +316,7 @@ impl<B: Backend> Engine<B> {
             Eos::Free => true,
             Eos::Never => !self.ends.never.is_empty(),
             Eos::Last => !self.ends.last.is_empty(),
+            Eos::NeverLast => !self.ends.never.is_empty(),
         };
         if let Some(index) = request.schedule.stages.iter().position(|s| !ends(s.eos)) {
             let eos = request.schedule.stages[index].eos;
@@ -334,7 +336,9 @@ impl<B: Backend> Engine<B> {
             let (tokenizer, texts) = (self.tokenizer()?.clone(), request.stop.texts.clone());
             stop.text = Some(Arc::new(move |tokens: &[u32]| stop_at(&tokenizer, &texts, tokens)));
         }
-        let needed = self.pool.pages_for(fixed.len());
+        let decoded = Session::decoded_len(&request.schedule, &fixed);
+        self.check_len(decoded)?;
+        let needed = self.pool.pages_for(decoded);
         if needed > self.pool.capacity() {
             return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
         }
@@ -658,8 +662,9 @@ impl<B: Backend> Engine<B> {
         match part.eos {
             Eos::Free => ask(draws, &self.banned),
             Eos::Never => ask(draws, &with(&self.ends.never)),
-            Eos::Last => {
-                let mut answers = ask(draws, &self.banned)?;
+            Eos::Last | Eos::NeverLast => {
+                let banned = if part.eos == Eos::Last { self.banned.clone() } else { with(&self.ends.never) };
+                let mut answers = ask(draws, &banned)?;
                 let ends = |answer: &Decision| self.ends.last.contains(&answer.token);
                 // [LLaDA] Tokens first, from everything; then what each is worth where the ends do not count.
                 let again = |(draw, answer): (&Draw, &Decision)| match ends(answer) {

@@ -16,7 +16,7 @@ use crate::plan::{Plan, Visibility};
 
 /// Draws of scoring and of benches: the plain distribution.
 const PLAIN_DRAW: Draw =
-    Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
+    Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
 
 /// A sequence that is being scored, in pages of its own.
 struct Scored {

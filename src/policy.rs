@@ -5,7 +5,7 @@
 //! position; at least one position is revealed per step; NaN is an error, never a loop (design section 5, law 3).
 #![forbid(unsafe_code)]
 
-use crate::backend::{Decision, Draw, TopPRule};
+use crate::backend::{Decision, Draw, TopK, TopKOrder, TopPRule};
 use crate::error::{Error, Result};
 use crate::schedule::{Rank, Score, Unmask};
 
@@ -53,9 +53,15 @@ pub fn decide_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decisio
         None => {
             let greedy = draw.temperature == 0.0;
             let mut mass = masses(if greedy { 1.0 } else { f64::from(draw.temperature) });
+            let top_k = |mass: &mut [f64], now: TopKOrder| match draw.top_k {
+                Some(TopK { k, order }) if order == now => most_probable(mass, logits, banned, k as usize),
+                _ => {}
+            };
+            top_k(&mut mass, TopKOrder::Before);
             if draw.top_p < 1.0 {
                 nucleus(&mut mass, logits, f64::from(draw.top_p), draw.top_p_rule);
             }
+            top_k(&mut mass, TopKOrder::After);
             let total: f64 = mass.iter().sum();
             let target = draw.u * total;
             let mut cumulative = 0.0;
@@ -112,6 +118,16 @@ fn nucleus(mass: &mut [f64], logits: &[f32], top_p: f64, rule: TopPRule) {
         if rank > 0 && !open {
             mass[id] = 0.0;
         }
+    }
+}
+
+/// Zeroes the mass of every token whose logit is below the k-th largest that is not banned.
+fn most_probable(mass: &mut [f64], logits: &[f32], banned: &[u32], k: usize) {
+    let mut order: Vec<f32> = logits.iter().enumerate().filter(|(id, _)| !banned.contains(&(*id as u32))).map(|(_, l)| *l).collect();
+    order.sort_by(|a, b| b.total_cmp(a));
+    let last = order[k.clamp(1, order.len()) - 1];
+    for (mass, _) in mass.iter_mut().zip(logits).filter(|(_, logit)| **logit < last) {
+        *mass = 0.0;
     }
 }
 
@@ -274,6 +290,18 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
     Ok(chosen)
 }
 
+/// Which tokens that stand give way ([LLaDA2.1]): indices, ascending, of the answers that name another token with a confidence above `bound`.
+/// Each candidate comes with the token that its position holds.
+///
+/// Errors: [`Error::Kernel`] naming the position if a confidence is NaN.
+pub fn edits(bound: f32, standing: &[(Candidate, u32)]) -> Result<Vec<usize>> {
+    if let Some((c, _)) = standing.iter().find(|(c, _)| c.decision.confidence.is_nan()) {
+        return Err(Error::kernel(format!("position {}: confidence NaN", c.position)));
+    }
+    let gives_way = |(c, token): &(Candidate, u32)| c.decision.token != *token && c.decision.confidence > bound;
+    Ok((0..standing.len()).filter(|i| gives_way(&standing[*i])).collect())
+}
+
 /// Score of a token by the answer of a scoring forward that was forced to it; `snapshot`: its probability when it was revealed.
 pub fn score(score: Score, decision: &Decision, snapshot: f32) -> f64 {
     match score {
@@ -300,7 +328,7 @@ mod tests {
     use crate::rng::{DrawKey, TIME_STEP, uniforms};
 
     const PLAIN: Draw =
-        Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
+        Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
 
     fn logits(p: &[f32]) -> Vec<f32> {
         p.iter().map(|p| p.ln()).collect()
@@ -554,6 +582,20 @@ mod tests {
         }
         // Temperature 0 is the ranking itself.
         assert_eq!(select_tempered(&rule, 0.0, at(3, 3, 0), &confident(&values)).unwrap(), [0, 1]);
+    }
+
+    #[test]
+    fn another_token_above_the_bound_takes_the_place() {
+        let standing = |confidence: f32, token: u32, held: u32| {
+            let mut candidate = confident(&[confidence])[0];
+            candidate.decision.token = token;
+            (candidate, held)
+        };
+        let all = [standing(0.9, 5, 5), standing(0.9, 6, 5), standing(0.5, 6, 5), standing(0.500_001, 6, 5), standing(0.1, 6, 5)];
+        assert_eq!(edits(0.5, &all).unwrap(), [1, 3], "strictly above, and another token");
+        assert_eq!(edits(0.0, &all).unwrap(), [1, 2, 3, 4]);
+        assert_eq!(edits(0.0, &[]).unwrap(), Vec::<usize>::new());
+        assert!(edits(0.5, &[all[1], standing(f32::NAN, 5, 5)]).unwrap_err().to_string().contains("NaN"));
     }
 
     #[test]

@@ -1,17 +1,16 @@
-//! Owns what a request asks for: stages, the schedules made of them, their spelling on the command line, and the presets.
+//! Owns what a request asks for: stages, the schedules made of them, and the presets. How a stage is spelled is next door, in `spell`.
 //!
 //! ```text
 //! block=4,unmask=uniform:1                                  a draft
 //! block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=refresh:12
 //! ```
-//! A stage is parsed into options, then resolved once against the request's defaults and checked; [`Stage`]'s `Display` is
-//! the canonical spelling and parses back to the same stage.
 #![forbid(unsafe_code)]
 
-use std::fmt;
-use std::str::FromStr;
+mod spell;
 
-use crate::backend::TopPRule;
+pub use spell::StageSpec;
+
+use crate::backend::{TopK, TopKOrder, TopPRule};
 use crate::error::{Error, Result};
 use crate::plan::Visibility;
 
@@ -121,6 +120,17 @@ pub enum Eos {
     /// They may be drawn but have confidence 0, so they are revealed behind all others, whose confidence is that among the others
     /// alone (`confidence_eos_eot_inf`).
     Last,
+    /// Both: the end of text is never drawn, and of what else ends the confidence is 0.
+    NeverLast,
+}
+
+/// Tokens that stand may give way while their block is decoded (LLaDA2.1).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Edit {
+    /// A token of the block that the model chose, and would now choose otherwise with a confidence above this, is overwritten.
+    pub bound: f32,
+    /// Forwards at most over the block once no position of it is masked. The first of them that overwrites nothing is the last.
+    pub passes: usize,
 }
 
 /// Whether the model's attention spans the canvas or ends with the block.
@@ -150,12 +160,16 @@ pub struct Stage {
     pub temperature: f32,
     pub top_p: f32,
     pub top_p_rule: TopPRule,
+    pub top_k: Option<TopK>,
     /// Classifier-free guidance: logits are `u + (guidance + 1) (l - u)`, u the logits where every given position is masked too; 0 is none
     /// (LLaDA's `cfg_scale`).
     pub guidance: f32,
     pub eos: Eos,
+    pub edit: Option<Edit>,
+    /// The last block is decoded to its end, beyond the length that was asked for, and cut afterwards ([SDAR], LLaDA2).
+    pub fill: bool,
     pub kv: KvPolicy,
-    /// Record and rank by confidence, margin and entropy of the distribution after temperature and nucleus instead of the raw ones.
+    /// Record and rank by confidence, margin and entropy of the distribution after temperature, top-k and nucleus instead of the raw ones.
     pub truncated_confidence: bool,
     /// Which of the engine's models runs the stage: 0 is the one it was loaded with.
     pub weights: usize,
@@ -173,6 +187,11 @@ impl Stage {
     /// Length of a decision block in a sequence of `len` positions.
     pub fn block_len_in(&self, len: usize) -> usize {
         self.block_len.unwrap_or(len).clamp(1, len.max(1))
+    }
+
+    /// Positions that the stage decodes where `len` are asked for, the last of them to be generated.
+    pub fn decoded_len(&self, len: usize) -> usize {
+        if self.fill { len.next_multiple_of(self.block_len_in(len)) } else { len }
     }
 
     /// Where block 0 begins in a sequence whose first `prompt_len` positions are given.
@@ -193,154 +212,15 @@ pub struct Defaults {
     pub temperature: f32,
     pub top_p: f32,
     pub top_p_rule: TopPRule,
+    pub top_k: Option<TopK>,
     /// Scope of stages that do not name one: `Block` for block diffusion models, `Canvas` for models trained with full attention.
     pub scope: Scope,
 }
 
 impl Default for Defaults {
-    /// Temperature 1, nucleus 0.9 by the BD3-LM rule, block scope.
+    /// Temperature 1, nucleus 0.9 by the BD3-LM rule, no top-k, block scope.
     fn default() -> Self {
-        Defaults { temperature: 1.0, top_p: 0.9, top_p_rule: TopPRule::Within, scope: Scope::Block }
-    }
-}
-
-/// A stage as typed: everything optional.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct StageSpec {
-    block: Option<Option<usize>>,
-    scope: Option<Scope>,
-    from_prompt: Option<bool>,
-    sub: Option<usize>,
-    ratio: Option<f64>,
-    by: Option<RemaskBy>,
-    score: Option<Score>,
-    unmask: Option<UnmaskSpec>,
-    order: Option<Rank>,
-    steps: Option<usize>,
-    eps: Option<f32>,
-    order_temperature: Option<f32>,
-    temperature: Option<f32>,
-    top_p: Option<f32>,
-    top_p_rule: Option<TopPRule>,
-    guidance: Option<f32>,
-    eos: Option<Eos>,
-    kv: Option<KvPolicy>,
-    truncated_confidence: Option<bool>,
-    weights: Option<usize>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum UnmaskSpec {
-    Rank(Rank, Option<usize>),
-    Linear(usize),
-    Fixed(usize),
-    Timestep(usize),
-    Ancestral(usize),
-    Threshold(f32),
-    Above(f32),
-    Factor(f32),
-    EntropyBound(f32),
-}
-
-const KEYS: &str = "block, visible, from, sub, remask, by, score, unmask, order, steps, eps, order_temperature, temperature, top_p, top_p_rule, \
-                    guidance, eos, kv, confidence, weights";
-
-/// The last time of Dream's schedules where `eps` is not given.
-const EPS: f32 = 1e-3;
-
-impl FromStr for StageSpec {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let mut spec = StageSpec::default();
-        for item in text.split(',') {
-            let (key, value) = item
-                .split_once('=')
-                .ok_or_else(|| Error::request(format!("stage `{text}`: expected key=value, found `{item}`; keys: {KEYS}")))?;
-            let bad = |want: &str| Error::request(format!("stage `{text}`: {key} wants {want}, found `{value}`"));
-            fn set<T>(slot: &mut Option<T>, value: Option<T>, twice: Error, bad: Error) -> Result<()> {
-                if slot.is_some() {
-                    return Err(twice);
-                }
-                *slot = Some(value.ok_or(bad)?);
-                Ok(())
-            }
-            let twice = Error::request(format!("stage `{text}`: {key} is given twice"));
-            match key {
-                "block" => set(&mut spec.block, parse_block(value), twice, bad("a length of at least 1, or full"))?,
-                "visible" => {
-                    let scope = match value {
-                        "block" => Some(Scope::Block),
-                        "canvas" => Some(Scope::Canvas),
-                        _ => None,
-                    };
-                    set(&mut spec.scope, scope, twice, bad("block or canvas"))?;
-                }
-                "from" => {
-                    let from = match value {
-                        "start" => Some(false),
-                        "prompt" => Some(true),
-                        _ => None,
-                    };
-                    set(&mut spec.from_prompt, from, twice, bad("start or prompt"))?;
-                }
-                "sub" => set(&mut spec.sub, parse_count(value), twice, bad("a length of at least 1"))?,
-                "remask" => {
-                    let ratio = value.parse().ok().filter(|r| (0.0..=1.0).contains(r));
-                    set(&mut spec.ratio, ratio, twice, bad("a ratio from 0 to 1"))?;
-                }
-                "by" => set(&mut spec.by, parse_by(value), twice, bad("snapshot, post-hoc, held-out:GROUPS (2 or more) or random"))?,
-                "score" => set(&mut spec.score, parse_score(value), twice, bad("probability, typicality or lift"))?,
-                "unmask" => {
-                    let want = "uniform:N, confidence:N, margin:N, entropy:N, left:N, threshold:T, above:T, factor:F, linear:STEPS, \
-                                fixed:STEPS, timestep:STEPS, ancestral:STEPS or entropy-bound:NATS";
-                    set(&mut spec.unmask, parse_unmask(value), twice, bad(want))?;
-                }
-                "order" => set(&mut spec.order, parse_rank(value), twice, bad("uniform, confidence, margin, entropy or left"))?,
-                "steps" => set(&mut spec.steps, parse_count(value), twice, bad("a number of forwards, at least 1"))?,
-                "eps" => {
-                    let eps = value.parse().ok().filter(|e| *e > 0.0 && *e < 1.0);
-                    set(&mut spec.eps, eps, twice, bad("a time above 0 and below 1"))?;
-                }
-                "order_temperature" => {
-                    let t = value.parse().ok().filter(|t| valid_temperature(*t));
-                    set(&mut spec.order_temperature, t, twice, bad("a finite number of at least 0"))?;
-                }
-                "temperature" => {
-                    let t = value.parse().ok().filter(|t| valid_temperature(*t));
-                    set(&mut spec.temperature, t, twice, bad("a finite number of at least 0"))?;
-                }
-                "top_p" => set(&mut spec.top_p, value.parse().ok().filter(|p| valid_top_p(*p)), twice, bad("a number above 0, at most 1"))?,
-                "top_p_rule" => {
-                    let rule = match value {
-                        "within" => Some(TopPRule::Within),
-                        "crossing" => Some(TopPRule::Crossing),
-                        _ => None,
-                    };
-                    set(&mut spec.top_p_rule, rule, twice, bad("within or crossing"))?;
-                }
-                "guidance" => {
-                    let scale = value.parse().ok().filter(|s| valid_temperature(*s));
-                    set(&mut spec.guidance, scale, twice, bad("a finite number of at least 0"))?;
-                }
-                "eos" => set(&mut spec.eos, parse_eos(value), twice, bad("free, never or last"))?,
-                "kv" => set(&mut spec.kv, parse_kv(value), twice, bad("exact, refresh:FORWARDS, draft, prefix, dual or recompute"))?,
-                "confidence" => {
-                    let truncated = match value {
-                        "raw" => Some(false),
-                        "truncated" => Some(true),
-                        _ => None,
-                    };
-                    set(&mut spec.truncated_confidence, truncated, twice, bad("raw or truncated"))?;
-                }
-                "weights" => {
-                    let index = value.parse().ok().filter(|n| *n < MAX_MODELS);
-                    set(&mut spec.weights, index, twice, bad("the index of a --model, from 0"))?;
-                }
-                _ => return Err(Error::request(format!("stage `{text}`: unknown key `{key}`; keys: {KEYS}"))),
-            }
-        }
-        Ok(spec)
+        Defaults { temperature: 1.0, top_p: 0.9, top_p_rule: TopPRule::Within, top_k: None, scope: Scope::Block }
     }
 }
 
@@ -357,176 +237,13 @@ pub fn valid_top_p(p: f32) -> bool {
     p > 0.0 && p <= 1.0
 }
 
-fn parse_count(text: &str) -> Option<usize> {
-    text.parse().ok().filter(|n| (1..=1 << 32).contains(n))
-}
-
-fn parse_block(text: &str) -> Option<Option<usize>> {
-    if text == "full" { Some(None) } else { parse_count(text).map(Some) }
-}
-
-fn parse_rank(text: &str) -> Option<Rank> {
-    [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left].into_iter().find(|r| r.to_string() == text)
-}
-
-fn parse_by(text: &str) -> Option<RemaskBy> {
-    match text.split_once(':') {
-        None => match text {
-            "snapshot" => Some(RemaskBy::Snapshot),
-            "post-hoc" => Some(RemaskBy::PostHoc),
-            "random" => Some(RemaskBy::Random),
-            _ => None,
-        },
-        Some(("held-out", groups)) => parse_count(groups).filter(|g| *g >= 2).map(RemaskBy::HeldOut),
-        Some(_) => None,
-    }
-}
-
-fn parse_score(text: &str) -> Option<Score> {
-    [Score::Probability, Score::Typicality, Score::Lift].into_iter().find(|s| s.to_string() == text)
-}
-
-fn parse_unmask(text: &str) -> Option<UnmaskSpec> {
-    let Some((rule, value)) = text.split_once(':') else {
-        return parse_rank(text).map(|rank| UnmaskSpec::Rank(rank, None));
-    };
-    match rule {
-        "linear" => parse_count(value).map(UnmaskSpec::Linear),
-        "fixed" => parse_count(value).map(UnmaskSpec::Fixed),
-        "timestep" => parse_count(value).map(UnmaskSpec::Timestep),
-        "ancestral" => parse_count(value).map(UnmaskSpec::Ancestral),
-        "threshold" => value.parse().ok().filter(|t: &f32| (0.0..=1.0).contains(t)).map(UnmaskSpec::Threshold),
-        "above" => value.parse().ok().filter(|t: &f32| (0.0..=1.0).contains(t)).map(UnmaskSpec::Above),
-        "factor" => value.parse().ok().filter(|f: &f32| f.is_finite() && *f >= 0.0).map(UnmaskSpec::Factor),
-        "entropy-bound" => value.parse().ok().filter(|b: &f32| b.is_finite() && *b >= 0.0).map(UnmaskSpec::EntropyBound),
-        _ => Some(UnmaskSpec::Rank(parse_rank(rule)?, Some(parse_count(value)?))),
-    }
-}
-
-fn parse_kv(text: &str) -> Option<KvPolicy> {
-    match text.split_once(':') {
-        None if text == "exact" => Some(KvPolicy::Exact),
-        None if text == "draft" => Some(KvPolicy::Draft),
-        None if text == "recompute" => Some(KvPolicy::Recompute),
-        None if text == "prefix" => Some(KvPolicy::Prefix),
-        None if text == "dual" => Some(KvPolicy::Dual),
-        Some(("refresh", r)) => parse_count(r).map(KvPolicy::Refresh),
-        _ => None,
-    }
-}
-
-fn parse_eos(text: &str) -> Option<Eos> {
-    [Eos::Free, Eos::Never, Eos::Last].into_iter().find(|e| e.to_string() == text)
-}
-
-impl StageSpec {
-    /// The reveal rule with what belongs to it: `order`, `steps`, `eps`.
-    fn unmask(&self) -> std::result::Result<Unmask, &'static str> {
-        let rank = self.order.unwrap_or(Rank::Confidence);
-        let eps = self.eps.unwrap_or(EPS);
-        let unmask = match (self.unmask.unwrap_or(UnmaskSpec::Rank(Rank::Uniform, None)), self.steps) {
-            (UnmaskSpec::Rank(rank, n), None) => Unmask::Count { rank, n: n.unwrap_or(1) },
-            (UnmaskSpec::Rank(rank, None), Some(steps)) => Unmask::Linear { rank, steps },
-            (UnmaskSpec::Linear(steps), None) => Unmask::Linear { rank, steps },
-            (UnmaskSpec::Fixed(steps), None) => Unmask::Fixed { rank, steps },
-            (UnmaskSpec::Timestep(steps), None) => Unmask::Timestep { rank, steps, eps },
-            (UnmaskSpec::Ancestral(steps), None) => Unmask::Ancestral { steps, eps },
-            (UnmaskSpec::Threshold(t), None) => Unmask::Threshold(t),
-            (UnmaskSpec::Above(bound), steps) => Unmask::Above { bound, steps },
-            (UnmaskSpec::Factor(f), None) => Unmask::Factor(f),
-            (UnmaskSpec::EntropyBound(b), None) => Unmask::EntropyBound(b),
-            (_, Some(_)) => return Err("steps goes with a ranking alone, as in unmask=uniform,steps=12, or with unmask=above:T"),
-        };
-        let spelled = self.unmask;
-        if self.order.is_some() && !matches!(spelled, Some(UnmaskSpec::Linear(_) | UnmaskSpec::Fixed(_) | UnmaskSpec::Timestep(_))) {
-            return Err("order goes with unmask=linear:STEPS, unmask=fixed:STEPS or unmask=timestep:STEPS");
-        }
-        if self.eps.is_some() && !matches!(spelled, Some(UnmaskSpec::Timestep(_) | UnmaskSpec::Ancestral(_))) {
-            return Err("eps goes with unmask=timestep:STEPS or unmask=ancestral:STEPS");
-        }
-        Ok(unmask)
-    }
-
-    /// Fills in the defaults and checks the stage in its place (`index` 0 drafts).
-    fn resolve(&self, index: usize, defaults: &Defaults, previous: Option<&Stage>) -> Result<Stage> {
-        let fail = |what: &str| Err(Error::request(format!("stage {index}: {what}")));
-        let unmask = match self.unmask() {
-            Ok(unmask) => unmask,
-            Err(what) => return fail(what),
-        };
-        let order_temperature = self.order_temperature.unwrap_or(0.0);
-        if order_temperature > 0.0 && !matches!(unmask.rank(), Some(Rank::Confidence | Rank::Margin | Rank::Entropy)) {
-            return fail("order_temperature goes with a ranking by confidence, margin or entropy that counts, not with a threshold");
-        }
-        let eos = self.eos.unwrap_or_default();
-        if eos == Eos::Last && !unmask.by_confidence() {
-            return fail("eos=last gives confidence 0 to ends of the text, so the rule must go by confidence");
-        }
-        let remask = match (index, self.ratio) {
-            (0, None) if self.by.is_none() && self.score.is_none() => None,
-            (0, _) => return fail("the first stage drafts, it has nothing to remask"),
-            (_, None) => return fail("a refining stage needs remask=RATIO"),
-            (_, Some(ratio)) => {
-                let (by, score) = (self.by.unwrap_or(RemaskBy::Snapshot), self.score.unwrap_or(Score::Probability));
-                if score != Score::Probability && !matches!(by, RemaskBy::PostHoc | RemaskBy::HeldOut(_)) {
-                    return fail("score=typicality and score=lift need a scoring forward: by=post-hoc or by=held-out:GROUPS");
-                }
-                Some(Remask { ratio, by, score })
-            }
-        };
-        let kv = self.kv.unwrap_or(KvPolicy::Exact);
-        if kv == KvPolicy::Draft && index == 0 {
-            return fail("kv=draft reuses the K/V of an earlier stage, the first stage has none");
-        }
-        if kv == KvPolicy::Draft && matches!(remask, Some(Remask { by: RemaskBy::HeldOut(_), .. })) {
-            return fail("kv=draft cannot follow held-out scoring, whose forwards overwrite the draft's K/V; use kv=refresh:R");
-        }
-        let block_len = self.block.unwrap_or(None);
-        let scope = self.scope.unwrap_or(defaults.scope);
-        if scope == Scope::Block && block_len.is_some() {
-            // [SDAR] Block-causal attention counts blocks from position 0, and finished blocks are never seen again anyway.
-            if self.from_prompt == Some(true) {
-                return fail("from=prompt needs visible=canvas: block-causal attention counts from position 0");
-            }
-            if matches!(kv, KvPolicy::Prefix | KvPolicy::Dual) {
-                return fail("kv=prefix and kv=dual are for visible=canvas: under block-causal attention kv=exact reuses more, exactly");
-            }
-        }
-        if let Some(sub) = self.sub
-            && block_len.is_none_or(|block| block % sub != 0)
-        {
-            return fail("sub goes with block=LENGTH, a multiple of it");
-        }
-        let guidance = self.guidance.unwrap_or(0.0);
-        if guidance > 0.0 && (scope == Scope::Block && block_len.is_some() || !matches!(kv, KvPolicy::Exact | KvPolicy::Recompute)) {
-            return fail("guidance runs every forward twice over all rows: it needs visible=canvas and kv=exact");
-        }
-        let weights = self.weights.unwrap_or(0);
-        if kv == KvPolicy::Draft && previous.is_some_and(|p| p.weights != weights) {
-            return fail("kv=draft cannot reuse the K/V of other weights; use kv=refresh:R");
-        }
-        Ok(Stage {
-            block_len,
-            scope,
-            from_prompt: self.from_prompt.unwrap_or(false),
-            sub_len: self.sub,
-            remask,
-            unmask,
-            order_temperature,
-            temperature: self.temperature.unwrap_or(defaults.temperature),
-            top_p: self.top_p.unwrap_or(defaults.top_p),
-            top_p_rule: self.top_p_rule.unwrap_or(defaults.top_p_rule),
-            guidance,
-            eos,
-            kv,
-            truncated_confidence: self.truncated_confidence.unwrap_or(false),
-            weights,
-        })
-    }
+/// As configurations spell top-k: 0 keeps everything.
+pub fn top_k_of(k: u32, order: TopKOrder) -> Option<TopK> {
+    (k > 0).then_some(TopK { k, order })
 }
 
 /// Named schedules and the stages they expand to.
-pub const PRESETS: [(&str, &[&str]); 12] = [
+pub const PRESETS: [(&str, &[&str]); 14] = [
     ("draft", &["block=4,unmask=uniform:1"]),
     // As published, in the fewest forwards that lose little.
     ("did", &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact"]),
@@ -547,16 +264,18 @@ pub const PRESETS: [(&str, &[&str]); 12] = [
         ],
     ),
     // The published samplers as their authors run them; docs/schedules.md has the variants.
-    ("llada", &["block=32,visible=canvas,from=prompt,unmask=linear:32,order=confidence,temperature=0,top_p=1"]),
+    ("llada", &["block=32,visible=canvas,from=prompt,unmask=linear:32,order=confidence,temperature=0,top_p=1,top_k=all"]),
     (
         "dream",
         &[
-            "block=full,visible=canvas,unmask=timestep:512,order=entropy,temperature=0.2,top_p=0.95,top_p_rule=crossing,confidence=truncated",
+            "block=full,visible=canvas,unmask=timestep:512,order=entropy,temperature=0.2,top_p=0.95,top_p_rule=crossing,top_k=all,confidence=truncated",
         ],
     ),
-    ("sdar", &["block=4,visible=block,unmask=above:0.85,steps=4,temperature=1,top_p=1,confidence=truncated"]),
-    ("fast-dllm-v1", &["block=32,visible=canvas,from=prompt,unmask=threshold:0.9,temperature=0,top_p=1,kv=dual"]),
-    ("fast-dllm-v2", &["block=32,visible=block,sub=8,unmask=above:0.95,temperature=0,top_p=1"]),
+    ("sdar", &["block=4,visible=block,unmask=above:0.85,steps=4,last=fill,temperature=1,top_p=1,top_k=all,confidence=truncated"]),
+    ("llada2", &["block=32,visible=block,unmask=above:0.95,steps=32,last=fill,temperature=0,top_p=1,top_k=all"]),
+    ("llada21", &["block=32,visible=block,unmask=above:0.95,edit=0.9,passes=16,last=fill,temperature=0,top_p=1,top_k=all"]),
+    ("fast-dllm-v1", &["block=32,visible=canvas,from=prompt,unmask=threshold:0.9,temperature=0,top_p=1,top_k=all,kv=dual"]),
+    ("fast-dllm-v2", &["block=32,visible=block,sub=8,unmask=above:0.95,temperature=0,top_p=1,top_k=all"]),
 ];
 
 impl Schedule {
@@ -599,267 +318,5 @@ impl Unmask {
     /// Whether confidence alone says what is revealed.
     pub fn by_confidence(&self) -> bool {
         self.rank() == Some(Rank::Confidence) || matches!(self, Unmask::Threshold(_) | Unmask::Above { .. } | Unmask::Factor(_))
-    }
-}
-
-impl fmt::Display for Rank {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Rank::Uniform => "uniform",
-            Rank::Confidence => "confidence",
-            Rank::Margin => "margin",
-            Rank::Entropy => "entropy",
-            Rank::Left => "left",
-        })
-    }
-}
-
-impl fmt::Display for Unmask {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Unmask::Count { rank, n } => write!(f, "{rank}:{n}"),
-            Unmask::Linear { rank, steps } => write!(f, "linear:{steps},order={rank}"),
-            Unmask::Fixed { rank, steps } => write!(f, "fixed:{steps},order={rank}"),
-            Unmask::Timestep { rank, steps, eps } => {
-                write!(f, "timestep:{steps},order={rank}")?;
-                if eps == EPS { Ok(()) } else { write!(f, ",eps={eps}") }
-            }
-            Unmask::Ancestral { steps, eps } => {
-                write!(f, "ancestral:{steps}")?;
-                if eps == EPS { Ok(()) } else { write!(f, ",eps={eps}") }
-            }
-            Unmask::Threshold(t) => write!(f, "threshold:{t}"),
-            Unmask::Above { bound, steps: None } => write!(f, "above:{bound}"),
-            Unmask::Above { bound, steps: Some(steps) } => write!(f, "above:{bound},steps={steps}"),
-            Unmask::Factor(factor) => write!(f, "factor:{factor}"),
-            Unmask::EntropyBound(b) => write!(f, "entropy-bound:{b}"),
-        }
-    }
-}
-
-impl fmt::Display for Eos {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Eos::Free => "free",
-            Eos::Never => "never",
-            Eos::Last => "last",
-        })
-    }
-}
-
-impl fmt::Display for Score {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Score::Probability => "probability",
-            Score::Typicality => "typicality",
-            Score::Lift => "lift",
-        })
-    }
-}
-
-impl fmt::Display for RemaskBy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            RemaskBy::Snapshot => f.write_str("snapshot"),
-            RemaskBy::PostHoc => f.write_str("post-hoc"),
-            RemaskBy::HeldOut(groups) => write!(f, "held-out:{groups}"),
-            RemaskBy::Random => f.write_str("random"),
-        }
-    }
-}
-
-impl fmt::Display for KvPolicy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            KvPolicy::Exact => f.write_str("exact"),
-            KvPolicy::Refresh(r) => write!(f, "refresh:{r}"),
-            KvPolicy::Draft => f.write_str("draft"),
-            KvPolicy::Recompute => f.write_str("recompute"),
-            KvPolicy::Prefix => f.write_str("prefix"),
-            KvPolicy::Dual => f.write_str("dual"),
-        }
-    }
-}
-
-impl fmt::Display for TopPRule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            TopPRule::Within => "within",
-            TopPRule::Crossing => "crossing",
-        })
-    }
-}
-
-impl fmt::Display for Stage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.block_len {
-            Some(block_len) => write!(f, "block={block_len}")?,
-            None => f.write_str("block=full")?,
-        }
-        f.write_str(match self.scope {
-            Scope::Block => ",visible=block",
-            Scope::Canvas => ",visible=canvas",
-        })?;
-        if self.from_prompt {
-            f.write_str(",from=prompt")?;
-        }
-        if let Some(sub) = self.sub_len {
-            write!(f, ",sub={sub}")?;
-        }
-        if let Some(remask) = self.remask {
-            write!(f, ",remask={},by={}", remask.ratio, remask.by)?;
-            if remask.score != Score::Probability {
-                write!(f, ",score={}", remask.score)?;
-            }
-        }
-        write!(f, ",unmask={}", self.unmask)?;
-        if self.order_temperature > 0.0 {
-            write!(f, ",order_temperature={}", self.order_temperature)?;
-        }
-        write!(f, ",temperature={},top_p={},top_p_rule={},kv={}", self.temperature, self.top_p, self.top_p_rule, self.kv)?;
-        if self.guidance > 0.0 {
-            write!(f, ",guidance={}", self.guidance)?;
-        }
-        if self.eos != Eos::Free {
-            write!(f, ",eos={}", self.eos)?;
-        }
-        f.write_str(if self.truncated_confidence { ",confidence=truncated" } else { ",confidence=raw" })?;
-        if self.weights > 0 { write!(f, ",weights={}", self.weights) } else { Ok(()) }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn one(index: usize, text: &str) -> Result<Stage> {
-        text.parse::<StageSpec>()?.resolve(index, &Defaults::default(), None)
-    }
-
-    #[test]
-    fn presets_resolve_and_print_back() {
-        for (name, _) in PRESETS {
-            let schedule = Schedule::preset(name, &Defaults::default()).unwrap();
-            for (index, stage) in schedule.stages.iter().enumerate() {
-                assert_eq!(one(index, &stage.to_string()).unwrap(), *stage, "{name}: {stage}");
-            }
-        }
-    }
-
-    #[test]
-    fn steps_is_a_quota_over_a_ranking() {
-        assert_eq!(one(0, "block=4,unmask=uniform,steps=3").unwrap().unmask, Unmask::Linear { rank: Rank::Uniform, steps: 3 });
-        assert_eq!(one(0, "block=4,unmask=linear:3").unwrap().unmask, Unmask::Linear { rank: Rank::Confidence, steps: 3 });
-        assert_eq!(one(0, "block=4").unwrap().unmask, Unmask::Count { rank: Rank::Uniform, n: 1 });
-    }
-
-    #[test]
-    fn mistakes_are_named() {
-        for (index, text, word) in [
-            (0, "nonsense", "key=value"),
-            (0, "colour=red", "unknown key"),
-            (0, "block=0", "at least 1"),
-            (0, "block=-4", "at least 1"),
-            (0, "block=99999999999999999999", "at least 1"),
-            (0, "block=4,block=8", "twice"),
-            (0, "block=4,remask=0.5", "drafts"),
-            (0, "block=4,by=random", "drafts"),
-            (0, "kv=draft", "earlier stage"),
-            (1, "block=full", "remask=RATIO"),
-            (1, "remask=1.5", "0 to 1"),
-            (1, "remask=nan", "0 to 1"),
-            (1, "remask=0.5,by=held-out:1", "GROUPS"),
-            (1, "remask=0.5,by=held-out:4,kv=draft", "overwrite"),
-            (1, "remask=0.5,kv=refresh:0", "FORWARDS"),
-            (0, "unmask=uniform:0", "uniform:N"),
-            (0, "unmask=threshold:2", "threshold:T"),
-            (0, "unmask=uniform:1,steps=4", "ranking alone"),
-            (0, "unmask=confidence:1,order=left", "order goes with"),
-            (0, "temperature=-1", "at least 0"),
-            (0, "temperature=inf", "at least 0"),
-            (0, "top_p=0", "above 0"),
-            (0, "", "key=value"),
-            (0, "block=4,from=prompt,visible=block", "visible=canvas"),
-            (0, "from=middle", "start or prompt"),
-            (0, "block=4,kv=dual,visible=block", "visible=canvas"),
-            (0, "sub=4", "block=LENGTH"),
-            (0, "block=32,sub=5", "a multiple of it"),
-            (0, "block=32,sub=0", "at least 1"),
-            (0, "unmask=above:1.5", "above:T"),
-            (0, "unmask=factor:-1", "factor:F"),
-            (0, "unmask=threshold:0.9,steps=4", "unmask=above:T"),
-            (0, "unmask=ancestral:0", "ancestral:STEPS"),
-            (0, "unmask=ancestral:4,order=left", "order goes with"),
-            (0, "unmask=linear:4,eps=0.1", "eps goes with"),
-            (0, "unmask=timestep:4,eps=1", "below 1"),
-            (0, "unmask=uniform:1,order_temperature=0.1", "goes with a ranking"),
-            (0, "unmask=threshold:0.9,order_temperature=0.5", "goes with a ranking"),
-            (0, "order_temperature=nan", "finite"),
-            (0, "guidance=-1", "at least 0"),
-            (0, "block=4,visible=block,guidance=1", "visible=canvas"),
-            (0, "block=full,guidance=1,kv=refresh:2", "kv=exact"),
-            (0, "eos=last", "by confidence"),
-            (0, "eos=maybe", "free, never or last"),
-            (0, "weights=-1", "--model"),
-            (0, "weights=16", "--model"),
-        ] {
-            let error = one(index, text).expect_err(text).to_string();
-            assert!(error.contains(word), "`{text}` says: {error}");
-        }
-        assert!(Schedule::resolve(&[], &Defaults::default()).is_err());
-        let other = ["block=4", "remask=0.5,kv=draft,weights=1"].map(|s| s.parse().unwrap());
-        assert!(Schedule::resolve(&other, &Defaults::default()).unwrap_err().to_string().contains("other weights"));
-        assert!(Schedule::preset("best", &Defaults::default()).unwrap_err().to_string().contains("did"));
-    }
-
-    proptest! {
-        #[test]
-        fn parsing_never_panics(text in "[a-z_=:,.0-9-]{0,60}") {
-            let _ = text.parse::<StageSpec>().map(|spec| spec.resolve(1, &Defaults::default(), None));
-        }
-
-        #[test]
-        fn every_stage_prints_back(block in prop_oneof![Just(None), (1usize..2000).prop_map(Some)], ratio in 0.0f64..=1.0, n in 1usize..99,
-                                   rule in 0usize..14, by in 0usize..4, kv in 0usize..5, t in 0.0f32..3.0, p in 0.01f32..=1.0, flags in 0usize..8) {
-            let rank = [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left][n % 5];
-            let eps = [EPS, t / 4.0 + 0.1][n % 2];
-            let unmask = match rule {
-                0..5 => Unmask::Count { rank, n },
-                5 => Unmask::Linear { rank, steps: n },
-                6 => Unmask::Timestep { rank, steps: n, eps },
-                7 => Unmask::Threshold(t / 3.0),
-                8 => Unmask::Fixed { rank, steps: n },
-                9 => Unmask::Ancestral { steps: n, eps },
-                10 => Unmask::Above { bound: t / 3.0, steps: None },
-                11 => Unmask::Above { bound: t / 3.0, steps: Some(n) },
-                12 => Unmask::Factor(t),
-                _ => Unmask::EntropyBound(t),
-            };
-            let by_value = matches!(unmask.rank(), Some(Rank::Confidence | Rank::Margin | Rank::Entropy));
-            let canvas = flags & 1 != 0 || block.is_none();
-            let stage = Stage {
-                block_len: block,
-                scope: if flags & 1 == 0 { Scope::Block } else { Scope::Canvas },
-                remask: Some(Remask {
-                    ratio,
-                    by: [RemaskBy::Snapshot, RemaskBy::PostHoc, RemaskBy::HeldOut(n + 1), RemaskBy::Random][by],
-                    score: [Score::Probability, Score::Typicality, Score::Lift][if by == 1 || by == 2 { n % 3 } else { 0 }],
-                }),
-                from_prompt: canvas && n.is_multiple_of(2),
-                sub_len: block.filter(|b| b.is_multiple_of(3)).map(|b| b / 3),
-                unmask,
-                order_temperature: if by_value && n.is_multiple_of(3) { t } else { 0.0 },
-                guidance: if canvas && kv.is_multiple_of(2) && kv < 3 { t } else { 0.0 },
-                eos: [Eos::Free, Eos::Never, if unmask.by_confidence() { Eos::Last } else { Eos::Free }][n % 3],
-                temperature: t,
-                top_p: p,
-                top_p_rule: if flags & 2 == 0 { TopPRule::Within } else { TopPRule::Crossing },
-                kv: [KvPolicy::Exact, KvPolicy::Refresh(n), KvPolicy::Recompute, KvPolicy::Prefix, KvPolicy::Dual][if canvas { kv } else { kv % 3 }],
-                truncated_confidence: flags & 4 != 0,
-                weights: n % MAX_MODELS,
-            };
-            prop_assert_eq!(one(1, &stage.to_string()).unwrap(), stage);
-        }
     }
 }

@@ -37,7 +37,7 @@ use crate::error::{Error, Result};
 use crate::plan::{Kind, Visibility};
 use crate::policy::{self, BlockProgress, Candidate};
 use crate::rng::{self, DrawKey, STAGE_STEP, TIME_STEP, Uniforms};
-use crate::schedule::{Eos, KvPolicy, Rank, Remask, RemaskBy, Schedule, Stage, Unmask};
+use crate::schedule::{Edit, Eos, KvPolicy, Rank, Remask, RemaskBy, Schedule, Stage, Unmask};
 
 /// What one session generates, fully resolved.
 #[derive(Clone)]
@@ -123,6 +123,8 @@ pub struct Session {
     progress: BlockProgress,
     /// Denoising forwards of this stage so far.
     denoised: u32,
+    /// The block holds no mask any more but its tokens may still give way: forwards over it since then.
+    settling: Option<usize>,
     /// Forwards since all rows were recomputed, for `refresh:r`.
     since_full: Option<usize>,
     /// Positions revealed since the last forward that computed them.
@@ -136,12 +138,16 @@ pub struct Session {
     draft: Vec<u32>,
     finish: Finish,
     prompt_len: usize,
+    /// Positions that the request asked for; until the first stage ends there may be more.
+    asked_len: usize,
 }
 
 impl Session {
     /// Checks what only the whole request can tell. `fixed` must hold at least one position to generate.
     pub fn new(spec: SessionSpec) -> Result<Session> {
-        let canvas = Canvas::new(&spec.fixed, spec.mask_id);
+        let mut fixed = spec.fixed.clone();
+        fixed.resize(Session::decoded_len(&spec.schedule, &fixed), None);
+        let canvas = Canvas::new(&fixed, spec.mask_id);
         if canvas.num_masks() == 0 {
             return Err(Error::request("nothing to generate: every position is fixed"));
         }
@@ -154,6 +160,12 @@ impl Session {
         {
             return Err(Error::request(format!("{} positions make more than 2^24 blocks of {block_len}", canvas.len())));
         }
+        let shifted = |stage: &Stage| spec.shifted[stage.weights] && matches!(stage.visibility(), Visibility::BlockCausal(_));
+        if let Some(index) = spec.schedule.stages.iter().position(|stage| stage.edit.is_some() && shifted(stage)) {
+            return Err(Error::request(format!(
+                "stage {index}: edit asks about a whole block again, and shifted logits answer its first position from the block before; use visible=canvas"
+            )));
+        }
         let prompt_len = canvas.fixed_prefix();
         let mut session = Session {
             canvas,
@@ -164,6 +176,7 @@ impl Session {
             unit: 0..0,
             progress: BlockProgress { block_len: 0, masks_at_start: 0, masks: 0, step: 0 },
             denoised: 0,
+            settling: None,
             since_full: None,
             fresh: Vec::new(),
             scores: Vec::new(),
@@ -174,10 +187,19 @@ impl Session {
             draft: Vec::new(),
             finish: Finish::Length,
             prompt_len,
+            asked_len: spec.fixed.len(),
             spec,
         };
         session.open_report();
         Ok(session)
+    }
+
+    /// Positions of the canvas on which `schedule` decodes `fixed`: a last block that is generated to its end may be decoded whole.
+    pub fn decoded_len(schedule: &Schedule, fixed: &[Option<u32>]) -> usize {
+        match (schedule.stages.first(), fixed.last()) {
+            (Some(stage), Some(None)) => stage.decoded_len(fixed.len()),
+            _ => fixed.len(),
+        }
     }
 
     pub fn canvas(&self) -> &Canvas {
@@ -255,6 +277,7 @@ impl Session {
     /// Ends the session as it stands.
     pub fn cancel(&mut self) {
         self.pending = None;
+        self.cut(self.asked_len);
         self.finish = Finish::Cancelled;
         self.phase = Phase::Finished;
     }
@@ -333,6 +356,7 @@ impl Session {
             temperature: stage.temperature,
             top_p: stage.top_p,
             top_p_rule: stage.top_p_rule,
+            top_k: stage.top_k,
             forced,
             truncated_confidence: stage.truncated_confidence,
         }
@@ -359,8 +383,13 @@ impl Session {
         let stage = *self.stage();
         let len = self.canvas.len();
         let block_len = stage.block_len_in(len);
-        let Some(first) = self.canvas.next_masked(self.range(self.block).start) else {
-            return false;
+        let from = self.range(self.block).start;
+        let first = match self.settling {
+            Some(_) => from,
+            None => match self.canvas.next_masked(from) {
+                Some(first) => first,
+                None => return false,
+            },
         };
         let block = (first - stage.origin(self.prompt_len)) / block_len;
         let range = self.range(block);
@@ -419,7 +448,12 @@ impl Session {
             rows.dedup();
             rows
         };
-        let asks = masked.iter().map(|p| self.ask(block, *p, &positions)).collect();
+        let asks = match stage.edit {
+            None => masked.iter().map(|p| self.ask(block, *p, &positions)).collect(),
+            Some(_) => {
+                self.unit.clone().filter(|p| self.canvas.state(*p) != State::Fixed).map(|p| self.ask(block, p, &positions)).collect()
+            }
+        };
         self.since_full = Some(if partial { self.since_full.unwrap_or(0) + 1 } else { 1 });
         self.set_step(Kind::Denoise, positions, asks);
         true
@@ -493,10 +527,27 @@ impl Session {
             .zip(decisions)
             .map(|(ask, decision)| Candidate { position: ask.position, decision: *decision, order: ask.order })
             .collect();
+        let mut edits = Vec::new();
         let chosen = match step.kind {
             Kind::Denoise => {
-                let Stage { unmask, order_temperature, .. } = *self.stage();
-                policy::select_tempered(&unmask, order_temperature, self.progress, &candidates)?
+                let Stage { unmask, order_temperature, edit, .. } = *self.stage();
+                match edit {
+                    None => policy::select_tempered(&unmask, order_temperature, self.progress, &candidates)?,
+                    Some(Edit { bound, .. }) => {
+                        // Reveals and edits of a forward know nothing of each other.
+                        let is_masked = |i: &usize| self.canvas.state(candidates[*i].position) == State::Masked;
+                        let (masked, standing): (Vec<usize>, Vec<usize>) = (0..candidates.len()).partition(is_masked);
+                        let held = |i: &usize| (candidates[*i], self.canvas.tokens()[candidates[*i].position]);
+                        let standing_now: Vec<_> = standing.iter().map(held).collect();
+                        edits.extend(policy::edits(bound, &standing_now)?.into_iter().map(|i| standing[i]));
+                        let open: Vec<Candidate> = masked.iter().map(|i| candidates[*i]).collect();
+                        let chosen = match open.is_empty() {
+                            true => Vec::new(),
+                            false => policy::select_tempered(&unmask, order_temperature, self.progress, &open)?,
+                        };
+                        chosen.into_iter().map(|i| masked[i]).collect()
+                    }
+                }
             }
             // The one candidate; the selection looks for NaN.
             Kind::Lead => policy::select(&Unmask::Count { rank: Rank::Left, n: 1 }, self.progress, &candidates)?,
@@ -528,7 +579,7 @@ impl Session {
             }
             Kind::Denoise | Kind::Lead => {
                 report.forwards.denoise += 1;
-                self.reveal(&candidates, &chosen, events);
+                self.reveal(&candidates, &chosen, &edits, events);
             }
         }
         Ok(())
@@ -543,19 +594,31 @@ impl Session {
         positions.iter().map(|p| self.canvas.confidence(*p)).collect()
     }
 
-    fn reveal(&mut self, candidates: &[Candidate], chosen: &[usize], events: &mut Vec<Event>) {
+    /// Writes the `chosen` of the candidates where they are masked, and the `edits` over what stands.
+    fn reveal(&mut self, candidates: &[Candidate], chosen: &[usize], edits: &[usize], events: &mut Vec<Event>) {
         let stage = *self.stage();
         let step = self.denoised;
         self.fresh.clear();
+        // Below f32's normal range a probability is still not zero.
+        let confidence = |decision: &Decision| decision.confidence.clamp(f32::MIN_POSITIVE, 1.0);
         for &i in chosen {
             let Candidate { position, decision, .. } = candidates[i];
-            // Below f32's normal range a probability is still not zero.
-            self.canvas.reveal(position, decision.token, decision.confidence.clamp(f32::MIN_POSITIVE, 1.0), self.stage as u8, step);
+            self.canvas.reveal(position, decision.token, confidence(&decision), self.stage as u8, step);
             self.fresh.push(position);
         }
+        for &i in edits {
+            let Candidate { position, decision, .. } = candidates[i];
+            self.canvas.edit(position, decision.token, confidence(&decision), self.stage as u8, step);
+        }
+        self.reports.last_mut().expect("opened with the stage").edited += edits.len();
         let revealed = self.fresh.clone();
-        let confidence = self.snapshots(&revealed);
-        events.push(self.event(EventKind::Reveal, step, revealed, confidence));
+        let edited: Vec<usize> = edits.iter().map(|i| candidates[*i].position).collect();
+        for (kind, positions) in [(EventKind::Reveal, revealed), (EventKind::Edit, edited)] {
+            if !positions.is_empty() {
+                let confidence = self.snapshots(&positions);
+                events.push(self.event(kind, step, positions, confidence));
+            }
+        }
 
         self.denoised += 1;
         self.progress.step += 1;
@@ -564,15 +627,41 @@ impl Session {
             // Everything before the block went through this forward, or an earlier one, in its final form.
             self.committed = self.committed.max(start);
         }
-        if self.canvas.masked_in(start..end).next().is_none() {
+        if self.canvas.masked_in(start..end).next().is_none() && self.is_settled(!edits.is_empty()) {
             self.progress.masks_at_start = 0;
             if self.stage == 0 {
-                self.check_stop(end);
+                self.check_stop(end.min(self.asked_len));
+                if self.canvas.num_masks() == 0 {
+                    self.cut(self.asked_len);
+                }
             }
             let end = end.min(self.canvas.len());
             let block: Vec<usize> = (start..end).filter(|p| self.canvas.state(*p) == State::Revealed).collect();
             let confidence = self.snapshots(&block);
             events.push(self.event(EventKind::Commit, step, block, confidence));
+        }
+    }
+
+    /// Whether the block, in which nothing is masked, is finished: at once, or where its tokens may give way, after the first forward over it that
+    /// `edited` nothing, or the last that is allowed.
+    fn is_settled(&mut self, edited: bool) -> bool {
+        if let Some(Edit { passes, .. }) = self.stage().edit {
+            let (ran, stable) = self.settling.map_or((0, false), |ran| (ran + 1, !edited));
+            if ran < passes && !stable {
+                self.settling = Some(ran);
+                return false;
+            }
+            self.settling = None;
+        }
+        true
+    }
+
+    /// Drops every position from `len` on.
+    fn cut(&mut self, len: usize) {
+        if len < self.canvas.len() {
+            self.canvas.truncate(len);
+            self.fresh.retain(|p| *p < len);
+            self.committed = self.committed.min(len);
         }
     }
 
@@ -597,9 +686,7 @@ impl Session {
             None
         };
         if let Some((len, finish)) = cut {
-            self.canvas.truncate(len);
-            self.fresh.retain(|p| *p < len);
-            self.committed = self.committed.min(len);
+            self.cut(len);
             self.finish = finish;
         }
     }
@@ -611,6 +698,7 @@ impl Session {
             rows: 0,
             remasked: Vec::new(),
             changed: 0,
+            edited: 0,
             ms: 0.0,
             before: Vec::new(),
         };

@@ -497,18 +497,22 @@ fn recommended_sampling() {
     let copy = Copy::of("sdar");
     let draft = |copy: &Copy| {
         let engine = copy.load().expect("an engine");
-        let stages = ["block=4", "block=4,remask=0.5,temperature=0.25"].map(|stage| stage.parse().unwrap());
+        let stages = ["block=4", "block=4,remask=0.5,temperature=0.25,top_k=3"].map(|stage| stage.parse().unwrap());
         let schedule = Schedule::resolve(&stages, &Engine::<Cpu>::defaults(engine.config())).unwrap();
-        [0, 1].map(|i| (schedule.stages[i].temperature, schedule.stages[i].top_p))
+        [0, 1].map(|i| (schedule.stages[i].temperature, schedule.stages[i].top_p, schedule.stages[i].top_k.map(|top_k| top_k.k)))
     };
-    assert_eq!(draft(&copy), [(1.0, 0.9), (0.25, 0.9)]);
-    copy.write("generation_config.json", r#"{"temperature": 0.5, "top_p": null}"#);
-    assert_eq!(draft(&copy), [(0.5, 0.9), (0.25, 0.9)]);
-    copy.write("generation_config.json", r#"{"temperature": 0, "top_p": 0.75}"#);
-    assert_eq!(draft(&copy), [(0.0, 0.75), (0.25, 0.75)]);
-    for (text, key) in
-        [(r#"{"temperature": -1}"#, "temperature"), (r#"{"temperature": "warm"}"#, "temperature"), (r#"{"top_p": 0}"#, "top_p")]
-    {
+    assert_eq!(draft(&copy), [(1.0, 0.9, None), (0.25, 0.9, Some(3))]);
+    copy.write("generation_config.json", r#"{"temperature": 0.5, "top_p": null, "top_k": 20}"#);
+    assert_eq!(draft(&copy), [(0.5, 0.9, Some(20)), (0.25, 0.9, Some(3))]);
+    copy.write("generation_config.json", r#"{"temperature": 0, "top_p": 0.75, "top_k": 0}"#);
+    assert_eq!(draft(&copy), [(0.0, 0.75, None), (0.25, 0.75, Some(3))]);
+    for (text, key) in [
+        (r#"{"temperature": -1}"#, "temperature"),
+        (r#"{"temperature": "warm"}"#, "temperature"),
+        (r#"{"top_p": 0}"#, "top_p"),
+        (r#"{"top_k": -1}"#, "top_k"),
+        (r#"{"top_k": 2.5}"#, "top_k"),
+    ] {
         copy.write("generation_config.json", text);
         copy.refused(text, "Config", &["generation_config.json", key]);
     }

@@ -10,14 +10,14 @@ use clap::{Args, ValueEnum};
 use super::output::{self, Run};
 use super::watch::Watch;
 use super::{DeviceFlags, Piped, TopPRuleFlag};
-use crate::backend::Backend;
+use crate::backend::{Backend, TopKOrder};
 use crate::chat::{ChatTemplate, Message};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::request::{Prompt, Request, Segment, StopOptions};
-use crate::schedule::{Defaults, Schedule, StageSpec, valid_temperature, valid_top_p};
+use crate::schedule::{Defaults, Schedule, StageSpec, top_k_of, valid_temperature, valid_top_p};
 use crate::tokenizer::Tokenizer;
 
 /// Generated tokens where `--length` does not say, if the model is long enough.
@@ -70,6 +70,9 @@ pub(super) struct Flags {
     /// Whether the token that crosses p is kept
     #[arg(long, value_enum)]
     top_p_rule: Option<TopPRuleFlag>,
+    /// How many of the most probable tokens stages draw from that do not name it, or all [default: what the model recommends, or all]
+    #[arg(long, value_name = "K", value_parser = parse_top_k, allow_negative_numbers = true)]
+    top_k: Option<u32>,
     #[command(flatten)]
     device: DeviceFlags,
     /// text, json (one object per sample) or jsonl (the same)
@@ -105,8 +108,22 @@ enum Format {
     Jsonl,
 }
 
+/// 0 for all.
+fn parse_top_k(text: &str) -> std::result::Result<u32, String> {
+    if text == "all" {
+        return Ok(0);
+    }
+    text.parse().ok().filter(|k| *k > 0).ok_or_else(|| "expected a number of tokens, at least 1, or all".to_owned())
+}
+
 /// Sampling flags checked and laid over the model's defaults.
-pub(super) fn defaults(config: &ModelConfig, temperature: Option<f32>, top_p: Option<f32>, rule: Option<TopPRuleFlag>) -> Result<Defaults> {
+pub(super) fn defaults(
+    config: &ModelConfig,
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    rule: Option<TopPRuleFlag>,
+    top_k: Option<u32>,
+) -> Result<Defaults> {
     let mut defaults = Engine::<Cpu>::defaults(config);
     if let Some(t) = temperature {
         if !valid_temperature(t) {
@@ -122,6 +139,9 @@ pub(super) fn defaults(config: &ModelConfig, temperature: Option<f32>, top_p: Op
     }
     if let Some(rule) = rule {
         defaults.top_p_rule = rule.into();
+    }
+    if let Some(k) = top_k {
+        defaults.top_k = top_k_of(k, TopKOrder::Before);
     }
     Ok(defaults)
 }
@@ -220,7 +240,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     let dir = super::model_dir(flags.model.first().map(PathBuf::as_path))?;
     let config = ModelConfig::load(&dir)?;
     config.masking()?;
-    let defaults = defaults(&config, flags.temperature, flags.top_p, flags.top_p_rule)?;
+    let defaults = defaults(&config, flags.temperature, flags.top_p, flags.top_p_rule, flags.top_k)?;
     let schedule =
         if flags.stage.is_empty() { Schedule::preset(&flags.preset, &defaults)? } else { Schedule::resolve(&flags.stage, &defaults)? };
     if flags.stop_entropy.is_some_and(|h| !h.is_finite() || h < 0.0) {

@@ -82,11 +82,14 @@ struct Stage<'a> {
     kv: String,
     temperature: f32,
     top_p: f32,
+    /// Absent where everything is kept.
+    top_k: Option<u32>,
     nfe: usize,
     forwards: Counts,
     rows: usize,
     remasked: &'a [usize],
     changed: usize,
+    edited: usize,
     ms: f64,
 }
 
@@ -151,11 +154,13 @@ pub(super) fn json(output: &Output, run: &Run, tokenizer: &Tokenizer, infill: bo
                 kv: report.stage.kv.to_string(),
                 temperature: report.stage.temperature,
                 top_p: report.stage.top_p,
+                top_k: report.stage.top_k.map(|top_k| top_k.k),
                 nfe: report.nfe(),
                 forwards: report.forwards.into(),
                 rows: report.rows,
                 remasked: &report.remasked,
                 changed: report.changed,
+                edited: report.edited,
                 ms: round_ms(report.ms),
             })
             .collect(),
@@ -200,6 +205,7 @@ struct TraceLine<'a> {
 pub(super) fn trace_line(event: &Event) -> String {
     let name = match event.kind {
         EventKind::Reveal => "reveal",
+        EventKind::Edit => "edit",
         EventKind::Remask => "remask",
         EventKind::Commit => "commit",
         EventKind::Done => "done",

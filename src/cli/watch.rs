@@ -45,7 +45,7 @@ impl Watch {
 
     pub(super) fn event(&mut self, event: &Event, tokenizer: &Tokenizer) {
         self.apply(event, |id| tokenizer.decode(&[id]));
-        if matches!(event.kind, EventKind::Reveal | EventKind::Remask) {
+        if matches!(event.kind, EventKind::Reveal | EventKind::Edit | EventKind::Remask) {
             self.draw();
             std::thread::sleep(if event.kind == EventKind::Remask { self.delay * 20 } else { self.delay });
         }
@@ -55,7 +55,7 @@ impl Watch {
         for ((&position, &token), &confidence) in event.positions.iter().zip(&event.tokens).zip(&event.confidence) {
             let Some(cell) = self.cells.get_mut(position) else { continue };
             match event.kind {
-                EventKind::Reveal => *cell = Cell::Revealed(piece(token), confidence),
+                EventKind::Reveal | EventKind::Edit => *cell = Cell::Revealed(piece(token), confidence),
                 EventKind::Remask => *cell = Cell::Remasked,
                 EventKind::Commit | EventKind::Done => {}
             }

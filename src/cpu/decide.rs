@@ -10,7 +10,7 @@
 
 use std::cmp::Ordering;
 
-use crate::backend::{Decision, Draw, Epilogue, TopPRule};
+use crate::backend::{Decision, Draw, Epilogue, TopK, TopKOrder, TopPRule};
 use crate::cpu::Machine;
 use crate::cpu::linear::{self, Packed};
 use crate::cpu::simd::{Kernel, LANES, Simd};
@@ -114,8 +114,8 @@ fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw) ->
     let mut kept_share = None;
     let token = match draw.forced {
         Some(token) => token as usize,
-        // At temperatures 0 and 1, what is left without a nucleus is the raw distribution.
-        None if draw.truncated_confidence && (draw.top_p < 1.0 || ![0.0, 1.0].contains(&draw.temperature)) => {
+        // At temperatures 0 and 1, what is left where nothing is taken away is the raw distribution.
+        None if draw.truncated_confidence && (draw.top_p < 1.0 || draw.top_k.is_some() || ![0.0, 1.0].contains(&draw.temperature)) => {
             // At temperature 0 the nucleus is that of temperature 1, and its first token is taken.
             let temperature = if draw.temperature == 0.0 { 1.0 } else { draw.temperature };
             let kept = kept(machine, logits, &tiles, max, argmax, &Draw { temperature, ..*draw });
@@ -152,7 +152,7 @@ fn tile_masses(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, 
 
 /// Draws a token after temperature and nucleus.
 fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> usize {
-    if draw.top_p < 1.0 {
+    if draw.top_p < 1.0 || draw.top_k.is_some() {
         return kept(machine, logits, tiles, max, argmax, draw).token;
     }
     let inverse_temperature = 1.0 / draw.temperature;
@@ -185,7 +185,7 @@ fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argma
     chosen
 }
 
-/// A draw from what temperature and nucleus leave of a row.
+/// A draw from what temperature, top-k and nucleus leave of a row.
 struct Kept {
     token: usize,
     /// Of the token, in what is left.
@@ -197,18 +197,27 @@ struct Kept {
     entropy: f64,
 }
 
-/// Draws from the nucleus, or from everything where there is none.
+/// Draws from what top-k and nucleus leave, or from everything where there are none.
 fn kept(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> Kept {
-    let total: f64 = tile_masses(machine, logits, tiles, max, draw.temperature).iter().sum();
+    let mut total: f64 = tile_masses(machine, logits, tiles, max, draw.temperature).iter().sum();
     let mut masses = machine.spare_row();
     masses.clear();
     masses.extend_from_slice(logits);
     machine.isa.run(Exponentials { logits: &mut masses, max, inverse_temperature: 1.0 / draw.temperature });
 
-    let cut = match draw.top_p < 1.0 {
+    // Top-k keeps what is above this.
+    let floor = draw.top_k.map_or(f32::NEG_INFINITY, |TopK { k, .. }| kth(machine, logits, tiles, k as usize).next_down());
+    if draw.top_k.is_some_and(|top_k| top_k.order == TopKOrder::Before) {
+        total = machine.isa.run(Above { logits, masses: &masses, threshold: floor }).iter().sum();
+    }
+    let mut cut = match draw.top_p < 1.0 {
         true => edge(machine, logits, &masses, max, total, draw),
         false => Cut { logit: f32::NEG_INFINITY, at: Vec::new() },
     };
+    // Both keep a prefix of the same order.
+    if cut.logit <= floor {
+        cut = Cut { logit: floor, at: Vec::new() };
+    }
     let mut tiles = machine.isa.run(Above { logits, masses: &masses, threshold: cut.logit });
     for &id in &cut.at {
         tiles[id as usize / TILE] += f64::from(masses[id as usize]);
@@ -252,6 +261,20 @@ fn kept(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax:
     let margin = (1.0 - f64::from(second)) / kept_total;
     let entropy = kept_total.ln() - moment / f64::from(draw.temperature) / kept_total;
     Kept { token: chosen, share, mass: kept_total, margin, entropy }
+}
+
+/// The k-th largest logit, the smallest where there are fewer. No token of the k lies below the k-th largest of the tiles' maxima.
+fn kth(machine: &Machine, logits: &[f32], tiles: &[TileSums], k: usize) -> f32 {
+    let descending = |a: &f32, b: &f32| b.total_cmp(a);
+    let mut maxima: Vec<f32> = tiles.iter().map(|tile| tile.max).collect();
+    let floor = if k <= maxima.len() { *maxima.select_nth_unstable_by(k - 1, descending).1 } else { f32::NEG_INFINITY };
+    let mut ids = Vec::new();
+    for (i, tile) in logits.chunks(TILE).enumerate() {
+        machine.isa.run(Between { logits: tile, low: floor.next_down(), high: f32::INFINITY, first: i * TILE, ids: &mut ids });
+    }
+    let mut largest: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
+    let last = k.min(largest.len()) - 1;
+    *largest.select_nth_unstable_by(last, descending).1
 }
 
 /// The end of the nucleus: tokens above `logit` are kept, and of those equal to it the ones in `at`, ids ascending.

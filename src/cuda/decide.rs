@@ -9,7 +9,7 @@ use super::driver::{Address, Build, Launch};
 use super::linear::{self, Linear};
 use super::machine::Machine;
 use super::params::params;
-use crate::backend::{DType, Decision, Draw, Epilogue, TopPRule};
+use crate::backend::{DType, Decision, Draw, Epilogue, TopK, TopKOrder, TopPRule};
 use crate::error::{Error, Result};
 
 params! {
@@ -51,6 +51,10 @@ pub mod flag {
     pub const FORCED: u32 = 4;
     /// A row that nobody asks for: it gets no answer.
     pub const PADDING: u32 = 8;
+    /// The nucleus is one of the whole distribution, not of what top-k leaves.
+    pub const TOP_K_AFTER: u32 = 16;
+    /// The bits above hold the k of top-k, 0 for none.
+    pub const TOP_K_SHIFT: u32 = 8;
 }
 
 /// Status of a [`DecisionRecord`], the `STATUS_*` of `kernels/decide.cuh`.
@@ -69,11 +73,16 @@ impl From<&Draw> for DrawRecord {
         let rule = if draw.top_p_rule == TopPRule::Crossing { flag::CROSSING } else { 0 };
         let truncated = if draw.truncated_confidence { flag::TRUNCATED } else { 0 };
         let forced = if draw.forced.is_some() { flag::FORCED } else { 0 };
+        // More than the ids that a vocabulary may have keeps everything.
+        let top_k = draw.top_k.map_or(0, |TopK { k, order }| {
+            let after = if order == TopKOrder::After { flag::TOP_K_AFTER } else { 0 };
+            k.min(u32::MAX >> flag::TOP_K_SHIFT) << flag::TOP_K_SHIFT | after
+        });
         DrawRecord {
             u: draw.u,
             temperature: draw.temperature,
             top_p: draw.top_p,
-            flags: rule | truncated | forced,
+            flags: rule | truncated | forced | top_k,
             forced: draw.forced.unwrap_or(0),
             ..DrawRecord::default()
         }
@@ -100,10 +109,10 @@ impl DecisionRecord {
 
 /// Whether a draw takes route B: [`Decide::any_nucleus`] if one does, [`Decide::any_fused`] if one does not.
 pub fn needs_nucleus(draw: &Draw) -> bool {
-    // At temperatures 0 and 1, what is left without a nucleus is the raw distribution.
+    // At temperatures 0 and 1, what is left where nothing is taken away is the raw distribution.
     let tempered = draw.temperature != 0.0 && draw.temperature != 1.0;
-    let nucleus = draw.top_p < 1.0;
-    draw.forced.is_none() && (draw.temperature != 0.0 && nucleus || draw.truncated_confidence && (tempered || nucleus))
+    let cut = draw.top_p < 1.0 || draw.top_k.is_some();
+    draw.forced.is_none() && (draw.temperature != 0.0 && cut || draw.truncated_confidence && (tempered || cut))
 }
 
 params! {
@@ -370,16 +379,36 @@ mod tests {
 
     #[test]
     fn the_route_of_a_row_is_its_own() {
-        let draw = Draw { u: 0.5, temperature: 1.0, top_p: 0.9, top_p_rule: TopPRule::Crossing, forced: None, truncated_confidence: true };
+        let draw = Draw {
+            u: 0.5,
+            temperature: 1.0,
+            top_p: 0.9,
+            top_p_rule: TopPRule::Crossing,
+            top_k: None,
+            forced: None,
+            truncated_confidence: true,
+        };
         let plain = Draw { truncated_confidence: false, ..draw };
-        for asked in [draw, plain, Draw { temperature: 0.7, top_p: 1.0, ..draw }, Draw { temperature: 0.0, ..draw }] {
+        let top_k = Draw { top_p: 1.0, top_k: Some(TopK { k: 9, order: TopKOrder::After }), ..plain };
+        let most = Draw { top_k: Some(TopK { k: u32::MAX, order: TopKOrder::Before }), ..draw };
+        for asked in [
+            draw,
+            plain,
+            top_k,
+            Draw { temperature: 0.0, truncated_confidence: true, ..top_k },
+            Draw { temperature: 0.7, top_p: 1.0, ..draw },
+            Draw { temperature: 0.0, ..draw },
+        ] {
             assert!(needs_nucleus(&asked));
         }
         let whole = Draw { top_p: 1.0, ..draw };
         for other in [whole, Draw { temperature: 0.0, ..whole }, Draw { temperature: 0.0, ..plain }, Draw { forced: Some(3), ..draw }] {
             assert!(!needs_nucleus(&other));
         }
+        assert!(!needs_nucleus(&Draw { temperature: 0.0, ..top_k }) && !needs_nucleus(&Draw { forced: Some(3), ..top_k }));
         assert_eq!(DrawRecord::from(&draw).flags, flag::CROSSING | flag::TRUNCATED);
+        assert_eq!(DrawRecord::from(&top_k).flags, flag::CROSSING | flag::TOP_K_AFTER | 9 << 8);
+        assert_eq!(DrawRecord::from(&most).flags, flag::CROSSING | flag::TRUNCATED | 0xffff_ff00);
         let forced = DrawRecord::from(&Draw { forced: Some(3), top_p_rule: TopPRule::Within, ..draw });
         assert_eq!((forced.flags, forced.forced), (flag::TRUNCATED | flag::FORCED, 3));
     }

@@ -84,7 +84,12 @@ impl Session {
                 break;
             }
             let anything = Decision { token: 0, confidence: 0.5, log_prob: 0.0, margin: 0.0, entropy: 0.0 };
+            let len = ghost.canvas.len();
             if ghost.apply(&vec![anything; step.asks.len()], &mut Vec::new()).is_err() {
+                break;
+            }
+            // A last block that was decoded whole is cut.
+            if ghost.canvas.len() != len {
                 break;
             }
         }
@@ -99,7 +104,7 @@ impl Session {
 
 /// The rule of a step as the device knows it; `None` where the host decides.
 fn device_rule(stage: &Stage, progress: policy::BlockProgress) -> Option<Reveal> {
-    if stage.order_temperature > 0.0 || stage.guidance > 0.0 || stage.eos != Eos::Free {
+    if stage.order_temperature > 0.0 || stage.guidance > 0.0 || stage.eos != Eos::Free || stage.edit.is_some() {
         return None;
     }
     let quota = policy::quota(&stage.unmask, progress).unwrap_or(1).max(1);

@@ -46,8 +46,12 @@ impl Finish {
 /// What happened to a set of positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
-    /// Masked positions took these tokens.
+    /// Masked positions took these tokens. Positions beyond the length that was asked for may be among them where the last block is decoded to its
+    /// end; they are cut before the block is committed.
     Reveal,
+    /// Tokens that stood were overwritten with these, by the forward of the same step whose reveals, if it had any, are the event before. `confidence`
+    /// is theirs, and their snapshot from now on. A position may be edited any number of times until its block is committed.
+    Edit,
     /// These tokens were masked again; `confidence` holds the scores that chose them.
     Remask,
     /// A block of the stage is finished.
@@ -92,6 +96,8 @@ pub struct StageReport {
     pub remasked: Vec<usize>,
     /// Remasked tokens that came back different.
     pub changed: usize,
+    /// Tokens overwritten while their block was decoded, a position once for each time.
+    pub edited: usize,
     pub ms: f64,
     /// Positions masked again, paired with the token each held.
     pub(super) before: Vec<(usize, u32)>,

@@ -146,7 +146,7 @@ fn events_join_to_the_outcome() {
             assert!(!ended, "an event after the end: {event:?}");
             for (i, p) in event.positions.iter().enumerate() {
                 match event.kind {
-                    EventKind::Reveal => (canvas[*p], confidence[*p]) = (event.tokens[i], event.confidence[i]),
+                    EventKind::Reveal | EventKind::Edit => (canvas[*p], confidence[*p]) = (event.tokens[i], event.confidence[i]),
                     EventKind::Remask => {
                         assert_eq!((canvas[*p], confidence[*p]), (event.tokens[i], event.confidence[i]), "remask of {p}");
                         canvas[*p] = mask;

@@ -335,6 +335,7 @@ impl Watched {
                         self.snapshots[*p] = *confidence;
                     }
                 }
+                EventKind::Edit => panic!("{label}: no stage here edits"),
                 EventKind::Remask => self.follow_remask(event, &schedule.stages[stage], &label),
                 EventKind::Commit => {
                     // A block that is finished holds no mask.
@@ -444,6 +445,7 @@ impl Watched {
                             changed[usize::from(event.stage)] += usize::from(old != *token);
                         }
                     }
+                    EventKind::Edit => held[*p] = Some(*token),
                     EventKind::Remask => before[*p] = held[*p],
                     EventKind::Commit | EventKind::Done => assert_eq!(held[*p], Some(*token), "{}: position {p}", self.label),
                 }

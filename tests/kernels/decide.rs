@@ -4,14 +4,15 @@
 //! clear of a boundary; statistics compare within the rounding of f32 exponentials.
 
 use half::bf16;
-use redraft::backend::{DType, Decision, Draw, TopPRule};
+use redraft::backend::{DType, Decision, Draw, TopK, TopKOrder, TopPRule};
 use redraft::cuda::decide::{Decide, DecisionRecord, DrawRecord, decide_in, flag, needs_nucleus, status};
 use redraft::cuda::machine::Machine;
 use redraft::policy::decide_row;
 
 use crate::emulator::{Array, machines, noise, words};
 
-const PLAIN: Draw = Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
+const PLAIN: Draw =
+    Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
 const GREEDY: Draw = Draw { temperature: 0.0, ..PLAIN };
 const NUCLEUS: Draw = Draw { top_p: 0.9, ..PLAIN };
 
@@ -217,11 +218,15 @@ fn kinds(seed: u64, vocab: usize) -> Vec<Draw> {
         temperature,
         top_p,
         top_p_rule,
+        top_k: None,
         forced: None,
         truncated_confidence: (i as u64 + seed).is_multiple_of(2),
     };
     let mut draws: Vec<Draw> = kinds.iter().enumerate().map(draw).collect();
     let forced = |t| Draw { forced: Some(t), truncated_confidence: true, temperature: 0.3, top_p: 0.1, ..PLAIN };
+    for (k, order, draw) in [(5, TopKOrder::Before, 0), (40, TopKOrder::After, 4), (9, TopKOrder::Before, 5), (2, TopKOrder::After, 9)] {
+        draws.push(Draw { top_k: Some(TopK { k, order }), truncated_confidence: true, ..draws[draw] });
+    }
     draws.extend([forced(0), forced(vocab as u32 - 1), Draw { temperature: 1.0, ..forced(vocab as u32 / 2) }]);
     draws
 }
@@ -308,6 +313,39 @@ pub fn edges_of_nuclei(machine: &Machine) -> Result<(), String> {
         clear += case.obeys(machine, &all, "edges")?.0;
     }
     if clear < 20 { Err(format!("{clear} of 42 nuclei are clear of boundaries")) } else { Ok(()) }
+}
+
+/// Top-k with nuclei on either side of it, with ties at its end, of everything, and of what bans leave.
+pub fn most_probable(machine: &Machine) -> Result<(), String> {
+    let vocab = 700;
+    let levels: Vec<f32> = noise(41, vocab).iter().map(|v| (v * 8.0).round() * 0.5 + 0.0).collect();
+    let mut few = vec![f32::NEG_INFINITY; vocab];
+    [3, 200, 650].iter().for_each(|id| few[*id] = *id as f32 * 0.001);
+    let mut all = Vec::new();
+    for (i, k) in [1, 2, 7, 100, 699, 1 << 24].into_iter().enumerate() {
+        for (j, top_p) in [1.0, 0.3, 0.8].into_iter().enumerate() {
+            for (n, order) in [TopKOrder::Before, TopKOrder::After].into_iter().enumerate() {
+                let u = 0.021 + 0.027 * all.len() as f64;
+                let top_p_rule = [TopPRule::Within, TopPRule::Crossing][(i + n) % 2];
+                let top_k = Some(TopK { k, order });
+                all.push(Draw {
+                    u,
+                    temperature: [1.0, 0.5, 2.0, 0.0][(i + j) % 4],
+                    top_p,
+                    top_p_rule,
+                    top_k,
+                    truncated_confidence: j < 2,
+                    ..PLAIN
+                });
+            }
+        }
+    }
+    let mut clear = 0;
+    for row in [levels, noise(42, vocab).iter().map(|v| v * 5.0).collect(), few] {
+        let case = Case { hidden: vec![1.0; all.len()], banned: vec![200, 611], ..Case::of_rows(&[row]) };
+        clear += case.obeys(machine, &all, "most probable")?.0;
+    }
+    if clear < 80 { Err(format!("{clear} of 108 draws are clear of boundaries")) } else { Ok(()) }
 }
 
 /// Logits at the ends of their range, and one token alone.
@@ -408,7 +446,7 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
 }
 
 pub fn holds(machine: &Machine) -> Result<(), String> {
-    [the_law, walks, edges_of_nuclei, extremes, refusals, alone_as_in_company].iter().try_for_each(|part| part(machine))
+    [the_law, walks, edges_of_nuclei, most_probable, extremes, refusals, alone_as_in_company].iter().try_for_each(|part| part(machine))
 }
 
 #[test]

@@ -110,6 +110,17 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         decide::walks,
         ("decide_nucleus.cu", "__syncthreads();  // all have read before the next round writes", ""),
     ),
+    ("the token behind the k-th kept", decide::most_probable, ("decide_nucleus.cu", "u64 wanted = k - 1;", "u64 wanted = k;")),
+    (
+        "a nucleus of everything before top-k",
+        decide::most_probable,
+        ("decide_nucleus.cu", "draw.flags & DRAW_TOP_K_AFTER ? total : most_probable", "total"),
+    ),
+    (
+        "top-k forgotten by the answer",
+        decide::most_probable,
+        ("decide.cuh", "draw.temperature == 0.0f && !is_cut(draw)", "draw.temperature == 0.0f && draw.top_p >= 1.0f"),
+    ),
     ("a status without its token", decide::refusals, ("decide_nucleus.cu", "STATUS_BROKEN, (u32)broken", "STATUS_BROKEN, 0")),
     ("asks beyond the prediction", ask::holds, ("ask.cu", "if (masked && i < s.ask_count)", "if (masked)")),
     ("every tile starts from the first ask", ask::holds, ("ask.cu", "        seen += count;\n", "        seen = count;\n")),

@@ -1,13 +1,14 @@
 //! `decide` against `policy::decide_row`. The head is an identity, so hidden rows are the logits.
 
-use redraft::backend::{Backend, DType, Decision, Draw, Epilogue, TopPRule};
+use redraft::backend::{Backend, DType, Decision, Draw, Epilogue, TopK, TopKOrder, TopPRule};
 use redraft::cpu::{Cpu, oracle};
 use redraft::error::Error;
 use redraft::policy::decide_row;
 
 use crate::{TestBackend, cpus, each, noise};
 
-const PLAIN: Draw = Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, forced: None, truncated_confidence: false };
+const PLAIN: Draw =
+    Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
 
 /// Runs rows of V logits through a head of 16 features whose products reproduce them: logits come from the bias, rows from a
 /// one-hot hidden state. Each row then has its own weight column, exact in f32; bf16 rounds the logits, which both sides see.
@@ -146,6 +147,70 @@ fn ties_go_to_the_lower_id() {
         assert_eq!((got[0].confidence > 0.02, got[1].confidence, got[2].confidence), (true, 0.5, 1.0 / 3.0));
         for (got, draw) in got.iter().zip(&draws) {
             assert_decision(&b.name(), got, &decide_row(&rows[0], &[], draw).unwrap());
+        }
+    });
+}
+
+/// With and without a nucleus on either side of it, over few tiles and more than k of them, tied and not.
+#[test]
+fn the_most_probable_tokens() {
+    let vocab = 4500;
+    let levels: Vec<f32> = noise(vocab, 51).iter().map(|v| (v * 40.0).round() * 0.25).collect();
+    let (mut clear, mut total) = (0, 0);
+    each!(b in cpus(2), {
+        for (i, k) in [1, 3, 30, 4499, u32::MAX].into_iter().enumerate() {
+            let mut draws = Vec::new();
+            for (j, (temperature, top_p)) in [(1.0, 1.0), (0.7, 1.0), (1.0, 0.6), (1.6, 0.97), (0.0, 1.0), (0.0, 0.5)].into_iter().enumerate() {
+                for (n, order) in [TopKOrder::Before, TopKOrder::After].into_iter().enumerate() {
+                    let top_p_rule = [TopPRule::Within, TopPRule::Crossing][(i + j) % 2];
+                    let u = 0.0371 + 0.0731 * (j * 2 + n) as f64;
+                    let top_k = Some(TopK { k, order });
+                    draws.push(Draw { u, temperature, top_p, top_p_rule, top_k, truncated_confidence: (i + j) % 3 > 0, ..PLAIN });
+                }
+            }
+            for row in [levels.clone(), noise(vocab, 52 + i as u64).iter().map(|v| v * 6.0).collect()] {
+                let rows = vec![row; draws.len()];
+                let banned = &[3, 77, 4499];
+                let got = decide(b, &rows, banned, &draws).unwrap();
+                for (draw, got) in draws.iter().zip(&got) {
+                    let row = stored(b.dtype(), &rows[0]);
+                    total += 1;
+                    if is_clear(&row, banned, draw) {
+                        clear += 1;
+                        assert_decision(&format!("{} {draw:?}", b.name()), got, &decide_row(&row, banned, draw).unwrap());
+                    }
+                }
+            }
+        }
+    });
+    assert!(clear * 10 > total * 8, "{clear} of {total} draws were clear of boundaries");
+}
+
+/// By hand: six tokens, the third as probable as the fourth.
+#[test]
+fn top_k_keeps_ties_and_has_an_order() {
+    let row: Vec<f32> = [0.35f32, 0.05, 0.15, 0.25, 0.15, 0.05].iter().map(|p| p.ln()).collect();
+    each!(b in cpus(1), {
+        if b.dtype() != DType::F32 {
+            continue;
+        }
+        let draw = |k, order, top_p| Draw { top_k: Some(TopK { k, order }), top_p, top_p_rule: TopPRule::Crossing, truncated_confidence: true, ..PLAIN };
+        let cases = [
+            // Of the three most probable and the fourth, tied with the third: 0.35, 0.15, 0.25, 0.15 in ascending order of ids.
+            (draw(3, TopKOrder::Before, 1.0), 0.99, 4, 0.15 / 0.9),
+            (draw(3, TopKOrder::Before, 1.0), 0.45, 2, 0.15 / 0.9),
+            (draw(2, TopKOrder::After, 1.0), 0.99, 3, 0.25 / 0.6),
+            // Of the two, 0.35 is 0.583 and reaches p = 0.55 alone; of all six it does not.
+            (draw(2, TopKOrder::Before, 0.55), 0.99, 0, 1.0),
+            (draw(2, TopKOrder::After, 0.55), 0.99, 3, 0.25 / 0.6),
+            // A nucleus of three: top-k behind it takes nothing.
+            (draw(5, TopKOrder::After, 0.7), 0.99, 3, 0.25 / 0.75),
+        ];
+        let draws = cases.map(|(draw, u, ..)| Draw { u, ..draw });
+        let got = decide(b, &vec![row.clone(); 6], &[], &draws).unwrap();
+        for ((got, (.., token, share)), draw) in got.iter().zip(cases).zip(&draws) {
+            assert_eq!((got.token, (got.confidence - share).abs() < 1e-6), (token, true), "{} {draw:?}: {got:?}", b.name());
+            assert_decision(&b.name(), got, &decide_row(&row, &[], draw).unwrap());
         }
     });
 }

@@ -37,18 +37,24 @@ fn run(engine: &mut Engine<Cpu>, request: Request, label: &str) -> (Output, Vec<
     let mut canvas: Vec<u32> = engine.canvas(&request.prompt).expect("a prompt").iter().map(|token| token.unwrap_or(mask_id)).collect();
     let handle = engine.submit(request).unwrap_or_else(|e| panic!("{label}: {e}"));
     engine.run().unwrap_or_else(|e| panic!("{label}: {e}"));
-    let mut canvases = Vec::new();
+    let mut canvases: Vec<Vec<u32>> = Vec::new();
+    let mut step = None;
     for event in handle.events() {
         for (position, token) in event.positions.iter().zip(&event.tokens) {
+            // The last block may be decoded whole.
+            canvas.resize(canvas.len().max(position + 1), mask_id);
             match event.kind {
-                EventKind::Reveal => canvas[*position] = *token,
+                EventKind::Reveal | EventKind::Edit => canvas[*position] = *token,
                 EventKind::Remask => canvas[*position] = mask_id,
                 EventKind::Commit | EventKind::Done => {}
             }
         }
-        if event.kind == EventKind::Reveal {
-            canvases.push(canvas.clone());
+        match event.kind {
+            EventKind::Edit if step == Some(event.step) => *canvases.last_mut().expect("the reveals of the same forward") = canvas.clone(),
+            EventKind::Reveal | EventKind::Edit => canvases.push(canvas.clone()),
+            _ => {}
         }
+        step = Some(event.step);
     }
     let output = handle.take_output().unwrap_or_else(|| panic!("{label}: no output")).unwrap_or_else(|e| panic!("{label}: {e}"));
     (output, canvases)
@@ -80,14 +86,18 @@ fn follow(fixture: &Fixture, recorded: &Value, stage: String, draws: Option<Draw
     let mut engine = fixture.engine(1, DType::F32);
     let mut request = request(&engine.config().clone(), &prompt, length, &[stage]);
     request.draws = draws;
-    let (output, canvases) = run(&mut engine, request, label);
+    let mask_id = engine.config().mask_id.expect("a diffusion model");
+    let (output, mut canvases) = run(&mut engine, request, label);
     let expected: Vec<Vec<u32>> = recorded["canvases"].as_array().expect("canvases").iter().map(ids).collect();
+    canvases.iter_mut().for_each(|canvas| canvas.resize(expected[0].len(), mask_id));
     for (step, (found, expected)) in canvases.iter().zip(&expected).enumerate() {
         assert_eq!(found, expected, "{label}: canvas after forward {step}");
     }
     assert_eq!(canvases.len(), expected.len(), "{label}: forwards that reveal");
-    assert_eq!(output.stages[0].nfe(), expected.len(), "{label}: NFE");
-    assert_eq!(&output.canvas, expected.last().expect("a canvas"), "{label}");
+    // Forwards of an editing loop that change nothing count too.
+    let forwards = recorded["forwards"].as_u64().map_or(expected.len(), |forwards| forwards as usize);
+    assert_eq!(output.stages[0].nfe(), forwards, "{label}: NFE");
+    assert_eq!(output.canvas, expected.last().expect("a canvas")[..prompt.len() + length], "{label}");
     output
 }
 
@@ -116,8 +126,9 @@ fn published_samplers_are_followed() {
         for recorded in &runs(&fixture, "samplers.json") {
             let stage = text(recorded, "stage");
             let cached = stage.contains("kv=");
-            // Guidance takes no refreshes.
-            let exact = &[",kv=exact", ",kv=recompute", ",kv=refresh:1"][..if stage.contains("guidance") { 2 } else { 3 }];
+            // Guidance and edits take no refreshes.
+            let all_rows = stage.contains("guidance") || stage.contains("edit");
+            let exact = &[",kv=exact", ",kv=recompute", ",kv=refresh:1"][..if all_rows { 2 } else { 3 }];
             for kv in if cached { &[""][..] } else { exact } {
                 let label = format!("{name} {}{kv}", recorded["name"]);
                 let output = follow(&fixture, recorded, format!("{stage}{kv}"), Some(draws(recorded)), &label);
@@ -129,6 +140,74 @@ fn published_samplers_are_followed() {
         }
     }
     assert!(names.len() >= 20 && names.iter().any(|n| n.contains("dual cache")), "{names:?}");
+}
+
+/// Blocks that are edited until they are stable, last blocks that are decoded whole, and what comes after them: alone, together, and with the
+/// K/V of finished blocks written by forwards of their own.
+#[test]
+fn neighbours_change_nothing_where_tokens_give_way() {
+    let fixture = Fixture::open("sdar");
+    let config = fixture.engine(1, DType::F32).config().clone();
+    let stages: [&[&str]; 5] = [
+        &["block=8,unmask=above:0.3,edit=0.15,passes=3,last=fill"],
+        &["block=8,unmask=above:0.3,steps=4,last=fill,top_k=5"],
+        &["block=4,unmask=linear:2,order=confidence,edit=0.1,top_k=3,top_k_order=after,confidence=truncated"],
+        &["block=8,unmask=uniform:2"],
+        &["block=8,unmask=above:0.3,edit=0.1,last=fill", "block=full,remask=0.4,unmask=linear:3,edit=0.2"],
+    ];
+    let prompt: Vec<u32> = (0..16).collect();
+    let requests: Vec<Request> = stages
+        .iter()
+        .enumerate()
+        .map(|(i, stages)| {
+            let stages: Vec<String> = stages.iter().map(|s| format!("{s},temperature=0.8")).collect();
+            request(&config, &prompt[..3 + 2 * i], 14 + i, &stages)
+        })
+        .collect();
+    let alone: Vec<Output> = requests.iter().map(|r| run(&mut fixture.engine(1, DType::F32), r.clone(), "alone").0).collect();
+    let mut engine = fixture.engine(2, DType::F32);
+    let free = engine.free_pages();
+    for separate_commit in [false, true] {
+        let handles: Vec<_> =
+            requests.iter().map(|r| engine.submit(Request { separate_commit, ..r.clone() }).expect("a request")).collect();
+        engine.run().expect("a run");
+        for (i, (handle, alone)) in handles.iter().zip(&alone).enumerate() {
+            handle.events().for_each(drop);
+            let output = handle.take_output().expect("an outcome").expect("a text");
+            assert_eq!((&output.canvas, &output.confidence), (&alone.canvas, &alone.confidence), "{:?}", stages[i]);
+            assert_eq!((output.tokens.len(), output.canvas.len()), (14 + i, 3 + 2 * i + 14 + i), "{:?}: the length asked for", stages[i]);
+            let edits: usize = output.stages.iter().map(|stage| stage.edited).sum();
+            assert_eq!(edits > 0, i % 2 == 0, "{:?}: {edits} edits", stages[i]);
+        }
+    }
+    // A request that is cancelled inside its last block has no positions that nobody asked for.
+    for ticks in [0, 1, 4, 7] {
+        let handle = engine.submit(requests[1].clone()).expect("a request");
+        (0..ticks).for_each(|_| assert!(engine.tick().expect("a tick")));
+        handle.cancel();
+        engine.run().expect("a run");
+        handle.events().for_each(drop);
+        assert_eq!(handle.take_output().expect("an outcome").expect("a text").canvas.len(), 5 + 15, "after {ticks} ticks");
+    }
+    assert_eq!(engine.free_pages(), free);
+}
+
+/// The token before a block answers its first position, and the block cannot ask it again; under full attention every row is there.
+#[test]
+fn edits_need_rows_of_their_own() {
+    let edit = |name: &str, stage: &str| {
+        let fixture = Fixture::open(name);
+        let mut engine = fixture.engine(1, DType::F32);
+        let request = request(&engine.config().clone(), &[1, 2, 3], 12, &[format!("{stage},temperature=0,edit=0.1")]);
+        let handle = engine.submit(request)?;
+        engine.run()?;
+        handle.events().for_each(drop);
+        handle.take_output().expect("an outcome")
+    };
+    let refused = edit("fast-dllm", "block=8,unmask=confidence:2").expect_err("shifted logits").to_string();
+    assert!(refused.contains("stage 0") && refused.contains("shifted"), "{refused}");
+    let output = edit("dream", "block=4,visible=canvas,unmask=confidence:2").expect("a text");
+    assert!(output.stages[0].edited > 0 && output.stages[0].nfe() > 6, "{:?}", output.stages[0]);
 }
 
 /// An ending text is held back or never written, and an unknown one cannot be.
@@ -150,6 +229,7 @@ fn ends_of_texts_are_last_or_never() {
         free += ending(&written("free"));
         assert!(!written("never").tokens.contains(&ends[0]), "seed {seed}");
         let output = written("last");
+        assert!(!written("never+last").tokens.contains(&ends[0]), "seed {seed}");
         for ((token, confidence), (_, step)) in output.tokens.iter().zip(&output.confidence).zip(&output.revealed_at) {
             let end = ends.contains(token);
             // Zero, as far as a snapshot can be.

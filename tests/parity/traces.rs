@@ -155,6 +155,7 @@ impl<'a> Follower<'a> {
             EventKind::Commit => {
                 assert!(event.positions.iter().all(|p| self.canvas[*p] != self.mask_id), "{}: a committed mask", self.label);
             }
+            EventKind::Edit => panic!("{}: an edit", self.label),
             EventKind::Done => self.done = true,
         }
     }

@@ -110,7 +110,7 @@ impl Rows {
 
     fn defaults(&self, model: usize, line: &Line) -> Result<crate::schedule::Defaults> {
         let temperature = line.temperature.or(self.sampling.temperature);
-        super::super::generate::defaults(&self.models[model], temperature, line.top_p.or(self.sampling.top_p), None)
+        super::super::generate::defaults(&self.models[model], temperature, line.top_p.or(self.sampling.top_p), None, None)
     }
 
     fn add(&mut self, line: &Line) -> Result<()> {
