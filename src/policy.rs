@@ -290,7 +290,7 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
     Ok(chosen)
 }
 
-/// Which tokens that stand give way ([LLaDA2.1]): indices, ascending, of the answers that name another token with a confidence above `bound`.
+/// Which tokens that stand give way (LLaDA2.1): indices, ascending, of the answers that name another token with a confidence above `bound`.
 /// Each candidate comes with the token that its position holds.
 ///
 /// Errors: [`Error::Kernel`] naming the position if a confidence is NaN.

@@ -166,7 +166,7 @@ pub struct Stage {
     pub guidance: f32,
     pub eos: Eos,
     pub edit: Option<Edit>,
-    /// The last block is decoded to its end, beyond the length that was asked for, and cut afterwards ([SDAR], LLaDA2).
+    /// The last block is decoded to its end, beyond the length that was asked for, and cut afterwards (SDAR, LLaDA2).
     pub fill: bool,
     pub kv: KvPolicy,
     /// Record and rank by confidence, margin and entropy of the distribution after temperature, top-k and nucleus instead of the raw ones.

@@ -125,6 +125,8 @@ pub struct Session {
     denoised: u32,
     /// The block holds no mask any more but its tokens may still give way: forwards over it since then.
     settling: Option<usize>,
+    /// The block whose first position was revealed by the forward that filled the caches for it.
+    led: Option<usize>,
     /// Forwards since all rows were recomputed, for `refresh:r`.
     since_full: Option<usize>,
     /// Positions revealed since the last forward that computed them.
@@ -177,6 +179,7 @@ impl Session {
             progress: BlockProgress { block_len: 0, masks_at_start: 0, masks: 0, step: 0 },
             denoised: 0,
             settling: None,
+            led: None,
             since_full: None,
             fresh: Vec::new(),
             scores: Vec::new(),
@@ -398,6 +401,15 @@ impl Session {
             self.set_lead(block, range.start);
             return true;
         }
+        // [Fast-dLLM] Its loop for Dream.
+        let cached = matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
+        let entered = block != self.block || self.progress.masks_at_start == 0;
+        if cached && self.shifted() && entered && self.led != Some(block) && self.canvas.state(range.start) == State::Masked {
+            self.set_lead(block, range.start);
+            self.led = Some(block);
+            self.since_full = Some(1);
+            return true;
+        }
         if self.spec.separate_commit && blockwise && self.committed < range.start && stage.kv != KvPolicy::Recompute {
             self.set_step(Kind::Commit, self.committed..range.start, Vec::new());
             return true;
@@ -410,10 +422,8 @@ impl Session {
             None => range.clone(),
         };
         let masked: Vec<usize> = self.canvas.masked_in(unit.clone()).collect();
-        let entered = block != self.block || self.progress.masks_at_start == 0;
         // A block the stage has not entered yet has no K/V under the stage's visibility; Fast-dLLM's caches are filled anew for every block.
-        let cached = matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
-        if entered && (cached || blockwise && stage.kv != KvPolicy::Draft) {
+        if entered && (cached && self.led != Some(block) || blockwise && stage.kv != KvPolicy::Draft) {
             self.since_full = None;
         }
         if entered || unit != self.unit {
@@ -473,16 +483,17 @@ impl Session {
         Ask { row, position, draw: self.draw(token, forced), order }
     }
 
-    /// The forward that reveals the first position of a block from the last row before it.
+    /// The forward that reveals the first position of a block from the last row before it: of the finished blocks, or of everything where it fills
+    /// the caches of full attention.
     fn set_lead(&mut self, block: usize, start: usize) {
         self.block = block;
         self.unit = start..start + 1;
         // Steps of the block's own schedule begin behind it.
         self.progress = BlockProgress { block_len: 1, masks_at_start: 0, masks: 1, step: 0 };
-        let last = start - 1;
+        let last = start.saturating_sub(1);
         let positions: Vec<usize> = match self.stage().kv {
-            // The caches of full attention never get here.
-            KvPolicy::Exact | KvPolicy::Refresh(_) | KvPolicy::Prefix | KvPolicy::Dual => (self.committed.min(last)..start).collect(),
+            KvPolicy::Exact | KvPolicy::Refresh(_) => (self.committed.min(last)..start).collect(),
+            KvPolicy::Prefix | KvPolicy::Dual => (0..self.canvas.len()).collect(),
             KvPolicy::Recompute => (0..start).collect(),
             KvPolicy::Draft => self.fresh.iter().copied().filter(|p| *p < last).chain([last]).collect(),
         };
@@ -789,6 +800,7 @@ impl Session {
         self.committed = final_before.min(first_mask);
         self.fresh.clear();
         self.since_full = None;
+        self.led = None;
         self.progress.masks_at_start = 0;
         self.reports.last_mut().expect("opened with the stage").remasked = positions;
         self.phase = Phase::Denoise;

@@ -17,7 +17,7 @@ use crate::fixture::{Fixture, text};
 
 const FAMILIES: [&str; 9] = ["dream", "fast-dllm", "llada", "llada-moe", "llada2", "rnd1", "sdar", "sdar-moe", "stable-diffcoder"];
 /// Those whose authors' samplers are recorded.
-const SAMPLED: [&str; 4] = ["dream", "fast-dllm", "llada", "sdar"];
+const SAMPLED: [&str; 5] = ["dream", "fast-dllm", "llada", "llada2", "sdar"];
 
 fn ids(value: &Value) -> Vec<u32> {
     value.as_array().expect("a list of ids").iter().map(|id| id.as_u64().expect("an id") as u32).collect()
