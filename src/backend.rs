@@ -351,6 +351,8 @@ pub struct SessionStep {
     pub range: Range<usize>,
     /// How many those are.
     pub asks: usize,
+    /// A position is answered by the row before it; position 0, which no row is before, is not among those asked.
+    pub shifted: bool,
     /// Without `u`, which the device takes from the counter RNG, and `forced`.
     pub draw: Draw,
     pub reveal: Reveal,

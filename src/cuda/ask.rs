@@ -20,7 +20,7 @@ params! {
         /// Positions whose masks are asked, up to `range_end`.
         range_begin: u32 = 12,
         range_end: u32 = 16,
-        /// Plan row of position `rows_begin`.
+        /// Plan row that answers position `rows_begin`, the next one answers the next position.
         row_first: u32 = 20,
         rows_begin: u32 = 24,
         /// Place of its first ask among all.

@@ -332,7 +332,8 @@ fn lay_out(cuda: &Cuda, words: &mut Words, spec: &RunSpec, step: &RunStep, first
                 range_begin: part.range.start as u32,
                 range_end: part.range.end as u32,
                 row_first,
-                rows_begin: first_position,
+                // The row of a position; one that is answered by the row before it counts from one further on.
+                rows_begin: first_position + u32::from(part.shifted),
                 ask_first: ask_first - part.asks as u32,
                 ask_count: part.asks as u32,
                 sample: spec.sequences[i].sample,

@@ -3,9 +3,10 @@
 
 use super::{Session, Stop};
 use crate::backend::{Decision, Reveal, RunCanvas, SessionStep};
+use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
 use crate::policy;
-use crate::schedule::{Eos, KvPolicy, RemaskBy, Stage, Unmask};
+use crate::schedule::{Eos, KvPolicy, Rank, RemaskBy, Stage, Unmask};
 
 /// A step as far as it is known before the ones in front of it are decided.
 #[derive(Clone, Debug, PartialEq)]
@@ -56,14 +57,19 @@ impl Session {
             let stage = *ghost.stage();
             let kv = matches!(stage.kv, KvPolicy::Exact | KvPolicy::Recompute);
             // Weights of another model are another forward.
-            if step.kind != Kind::Denoise || !kv || step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
+            if !matches!(step.kind, Kind::Denoise | Kind::Lead) || !kv || step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
                 break;
             }
-            // The device answers each position by its own row.
-            if ghost.shifted() {
+            // No row is before position 0, so its own answers it: the device answers all of a step alike.
+            let shifted = ghost.shifted();
+            if shifted && ghost.canvas.state(0) != State::Fixed {
                 break;
             }
-            let Some(reveal) = device_rule(&stage, ghost.progress) else { break };
+            let rule = match step.kind {
+                Kind::Lead => Some(Reveal::Best { rank: Rank::Left, n: 1 }),
+                _ => device_rule(&stage, ghost.progress),
+            };
+            let Some(reveal) = rule else { break };
             let draw = step.asks.first().expect("a denoising step asks").draw;
             foreseen.push(ForeseenStep {
                 part: SessionStep {
@@ -73,6 +79,7 @@ impl Session {
                     step: ghost.denoised,
                     range: ghost.unit.clone(),
                     asks: step.asks.len(),
+                    shifted,
                     draw,
                     reveal,
                 },
@@ -117,5 +124,49 @@ fn device_rule(stage: &Stage, progress: policy::BlockProgress) -> Option<Reveal>
         Unmask::Above { bound, .. } if quota == 1 => Some(Reveal::Threshold(bound.next_up())),
         Unmask::EntropyBound(bound) => Some(Reveal::EntropyBound(bound)),
         Unmask::Above { .. } | Unmask::Factor(_) | Unmask::Ancestral { .. } => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Next, SessionSpec};
+    use super::*;
+    use crate::schedule::{Defaults, Schedule};
+
+    fn foreseen(stage: &str, given: usize) -> Vec<ForeseenStep> {
+        let schedule = Schedule::resolve(&[stage.parse().unwrap()], &Defaults::default()).unwrap();
+        let fixed = (0..given as u32).map(Some).chain(std::iter::repeat_n(None, 12 - given)).collect();
+        let mut session = Session::new(SessionSpec {
+            fixed,
+            mask_id: 99,
+            schedule,
+            shifted: vec![true],
+            seed: 0,
+            sample: 0,
+            stop: Stop::default(),
+            separate_commit: false,
+            forced: Vec::new(),
+            draws: None,
+        })
+        .unwrap();
+        assert_eq!(session.next(&mut Vec::new()), Next::Forward);
+        session.foresee(99)
+    }
+
+    /// Shifted logits: the row before a position is among the rows of its step, leads included.
+    #[test]
+    fn steps_of_shifted_models_hold_the_rows_that_answer() {
+        let full = foreseen("block=full,unmask=uniform:3", 2);
+        assert_eq!(full.iter().map(|s| s.part.asks).collect::<Vec<_>>(), [10, 7, 4, 1]);
+        let blocks = foreseen("block=4,unmask=left:2", 3);
+        let parts: Vec<_> = blocks.iter().map(|s| (s.part.range.clone(), s.part.asks, s.rows.clone())).collect();
+        assert_eq!(parts[0], (0..4, 1, (0..4).collect()));
+        assert_eq!(parts[1], (4..5, 1, (0..4).collect()), "a lead writes the block before it");
+        assert_eq!(parts[2], (4..8, 3, (4..8).collect()));
+        assert_eq!(blocks.len(), 7);
+        for step in full.iter().chain(&blocks) {
+            assert!(step.part.shifted && step.rows[0] < step.part.range.end, "{step:?}");
+        }
+        assert!(foreseen("block=full,unmask=uniform:3", 0).is_empty(), "position 0 is answered by its own row");
     }
 }

@@ -77,6 +77,16 @@ fn tokens_equal_the_cpus_for_the_adapted_families() {
     }
 }
 
+/// Shifted logits where every row is computed: the device decides steps, leads and a refine by itself.
+#[test]
+fn tokens_equal_the_cpus_under_shifted_logits() {
+    for (name, scope) in [("dream", "canvas"), ("fast-dllm", "block"), ("rnd1", "canvas")] {
+        let draft = format!("block=8,visible={scope},unmask=uniform:2");
+        let stages = schedule(&[&draft, "block=full,remask=0.4,by=snapshot,unmask=linear:3"]);
+        agree(&fixture(name), &ragged(&stages, [14, 9, 21]), name);
+    }
+}
+
 /// What the published samplers add: some of it is decided on the device, some by the host behind a forward there.
 #[test]
 fn tokens_equal_the_cpus_for_the_published_samplers() {
@@ -87,6 +97,10 @@ fn tokens_equal_the_cpus_for_the_published_samplers() {
         ("sdar", "block=4,visible=block,unmask=above:0.25,steps=2"),
         ("sdar", "block=4,visible=block,sub=2,unmask=fixed:2,order=left"),
         ("fast-dllm", "block=8,visible=block,sub=4,unmask=above:0.2"),
+        ("sdar", "block=8,visible=block,unmask=above:0.3,edit=0.15,passes=2,last=fill"),
+        ("sdar", "block=8,visible=block,unmask=uniform:2,top_k=5,last=fill"),
+        ("dream", "block=8,visible=canvas,from=prompt,unmask=threshold:0.25,kv=dual"),
+        ("dream", "block=full,visible=canvas,unmask=timestep:5,order=entropy,top_p=0.8,top_k=6,top_k_order=after,confidence=truncated"),
     ] {
         agree(&fixture(name), &ragged(&schedule(&[stage]), [8, 9, 12]), &format!("{name} {stage}"));
     }
