@@ -110,7 +110,9 @@ struct Ends {
 #[derive(Clone)]
 struct Part {
     /// Among the wanted rows of the forward.
-    rows: Range<usize>,
+    rows: Vec<u32>,
+    /// Among all draws.
+    draws: Range<usize>,
     /// First of its rows among those kept for guidance.
     guide: usize,
     eos: Eos,
@@ -324,6 +326,7 @@ impl<B: Backend> Engine<B> {
                 "stage {index}: eos={eos}, but the checkpoint's `eos_token_id` names no token that ends a text"
             )));
         }
+        let stages_joint = self.check_joint(&request.schedule)?;
         let fixed = self.canvas(&request.prompt)?;
         let mut stop = Stop { tokens: Vec::new(), entropy: request.stop.entropy, text: None };
         if !request.stop.ignore_eos {
@@ -360,6 +363,7 @@ impl<B: Backend> Engine<B> {
         let prefix = (prefix_len > 0).then(|| PrefixKey {
             weights: session.prefix_weights(),
             block_len: session.prefix_block_len(),
+            joint: stages_joint,
             tokens: session.canvas().tokens()[..prefix_len].to_vec(),
         });
         let now = Instant::now();
@@ -411,8 +415,11 @@ impl<B: Backend> Engine<B> {
             let Loaded { model, kv, scratch, .. } = &mut self.models[weights];
             let backend = &self.backend;
             backend.range("forward", || model.forward(backend, &plan, &rows, kv, scratch, None))?;
+            let windows = self.start_joint(&chosen, weights)?;
             let answers = self.decide(&chosen, weights, &draws);
+            self.append_joint(&windows, weights)?;
             self.commit(&chosen, answers);
+            self.finish_joint(windows, weights)?;
         }
         self.retire();
         Ok(self.is_busy())
@@ -609,31 +616,47 @@ impl<B: Backend> Engine<B> {
         Ok(decisions.into_iter().map(|d| d.decision).collect())
     }
 
-    /// Rows of the plan that decide, and what is asked of each.
+    /// Rows of the plan that are wanted, and what is asked of those that decide: the same rows, but where a joint sampler wants all of them.
     fn asks(&self, chosen: &[usize], plan: &Plan) -> (Vec<u32>, Vec<Draw>) {
-        let steps = chosen.iter().map(|i| self.active[*i].session.step().expect("chosen for its step"));
-        steps.zip(&plan.indptr).flat_map(|(step, first)| step.asks.iter().map(move |ask| (first + ask.row as u32, ask.draw))).unzip()
+        let (mut rows, mut draws) = (Vec::new(), Vec::new());
+        for (&i, &first) in chosen.iter().zip(&plan.indptr) {
+            let session = &self.active[i].session;
+            let step = session.step().expect("chosen for its step");
+            draws.extend(step.asks.iter().map(|ask| ask.draw));
+            match session.is_joint() {
+                true => rows.extend(first..first + step.rows.len() as u32),
+                false => rows.extend(step.asks.iter().map(|ask| first + ask.row as u32)),
+            }
+        }
+        (rows, draws)
     }
 
     /// Answers per chosen session. A row that cannot be decided fails its own session only.
     fn decide(&mut self, chosen: &[usize], weights: usize, draws: &[Draw]) -> Vec<Result<Vec<Decision>>> {
-        let (mut first, mut guides) = (0, 0);
+        let (mut first, mut wanted, mut guides) = (0, 0, 0);
         let parts: Vec<Part> = chosen
             .iter()
             .map(|i| {
-                let step = self.active[*i].session.step().expect("chosen for its step");
+                let session = &self.active[*i].session;
+                let step = session.step().expect("chosen for its step");
                 let asks = step.asks.len();
                 first += asks;
                 guides += if step.guidance > 0.0 { asks } else { 0 };
-                Part { rows: first - asks..first, guide: guides.saturating_sub(asks), eos: step.eos, guidance: step.guidance }
+                let rows: Vec<u32> = match session.is_joint() {
+                    true => step.asks.iter().map(|ask| wanted + ask.row as u32).collect(),
+                    false => (wanted..wanted + asks as u32).collect(),
+                };
+                wanted += if session.is_joint() { step.rows.len() } else { asks } as u32;
+                Part { rows, draws: first - asks..first, guide: guides.saturating_sub(asks), eos: step.eos, guidance: step.guidance }
             })
             .collect();
         let mut answers = Vec::with_capacity(chosen.len());
         // Sessions that ask alike are answered together.
         for group in parts.chunk_by(|a, b| (a.eos, a.guidance) == (b.eos, b.guidance)) {
-            let first = group[0].rows.start;
-            match self.answers(weights, &Part { rows: first..group[group.len() - 1].rows.end, ..group[0].clone() }, draws) {
-                Ok(all) => answers.extend(group.iter().map(|part| Ok(all[part.rows.start - first..part.rows.end - first].to_vec()))),
+            let first = group[0].draws.start;
+            let rows = group.iter().flat_map(|part| part.rows.iter().copied()).collect();
+            match self.answers(weights, &Part { rows, draws: first..group[group.len() - 1].draws.end, ..group[0].clone() }, draws) {
+                Ok(all) => answers.extend(group.iter().map(|part| Ok(all[part.draws.start - first..part.draws.end - first].to_vec()))),
                 // Found by asking again, one session at a time.
                 Err(_) => answers.extend(group.iter().map(|part| self.answers(weights, part, draws))),
             }
@@ -645,13 +668,12 @@ impl<B: Backend> Engine<B> {
     fn answers(&mut self, weights: usize, part: &Part, draws: &[Draw]) -> Result<Vec<Decision>> {
         let Loaded { model, scratch, .. } = &mut self.models[weights];
         let backend = &self.backend;
-        let draws = &draws[part.rows.clone()];
-        let rows: Vec<u32> = part.rows.clone().map(|row| row as u32).collect();
+        let (rows, draws) = (&part.rows, &draws[part.draws.clone()]);
         let guides: Vec<u32> = (part.guide..part.guide + rows.len()).map(|row| row as u32).collect();
         let mut ask = |draws: &[Draw], banned: &[u32]| match part.guidance {
             // [LLaDA] The published scale counts from 0.
-            scale if scale > 0.0 => model.decide_guided(backend, &rows, &guides, scale + 1.0, draws, banned, scratch),
-            _ => model.decide(backend, &rows, draws, banned, scratch),
+            scale if scale > 0.0 => model.decide_guided(backend, rows, &guides, scale + 1.0, draws, banned, scratch),
+            _ => model.decide(backend, rows, draws, banned, scratch),
         };
         let with = |ids: &[u32]| {
             let mut all = [&self.banned[..], ids].concat();
@@ -702,17 +724,22 @@ impl<B: Backend> Engine<B> {
                     }
                 }
             }
-            let now = active.session.canvas().len();
-            if now < len {
-                // The draft ended early: what lies beyond goes back at once.
-                let freed = active.table.truncate(&mut self.pool, now);
-                self.poison(&freed);
-                let active = &mut self.active[i];
-                let needed = self.pool.pages_for(now);
-                self.pool.uncommit(active.committed_pages - needed);
-                active.committed_pages = needed;
-            }
+            self.shorten(i, len);
             self.active[i].send(events);
+        }
+    }
+
+    /// Gives back what lies beyond the end of session `i`, whose draft ended early where it was `len` positions long.
+    fn shorten(&mut self, i: usize, len: usize) {
+        let active = &mut self.active[i];
+        let now = active.session.canvas().len();
+        if now < len {
+            let freed = active.table.truncate(&mut self.pool, now);
+            self.poison(&freed);
+            let active = &mut self.active[i];
+            let needed = self.pool.pages_for(now);
+            self.pool.uncommit(active.committed_pages - needed);
+            active.committed_pages = needed;
         }
     }
 

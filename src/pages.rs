@@ -26,6 +26,8 @@ pub struct PagePool {
 pub struct PrefixKey {
     pub weights: usize,
     pub block_len: usize,
+    /// With the K/V of a joint sampler's layer.
+    pub joint: bool,
     pub tokens: Vec<u32>,
 }
 
@@ -209,7 +211,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn key(n: u32) -> PrefixKey {
-        PrefixKey { weights: 0, block_len: 4, tokens: vec![n; 8] }
+        PrefixKey { weights: 0, block_len: 4, joint: false, tokens: vec![n; 8] }
     }
 
     #[test]

@@ -166,6 +166,8 @@ pub struct Stage {
     pub guidance: f32,
     pub eos: Eos,
     pub edit: Option<Edit>,
+    /// A forward's reveals are made one at a time, the joint sampler's passes in between (ADJUST).
+    pub joint: bool,
     /// The last block is decoded to its end, beyond the length that was asked for, and cut afterwards (SDAR, LLaDA2).
     pub fill: bool,
     pub kv: KvPolicy,

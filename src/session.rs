@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 mod foresee;
+mod joint;
 mod report;
 
 use std::ops::Range;
@@ -29,6 +30,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use foresee::ForeseenStep;
+pub use joint::JointAsk;
 pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport, Stop, TextStop, unigram_entropy};
 
 use crate::backend::{Decision, Draw};
@@ -133,6 +135,8 @@ pub struct Session {
     fresh: Vec<usize>,
     scores: Vec<(usize, f64)>,
     pending: Option<Step>,
+    /// What the joint sampler still reveals behind the last forward.
+    round: Option<joint::Round>,
     reports: Vec<StageReport>,
     stage_start: Instant,
     /// What time it is for stages that end and begin: see [`Session::next_at`].
@@ -184,6 +188,7 @@ impl Session {
             fresh: Vec::new(),
             scores: Vec::new(),
             pending: None,
+            round: None,
             reports: Vec::new(),
             stage_start: Instant::now(),
             clock: Instant::now(),
@@ -541,8 +546,9 @@ impl Session {
         let mut edits = Vec::new();
         let chosen = match step.kind {
             Kind::Denoise => {
-                let Stage { unmask, order_temperature, edit, .. } = *self.stage();
+                let Stage { unmask, order_temperature, edit, joint, .. } = *self.stage();
                 match edit {
+                    None if joint => self.first_of_round(&candidates)?,
                     None => policy::select_tempered(&unmask, order_temperature, self.progress, &candidates)?,
                     Some(Edit { bound, .. }) => {
                         // Reveals and edits of a forward know nothing of each other.
@@ -590,7 +596,10 @@ impl Session {
             }
             Kind::Denoise | Kind::Lead => {
                 report.forwards.denoise += 1;
-                self.reveal(&candidates, &chosen, &edits, events);
+                self.write(&candidates, &chosen, &edits, events);
+                if self.round.is_none() {
+                    self.close(!edits.is_empty(), events);
+                }
             }
         }
         Ok(())
@@ -606,8 +615,7 @@ impl Session {
     }
 
     /// Writes the `chosen` of the candidates where they are masked, and the `edits` over what stands.
-    fn reveal(&mut self, candidates: &[Candidate], chosen: &[usize], edits: &[usize], events: &mut Vec<Event>) {
-        let stage = *self.stage();
+    fn write(&mut self, candidates: &[Candidate], chosen: &[usize], edits: &[usize], events: &mut Vec<Event>) {
         let step = self.denoised;
         self.fresh.clear();
         // Below f32's normal range a probability is still not zero.
@@ -630,7 +638,11 @@ impl Session {
                 events.push(self.event(kind, step, positions, confidence));
             }
         }
+    }
 
+    /// What follows once a forward has revealed everything it does, and `edited` tokens or not.
+    fn close(&mut self, edited: bool, events: &mut Vec<Event>) {
+        let (stage, step) = (*self.stage(), self.denoised);
         self.denoised += 1;
         self.progress.step += 1;
         let Range { start, end } = self.range(self.block);
@@ -638,7 +650,7 @@ impl Session {
             // Everything before the block went through this forward, or an earlier one, in its final form.
             self.committed = self.committed.max(start);
         }
-        if self.canvas.masked_in(start..end).next().is_none() && self.is_settled(!edits.is_empty()) {
+        if self.canvas.masked_in(start..end).next().is_none() && self.is_settled(edited) {
             self.progress.masks_at_start = 0;
             if self.stage == 0 {
                 self.check_stop(end.min(self.asked_len));

@@ -3,13 +3,17 @@
 
 use std::path::Path;
 
-use crate::backend::Backend;
+use std::ops::Range;
+
+use crate::backend::{Backend, Decision, Draw};
 use crate::engine::{Engine, Loaded};
 use crate::error::{Error, Result};
 use crate::model::Progress;
 use crate::model::joint::{Joint, JointState};
 use crate::pages::PageTable;
 use crate::plan::{Plan, Visibility};
+use crate::schedule::{Eos, Schedule};
+use crate::session::JointAsk;
 
 /// A sampler and its states.
 pub(crate) struct LoadedJoint<B: Backend> {
@@ -20,7 +24,160 @@ pub(crate) struct LoadedJoint<B: Backend> {
     outside: JointState<B>,
 }
 
+/// The windows of a forward, one behind the other in the sampler's state.
+#[derive(Default)]
+pub(super) struct Windows {
+    /// Sessions, and the rows of each.
+    sessions: Vec<(usize, usize)>,
+    /// Rows of the forward that lie outside of them.
+    outside: Plan,
+}
+
 impl<B: Backend> Engine<B> {
+    /// Whether the first stage is joint. Errors: a stage is, and there is no sampler for its model, or it could not be defined there.
+    pub(super) fn check_joint(&self, schedule: &Schedule) -> Result<bool> {
+        for (index, stage) in schedule.stages.iter().enumerate().filter(|(_, stage)| stage.joint) {
+            let loaded = &self.models[stage.weights];
+            if loaded.joint.is_none() {
+                return Err(Error::request(format!(
+                    "stage {index}: sampler=joint, but no joint sampler is beside model {} (--joint DIR)",
+                    stage.weights
+                )));
+            }
+            if loaded.model.config().shift && stage.visibility() != Visibility::Full {
+                let what =
+                    "sampler=joint with shifted logits needs visible=canvas: the first position of a block is answered outside of it";
+                return Err(Error::request(format!("stage {index}: {what}")));
+            }
+        }
+        Ok(schedule.stages.first().is_some_and(|stage| stage.joint))
+    }
+
+    /// Takes from the forward that was just run what the sampler needs of it, for those chosen sessions whose reveals are joint.
+    pub(super) fn start_joint(&mut self, chosen: &[usize], weights: usize) -> Result<Windows> {
+        let mut windows = Windows { sessions: Vec::new(), outside: Plan::new() };
+        if chosen.iter().all(|i| !self.active[*i].session.is_joint()) {
+            return Ok(windows);
+        }
+        let page_size = self.options.page_size;
+        let Loaded { model, scratch, joint, .. } = &mut self.models[weights];
+        let (mut inside, mut outside, mut wanted) = (Vec::new(), Vec::new(), 0);
+        for &i in chosen {
+            let super::Active { session, table, .. } = &self.active[i];
+            let step = session.step().expect("chosen for its step");
+            if !session.is_joint() {
+                wanted += step.asks.len() as u32;
+                continue;
+            }
+            let window = session.joint_window();
+            let row = |position: usize| step.rows.binary_search_by_key(&position, |(p, _)| *p).expect("a row of the forward") as u32;
+            inside.extend(window.clone().map(|p| wanted + row(model.answering(p))));
+            let rest: Vec<(usize, u32)> = step.rows.iter().copied().filter(|(p, _)| !window.contains(p)).collect();
+            outside.extend(rest.iter().map(|(p, _)| wanted + row(*p)));
+            windows.outside.push(&rest, table.pages(), page_size, step.visibility, step.len);
+            if !window.is_empty() {
+                windows.sessions.push((i, window.len()));
+            }
+            wanted += step.rows.len() as u32;
+        }
+        let joint = joint.as_mut().expect("looked for when the request came");
+        joint.sampler.start(&self.backend, model, &inside, scratch, &mut joint.state)?;
+        joint.sampler.start(&self.backend, model, &outside, scratch, &mut joint.outside)?;
+        Ok(windows)
+    }
+
+    /// The sampler's K/V of finished positions.
+    pub(super) fn append_joint(&mut self, windows: &Windows, weights: usize) -> Result<()> {
+        if windows.outside.num_rows() == 0 {
+            return Ok(());
+        }
+        let Loaded { model, kv, scratch, joint } = &mut self.models[weights];
+        let LoadedJoint { sampler, outside, .. } = joint.as_mut().expect("started");
+        sampler.append(&self.backend, model, &windows.outside, kv, scratch, outside)
+    }
+
+    /// The sampler's passes until every session has revealed what its forward was to reveal.
+    pub(super) fn finish_joint(&mut self, mut windows: Windows, weights: usize) -> Result<()> {
+        loop {
+            // Sessions that are through leave, and the states of the others move up.
+            let (mut open, mut kept, mut first) = (Vec::new(), Vec::new(), 0);
+            for &(i, rows) in &windows.sessions {
+                let ask = self.active[i].session.joint_ask().filter(|_| self.active[i].failed.is_none());
+                if let Some(ask) = ask {
+                    kept.extend(first..first + rows as u32);
+                    open.push((i, ask));
+                }
+                first += rows as u32;
+            }
+            if open.is_empty() {
+                return Ok(());
+            }
+            windows.sessions = open.iter().map(|(i, ask)| (*i, ask.rows.len())).collect();
+            let mut plan = Plan::new();
+            for (i, ask) in &open {
+                plan.push(&ask.rows, self.active[*i].table.pages(), self.options.page_size, ask.visibility, ask.len);
+            }
+            let backend = &self.backend;
+            let Loaded { model, kv, scratch, joint } = &mut self.models[weights];
+            let LoadedJoint { sampler, state, .. } = joint.as_mut().expect("started");
+            if kept.len() < first as usize {
+                sampler.keep(backend, model, &kept, scratch, state)?;
+            }
+            backend.range("joint", || sampler.call(backend, model, &plan, kv, scratch, state))?;
+            for ((i, ask), answer) in open.iter().zip(self.joint_answers(weights, &open)) {
+                let (mut events, len) = (Vec::new(), self.active[*i].session.canvas().len());
+                let active = &mut self.active[*i];
+                if let Err(error) = answer.and_then(|decisions| active.session.apply_joint(ask, &decisions, &mut events)) {
+                    active.failed = Some(error);
+                    active.session.cancel();
+                }
+                self.shorten(*i, len);
+                self.active[*i].send(events);
+            }
+        }
+    }
+
+    /// Answers of the sampler's last call, session by session. Those that ask alike are answered together.
+    fn joint_answers(&mut self, weights: usize, open: &[(usize, JointAsk)]) -> Vec<Result<Vec<Decision>>> {
+        let mut parts: Vec<(Vec<u32>, Vec<Draw>, Eos)> = Vec::with_capacity(open.len());
+        let mut first = 0;
+        for (_, ask) in open {
+            let rows = ask.asks.iter().map(|a| first + a.row as u32).collect();
+            parts.push((rows, ask.asks.iter().map(|a| a.draw).collect(), ask.eos));
+            first += ask.rows.len() as u32;
+        }
+        let never = {
+            let mut all = [&self.banned[..], &self.ends.never].concat();
+            all.sort_unstable();
+            all.dedup();
+            all
+        };
+        let Loaded { model, scratch, joint, .. } = &mut self.models[weights];
+        let LoadedJoint { sampler, state, .. } = joint.as_ref().expect("started");
+        let mut ask = |rows: &[u32], draws: &[Draw], eos: Eos| {
+            let banned = if eos == Eos::Never { &never } else { &self.banned };
+            sampler.decide(&self.backend, model, rows, draws, banned, scratch, state)
+        };
+        let mut answers = Vec::with_capacity(open.len());
+        for group in parts.chunk_by(|a, b| a.2 == b.2) {
+            let rows: Vec<u32> = group.iter().flat_map(|part| part.0.iter().copied()).collect();
+            let draws: Vec<Draw> = group.iter().flat_map(|part| part.1.iter().copied()).collect();
+            match ask(&rows, &draws, group[0].2) {
+                Ok(all) => {
+                    let mut rest = all.as_slice();
+                    for part in group {
+                        let (own, more) = rest.split_at(part.0.len());
+                        answers.push(Ok(own.to_vec()));
+                        rest = more;
+                    }
+                }
+                // Found by asking again, one session at a time.
+                Err(_) => answers.extend(group.iter().map(|part| ask(&part.0, &part.1, part.2))),
+            }
+        }
+        answers
+    }
+
     /// Puts the joint sampler in `dir` beside the engine's first model.
     ///
     /// Errors: requests in flight (the K/V store is made anew, with the sampler's layer), and those of [`Joint::load`].
@@ -42,7 +199,7 @@ impl<B: Backend> Engine<B> {
     /// what call j sees, after another reveal. Positions before the window keep the K/V of their first state.
     ///
     /// Errors: no sampler, states of different lengths, a window outside of them, and those of a forward.
-    pub fn joint_logits(&mut self, states: &[Vec<u32>], window: std::ops::Range<usize>, visibility: Visibility) -> Result<Vec<Vec<f32>>> {
+    pub fn joint_logits(&mut self, states: &[Vec<u32>], window: Range<usize>, visibility: Visibility) -> Result<Vec<Vec<f32>>> {
         let len = states.first().map_or(0, Vec::len);
         for tokens in states {
             Self::check_tokens(self.config(), tokens)?;
@@ -67,15 +224,9 @@ impl<B: Backend> Engine<B> {
         outcome
     }
 
-    fn chain(
-        &mut self,
-        states: &[Vec<u32>],
-        window: std::ops::Range<usize>,
-        visibility: Visibility,
-        table: &PageTable,
-    ) -> Result<Vec<Vec<f32>>> {
+    fn chain(&mut self, states: &[Vec<u32>], window: Range<usize>, visibility: Visibility, table: &PageTable) -> Result<Vec<Vec<f32>>> {
         let page_size = self.options.page_size;
-        let plan = |tokens: &[u32], positions: std::ops::Range<usize>| {
+        let plan = |tokens: &[u32], positions: Range<usize>| {
             let mut plan = Plan::new();
             let rows: Vec<(usize, u32)> = positions.map(|p| (p, tokens[p])).collect();
             plan.push(&rows, table.pages(), page_size, visibility, tokens.len());
@@ -86,7 +237,7 @@ impl<B: Backend> Engine<B> {
         let LoadedJoint { sampler, state, outside } = joint.as_mut().expect("looked at before");
         let len = states[0].len() as u32;
         model.forward(backend, &plan(&states[0], 0..len as usize), &(0..len).collect::<Vec<_>>(), kv, scratch, None)?;
-        let answering = |positions: std::ops::Range<usize>| -> Vec<u32> { positions.map(|p| model.answering(p) as u32).collect() };
+        let answering = |positions: Range<usize>| -> Vec<u32> { positions.map(|p| model.answering(p) as u32).collect() };
         sampler.start(backend, model, &answering(window.clone()), scratch, state)?;
         if window.start > 0 {
             sampler.start(backend, model, &answering(0..window.start), scratch, outside)?;

@@ -93,6 +93,9 @@ impl<B: Backend> Joint<B> {
     /// Reads the scratch of that forward and leaves its rows alone.
     pub fn start(&self, backend: &B, model: &Model<B>, rows: &[u32], scratch: &mut Scratch<B>, state: &mut JointState<B>) -> Result<()> {
         let config = &model.config;
+        if rows.is_empty() {
+            return Ok(());
+        }
         if rows.len() > state.rows {
             // Freed before the larger one is made.
             *state = JointState::new(backend, config, 0)?;
@@ -162,6 +165,15 @@ impl<B: Backend> Joint<B> {
         backend.linear(rows, h, &self.embed_down, None, Epilogue::Store, x)?;
         self.hidden_down.apply(backend, rows, &state.normed, Epilogue::Add, x)?;
         self.layer.keys(backend, config, rows, batch, layer_index(config), kv, scratch)
+    }
+
+    /// Keeps the states of the given rows alone (ascending), one behind the other.
+    pub fn keep(&self, backend: &B, model: &Model<B>, rows: &[u32], scratch: &mut Scratch<B>, state: &mut JointState<B>) -> Result<()> {
+        let config = &model.config;
+        backend.gather(&backend.rows(rows)?, config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
+        backend.copy(rows.len() * config.hidden_dim, &scratch.qkv, &mut state.hidden)?;
+        let norm = backend::Norm { kind: NormKind::Rms, eps: config.norm_eps, weight: &self.hidden_norm, bias: None };
+        backend.norm(rows.len(), &state.hidden, &norm, &mut state.normed)
     }
 
     /// Decides rows of the window by their states, as [`Model::decide`] does by the model's own rows.

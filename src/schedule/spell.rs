@@ -38,6 +38,8 @@ pub struct StageSpec {
     edit: Option<f32>,
     passes: Option<usize>,
     fill: Option<bool>,
+    /// `Some(None)` where `unmask` says how many.
+    joint: Option<Option<usize>>,
     kv: Option<KvPolicy>,
     truncated_confidence: Option<bool>,
     weights: Option<usize>,
@@ -57,7 +59,7 @@ enum UnmaskSpec {
 }
 
 const KEYS: &str = "block, visible, from, sub, remask, by, score, unmask, order, steps, eps, order_temperature, temperature, top_p, top_p_rule, \
-                    top_k, top_k_order, guidance, eos, edit, passes, last, kv, confidence, weights";
+                    top_k, top_k_order, guidance, eos, edit, passes, last, sampler, kv, confidence, weights";
 
 /// Forwards over a block without masks where `passes` is not given: what LLaDA2.1 publishes.
 const PASSES: usize = 16;
@@ -169,6 +171,14 @@ impl FromStr for StageSpec {
                     };
                     set(&mut spec.fill, fill, twice, bad("cut or fill"))?;
                 }
+                "sampler" => {
+                    let joint = match value.split_once(':') {
+                        None if value == "joint" => Some(None),
+                        Some(("joint", count)) => parse_count(count).map(Some),
+                        _ => None,
+                    };
+                    set(&mut spec.joint, joint, twice, bad("joint:K, or joint beside unmask=RANK:K"))?;
+                }
                 "kv" => set(&mut spec.kv, parse_kv(value), twice, bad("exact, refresh:FORWARDS, draft, prefix, dual or recompute"))?,
                 "confidence" => {
                     let truncated = match value {
@@ -256,7 +266,14 @@ impl StageSpec {
     fn unmask(&self) -> std::result::Result<Unmask, &'static str> {
         let rank = self.order.unwrap_or(Rank::Confidence);
         let eps = self.eps.unwrap_or(EPS);
-        let unmask = match (self.unmask.unwrap_or(UnmaskSpec::Rank(Rank::Uniform, None)), self.steps) {
+        let spelled = match self.joint {
+            Some(Some(_)) if self.unmask.is_some() => {
+                return Err("sampler=joint:K says how many a forward reveals: without unmask, or sampler=joint");
+            }
+            Some(Some(k)) => Some(UnmaskSpec::Rank(Rank::Entropy, Some(k))),
+            _ => self.unmask,
+        };
+        let unmask = match (spelled.unwrap_or(UnmaskSpec::Rank(Rank::Uniform, None)), self.steps) {
             (UnmaskSpec::Rank(rank, n), None) => Unmask::Count { rank, n: n.unwrap_or(1) },
             (UnmaskSpec::Rank(rank, None), Some(steps)) => Unmask::Linear { rank, steps },
             (UnmaskSpec::Linear(steps), None) => Unmask::Linear { rank, steps },
@@ -269,7 +286,6 @@ impl StageSpec {
             (UnmaskSpec::EntropyBound(b), None) => Unmask::EntropyBound(b),
             (_, Some(_)) => return Err("steps goes with a ranking alone, as in unmask=uniform,steps=12, or with unmask=above:T"),
         };
-        let spelled = self.unmask;
         if self.order.is_some() && !matches!(spelled, Some(UnmaskSpec::Linear(_) | UnmaskSpec::Fixed(_) | UnmaskSpec::Timestep(_))) {
             return Err("order goes with unmask=linear:STEPS, unmask=fixed:STEPS or unmask=timestep:STEPS");
         }
@@ -349,6 +365,18 @@ impl StageSpec {
         if edit.is_some() && (self.sub.is_some() || !matches!(kv, KvPolicy::Exact | KvPolicy::Recompute)) {
             return fail("edit decides again about the whole block: it needs kv=exact and no sub");
         }
+        let joint = self.joint.is_some();
+        if joint {
+            if unmask.rank().is_none() {
+                return fail("sampler=joint reveals a number of tokens a forward: unmask=RANK:K, linear, fixed or timestep");
+            }
+            if !matches!(kv, KvPolicy::Exact | KvPolicy::Recompute) {
+                return fail("sampler=joint carries on the states of a forward over the whole block: it needs kv=exact");
+            }
+            if guidance > 0.0 || edit.is_some() || matches!(eos, Eos::Last | Eos::NeverLast) {
+                return fail("sampler=joint goes without guidance, edit and eos=last, which ask the model twice");
+            }
+        }
         let fill = self.fill.unwrap_or(false);
         if fill && (index > 0 || scope != Scope::Block || block_len.is_none()) {
             return fail("last=fill is for the first stage, with visible=block and block=LENGTH");
@@ -372,6 +400,7 @@ impl StageSpec {
             guidance,
             eos,
             edit,
+            joint,
             fill,
             kv,
             truncated_confidence: self.truncated_confidence.unwrap_or(false),
@@ -519,6 +548,9 @@ impl fmt::Display for Stage {
         if let Some(Edit { bound, passes }) = self.edit {
             write!(f, ",edit={bound},passes={passes}")?;
         }
+        if self.joint {
+            f.write_str(",sampler=joint")?;
+        }
         if self.fill {
             f.write_str(",last=fill")?;
         }
@@ -613,6 +645,12 @@ mod tests {
             (0, "unmask=ancestral:4,order=left", "order goes with"),
             (0, "unmask=linear:4,eps=0.1", "eps goes with"),
             (0, "unmask=timestep:4,eps=1", "below 1"),
+            (0, "sampler=joint:0", "joint:K"),
+            (0, "sampler=marginal", "joint:K"),
+            (0, "sampler=joint:2,unmask=entropy:2", "says how many"),
+            (0, "sampler=joint,unmask=threshold:0.9", "a number of tokens"),
+            (0, "sampler=joint:2,kv=refresh:2", "kv=exact"),
+            (0, "sampler=joint:2,visible=canvas,guidance=1", "without guidance"),
             (0, "unmask=uniform:1,order_temperature=0.1", "goes with a ranking"),
             (0, "unmask=threshold:0.9,order_temperature=0.5", "goes with a ranking"),
             (0, "order_temperature=nan", "finite"),
@@ -669,6 +707,10 @@ mod tests {
             let canvas = flags & 1 != 0 || block.is_none();
             // Of the five policies below, these compute every row.
             let exact = if canvas { kv % 2 == 0 && kv < 3 } else { kv % 3 != 1 };
+            let edit = [None, Some(Edit { bound: t / 3.0, passes: n })][usize::from(exact && n.is_multiple_of(3))];
+            let guidance = if canvas && kv.is_multiple_of(2) && kv < 3 { t } else { 0.0 };
+            let eos = [Eos::Free, Eos::Never, Eos::Last, Eos::NeverLast][if unmask.by_confidence() { n % 4 } else { n % 2 }];
+            let once = guidance == 0.0 && edit.is_none() && matches!(eos, Eos::Free | Eos::Never);
             let stage = Stage {
                 block_len: block,
                 scope: if flags & 1 == 0 { Scope::Block } else { Scope::Canvas },
@@ -681,9 +723,10 @@ mod tests {
                 sub_len: block.filter(|b| b.is_multiple_of(3) && !n.is_multiple_of(3)).map(|b| b / 3),
                 unmask,
                 order_temperature: if by_value && n.is_multiple_of(3) { t } else { 0.0 },
-                guidance: if canvas && kv.is_multiple_of(2) && kv < 3 { t } else { 0.0 },
-                eos: [Eos::Free, Eos::Never, Eos::Last, Eos::NeverLast][if unmask.by_confidence() { n % 4 } else { n % 2 }],
-                edit: [None, Some(Edit { bound: t / 3.0, passes: n })][usize::from(exact && n.is_multiple_of(3))],
+                guidance,
+                eos,
+                edit,
+                joint: exact && once && unmask.rank().is_some() && flags & 4 == 0,
                 fill: false,
                 temperature: t,
                 top_p: p,

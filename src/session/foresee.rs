@@ -27,7 +27,7 @@ impl Session {
     /// an exact forward do not depend on that. A stop condition may end the text earlier than foreseen.
     pub fn foresee(&self, max: usize) -> Vec<ForeseenStep> {
         let mut foreseen = Vec::new();
-        if !self.spec.forced.is_empty() || self.spec.draws.is_some() {
+        if !self.spec.forced.is_empty() || self.spec.draws.is_some() || self.spec.schedule.stages.iter().any(|stage| stage.joint) {
             return foreseen;
         }
         let mut ghost = self.clone();

@@ -3,6 +3,7 @@
 
 mod counts;
 mod ends;
+mod joint;
 mod laws;
 mod sharing;
 mod support;

@@ -1,0 +1,106 @@
+//! Owns the rounds of a joint sampler within one forward: the first reveal is the model's, the others follow one at a time, the sampler in between.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use super::{Ask, Event, Session};
+use crate::backend::Decision;
+use crate::error::Result;
+use crate::plan::{Kind, Visibility};
+use crate::policy::{self, Candidate};
+use crate::schedule::{Eos, Unmask};
+
+/// Where a sampler's calls begin among the bits of a draw's step.
+const CALL_BITS: u32 = 20;
+
+/// Reveals that a forward still has to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Round {
+    left: usize,
+    /// Calls of the sampler so far.
+    calls: u32,
+}
+
+/// A call of the sampler for one session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JointAsk {
+    /// (position, token id) of the window, as it is now.
+    pub rows: Vec<(usize, u32)>,
+    /// `row` counts within the window.
+    pub asks: Vec<Ask>,
+    pub visibility: Visibility,
+    /// Sequence length.
+    pub len: usize,
+    pub eos: Eos,
+}
+
+impl Session {
+    /// Whether the pending step belongs to a stage whose reveals are joint: all of its rows are wanted.
+    pub fn is_joint(&self) -> bool {
+        self.stage().joint && self.pending.as_ref().is_some_and(|step| step.kind != Kind::Score)
+    }
+
+    /// Positions whose states the sampler carries on after the pending step: its block, or under full visibility everything. Empty where the step
+    /// reveals nothing.
+    pub fn joint_window(&self) -> Range<usize> {
+        match (self.pending.as_ref().map(|step| step.kind), self.stage().visibility()) {
+            (Some(Kind::Denoise), Visibility::BlockCausal(_)) => self.range(self.block),
+            (Some(Kind::Denoise), _) => 0..self.canvas.len(),
+            _ => 0..0,
+        }
+    }
+
+    /// The first reveal of a forward, of its quota; the others are up to the sampler.
+    pub(super) fn first_of_round(&mut self, candidates: &[Candidate]) -> Result<Vec<usize>> {
+        let quota = policy::quota(&self.stage().unmask, self.progress).unwrap_or(1).clamp(1, candidates.len().max(1));
+        let chosen = self.select_one(candidates)?;
+        self.round = Some(Round { left: quota - 1, calls: 0 }).filter(|round| round.left > 0);
+        Ok(chosen)
+    }
+
+    fn select_one(&self, candidates: &[Candidate]) -> Result<Vec<usize>> {
+        let stage = self.stage();
+        let rank = stage.unmask.rank().expect("checked with the schedule");
+        policy::select_tempered(&Unmask::Count { rank, n: 1 }, stage.order_temperature, self.progress, candidates)
+    }
+
+    /// The next call of the sampler that this session waits for.
+    pub fn joint_ask(&self) -> Option<JointAsk> {
+        let round = self.round?;
+        let window = match self.stage().visibility() {
+            Visibility::BlockCausal(_) => self.range(self.block),
+            _ => 0..self.canvas.len(),
+        };
+        let step = self.denoised | (round.calls + 1) << CALL_BITS;
+        let ask = |position: usize| {
+            let draws = self.uniforms(self.block, step, position);
+            let forced = self.spec.forced.get(position).copied();
+            Ask { row: position - window.start, position, draw: self.draw(draws.token, forced), order: draws.order }
+        };
+        let asks = self.canvas.masked_in(self.unit.clone()).map(ask).collect();
+        let rows = window.clone().map(|p| (p, self.canvas.tokens()[p])).collect();
+        let (visibility, eos) = (self.stage().visibility(), self.stage().eos);
+        Some(JointAsk { rows, asks, visibility, len: self.canvas.len(), eos })
+    }
+
+    /// Takes the answers to [`Session::joint_ask`], in the order of its asks.
+    pub fn apply_joint(&mut self, ask: &JointAsk, decisions: &[Decision], events: &mut Vec<Event>) -> Result<()> {
+        let candidates: Vec<Candidate> = ask
+            .asks
+            .iter()
+            .zip(decisions)
+            .map(|(ask, decision)| Candidate { position: ask.position, decision: *decision, order: ask.order })
+            .collect();
+        let chosen = self.select_one(&candidates)?;
+        let report = self.reports.last_mut().expect("opened with the stage");
+        report.rows += ask.rows.len();
+        report.forwards.joint += 1;
+        self.write(&candidates, &chosen, &[], events);
+        let round = self.round.expect("asked in a round");
+        self.round = Some(Round { left: round.left - 1, calls: round.calls + 1 }).filter(|round| round.left > 0);
+        if self.round.is_none() {
+            self.close(false, events);
+        }
+        Ok(())
+    }
+}

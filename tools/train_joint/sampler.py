@@ -1,0 +1,127 @@
+"""The frozen BD3-LM and the one-layer sampler over it (ADJUST, arXiv 2509.22738), for training.
+
+Shapes: B sequences, L positions, D model width, V vocabulary entries. Names of the sampler's parameters are the published ones.
+"""
+import json
+import pathlib
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "train"))
+from model import Block, joint_masks, layer_norm, rope_tables  # noqa: E402
+
+EPS = 1e-5
+
+
+def rms(x, weight):
+    return F.rms_norm(x, (x.shape[-1],), weight, EPS)
+
+
+class Base(nn.Module):
+    """A BD3-LM directory (`adaln: false`) without gradients."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self.config = config = json.loads((pathlib.Path(directory) / "config.json").read_text())
+        if config.get("adaln", True):
+            raise SystemExit(f"{directory}: a sampler is trained over models without adaLN; fold it into the weights first")
+        state = {name.removeprefix("backbone."): t.float() for name, t in load_file(pathlib.Path(directory) / "model.safetensors").items()}
+        dim, heads = config["hidden_dim"], config["n_heads"]
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(config["n_blocks"]))
+        self.blocks.load_state_dict({n.removeprefix("blocks."): t for n, t in state.items() if n.startswith("blocks.")})
+        self.register_buffer("table", state["vocab_embed.embedding"])
+        self.register_buffer("head", state["output_layer.linear.weight"])
+        self.register_buffer("bias", state["output_layer.linear.bias"])
+        self.register_buffer("final", state["output_layer.norm_final.weight"])
+        cos, sin, _ = rope_tables(config["model_length"], dim // heads)
+        self.register_buffer("cos", cos[:, None])
+        self.register_buffer("sin", sin[:, None])
+        self.mask_id = config["mask_token_id"]
+        # What the engine never draws, besides MASK: padding.
+        self.banned = [self.mask_id] + [i for i in [config.get("pad_token_id")] if i not in (None, config["eos_token_id"])]
+        self.requires_grad_(False)
+
+    def rotations(self, length, copies):
+        return torch.cat([self.cos[:length]] * copies), torch.cat([self.sin[:length]] * copies)
+
+    @torch.no_grad()
+    def states(self, ids):
+        """Final rows under full attention, [B, L, D]."""
+        x, (cos, sin) = F.embedding(ids, self.table), self.rotations(ids.shape[1], 1)
+        for block in self.blocks:
+            x = block(x, cos, sin, None)
+        return layer_norm(x, self.final)
+
+    @torch.no_grad()
+    def joined_states(self, noisy, clean, masks):
+        """Final rows of x_t and x_0 side by side under block attention, [B, 2L, D]: a noisy block sees the clean ones before it."""
+        x, (cos, sin) = F.embedding(torch.cat((noisy, clean), 1), self.table), self.rotations(noisy.shape[1], 2)
+        for block in self.blocks:
+            x = block.forward_joint(x, cos, sin, *masks)
+        return layer_norm(x, self.final)
+
+    def log_probs(self, rows):
+        """(rows, V), what is never drawn left out."""
+        logits = F.linear(rows, self.head, self.bias).float()
+        logits[:, self.banned] = -torch.inf
+        return logits.log_softmax(-1)
+
+
+class Sampler(nn.Module):
+    """h <- h + rms_p(layer(W_d [rms_e(E[x]); rms_h(h)] + b_d)), the same parameters in every call."""
+
+    def __init__(self, base):
+        super().__init__()
+        dim, heads = base.config["hidden_dim"], base.config["n_heads"]
+        self.down_project = nn.ModuleList([nn.Linear(2 * dim, dim)])
+        self.layers = nn.ModuleList([nn.ModuleList([Block(dim, heads)])])
+        for name in ("norm_embed", "norm_hidden", "norm_postattn"):
+            module = nn.Module()
+            module.weight = nn.Parameter(torch.ones(dim))
+            setattr(self, name, nn.ModuleList([module]))
+        # The first call changes little, and the layer begins as the identity.
+        nn.init.constant_(self.norm_postattn[0].weight, 0.1)
+        layer = self.layers[0][0]
+        for weight in (layer.attn_out.weight, layer.mlp[2].weight, layer.mlp[2].bias):
+            nn.init.zeros_(weight)
+
+    def inputs(self, base, ids, h):
+        e = rms(F.embedding(ids, base.table), self.norm_embed[0].weight)
+        return self.down_project[0](torch.cat((e, rms(h, self.norm_hidden[0].weight)), -1))
+
+    def forward(self, base, ids, h):
+        """One call under full attention."""
+        cos, sin = base.rotations(ids.shape[1], 1)
+        return h + rms(self.layers[0][0](self.inputs(base, ids, h), cos, sin, None), self.norm_postattn[0].weight)
+
+    def joined(self, base, noisy, h, prefix, masks):
+        """One call inside the blocks; `prefix` are the inputs at x_0, whose states no call changes."""
+        cos, sin = base.rotations(noisy.shape[1], 2)
+        u = torch.cat((self.inputs(base, noisy, h), prefix), 1)
+        v = self.layers[0][0].forward_joint_last(u, cos, sin, masks[0])
+        return h + rms(v, self.norm_postattn[0].weight)
+
+    def save(self, directory, base, facts):
+        """A sampler's directory: what `redraft --joint` opens. `facts` are kept in config.json for the reader."""
+        directory.mkdir(parents=True, exist_ok=True)
+        config = base.config
+        sizes = {
+            "model_type": "joint-sampler",
+            "base_family": config["model_type"],
+            "hidden_size": config["hidden_dim"],
+            "vocab_size": config["vocab_size"],
+            "num_attention_heads": config["n_heads"],
+            "num_key_value_heads": config["n_heads"],
+            "intermediate_size": 4 * config["hidden_dim"],
+        }
+        (directory / "config.json").write_text(json.dumps(sizes | facts, indent=2) + "\n")
+        state = {name: t.detach().bfloat16().contiguous() for name, t in self.state_dict().items()}
+        save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def block_masks(length, block):
+    return joint_masks(length, block)
