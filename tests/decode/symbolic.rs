@@ -182,11 +182,14 @@ impl Watched {
     }
 
     fn masks_by_block(&self, stage: &Stage) -> Vec<usize> {
-        let leads = self.shifted && matches!(stage.visibility(), Visibility::BlockCausal(_));
+        let blockwise = matches!(stage.visibility(), Visibility::BlockCausal(_));
+        // Where caches are filled for a block, the first one has a lead too.
+        let cached = !blockwise && matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
+        let leads = self.shifted && (blockwise || cached);
         let mut counts = Vec::new();
         for (b, block) in self.shadow[self.origin(stage)..].chunks(stage.block_len_in(self.shadow.len())).enumerate() {
             // A lead costs what a block of one mask costs.
-            let mut lead = usize::from(leads && b > 0 && block[0].is_none());
+            let mut lead = usize::from(leads && (b > 0 || cached) && block[0].is_none());
             counts.push(lead);
             for part in block.chunks(stage.sub_len.unwrap_or(block.len())) {
                 counts.push(part.iter().filter(|t| t.is_none()).count() - lead);
@@ -291,11 +294,19 @@ impl Watched {
             assert!(hidden.is_empty(), "{label}: rows {hidden:?} are hidden");
         }
         if step.kind == Kind::Lead {
+            let Stage { kv, .. } = self.session.reports()[stage].stage;
             let block_len = self.session.reports()[stage].stage.block_len_in(step.len);
             let last = step.rows.last().expect("a row").0;
-            assert!(self.shifted && asked == [last + 1] && (last + 1).is_multiple_of(block_len), "{label}: asks {asked:?} of row {last}");
-            assert!(step.visibility == Visibility::BlockCausal(block_len), "{label}: the last row of a block sees its block");
-            assert!(self.shadow[..=last].iter().all(Option::is_some), "{label}: a mask before position {}", last + 1);
+            assert!(self.shifted && asked.len() == 1 && self.shadow[asked[0]].is_none(), "{label}: asks {asked:?}");
+            if step.visibility == Visibility::Full {
+                // The forward that fills the caches of a block computes everything.
+                assert!(matches!(kv, KvPolicy::Prefix | KvPolicy::Dual), "{label}: {kv} has no caches to fill");
+                assert_eq!(step.rows.len(), step.len, "{label}: it fills everything");
+            } else {
+                assert!(asked == [last + 1] && (last + 1).is_multiple_of(block_len), "{label}: asks {asked:?} of row {last}");
+                assert!(step.visibility == Visibility::BlockCausal(block_len), "{label}: the last row of a block sees its block");
+            }
+            assert!(self.shadow[..asked[0]].iter().all(Option::is_some), "{label}: a mask before position {}", asked[0]);
         } else if step.kind == Kind::Denoise {
             assert!(!asked.is_empty() && asked.iter().all(|p| self.shadow[*p].is_none()), "{label}: asks {asked:?}");
             let stage = self.session.reports()[stage].stage;
