@@ -38,6 +38,9 @@ pub(super) struct Flags {
     /// A schedule of its own, as for generate
     #[arg(long, value_name = "KEY=VAL,...")]
     pub(super) stage: Vec<StageSpec>,
+    /// Joint sampler beside the (first) model, for stages with sampler=joint
+    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
+    pub(super) joint: Option<PathBuf>,
     /// Samples in flight together, comma separated [default: 1; with --quality: 64]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(super) batch: Vec<u32>,
@@ -159,6 +162,7 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
             Some(_) => Engine::random(config.clone(), backend, options)?,
             None => super::load(&config.dir, backend, options)?,
         };
+        super::attach_joint(&mut engine, flags.joint.as_deref())?;
         let load_ms = loading.elapsed().as_secs_f64() * 1e3;
         sweep(&mut engine, load_ms, &flags, &schedules, &lengths)?
     });

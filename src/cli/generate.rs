@@ -49,12 +49,15 @@ pub(super) struct Flags {
     /// Tokens to generate
     #[arg(long, value_name = "N")]
     length: Option<usize>,
-    /// draft, did, did-fast, did-lift, global, semi-ar, three, or a published sampler: llada, dream, sdar, fast-dllm-v1, fast-dllm-v2
+    /// draft, did, did-fast, did-lift, global, semi-ar, three, or a published sampler: llada, dream, sdar, llada2, llada21, fast-dllm-v1, fast-dllm-v2
     #[arg(long, default_value = "did-lift", conflicts_with = "stage")]
     preset: String,
     /// A stage, e.g. block=4,unmask=uniform:1 then block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact
     #[arg(long, value_name = "KEY=VAL,...")]
     stage: Vec<StageSpec>,
+    /// Joint sampler beside the (first) model, for stages with sampler=joint
+    #[arg(long, value_name = "DIR")]
+    joint: Option<PathBuf>,
     /// Seed of the counter-based generator
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -277,6 +280,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
     for other in flags.model.iter().skip(1) {
         engine.add_model(other, &mut |_, _| {})?;
     }
+    super::attach_joint(&mut engine, flags.joint.as_deref())?;
     let load_ms = loading.elapsed().as_secs_f64() * 1e3;
     let stop = StopOptions { ignore_eos: flags.ignore_eos, texts: flags.stop.clone(), entropy: flags.stop_entropy };
     let run = Run {

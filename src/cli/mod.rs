@@ -198,6 +198,11 @@ pub(crate) fn load<B: Backend>(dir: &Path, backend: B, options: EngineOptions) -
     })
 }
 
+/// [`Engine::attach_joint`] where a sampler was named.
+pub(crate) fn attach_joint<B: Backend>(engine: &mut Engine<B>, dir: Option<&Path>) -> Result<()> {
+    dir.map_or(Ok(()), |dir| engine.attach_joint(dir, &mut |_, _| {}))
+}
+
 /// A backend, ready. The commands are written once for any of them; [`on_machine`] is the one place that tells them apart.
 #[allow(clippy::large_enum_variant)] // one per process, moved once
 pub(crate) enum Machine {

@@ -13,12 +13,19 @@ fn fixture(name: &str) -> PathBuf {
 
 /// Runs requests together on the CPU and on every device; tokens, places of reveal and costs must be equal, confidences close.
 fn agree(dir: &Path, requests: &[Request], label: &str) {
+    agree_with(dir, None, requests, label);
+}
+
+/// The same with a joint sampler beside the model.
+fn agree_with(dir: &Path, joint: Option<&Path>, requests: &[Request], label: &str) {
     let cpu = Cpu::new(2, DType::F32).expect("the CPU is always there");
     let mut engine = Engine::load(dir, cpu, options()).unwrap_or_else(|e| panic!("{label}: {e}"));
+    attach(&mut engine, joint);
     let expected = together(&mut engine, requests, label);
     for backend in backends(DType::F32) {
         let label = format!("{label} on {}", backend.name());
         let mut engine = Engine::load(dir, backend, options()).unwrap_or_else(|e| panic!("{label}: {e}"));
+        attach(&mut engine, joint);
         let found = together(&mut engine, requests, &label);
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
             for (f, e) in found.confidence.iter().zip(&expected.confidence) {
@@ -29,6 +36,25 @@ fn agree(dir: &Path, requests: &[Request], label: &str) {
             let (found, expected) = (Essence { confidence: Vec::new(), ..found }, Essence { confidence: Vec::new(), ..expected });
             assert_eq!(found, expected, "{label}: request {i}");
         }
+    }
+}
+
+fn attach<B: Backend>(engine: &mut Engine<B>, joint: Option<&Path>) {
+    if let Some(dir) = joint {
+        engine.attach_joint(dir, &mut |_, _| {}).expect("a sampler of this model");
+    }
+}
+
+/// Joint sampling: passes of the sampler behind every forward, under block attention with final K/V of its layer, and over the whole canvas.
+#[test]
+fn tokens_equal_the_cpus_for_joint_sampling() {
+    for (name, stages) in [
+        ("bd3lm-adaln", &["block=4,sampler=joint:4", "block=full,remask=0.4,sampler=joint:3"][..]),
+        ("dream", &["block=full,visible=canvas,sampler=joint:4"]),
+        ("llada", &["block=8,visible=canvas,unmask=confidence:3,sampler=joint"]),
+    ] {
+        let dir = fixture(name);
+        agree_with(&dir, Some(&dir.join("joint")), &ragged(&schedule(stages), [8, 9, 12]), &format!("{name} {stages:?}"));
     }
 }
 

@@ -385,6 +385,7 @@ impl<'a> Job<'a> {
             for other in self.more_models {
                 engine.add_model(other, &mut |_, _| {})?;
             }
+            super::attach_joint(&mut engine, self.flags.joint.as_deref().filter(|_| model == 0))?;
             Ok(Box::new(engine))
         })
     }
