@@ -75,6 +75,8 @@ LIKE = {
     "rnd1-30b": experts("rnd1", 2048, 48, 32, 4, 151936, 40960, 128, 8, 768, head_dim=128, ids=dict(mask=151669, end=151645, pad=151643)),
     # Autoregressive models: a judge of a few million parameters, and small published ones of each layout.
     "qwen2-judge": plain("qwen2", 256, 6, 4, 4, 688, 4096, 256, tied=True),
+    "gpt2": plain("gpt2", 768, 12, 12, 12, 3072, 50257, 1024, tied=True),
+    "gpt2-large": plain("gpt2", 1280, 36, 20, 20, 5120, 50257, 1024, tied=True),
     "qwen2-0.5b": plain("qwen2", 896, 24, 14, 2, 4864, 151936, 32768, tied=True),
     "qwen3-0.6b": plain("qwen3", 1024, 28, 16, 8, 3072, 151936, 32768, tied=True, head_dim=128),
     "llama-1b": plain("llama", 2048, 16, 32, 8, 8192, 128256, 131072, tied=True),
@@ -85,11 +87,33 @@ BYTES = {"f32": 4, "bf16": 2, "f16": 2}
 TAG = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 # Families of the Llama layout, and what they have beside it.
-LAYOUT = (*published.PLAIN, *published.ADAPTED, *published.EXPERTS)
+LAYOUT = (*published.PLAIN, *published.ADAPTED, *published.EXPERTS, "gpt2")
 QKV_BIAS = ("qwen2", "dream", "fast-dllm")
 QK_NORM = ("qwen3", "sdar", *published.EXPERTS)
 # Experts where only a family is named.
 SMALL_EXPERTS = dict(experts=8, top_k=2, dense=0, shared=0, groups=4, top_groups=2)
+
+
+def gpt2_tensors(o):
+    """As `tensors`, for GPT-2, which stores products as (in, out)."""
+    c = o.hidden
+    yield "wte.weight", (o.vocab, c), "embedding"
+    yield "wpe.weight", (o.length, c), "embedding"
+    for i in range(o.layers):
+        for name, shape, kind in (
+            ("ln_1", (c,), "norm"),
+            ("attn.c_attn", (c, 3 * c), "weight"),
+            ("attn.c_proj", (c, c), "weight"),
+            ("ln_2", (c,), "norm"),
+            ("mlp.c_fc", (c, o.mlp), "weight"),
+            ("mlp.c_proj", (o.mlp, c), "weight"),
+        ):
+            yield f"h.{i}.{name}.weight", shape, kind
+            yield f"h.{i}.{name}.bias", shape[-1:], "bias"
+    yield "ln_f.weight", (c,), "norm"
+    yield "ln_f.bias", (c,), "bias"
+    if not o.tied:
+        yield "lm_head.weight", (o.vocab, c), "head"
 
 
 def plain_tensors(o):
@@ -131,7 +155,7 @@ def plain_tensors(o):
 def tensors(o):
     """(name, shape, kind) in file order. `kind` chooses the scale; buffers carry their values instead."""
     if o.family in LAYOUT:
-        yield from plain_tensors(o)
+        yield from gpt2_tensors(o) if o.family == "gpt2" else plain_tensors(o)
         return
     c, v, d, k = o.hidden, o.vocab, o.hidden // o.heads, o.cond_dim
     yield "backbone.vocab_embed.embedding", (v, c), "embedding"
@@ -384,7 +408,9 @@ def options(argv=None):
                 parse.error("--top-k: from 1 to --experts; --dense: below --layers; --expert-mlp: at least 1")
         if o.heads % o.kv_heads or o.head_dim % 2:
             parse.error("--kv-heads must divide --heads, and --head-dim be even")
-        if o.family in ("qwen2", "llada") and o.head_dim * o.heads != o.hidden:
+        if o.family == "gpt2" and o.kv_heads != o.heads:
+            parse.error("--kv-heads: GPT-2 has as many as --heads")
+        if o.family in ("qwen2", "llada", "gpt2") and o.head_dim * o.heads != o.hidden:
             parse.error("--head-dim: this family's follows from --hidden and --heads")
     family_sizes = ("kv_heads", "head_dim", "mlp") if layout else ("block_size", "cond_dim")
     for name in ("hidden", "layers", "heads", "length", "shard_bytes", *family_sizes):
@@ -414,6 +440,8 @@ def configuration(o):
             "tie_word_embeddings": bool(o.tied),
             "vocab_size": o.vocab,
         }
+        if o.family == "gpt2":
+            return published.gpt2_config(shape)
         if o.family in published.EXPERTS:
             return published.experts_config(o.family, shape, o)
         if o.family in published.ADAPTED:
@@ -460,7 +488,7 @@ def check(binary):
             if i % 2:
                 flags += ["--shard-bytes", "100000"]
             if family in LAYOUT:
-                flags += ["--kv-heads", "4" if family == "llada" else "2", "--mlp", "96", "--tied" if i % 4 == 2 else "--no-tied"]
+                flags += ["--kv-heads", "4" if family in ("llada", "gpt2") else "2", "--mlp", "96", "--tied" if i % 4 == 2 else "--no-tied"]
             write(options(flags))
             facts = json.loads(run("inspect", str(directory), "--format", "json").stdout or "{}")
             judge = facts.get("mask_id") is None
