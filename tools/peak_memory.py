@@ -41,7 +41,7 @@ def watch(command, expendable):
 
     start, anonymous, mapped, both = time.time(), 0, 0, 0
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=first_to_go if expendable else None)
-    # The output of one sample is far smaller than a pipe holds only for short texts: read it as it comes.
+    # Read as it comes: a long text would fill the pipe.
     os.set_blocking(child.stdout.fileno(), False)
     output = b""
     while True:
@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--dtype", choices=["f32", "bf16"], action="append")
     parser.add_argument("--preset", default="did")
     parser.add_argument("--stage", action="append", default=[], help="stages instead of a preset, as for generate")
-    parser.add_argument("--limit", type=float, default=1.15)
+    parser.add_argument("--limit", type=float, default=1.2, help="of the whole run, activations included [1.2]")
     parser.add_argument("--expendable", action="store_true", help="ask the system to end this run first where memory is short")
     args = parser.parse_args()
     facts = json.loads(subprocess.run([args.binary, "inspect", args.model, "--format", "json"], check=True, capture_output=True).stdout)
