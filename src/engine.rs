@@ -255,6 +255,8 @@ impl<B: Backend> Engine<B> {
             top_p: config.sampling.top_p.unwrap_or(general.top_p),
             top_k: top_k_of(config.sampling.top_k.unwrap_or(0), TopKOrder::Before),
             scope,
+            // Under full attention a block is only what is decided together.
+            block_len: if let Attention::BlockCausal(len) = config.attention { len } else { general.block_len },
             ..general
         }
     }

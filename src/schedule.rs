@@ -217,12 +217,14 @@ pub struct Defaults {
     pub top_k: Option<TopK>,
     /// Scope of stages that do not name one: `Block` for block diffusion models, `Canvas` for models trained with full attention.
     pub scope: Scope,
+    /// What `block=trained` is: the block length of a block diffusion model.
+    pub block_len: usize,
 }
 
 impl Default for Defaults {
-    /// Temperature 1, nucleus 0.9 by the BD3-LM rule, no top-k, block scope.
+    /// Temperature 1, nucleus 0.9 by the BD3-LM rule, no top-k, blocks of 4 that end attention.
     fn default() -> Self {
-        Defaults { temperature: 1.0, top_p: 0.9, top_p_rule: TopPRule::Within, top_k: None, scope: Scope::Block }
+        Defaults { temperature: 1.0, top_p: 0.9, top_p_rule: TopPRule::Within, top_k: None, scope: Scope::Block, block_len: 4 }
     }
 }
 
@@ -246,21 +248,21 @@ pub fn top_k_of(k: u32, order: TopKOrder) -> Option<TopK> {
 
 /// Named schedules and the stages they expand to.
 pub const PRESETS: [(&str, &[&str]); 14] = [
-    ("draft", &["block=4,unmask=uniform:1"]),
+    ("draft", &["block=trained,unmask=uniform:1"]),
     // As published, in the fewest forwards that lose little.
-    ("did", &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact"]),
-    ("did-fast", &["block=4,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=refresh:12"]),
+    ("did", &["block=trained,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact"]),
+    ("did-fast", &["block=trained,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=refresh:12"]),
     // What lowers perplexity at equal diversity: docs/evidence.md.
     (
         "did-lift",
-        &["block=4,unmask=uniform:1", "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
+        &["block=trained,unmask=uniform:1", "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
     ),
     ("global", &["block=full,unmask=uniform:1"]),
     ("semi-ar", &["block=32,visible=canvas,unmask=linear:32"]),
     (
         "three",
         &[
-            "block=4,unmask=uniform:1",
+            "block=trained,unmask=uniform:1",
             "block=64,remask=0.35,by=snapshot,unmask=linear:6,order=uniform",
             "block=full,remask=0.2,by=snapshot,unmask=linear:12,order=uniform",
         ],
@@ -273,9 +275,9 @@ pub const PRESETS: [(&str, &[&str]); 14] = [
             "block=full,visible=canvas,unmask=timestep:512,order=entropy,temperature=0.2,top_p=0.95,top_p_rule=crossing,top_k=all,confidence=truncated",
         ],
     ),
-    ("sdar", &["block=4,visible=block,unmask=above:0.85,steps=4,last=fill,temperature=1,top_p=1,top_k=all,confidence=truncated"]),
-    ("llada2", &["block=32,visible=block,unmask=above:0.95,steps=32,last=fill,temperature=0,top_p=1,top_k=all"]),
-    ("llada21", &["block=32,visible=block,unmask=above:0.95,edit=0.9,passes=16,last=fill,temperature=0,top_p=1,top_k=all"]),
+    ("sdar", &["block=trained,visible=block,unmask=above:0.85,steps=4,last=fill,temperature=1,top_p=1,top_k=all,confidence=truncated"]),
+    ("llada2", &["block=trained,visible=block,unmask=above:0.95,steps=32,last=fill,temperature=0,top_p=1,top_k=all"]),
+    ("llada21", &["block=trained,visible=block,unmask=above:0.95,edit=0.9,passes=16,last=fill,temperature=0,top_p=1,top_k=all"]),
     ("fast-dllm-v1", &["block=32,visible=canvas,from=prompt,unmask=threshold:0.9,temperature=0,top_p=1,top_k=all,kv=dual"]),
     ("fast-dllm-v2", &["block=32,visible=block,sub=8,unmask=above:0.95,temperature=0,top_p=1,top_k=all"]),
 ];

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 /// A stage as typed: everything optional.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StageSpec {
-    block: Option<Option<usize>>,
+    block: Option<Block>,
     scope: Option<Scope>,
     from_prompt: Option<bool>,
     sub: Option<usize>,
@@ -43,6 +43,14 @@ pub struct StageSpec {
     kv: Option<KvPolicy>,
     truncated_confidence: Option<bool>,
     weights: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Block {
+    Full,
+    /// [`Defaults::block_len`].
+    Trained,
+    Of(usize),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -86,7 +94,7 @@ impl FromStr for StageSpec {
             }
             let twice = Error::request(format!("stage `{text}`: {key} is given twice"));
             match key {
-                "block" => set(&mut spec.block, parse_block(value), twice, bad("a length of at least 1, or full"))?,
+                "block" => set(&mut spec.block, parse_block(value), twice, bad("a length of at least 1, trained or full"))?,
                 "visible" => {
                     let scope = match value {
                         "block" => Some(Scope::Block),
@@ -203,8 +211,12 @@ fn parse_count(text: &str) -> Option<usize> {
     text.parse().ok().filter(|n| (1..=1 << 32).contains(n))
 }
 
-fn parse_block(text: &str) -> Option<Option<usize>> {
-    if text == "full" { Some(None) } else { parse_count(text).map(Some) }
+fn parse_block(text: &str) -> Option<Block> {
+    match text {
+        "full" => Some(Block::Full),
+        "trained" => Some(Block::Trained),
+        _ => parse_count(text).map(Block::Of),
+    }
 }
 
 fn parse_rank(text: &str) -> Option<Rank> {
@@ -329,7 +341,11 @@ impl StageSpec {
         if kv == KvPolicy::Draft && matches!(remask, Some(Remask { by: RemaskBy::HeldOut(_), .. })) {
             return fail("kv=draft cannot follow held-out scoring, whose forwards overwrite the draft's K/V; use kv=refresh:R");
         }
-        let block_len = self.block.unwrap_or(None);
+        let block_len = match self.block.unwrap_or(Block::Full) {
+            Block::Full => None,
+            Block::Trained => Some(defaults.block_len),
+            Block::Of(len) => Some(len),
+        };
         let scope = self.scope.unwrap_or(defaults.scope);
         if scope == Scope::Block && block_len.is_some() {
             // [SDAR] Block-causal attention counts blocks from position 0, and finished blocks are never seen again anyway.
