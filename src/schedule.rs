@@ -105,7 +105,8 @@ pub enum KvPolicy {
     /// Fast-dLLM's prefix cache for full attention: all rows in a block's first forward, in the others the block and everything behind it.
     /// Approximate.
     Prefix,
-    /// Fast-dLLM's dual cache: all rows in a block's first forward, in the others the block alone. Approximate.
+    /// Fast-dLLM's dual cache: all rows in a block's first forward, in the others the block alone. Under block-causal attention, Fast-dLLM v2's cache
+    /// inside a block: the block while the first position of the part is masked, then the part alone. Approximate.
     Dual,
 }
 

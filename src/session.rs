@@ -407,7 +407,7 @@ impl Session {
             return true;
         }
         // [Fast-dLLM] Its loop for Dream.
-        let cached = matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
+        let cached = !blockwise && matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
         let entered = block != self.block || self.progress.masks_at_start == 0;
         if cached && self.shifted() && entered && self.led != Some(block) && self.canvas.state(range.start) == State::Masked {
             self.set_lead(block, range.start);
@@ -446,6 +446,8 @@ impl Session {
             KvPolicy::Exact | KvPolicy::Recompute => false,
             KvPolicy::Refresh(r) => self.since_full.is_some_and(|n| n < r),
             KvPolicy::Draft => true,
+            // [Fast-dLLM v2] The whole block until the first position of the part is there.
+            KvPolicy::Dual if blockwise => self.since_full.is_some() && self.canvas.state(self.unit.start) != State::Masked,
             KvPolicy::Prefix | KvPolicy::Dual => self.since_full.is_some(),
         };
         let positions: Vec<usize> = if !partial {
@@ -455,6 +457,8 @@ impl Session {
             // [Fast-dLLM] The block, and behind it what the dual cache holds and the prefix cache does not.
             let first = self.answering(first).min(range.start);
             (first..if stage.kv == KvPolicy::Dual { range.end } else { len }).collect()
+        } else if stage.kv == KvPolicy::Dual {
+            self.unit.clone().collect()
         } else {
             let mut rows = self.fresh.clone();
             rows.extend(&masked);
@@ -496,8 +500,10 @@ impl Session {
         // Steps of the block's own schedule begin behind it.
         self.progress = BlockProgress { block_len: 1, masks_at_start: 0, masks: 1, step: 0 };
         let last = start.saturating_sub(1);
+        let blockwise = matches!(self.stage().visibility(), Visibility::BlockCausal(_));
         let positions: Vec<usize> = match self.stage().kv {
             KvPolicy::Exact | KvPolicy::Refresh(_) => (self.committed.min(last)..start).collect(),
+            KvPolicy::Dual if blockwise => (self.committed.min(last)..start).collect(),
             KvPolicy::Prefix | KvPolicy::Dual => (0..self.canvas.len()).collect(),
             KvPolicy::Recompute => (0..start).collect(),
             KvPolicy::Draft => self.fresh.iter().copied().filter(|p| *p < last).chain([last]).collect(),
@@ -646,7 +652,9 @@ impl Session {
         self.denoised += 1;
         self.progress.step += 1;
         let Range { start, end } = self.range(self.block);
-        if matches!(stage.visibility(), Visibility::BlockCausal(_)) && matches!(stage.kv, KvPolicy::Exact | KvPolicy::Refresh(_)) {
+        if matches!(stage.visibility(), Visibility::BlockCausal(_))
+            && matches!(stage.kv, KvPolicy::Exact | KvPolicy::Refresh(_) | KvPolicy::Dual)
+        {
             // Everything before the block went through this forward, or an earlier one, in its final form.
             self.committed = self.committed.max(start);
         }

@@ -352,8 +352,10 @@ impl StageSpec {
             if self.from_prompt == Some(true) {
                 return fail("from=prompt needs visible=canvas: block-causal attention counts from position 0");
             }
-            if matches!(kv, KvPolicy::Prefix | KvPolicy::Dual) {
-                return fail("kv=prefix and kv=dual are for visible=canvas: under block-causal attention kv=exact reuses more, exactly");
+            if kv == KvPolicy::Prefix || kv == KvPolicy::Dual && self.sub.is_none() {
+                return fail(
+                    "kv=prefix and kv=dual are for visible=canvas, or kv=dual with sub: under block-causal attention kv=exact reuses more, exactly",
+                );
             }
         }
         if let Some(sub) = self.sub

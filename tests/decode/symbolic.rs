@@ -667,6 +667,7 @@ proptest! {
         let schedule = case.schedule(|k| match kv[k] {
             (5, _) if !case.stages[k].contains("visible=block") && !case.stages[k].contains("block=full") => "dual".into(),
             (5 | 6, _) if !case.stages[k].contains("visible=block") => "prefix".into(),
+            (5 | 6, _) if case.stages[k].contains("sub=") => "dual".into(),
             (0, _) if case.may_keep(k) => "draft".into(),
             (0 | 1, _) => "exact".into(),
             (2, _) => "recompute".into(),
