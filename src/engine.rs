@@ -677,12 +677,7 @@ impl<B: Backend> Engine<B> {
             scale if scale > 0.0 => model.decide_guided(backend, rows, &guides, scale + 1.0, draws, banned, scratch),
             _ => model.decide(backend, rows, draws, banned, scratch),
         };
-        let with = |ids: &[u32]| {
-            let mut all = [&self.banned[..], ids].concat();
-            all.sort_unstable();
-            all.dedup();
-            all
-        };
+        let with = |ids: &[u32]| union(&self.banned, ids);
         match part.eos {
             Eos::Free => ask(draws, &self.banned),
             Eos::Never => ask(draws, &with(&self.ends.never)),
@@ -812,6 +807,14 @@ impl Active {
             timings: Timings { draft_ms, refine_ms, total_ms: ms(self.admitted, Instant::now()), ..self.timings },
         }
     }
+}
+
+/// Both lists of ids, ascending.
+fn union(a: &[u32], b: &[u32]) -> Vec<u32> {
+    let mut all = [a, b].concat();
+    all.sort_unstable();
+    all.dedup();
+    all
 }
 
 pub(crate) fn ms(from: Instant, to: Instant) -> f64 {

@@ -41,7 +41,7 @@ pub enum Kind {
 }
 
 /// One forward over T rows of S sequences. Flat arrays, CSR offsets.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// (T) token ids.
     pub ids: Vec<u32>,
@@ -60,10 +60,24 @@ pub struct Plan {
     pub pages: Vec<u32>,
 }
 
+impl Default for Plan {
+    fn default() -> Self {
+        Plan::new()
+    }
+}
+
 impl Plan {
     /// An empty plan, ready for [`Plan::push`].
     pub fn new() -> Self {
-        Plan { indptr: vec![0], page_indptr: vec![0], ..Plan::default() }
+        Plan {
+            ids: Vec::new(),
+            positions: Vec::new(),
+            slots: Vec::new(),
+            visible: Vec::new(),
+            indptr: vec![0],
+            page_indptr: vec![0],
+            pages: Vec::new(),
+        }
     }
 
     /// T.

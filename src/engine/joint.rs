@@ -25,7 +25,6 @@ pub(crate) struct LoadedJoint<B: Backend> {
 }
 
 /// The windows of a forward, one behind the other in the sampler's state.
-#[derive(Default)]
 pub(super) struct Windows {
     /// Sessions, and the rows of each.
     sessions: Vec<(usize, usize)>,
@@ -146,12 +145,7 @@ impl<B: Backend> Engine<B> {
             parts.push((rows, ask.asks.iter().map(|a| a.draw).collect(), ask.eos));
             first += ask.rows.len() as u32;
         }
-        let never = {
-            let mut all = [&self.banned[..], &self.ends.never].concat();
-            all.sort_unstable();
-            all.dedup();
-            all
-        };
+        let never = super::union(&self.banned, &self.ends.never);
         let Loaded { model, scratch, joint, .. } = &mut self.models[weights];
         let LoadedJoint { sampler, state, .. } = joint.as_ref().expect("started");
         let mut ask = |rows: &[u32], draws: &[Draw], eos: Eos| {

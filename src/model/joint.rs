@@ -58,6 +58,11 @@ impl<B: Backend> JointState<B> {
     }
 }
 
+/// The sampler's own norms, whatever those of the model are.
+fn rms<'a, V>(config: &ModelConfig, weight: &'a V) -> backend::Norm<'a, V> {
+    backend::Norm { kind: NormKind::Rms, eps: config.norm_eps, weight, bias: None }
+}
+
 /// Where a sampler's layer lies in the pages of a model.
 fn layer_index(base: &ModelConfig) -> usize {
     base.num_layers
@@ -104,8 +109,7 @@ impl<B: Backend> Joint<B> {
         let Scratch { x, qkv, .. } = scratch;
         backend.gather(&backend.rows(rows)?, config.hidden_dim, x, qkv)?;
         model.final_norm.apply(backend, config, rows.len(), qkv, &mut state.hidden)?;
-        let norm = backend::Norm { kind: NormKind::Rms, eps: config.norm_eps, weight: &self.hidden_norm, bias: None };
-        backend.norm(rows.len(), &state.hidden, &norm, &mut state.normed)
+        backend.norm(rows.len(), &state.hidden, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
     /// Writes the K/V of the plan's rows, whose state is `state`, and changes nothing else: for positions outside any window.
@@ -137,10 +141,9 @@ impl<B: Backend> Joint<B> {
         let Scratch { h, qkv, .. } = &mut *scratch;
         backend.attention(&batch, config.heads, qkv, layer_index(config), kv, h)?;
         self.layer.rest(backend, config, rows, scratch)?;
-        let rms = |weight| backend::Norm { kind: NormKind::Rms, eps: config.norm_eps, weight, bias: None };
         let Scratch { x, qkv, .. } = &mut *scratch;
-        backend.norm(rows, x, &rms(&self.out_norm), qkv)?;
-        backend.add_norm(rows, &mut state.hidden, qkv, &rms(&self.hidden_norm), &mut state.normed)
+        backend.norm(rows, x, &rms(config, &self.out_norm), qkv)?;
+        backend.add_norm(rows, &mut state.hidden, qkv, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
     /// The layer up to its K/V.
@@ -160,8 +163,7 @@ impl<B: Backend> Joint<B> {
         scratch.reserve(backend, config, rows)?;
         let Scratch { x, h, .. } = &mut *scratch;
         backend.embed(batch, model.embedding(), None, x)?;
-        let norm = backend::Norm { kind: NormKind::Rms, eps: config.norm_eps, weight: &self.embed_norm, bias: None };
-        backend.norm(rows, x, &norm, h)?;
+        backend.norm(rows, x, &rms(config, &self.embed_norm), h)?;
         backend.linear(rows, h, &self.embed_down, None, Epilogue::Store, x)?;
         self.hidden_down.apply(backend, rows, &state.normed, Epilogue::Add, x)?;
         self.layer.keys(backend, config, rows, batch, layer_index(config), kv, scratch)
@@ -172,8 +174,7 @@ impl<B: Backend> Joint<B> {
         let config = &model.config;
         backend.gather(&backend.rows(rows)?, config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
         backend.copy(rows.len() * config.hidden_dim, &scratch.qkv, &mut state.hidden)?;
-        let norm = backend::Norm { kind: NormKind::Rms, eps: config.norm_eps, weight: &self.hidden_norm, bias: None };
-        backend.norm(rows.len(), &state.hidden, &norm, &mut state.normed)
+        backend.norm(rows.len(), &state.hidden, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
     /// Decides rows of the window by their states, as [`Model::decide`] does by the model's own rows.

@@ -43,10 +43,16 @@ impl Session {
     /// Positions whose states the sampler carries on after the pending step: its block, or under full visibility everything. Empty where the step
     /// reveals nothing.
     pub fn joint_window(&self) -> Range<usize> {
-        match (self.pending.as_ref().map(|step| step.kind), self.stage().visibility()) {
-            (Some(Kind::Denoise), Visibility::BlockCausal(_)) => self.range(self.block),
-            (Some(Kind::Denoise), _) => 0..self.canvas.len(),
+        match self.pending.as_ref().map(|step| step.kind) {
+            Some(Kind::Denoise) => self.window(),
             _ => 0..0,
+        }
+    }
+
+    fn window(&self) -> Range<usize> {
+        match self.stage().visibility() {
+            Visibility::BlockCausal(_) => self.range(self.block),
+            _ => 0..self.canvas.len(),
         }
     }
 
@@ -67,10 +73,7 @@ impl Session {
     /// The next call of the sampler that this session waits for.
     pub fn joint_ask(&self) -> Option<JointAsk> {
         let round = self.round?;
-        let window = match self.stage().visibility() {
-            Visibility::BlockCausal(_) => self.range(self.block),
-            _ => 0..self.canvas.len(),
-        };
+        let window = self.window();
         let step = self.denoised | (round.calls + 1) << CALL_BITS;
         let ask = |position: usize| {
             let draws = self.uniforms(self.block, step, position);
