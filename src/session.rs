@@ -786,6 +786,8 @@ impl Session {
                 // Same weights and visibility as before: blocks before the first mask are still final. Under full visibility none ever is.
                 let same = (previous.weights, previous.visibility()) == (stage.weights, stage.visibility());
                 let same = same && stage.visibility() != Visibility::Full;
+                // A joint sampler's layer has K/V of its own there only where it ran before.
+                let same = same && (previous.joint || !stage.joint);
                 let keep = if same { self.committed } else { 0 };
                 self.remask(keep, events);
             }

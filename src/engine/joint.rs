@@ -1,9 +1,8 @@
 //! Owns the joint sampler beside a model: its weights, its layer's place in the K/V store, and what a window of rows carries from call to call.
 #![forbid(unsafe_code)]
 
-use std::path::Path;
-
 use std::ops::Range;
+use std::path::Path;
 
 use crate::backend::{Backend, Decision, Draw};
 use crate::engine::{Engine, Loaded};

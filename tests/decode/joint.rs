@@ -98,6 +98,9 @@ fn requests(engine: &Engine<Cpu>, kv: &str) -> Vec<Request> {
         // The same prompt, with and without a sampler's K/V in its pages.
         vec![format!("block=4,unmask=uniform:1,kv={kv}")],
         vec![format!("block=full,unmask=linear:4,order=margin,sampler=joint,kv={kv}")],
+        // A joint stage behind one of the same attention that had no sampler, and the other way round.
+        vec![format!("block=4,unmask=uniform:1,kv={kv}"), format!("block=4,remask=0.6,sampler=joint:3,kv={kv}")],
+        vec![format!("block=4,sampler=joint:3,kv={kv}"), format!("block=4,remask=0.6,unmask=uniform:1,kv={kv}")],
         vec![format!("block=4,unmask=left:2,sampler=joint,kv={kv}"), format!("block=8,remask=0.5,by=held-out:2,unmask=entropy:2,kv={kv}")],
     ];
     let prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10];
