@@ -38,7 +38,7 @@ pub(super) struct Flags {
     /// A schedule of its own, as for generate
     #[arg(long, value_name = "KEY=VAL,...")]
     pub(super) stage: Vec<StageSpec>,
-    /// Joint sampler beside the (first) model, for stages with sampler=joint
+    /// Joint sampler of the (first) model, for stages with sampler=joint [default: joint/ in the model's directory, where a stage asks for one]
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     pub(super) joint: Option<PathBuf>,
     /// Samples in flight together, comma separated [default: 1; with --quality: 64]
@@ -162,7 +162,7 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
             Some(_) => Engine::random(config.clone(), backend, options)?,
             None => super::load(&config.dir, backend, options)?,
         };
-        super::attach_joint(&mut engine, flags.joint.as_deref())?;
+        super::attach_joint(&mut engine, flags.joint.as_deref(), &config.dir, schedules.iter().map(|(_, schedule)| schedule))?;
         let load_ms = loading.elapsed().as_secs_f64() * 1e3;
         sweep(&mut engine, load_ms, &flags, &schedules, &lengths)?
     });
@@ -333,17 +333,15 @@ fn measure<B: Backend>(engine: &mut Engine<B>, name: &str, schedule: &Schedule, 
     let stages = (0..schedule.stages.len())
         .map(|k| {
             let report = &outputs[0].stages[k];
-            let f = report.forwards;
-            let forwards = f.prefill + f.denoise + f.commit + f.joint + f.score;
             let ms = mid(&|o| o.stages[k].ms);
             StageRow {
                 block_len: report.stage.block_len.map_or("full".into(), |b| b.to_string()),
                 kv: report.stage.kv.to_string(),
                 nfe: report.nfe(),
-                forwards,
+                forwards: report.forwards.total(),
                 rows: report.rows,
                 ms,
-                ms_per_forward: ms / forwards.max(1) as f64,
+                ms_per_forward: ms / report.forwards.total().max(1) as f64,
             }
         })
         .collect();

@@ -55,7 +55,7 @@ pub(super) struct Flags {
     /// A stage, e.g. block=4,unmask=uniform:1 then block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact
     #[arg(long, value_name = "KEY=VAL,...")]
     stage: Vec<StageSpec>,
-    /// Joint sampler beside the (first) model, for stages with sampler=joint
+    /// Joint sampler of the (first) model, for stages with sampler=joint [default: joint/ in the model's directory, where a stage asks for one]
     #[arg(long, value_name = "DIR")]
     joint: Option<PathBuf>,
     /// Seed of the counter-based generator
@@ -280,7 +280,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
     for other in flags.model.iter().skip(1) {
         engine.add_model(other, &mut |_, _| {})?;
     }
-    super::attach_joint(&mut engine, flags.joint.as_deref())?;
+    super::attach_joint(&mut engine, flags.joint.as_deref(), dir, [schedule])?;
     let load_ms = loading.elapsed().as_secs_f64() * 1e3;
     let stop = StopOptions { ignore_eos: flags.ignore_eos, texts: flags.stop.clone(), entropy: flags.stop_entropy };
     let run = Run {

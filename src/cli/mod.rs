@@ -28,6 +28,7 @@ use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
+use crate::schedule::Schedule;
 use crate::tokenizer::Tokenizer;
 
 /// Directory under `models/` that is used without `--model`.
@@ -198,9 +199,20 @@ pub(crate) fn load<B: Backend>(dir: &Path, backend: B, options: EngineOptions) -
     })
 }
 
-/// [`Engine::attach_joint`] where a sampler was named.
-pub(crate) fn attach_joint<B: Backend>(engine: &mut Engine<B>, dir: Option<&Path>) -> Result<()> {
-    dir.map_or(Ok(()), |dir| engine.attach_joint(dir, &mut |_, _| {}))
+/// [`Engine::attach_joint`] of the sampler that was named, or of the model's own where one of its schedules needs it.
+pub(crate) fn attach_joint<'a, B: Backend>(
+    engine: &mut Engine<B>,
+    named: Option<&Path>,
+    model: &Path,
+    schedules: impl IntoIterator<Item = &'a Schedule>,
+) -> Result<()> {
+    let own = model.join("joint");
+    let wanted = || schedules.into_iter().any(|schedule| schedule.stages.iter().any(|stage| stage.joint && stage.weights == 0));
+    match named {
+        Some(dir) => engine.attach_joint(dir, &mut |_, _| {}),
+        None if own.join("config.json").exists() && wanted() => engine.attach_joint(&own, &mut |_, _| {}),
+        None => Ok(()),
+    }
 }
 
 /// A backend, ready. The commands are written once for any of them; [`on_machine`] is the one place that tells them apart.

@@ -86,6 +86,14 @@ pub struct Forwards {
     pub guide: usize,
 }
 
+impl Forwards {
+    /// All of them, passes of a joint sampler too.
+    pub fn total(&self) -> usize {
+        let Forwards { prefill, denoise, commit, joint, score, guide } = self;
+        prefill + denoise + commit + joint + score + guide
+    }
+}
+
 /// What a stage did and cost.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StageReport {

@@ -164,10 +164,49 @@ def sharpness():
             yield row(f"{name}, refine T {t}, p {p}", DRAFT, refine(ratio, by, temperature=t, top_p=p, **more))
 
 
+ONE = "one token"
+REFERENCE = "one token, another seed"
+
+
+def several(block, counts):
+    """One token a forward, twice; K at once, each by its own distribution; K with a joint sampler. Undistorted, in the order of the least entropy."""
+    stage = f"block={block},unmask=entropy:"
+    yield row(ONE, f"{stage}1", top_p=1.0)
+    yield row(REFERENCE, f"{stage}1", top_p=1.0, seed=1001)
+    for k in counts:
+        yield row(f"marginal {k}", f"{stage}{k}", top_p=1.0)
+        yield row(f"joint {k}", f"{stage}{k},sampler=joint", top_p=1.0)
+
+
+def joint_full():
+    yield from several("full", (2, 3, 4, 8))
+
+
+def joint_block():
+    yield from several(4, (2, 3, 4))
+
+
+def joint_refine():
+    """Drafts of one, two and four tokens a forward, refined alike."""
+    refines = {"": [], ", refine snapshot 0.35": [refine()], ", refine held-out:4 lift 0.1": [refine(0.1, "held-out:4", unmask=FEW, score="lift")]}
+    drafts = {"draft": DRAFT, "draft by entropy": "block=4,unmask=entropy:1"} | {f"draft {name} {k}": f"block=4,unmask=entropy:{k}{more}" for k in (2, 4) for name, more in JOINT.items()}
+    for draft, stage in drafts.items():
+        for name, stages in refines.items():
+            yield row(draft + name, stage, *stages)
+
+
+JOINT = {"marginal": "", "joint": ",sampler=joint"}
+# Groups that are always run as a whole, so that their times are of one run: positions, samples, and the row that MAUVE holds the others against.
+OWN = {
+    "joint_full": {"length": 127, "samples": 400, "reference": REFERENCE},
+    "joint_block": {"length": 127, "samples": 1000, "reference": REFERENCE},
+    "joint_refine": {},
+}
+
 GROUPS = {
     "drafts": drafts, "headline": headline, "scores": scores, "rounds": rounds, "ratio": ratios, "reuse": reuse,
     "stages": stages, "sharpness": sharpness, "block": blocks, "steps": steps, "compute": compute, "truncation": truncation,
-    "frontier": frontier,
+    "frontier": frontier, "joint_full": joint_full, "joint_block": joint_block, "joint_refine": joint_refine,
 }
 
 
@@ -188,14 +227,16 @@ def main():
     if unknown:
         ap.error(f"--only: unknown {', '.join(unknown)}; groups: {', '.join(GROUPS)}")
     os.makedirs(args.out, exist_ok=True)
+    samples = args.samples
     for group in wanted:
-        rows = list(GROUPS[group]())
+        rows, own = list(GROUPS[group]()), OWN.get(group)
+        args.samples = (own or {}).get("samples", samples)
         path = os.path.join(args.out, f"{args.label}{group}.json")
         if not args.again and same_rows(path, rows, args):
             print(f"{group}: there already", file=sys.stderr)
             continue
-        known = {} if args.again else measured(args)
-        run(args, rows, path, known)
+        known = {} if args.again or own is not None else measured(args)
+        run(args, rows, path, known, own or {})
         print(f"{group}: {len(rows)} rows -> {path}", file=sys.stderr)
 
 
@@ -222,17 +263,17 @@ def same_rows(path, rows, args):
 def measured(args):
     """Rows of groups that are there: spec -> its measures. The engine is deterministic, so a row is measured once."""
     known = {}
-    for group in GROUPS:
+    for group in GROUPS.keys() - OWN.keys():
         found = load(os.path.join(args.out, f"{args.label}{group}.json"), args)
         for r in found["rows"] if found else []:
             known.setdefault(r["spec"], r)
     return known
 
 
-def run(args, rows, path, known):
+def run(args, rows, path, known, own):
     # The first row is what the others are paired with.
     asked = [rows[0], *(r for r in rows[1:] if spec(r) not in known)]
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as list_of_rows:
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as list_of_rows, tempfile.NamedTemporaryFile(suffix=".jsonl") as texts:
         for r in asked:
             list_of_rows.write(json.dumps(r) + "\n")
         list_of_rows.flush()
@@ -241,7 +282,15 @@ def run(args, rows, path, known):
                    "--human", os.path.join(args.texts, "human.txt"), "--train", os.path.join(args.texts, "train.txt")]
         if args.model:
             command += ["--model", args.model]
+        if "reference" in own:
+            command += ["--length", str(own["length"]), "--save", texts.name]
         report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        if "reference" in own:
+            import mauve_scores  # needs numpy, torch and more, which the other groups do not
+
+            scores = mauve_scores.scores(texts.name, report["judge"], own["reference"])
+            for r in report["rows"]:
+                r["measures"]["mauve"] = scores.get(r["name"])
     # Values of single samples: those that report.py resamples, at four digits.
     kept = ("judge_nll", "judge_tokens", "entropy", "distinct_2")
     for r in report["rows"] + ([report["human"]] if report["human"] else []):

@@ -12,13 +12,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "train"))
-from model import Block, joint_masks, layer_norm, rope_tables  # noqa: E402
+from model import Block, attend, joint_masks, layer_norm, rope_tables  # noqa: E402
 
 EPS = 1e-5
 
 
 def rms(x, weight):
-    return F.rms_norm(x, (x.shape[-1],), weight, EPS)
+    return F.rms_norm(x.float(), (x.shape[-1],), weight, EPS)
+
+
+def beside(block, x, past, rotations, mask):
+    """`block` over x_t [B, L, D] with the keys and values `past` of x_0 behind its own; `mask` is [L, 2L]."""
+    q, *own = block.qkv(x, *rotations)
+    k, v = (torch.cat(pair, 2) for pair in zip(own, past))
+    return block.feed_forward(x + block.attn_out(block.merge(attend(q, k, v, mask))))
 
 
 class Base(nn.Module):
@@ -45,24 +52,29 @@ class Base(nn.Module):
         self.banned = [self.mask_id] + [i for i in [config.get("pad_token_id")] if i not in (None, config["eos_token_id"])]
         self.requires_grad_(False)
 
-    def rotations(self, length, copies):
-        return torch.cat([self.cos[:length]] * copies), torch.cat([self.sin[:length]] * copies)
+    def rotations(self, length):
+        return self.cos[:length], self.sin[:length]
 
     @torch.no_grad()
     def states(self, ids):
         """Final rows under full attention, [B, L, D]."""
-        x, (cos, sin) = F.embedding(ids, self.table), self.rotations(ids.shape[1], 1)
+        x, (cos, sin) = F.embedding(ids, self.table), self.rotations(ids.shape[1])
         for block in self.blocks:
             x = block(x, cos, sin, None)
         return layer_norm(x, self.final)
 
     @torch.no_grad()
-    def joined_states(self, noisy, clean, masks):
-        """Final rows of x_t and x_0 side by side under block attention, [B, 2L, D]: a noisy block sees the clean ones before it."""
-        x, (cos, sin) = F.embedding(torch.cat((noisy, clean), 1), self.table), self.rotations(noisy.shape[1], 2)
+    def block_states(self, noisy, clean, masks):
+        """Final rows under block attention: (those of every x_t in `noisy`, a list of [B, L]; those of x_0 [B, L]), each [B, L, D]. A noisy block
+        sees itself and the clean blocks before it; x_0 is run once for all of them. `masks` as of `joint_masks`."""
+        rotations, count = self.rotations(clean.shape[1]), len(noisy)
+        x, prefix = F.embedding(torch.cat(noisy), self.table), F.embedding(clean, self.table)
         for block in self.blocks:
-            x = block.forward_joint(x, cos, sin, *masks)
-        return layer_norm(x, self.final)
+            past = block.qkv(prefix, *rotations)[1:]
+            prefix = block(prefix, *rotations, masks[1])
+            x = beside(block, x, [t.repeat(count, 1, 1, 1) for t in past], rotations, masks[0])
+        *x, prefix = layer_norm(torch.cat((x, prefix)), self.final).split(len(clean))
+        return x, prefix
 
     def log_probs(self, rows):
         """(rows, V), what is never drawn left out."""
@@ -84,10 +96,18 @@ class Sampler(nn.Module):
             module.weight = nn.Parameter(torch.ones(dim))
             setattr(self, name, nn.ModuleList([module]))
         # The first call changes little, and the layer begins as the identity.
-        nn.init.constant_(self.norm_postattn[0].weight, 0.1)
+        nn.init.constant_(self.norm_postattn[0].weight, 0.02)
         layer = self.layers[0][0]
         for weight in (layer.attn_out.weight, layer.mlp[2].weight, layer.mlp[2].bias):
             nn.init.zeros_(weight)
+
+    def matrices(self):
+        """What Muon trains."""
+        layer = self.layers[0][0]
+        return [m.weight for m in (self.down_project[0], layer.attn_qkv, layer.attn_out, layer.mlp[0], layer.mlp[2])]
+
+    def load(self, directory):
+        self.load_state_dict({name: t.float() for name, t in load_file(pathlib.Path(directory) / "model.safetensors").items()})
 
     def inputs(self, base, ids, h):
         e = rms(F.embedding(ids, base.table), self.norm_embed[0].weight)
@@ -95,14 +115,16 @@ class Sampler(nn.Module):
 
     def forward(self, base, ids, h):
         """One call under full attention."""
-        cos, sin = base.rotations(ids.shape[1], 1)
+        cos, sin = base.rotations(ids.shape[1])
         return h + rms(self.layers[0][0](self.inputs(base, ids, h), cos, sin, None), self.norm_postattn[0].weight)
 
-    def joined(self, base, noisy, h, prefix, masks):
-        """One call inside the blocks; `prefix` are the inputs at x_0, whose states no call changes."""
-        cos, sin = base.rotations(noisy.shape[1], 2)
-        u = torch.cat((self.inputs(base, noisy, h), prefix), 1)
-        v = self.layers[0][0].forward_joint_last(u, cos, sin, masks[0])
+    def prefix(self, base, clean, h):
+        """Keys and values of x_0, which no call changes."""
+        return self.layers[0][0].qkv(self.inputs(base, clean, h), *base.rotations(clean.shape[1]))[1:]
+
+    def in_blocks(self, base, ids, h, prefix, masks):
+        """One call inside the blocks, behind [`prefix`]."""
+        v = beside(self.layers[0][0], self.inputs(base, ids, h), prefix, base.rotations(ids.shape[1]), masks[0])
         return h + rms(v, self.norm_postattn[0].weight)
 
     def save(self, directory, base, facts):
@@ -122,6 +144,3 @@ class Sampler(nn.Module):
         state = {name: t.detach().bfloat16().contiguous() for name, t in self.state_dict().items()}
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 
-
-def block_masks(length, block):
-    return joint_masks(length, block)

@@ -19,7 +19,8 @@ import time
 import numpy as np
 import torch
 
-from sampler import Base, Sampler, block_masks
+from sampler import Base, Sampler, joint_masks
+from optim import Muon  # noqa: E402, beside the model that the sampler's module finds
 
 MOST_CALLS = 7
 
@@ -47,28 +48,49 @@ class Trajectories:
         held = max(1, self.count // 50)
         self.rows = {"train": np.arange(held, self.count), "held": np.arange(held)}
 
-    def batch(self, rng, size, part="train"):
-        rows = torch.from_numpy(rng.choice(self.rows[part], size))
-        return self.tokens[rows], self.when[rows]
+    def draw(self, rng, size, part):
+        """(texts [size], their tokens, and when each position was revealed)."""
+        texts = torch.from_numpy(rng.choice(self.rows[part], size))
+        return texts, self.tokens[texts], self.when[texts]
+
+
+class Kept:
+    """The frozen model's final rows at every state of every text, in bf16: computed when first asked for, and then kept while they fit."""
+
+    def __init__(self, texts, states, length, base, gib):
+        width = base.config["hidden_dim"]
+        self.fits = 2 * texts * states * length * width <= gib * 2**30
+        self.rows = torch.empty((texts, states, length, width) if self.fits else 0, dtype=torch.bfloat16)
+        self.known = torch.zeros(texts, states, dtype=torch.bool)
+
+    def take(self, texts, states, compute):
+        """[B, L, D] of `states` [B] of `texts` [B]; `compute` makes those of a boolean selection of them."""
+        if not self.fits:
+            return compute(torch.ones(len(texts), dtype=torch.bool))
+        missing = ~self.known[texts, states]
+        if missing.any():
+            self.rows[texts[missing], states[missing]] = compute(missing).bfloat16()
+            self.known[texts[missing], states[missing]] = True
+        return self.rows[texts, states].float()
 
 
 class Full:
     """Windows of the whole canvas."""
 
-    name = "full"
-
-    def __init__(self, trajectories, base):
-        self.data, self.base = trajectories, base
+    def __init__(self, trajectories, base, gib):
+        self.data, self.base, self.name = trajectories, base, f"full, length {trajectories.tokens.shape[1]}"
+        self.states = int(trajectories.when.max()) + 1
+        self.calls = (1, 3, 7)
+        self.kept = Kept(trajectories.count, self.states, trajectories.tokens.shape[1], base, gib)
 
     def losses(self, sampler, rng, size, calls, part="train"):
         """(KL of the sampler, KL of the model's own rows of the window's first state), each averaged over the masked positions."""
-        tokens, when = self.data.batch(rng, size, part)
-        count = int(when.max()) + 1
-        first = torch.from_numpy(rng.integers(0, count - calls, size))[:, None]
-        state = lambda j: torch.where(when < first + j, tokens, self.base.mask_id)
-        masked = when >= first + calls
-        start = self.base.states(state(0))
-        target = self.base.log_probs(self.base.states(state(calls))[masked])
+        texts, tokens, when = self.data.draw(rng, size, part)
+        first = torch.from_numpy(rng.integers(0, self.states - calls, size))
+        state = lambda j: torch.where(when < (first + j)[:, None], tokens, self.base.mask_id)
+        rows = lambda j: self.kept.take(texts, first + j, lambda some: self.base.states(state(j)[some]))
+        masked = when >= (first + calls)[:, None]
+        start, target = rows(0), self.base.log_probs(rows(calls)[masked])
         h = start
         for call in range(1, calls + 1):
             h = sampler(self.base, state(call), h)
@@ -78,30 +100,37 @@ class Full:
 class Blocks:
     """Windows inside blocks, all blocks of a text at once."""
 
-    def __init__(self, trajectories, base, block):
-        self.data, self.base, self.block, self.name = trajectories, base, block, f"block {block}"
+    def __init__(self, trajectories, base, block, gib):
+        self.data, self.base, self.block = trajectories, base, block
+        self.name = f"block {block}, length {trajectories.tokens.shape[1]}"
         length = trajectories.tokens.shape[1] // block * block
-        self.length, self.masks = length, block_masks(length, block)
+        self.length, self.masks = length, joint_masks(length, block)
+        self.calls = range(1, block)
+        # A text's states (0 to block - 1 revealed in every block) and then its clean rows lie one behind the other.
+        self.kept = Kept(trajectories.count, 1, (block + 1) * length, base, gib)
 
     def losses(self, sampler, rng, size, calls, part="train"):
         calls = min(calls, self.block - 1)
-        tokens, when = (t[:, : self.length] for t in self.data.batch(rng, size, part))
+        texts, *rest = self.data.draw(rng, size, part)
+        tokens, when = (t[:, : self.length] for t in rest)
         # Rank of each position within its block, and the state in which the block's window begins.
         shape = (size, self.length // self.block, self.block)
-        rank = when.view(shape).argsort(-1).argsort(-1).view(size, -1)
+        rank, given = when.view(shape).argsort(-1).argsort(-1).view(size, -1), when < 0
         first = torch.from_numpy(rng.integers(0, self.block - calls, shape[:2])).repeat_interleave(self.block, 1)
-        given = when < 0
-        state = lambda j: torch.where((rank < first + j) | given, tokens, self.base.mask_id)
+        state = lambda revealed: torch.where((rank < revealed) | given, tokens, self.base.mask_id)
         masked = (rank >= first + calls) & ~given
-        start = self.base.joined_states(state(0), tokens, self.masks)
-        end = self.base.joined_states(state(calls), tokens, self.masks)[:, : self.length]
-        target = self.base.log_probs(end[masked])
-        h, clean = start.split(self.length, 1)
-        marginal = h
+
+        def compute(some):
+            noisy, clean = self.base.block_states([state(revealed)[some] for revealed in range(self.block)], tokens[some], self.masks)
+            return torch.cat((*noisy, clean), 1)
+
+        rows = self.kept.take(texts, torch.zeros_like(texts), compute).view(size, self.block + 1, self.length, -1)
+        at = lambda revealed: rows[torch.arange(size)[:, None], revealed, torch.arange(self.length)]
+        start, target = at(first), self.base.log_probs(at(first + calls)[masked])
+        h, prefix = start, sampler.prefix(self.base, tokens, rows[:, -1])
         for call in range(1, calls + 1):
-            # Recomputed in each call: the sampler's own weights make it.
-            h = sampler.joined(self.base, state(call), h, sampler.inputs(self.base, tokens, clean), self.masks)
-        return divergence(target, self.base.log_probs(h[masked])), lambda: divergence(target, self.base.log_probs(marginal[masked]))
+            h = sampler.in_blocks(self.base, state(first + call), h, prefix, self.masks)
+        return divergence(target, self.base.log_probs(h[masked])), lambda: divergence(target, self.base.log_probs(start[masked]))
 
 
 def divergence(target, found):
@@ -115,7 +144,7 @@ def heldout(kinds, sampler, size):
     rows = []
     with torch.no_grad():
         for kind in kinds:
-            for calls in (1, 3, 7) if isinstance(kind, Full) else range(1, kind.block):
+            for calls in kind.calls:
                 rng = np.random.default_rng(1)
                 values = [[float(loss), float(marginal())] for loss, marginal in (kind.losses(sampler, rng, size, calls, "held") for _ in range(4))]
                 rows.append((kind.name, calls, *np.mean(values, 0).tolist()))
@@ -125,13 +154,17 @@ def heldout(kinds, sampler, size):
 def main():
     parse = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parse.add_argument("--model", type=pathlib.Path, required=True, help="BD3-LM directory")
-    parse.add_argument("--full", type=pathlib.Path, help="trace of texts revealed one token a forward under full attention")
+    parse.add_argument("--full", action="append", default=[], metavar="TRACE", help="texts revealed one token a forward under full attention; may be repeated")
     parse.add_argument("--block", action="append", default=[], metavar="LENGTH:TRACE", help="the same of block drafts; may be repeated")
     parse.add_argument("--out", type=pathlib.Path, required=True, help="directory of the sampler")
     parse.add_argument("--minutes", type=float, default=60, help="the learning rate ends with them")
     parse.add_argument("--batch", type=int, default=16)
-    parse.add_argument("--lr", type=float, default=1e-3)
-    parse.add_argument("--warmup", type=int, default=100)
+    parse.add_argument("--muon-lr", type=float, default=0.02, help="of the matrices")
+    parse.add_argument("--adam-lr", type=float, default=3e-3, help="of norms and biases")
+    parse.add_argument("--warmup", type=int, default=50)
+    parse.add_argument("--init", type=pathlib.Path, help="directory of a sampler to go on from")
+    parse.add_argument("--look", type=float, default=10, help="minutes between looks at what was held out")
+    parse.add_argument("--keep", type=float, default=12, metavar="GIB", help="most memory for the model's rows of one kind of windows")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--threads", type=int, default=2)
     parse.add_argument("--bf16", action="store_true", help="products in bf16")
@@ -139,43 +172,48 @@ def main():
     torch.set_num_threads(o.threads)
     torch.manual_seed(o.seed)
     rng, base = np.random.default_rng(o.seed), Base(o.model)
-    kinds = [Full(Trajectories(o.full, base), base)] if o.full else []
+    kinds = [Full(Trajectories(path, base), base, o.keep) for path in o.full]
     for item in o.block:
         length, _, path = item.partition(":")
-        kinds.append(Blocks(Trajectories(path, base), base, int(length)))
+        kinds.append(Blocks(Trajectories(path, base), base, int(length), o.keep))
     if not kinds:
         parse.error("no trajectories: expected --full or --block")
     sampler = Sampler(base)
     print(f"{sum(p.numel() for p in sampler.parameters()):,} parameters; " + ", ".join(f"{k.name}: {k.data.count} texts" for k in kinds), flush=True)
-    optimiser = torch.optim.AdamW(sampler.parameters(), lr=o.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    if o.init:
+        sampler.load(o.init)
+    muon = Muon(sampler.matrices(), weight_decay=0.0)
+    taken = {id(p) for p in muon.params}
+    adam = torch.optim.Adam([p for p in sampler.parameters() if id(p) not in taken], betas=(0.9, 0.99))
     share = np.array([0.5**i for i in range(MOST_CALLS)])
     share = np.exp(share) / np.exp(share).sum()
-    start, step, seen = time.time(), 0, []
+
+    def look(step, spent):
+        """Measures on what was held out, and writes the sampler as it is."""
+        rows = heldout(kinds, sampler, o.batch)
+        for name, calls, joint, marginal in rows:
+            print(f"{spent:6.1f} min  step {step:6}  held out, {name}, {calls} calls: KL {joint:.4f}, without them {marginal:.4f}", flush=True)
+        facts = [{"window": n, "calls": c, "sampler": round(j, 4), "marginal": round(m, 4)} for n, c, j, m in rows]
+        sampler.save(o.out, base, {"trained_calls": MOST_CALLS, "steps": step, "heldout_kl_nats": facts})
+
+    start, step, looks = time.time(), 0, 0
     while (spent := (time.time() - start) / 60) < o.minutes:
-        # Constant behind the warm-up, as published, and down to a tenth over the last third.
-        fall = max(0.0, (spent / o.minutes - 2 / 3) * 3)
-        for group in optimiser.param_groups:
-            group["lr"] = o.lr * min(1.0, (step + 1) / o.warmup) * (1 - 0.9 * fall)
+        if spent >= (looks + 1) * o.look:
+            looks += 1
+            look(step, spent)
+        # Down to a twentieth over the second half.
+        rate = min(1.0, (step + 1) / o.warmup) * (1 - 0.95 * max(0.0, spent / o.minutes * 2 - 1))
         kind = kinds[step % len(kinds)]
         with torch.autocast("cpu", torch.bfloat16, enabled=o.bf16):
             loss, _ = kind.losses(sampler, rng, o.batch, 1 + int(rng.choice(MOST_CALLS, p=share)))
-        optimiser.zero_grad()
+        sampler.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(sampler.parameters(), 1.0)
-        optimiser.step()
-        seen.append(loss.item())
+        muon.step(o.muon_lr * rate)
+        adam.param_groups[0]["lr"] = o.adam_lr * rate
+        adam.step()
         step += 1
-        if step % 200 == 0:
-            print(f"{spent:6.1f} min  step {step:6}  KL {np.mean(seen[-200:]):.4f}", flush=True)
-    rows = heldout(kinds, sampler, o.batch)
-    for name, calls, joint, marginal in rows:
-        print(f"held out, {name}, {calls} calls: KL {joint:.4f}, without them {marginal:.4f}")
-    facts = {
-        "trained_calls": MOST_CALLS,
-        "steps": step,
-        "heldout_kl_nats": [{"window": n, "calls": c, "sampler": round(j, 4), "marginal": round(m, 4)} for n, c, j, m in rows],
-    }
-    sampler.save(o.out, base, facts)
+    look(step, spent)
 
 
 if __name__ == "__main__":

@@ -385,7 +385,8 @@ impl<'a> Job<'a> {
             for other in self.more_models {
                 engine.add_model(other, &mut |_, _| {})?;
             }
-            super::attach_joint(&mut engine, self.flags.joint.as_deref().filter(|_| model == 0))?;
+            let schedules = self.rows.rows.iter().filter(|row| row.model == model).map(|row| &row.schedule);
+            super::attach_joint(&mut engine, self.flags.joint.as_deref().filter(|_| model == 0), dir, schedules)?;
             Ok(Box::new(engine))
         })
     }
@@ -507,11 +508,11 @@ fn cost(outputs: &[Output], wall_ms: f64) -> Cost {
     let num = outputs.len() as f64;
     let stages = || outputs.iter().flat_map(|output| &output.stages);
     let each = |count: usize| count as f64 / num;
-    let forwards = stages().map(|s| s.forwards).map(|f| f.prefill + f.denoise + f.commit + f.joint + f.score).sum();
     let tokens: usize = outputs.iter().map(|output| output.tokens.len()).sum();
     Cost {
         nfe: each(stages().map(|s| s.nfe()).sum()),
-        forwards: each(forwards),
+        forwards: each(stages().map(|s| s.forwards.total()).sum()),
+        joint: each(stages().map(|s| s.forwards.joint).sum()),
         rows: each(stages().map(|s| s.rows).sum()),
         // Microseconds, and tenths of a token: more digits would only be noise.
         ms_per_sample: (wall_ms / num * 1e3).round() / 1e3,

@@ -66,6 +66,8 @@ pub(super) struct PairedRow {
 pub(super) struct Cost {
     pub nfe: f64,
     pub forwards: f64,
+    /// Passes of a joint sampler, which `forwards` counts too.
+    pub joint: f64,
     pub rows: f64,
     pub ms_per_sample: f64,
     pub tokens_per_s: f64,
@@ -125,13 +127,14 @@ pub(super) fn table(report: &Report) -> String {
     }
     let _ = write!(
         out,
-        "\n{:<width$} {:>7} {:>8} {:>8} {:>10} {:>9}  {:>26} {:>9} {:>24}  against",
-        "row", "NFE", "forwards", "rows", "ms/sample", "tokens/s", "nll minus draft's [95 %]", "improved", "entropy [95 %]"
+        "\n{:<width$} {:>7} {:>8} {:>7} {:>8} {:>10} {:>9}  {:>26} {:>9} {:>24}  against",
+        "row", "NFE", "forwards", "passes", "rows", "ms/sample", "tokens/s", "nll minus draft's [95 %]", "improved", "entropy [95 %]"
     );
     out.push('\n');
     for row in &report.rows {
-        let Cost { nfe, forwards, rows, ms_per_sample, tokens_per_s } = row.cost;
-        let _ = write!(out, "{:<width$} {nfe:>7.1} {forwards:>8.1} {rows:>8.0} {ms_per_sample:>10.1} {tokens_per_s:>9.0}", row.name);
+        let Cost { nfe, forwards, joint, rows, ms_per_sample, tokens_per_s } = row.cost;
+        let _ = write!(out, "{:<width$} {nfe:>7.1} {forwards:>8.1} {joint:>7.1} {rows:>8.0}", row.name);
+        let _ = write!(out, " {ms_per_sample:>10.1} {tokens_per_s:>9.0}");
         if let Some(PairedRow { to, paired }) = &row.paired {
             let improved = paired.improved.map_or("-".into(), |share| format!("{:.0} %", share * 100.0));
             let _ = write!(out, "  {:>26} {improved:>9} {:>24}  {to}", interval(paired.judge_nll, 3), interval(paired.entropy, 3));
