@@ -8,3 +8,4 @@ mod laws;
 mod sharing;
 mod support;
 mod symbolic;
+mod toy;

@@ -196,6 +196,7 @@ def joint_refine():
 
 
 JOINT = {"marginal": "", "joint": ",sampler=joint"}
+SPEED = "joint_speed"
 # Groups that are always run as a whole, so that their times are of one run: positions, samples, and the row that MAUVE holds the others against.
 OWN = {
     "joint_full": {"length": 127, "samples": 400, "reference": REFERENCE},
@@ -222,13 +223,17 @@ def main():
     ap.add_argument("--label", default="", help="put before the names of the result files, for other checkpoints")
     ap.add_argument("--again", action="store_true", help="run groups whose results are there")
     args = ap.parse_args()
-    wanted = args.only.split(",") if args.only else list(GROUPS)
-    unknown = [g for g in wanted if g not in GROUPS]
+    groups = [*GROUPS, SPEED]
+    wanted = args.only.split(",") if args.only else groups
+    unknown = [g for g in wanted if g not in groups]
     if unknown:
-        ap.error(f"--only: unknown {', '.join(unknown)}; groups: {', '.join(GROUPS)}")
+        ap.error(f"--only: unknown {', '.join(unknown)}; groups: {', '.join(groups)}")
     os.makedirs(args.out, exist_ok=True)
     samples = args.samples
     for group in wanted:
+        if group == SPEED:
+            measure_speed(args)
+            continue
         rows, own = list(GROUPS[group]()), OWN.get(group)
         args.samples = (own or {}).get("samples", samples)
         path = os.path.join(args.out, f"{args.label}{group}.json")
@@ -238,6 +243,27 @@ def main():
         known = {} if args.again or own is not None else measured(args)
         run(args, rows, path, known, own or {})
         print(f"{group}: {len(rows)} rows -> {path}", file=sys.stderr)
+
+
+def measure_speed(args):
+    """Tokens per second of one sample at a time, for the schedules of the joint groups: medians of `bench`, to be run on an idle machine."""
+    path, found = os.path.join(args.out, f"{args.label}{SPEED}.json"), []
+    for group, own in OWN.items():
+        length = own.get("length")
+        for r in GROUPS[group]():
+            command = [args.redraft, "bench", "--dtype", "bf16", "--runs", "7", "--format", "json"]
+            command += ["--length", str(length)] if length else []
+            command += ["--model", args.model] if args.model else []
+            for stage in r["stages"]:
+                command += ["--stage", f"{stage},temperature={r['temperature']},top_p={r['top_p']}"]
+            report = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+            measured_row = report["rows"][0]
+            found.append({"group": group, "name": r["name"], "tokens_per_s": round(measured_row["tokens_per_s"], 1), "ms": round(measured_row["total_ms"], 3)})
+            print(found[-1], file=sys.stderr)
+    with open(path + ".tmp", "w") as out:
+        json.dump({"device": report["device"], "rows": found}, out, indent=1)
+        out.write("\n")
+    os.replace(path + ".tmp", path)
 
 
 def spec(r):

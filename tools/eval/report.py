@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Tables and plots of docs/evidence.md from the results of experiments.py.
+"""Tables and plots of docs/evidence.md and docs/joint.md from the results of experiments.py.
 
-    python3 report.py [--results ../../benches/quality] [--page ../../docs/evidence.md] [--check]
+    python3 report.py [--results ../../benches/quality] [--docs ../../docs] [--check]
 
-Between `<!-- table: NAME -->` and `<!-- end -->` the page holds what this script wrote; the rest is prose and stays as
-it is. Plots go to docs/evidence/*.svg. `--check` writes nothing and fails where page and results disagree.
+Between `<!-- table: NAME -->` and `<!-- end -->` a page holds what this script wrote; the rest is prose and stays as
+it is. Plots go to docs/evidence/*.svg. `--check` writes nothing and fails where pages and results disagree.
 """
 import argparse
 import json
@@ -18,6 +18,9 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
 RESAMPLES = 2000
+PAGES = ("evidence.md", "joint.md")
+# Groups of other settings than the drafts' curve.
+ALONE = ("joint_full", "joint_block", "joint_toy", "joint_speed")
 
 # Nats above the drafts beyond which a row says nothing in a picture.
 WORST_SHOWN = 0.7
@@ -95,6 +98,33 @@ def short_line(row, equal):
             against(equal["entropy"][row["name"]]), show(row, "distinct_2", 3), against(equal["distinct_2"][row["name"]]),
             show(row, "set_distinct_4", 3), show(row, "names", 2), show(row, "context_gain", 3), show(row, "changed", 2),
             f"{cost['nfe']:.0f}", f"{cost['rows']:.0f}"]
+
+
+JOINT = ["revealed by", "judge, nats a token", "MAUVE (over clusterings)", "entropy", "distinct-1", "distinct-2", "set d-4", "NFE", "passes",
+         "tokens/s"]
+
+
+TOY = ["revealed by", "NFE", "passes", "distance to the exact joint, standard error"]
+
+
+def joint_line(row, speeds):
+    mauve = row["measures"].get("mauve")
+    scored = f"{mauve['value']:.2f} ({mauve['low']:.2f}-{mauve['high']:.2f})" if mauve else "reference"
+    return [row["name"], show(row, "judge_nll", 3, True), scored, show(row, "entropy", 3), show(row, "distinct_1", 3), show(row, "distinct_2", 3),
+            show(row, "set_distinct_4", 3), *speed(row, speeds)]
+
+
+JOINT_REFINE = ["row", "judge ppl, pooled", "judge, nats a token", "entropy", "nats to drafts of equal entropy", "distinct-2", "names", "gain", "NFE",
+                "passes", "tokens/s"]
+
+
+def joint_refine_line(row, equal, speeds):
+    return [row["name"], show(row, "judge_ppl_pooled", 1), show(row, "judge_nll", 3, True), show(row, "entropy", 3), against(equal[row["name"]]),
+            show(row, "distinct_2", 3), show(row, "names", 2), show(row, "context_gain", 3), *speed(row, speeds)]
+
+
+def speed(row, speeds):
+    return [f"{row['cost']['nfe']:.0f}", f"{row['cost']['joint']:.0f}", f"{speeds[row['name']]:.0f}"]
 
 
 def against(found):
@@ -287,11 +317,15 @@ def plots(results, folder):
 # ---- the page ----------------------------------------------------------------------------------------------------
 
 def tables(results):
-    out = {}
+    out, speeds = {}, {}
+    for row in results.rows("joint_speed") if "joint_speed" in results.groups else []:
+        speeds.setdefault(row["group"], {})[row["name"]] = row["tokens_per_s"]
     for name, group in results.groups.items():
         label, base = name[: name.rfind(".") + 1], name.rsplit(".", 1)[-1]
         drafts, rows = results.groups.get(label + "drafts"), group["rows"]
-        equal = drafts and {m: at_equal(rows, drafts["rows"], m) for m in ("entropy", "distinct_2")}
+        equal = drafts and base not in ALONE and {m: at_equal(rows, drafts["rows"], m) for m in ("entropy", "distinct_2")}
+        if base == "joint_speed":
+            continue
         if base == "headline":
             lines = [full_line(r, equal and equal["entropy"]) for r in rows]
             if group["human"]:
@@ -299,6 +333,12 @@ def tables(results):
             out[name] = table(FULL, lines)
         elif base == "frontier":
             out[name], out["frontier-summary"] = frontier_table(results), summary_table(results)
+        elif base == "joint_toy":
+            out[name] = table(TOY, [[r["name"], f"{r['nfe']:g}", f"{r['passes']:g}", f"{r['distance']:.4f} ± {r['error']:.4f}"] for r in rows])
+        elif base == "joint_refine":
+            out[name] = table(JOINT_REFINE, [joint_refine_line(r, equal["entropy"], speeds[base]) for r in rows])
+        elif base in ("joint_full", "joint_block"):
+            out[name] = table(JOINT, [joint_line(r, speeds[base]) for r in rows])
         elif base != "drafts":
             out[name] = table(SHORT, [short_line(r, equal) for r in rows])
     return out
@@ -319,20 +359,24 @@ def filled(page, found):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--results", default=os.path.join(ROOT, "benches", "quality"))
-    ap.add_argument("--page", default=os.path.join(ROOT, "docs", "evidence.md"))
-    ap.add_argument("--check", action="store_true", help="fail if the page does not hold these results")
+    ap.add_argument("--docs", default=os.path.join(ROOT, "docs"))
+    ap.add_argument("--check", action="store_true", help="fail if the pages do not hold these results")
     args = ap.parse_args()
     results = Results(args.results)
-    with open(args.page) as f:
-        page = f.read()
-    new = filled(page, tables(results))
-    if args.check:
-        sys.exit(0 if new == page else f"{args.page}: its tables are not those of {args.results}; run report.py")
-    if new != page:
-        with open(args.page + ".tmp", "w") as f:
-            f.write(new)
-        os.replace(args.page + ".tmp", args.page)
-    plots(results, os.path.join(os.path.dirname(args.page), "evidence"))
+    found = tables(results)
+    for name in PAGES:
+        path = os.path.join(args.docs, name)
+        with open(path) as f:
+            page = f.read()
+        new = filled(page, found)
+        if args.check and new != page:
+            sys.exit(f"{path}: its tables are not those of {args.results}; run report.py")
+        if new != page:
+            with open(path + ".tmp", "w") as f:
+                f.write(new)
+            os.replace(path + ".tmp", path)
+    if not args.check:
+        plots(results, os.path.join(args.docs, "evidence"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A joint distribution small enough to enumerate, and how far from it each way of revealing several tokens is.
 
   python toy.py make DIR [--redraft BINARY]           # model, trajectories, sampler, distribution.json
-  python toy.py measure DIR [--samples 100000]        # total-variation distances to it, drawn by the engine
+  python toy.py measure DIR [--out FILE.json]         # total-variation distances to it, drawn by the engine
 
 Eight positions of two symbols with a random pairwise energy, symmetric under flipping all: p(s) ~ exp(sum_{i<j} J_ij s_i s_j), J_ij ~ N(0, 0.5^2).
 Every position alone is a fair coin, so tokens revealed together, each by its own distribution, know nothing of each other. The model is a BD3-LM of
@@ -116,12 +116,12 @@ def total_variation(counts, p):
 
 
 def measure(o):
-    _, p = distribution(o.seed)
+    p = np.array(json.loads((o.dir / "distribution.json").read_text())["probabilities"])
     rng, places = np.random.default_rng(0), 1 << np.arange(LENGTH)[::-1]
     # Any sample has a distance: that of exact draws, as many.
-    exact = [total_variation(np.append(rng.multinomial(o.samples, p), 0), p) for _ in range(200)]
-    print(f"{o.samples} samples; as many exact draws: {np.mean(exact):.4f}")
-    print("| revealed by | full forwards | passes | distance to the exact joint | standard error |\n|---|---|---|---|---|")
+    exact = [total_variation(np.append(rng.multinomial(o.samples, p / p.sum()), 0), p) for _ in range(200)]
+    found = {"samples": o.samples, "exact_draws": round(float(np.mean(exact)), 4), "rows": []}
+    print(f"{o.samples} samples; as many exact draws: {found['exact_draws']}")
     for name, schedule in ROWS:
         counts, forwards = np.zeros(len(p) + 1, int), np.zeros(2, int)
         more = ["--joint", o.dir / "joint"] if "joint" in schedule else []
@@ -132,8 +132,12 @@ def measure(o):
             counts[symbols @ places if ((symbols == 0) | (symbols == 1)).all() else -1] += 1
             forwards += [result["stages"][0]["nfe"], result["stages"][0]["forwards"]["joint"]]
         again = [total_variation(rng.multinomial(o.samples, counts / o.samples), p) for _ in range(200)]
-        nfe, passes = forwards / o.samples
-        print(f"| {name} | {nfe:g} | {passes:g} | {total_variation(counts, p):.4f} | {np.std(again):.4f} |", flush=True)
+        nfe, passes = (forwards / o.samples).tolist()
+        row = {"name": name, "nfe": nfe, "passes": passes, "distance": round(total_variation(counts, p), 4), "error": round(float(np.std(again)), 4)}
+        found["rows"].append(row)
+        print(row, flush=True)
+    if o.out:
+        o.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main():
@@ -142,6 +146,7 @@ def main():
     parse.add_argument("dir", type=pathlib.Path)
     parse.add_argument("--redraft", type=pathlib.Path, default=HERE.parents[1] / "target/release/redraft")
     parse.add_argument("--samples", type=int, default=100_000)
+    parse.add_argument("--out", type=pathlib.Path, help="also write what was measured as JSON")
     parse.add_argument("--steps", type=int, default=3000, help="of fitting the model")
     parse.add_argument("--minutes", type=float, default=4, help="of training the sampler")
     parse.add_argument("--seed", type=int, default=0, help="of the distribution")
