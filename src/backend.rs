@@ -365,6 +365,36 @@ pub struct RunStep {
     pub plan: Plan,
     /// One for each sequence of the plan.
     pub sessions: Vec<SessionStep>,
+    /// Where the reveals of a sequence are joint.
+    pub joint: Option<RunJoint>,
+}
+
+/// What a joint sampler does behind the forward of a step. Rows are those of the forward's plan.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunJoint {
+    /// For each row of the first pass, the one whose final row its state begins as.
+    pub inside: Vec<u32>,
+    /// Rows outside of their sequence's window, ascending: they append the sampler's K/V.
+    pub outside: Vec<u32>,
+    pub passes: Vec<RunPass>,
+}
+
+/// One pass of a joint sampler, and what is decided by it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunPass {
+    /// The windows of the sequences that still reveal something, ascending; all of them are among those of the pass before.
+    pub rows: Vec<u32>,
+    /// One for each sequence of the plan; those that are through ask nothing.
+    pub sessions: Vec<SessionStep>,
+}
+
+/// A pass where the kernels can read it.
+pub struct PassBatch<Batch, Rows> {
+    pub batch: Batch,
+    /// Rows of it that are asked.
+    pub asked: Rows,
+    /// Which rows of the pass before it are its own, where not all are.
+    pub kept: Option<Rows>,
 }
 
 /// A sequence at the start of a run.
@@ -561,11 +591,17 @@ pub trait Backend {
     /// [`Backend::decide`] for the asked rows of the current step, whose hidden states are `hidden`, then the step's reveals on the
     /// device's canvas.
     fn decide_run(&self, run: &mut Self::Run, hidden: &Self::Buffer, head: &Self::Matrix, bias: Option<&Self::Vector>) -> Result<()>;
-    /// Waits for the run and returns what each of its steps decided. A sequence whose row could not be decided has an error from there on.
+    /// What a joint sampler takes from the forward of the current step: rows of it where the windows begin, rows of it outside of them, and these
+    /// as a batch of their own, without a work list for `attention`.
+    fn joint_run(&self, run: &Self::Run) -> Result<(Self::Rows, Self::Rows, Self::Batch)>;
+    /// Makes pass `pass` of the current step the one that [`Backend::decide_run`] decides. Passes follow in order, behind the step's own decision.
+    fn pass_run(&self, run: &mut Self::Run, pass: usize) -> Result<PassBatch<Self::Batch, Self::Rows>>;
+    /// Waits for the run and returns what was decided by each of its forwards, and behind it by each of its passes. A sequence whose row could not be
+    /// decided has an error from there on.
     fn end_run(&self, run: Self::Run) -> Result<Vec<StepDecisions>>;
-    /// Enqueues what `body` enqueues. A backend may record it and replay the recording wherever `batch` and `key`, which names the
-    /// weights and buffers that `body` uses, say that it would enqueue the same again.
-    fn replay(&self, batch: &Self::Batch, key: u64, body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
+    /// Enqueues what `body` enqueues, which belongs to the step of `batch`. A backend may record it and replay the recording wherever the step and
+    /// `key`, which names the weights and buffers that `body` uses, say that it would enqueue the same again.
+    fn replay(&self, batch: &Self::Batch, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
     /// Bytes per second at which this machine reads memory (or copies it, read and written bytes counted), measured over `bytes` bytes: the
     /// ceiling that benches print beside what they measure.
     fn streaming(&self, bytes: usize) -> Result<f64>;

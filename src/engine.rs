@@ -27,7 +27,7 @@ use crate::plan::Plan;
 use crate::request::{Handle, Output, Prompt, Request, Segment, Timings};
 use crate::request::{Message, stop_at};
 use crate::schedule::{Defaults, Eos, Scope, top_k_of};
-use crate::session::{Event, EventKind, ForeseenStep, Next, Session, SessionSpec, Stop};
+use crate::session::{Ask, Event, EventKind, ForeseenStep, Next, Session, SessionSpec, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -538,15 +538,23 @@ impl<B: Backend> Engine<B> {
         };
         let mut run = self.backend.begin_run(&spec)?;
         let steps = spec.steps;
-        let Loaded { model, kv, scratch, .. } = &mut self.models[weights];
-        let entered = model.run(&self.backend, &mut run, &steps, kv, scratch)?;
+        let Loaded { model, kv, scratch, joint } = &mut self.models[weights];
+        let sampler = joint.as_mut().map(joint::LoadedJoint::for_runs);
+        let entered = model.run(&self.backend, &mut run, &steps, kv, scratch, sampler)?;
         // Sessions that left the run: finished, failed, or with a draft that ended early.
         let mut over = vec![false; chosen.len()];
-        for (index, decisions) in self.backend.end_run(run)?.into_iter().enumerate() {
+        let mut decided = self.backend.end_run(run)?.into_iter();
+        let mut next = || decided.next().expect("decisions of every forward and pass").into_iter().enumerate();
+        for (index, step) in steps.iter().enumerate() {
             let clock = entered.iter().find(|(step, _)| *step == index).map_or_else(Instant::now, |(_, clock)| *clock);
-            for (c, answer) in decisions.into_iter().enumerate() {
+            for (c, answer) in next() {
                 let entered = (index > 0).then_some(clock);
-                over[c] = over[c] || !self.follow(chosen[c], entered, steps[index].sessions[c].range.end, answer);
+                over[c] = over[c] || !self.follow(chosen[c], entered, step.sessions[c].range.end, answer);
+            }
+            for pass in step.joint.iter().flat_map(|joint| &joint.passes) {
+                for (c, answer) in next() {
+                    over[c] = over[c] || pass.sessions[c].asks > 0 && !self.follow_pass(chosen[c], answer);
+                }
             }
         }
         Ok(true)
@@ -568,9 +576,15 @@ impl<B: Backend> Engine<B> {
         if len < end {
             return false;
         }
-        let revealed: Vec<(usize, bool)> = answer.iter().flatten().map(|d| (d.position, d.chosen)).collect();
-        let answer = self.accept(i, answer);
+        let revealed = chosen_of(&answer);
+        let answer = accept(&self.active[i].session.step().expect("foreseen").asks, answer);
         self.commit(&[i], vec![answer]);
+        self.stays(i, len, &revealed)
+    }
+
+    /// Whether session `i`, whose canvas was `len` positions long, goes on in its run: what the device asked and revealed or not, by position, is what
+    /// the law revealed.
+    fn stays(&mut self, i: usize, len: usize, revealed: &[(usize, bool)]) -> bool {
         let Active { session, failed, .. } = &mut self.active[i];
         let now = session.canvas().len();
         let agree =
@@ -603,19 +617,11 @@ impl<B: Backend> Engine<B> {
                 let rows: Vec<(usize, u32)> = step.rows.iter().map(|p| (*p, 0)).collect();
                 plan.push(&rows, table.pages(), self.options.page_size, step.visibility, step.len);
             }
-            steps.push(RunStep { plan, sessions: foreseen.iter().map(|steps| steps[index].part.clone()).collect() });
+            let of: Vec<&ForeseenStep> = foreseen.iter().map(|steps| &steps[index]).collect();
+            let joint = joint::run_joint(&plan, &of, |position| self.models[weights].model.answering(position));
+            steps.push(RunStep { plan, sessions: of.iter().map(|step| step.part.clone()).collect(), joint });
         }
         Ok(steps)
-    }
-
-    /// The device's decisions as answers to the session's own asks, which they must match.
-    fn accept(&self, i: usize, answer: Result<Vec<RunDecision>>) -> Result<Vec<Decision>> {
-        let asks = &self.active[i].session.step().expect("foreseen").asks;
-        let decisions = answer?;
-        if !asks.iter().map(|ask| ask.position).eq(decisions.iter().map(|d| d.position)) {
-            return Err(Error::kernel("the device asked other positions than the session"));
-        }
-        Ok(decisions.into_iter().map(|d| d.decision).collect())
     }
 
     /// Rows of the plan that are wanted, and what is asked of those that decide: the same rows, but where a joint sampler wants all of them.
@@ -807,6 +813,20 @@ impl Active {
             timings: Timings { draft_ms, refine_ms, total_ms: ms(self.admitted, Instant::now()), ..self.timings },
         }
     }
+}
+
+/// The device's decisions as answers to a session's own asks, which they must match.
+fn accept(asks: &[Ask], answer: Result<Vec<RunDecision>>) -> Result<Vec<Decision>> {
+    let decisions = answer?;
+    if !asks.iter().map(|ask| ask.position).eq(decisions.iter().map(|d| d.position)) {
+        return Err(Error::kernel("the device asked other positions than the session"));
+    }
+    Ok(decisions.into_iter().map(|d| d.decision).collect())
+}
+
+/// Positions that the device asked, and whether it revealed them.
+fn chosen_of(answer: &Result<Vec<RunDecision>>) -> Vec<(usize, bool)> {
+    answer.iter().flatten().map(|d| (d.position, d.chosen)).collect()
 }
 
 /// Both lists of ids, ascending.

@@ -29,7 +29,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use foresee::ForeseenStep;
+pub use foresee::{ForeseenJoint, ForeseenStep};
 pub use joint::JointAsk;
 pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport, Stop, TextStop, unigram_entropy};
 

@@ -27,8 +27,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::backend::{
-    Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, Rotation, Router, RowSource,
-    RunSpec, StepDecisions,
+    Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router,
+    RowSource, RunSpec, StepDecisions,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -464,6 +464,14 @@ impl Backend for Cpu {
         match *run {}
     }
 
+    fn joint_run(&self, run: &NoRun) -> Result<(Vec<u32>, Vec<u32>, Batch)> {
+        match *run {}
+    }
+
+    fn pass_run(&self, run: &mut NoRun, _pass: usize) -> Result<PassBatch<Batch, Vec<u32>>> {
+        match *run {}
+    }
+
     fn end_run(&self, run: NoRun) -> Result<Vec<StepDecisions>> {
         match run {}
     }
@@ -487,7 +495,7 @@ impl Backend for Cpu {
         Ok(8.0 * words.len() as f64 / best)
     }
 
-    fn replay(&self, _batch: &Batch, _key: u64, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    fn replay(&self, _batch: &Batch, _key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         body()
     }
 }

@@ -20,6 +20,7 @@ use super::driver::{Address, Driver, Graph};
 use super::embed::{self, Embed};
 use super::experts::Routes;
 use super::gather::{self, Gather};
+use super::layout::{BatchShape, Signature};
 use super::linear::{self, Linear};
 use super::machine::{Machine, Memory};
 use super::norm;
@@ -27,8 +28,8 @@ use super::rope_append::{self, HeadNorm, RopeAppend};
 use super::run::{Current, Run};
 use super::words::{Arrays, Words};
 use crate::backend::{
-    Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, Rotation, Router, RowSource,
-    RunSpec, StepDecisions,
+    Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router,
+    RowSource, RunSpec, StepDecisions,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -49,37 +50,20 @@ pub struct Cuda {
     /// The bit mask of the last list of banned ids.
     banned: RefCell<Option<(Vec<u32>, usize, Memory)>>,
     rotations: RefCell<Rotations>,
-    /// How often a signature was seen, and its graph once that was twice.
-    graphs: RefCell<HashMap<Signature, Option<Graph>>>,
+    /// How often a step was seen, and its graph once that was twice.
+    graphs: RefCell<HashMap<Recorded, Option<Graph>>>,
     replays: Cell<bool>,
     runs: Cell<bool>,
     /// The fixed places that the steps of a run use.
     pub(super) current: RefCell<Current>,
 }
 
-/// Everything that the launches of a step depend on beside the contents of memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Signature {
-    pub key: u64,
-    pub generation: u64,
-    pub shape: BatchShape,
-    pub tiles: TileShape,
-    pub selected: BatchShape,
-    pub selected_tiles: TileShape,
-    /// Every row is asked, so none is picked.
-    pub all: bool,
-    pub any_fused: bool,
-    pub any_nucleus: bool,
-}
-
-/// What a batch asks of the grids.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(super) struct BatchShape {
-    /// Rows that are computed, padding included.
-    pub rows: u32,
-    pub num_sequences: u32,
-    /// How far the longest row sees, in whole chunks of keys.
-    pub max_visible: u32,
+/// A step with everything that its launches depend on beside the contents of memory.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Recorded {
+    key: [u64; 3],
+    generation: u64,
+    signature: Arc<Signature>,
 }
 
 /// Attention's work list for a batch under some heads.
@@ -142,22 +126,15 @@ pub struct Batch {
 
 enum Origin {
     /// Uploaded from a plan, in memory of its own; the work list of attention follows when its heads are known.
-    Host { plan: Plan, _memory: Memory, tiles: RefCell<Option<(HeadShape, TileShape, Memory)>> },
-    /// At the fixed places of a run's current step.
-    Run { part: Part, signature: Signature, places: RunPlaces },
+    Host { plan: Box<Plan>, _memory: Memory, tiles: RefCell<Option<(HeadShape, TileShape, Memory)>> },
+    /// At the fixed places of a run's current step: its forward, or a part of it.
+    Run { tiles: (TileShape, Address), forward: Option<RunForward> },
 }
 
-/// All rows of a step, or those it asks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Part {
-    All,
-    Asked,
-}
-
-/// Where a run's step keeps what its batches differ in.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct RunPlaces {
-    pub tiles: Address,
+/// A whole step of a run, and where the rows that it asks keep what they differ in.
+#[derive(Clone, Debug)]
+pub(super) struct RunForward {
+    pub signature: Arc<Signature>,
     pub selected_tiles: Address,
     /// How far the asked rows see.
     pub selected_visible: Address,
@@ -297,11 +274,14 @@ impl Cuda {
         (TileShape { regime, num_tiles: tiles.len() as u32 }, tiles)
     }
 
-    /// The batch and the asked rows of a run's current step.
-    pub(super) fn run_batch(arrays: Arrays, signature: Signature, places: RunPlaces, asked: Address) -> (Batch, Rows) {
-        let origin = Origin::Run { part: Part::All, signature, places };
-        let rows = Rows { address: asked, len: signature.selected.rows as usize, host: None };
-        (Batch { arrays, shape: signature.shape, origin }, rows)
+    /// A batch of a run's current step.
+    pub(super) fn run_batch(arrays: Arrays, shape: BatchShape, tiles: (TileShape, Address), forward: Option<RunForward>) -> Batch {
+        Batch { arrays, shape, origin: Origin::Run { tiles, forward } }
+    }
+
+    /// Rows of a run's current step.
+    pub(super) fn run_rows(address: Address, len: u32) -> Rows {
+        Rows { address, len: len as usize, host: None }
     }
 }
 
@@ -434,7 +414,7 @@ impl Backend for Cuda {
         Ok(Batch {
             arrays: places.at(memory.address()),
             shape: Cuda::shape_of(plan, plan.num_rows() as u32),
-            origin: Origin::Host { plan: plan.clone(), _memory: memory, tiles: RefCell::new(None) },
+            origin: Origin::Host { plan: Box::new(plan.clone()), _memory: memory, tiles: RefCell::new(None) },
         })
     }
 
@@ -450,7 +430,7 @@ impl Backend for Cuda {
     fn select(&self, batch: &Batch, rows: &Rows) -> Result<Batch> {
         match (&batch.origin, &rows.host) {
             (Origin::Host { plan, .. }, Some((rows, _))) => self.batch(&plan.select(rows)),
-            (Origin::Run { part: Part::All, signature, places }, None) => {
+            (Origin::Run { forward: Some(RunForward { signature, selected_tiles, selected_visible }), .. }, None) => {
                 // Everything else is known beforehand; how far a row sees moves with the row.
                 let visible = Gather {
                     count: rows.len as u32,
@@ -458,12 +438,12 @@ impl Backend for Cuda {
                     rows: Some(rows.address),
                     x: batch.arrays.visible,
                     x_dtype: DType::F32,
-                    out: places.selected_visible,
+                    out: *selected_visible,
                     out_dtype: DType::F32,
                 };
                 gather::gather(&self.machine, &visible)?;
-                let origin = Origin::Run { part: Part::Asked, signature: *signature, places: *places };
-                let arrays = Arrays { visible: places.selected_visible, ..batch.arrays };
+                let origin = Origin::Run { tiles: (signature.selected_tiles, *selected_tiles), forward: None };
+                let arrays = Arrays { visible: *selected_visible, ..batch.arrays };
                 Ok(Batch { arrays, shape: signature.selected, origin })
             }
             _ => panic!("a batch and rows of different origin"),
@@ -680,7 +660,7 @@ impl Backend for Cuda {
     }
 
     fn padded_rows(&self, rows: usize) -> usize {
-        super::run::padded(rows)
+        super::layout::padded(rows)
     }
 
     fn step_run(&self, run: &mut Run, step: usize) -> Result<(Batch, Rows)> {
@@ -692,17 +672,25 @@ impl Backend for Cuda {
         run.decide(self, hidden.address, head, bias)
     }
 
+    fn joint_run(&self, run: &Run) -> Result<(Rows, Rows, Batch)> {
+        Ok(run.joint())
+    }
+
+    fn pass_run(&self, run: &mut Run, pass: usize) -> Result<PassBatch<Batch, Rows>> {
+        run.pass(self, pass)
+    }
+
     fn end_run(&self, run: Run) -> Result<Vec<StepDecisions>> {
         run.end(self)
     }
 
-    fn replay(&self, batch: &Batch, key: u64, body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let Origin::Run { signature, .. } = &batch.origin else { return body() };
+    fn replay(&self, batch: &Batch, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let Origin::Run { forward: Some(RunForward { signature, .. }), .. } = &batch.origin else { return body() };
         if !self.replays.get() {
             return body();
         }
-        let signature = Signature { key, generation: self.machine.generation(), ..*signature };
-        let known = self.graphs.borrow().get(&signature).copied();
+        let recorded = Recorded { key, generation: self.machine.generation(), signature: signature.clone() };
+        let known = self.graphs.borrow().get(&recorded).copied();
         match known {
             Some(Some(graph)) => self.machine.driver.replay(graph),
             Some(None) => {
@@ -711,7 +699,7 @@ impl Backend for Cuda {
                 let outcome = body();
                 let graph = self.machine.driver.end_capture()?;
                 outcome?;
-                self.graphs.borrow_mut().insert(signature, Some(graph));
+                self.graphs.borrow_mut().insert(recorded, Some(graph));
                 self.machine.driver.replay(graph)
             }
             None => {
@@ -719,7 +707,7 @@ impl Backend for Cuda {
                 if graphs.len() >= MAX_GRAPHS {
                     graphs.drain().filter_map(|(_, graph)| graph).for_each(|graph| self.machine.driver.drop_graph(graph));
                 }
-                graphs.insert(signature, None);
+                graphs.insert(recorded, None);
                 drop(graphs);
                 body()
             }
@@ -775,8 +763,7 @@ impl Cuda {
     /// The work list of a batch and where it lies.
     fn work_list(&self, batch: &Batch, heads: HeadShape) -> Result<(TileShape, Address)> {
         match &batch.origin {
-            Origin::Run { part: Part::All, signature, places } => Ok((signature.tiles, places.tiles)),
-            Origin::Run { part: Part::Asked, signature, places } => Ok((signature.selected_tiles, places.selected_tiles)),
+            Origin::Run { tiles, .. } => Ok(*tiles),
             Origin::Host { plan, tiles, .. } => {
                 let mut known = tiles.borrow_mut();
                 if known.as_ref().is_none_or(|(of, ..)| *of != heads) {

@@ -2,7 +2,7 @@
 //!
 //! | room | owns |
 //! |---|---|
-//! | `backend`, `run` | the contracts of [`crate::Backend`] on device memory; steps that the device decides by itself; recorded graphs |
+//! | `backend`, `run`, `layout` | the contracts of [`crate::Backend`] on device memory; steps that the device decides by itself, and where their arrays lie; recorded graphs |
 //! | `embed` ... `remask` | one launcher per kernel: params struct, grid, launch |
 //! | [`machine`], [`params`] | what every launcher stands on; the form of a params struct |
 //! | [`driver`] | the narrow interface to a machine: [`Gpu`] (libcuda) and [`Emulator`] (g++ and the host) |
@@ -35,6 +35,7 @@ pub mod experts;
 pub mod gather;
 mod gpu;
 mod kernels;
+mod layout;
 mod libcuda;
 pub mod linear;
 pub mod machine;

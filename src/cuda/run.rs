@@ -3,7 +3,8 @@
 //! ```text
 //! begin   canvases and the arrays of all steps go up in two copies
 //! step    arrays -> the fixed places; (remask); ask: which positions are still masked, their draws
-//! replay  embed .. layers .. final norm, decide, reveal: one recorded graph per signature, reading the fixed places only
+//! replay  embed .. layers .. final norm, decide, reveal, and all passes of a joint sampler, each with an ask of its own: one recorded graph per
+//!         signature, reading the fixed places only
 //! log     the step's decisions move to their place in the log
 //! end     the log comes down: the one time the host waits
 //! ```
@@ -14,25 +15,18 @@
 #![forbid(unsafe_code)]
 
 use super::ask::{self, Ask, SessionSummary, trouble};
-use super::backend::{Batch, BatchShape, Cuda, Matrix, Rows, RunPlaces, Signature, Vector};
+use super::attention::Regime;
+use super::backend::{Batch, Cuda, Matrix, Rows, RunForward, TileShape, Vector};
 use super::decide::{self, Decide, DecisionRecord, DrawRecord};
 use super::driver::Address;
+use super::layout::{Part, StepPlan, lay_out};
 use super::machine::{Machine, Memory};
 use super::remask::{self, RemaskParams, state};
 use super::reveal::{self, RevealParams};
 use super::words::{Arrays, Places, Words};
-use crate::backend::{RunDecision, RunSpec, RunStep, SessionStep, StepDecisions};
+use crate::backend::{PassBatch, RunDecision, RunSpec, StepDecisions};
 use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};
-
-/// Rows of a step, rounded up so that few graphs serve many lengths: exact where a step is small, as a draft's always are.
-pub(super) fn padded(rows: usize) -> usize {
-    match rows {
-        0..=16 => rows,
-        17..=128 => rows.next_multiple_of(8),
-        _ => rows.next_multiple_of(32),
-    }
-}
 
 /// The fixed places of a run's current step. Each grows when it must, which outdates every recorded graph.
 #[derive(Default)]
@@ -88,36 +82,6 @@ impl CanvasArrays {
     }
 }
 
-/// Where one step lies in the arena, and what its launches depend on.
-struct StepPlan {
-    /// First word in the arena, and how many.
-    words: std::ops::Range<usize>,
-    signature: Signature,
-    places: Places,
-    index: usize,
-    tiles: usize,
-    /// The asked rows, found on the device, and how far they see.
-    asked: usize,
-    selected_visible: usize,
-    selected_tiles: usize,
-    /// Offsets and counts of a remask before the step.
-    remask: Option<RemaskPlaces>,
-    /// Padded.
-    asks: usize,
-    /// Asked positions of each sequence.
-    counts: Vec<usize>,
-    /// First record in the log.
-    log: usize,
-}
-
-#[derive(Clone, Copy)]
-struct RemaskPlaces {
-    indptr: usize,
-    count: usize,
-    taken: usize,
-    stage: u8,
-}
-
 /// A run in progress.
 pub struct Run {
     arena: Memory,
@@ -129,6 +93,8 @@ pub struct Run {
     summaries: Address,
     steps: Vec<StepPlan>,
     current: usize,
+    /// Of the current step: what `decide` decides. A replay does not move it.
+    part: usize,
     num_sequences: usize,
     banned: Vec<u32>,
     mask_id: u32,
@@ -178,6 +144,7 @@ impl Run {
             summaries,
             steps,
             current: 0,
+            part: 0,
             num_sequences: lens.len(),
             banned: spec.banned.to_vec(),
             mask_id: spec.mask_id,
@@ -189,7 +156,7 @@ impl Run {
         if step > 0 {
             self.keep(machine, step - 1)?;
         }
-        self.current = step;
+        (self.current, self.part) = (step, 0);
         let plan = &self.steps[step];
         let at = |place: usize| self.arrays + 4 * place as u64;
         machine.driver.copy(self.arena.address() + 4 * plan.words.start as u64, self.arrays, 4 * plan.words.len())?;
@@ -210,27 +177,68 @@ impl Run {
             };
             remask::remask(machine, self.num_sequences as u32, &params)?;
         }
+        // What the parts behind the forward ask stands there as padding until they do.
+        let part = &plan.parts[0];
+        self.ask(machine, part, part.counts.iter().sum(), plan.asks)?;
+        let forward = RunForward {
+            signature: plan.signature.clone(),
+            selected_tiles: at(plan.selected_tiles),
+            selected_visible: at(plan.selected_visible),
+        };
+        let batch =
+            Cuda::run_batch(self.arrays_of(part.index, &part.places), part.shape.batch, (part.shape.tiles, at(part.tiles)), Some(forward));
+        Ok((batch, Cuda::run_rows(at(plan.asked), part.shape.asks)))
+    }
+
+    /// What a sampler takes from the current step's forward.
+    pub(super) fn joint(&self) -> (Rows, Rows, Batch) {
+        let joint = self.steps[self.current].joint.as_ref().expect("the step is joint");
+        let (at, no_tiles) = (|place: usize| self.arrays + 4 * place as u64, TileShape { regime: Regime::Few, num_tiles: 0 });
+        let arrays = self.arrays_of(joint.outside_index, &joint.outside_places);
+        (
+            Cuda::run_rows(at(joint.inside), joint.inside_rows),
+            Cuda::run_rows(at(joint.outside), joint.outside_shape.rows),
+            Cuda::run_batch(arrays, joint.outside_shape, (no_tiles, self.arrays), None),
+        )
+    }
+
+    pub(super) fn pass(&mut self, cuda: &Cuda, pass: usize) -> Result<PassBatch<Batch, Rows>> {
+        self.part = pass + 1;
+        let plan = &self.steps[self.current];
+        let part = &plan.parts[self.part];
+        let at = |place: usize| self.arrays + 4 * place as u64;
+        // Recorded, so it must not depend on how many there are: the padding is there already.
+        self.ask(&cuda.machine, part, part.shape.asks as usize, part.shape.asks as usize)?;
+        let batch = Cuda::run_batch(self.arrays_of(part.index, &part.places), part.shape.batch, (part.shape.tiles, at(part.tiles)), None);
+        let kept = part.shape.kept.map(|rows| Cuda::run_rows(at(part.kept), rows));
+        Ok(PassBatch { batch, asked: Cuda::run_rows(at(plan.asked + part.first_ask), part.shape.asks), kept })
+    }
+
+    /// The arrays of a part, whose rows stand at `index` on the canvas.
+    fn arrays_of(&self, index: usize, places: &Places) -> Arrays {
+        Arrays { ids: self.canvas.token, index: Some(self.arrays + 4 * index as u64), ..places.at(self.arrays) }
+    }
+
+    /// Lists what a part asks, and padding from `asks` to `bucket`.
+    fn ask(&self, machine: &Machine, part: &Part, asks: usize, bucket: usize) -> Result<()> {
         let op = Ask {
             sessions: self.num_sequences as u32,
-            asks: plan.counts.iter().sum::<usize>() as u32,
-            bucket: plan.asks as u32,
-            steps: at(0),
+            asks: asks as u32,
+            bucket: bucket as u32,
+            steps: self.arrays + 4 * part.records as u64,
             summaries: self.summaries,
             state: self.canvas.state,
-            rows: at(plan.asked),
-            draws: self.draws,
+            rows: self.arrays + 4 * (self.steps[self.current].asked + part.first_ask) as u64,
+            draws: self.draws + (part.first_ask * size_of::<DrawRecord>()) as u64,
         };
-        ask::ask(machine, &op)?;
-        let arrays = Arrays { ids: self.canvas.token, index: Some(at(plan.index)), ..plan.places.at(self.arrays) };
-        let places =
-            RunPlaces { tiles: at(plan.tiles), selected_tiles: at(plan.selected_tiles), selected_visible: at(plan.selected_visible) };
-        Ok(Cuda::run_batch(arrays, plan.signature, places, at(plan.asked)))
+        ask::ask(machine, &op)
     }
 
     pub(super) fn decide(&mut self, cuda: &Cuda, hidden: Address, head: &Matrix, bias: Option<&Vector>) -> Result<()> {
-        let plan = &self.steps[self.current];
+        let part = &self.steps[self.current].parts[self.part];
+        let decisions = self.decisions + (part.first_ask * size_of::<DecisionRecord>()) as u64;
         let op = Decide {
-            rows: plan.asks as u32,
+            rows: part.shape.asks,
             k: head.k as u32,
             vocab: head.n as u32,
             hidden,
@@ -238,14 +246,14 @@ impl Run {
             head: head.memory.address(),
             bias: bias.map(Vector::address),
             banned: cuda.banned_mask(&self.banned, head.n)?,
-            draws: self.draws,
-            decisions: self.decisions,
-            any_fused: plan.signature.any_fused,
-            any_nucleus: plan.signature.any_nucleus,
+            draws: self.draws + (part.first_ask * size_of::<DrawRecord>()) as u64,
+            decisions,
+            any_fused: part.shape.any_fused,
+            any_nucleus: part.shape.any_nucleus,
         };
         decide::decide(&cuda.machine, &op)?;
         let CanvasArrays { token, confidence, state, stage, step, .. } = self.canvas;
-        let (sessions, summaries, decisions) = (self.arrays, self.summaries, self.decisions);
+        let (sessions, summaries) = (self.arrays + 4 * part.records as u64, self.summaries);
         let params = RevealParams { sessions, summaries, decisions, token, confidence, state, stage, step };
         reveal::reveal(&cuda.machine, self.num_sequences as u32, &params)
     }
@@ -270,9 +278,9 @@ impl Run {
         machine.driver.read(self.log.address(), bytemuck::cast_slice_mut(&mut records))?;
         let mut summaries = vec![SessionSummary::default(); self.num_sequences];
         machine.driver.read(self.summaries, bytemuck::cast_slice_mut(&mut summaries))?;
-        let answers = self.steps.iter().map(|plan| {
-            let mut first = plan.log;
-            let sequences = plan.counts.iter().zip(&summaries).map(|(count, summary)| {
+        let parts = self.steps.iter().flat_map(|plan| plan.parts.iter().map(|part| (plan.log + part.first_ask, part)));
+        let answers = parts.map(|(mut first, part)| {
+            let sequences = part.counts.iter().zip(&summaries).map(|(count, summary)| {
                 first += count;
                 answer(&records[first - count..first], summary)
             });
@@ -305,100 +313,6 @@ fn answer(records: &[DecisionRecord], summary: &SessionSummary) -> Result<Vec<Ru
     }
 }
 
-/// Appends the arrays of one step to the arena. The order and the sizes follow from the signature up to the pages; what varies
-/// otherwise stands behind their beginning.
-fn lay_out(cuda: &Cuda, words: &mut Words, spec: &RunSpec, step: &RunStep, firsts: &[u32], log: usize) -> StepPlan {
-    let RunStep { plan, sessions } = step;
-    let rows = padded(plan.num_rows());
-    let counts: Vec<usize> = sessions.iter().map(|s| s.asks).collect();
-    let asks: usize = counts.iter().sum();
-    let padded_asks = padded(asks);
-
-    let start = words.0.len().next_multiple_of(4);
-    words.0.resize(start, 0);
-    let mut own = Words::default();
-    let mut ask_first = 0;
-    let records: Vec<ask::SessionStep> = sessions
-        .iter()
-        .enumerate()
-        .map(|(i, part)| {
-            let (row_first, end) = (plan.indptr[i], plan.indptr[i + 1]);
-            let first_position = if row_first < end { plan.positions[row_first as usize] } else { 0 };
-            ask_first += part.asks as u32;
-            let draw = DrawRecord::from(&part.draw);
-            let step = ask::SessionStep {
-                seed: spec.sequences[i].seed,
-                canvas_first: firsts[i],
-                range_begin: part.range.start as u32,
-                range_end: part.range.end as u32,
-                row_first,
-                // The row of a position; one that is answered by the row before it counts from one further on.
-                rows_begin: first_position + u32::from(part.shifted),
-                ask_first: ask_first - part.asks as u32,
-                ask_count: part.asks as u32,
-                sample: spec.sequences[i].sample,
-                stage: u32::from(part.stage),
-                block: part.block,
-                step: part.step,
-                temperature: draw.temperature,
-                top_p: draw.top_p,
-                flags: draw.flags,
-                ..ask::SessionStep::default()
-            };
-            step.revealing(&part.reveal)
-        })
-        .collect();
-    own.push(records.iter().flat_map(|record| bytemuck::bytes_of(record).as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word))));
-    let sequence_of_row = (0..plan.num_sequences()).flat_map(|s| (plan.indptr[s]..plan.indptr[s + 1]).map(move |_| s));
-    let canvas_places: Vec<u32> = sequence_of_row.zip(&plan.positions).map(|(s, p)| firsts[s] + p).collect();
-    let index = own.push(canvas_places.into_iter().chain(std::iter::repeat_n(0, rows - plan.num_rows())));
-    // Of the asked rows only their number is known.
-    let mut ends = vec![0u32];
-    counts.iter().for_each(|count| ends.push(ends[ends.len() - 1] + *count as u32));
-    let (tile_shape, tile_list) = cuda.tiles_of(spec.heads, &plan.indptr);
-    let (selected_shape, selected_list) = cuda.tiles_of(spec.heads, &ends);
-    let tiles = own.push(tile_list.as_flattened().iter().copied());
-    let selected_tiles = own.push(selected_list.as_flattened().iter().copied());
-    let asked = own.push(std::iter::repeat_n(0, padded_asks));
-    let selected_visible = own.push(std::iter::repeat_n(0, padded_asks));
-    let places = own.plan(plan, rows);
-    // Behind everything that a recorded graph addresses: a step with a remask has the signature of one without.
-    let remask = sessions.iter().any(|s| s.remask.is_some()).then(|| RemaskPlaces {
-        indptr: own.push(firsts.iter().copied()),
-        count: own.push(sessions.iter().map(|s| s.remask.unwrap_or(0) as u32)),
-        taken: own.push(sessions.iter().map(|_| 0)),
-        stage: sessions.iter().find(|s| s.remask.is_some()).expect("one of them").stage,
-    });
-
-    let shape = Cuda::shape_of(plan, rows as u32);
-    let nucleus = |s: &SessionStep| decide::needs_nucleus(&s.draw);
-    words.0.extend(own.0);
-    StepPlan {
-        words: start..words.0.len(),
-        signature: Signature {
-            key: 0,
-            generation: 0,
-            shape,
-            tiles: tile_shape,
-            selected: BatchShape { rows: padded_asks as u32, ..shape },
-            selected_tiles: selected_shape,
-            all: asks == plan.num_rows(),
-            any_fused: sessions.iter().any(|s| !nucleus(s)),
-            any_nucleus: sessions.iter().any(nucleus),
-        },
-        places,
-        index,
-        tiles,
-        asked,
-        selected_visible,
-        selected_tiles,
-        remask,
-        asks: padded_asks,
-        counts,
-        log,
-    }
-}
-
 /// The canvases as the arrays of the device.
 fn upload<'a>(machine: &Machine, arrays: CanvasArrays, canvases: impl Iterator<Item = &'a Canvas>) -> Result<()> {
     let (mut token, mut confidence, mut step) = (Vec::new(), Vec::new(), Vec::new());
@@ -422,16 +336,4 @@ fn upload<'a>(machine: &Machine, arrays: CanvasArrays, canvases: impl Iterator<I
     machine.driver.write(arrays.step, bytemuck::cast_slice(&step))?;
     machine.driver.write(arrays.state, &states)?;
     machine.driver.write(arrays.stage, &stage)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_padded_to_few_counts_and_never_below_themselves() {
-        assert_eq!([0, 1, 4, 16, 17, 90, 128, 129, 1000].map(padded), [0, 1, 4, 16, 24, 96, 128, 160, 1024]);
-        let counts: std::collections::BTreeSet<usize> = (0..=1024).map(padded).collect();
-        assert!(counts.len() < 64 && (0..=1024).all(|rows| padded(rows) >= rows));
-    }
 }

@@ -44,17 +44,22 @@ impl Words {
 
     /// Appends a plan's arrays, padded to `rows` rows that write nothing and see nothing.
     pub fn plan(&mut self, plan: &Plan, rows: usize) -> Places {
+        let ids = self.push(plan.ids.iter().copied().chain(std::iter::repeat_n(0, rows - plan.num_rows())));
+        let places = Places { ids, ..self.rows(plan, rows) };
+        Places { page_indptr: self.push(plan.page_indptr.iter().copied()), pages: self.push(plan.pages.iter().copied()), ..places }
+    }
+
+    /// Appends what a plan says of its rows, padded as above, without ids and pages.
+    pub fn rows(&mut self, plan: &Plan, rows: usize) -> Places {
         let padded = |values: &[u32], fill: u32| {
             let padding = std::iter::repeat_n(fill, rows - values.len());
             values.iter().copied().chain(padding).collect::<Vec<u32>>()
         };
         Places {
-            ids: self.push(padded(&plan.ids, 0)),
             positions: self.push(padded(&plan.positions, 0)),
             slots: self.push(padded(&plan.slots, rope_append::NO_SLOT)),
             visible: self.push(padded(&plan.visible, 0)),
-            page_indptr: self.push(plan.page_indptr.iter().copied()),
-            pages: self.push(plan.pages.iter().copied()),
+            ..Places::default()
         }
     }
 }

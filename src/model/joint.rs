@@ -17,7 +17,7 @@ use crate::backend::{self, Activation, Backend, Decision, Draw, Epilogue, NormKi
 use crate::config::{Family, Keys, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::reader::Reader;
-use crate::model::{Layer, Linear, Model, Progress, Scratch, bd3lm, llama};
+use crate::model::{Layer, Linear, Model, Progress, Scratch, bd3lm, llama, unique};
 use crate::plan::Plan;
 use crate::weights::Weights;
 
@@ -42,6 +42,8 @@ pub struct Joint<B: Backend> {
 
 /// What a window of rows carries from call to call.
 pub struct JointState<B: Backend> {
+    /// Names this pair of buffers among all that ever were.
+    pub(super) id: u64,
     rows: usize,
     /// (rows, C) f32: h.
     hidden: B::Buffer,
@@ -54,7 +56,17 @@ impl<B: Backend> JointState<B> {
     pub fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self> {
         let len = rows * config.hidden_dim;
         let [hidden, normed] = backend.arena([Activation::F32(len), Activation::Input(len)])?;
-        Ok(JointState { rows, hidden, normed })
+        Ok(JointState { id: unique(), rows, hidden, normed })
+    }
+
+    /// Makes room for `rows` rows; what stood there is lost where there was too little.
+    pub(super) fn reserve(&mut self, backend: &B, config: &ModelConfig, rows: usize) -> Result<()> {
+        if rows > self.rows {
+            // Freed before the larger one is made.
+            *self = JointState::new(backend, config, 0)?;
+            *self = JointState::new(backend, config, rows)?;
+        }
+        Ok(())
     }
 }
 
@@ -97,19 +109,28 @@ impl<B: Backend> Joint<B> {
     /// The state before any call: final rows of the model's last forward, `rows[i]` (counted among its wanted ones) for row i of the window.
     /// Reads the scratch of that forward and leaves its rows alone.
     pub fn start(&self, backend: &B, model: &Model<B>, rows: &[u32], scratch: &mut Scratch<B>, state: &mut JointState<B>) -> Result<()> {
-        let config = &model.config;
-        if rows.is_empty() {
+        state.reserve(backend, &model.config, rows.len())?;
+        self.start_rows(backend, model, &backend.rows(rows)?, scratch, state)
+    }
+
+    /// [`Joint::start`] from rows that the backend holds, for as many of which the state has room.
+    pub(super) fn start_rows(
+        &self,
+        backend: &B,
+        model: &Model<B>,
+        rows: &B::Rows,
+        scratch: &mut Scratch<B>,
+        state: &mut JointState<B>,
+    ) -> Result<()> {
+        let (config, count) = (&model.config, backend.num_rows(rows));
+        if count == 0 {
             return Ok(());
         }
-        if rows.len() > state.rows {
-            // Freed before the larger one is made.
-            *state = JointState::new(backend, config, 0)?;
-            *state = JointState::new(backend, config, rows.len())?;
-        }
+        assert!(count <= state.rows, "{count} rows where there is a state for {}", state.rows);
         let Scratch { x, qkv, .. } = scratch;
-        backend.gather(&backend.rows(rows)?, config.hidden_dim, x, qkv)?;
-        model.final_norm.apply(backend, config, rows.len(), qkv, &mut state.hidden)?;
-        backend.norm(rows.len(), &state.hidden, &rms(config, &self.hidden_norm), &mut state.normed)
+        backend.gather(rows, config.hidden_dim, x, qkv)?;
+        model.final_norm.apply(backend, config, count, qkv, &mut state.hidden)?;
+        backend.norm(count, &state.hidden, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
     /// Writes the K/V of the plan's rows, whose state is `state`, and changes nothing else: for positions outside any window.
@@ -122,7 +143,7 @@ impl<B: Backend> Joint<B> {
         scratch: &mut Scratch<B>,
         state: &JointState<B>,
     ) -> Result<()> {
-        self.keys(backend, model, plan, &backend.batch(plan)?, kv, scratch, state)
+        self.keys(backend, model, plan.num_rows(), &backend.batch(plan)?, kv, scratch, state)
     }
 
     /// One call: the plan's rows, with the tokens as they are now, carry their state on.
@@ -135,11 +156,25 @@ impl<B: Backend> Joint<B> {
         scratch: &mut Scratch<B>,
         state: &mut JointState<B>,
     ) -> Result<()> {
-        let (config, rows) = (&model.config, plan.num_rows());
-        let batch = backend.batch(plan)?;
-        self.keys(backend, model, plan, &batch, kv, scratch, state)?;
+        self.call_batch(backend, model, plan.num_rows(), &backend.batch(plan)?, kv, scratch, state)
+    }
+
+    /// [`Joint::call`] over the `rows` rows of a batch.
+    #[allow(clippy::too_many_arguments)] // as the model's forward
+    pub(super) fn call_batch(
+        &self,
+        backend: &B,
+        model: &Model<B>,
+        rows: usize,
+        batch: &B::Batch,
+        kv: &mut B::KvCache,
+        scratch: &mut Scratch<B>,
+        state: &mut JointState<B>,
+    ) -> Result<()> {
+        let config = &model.config;
+        self.keys(backend, model, rows, batch, kv, scratch, state)?;
         let Scratch { h, qkv, .. } = &mut *scratch;
-        backend.attention(&batch, config.heads, qkv, layer_index(config), kv, h)?;
+        backend.attention(batch, config.heads, qkv, layer_index(config), kv, h)?;
         self.layer.rest(backend, config, rows, scratch)?;
         let Scratch { x, qkv, .. } = &mut *scratch;
         backend.norm(rows, x, &rms(config, &self.out_norm), qkv)?;
@@ -148,17 +183,17 @@ impl<B: Backend> Joint<B> {
 
     /// The layer up to its K/V.
     #[allow(clippy::too_many_arguments)] // as the model's forward
-    fn keys(
+    pub(super) fn keys(
         &self,
         backend: &B,
         model: &Model<B>,
-        plan: &Plan,
+        rows: usize,
         batch: &B::Batch,
         kv: &mut B::KvCache,
         scratch: &mut Scratch<B>,
         state: &JointState<B>,
     ) -> Result<()> {
-        let (config, rows) = (&model.config, plan.num_rows());
+        let config = &model.config;
         assert!(rows <= state.rows, "{rows} rows where there is a state for {}", state.rows);
         scratch.reserve(backend, config, rows)?;
         let Scratch { x, h, .. } = &mut *scratch;
@@ -171,10 +206,36 @@ impl<B: Backend> Joint<B> {
 
     /// Keeps the states of the given rows alone (ascending), one behind the other.
     pub fn keep(&self, backend: &B, model: &Model<B>, rows: &[u32], scratch: &mut Scratch<B>, state: &mut JointState<B>) -> Result<()> {
-        let config = &model.config;
-        backend.gather(&backend.rows(rows)?, config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
-        backend.copy(rows.len() * config.hidden_dim, &scratch.qkv, &mut state.hidden)?;
-        backend.norm(rows.len(), &state.hidden, &rms(config, &self.hidden_norm), &mut state.normed)
+        self.keep_rows(backend, model, &backend.rows(rows)?, scratch, state)
+    }
+
+    /// [`Joint::keep`] of rows that the backend holds.
+    pub(super) fn keep_rows(
+        &self,
+        backend: &B,
+        model: &Model<B>,
+        rows: &B::Rows,
+        scratch: &mut Scratch<B>,
+        state: &mut JointState<B>,
+    ) -> Result<()> {
+        let (config, count) = (&model.config, backend.num_rows(rows));
+        backend.gather(rows, config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
+        backend.copy(count * config.hidden_dim, &scratch.qkv, &mut state.hidden)?;
+        backend.norm(count, &state.hidden, &rms(config, &self.hidden_norm), &mut state.normed)
+    }
+
+    /// Decides the asked rows of a run's current pass by their states, where the backend runs.
+    pub(super) fn decide_run(
+        &self,
+        backend: &B,
+        model: &Model<B>,
+        run: &mut B::Run,
+        asked: &B::Rows,
+        scratch: &mut Scratch<B>,
+        state: &JointState<B>,
+    ) -> Result<()> {
+        backend.gather(asked, model.config.hidden_dim, &state.hidden, &mut scratch.h)?;
+        backend.decide_run(run, &scratch.h, &model.head.weight, model.head.bias.as_ref())
     }
 
     /// Decides rows of the window by their states, as [`Model::decide`] does by the model's own rows.

@@ -22,14 +22,14 @@ pub mod mdlm;
 mod moe;
 pub mod qwen3_moe;
 mod reader;
+pub mod run;
 pub mod sdar;
 pub mod shapes;
 pub mod stable_diffcoder;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
-use crate::backend::{self, Activation, Backend, Decision, Draw, Epilogue, HeadNorm, KvShape, Rotation, RunStep};
+use crate::backend::{self, Activation, Backend, Decision, Draw, Epilogue, HeadNorm, KvShape, Rotation};
 use crate::config::{Family, Mlp, ModelConfig};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -332,46 +332,6 @@ impl<B: Backend> Model<B> {
             look(i + 1, &scratch.x)?;
         }
         Ok(())
-    }
-
-    /// The steps of a run, one after the other, each decided where the network runs. Returns when each step began of those in which a
-    /// sequence enters its next stage: there, once or twice in a request, the device is waited for, so that times belong to stages.
-    pub fn run(
-        &self,
-        backend: &B,
-        run: &mut B::Run,
-        steps: &[RunStep],
-        kv: &mut B::KvCache,
-        scratch: &mut Scratch<B>,
-    ) -> Result<Vec<(usize, Instant)>> {
-        let mut entered = Vec::new();
-        let most = steps.iter().map(|step| step.plan.num_rows()).max().unwrap_or(0);
-        scratch.reserve(backend, &self.config, backend.padded_rows(most))?;
-        for (index, step) in steps.iter().enumerate() {
-            let stages = |step: &RunStep| step.sessions.iter().map(|s| s.stage).collect::<Vec<_>>();
-            if index > 0 && stages(step) != stages(&steps[index - 1]) {
-                backend.synchronize()?;
-                entered.push((index, Instant::now()));
-            }
-            // Sessions of a batch share the forward; the first one names it.
-            let (stage, block, count) = step.sessions.first().map(|s| (s.stage, s.block, s.step)).unwrap_or_default();
-            let mut forward = || {
-                let (batch, asked) = backend.step_run(run, index)?;
-                let all = step.sessions.iter().map(|s| s.asks).sum::<usize>() == step.plan.num_rows();
-                let (rows, asks) = (backend.padded_rows(step.plan.num_rows()), backend.num_rows(&asked));
-                // Weights, K/V and scratch are this engine's; the scratch is the only one of them that moves.
-                backend.replay(&batch, self.id << 32 | scratch.id, &mut || {
-                    self.layers(backend, rows, &batch, (!all).then_some(&asked), kv, scratch, None)?;
-                    let Scratch { x, h, .. } = &mut *scratch;
-                    self.final_norm.apply(backend, &self.config, asks, x, h)?;
-                    backend.decide_run(run, h, &self.head.weight, self.head.bias.as_ref())
-                })
-            };
-            backend.range(&format!("stage {stage}"), || {
-                backend.range(&format!("block {block}"), || backend.range(&format!("step {count}"), &mut forward))
-            })?;
-        }
-        Ok(entered)
     }
 
     /// Final norm of the given rows, counted among the wanted ones of the last forward, into `scratch.h`.

@@ -1,6 +1,8 @@
 //! Owns foresight: the steps of a session that a device may run and decide by itself, before anybody knows what they reveal.
 #![forbid(unsafe_code)]
 
+use std::ops::Range;
+
 use super::{Session, Stop};
 use crate::backend::{Decision, Reveal, RunCanvas, SessionStep};
 use crate::canvas::State;
@@ -16,6 +18,17 @@ pub struct ForeseenStep {
     pub rows: Vec<usize>,
     pub visibility: Visibility,
     pub len: usize,
+    /// Where the reveals of the stage are joint.
+    pub joint: Option<ForeseenJoint>,
+}
+
+/// What a joint sampler does behind a foreseen forward.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ForeseenJoint {
+    /// Positions whose states it carries on, all of them among the rows of the forward.
+    pub window: Range<usize>,
+    /// Its passes over them, each of which reveals one token.
+    pub passes: Vec<SessionStep>,
 }
 
 impl Session {
@@ -23,11 +36,13 @@ impl Session {
     /// where the pending step itself needs the host: prefill, commits, scoring, injected draws and tokens, K/V policies whose rows
     /// follow the reveals.
     ///
+    /// A joint sampler's passes belong to the step whose forward they follow.
+    ///
     /// A copy of the session walks ahead and reveals anything: where a rule counts, only *which* positions remain is open, and rows of
     /// an exact forward do not depend on that. A stop condition may end the text earlier than foreseen.
     pub fn foresee(&self, max: usize) -> Vec<ForeseenStep> {
         let mut foreseen = Vec::new();
-        if !self.spec.forced.is_empty() || self.spec.draws.is_some() || self.spec.schedule.stages.iter().any(|stage| stage.joint) {
+        if !self.spec.forced.is_empty() || self.spec.draws.is_some() {
             return foreseen;
         }
         let mut ghost = self.clone();
@@ -86,6 +101,7 @@ impl Session {
                 rows: step.rows.iter().map(|(position, _)| *position).collect(),
                 visibility: step.visibility,
                 len: step.len,
+                joint: stage.joint.then(|| ForeseenJoint { window: ghost.joint_window(), passes: Vec::new() }),
             });
             if !matches!(reveal, Reveal::Best { .. }) {
                 break;
@@ -94,6 +110,12 @@ impl Session {
             let len = ghost.canvas.len();
             if ghost.apply(&vec![anything; step.asks.len()], &mut Vec::new()).is_err() {
                 break;
+            }
+            while let Some(ask) = ghost.joint_ask() {
+                let pass = ghost.joint_pass(&ask);
+                let step = foreseen.last_mut().and_then(|step| step.joint.as_mut()).expect("a round belongs to a joint stage");
+                step.passes.push(pass);
+                ghost.apply_joint(&ask, &vec![anything; ask.asks.len()], &mut Vec::new()).expect("answers without NaN");
             }
             // A last block that was decoded whole is cut.
             if ghost.canvas.len() != len {
@@ -114,7 +136,8 @@ fn device_rule(stage: &Stage, progress: policy::BlockProgress) -> Option<Reveal>
     if stage.order_temperature > 0.0 || stage.guidance > 0.0 || stage.eos != Eos::Free || stage.edit.is_some() {
         return None;
     }
-    let quota = policy::quota(&stage.unmask, progress).unwrap_or(1).max(1);
+    // The rest of a joint forward's quota is its sampler's.
+    let quota = if stage.joint { 1 } else { policy::quota(&stage.unmask, progress).unwrap_or(1).max(1) };
     match stage.unmask {
         Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
             Some(Reveal::Best { rank, n: quota })
@@ -134,13 +157,18 @@ mod tests {
     use crate::schedule::{Defaults, Schedule};
 
     fn foreseen(stage: &str, given: usize) -> Vec<ForeseenStep> {
-        let schedule = Schedule::resolve(&[stage.parse().unwrap()], &Defaults::default()).unwrap();
+        foreseen_of(&[stage], given, true)
+    }
+
+    fn foreseen_of(stages: &[&str], given: usize, shifted: bool) -> Vec<ForeseenStep> {
+        let stages: Vec<_> = stages.iter().map(|stage| stage.parse().unwrap()).collect();
+        let schedule = Schedule::resolve(&stages, &Defaults::default()).unwrap();
         let fixed = (0..given as u32).map(Some).chain(std::iter::repeat_n(None, 12 - given)).collect();
         let mut session = Session::new(SessionSpec {
             fixed,
             mask_id: 99,
             schedule,
-            shifted: vec![true],
+            shifted: vec![shifted],
             seed: 0,
             sample: 0,
             stop: Stop::default(),
@@ -168,5 +196,42 @@ mod tests {
             assert!(step.part.shifted && step.rows[0] < step.part.range.end, "{step:?}");
         }
         assert!(foreseen("block=full,unmask=uniform:3", 0).is_empty(), "position 0 is answered by its own row");
+    }
+
+    /// Asks and windows of a joint step: those of the forward, then those of its passes.
+    fn joint_asks(step: &ForeseenStep) -> (Vec<usize>, Range<usize>) {
+        let joint = step.joint.as_ref().expect("a joint stage");
+        for (call, pass) in (1..).zip(&joint.passes) {
+            assert_eq!((pass.step, pass.block, pass.stage), (step.part.step | call << 20, step.part.block, step.part.stage));
+            assert_eq!((&pass.range, pass.reveal, pass.shifted), (&step.part.range, step.part.reveal, false), "{pass:?}");
+        }
+        assert!(matches!(step.part.reveal, Reveal::Best { n: 1, .. }));
+        (std::iter::once(&step.part).chain(&joint.passes).map(|part| part.asks).collect(), joint.window.clone())
+    }
+
+    /// A forward reveals one of its quota, and every pass behind it one of what is left.
+    #[test]
+    fn passes_of_a_joint_sampler_belong_to_their_forward() {
+        let full = foreseen("block=full,sampler=joint:3", 2);
+        let expected = [vec![10, 9, 8], vec![7, 6, 5], vec![4, 3, 2], vec![1]];
+        assert_eq!(full.iter().map(joint_asks).collect::<Vec<_>>(), expected.map(|asks| (asks, 0..12)));
+        assert!(full.iter().all(|step| step.part.shifted && step.rows.len() == 12));
+
+        // Three of the first block are given: its one mask needs no pass.
+        let blocks = foreseen_of(&["block=4,unmask=linear:2,sampler=joint"], 3, false);
+        let found: Vec<_> = blocks.iter().map(|step| (joint_asks(step), step.rows.clone())).collect();
+        let expected = [(vec![1], 0..4, 0..4), (vec![4, 3], 4..8, 0..8), (vec![2, 1], 4..8, 4..8), (vec![4, 3], 8..12, 4..12)];
+        let expected = expected.map(|(asks, window, rows)| ((asks, window), rows.collect::<Vec<usize>>()));
+        assert_eq!(found[..4], expected);
+        assert_eq!(found.len(), 5);
+    }
+
+    /// A stage without a sampler behind one that has it, and a remask in between that the device does.
+    #[test]
+    fn joint_and_other_stages_are_foreseen_together() {
+        let steps = foreseen_of(&["block=4,sampler=joint:4", "block=full,remask=0.5,unmask=uniform:3"], 3, false);
+        let joint: Vec<_> = steps.iter().map(|step| step.joint.as_ref().map(|joint| joint.passes.len())).collect();
+        assert_eq!(joint, [Some(0), Some(3), Some(3), None, None]);
+        assert_eq!(steps.iter().map(|step| step.part.remask).collect::<Vec<_>>(), [None, None, None, Some(4), None]);
     }
 }

@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::{Ask, Event, Session};
-use crate::backend::Decision;
+use crate::backend::{Decision, Reveal, SessionStep};
 use crate::error::Result;
 use crate::plan::{Kind, Visibility};
 use crate::policy::{self, Candidate};
@@ -70,11 +70,34 @@ impl Session {
         policy::select_tempered(&Unmask::Count { rank, n: 1 }, stage.order_temperature, self.progress, candidates)
     }
 
+    /// The step that keys the draws of a round's next call.
+    fn call_step(&self, round: Round) -> u32 {
+        self.denoised | (round.calls + 1) << CALL_BITS
+    }
+
+    /// The pass in which the sampler answers `ask`, as a device runs it.
+    pub(super) fn joint_pass(&self, ask: &JointAsk) -> SessionStep {
+        let round = self.round.expect("asked in a round");
+        let rank = self.stage().unmask.rank().expect("checked with the schedule");
+        SessionStep {
+            remask: None,
+            stage: self.stage as u8,
+            block: self.block as u32,
+            step: self.call_step(round),
+            range: self.unit.clone(),
+            asks: ask.asks.len(),
+            // A state belongs to its own position, whichever row it began as.
+            shifted: false,
+            draw: ask.asks.first().expect("a quota never exceeds the masks").draw,
+            reveal: Reveal::Best { rank, n: 1 },
+        }
+    }
+
     /// The next call of the sampler that this session waits for.
     pub fn joint_ask(&self) -> Option<JointAsk> {
         let round = self.round?;
         let window = self.window();
-        let step = self.denoised | (round.calls + 1) << CALL_BITS;
+        let step = self.call_step(round);
         let ask = |position: usize| {
             let draws = self.uniforms(self.block, step, position);
             let forced = self.spec.forced.get(position).copied();

@@ -12,6 +12,7 @@ mod support;
 
 mod laws;
 mod parity;
+mod passes;
 mod products;
 mod tokens;
 

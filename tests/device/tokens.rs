@@ -7,7 +7,7 @@ use redraft::{Backend, Cpu, DType, Engine, Request};
 use crate::backends;
 use crate::support::{Essence, StageEssence, alone, options, preset, request, schedule, shipped, together};
 
-fn fixture(name: &str) -> PathBuf {
+pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
@@ -17,7 +17,7 @@ fn agree(dir: &Path, requests: &[Request], label: &str) {
 }
 
 /// The same with a joint sampler beside the model.
-fn agree_with(dir: &Path, joint: Option<&Path>, requests: &[Request], label: &str) {
+pub fn agree_with(dir: &Path, joint: Option<&Path>, requests: &[Request], label: &str) {
     let cpu = Cpu::new(2, DType::F32).expect("the CPU is always there");
     let mut engine = Engine::load(dir, cpu, options()).unwrap_or_else(|e| panic!("{label}: {e}"));
     attach(&mut engine, joint);
@@ -39,27 +39,14 @@ fn agree_with(dir: &Path, joint: Option<&Path>, requests: &[Request], label: &st
     }
 }
 
-fn attach<B: Backend>(engine: &mut Engine<B>, joint: Option<&Path>) {
+pub fn attach<B: Backend>(engine: &mut Engine<B>, joint: Option<&Path>) {
     if let Some(dir) = joint {
         engine.attach_joint(dir, &mut |_, _| {}).expect("a sampler of this model");
     }
 }
 
-/// Joint sampling: passes of the sampler behind every forward, under block attention with final K/V of its layer, and over the whole canvas.
-#[test]
-fn tokens_equal_the_cpus_for_joint_sampling() {
-    for (name, stages) in [
-        ("bd3lm-adaln", &["block=4,sampler=joint:4", "block=full,remask=0.4,sampler=joint:3"][..]),
-        ("dream", &["block=full,visible=canvas,sampler=joint:4"]),
-        ("llada", &["block=8,visible=canvas,unmask=confidence:3,sampler=joint"]),
-    ] {
-        let dir = fixture(name);
-        agree_with(&dir, Some(&dir.join("joint")), &ragged(&schedule(stages), [8, 9, 12]), &format!("{name} {stages:?}"));
-    }
-}
-
 /// Lengths, prompts and seeds of a ragged batch.
-fn ragged(stages: &redraft::Schedule, lengths: [usize; 3]) -> Vec<Request> {
+pub fn ragged(stages: &redraft::Schedule, lengths: [usize; 3]) -> Vec<Request> {
     let prompts: [&[u32]; 3] = [&[1, 5, 9, 3, 20], &[2], &[7, 7, 8, 30, 31, 2, 4, 11, 12]];
     (0..3).map(|i| request(prompts[i], lengths[i], stages, 11 + i as u64, i as u32)).collect()
 }

@@ -1,0 +1,324 @@
+//! Where the arrays of a run's steps lie: of each forward, and of the passes of a joint sampler behind it.
+//!
+//! ```text
+//! forward  sessions, canvas places, work list, rows; of the asked rows, their work list and how far they see
+//! sampler  rows that the windows begin as, rows outside, and these as a batch; for each pass: sessions, canvas places, work list, rows, kept rows
+//! all      asked rows, pages, (remask)
+//! ```
+//! All of a step goes to the fixed places at once. Order and sizes follow from its [`Signature`] up to the pages; what varies otherwise stands
+//! behind them, out of the sight of recorded graphs.
+#![forbid(unsafe_code)]
+
+use std::iter::repeat_n;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::ask;
+use super::backend::{Cuda, TileShape};
+use super::decide::{self, DrawRecord};
+use super::words::{Places, Words};
+use crate::backend::{RunJoint, RunPass, RunSpec, RunStep, SessionStep};
+use crate::plan::Plan;
+
+/// Rows of a step, rounded up so that few graphs serve many lengths: exact where a step is small, as a draft's always are.
+pub(super) fn padded(rows: usize) -> usize {
+    match rows {
+        0..=16 => rows,
+        17..=128 => rows.next_multiple_of(8),
+        _ => rows.next_multiple_of(32),
+    }
+}
+
+/// Everything that the launches of a step depend on beside the contents of memory.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Signature {
+    pub forward: PartShape,
+    /// The asked rows alone.
+    pub selected: BatchShape,
+    pub selected_tiles: TileShape,
+    /// Every row is asked, so none is picked.
+    pub all: bool,
+    pub joint: Option<JointShape>,
+}
+
+/// What a batch asks of the grids.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct BatchShape {
+    /// Rows that are computed, padding included.
+    pub rows: u32,
+    pub num_sequences: u32,
+    /// How far the longest row sees, in whole chunks of keys.
+    pub max_visible: u32,
+}
+
+/// A forward, or a pass of a sampler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct PartShape {
+    pub batch: BatchShape,
+    pub tiles: TileShape,
+    /// Padded.
+    pub asks: u32,
+    pub any_fused: bool,
+    pub any_nucleus: bool,
+    /// Rows of the part before it that it keeps, padded, where it does not keep all.
+    pub kept: Option<u32>,
+}
+
+/// What a joint sampler does behind a forward.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct JointShape {
+    /// Padded.
+    pub inside: u32,
+    pub outside: BatchShape,
+    pub passes: Vec<PartShape>,
+}
+
+/// A forward or a pass: where it lies within its step's arrays, and who asks how much.
+pub(super) struct Part {
+    pub shape: PartShape,
+    pub records: usize,
+    pub index: usize,
+    pub tiles: usize,
+    pub places: Places,
+    /// Of `shape.kept`.
+    pub kept: usize,
+    /// First of its asks among those of the step.
+    pub first_ask: usize,
+    /// Asked positions of each sequence.
+    pub counts: Vec<usize>,
+}
+
+/// What a sampler takes from a forward.
+pub(super) struct JointPlan {
+    /// Rows that the windows' states begin as, and how many, padded.
+    pub inside: usize,
+    pub inside_rows: u32,
+    /// Rows outside, and their batch.
+    pub outside: usize,
+    pub outside_shape: BatchShape,
+    pub outside_index: usize,
+    pub outside_places: Places,
+}
+
+/// One step in the arena.
+pub(super) struct StepPlan {
+    /// In the arena.
+    pub words: Range<usize>,
+    pub signature: Arc<Signature>,
+    /// The forward, and behind it the passes of a sampler.
+    pub parts: Vec<Part>,
+    /// The asked rows, found on the device, of all parts; how far those of the forward see, and their work list.
+    pub asked: usize,
+    pub selected_visible: usize,
+    pub selected_tiles: usize,
+    pub joint: Option<JointPlan>,
+    /// A remask before the step.
+    pub remask: Option<RemaskPlaces>,
+    /// Of all parts, padded.
+    pub asks: usize,
+    /// First record in the log.
+    pub log: usize,
+}
+
+/// Offsets and counts of a remask.
+#[derive(Clone, Copy)]
+pub(super) struct RemaskPlaces {
+    pub indptr: usize,
+    pub count: usize,
+    pub taken: usize,
+    pub stage: u8,
+}
+
+/// Appends the arrays of one step to the arena. `firsts`: where each sequence begins in the canvas arrays; `log`: the step's first record there.
+pub(super) fn lay_out(cuda: &Cuda, words: &mut Words, spec: &RunSpec, step: &RunStep, firsts: &[u32], log: usize) -> StepPlan {
+    let RunStep { plan, sessions, joint } = step;
+    let start = words.0.len().next_multiple_of(4);
+    words.0.resize(start, 0);
+    let mut layout = Layout { cuda, spec, firsts, words: Words::default(), asks: 0 };
+
+    let mut parts = vec![layout.part(plan, sessions)];
+    // Of the asked rows only their number is known.
+    let asks = parts[0].counts.iter().sum::<usize>();
+    let ends: Vec<u32> = offsets(parts[0].counts.iter().map(|count| *count as u32));
+    let (selected_shape, selected_list) = cuda.tiles_of(spec.heads, &ends);
+    let selected_tiles = layout.words.push(selected_list.as_flattened().iter().copied());
+    let selected_visible = layout.words.push(repeat_n(0, padded(asks)));
+    let mut joint = joint.as_ref().map(|joint| layout.joint(plan, joint, &mut parts));
+
+    let Layout { words: mut own, asks: all_asks, .. } = layout;
+    let asked = own.push(repeat_n(0, all_asks));
+    // Of all sequences in every part, with or without rows.
+    let (page_indptr, pages) = (own.push(plan.page_indptr.iter().copied()), own.push(plan.pages.iter().copied()));
+    let outside = joint.as_mut().map(|joint| &mut joint.outside_places);
+    for places in parts.iter_mut().map(|part| &mut part.places).chain(outside) {
+        *places = Places { page_indptr, pages, ..*places };
+    }
+    // A step with a remask has the signature of one without.
+    let remask = sessions.iter().any(|s| s.remask.is_some()).then(|| RemaskPlaces {
+        indptr: own.push(firsts.iter().copied()),
+        count: own.push(sessions.iter().map(|s| s.remask.unwrap_or(0) as u32)),
+        taken: own.push(sessions.iter().map(|_| 0)),
+        stage: sessions.iter().find(|s| s.remask.is_some()).expect("one of them").stage,
+    });
+    words.0.extend(own.0);
+
+    let forward = parts[0].shape;
+    let signature = Signature {
+        forward,
+        selected: BatchShape { rows: forward.asks, ..forward.batch },
+        selected_tiles: selected_shape,
+        all: asks == plan.num_rows(),
+        joint: joint.as_ref().map(|joint| JointShape {
+            inside: joint.inside_rows,
+            outside: joint.outside_shape,
+            passes: parts[1..].iter().map(|part| part.shape).collect(),
+        }),
+    };
+    StepPlan {
+        words: start..words.0.len(),
+        signature: Arc::new(signature),
+        parts,
+        asked,
+        selected_visible,
+        selected_tiles,
+        joint,
+        remask,
+        asks: all_asks,
+        log,
+    }
+}
+
+/// A step on its way into the arena.
+struct Layout<'a> {
+    cuda: &'a Cuda,
+    spec: &'a RunSpec<'a>,
+    firsts: &'a [u32],
+    words: Words,
+    /// Of the parts so far, padded.
+    asks: usize,
+}
+
+impl Layout<'_> {
+    /// A forward or a pass over the rows of `plan`.
+    fn part(&mut self, plan: &Plan, sessions: &[SessionStep]) -> Part {
+        let rows = padded(plan.num_rows());
+        let counts: Vec<usize> = sessions.iter().map(|s| s.asks).collect();
+        let asks = padded(counts.iter().sum());
+        let records = self.records(plan, sessions);
+        let index = self.index(plan, rows);
+        let (tiles, list) = self.cuda.tiles_of(self.spec.heads, &plan.indptr);
+        let nucleus = |s: &SessionStep| decide::needs_nucleus(&s.draw);
+        let mut asking = sessions.iter().filter(|s| s.asks > 0);
+        let shape = PartShape {
+            batch: Cuda::shape_of(plan, rows as u32),
+            tiles,
+            asks: asks as u32,
+            any_fused: asking.clone().any(|s| !nucleus(s)),
+            any_nucleus: asking.any(nucleus),
+            kept: None,
+        };
+        self.asks += asks;
+        Part {
+            shape,
+            records,
+            index,
+            tiles: self.words.push(list.as_flattened().iter().copied()),
+            places: self.words.rows(plan, rows),
+            kept: 0,
+            first_ask: self.asks - asks,
+            counts,
+        }
+    }
+
+    /// What a sampler takes from the forward over `plan`; its passes follow the parts.
+    fn joint(&mut self, plan: &Plan, joint: &RunJoint, parts: &mut Vec<Part>) -> JointPlan {
+        let (selected, outside_rows) = (plan.select(&joint.outside), padded(joint.outside.len()));
+        let places = JointPlan {
+            inside: self.rows(&joint.inside),
+            inside_rows: padded(joint.inside.len()) as u32,
+            outside: self.rows(&joint.outside),
+            outside_shape: Cuda::shape_of(&selected, outside_rows as u32),
+            outside_index: self.index(&selected, outside_rows),
+            outside_places: self.words.rows(&selected, outside_rows),
+        };
+        let mut before: Option<&RunPass> = None;
+        for pass in &joint.passes {
+            let mut part = self.part(&plan.select(&pass.rows), &pass.sessions);
+            if let Some(before) = before.filter(|before| before.rows != pass.rows) {
+                let kept = |row: &u32| before.rows.binary_search(row).expect("a pass keeps rows of the one before") as u32;
+                part.kept = self.rows(&pass.rows.iter().map(kept).collect::<Vec<_>>());
+                part.shape.kept = Some(part.shape.batch.rows);
+            }
+            before = Some(pass);
+            parts.push(part);
+        }
+        places
+    }
+
+    /// A list of rows. Padding is row 0, and nobody looks at what it becomes.
+    fn rows(&mut self, rows: &[u32]) -> usize {
+        self.words.push(rows.iter().copied().chain(repeat_n(0, padded(rows.len()) - rows.len())))
+    }
+
+    /// Where each row stands in the canvas arrays.
+    fn index(&mut self, plan: &Plan, rows: usize) -> usize {
+        let sequence_of_row = (0..plan.num_sequences()).flat_map(|s| (plan.indptr[s]..plan.indptr[s + 1]).map(move |_| s));
+        let places: Vec<u32> = sequence_of_row.zip(&plan.positions).map(|(s, p)| self.firsts[s] + p).collect();
+        self.words.push(places.into_iter().chain(repeat_n(0, rows - plan.num_rows())))
+    }
+
+    /// The sessions as `ask` and `reveal` know them.
+    fn records(&mut self, plan: &Plan, sessions: &[SessionStep]) -> usize {
+        let first_asks = offsets(sessions.iter().map(|part| part.asks as u32));
+        let records: Vec<ask::SessionStep> = sessions
+            .iter()
+            .enumerate()
+            .map(|(i, part)| {
+                let (row_first, end) = (plan.indptr[i], plan.indptr[i + 1]);
+                let first_position = if row_first < end { plan.positions[row_first as usize] } else { 0 };
+                let draw = DrawRecord::from(&part.draw);
+                let step = ask::SessionStep {
+                    seed: self.spec.sequences[i].seed,
+                    canvas_first: self.firsts[i],
+                    range_begin: part.range.start as u32,
+                    range_end: part.range.end as u32,
+                    row_first,
+                    // The row of a position; one that is answered by the row before it counts from one further on.
+                    rows_begin: first_position + u32::from(part.shifted),
+                    ask_first: first_asks[i],
+                    ask_count: part.asks as u32,
+                    sample: self.spec.sequences[i].sample,
+                    stage: u32::from(part.stage),
+                    block: part.block,
+                    step: part.step,
+                    temperature: draw.temperature,
+                    top_p: draw.top_p,
+                    flags: draw.flags,
+                    ..ask::SessionStep::default()
+                };
+                step.revealing(&part.reveal)
+            })
+            .collect();
+        self.words
+            .push(records.iter().flat_map(|record| bytemuck::bytes_of(record).as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word))))
+    }
+}
+
+/// CSR offsets of these lengths.
+fn offsets(lengths: impl Iterator<Item = u32>) -> Vec<u32> {
+    let mut ends = vec![0];
+    lengths.for_each(|len| ends.push(ends[ends.len() - 1] + len));
+    ends
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_padded_to_few_counts_and_never_below_themselves() {
+        assert_eq!([0, 1, 4, 16, 17, 90, 128, 129, 1000].map(padded), [0, 1, 4, 16, 24, 96, 128, 160, 1024]);
+        let counts: std::collections::BTreeSet<usize> = (0..=1024).map(padded).collect();
+        assert!(counts.len() < 64 && (0..=1024).all(|rows| padded(rows) >= rows));
+    }
+}
