@@ -35,9 +35,9 @@ fn tokens_equal_the_cpus() {
 
 /// Windows that end at different passes, and a neighbour that has none.
 fn neighbours() -> Vec<Request> {
-    let stages = ["block=4,sampler=joint:4", "block=4,sampler=joint:2", "block=4,unmask=uniform:1", "block=full,sampler=joint:8"];
+    let stages = ["block=4,sampler=joint:2", "block=full,sampler=joint:8", "block=4,unmask=uniform:1", "block=4,sampler=joint:4"];
     let prompts: [&[u32]; 4] = [&[1, 5, 9, 3, 20], &[2], &[7, 7, 8, 30, 31], &[4, 11]];
-    (0..4).map(|i| request(prompts[i], [11, 9, 12, 10][i], &schedule(&[stages[i]]), 3, i as u32)).collect()
+    (0..4).map(|i| request(prompts[i], [9, 11, 12, 10][i], &schedule(&[stages[i]]), 3, i as u32)).collect()
 }
 
 #[test]
