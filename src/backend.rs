@@ -10,7 +10,7 @@
 use std::ops::Range;
 
 use crate::canvas::Canvas;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::schedule::Rank;
 
@@ -439,6 +439,11 @@ pub enum Activation {
 /// Reads rows of a weight on demand, for several threads at once: `fill(first_row, dst)` writes `dst.len() / k` rows of k f32 values.
 pub type RowSource<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
 
+/// What `decide_listed` says about a forced token that it cannot choose.
+pub(crate) fn not_listed(row: usize, token: u32) -> Error {
+    Error::request(format!("row {row}: token {token} is not on the shortlist of the row: it cannot be chosen there (shortlist=all)"))
+}
+
 /// A machine that can run the network.
 pub trait Backend {
     /// Activations, f32 elements.
@@ -453,6 +458,8 @@ pub trait Backend {
     type Batch;
     /// A list of row indices where the kernels can read it.
     type Rows;
+    /// Some ids for each of some rows, where the kernels can read them.
+    type Lists;
     /// A run in progress, where this backend decides steps by itself.
     type Run;
     /// Packed weights of one shape, one for each expert.
@@ -575,6 +582,33 @@ pub trait Backend {
         head: &Self::Matrix,
         bias: Option<&Self::Vector>,
         banned: &[u32],
+        draws: &[Draw],
+    ) -> Result<Vec<Decision>>;
+
+    /// Ids that a list of `shortlist` may hold at most.
+    fn longest_list(&self) -> usize;
+    /// The ids of the `n` largest logits of each of the first `rows` rows of `hidden`, as `decide` sees them: banned ids and logits of -inf excluded, ties to the
+    /// lower id, fewer where there are fewer. Of a row with a NaN, which `decide` refuses, the list is any list. `n` is at most `longest_list`.
+    fn shortlist(
+        &self,
+        rows: usize,
+        hidden: &Self::Buffer,
+        head: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        banned: &[u32],
+        n: usize,
+    ) -> Result<Self::Lists>;
+    /// The ids of each list, ascending. Waits.
+    fn listed(&self, lists: &Self::Lists) -> Result<Vec<Vec<u32>>>;
+    /// [`Backend::decide`] where logits other than those of list `which[i]` are -inf for row i, and are not computed: products over k in a fixed order that may be
+    /// another than that of `decide`. A forced token that is not on the list is an error. Waits.
+    fn decide_listed(
+        &self,
+        hidden: &Self::Buffer,
+        head: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        lists: &Self::Lists,
+        which: &[u32],
         draws: &[Draw],
     ) -> Result<Vec<Decision>>;
 

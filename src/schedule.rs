@@ -134,6 +134,17 @@ pub struct Edit {
     pub passes: usize,
 }
 
+/// Where a joint stage bans what is never drawn: MASK, padding, ids without a token.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bans {
+    /// In the model's answers and in the sampler's.
+    #[default]
+    Every,
+    /// In the model's alone, as the published code does. A pass that draws MASK leaves its position masked: one of the round's reveals is spent, and a
+    /// later pass or forward may take the position.
+    First,
+}
+
 /// Whether the model's attention spans the canvas or ends with the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
@@ -169,6 +180,9 @@ pub struct Stage {
     pub edit: Option<Edit>,
     /// A forward's reveals are made one at a time, the joint sampler's passes in between (ADJUST).
     pub joint: bool,
+    pub bans: Bans,
+    /// The sampler's passes choose among so many ids at each position, the most probable ones of the model's own answer there; `None` is all of them.
+    pub shortlist: Option<usize>,
     /// The last block is decoded to its end, beyond the length that was asked for, and cut afterwards (SDAR, LLaDA2).
     pub fill: bool,
     pub kv: KvPolicy,
@@ -185,6 +199,11 @@ impl Stage {
             (Some(block_len), Scope::Block) => Visibility::BlockCausal(block_len),
             _ => Visibility::Full,
         }
+    }
+
+    /// Whether passes of a joint sampler are of a kind that the host decides, whatever else the device decides by itself.
+    pub fn hosts_passes(&self) -> bool {
+        self.bans != Bans::Every || self.shortlist.is_some()
     }
 
     /// Length of a decision block in a sequence of `len` positions.

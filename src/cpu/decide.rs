@@ -19,7 +19,7 @@ use crate::policy;
 
 /// Rows whose logits exist at once: 64 rows of 50,258 are 12.9 MB, and the head is read once per 64 rows, which leaves the
 /// product bound by arithmetic.
-const CHUNK: usize = 64;
+pub const CHUNK: usize = 64;
 
 /// Ids of a vocabulary tile: 8 KiB of logits.
 const TILE: usize = 2048;
@@ -73,7 +73,7 @@ struct TileSums {
 }
 
 /// One row whose banned logits are -inf.
-fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decision> {
+pub fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decision> {
     let tiles = machine.isa.run(Summarise { logits });
     let mut max = f32::NEG_INFINITY;
     let mut argtile = 0;
@@ -533,12 +533,12 @@ impl Kernel for Thresholds<'_> {
 }
 
 /// Appends the ids, `first` onwards, of logits in (low, high], ascending.
-struct Between<'a> {
-    logits: &'a [f32],
-    low: f32,
-    high: f32,
-    first: usize,
-    ids: &'a mut Vec<u32>,
+pub struct Between<'a> {
+    pub logits: &'a [f32],
+    pub low: f32,
+    pub high: f32,
+    pub first: usize,
+    pub ids: &'a mut Vec<u32>,
 }
 
 impl Kernel for Between<'_> {

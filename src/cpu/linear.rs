@@ -11,7 +11,7 @@
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::backend::{DType, Epilogue, RowSource};
 use crate::cpu::Machine;
@@ -45,6 +45,7 @@ pub struct Packed {
     steps: usize,
     /// (panels, steps, 64); columns past n and the odd half past k are zero.
     words: Aligned<u32>,
+    by_rows: OnceLock<ByRows>,
     /// Words of all packed weights of the machine, these included.
     all_words: Arc<AtomicUsize>,
 }
@@ -61,7 +62,7 @@ impl Packed {
         let steps = steps(dtype, k);
         let words = Aligned::zeroed(n.div_ceil(PANEL) * steps * PANEL);
         machine.packed_words.fetch_add(words.len(), Ordering::Relaxed);
-        let mut packed = Packed { n, k, dtype, steps, words, all_words: machine.packed_words.clone() };
+        let mut packed = Packed { n, k, dtype, steps, words, by_rows: OnceLock::new(), all_words: machine.packed_words.clone() };
         read_in_parts(machine, &mut packed.words, steps * PANEL, &|i, panel, room| {
             room.resize(LANES * (k + steps), 0.0);
             let (wide, words) = room.split_at_mut(LANES * k);
@@ -107,9 +108,55 @@ impl Packed {
         &self.words[panel * self.steps * PANEL..][..self.steps * PANEL]
     }
 
+    /// The weight by rows, made of the panels when it is first asked for.
+    pub fn by_rows(&self, machine: &Machine) -> &ByRows {
+        self.by_rows.get_or_init(|| {
+            let stride = self.steps.next_multiple_of(LANES);
+            let mut words = Aligned::zeroed(self.n * stride);
+            machine.pool_for(self.words.len()).chunks(&mut words, PANEL * stride, &|panel, rows| {
+                let count = rows.len() / stride;
+                for (step, line) in self.panel(panel).chunks_exact(PANEL).enumerate() {
+                    for (row, word) in line[..count].iter().enumerate() {
+                        rows[row * stride + step] = *word;
+                    }
+                }
+            });
+            ByRows { dtype: self.dtype, k: self.k, stride, words }
+        })
+    }
+
     /// Bytes of the packed weight.
     pub fn bytes(&self) -> usize {
-        self.words.len() * size_of::<u32>()
+        (self.words.len() + self.by_rows.get().map_or(0, |rows| rows.words.len())) * size_of::<u32>()
+    }
+}
+
+/// The same (n, k) values row by row, for products with few and scattered rows.
+pub struct ByRows {
+    pub dtype: DType,
+    k: usize,
+    /// Words of a row: whole vectors, with zeros at its end.
+    pub stride: usize,
+    words: Aligned<u32>,
+}
+
+impl ByRows {
+    /// Row `id` in vectors.
+    pub fn row(&self, id: u32) -> &[[u32; LANES]] {
+        self.words[id as usize * self.stride..][..self.stride].as_chunks().0
+    }
+
+    /// `x (k)` as the words that a row is multiplied with: rounded to bf16 pairs where the weight is bf16.
+    pub fn words_of(&self, machine: &Machine, x: &[f32]) -> Vec<u32> {
+        let mut words = vec![0; self.stride];
+        match self.dtype {
+            DType::F32 => words[..self.k].copy_from_slice(bytemuck::cast_slice(x)),
+            DType::Bf16 => {
+                let steps = steps(self.dtype, self.k);
+                machine.isa.run(Round { x, k: self.k, words: bytemuck::cast_slice_mut(&mut words[..steps]) });
+            }
+        }
+        words
     }
 }
 

@@ -19,6 +19,7 @@ pub mod oracle;
 pub mod pool;
 mod rope;
 mod route;
+mod shortlist;
 #[allow(unsafe_code)]
 pub mod simd;
 
@@ -187,6 +188,9 @@ pub struct Batch(Plan);
 /// Packed weights of a layer's experts.
 pub struct Stack(experts::Stack);
 
+/// Lists of ids.
+pub struct Lists(shortlist::Lists);
+
 /// The experts of some rows.
 pub struct Routes(route::Routes);
 
@@ -215,6 +219,7 @@ impl Backend for Cpu {
     type KvCache = KvCache;
     type Batch = Batch;
     type Rows = Vec<u32>;
+    type Lists = Lists;
     type Run = NoRun;
     type Stack = Stack;
     type Routes = Routes;
@@ -445,6 +450,49 @@ impl Backend for Cpu {
         assert!(hidden.0.len() >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.0.len(), draws.len());
         assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(|b| b.len()));
         decide::decide(&self.machine, &hidden.0, head, bias.map(|b| &b[..]), banned, draws)
+    }
+
+    fn longest_list(&self) -> usize {
+        usize::MAX
+    }
+
+    fn shortlist(
+        &self,
+        rows: usize,
+        hidden: &Buffer,
+        head: &Matrix,
+        bias: Option<&Aligned<f32>>,
+        banned: &[u32],
+        n: usize,
+    ) -> Result<Lists> {
+        let head = head.packed();
+        assert!(n > 0 && hidden.0.len() >= rows * head.k, "lists of {n}, hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
+        assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(|b| b.len()), head.n);
+        Ok(Lists(shortlist::shortlist(&self.machine, rows, &hidden.0, head, bias.map(|b| &b[..]), banned, n)))
+    }
+
+    fn listed(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
+        Ok(lists.0.ids().to_vec())
+    }
+
+    fn decide_listed(
+        &self,
+        hidden: &Buffer,
+        head: &Matrix,
+        bias: Option<&Aligned<f32>>,
+        lists: &Lists,
+        which: &[u32],
+        draws: &[Draw],
+    ) -> Result<Vec<Decision>> {
+        let (head, rows) = (head.packed(), draws.len());
+        assert!(
+            which.len() == rows && hidden.0.len() >= rows * head.k,
+            "{} lists, hidden of {} for {rows} rows",
+            which.len(),
+            hidden.0.len()
+        );
+        assert!(which.iter().all(|list| (*list as usize) < lists.0.ids().len()), "{which:?} of {} lists", lists.0.ids().len());
+        shortlist::decide_listed(&self.machine, &hidden.0, head, bias.map(|b| &b[..]), &lists.0, which, draws)
     }
 
     /// The host is where the network runs: nothing is saved by deciding elsewhere.

@@ -26,6 +26,7 @@ use super::machine::{Machine, Memory};
 use super::norm;
 use super::rope_append::{self, HeadNorm, RopeAppend};
 use super::run::{Current, Run};
+use super::shortlist::{self, Lists};
 use super::words::{Arrays, Words};
 use crate::backend::{
     Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router,
@@ -78,7 +79,7 @@ pub struct Buffer {
     /// Shared by the parts of an arena.
     _memory: Arc<Memory>,
     address: Address,
-    len: usize,
+    pub(super) len: usize,
     pub(super) dtype: DType,
 }
 
@@ -243,7 +244,7 @@ impl Cuda {
     }
 
     /// x as the element type of the weights: itself, or a rounded copy that lives as long as the answer.
-    fn as_input(&self, x: &Buffer, elements: usize) -> Result<(Address, Option<Memory>)> {
+    pub(super) fn as_input(&self, x: &Buffer, elements: usize) -> Result<(Address, Option<Memory>)> {
         if x.dtype == self.dtype {
             return Ok((x.address, None));
         }
@@ -292,6 +293,7 @@ impl Backend for Cuda {
     type KvCache = KvCache;
     type Batch = Batch;
     type Rows = Rows;
+    type Lists = Lists;
     type Run = Run;
     /// The weights of all experts, one below the other.
     type Stack = Matrix;
@@ -649,6 +651,30 @@ impl Backend for Cuda {
         let mut records = vec![decide::DecisionRecord::default(); draws.len()];
         self.machine.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
         records.iter().enumerate().map(|(row, record)| record.decision(row)).collect()
+    }
+
+    fn longest_list(&self) -> usize {
+        shortlist::LONGEST as usize
+    }
+
+    fn shortlist(&self, rows: usize, hidden: &Buffer, head: &Matrix, bias: Option<&Vector>, banned: &[u32], n: usize) -> Result<Lists> {
+        self.make_lists(rows, hidden, head, bias, banned, n)
+    }
+
+    fn listed(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
+        self.read_lists(lists)
+    }
+
+    fn decide_listed(
+        &self,
+        hidden: &Buffer,
+        head: &Matrix,
+        bias: Option<&Vector>,
+        lists: &Lists,
+        which: &[u32],
+        draws: &[Draw],
+    ) -> Result<Vec<Decision>> {
+        self.decide_lists(hidden, head, bias, lists, which, draws)
     }
 
     fn decides(&self) -> bool {

@@ -241,7 +241,7 @@ pub(super) fn builds() -> Vec<Build> {
 }
 
 /// Rows of a chunk: as many as `bytes` hold at `row_bytes` each, in whole tiles of 128 where there are several chunks.
-fn chunk_rows(rows: u32, row_bytes: usize, bytes: usize) -> u32 {
+pub(super) fn chunk_rows(rows: u32, row_bytes: usize, bytes: usize) -> u32 {
     let fit = u32::try_from(bytes / row_bytes.max(1)).unwrap_or(u32::MAX);
     if rows <= fit { rows } else { (fit / 128 * 128).max(128) }
 }

@@ -9,7 +9,7 @@ use super::compile::{EntryUse, compiler};
 use super::driver::Build;
 use super::replay::Replay;
 use super::replays::REPLAYS;
-use super::{ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route};
+use super::{ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, shortlist};
 use crate::error::Result;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -66,6 +66,7 @@ pub fn builds() -> Vec<Build> {
         reveal::builds(),
         rope_append::builds(),
         route::builds(),
+        shortlist::builds(),
     ]
     .concat()
 }
@@ -186,7 +187,7 @@ const SHARED_BYTES: u32 = 99 << 10;
 
 /// The most registers that entries of these names may use, where fewer than a whole multiprocessor's share are part of the design. The
 /// longest matching name counts.
-const REGISTER_BUDGETS: [(&str, u32); 13] = [
+const REGISTER_BUDGETS: [(&str, u32); 15] = [
     ("ask", 40),
     ("blend", 32),
     ("decide_draw", 128),
@@ -194,12 +195,14 @@ const REGISTER_BUDGETS: [(&str, u32); 13] = [
     ("embed", 40),
     ("experts_combine", 40),
     ("gather", 32),
+    ("listed", 96),
     ("norm", 64),
     ("remask", 48),
     ("reveal", 48),
     ("rope_append", 40),
     ("route_choose", 72),
     ("route", 40),
+    ("shortlist", 48),
 ];
 
 /// The most registers that a thread of `entry` may use: its budget, else what lets one CTA run.
@@ -298,11 +301,13 @@ mod tests {
                 "experts_combine",
                 "gather",
                 "linear",
+                "listed",
                 "norm",
                 "remask",
                 "reveal",
                 "rope_append",
-                "route"
+                "route",
+                "shortlist"
             ]
         );
         for kernel in &list {

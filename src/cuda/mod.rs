@@ -49,6 +49,7 @@ pub mod reveal;
 pub mod rope_append;
 pub mod route;
 mod run;
+pub mod shortlist;
 mod staging;
 mod trouble;
 mod words;

@@ -15,6 +15,7 @@ use super::replay::{Inputs, Key, Op, Replay, Shape};
 use super::reveal::{self, RevealParams};
 use super::rope_append::{self, RopeAppend};
 use super::route;
+use super::shortlist::{self, Listed, Shortlist};
 use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Reveal, Rope, RouterScore};
 use crate::error::{Error, Result};
 use crate::schedule::Rank;
@@ -56,6 +57,11 @@ pub static REPLAYS: &[Replay] = &[
     },
     Replay { name: "gather", keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
     Replay { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
+    Replay {
+        name: "listed",
+        keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9), key("top_p_percent", 100, 100)],
+        prepare: listed,
+    },
     Replay { name: "norm", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)], prepare: norm },
     Replay { name: "remask", keys: &[key("sequences", 64, 3), key("len", 1024, 40)], prepare: remask },
     Replay {
@@ -64,6 +70,11 @@ pub static REPLAYS: &[Replay] = &[
         prepare: rope_append,
     },
     Replay { name: "route", keys: &[key("rows", 1024, 5), key("experts", 256, 6), key("top_k", 8, 2)], prepare: route },
+    Replay {
+        name: "shortlist",
+        keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9)],
+        prepare: shortlist,
+    },
     Replay { name: "reveal", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: reveal },
 ];
 
@@ -226,6 +237,63 @@ fn decide(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         u64::from(words),
         DType::F32,
     ))
+}
+
+/// The head of all rows, of which only the ids remain.
+fn shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
+    let ids = list_len(shape)?;
+    let op = Shortlist {
+        rows,
+        k,
+        vocab,
+        hidden: inputs.noise(rows, k, dtype)?,
+        dtype,
+        head: inputs.noise(vocab, k, dtype)?,
+        bias: Some(inputs.noise(1, vocab, DType::F32)?),
+        banned: Some(inputs.words(vocab.div_ceil(32), |index, _| u32::from(index == 0))?),
+        count: ids,
+        ids: inputs.space(rows, ids, DType::F32)?,
+    };
+    let bytes = (count(rows, k) + count(vocab, k)) * dtype.bytes() as u64;
+    Ok(Op::new(bytes, move |machine| shortlist::shortlist(machine, &op)).flop(2 * count(rows, k) * u64::from(vocab)))
+}
+
+fn list_len(shape: &Shape) -> Result<u32> {
+    let (ids, vocab) = (shape.get("ids"), shape.get("vocab"));
+    if ids > shortlist::LONGEST.min(vocab) {
+        return Err(Error::request(format!("ids={ids}: at most {} of a vocabulary of {vocab}", shortlist::LONGEST)));
+    }
+    Ok(ids)
+}
+
+/// Every row has a list of its own, spread over the vocabulary.
+fn listed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
+    let ids = list_len(shape)?;
+    let top_p = shape.get("top_p_percent").min(100) as f32 / 100.0;
+    let draw =
+        |random: u32| DrawRecord { u: f64::from(random) / f64::from(u32::MAX) * 0.999, temperature: 1.0, top_p, ..DrawRecord::default() };
+    let draws: Vec<DrawRecord> = (0..rows).map(|_| draw(inputs.next())).collect();
+    let decisions = inputs.records(&vec![DecisionRecord::default(); rows as usize])?;
+    let part = vocab / ids;
+    let op = Listed {
+        rows,
+        k,
+        hidden: inputs.noise(rows, k, dtype)?,
+        dtype,
+        head: inputs.noise(vocab, k, dtype)?,
+        bias: Some(inputs.noise(1, vocab, DType::F32)?),
+        count: ids,
+        ids: inputs.words(small_count(rows, ids)?, |at, random| at % ids * part + random % part)?,
+        which: inputs.words(rows, |row, _| row)?,
+        draws: inputs.records(&draws)?,
+        decisions,
+    };
+    let (bytes, words) =
+        ((count(rows, ids) + u64::from(rows)) * u64::from(k) * dtype.bytes() as u64, rows * (size_of::<DecisionRecord>() / 4) as u32);
+    let launch = move |machine: &_| shortlist::listed(machine, &op);
+    Ok(Op::new(bytes, launch).flop(2 * count(rows, ids) * u64::from(k)).result(decisions, u64::from(words), DType::F32))
 }
 
 fn embed(inputs: &Inputs, shape: &Shape) -> Result<Op> {

@@ -12,7 +12,7 @@ use crate::model::run::Sampler;
 use crate::model::{Progress, Scratch};
 use crate::pages::PageTable;
 use crate::plan::{Plan, Visibility};
-use crate::schedule::{Eos, Schedule};
+use crate::schedule::{Bans, Eos, Schedule};
 use crate::session::{ForeseenJoint, ForeseenStep, JointAsk};
 
 /// A sampler and its states.
@@ -62,11 +62,43 @@ pub(super) fn run_joint(plan: &Plan, steps: &[&ForeseenStep], answering: impl Fn
 }
 
 /// The windows of a forward, one behind the other in the sampler's state.
-pub(super) struct Windows {
-    /// Sessions, and the rows of each.
-    sessions: Vec<(usize, usize)>,
+pub(super) struct Windows<B: Backend> {
+    sessions: Vec<Window>,
     /// Rows of the forward that lie outside of them.
     outside: Plan,
+    /// Lists of ids to choose among, those of all sessions that list alike together.
+    lists: Vec<B::Lists>,
+}
+
+/// The window of a session.
+struct Window {
+    session: usize,
+    rows: usize,
+    /// `None`: its positions choose among all ids.
+    listed: Option<Listed>,
+}
+
+/// Where the lists of a session's masked positions are.
+struct Listed {
+    /// Among [`Windows::lists`].
+    lists: usize,
+    /// The list of the first of the positions; the others follow.
+    first: u32,
+    /// Ascending.
+    positions: Vec<usize>,
+}
+
+/// How a session's rows are asked: what is banned, and the lists that are chosen from.
+type How = (Eos, Bans, Option<usize>);
+
+/// A session's part of the rows that a call of the sampler answers.
+struct Part {
+    how: How,
+    /// Among those of the windows.
+    rows: Vec<u32>,
+    draws: Vec<Draw>,
+    /// The list of each row, where rows have lists.
+    which: Vec<u32>,
 }
 
 impl<B: Backend> Engine<B> {
@@ -74,6 +106,13 @@ impl<B: Backend> Engine<B> {
     pub(super) fn check_joint(&self, schedule: &Schedule) -> Result<bool> {
         for (index, stage) in schedule.stages.iter().enumerate().filter(|(_, stage)| stage.joint) {
             let loaded = &self.models[stage.weights];
+            let longest = self.backend.longest_list();
+            if let Some(n) = stage.shortlist.filter(|n| *n > longest && *n < loaded.model.config().vocab_size) {
+                return Err(Error::request(format!(
+                    "stage {index}: shortlist={n}: {} lists at most {longest} ids, or all of them (shortlist=all)",
+                    self.backend.name()
+                )));
+            }
             if loaded.joint.is_none() {
                 return Err(Error::request(format!(
                     "stage {index}: sampler=joint, but no joint sampler is beside model {} (--joint DIR)",
@@ -90,14 +129,17 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Takes from the forward that was just run what the sampler needs of it, for those chosen sessions whose reveals are joint.
-    pub(super) fn start_joint(&mut self, chosen: &[usize], weights: usize) -> Result<Windows> {
-        let mut windows = Windows { sessions: Vec::new(), outside: Plan::new() };
+    pub(super) fn start_joint(&mut self, chosen: &[usize], weights: usize) -> Result<Windows<B>> {
+        let mut windows = Windows { sessions: Vec::new(), outside: Plan::new(), lists: Vec::new() };
         if chosen.iter().all(|i| !self.active[*i].session.is_joint()) {
             return Ok(windows);
         }
         let page_size = self.options.page_size;
+        let never = super::union(&self.banned, &self.ends.never);
         let Loaded { model, scratch, joint, .. } = &mut self.models[weights];
         let (mut inside, mut outside, mut wanted) = (Vec::new(), Vec::new(), 0);
+        // Rows of the windows that are listed alike.
+        let mut lists: Vec<((usize, Eos), Vec<u32>)> = Vec::new();
         for &i in chosen {
             let Active { session, table, .. } = &self.active[i];
             let step = session.step().expect("chosen for its step");
@@ -106,24 +148,40 @@ impl<B: Backend> Engine<B> {
                 continue;
             }
             let window = session.joint_window();
+            let listed = session.joint_shortlist().filter(|n| *n < model.config().vocab_size).map(|n| {
+                let at = lists.iter().position(|(how, _)| *how == (n, step.eos)).unwrap_or_else(|| {
+                    lists.push(((n, step.eos), Vec::new()));
+                    lists.len() - 1
+                });
+                let (rows, before) = (&mut lists[at].1, inside.len());
+                let positions: Vec<usize> = step.asks.iter().map(|ask| ask.position).collect();
+                let first = rows.len() as u32;
+                rows.extend(positions.iter().map(|p| (before + p - window.start) as u32));
+                Listed { lists: at, first, positions }
+            });
             let row = |position: usize| step.rows.binary_search_by_key(&position, |(p, _)| *p).expect("a row of the forward") as u32;
             inside.extend(window.clone().map(|p| wanted + row(model.answering(p))));
             let rest: Vec<(usize, u32)> = step.rows.iter().copied().filter(|(p, _)| !window.contains(p)).collect();
             outside.extend(rest.iter().map(|(p, _)| wanted + row(*p)));
             windows.outside.push(&rest, table.pages(), page_size, step.visibility, step.len);
             if !window.is_empty() {
-                windows.sessions.push((i, window.len()));
+                windows.sessions.push(Window { session: i, rows: window.len(), listed });
             }
             wanted += step.rows.len() as u32;
         }
         let joint = joint.as_mut().expect("looked for when the request came");
         joint.sampler.start(&self.backend, model, &inside, scratch, &mut joint.state)?;
         joint.sampler.start(&self.backend, model, &outside, scratch, &mut joint.outside)?;
+        for ((n, eos), rows) in &lists {
+            // The states are still the model's own rows.
+            let banned = if *eos == Eos::Never { &never } else { &self.banned };
+            windows.lists.push(joint.sampler.shortlist(&self.backend, model, rows, *n, banned, scratch, &joint.state)?);
+        }
         Ok(windows)
     }
 
     /// The sampler's K/V of finished positions.
-    pub(super) fn append_joint(&mut self, windows: &Windows, weights: usize) -> Result<()> {
+    pub(super) fn append_joint(&mut self, windows: &Windows<B>, weights: usize) -> Result<()> {
         if windows.outside.num_rows() == 0 {
             return Ok(());
         }
@@ -133,25 +191,29 @@ impl<B: Backend> Engine<B> {
     }
 
     /// The sampler's passes until every session has revealed what its forward was to reveal.
-    pub(super) fn finish_joint(&mut self, mut windows: Windows, weights: usize) -> Result<()> {
+    pub(super) fn finish_joint(&mut self, mut windows: Windows<B>, weights: usize) -> Result<()> {
         loop {
             // Sessions that are through leave, and the states of the others move up.
-            let (mut open, mut kept, mut first) = (Vec::new(), Vec::new(), 0);
-            for &(i, rows) in &windows.sessions {
-                let ask = self.active[i].session.joint_ask().filter(|_| self.active[i].failed.is_none());
+            let (mut asks, mut kept, mut first) = (Vec::new(), Vec::new(), 0);
+            windows.sessions.retain(|window| {
+                let active = &self.active[window.session];
+                let ask = active.session.joint_ask().filter(|_| active.failed.is_none());
+                let rows = first..first + window.rows as u32;
+                first = rows.end;
+                let stays = ask.is_some();
                 if let Some(ask) = ask {
-                    kept.extend(first..first + rows as u32);
-                    open.push((i, ask));
+                    kept.extend(rows);
+                    asks.push(ask);
                 }
-                first += rows as u32;
-            }
-            if open.is_empty() {
+                stays
+            });
+            if asks.is_empty() {
                 return Ok(());
             }
-            windows.sessions = open.iter().map(|(i, ask)| (*i, ask.rows.len())).collect();
             let mut plan = Plan::new();
-            for (i, ask) in &open {
-                plan.push(&ask.rows, self.active[*i].table.pages(), self.options.page_size, ask.visibility, ask.len);
+            for (window, ask) in windows.sessions.iter().zip(&asks) {
+                let pages = self.active[window.session].table.pages();
+                plan.push(&ask.rows, pages, self.options.page_size, ask.visibility, ask.len);
             }
             let backend = &self.backend;
             let Loaded { model, kv, scratch, joint } = &mut self.models[weights];
@@ -160,8 +222,9 @@ impl<B: Backend> Engine<B> {
                 sampler.keep(backend, model, &kept, scratch, state)?;
             }
             backend.range("joint", || sampler.call(backend, model, &plan, kv, scratch, state))?;
-            for ((i, ask), answer) in open.iter().zip(self.joint_answers(weights, &open)) {
-                self.commit_pass(*i, ask, answer);
+            let answers = self.joint_answers(weights, &windows, &asks);
+            for ((window, ask), answer) in windows.sessions.iter().zip(&asks).zip(answers) {
+                self.commit_pass(window.session, ask, answer);
             }
         }
     }
@@ -192,36 +255,57 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Answers of the sampler's last call, session by session. Those that ask alike are answered together.
-    fn joint_answers(&mut self, weights: usize, open: &[(usize, JointAsk)]) -> Vec<Result<Vec<Decision>>> {
-        let mut parts: Vec<(Vec<u32>, Vec<Draw>, Eos)> = Vec::with_capacity(open.len());
+    fn joint_answers(&mut self, weights: usize, windows: &Windows<B>, asks: &[JointAsk]) -> Vec<Result<Vec<Decision>>> {
+        let mut parts: Vec<Part> = Vec::with_capacity(asks.len());
         let mut first = 0;
-        for (_, ask) in open {
-            let rows = ask.asks.iter().map(|a| first + a.row as u32).collect();
-            parts.push((rows, ask.asks.iter().map(|a| a.draw).collect(), ask.eos));
+        for (window, ask) in windows.sessions.iter().zip(asks) {
+            let which = |listed: &Listed| -> Vec<u32> {
+                let list = |position| listed.positions.binary_search(&position).expect("masked since the forward") as u32;
+                ask.asks.iter().map(|a| listed.first + list(a.position)).collect()
+            };
+            parts.push(Part {
+                how: (ask.eos, ask.bans, window.listed.as_ref().map(|listed| listed.lists)),
+                rows: ask.asks.iter().map(|a| first + a.row as u32).collect(),
+                draws: ask.asks.iter().map(|a| a.draw).collect(),
+                which: window.listed.as_ref().map_or_else(Vec::new, which),
+            });
             first += ask.rows.len() as u32;
         }
         let never = super::union(&self.banned, &self.ends.never);
         let Loaded { model, scratch, joint, .. } = &mut self.models[weights];
         let LoadedJoint { sampler, state, .. } = joint.as_ref().expect("started");
-        let mut ask = |rows: &[u32], draws: &[Draw], eos: Eos| {
-            let banned = if eos == Eos::Never { &never } else { &self.banned };
+        let mut ask = |Part { how: (eos, bans, lists), rows, draws, which }: &Part| {
+            if let Some(lists) = lists {
+                return sampler.decide_listed(&self.backend, model, rows, draws, (&windows.lists[*lists], which), scratch, state);
+            }
+            let banned = match (eos, bans) {
+                (Eos::Never, Bans::Every) => &never,
+                // What the request itself does not want is not drawn by a pass either.
+                (Eos::Never, Bans::First) => &self.ends.never,
+                (_, Bans::Every) => &self.banned,
+                (_, Bans::First) => &Vec::new(),
+            };
             sampler.decide(&self.backend, model, rows, draws, banned, scratch, state)
         };
-        let mut answers = Vec::with_capacity(open.len());
-        for group in parts.chunk_by(|a, b| a.2 == b.2) {
-            let rows: Vec<u32> = group.iter().flat_map(|part| part.0.iter().copied()).collect();
-            let draws: Vec<Draw> = group.iter().flat_map(|part| part.1.iter().copied()).collect();
-            match ask(&rows, &draws, group[0].2) {
+        let mut answers = Vec::with_capacity(asks.len());
+        for group in parts.chunk_by(|a, b| a.how == b.how) {
+            let all = Part {
+                how: group[0].how,
+                rows: group.iter().flat_map(|part| part.rows.iter().copied()).collect(),
+                draws: group.iter().flat_map(|part| part.draws.iter().copied()).collect(),
+                which: group.iter().flat_map(|part| part.which.iter().copied()).collect(),
+            };
+            match ask(&all) {
                 Ok(all) => {
                     let mut rest = all.as_slice();
                     for part in group {
-                        let (own, more) = rest.split_at(part.0.len());
+                        let (own, more) = rest.split_at(part.rows.len());
                         answers.push(Ok(own.to_vec()));
                         rest = more;
                     }
                 }
                 // Found by asking again, one session at a time.
-                Err(_) => answers.extend(group.iter().map(|part| ask(&part.0, &part.1, part.2))),
+                Err(_) => answers.extend(group.iter().map(&mut ask)),
             }
         }
         answers

@@ -258,6 +258,41 @@ impl<B: Backend> Joint<B> {
         backend.decide(&scratch.qkv, &model.head.weight, model.head.bias.as_ref(), banned, draws)
     }
 
+    /// For rows of the window, the `n` most probable ids by their states as they are now: what [`Joint::decide_listed`] then chooses among.
+    #[allow(clippy::too_many_arguments)] // as `decide`
+    pub fn shortlist(
+        &self,
+        backend: &B,
+        model: &Model<B>,
+        rows: &[u32],
+        n: usize,
+        banned: &[u32],
+        scratch: &mut Scratch<B>,
+        state: &JointState<B>,
+    ) -> Result<B::Lists> {
+        backend.gather(&backend.rows(rows)?, model.config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
+        backend.shortlist(rows.len(), &scratch.qkv, &model.head.weight, model.head.bias.as_ref(), banned, n)
+    }
+
+    /// [`Joint::decide`] among listed ids alone: `rows[i]` by list `which[i]`.
+    #[allow(clippy::too_many_arguments)] // as `decide`
+    pub fn decide_listed(
+        &self,
+        backend: &B,
+        model: &Model<B>,
+        rows: &[u32],
+        draws: &[Draw],
+        (lists, which): (&B::Lists, &[u32]),
+        scratch: &mut Scratch<B>,
+        state: &JointState<B>,
+    ) -> Result<Vec<Decision>> {
+        if rows.is_empty() {
+            return Ok(Vec::new());
+        }
+        backend.gather(&backend.rows(rows)?, model.config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
+        backend.decide_listed(&scratch.qkv, &model.head.weight, model.head.bias.as_ref(), lists, which, draws)
+    }
+
     /// Logits (rows, V) of the first `rows` rows of the window, before any ban; for checks.
     pub fn logits(&self, backend: &B, model: &Model<B>, rows: usize, state: &JointState<B>) -> Result<Vec<f32>> {
         let vocab_size = model.config.vocab_size;

@@ -6,7 +6,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::{
-    Defaults, Edit, Eos, KvPolicy, MAX_MODELS, Rank, Remask, RemaskBy, Scope, Score, Stage, Unmask, top_k_of, valid_temperature,
+    Bans, Defaults, Edit, Eos, KvPolicy, MAX_MODELS, Rank, Remask, RemaskBy, Scope, Score, Stage, Unmask, top_k_of, valid_temperature,
     valid_top_p,
 };
 use crate::backend::{TopK, TopKOrder, TopPRule};
@@ -40,6 +40,9 @@ pub struct StageSpec {
     fill: Option<bool>,
     /// `Some(None)` where `unmask` says how many.
     joint: Option<Option<usize>>,
+    bans: Option<Bans>,
+    /// `Some(None)` is all ids.
+    shortlist: Option<Option<usize>>,
     kv: Option<KvPolicy>,
     truncated_confidence: Option<bool>,
     weights: Option<usize>,
@@ -67,7 +70,7 @@ enum UnmaskSpec {
 }
 
 const KEYS: &str = "block, visible, from, sub, remask, by, score, unmask, order, steps, eps, order_temperature, temperature, top_p, top_p_rule, \
-                    top_k, top_k_order, guidance, eos, edit, passes, last, sampler, kv, confidence, weights";
+                    top_k, top_k_order, guidance, eos, edit, passes, last, sampler, bans, shortlist, kv, confidence, weights";
 
 /// Forwards over a block without masks where `passes` is not given: what LLaDA2.1 publishes.
 const PASSES: usize = 16;
@@ -186,6 +189,18 @@ impl FromStr for StageSpec {
                         _ => None,
                     };
                     set(&mut spec.joint, joint, twice, bad("joint:K, or joint beside unmask=RANK:K"))?;
+                }
+                "bans" => {
+                    let bans = match value {
+                        "every" => Some(Bans::Every),
+                        "first" => Some(Bans::First),
+                        _ => None,
+                    };
+                    set(&mut spec.bans, bans, twice, bad("every or first"))?;
+                }
+                "shortlist" => {
+                    let n = if value == "all" { Some(None) } else { parse_count(value).filter(|n| *n >= 2).map(Some) };
+                    set(&mut spec.shortlist, n, twice, bad("a number of ids, at least 2, or all"))?;
                 }
                 "kv" => set(&mut spec.kv, parse_kv(value), twice, bad("exact, refresh:FORWARDS, draft, prefix, dual or recompute"))?,
                 "confidence" => {
@@ -395,6 +410,13 @@ impl StageSpec {
                 return fail("sampler=joint goes without guidance, edit and eos=last, which ask the model twice");
             }
         }
+        let (bans, shortlist) = (self.bans.unwrap_or_default(), self.shortlist.flatten());
+        if !joint && (self.bans.is_some() || self.shortlist.is_some()) {
+            return fail("bans and shortlist are about the passes of a joint sampler: they go with sampler=joint");
+        }
+        if bans == Bans::First && shortlist.is_some() {
+            return fail("bans=first goes without a shortlist, on which nothing stands that the model's own answers ban");
+        }
         let fill = self.fill.unwrap_or(false);
         if fill && (index > 0 || scope != Scope::Block || block_len.is_none()) {
             return fail("last=fill is for the first stage, with visible=block and block=LENGTH");
@@ -419,6 +441,8 @@ impl StageSpec {
             eos,
             edit,
             joint,
+            bans,
+            shortlist,
             fill,
             kv,
             truncated_confidence: self.truncated_confidence.unwrap_or(false),
@@ -569,6 +593,12 @@ impl fmt::Display for Stage {
         if self.joint {
             f.write_str(",sampler=joint")?;
         }
+        if self.bans == Bans::First {
+            f.write_str(",bans=first")?;
+        }
+        if let Some(n) = self.shortlist {
+            write!(f, ",shortlist={n}")?;
+        }
         if self.fill {
             f.write_str(",last=fill")?;
         }
@@ -669,6 +699,12 @@ mod tests {
             (0, "sampler=joint,unmask=threshold:0.9", "a number of tokens"),
             (0, "sampler=joint:2,kv=refresh:2", "kv=exact"),
             (0, "sampler=joint:2,visible=canvas,guidance=1", "without guidance"),
+            (0, "unmask=entropy:2,bans=first", "sampler=joint"),
+            (0, "unmask=entropy:2,shortlist=all", "sampler=joint"),
+            (0, "sampler=joint:2,bans=last", "every or first"),
+            (0, "sampler=joint:2,shortlist=1", "at least 2"),
+            (0, "sampler=joint:2,shortlist=-4", "or all"),
+            (0, "sampler=joint:2,shortlist=8,bans=first", "without a shortlist"),
             (0, "unmask=uniform:1,order_temperature=0.1", "goes with a ranking"),
             (0, "unmask=threshold:0.9,order_temperature=0.5", "goes with a ranking"),
             (0, "order_temperature=nan", "finite"),
@@ -729,6 +765,7 @@ mod tests {
             let guidance = if canvas && kv.is_multiple_of(2) && kv < 3 { t } else { 0.0 };
             let eos = [Eos::Free, Eos::Never, Eos::Last, Eos::NeverLast][if unmask.by_confidence() { n % 4 } else { n % 2 }];
             let once = guidance == 0.0 && edit.is_none() && matches!(eos, Eos::Free | Eos::Never);
+            let joint = exact && once && unmask.rank().is_some() && flags & 4 == 0;
             let stage = Stage {
                 block_len: block,
                 scope: if flags & 1 == 0 { Scope::Block } else { Scope::Canvas },
@@ -744,7 +781,9 @@ mod tests {
                 guidance,
                 eos,
                 edit,
-                joint: exact && once && unmask.rank().is_some() && flags & 4 == 0,
+                joint,
+                bans: if joint && n % 3 == 1 { Bans::First } else { Bans::Every },
+                shortlist: Some(n + 2).filter(|_| joint && n % 3 == 2),
                 fill: false,
                 temperature: t,
                 top_p: p,

@@ -71,6 +71,9 @@ impl Session {
             };
             let stage = *ghost.stage();
             let kv = matches!(stage.kv, KvPolicy::Exact | KvPolicy::Recompute);
+            if stage.hosts_passes() {
+                break;
+            }
             // Weights of another model are another forward.
             if !matches!(step.kind, Kind::Denoise | Kind::Lead) || !kv || step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
                 break;
@@ -179,6 +182,15 @@ mod tests {
         .unwrap();
         assert_eq!(session.next(&mut Vec::new()), Next::Forward);
         session.foresee(99)
+    }
+
+    /// Passes among listed ids, or without bans, are the host's; other passes are the device's.
+    #[test]
+    fn passes_of_the_hosts_kind_are_not_foreseen() {
+        assert!(!foreseen("block=full,sampler=joint:2", 2).is_empty());
+        for rest in ["shortlist=8", "bans=first"] {
+            assert!(foreseen(&format!("block=full,sampler=joint:2,{rest}"), 2).is_empty(), "{rest}");
+        }
     }
 
     /// Shifted logits: the row before a position is among the rows of its step, leads included.

@@ -8,7 +8,7 @@ use crate::backend::{Decision, Reveal, SessionStep};
 use crate::error::Result;
 use crate::plan::{Kind, Visibility};
 use crate::policy::{self, Candidate};
-use crate::schedule::{Eos, Unmask};
+use crate::schedule::{Bans, Eos, Stage, Unmask};
 
 /// Where a sampler's calls begin among the bits of a draw's step.
 const CALL_BITS: u32 = 20;
@@ -32,12 +32,19 @@ pub struct JointAsk {
     /// Sequence length.
     pub len: usize,
     pub eos: Eos,
+    pub bans: Bans,
 }
 
 impl Session {
     /// Whether the pending step belongs to a stage whose reveals are joint: all of its rows are wanted.
     pub fn is_joint(&self) -> bool {
         self.stage().joint && self.pending.as_ref().is_some_and(|step| step.kind != Kind::Score)
+    }
+
+    /// Ids that the sampler's calls behind the pending step choose among at each position that it asks; `None`: all of them, or it makes no call.
+    pub fn joint_shortlist(&self) -> Option<usize> {
+        let step = self.pending.as_ref().filter(|step| step.kind == Kind::Denoise)?;
+        self.stage().shortlist.filter(|_| self.round_quota(step.asks.len()) > 1)
     }
 
     /// Positions whose states the sampler carries on after the pending step: its block, or under full visibility everything. Empty where the step
@@ -58,10 +65,15 @@ impl Session {
 
     /// The first reveal of a forward, of its quota; the others are up to the sampler.
     pub(super) fn first_of_round(&mut self, candidates: &[Candidate]) -> Result<Vec<usize>> {
-        let quota = policy::quota(&self.stage().unmask, self.progress).unwrap_or(1).clamp(1, candidates.len().max(1));
+        let quota = self.round_quota(candidates.len());
         let chosen = self.select_one(candidates)?;
         self.round = Some(Round { left: quota - 1, calls: 0 }).filter(|round| round.left > 0);
         Ok(chosen)
+    }
+
+    /// Reveals of a forward that asks `asks` positions.
+    fn round_quota(&self, asks: usize) -> usize {
+        policy::quota(&self.stage().unmask, self.progress).unwrap_or(1).clamp(1, asks.max(1))
     }
 
     fn select_one(&self, candidates: &[Candidate]) -> Result<Vec<usize>> {
@@ -105,8 +117,8 @@ impl Session {
         };
         let asks = self.canvas.masked_in(self.unit.clone()).map(ask).collect();
         let rows = window.clone().map(|p| (p, self.canvas.tokens()[p])).collect();
-        let (visibility, eos) = (self.stage().visibility(), self.stage().eos);
-        Some(JointAsk { rows, asks, visibility, len: self.canvas.len(), eos })
+        let Stage { eos, bans, .. } = *self.stage();
+        Some(JointAsk { rows, asks, visibility: self.stage().visibility(), len: self.canvas.len(), eos, bans })
     }
 
     /// Takes the answers to [`Session::joint_ask`], in the order of its asks.
@@ -117,7 +129,9 @@ impl Session {
             .zip(decisions)
             .map(|(ask, decision)| Candidate { position: ask.position, decision: *decision, order: ask.order })
             .collect();
-        let chosen = self.select_one(&candidates)?;
+        let mut chosen = self.select_one(&candidates)?;
+        // MASK may be drawn where it is not banned: the position stays as it is, and the reveal is spent.
+        chosen.retain(|i| candidates[*i].decision.token != self.spec.mask_id);
         let report = self.reports.last_mut().expect("opened with the stage");
         report.rows += ask.rows.len();
         report.forwards.joint += 1;

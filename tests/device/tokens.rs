@@ -45,6 +45,34 @@ pub fn attach<B: Backend>(engine: &mut Engine<B>, joint: Option<&Path>) {
     }
 }
 
+/// Passes that choose among listed ids, and passes without bans, beside each other.
+#[test]
+fn tokens_equal_the_cpus_for_shortlists_and_late_bans() {
+    for (name, rest) in [("bd3lm-adaln", "block=4"), ("dream", "block=full,visible=canvas"), ("llada", "block=8,visible=canvas")] {
+        let dir = fixture(name);
+        let stage = |keys: &str| schedule(&[&format!("{rest},sampler=joint:4,{keys}")]);
+        let kinds =
+            ["shortlist=6,top_p=0.8", "bans=first,temperature=2", "shortlist=20,top_k=5,confidence=truncated", "eos=never,shortlist=6"];
+        let requests: Vec<Request> = kinds.iter().flat_map(|keys| ragged(&stage(keys), [8, 9, 12])).collect();
+        agree_with(&dir, Some(&dir.join("joint")), &requests, &format!("{name} {rest}"));
+    }
+}
+
+/// A device lists so many ids and no more; where all are wanted no list is made.
+#[test]
+fn a_list_that_is_too_long_is_refused_by_name() {
+    for backend in backends(DType::F32) {
+        let mut engine = Engine::load(&shipped(), backend, options()).expect("the model that ships");
+        let mut refused = |n: usize| {
+            let stages = schedule(&[&format!("block=4,sampler=joint:2,shortlist={n}")]);
+            engine.submit(request(&[0], 4, &stages, 1, 0)).err().expect("there is no sampler, and at most 1024 are listed").to_string()
+        };
+        let long = refused(1025);
+        assert!(["stage 0", "shortlist=1025", "at most 1024", "shortlist=all"].iter().all(|word| long.contains(word)), "{long}");
+        assert!([refused(1024), refused(1 << 20)].iter().all(|error| error.contains("--joint")));
+    }
+}
+
 /// Lengths, prompts and seeds of a ragged batch.
 pub fn ragged(stages: &redraft::Schedule, lengths: [usize; 3]) -> Vec<Request> {
     let prompts: [&[u32]; 3] = [&[1, 5, 9, 3, 20], &[2], &[7, 7, 8, 30, 31, 2, 4, 11, 12]];

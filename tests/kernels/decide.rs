@@ -165,7 +165,7 @@ fn record(row: usize, draw: Option<&Draw>) -> DrawRecord {
 }
 
 /// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p move by more than f32 sums err.
-fn is_clear(logits: &[f32], banned: &[u32], draw: &Draw) -> bool {
+pub fn is_clear(logits: &[f32], banned: &[u32], draw: &Draw) -> bool {
     let decision = |du: f64, dp: f32| {
         let top_p = if draw.top_p < 1.0 { (draw.top_p + dp).clamp(1e-9, 0.999_999_9) } else { 1.0 };
         decide_row(logits, banned, &Draw { u: (draw.u + du).clamp(0.0, 1.0 - 1e-9), top_p, ..*draw }).expect("finite logits")
@@ -187,7 +187,7 @@ fn plain(logits: &[f32], banned: &[u32], token: u32) -> [f32; 2] {
     [(sum.ln() - moment / sum).max(0.0), logits[token as usize] - max - sum.ln()]
 }
 
-fn agree(got: &Decision, want: &Decision) -> Result<(), String> {
+pub fn agree(got: &Decision, want: &Decision) -> Result<(), String> {
     let close = |a: f32, b: f32, tolerance: f32| (a - b).abs() <= tolerance || a == b;
     // f32 exponentials with wider sums: 1e-6 relative; entropy sums terms of up to ln V.
     let holds = got.token == want.token
@@ -199,7 +199,7 @@ fn agree(got: &Decision, want: &Decision) -> Result<(), String> {
 }
 
 /// Every kind of draw once.
-fn kinds(seed: u64, vocab: usize) -> Vec<Draw> {
+pub fn kinds(seed: u64, vocab: usize) -> Vec<Draw> {
     let kinds = [
         (1.0, 1.0, TopPRule::Within),
         (0.0, 1.0, TopPRule::Within),

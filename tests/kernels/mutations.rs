@@ -4,7 +4,9 @@ use redraft::cuda::Edit;
 use redraft::cuda::machine::Machine;
 
 use crate::emulator::{edited_machines, on_all_cores};
-use crate::{ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rng, rope_append, route};
+use crate::{
+    ask, attention, blend, decide, embed, experts, gather, linear, listed, norm, remask, reveal, rng, rope_append, route, shortlist,
+};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
@@ -122,6 +124,59 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         ("decide.cuh", "draw.temperature == 0.0f && !is_cut(draw)", "draw.temperature == 0.0f && draw.top_p >= 1.0f"),
     ),
     ("a status without its token", decide::refusals, ("decide_nucleus.cu", "STATUS_BROKEN, (u32)broken", "STATUS_BROKEN, 0")),
+    (
+        "one equal too many on a list",
+        shortlist::holds,
+        ("shortlist.cu", "(equal && equal_before < cut.equal)", "(equal && equal_before <= cut.equal)"),
+    ),
+    ("banned ids listed", shortlist::holds, ("shortlist.cu", " && !is_banned(p.banned, id);", ";")),
+    ("what can never be drawn listed", shortlist::holds, ("shortlist.cu", "return logit > -infinity() && !", "return !")),
+    (
+        "no end of a short list",
+        shortlist::holds,
+        ("shortlist.cu", "i < p.count; i += THREADS) ids[i] = NO_ID;", "i < p.count; i += THREADS) ;"),
+    ),
+    (
+        "equals of the tiles before forgotten",
+        shortlist::holds,
+        ("shortlist.cu", "equal_seen += counts >> 16;", "equal_seen = counts >> 16;"),
+    ),
+    ("the list of the row's own number", listed::the_law, ("listed.cu", "p.which[blockIdx.x]", "blockIdx.x")),
+    ("logits read before all are there", listed::the_law, ("listed.cu", "    __syncthreads();  // all logits are there\n", "")),
+    ("an element past the end of a row", listed::the_law, ("listed.cu", "i < at + 4 && i < k;", "i < at + 4;")),
+    ("a bias by place", listed::the_law, ("listed.cu", "logit += p.bias[id];", "logit += p.bias[i];")),
+    ("zero times infinity", listed::the_law, ("listed.cu", "if (logits[i] == -infinity()) continue;\n", "")),
+    (
+        "sums of warps read before they are written",
+        listed::the_law,
+        ("listed.cu", "partial[warp_id()] = inclusive;\n    __syncthreads();", "partial[warp_id()] = inclusive;"),
+    ),
+    (
+        "sorted while others still exchange",
+        listed::the_law,
+        ("listed.cu", "            __syncthreads();  // the next round reads what others exchanged\n", ""),
+    ),
+    (
+        "drawn before what is cut off is gone",
+        listed::the_law,
+        ("listed.cu", "    __syncthreads();  // what is cut off has no mass any more\n", ""),
+    ),
+    (
+        "the rank behind the edge kept",
+        listed::edges,
+        ("listed.cu", "outside < kept ? (u32)outside : kept;", "outside < kept ? (u32)outside + 1 : kept;"),
+    ),
+    ("a nucleus of everything before top-k", listed::edges, ("listed.cu", "draw.flags & DRAW_TOP_K_AFTER ? count : kept;", "count;")),
+    ("the k-th left out", listed::edges, ("listed.cu", "above += logits[i] >= least;", "above += logits[i] > least;")),
+    ("a boundary belongs to the lower id", listed::edges, ("listed.cu", "cumulative > draw.u * total", "cumulative >= draw.u * total")),
+    (
+        "ties to the higher id",
+        listed::edges,
+        ("listed.cu", "(u64)(u32)~ordered_bits(logit) << 32 | i;", "(u64)(u32)~ordered_bits(logit) << 32 | (size - 1 - i);"),
+    ),
+    ("a second token where one is left", listed::edges, ("listed.cu", "kept > 1 ? exp(", "kept > 0 ? exp(")),
+    ("the end of a list forced", listed::refusals, ("listed.cu", " && ids[i] != NO_ID) place", ") place")),
+    ("a place instead of an id refused", listed::refusals, ("listed.cu", "broken = ids[i];", "broken = i;")),
     ("asks beyond the prediction", ask::holds, ("ask.cu", "if (masked && i < s.ask_count)", "if (masked)")),
     ("every tile starts from the first ask", ask::holds, ("ask.cu", "        seen += count;\n", "        seen = count;\n")),
     ("the wrong half of a key", ask::holds, ("ask.cu", "s.step, position).token", "s.step, position).order")),

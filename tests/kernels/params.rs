@@ -16,6 +16,7 @@ use redraft::cuda::remask::RemaskParams;
 use redraft::cuda::reveal::RevealParams;
 use redraft::cuda::rope_append::RopeAppendParams;
 use redraft::cuda::route::RouteParams;
+use redraft::cuda::shortlist::{ListedParams, ShortlistParams};
 
 /// What each side says about one struct.
 fn twin<P: Params>(name: &'static str) -> (&'static str, Vec<String>) {
@@ -39,12 +40,14 @@ fn both_sides_state_the_same_layout() {
         twin::<ExpertsParams>("ExpertsParams"),
         twin::<GatherParams>("GatherParams"),
         twin::<LinearParams>("LinearParams"),
+        twin::<ListedParams>("ListedParams"),
         twin::<NormParams>("NormParams"),
         twin::<RemaskParams>("RemaskParams"),
         twin::<RopeAppendParams>("RopeAppendParams"),
         twin::<RevealParams>("RevealParams"),
         twin::<RouteParams>("RouteParams"),
         twin::<SessionStep>("SessionStep"),
+        twin::<ShortlistParams>("ShortlistParams"),
         twin::<SessionSummary>("SessionSummary"),
     ];
     // Every struct that any kernel or header states, by its lines in order.

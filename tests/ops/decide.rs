@@ -7,7 +7,7 @@ use redraft::policy::decide_row;
 
 use crate::{TestBackend, cpus, each, noise};
 
-const PLAIN: Draw =
+pub const PLAIN: Draw =
     Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
 
 /// Runs rows of V logits through a head of 16 features whose products reproduce them: logits come from the bias, rows from a
@@ -26,12 +26,12 @@ fn decide<B: TestBackend>(b: &B, rows: &[Vec<f32>], banned: &[u32], draws: &[Dra
 }
 
 /// The logits as the backend sees them.
-fn stored(dtype: DType, row: &[f32]) -> Vec<f32> {
+pub fn stored(dtype: DType, row: &[f32]) -> Vec<f32> {
     row.iter().map(|&v| oracle::stored(dtype, v)).collect()
 }
 
 /// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p move by more than f32 sums err.
-fn is_clear(row: &[f32], banned: &[u32], draw: &Draw) -> bool {
+pub fn is_clear(row: &[f32], banned: &[u32], draw: &Draw) -> bool {
     let decision = |du: f64, dp: f32| {
         let moved = Draw { u: (draw.u + du).clamp(0.0, 1.0 - 1e-9), top_p: if draw.top_p < 1.0 { draw.top_p + dp } else { 1.0 }, ..*draw };
         decide_row(row, banned, &moved).unwrap()
@@ -42,7 +42,7 @@ fn is_clear(row: &[f32], banned: &[u32], draw: &Draw) -> bool {
 }
 
 #[track_caller]
-fn assert_decision(what: &str, got: &Decision, want: &Decision) {
+pub fn assert_decision(what: &str, got: &Decision, want: &Decision) {
     assert_eq!(got.token, want.token, "{what}: {got:?}, expected {want:?}");
     let close = |a: f32, b: f32, tolerance: f32| (a - b).abs() <= tolerance || a == b;
     // f32 exponentials with f64 sums: 1e-6 relative; entropy sums terms of up to ln V.

@@ -10,6 +10,7 @@ mod norm;
 mod pool;
 mod rope;
 mod route;
+mod shortlist;
 mod simd;
 
 use redraft::backend::{Backend, DType, HeadShape};

@@ -1,0 +1,243 @@
+//! Launchers of `shortlist` and `listed`: lists of the most probable ids of rows, and the token choice among the ids of a list.
+//!
+//! Lists stay on the device. Every one has room for the same number of ids; a shorter one ends with [`NO_ID`].
+#![forbid(unsafe_code)]
+
+use super::backend::{Buffer, Cuda, Matrix, Vector};
+use super::decide::{DecisionRecord, DrawRecord, chunk_rows, status};
+use super::driver::{Address, Build, Launch};
+use super::linear::{self, Linear};
+use super::machine::{Machine, Memory};
+use super::params::params;
+use crate::backend::{DType, Decision, Draw, Epilogue, not_listed};
+use crate::error::Result;
+
+/// An id that no vocabulary has: the rest of a list, the `NO_ID` of `kernels/decide.cuh`.
+pub const NO_ID: u32 = u32::MAX;
+/// Ids that a list may hold, LONGEST in `kernels/listed.cu`: 24 KiB of shared memory.
+pub const LONGEST: u32 = 1024;
+/// Threads of both, a row.
+const THREADS: u32 = 256;
+/// Workspace that logits may take; beyond it rows go through in chunks.
+const CHUNK_BYTES: usize = 64 << 20;
+
+params! {
+    /// `shortlist`: one entry.
+    ShortlistParams, 32 bytes {
+        /// (rows, vocab) f32.
+        logits: u64 = 0,
+        /// A bit for every id, or 0 for none.
+        banned: u64 = 8,
+        /// (rows, count) u32 out.
+        ids: u64 = 16,
+        vocab: u32 = 24,
+        count: u32 = 28,
+    }
+}
+
+params! {
+    /// `listed`: entries `listed_f32` and `listed_bf16` by the type of hidden and head.
+    ListedParams, 64 bytes {
+        /// (rows, k) f32 or bf16.
+        hidden: u64 = 0,
+        /// (vocab, k), the same type.
+        head: u64 = 8,
+        /// (vocab) f32, or 0 for none.
+        bias: u64 = 16,
+        /// (lists, count) u32.
+        ids: u64 = 24,
+        /// (rows) u32.
+        which: u64 = 32,
+        /// (rows) [`DrawRecord`].
+        draws: u64 = 40,
+        /// (rows) [`DecisionRecord`].
+        decisions: u64 = 48,
+        count: u32 = 56,
+        k: u32 = 60,
+    }
+}
+
+fn shortlist_build() -> Build {
+    Build { stem: "shortlist", defines: vec![("THREADS", THREADS)] }
+}
+
+fn listed_build() -> Build {
+    Build { stem: "listed", defines: vec![("THREADS", THREADS), ("LONGEST", LONGEST)] }
+}
+
+/// The builds of these kernels.
+pub(super) fn builds() -> Vec<Build> {
+    vec![shortlist_build(), listed_build()]
+}
+
+/// `ids[r]` = the `count` largest logits of `hidden[r] head^T + bias`.
+pub struct Shortlist {
+    pub rows: u32,
+    pub k: u32,
+    pub vocab: u32,
+    /// (rows, k) of `dtype`.
+    pub hidden: Address,
+    /// Of hidden and head.
+    pub dtype: DType,
+    /// (vocab, k).
+    pub head: Address,
+    /// (vocab) f32.
+    pub bias: Option<Address>,
+    /// (vocab) bits, in whole words.
+    pub banned: Option<Address>,
+    /// At most [`LONGEST`].
+    pub count: u32,
+    /// (rows, count) u32 out.
+    pub ids: Address,
+}
+
+pub fn shortlist(machine: &Machine, op: &Shortlist) -> Result<()> {
+    shortlist_in(machine, op, CHUNK_BYTES)
+}
+
+/// [`shortlist`] with another bound on the bytes of a chunk, for tests.
+pub fn shortlist_in(machine: &Machine, op: &Shortlist, chunk_bytes: usize) -> Result<()> {
+    let Shortlist { rows, k, vocab, hidden, dtype, head, bias, banned, count, ids } = *op;
+    assert!(vocab > 0 && k > 0 && (1..=LONGEST).contains(&count), "lists of {count} from a head of {vocab} rows of {k}");
+    let row_bytes = vocab as usize * 4;
+    let chunk = chunk_rows(rows, row_bytes, chunk_bytes).max(1);
+    // `linear` takes what it needs from the front of the same workspace.
+    let front = [chunk.min(rows), rows % chunk].map(|rows| linear::workspace_bytes(machine, rows, vocab, k));
+    let front = front[0].max(front[1]).next_multiple_of(256);
+    let logits = machine.workspace(front + chunk.min(rows) as usize * row_bytes)? + front as u64;
+    for first in (0..rows).step_by(chunk as usize) {
+        let rows = chunk.min(rows - first);
+        let x = hidden + u64::from(first) * u64::from(k) * dtype.bytes() as u64;
+        let out_dtype = DType::F32;
+        let product = Linear { rows, n: vocab, k, dtype, x, weight: head, bias, epilogue: Epilogue::Store, out: logits, out_dtype };
+        linear::linear(machine, &product)?;
+        let ids = ids + 4 * u64::from(first) * u64::from(count);
+        let params = ShortlistParams { logits, banned: banned.unwrap_or(0), ids, vocab, count };
+        machine.launch(shortlist_build(), "shortlist", Launch::line(rows, THREADS), &params)?;
+    }
+    Ok(())
+}
+
+/// `decisions[r] = decide_row` of the logits of list `which[r]`, under `draws[r]`.
+pub struct Listed {
+    pub rows: u32,
+    pub k: u32,
+    /// (rows, k) of `dtype`.
+    pub hidden: Address,
+    /// Of hidden and head.
+    pub dtype: DType,
+    /// (vocab, k).
+    pub head: Address,
+    /// (vocab) f32.
+    pub bias: Option<Address>,
+    /// Room of a list, at most [`LONGEST`].
+    pub count: u32,
+    /// (lists, count) u32.
+    pub ids: Address,
+    /// (rows) u32.
+    pub which: Address,
+    /// (rows) [`DrawRecord`].
+    pub draws: Address,
+    /// (rows) [`DecisionRecord`] out.
+    pub decisions: Address,
+}
+
+pub fn listed(machine: &Machine, op: &Listed) -> Result<()> {
+    let Listed { rows, k, hidden, dtype, head, bias, count, ids, which, draws, decisions } = *op;
+    assert!(k > 0 && (1..=LONGEST).contains(&count), "lists of {count} of a head of {k} columns");
+    let entry = match dtype {
+        DType::F32 => "listed_f32",
+        DType::Bf16 => "listed_bf16",
+    };
+    let params = ListedParams { hidden, head, bias: bias.unwrap_or(0), ids, which, draws, decisions, count, k };
+    machine.launch(listed_build(), entry, Launch::line(rows, THREADS), &params)
+}
+
+/// Lists on the device.
+pub struct Lists {
+    memory: Memory,
+    rows: usize,
+    count: usize,
+}
+
+/// The contracts of the backend.
+impl Cuda {
+    pub(super) fn make_lists(
+        &self,
+        rows: usize,
+        hidden: &Buffer,
+        head: &Matrix,
+        bias: Option<&Vector>,
+        banned: &[u32],
+        count: usize,
+    ) -> Result<Lists> {
+        let Matrix { n, k, .. } = *head;
+        assert!(hidden.len >= rows * k, "hidden of {} for {rows} rows of {k}", hidden.len);
+        let memory = self.machine.memory(4 * rows * count)?;
+        let (hidden, _copy) = self.as_input(hidden, rows * k)?;
+        let op = Shortlist {
+            rows: rows as u32,
+            k: k as u32,
+            vocab: n as u32,
+            hidden,
+            dtype: self.weight_dtype(),
+            head: head.memory.address(),
+            bias: bias.map(Vector::address),
+            banned: self.banned_mask(banned, n)?,
+            count: count as u32,
+            ids: memory.address(),
+        };
+        shortlist(&self.machine, &op)?;
+        Ok(Lists { memory, rows, count })
+    }
+
+    pub(super) fn read_lists(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
+        let mut ids = vec![0u32; lists.rows * lists.count];
+        self.machine.driver.read(lists.memory.address(), bytemuck::cast_slice_mut(&mut ids))?;
+        Ok(ids.chunks_exact(lists.count).map(|ids| ids.iter().copied().take_while(|id| *id != NO_ID).collect()).collect())
+    }
+
+    pub(super) fn decide_lists(
+        &self,
+        hidden: &Buffer,
+        head: &Matrix,
+        bias: Option<&Vector>,
+        lists: &Lists,
+        which: &[u32],
+        draws: &[Draw],
+    ) -> Result<Vec<Decision>> {
+        if draws.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (k, rows) = (head.k, draws.len());
+        assert!(which.len() == rows && hidden.len >= rows * k, "{} lists, hidden of {} for {rows} rows of {k}", which.len(), hidden.len);
+        assert!(which.iter().all(|list| (*list as usize) < lists.rows), "{which:?} of {} lists", lists.rows);
+        let records: Vec<DrawRecord> = draws.iter().map(DrawRecord::from).collect();
+        let draws = self.machine.memory(size_of_val(&records[..]))?;
+        self.machine.driver.write(draws.address(), bytemuck::cast_slice(&records))?;
+        let which = self.upload_words(which)?;
+        let answers = self.machine.memory(rows * size_of::<DecisionRecord>())?;
+        let (hidden, _copy) = self.as_input(hidden, rows * k)?;
+        let op = Listed {
+            rows: rows as u32,
+            k: k as u32,
+            hidden,
+            dtype: self.weight_dtype(),
+            head: head.memory.address(),
+            bias: bias.map(Vector::address),
+            count: lists.count as u32,
+            ids: lists.memory.address(),
+            which: which.address(),
+            draws: draws.address(),
+            decisions: answers.address(),
+        };
+        listed(&self.machine, &op)?;
+        let mut records = vec![DecisionRecord::default(); rows];
+        self.machine.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
+        let decision = |(row, record): (usize, &DecisionRecord)| match record.status {
+            status::FORCED => Err(not_listed(row, record.token)),
+            _ => record.decision(row),
+        };
+        records.iter().enumerate().map(decision).collect()
+    }
+}
