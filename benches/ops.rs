@@ -290,6 +290,56 @@ fn decide(c: &mut Criterion) {
     group.finish();
 }
 
+/// What a joint sampler's pass costs at the head: over all ids, and among those of a list; and what making the lists costs.
+fn shortlist(c: &mut Criterion) {
+    let mut group = c.benchmark_group("shortlist");
+    let cpu = &cpus()[0];
+    for (vocab, k) in [(4096, 256), (152_064, 3584)] {
+        // Made row by row: the larger head is 2.2 GB in f32.
+        let head = cpu.matrix(vocab, k, &|first, dst| {
+            dst.copy_from_slice(&noise(dst.len(), first as u64));
+            Ok(())
+        });
+        let head = head.expect("memory for a weight");
+        for rows in [1, 32] {
+            let hidden = Buffer::from(&noise(rows * k, 6)[..]);
+            let draw = |row: usize| Draw {
+                u: (row as f64 + 0.37) / rows as f64,
+                temperature: 1.0,
+                top_p: 1.0,
+                top_p_rule: TopPRule::Within,
+                top_k: None,
+                forced: None,
+                truncated_confidence: false,
+            };
+            let draws: Vec<Draw> = (0..rows).map(draw).collect();
+            let which: Vec<u32> = (0..rows as u32).collect();
+            group.throughput(Throughput::Elements(rows as u64));
+            group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-all")), |b| {
+                b.iter(|| cpu.decide(&hidden, &head, None, &[], &draws).expect("decisions"));
+            });
+            for n in [64, 256] {
+                let lists = cpu.shortlist(rows, &hidden, &head, None, &[], n).expect("lists");
+                let greedy: Vec<Draw> = draws.iter().map(|draw| Draw { temperature: 0.0, ..*draw }).collect();
+                let tokens = |decisions: Vec<redraft::backend::Decision>| decisions.iter().map(|d| d.token).collect::<Vec<_>>();
+                let among = tokens(cpu.decide_listed(&hidden, &head, None, &lists, &which, &greedy).expect("decisions"));
+                assert_eq!(
+                    among,
+                    tokens(cpu.decide(&hidden, &head, None, &[], &greedy).expect("decisions")),
+                    "the most probable are listed"
+                );
+                group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-lists-of-{n}")), |b| {
+                    b.iter(|| cpu.shortlist(rows, &hidden, &head, None, &[], n).expect("lists"));
+                });
+                group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-among-{n}")), |b| {
+                    b.iter(|| cpu.decide_listed(&hidden, &head, None, &lists, &which, &draws).expect("decisions"));
+                });
+            }
+        }
+    }
+    group.finish();
+}
+
 fn config() -> Criterion {
     Criterion::default()
         .sample_size(10)
@@ -298,5 +348,5 @@ fn config() -> Criterion {
         .without_plots()
 }
 
-criterion_group! { name = ops; config = config(); targets = linear, attention, experts, norm, decide }
+criterion_group! { name = ops; config = config(); targets = linear, attention, experts, norm, decide, shortlist }
 criterion_main!(ops);
