@@ -133,7 +133,7 @@ def measure(o):
             forwards += [result["stages"][0]["nfe"], result["stages"][0]["forwards"]["joint"]]
         again = [total_variation(rng.multinomial(o.samples, counts / o.samples), p) for _ in range(200)]
         nfe, passes = (forwards / o.samples).tolist()
-        row = {"name": name, "nfe": nfe, "passes": passes, "distance": round(total_variation(counts, p), 4), "error": round(float(np.std(again)), 4)}
+        row = {"name": name, "nfe": nfe, "passes": passes, "distance": round(float(total_variation(counts, p)), 4), "error": round(float(np.std(again)), 4)}
         found["rows"].append(row)
         print(row, flush=True)
     if o.out:
