@@ -267,7 +267,7 @@ pub fn top_k_of(k: u32, order: TopKOrder) -> Option<TopK> {
 }
 
 /// Named schedules and the stages they expand to.
-pub const PRESETS: [(&str, &[&str]); 14] = [
+pub const PRESETS: [(&str, &[&str]); 15] = [
     ("draft", &["block=trained,unmask=uniform:1"]),
     // As published, in the fewest forwards that lose little.
     ("did", &["block=trained,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact"]),
@@ -276,6 +276,11 @@ pub const PRESETS: [(&str, &[&str]); 14] = [
     (
         "did-lift",
         &["block=trained,unmask=uniform:1", "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
+    ),
+    // The same over a draft of a forward or few a block, where there is a joint sampler: docs/joint.md.
+    (
+        "did-joint",
+        &["block=trained,sampler=joint:4", "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
     ),
     ("global", &["block=full,unmask=uniform:1"]),
     ("semi-ar", &["block=32,visible=canvas,unmask=linear:32"]),

@@ -49,7 +49,7 @@ pub(super) struct Flags {
     /// Tokens to generate
     #[arg(long, value_name = "N")]
     length: Option<usize>,
-    /// draft, did, did-fast, did-lift, global, semi-ar, three, or a published sampler: llada, dream, sdar, llada2, llada21, fast-dllm-v1, fast-dllm-v2
+    /// draft, did, did-fast, did-lift, did-joint, global, semi-ar, three, or a published sampler: llada, dream, sdar, llada2, llada21, fast-dllm-v1, fast-dllm-v2
     #[arg(long, default_value = "did-lift", conflicts_with = "stage")]
     preset: String,
     /// A stage, e.g. block=4,unmask=uniform:1 then block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact

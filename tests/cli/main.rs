@@ -222,7 +222,7 @@ fn stop_texts_cut_the_text() {
 #[test]
 fn the_echoed_schedule_can_be_typed() {
     let work = Work::new();
-    for preset in ["did", "did-fast", "did-lift", "three"] {
+    for preset in ["did", "did-fast", "did-lift", "did-joint", "three"] {
         let tail = ["--length", "20", "--ignore-eos", "--format", "json", "--seed", "9"];
         let by_name = work.run(&[&["generate", "--preset", preset], &tail[..]].concat()).json().remove(0);
         let stages: Vec<&str> = by_name["schedule"].as_array().expect("stages").iter().map(|s| s.as_str().expect("a stage")).collect();

@@ -196,6 +196,14 @@ def joint_refine():
             yield row(draft + name, stage, *stages)
 
 
+def joint_frontier():
+    """The joint draft, and the preset did-joint, sharper and softer."""
+    draft = "block=4,unmask=entropy:4,sampler=joint"
+    for t, p in SETTINGS:
+        yield row(f"draft joint 4, T {t}, p {p}", draft, temperature=t, top_p=p)
+        yield row(f"did-joint, T {t}, p {p}", draft, refine(0.1, "held-out:4", unmask=FEW, score="lift"), temperature=t, top_p=p)
+
+
 JOINT = {"marginal": "", "joint": ",sampler=joint"}
 SPEED = "joint_speed"
 # Groups that are always run as a whole, so that their times are of one run: positions, samples, and the row that MAUVE holds the others against.
@@ -209,6 +217,7 @@ GROUPS = {
     "drafts": drafts, "headline": headline, "scores": scores, "rounds": rounds, "ratio": ratios, "reuse": reuse,
     "stages": stages, "sharpness": sharpness, "block": blocks, "steps": steps, "compute": compute, "truncation": truncation,
     "frontier": frontier, "joint_full": joint_full, "joint_block": joint_block, "joint_refine": joint_refine,
+    "joint_frontier": joint_frontier,
 }
 
 
@@ -326,7 +335,9 @@ def run(args, rows, path, known, own):
         r["samples"] = {k: [v if v is None else round(v, 4) for v in r["samples"][k]] for k in kept}
     fresh = {spec(r): found | {"spec": spec(r)} for r, found in zip(asked, report["rows"])}
     report["rows"] = [(fresh.get(spec(r)) or known[spec(r)]) | {"name": r["name"]} for r in rows]
-    report["model"], report["judge"] = (os.path.relpath(report[k], ROOT) for k in ("model", "judge"))
+    # Wherever this was called from.
+    for named in (report, *report["rows"]):
+        named |= {k: os.path.relpath(named[k], ROOT) for k in ("model", "judge") if os.path.isabs(named.get(k, ""))}
     with open(path + ".tmp", "w") as out:
         json.dump(report, out, separators=(",", ":"))
         out.write("\n")

@@ -19,6 +19,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.normpath(os.path.join(HERE, "..", ".."))
 RESAMPLES = 2000
 PAGES = ("evidence.md", "joint.md")
+# A method of the frontier that is a preset.
+LIFT = "held-out:4 lift 0.1"
 # Groups of other settings than the drafts' curve.
 ALONE = ("joint_full", "joint_block", "joint_toy", "joint_speed")
 
@@ -124,7 +126,8 @@ def joint_refine_line(row, equal, speeds):
 
 
 def speed(row, speeds):
-    return [f"{row['cost']['nfe']:.0f}", f"{row['cost']['joint']:.0f}", f"{speeds[row['name']]:.0f}"]
+    rate = [f"{speeds[row['name']]:.0f}"] if speeds else []
+    return [f"{row['cost']['nfe']:.0f}", f"{row['cost'].get('joint', 0):.0f}", *rate]
 
 
 def against(found):
@@ -337,6 +340,11 @@ def tables(results):
             out[name] = table(TOY, [[r["name"], f"{r['nfe']:g}", f"{r['passes']:g}", f"{r['distance']:.4f} ± {r['error']:.4f}"] for r in rows])
         elif base == "joint_refine":
             out[name] = table(JOINT_REFINE, [joint_refine_line(r, equal["entropy"], speeds[base]) for r in rows])
+        elif base == "joint_frontier":
+            lift = {f"did-lift{r['name'].removeprefix(LIFT)}": r for r in results.rows("frontier") if r["name"].startswith(LIFT)}
+            pairs = [*rows, *({**r, "name": name} for name, r in lift.items())]
+            equal = at_equal(pairs, drafts["rows"], "entropy")
+            out[name] = table(JOINT_REFINE[:-1], [joint_refine_line(r, equal, None) for r in pairs])
         elif base in ("joint_full", "joint_block"):
             out[name] = table(JOINT, [joint_line(r, speeds[base]) for r in rows])
         elif base != "drafts":
