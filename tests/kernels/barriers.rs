@@ -4,7 +4,7 @@ use redraft::cuda::machine::Machine;
 use redraft::cuda::{Edit, headers, kernels};
 
 use crate::emulator::{edited_machines, on_all_cores};
-use crate::{ask, attention, decide, experts, linear, norm, reveal};
+use crate::{ask, attention, decide, experts, linear, listed, norm, reveal};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
@@ -19,6 +19,7 @@ const USERS: &[(&str, &[Check])] = &[
     ("experts.cu", &[experts::holds]),
     ("gemm.cuh", &[linear::holds]),
     ("linear.cu", &[linear::holds]),
+    ("listed.cu", &[listed::the_law, listed::edges]),
     ("select.cuh", &[reveal::holds, decide::edges_of_nuclei, decide::walks]),
 ];
 
