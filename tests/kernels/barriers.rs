@@ -30,6 +30,7 @@ const SPARED: &[(&str, &str, &str)] = &[
     ("linear.cu", "__syncthreads();\n    if (threadIdx.x == 0) arrived", "`product` ends with a barrier, behind the last partial result"),
     ("decide.cuh", "__syncthreads();  // `partial` may be", "callers of today have a barrier of their own between two calls"),
     ("select.cuh", "__syncthreads();  // `partial` may be rewritten by the next call\n    return before", "the same"),
+    ("listed.cu", "__syncthreads();  // `partial` may be", "the same"),
     ("decide_nucleus.cu", "__syncthreads();  // `found` may be", "the same"),
     ("decide_nucleus.cu", "__syncthreads();\n    return mass;", "the same"),
 ];
