@@ -628,9 +628,7 @@ impl Backend for Cuda {
         }
         let Matrix { n, k, .. } = *head;
         assert!(hidden.len >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.len, draws.len());
-        let records: Vec<decide::DrawRecord> = draws.iter().map(decide::DrawRecord::from).collect();
-        let draws_memory = self.machine.memory(size_of_val(&records[..]))?;
-        self.machine.driver.write(draws_memory.address(), bytemuck::cast_slice(&records))?;
+        let draws_memory = self.upload_draws(draws)?;
         let answers = self.machine.memory(draws.len() * size_of::<decide::DecisionRecord>())?;
         let (hidden, _copy) = self.as_input(hidden, draws.len() * k)?;
         let op = Decide {
@@ -648,8 +646,7 @@ impl Backend for Cuda {
             any_nucleus: draws.iter().any(decide::needs_nucleus),
         };
         decide::decide(&self.machine, &op)?;
-        let mut records = vec![decide::DecisionRecord::default(); draws.len()];
-        self.machine.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
+        let records = self.read_decisions(&answers, draws.len())?;
         records.iter().enumerate().map(|(row, record)| record.decision(row)).collect()
     }
 
@@ -766,6 +763,19 @@ impl Backend for Cuda {
 }
 
 impl Cuda {
+    /// What is asked of rows, for the kernels that decide.
+    pub(super) fn upload_draws(&self, draws: &[Draw]) -> Result<Memory> {
+        let records: Vec<decide::DrawRecord> = draws.iter().map(decide::DrawRecord::from).collect();
+        self.upload_words(bytemuck::cast_slice(&records))
+    }
+
+    /// Their answers to `rows` rows. Waits.
+    pub(super) fn read_decisions(&self, answers: &Memory, rows: usize) -> Result<Vec<decide::DecisionRecord>> {
+        let mut records = vec![decide::DecisionRecord::default(); rows];
+        self.machine.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
+        Ok(records)
+    }
+
     /// The norm, of the sum with a residual where there is one.
     fn norm_rows(&self, rows: usize, x: &Buffer, residual: Option<&Buffer>, norm: &Norm<Vector>, out: &mut Buffer) -> Result<()> {
         let Norm { kind, eps, weight, bias } = *norm;

@@ -176,7 +176,7 @@ const MAX_GROUPS: u32 = 1024;
 const NUCLEUS_THREADS: u32 = 512;
 /// Workspace that tile records or logits may take; beyond it rows go through in chunks. 64 MiB are 333 rows of 50,258 logits, or 5,336 rows of
 /// their tiles.
-const CHUNK_BYTES: usize = 64 << 20;
+pub(super) const CHUNK_BYTES: usize = 64 << 20;
 
 /// One build of `decide_tiles`: `rows` rows of IDS ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,6 +5,7 @@ use super::ask::{self, Ask, SessionStep, SessionSummary};
 use super::attention::{self, Attention, Regime};
 use super::blend;
 use super::decide::{self, Decide, DecisionRecord, DrawRecord};
+use super::driver::Address;
 use super::embed::{self, Embed};
 use super::experts::{self, Places};
 use super::gather::{self, Gather};
@@ -209,12 +210,21 @@ fn copy(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     Ok(Op::new(2 * bytes as u64, move |machine| machine.driver.copy(src, dst, bytes)).unrecorded())
 }
 
-fn decide(inputs: &Inputs, shape: &Shape) -> Result<Op> {
-    let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
-    let top_p = shape.get("top_p_percent").min(100) as f32 / 100.0;
+fn top_p_of(shape: &Shape) -> f32 {
+    shape.get("top_p_percent").min(100) as f32 / 100.0
+}
+
+/// A draw for each row.
+fn draws(inputs: &Inputs, shape: &Shape) -> Result<Address> {
+    let top_p = top_p_of(shape);
     let draw =
         |random: u32| DrawRecord { u: f64::from(random) / f64::from(u32::MAX) * 0.999, temperature: 1.0, top_p, ..DrawRecord::default() };
-    let draws: Vec<DrawRecord> = (0..rows).map(|_| draw(inputs.next())).collect();
+    inputs.records(&(0..shape.get("rows")).map(|_| draw(inputs.next())).collect::<Vec<DrawRecord>>())
+}
+
+fn decide(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
+    let (top_p, draws) = (top_p_of(shape), draws(inputs, shape)?);
     let decisions = inputs.records(&vec![DecisionRecord::default(); rows as usize])?;
     let op = Decide {
         rows,
@@ -225,7 +235,7 @@ fn decide(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         head: inputs.noise(vocab, k, dtype)?,
         bias: Some(inputs.noise(1, vocab, DType::F32)?),
         banned: Some(inputs.words(vocab.div_ceil(32), |index, _| u32::from(index == 0))?),
-        draws: inputs.records(&draws)?,
+        draws,
         decisions,
         any_fused: top_p == 1.0,
         any_nucleus: top_p < 1.0,
@@ -271,10 +281,7 @@ fn list_len(shape: &Shape) -> Result<u32> {
 fn listed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
     let ids = list_len(shape)?;
-    let top_p = shape.get("top_p_percent").min(100) as f32 / 100.0;
-    let draw =
-        |random: u32| DrawRecord { u: f64::from(random) / f64::from(u32::MAX) * 0.999, temperature: 1.0, top_p, ..DrawRecord::default() };
-    let draws: Vec<DrawRecord> = (0..rows).map(|_| draw(inputs.next())).collect();
+    let draws = draws(inputs, shape)?;
     let decisions = inputs.records(&vec![DecisionRecord::default(); rows as usize])?;
     let part = vocab / ids;
     let op = Listed {
@@ -287,7 +294,7 @@ fn listed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         count: ids,
         ids: inputs.words(small_count(rows, ids)?, |at, random| at % ids * part + random % part)?,
         which: inputs.words(rows, |row, _| row)?,
-        draws: inputs.records(&draws)?,
+        draws,
         decisions,
     };
     let (bytes, words) =

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::backend::{Buffer, Cuda, Matrix, Vector};
-use super::decide::{DecisionRecord, DrawRecord, chunk_rows, status};
+use super::decide::{CHUNK_BYTES, DecisionRecord, chunk_rows, status};
 use super::driver::{Address, Build, Launch};
 use super::linear::{self, Linear};
 use super::machine::{Machine, Memory};
@@ -18,8 +18,6 @@ pub const NO_ID: u32 = u32::MAX;
 pub const LONGEST: u32 = 1024;
 /// Threads of both, a row.
 const THREADS: u32 = 256;
-/// Workspace that logits may take; beyond it rows go through in chunks.
-const CHUNK_BYTES: usize = 64 << 20;
 
 params! {
     /// `shortlist`: one entry.
@@ -48,7 +46,7 @@ params! {
         ids: u64 = 24,
         /// (rows) u32.
         which: u64 = 32,
-        /// (rows) [`DrawRecord`].
+        /// (rows) [`DrawRecord`](super::decide::DrawRecord).
         draws: u64 = 40,
         /// (rows) [`DecisionRecord`].
         decisions: u64 = 48,
@@ -136,7 +134,7 @@ pub struct Listed {
     pub ids: Address,
     /// (rows) u32.
     pub which: Address,
-    /// (rows) [`DrawRecord`].
+    /// (rows) [`DrawRecord`](super::decide::DrawRecord).
     pub draws: Address,
     /// (rows) [`DecisionRecord`] out.
     pub decisions: Address,
@@ -212,9 +210,7 @@ impl Cuda {
         let (k, rows) = (head.k, draws.len());
         assert!(which.len() == rows && hidden.len >= rows * k, "{} lists, hidden of {} for {rows} rows of {k}", which.len(), hidden.len);
         assert!(which.iter().all(|list| (*list as usize) < lists.rows), "{which:?} of {} lists", lists.rows);
-        let records: Vec<DrawRecord> = draws.iter().map(DrawRecord::from).collect();
-        let draws = self.machine.memory(size_of_val(&records[..]))?;
-        self.machine.driver.write(draws.address(), bytemuck::cast_slice(&records))?;
+        let draws = self.upload_draws(draws)?;
         let which = self.upload_words(which)?;
         let answers = self.machine.memory(rows * size_of::<DecisionRecord>())?;
         let (hidden, _copy) = self.as_input(hidden, rows * k)?;
@@ -232,8 +228,7 @@ impl Cuda {
             decisions: answers.address(),
         };
         listed(&self.machine, &op)?;
-        let mut records = vec![DecisionRecord::default(); rows];
-        self.machine.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
+        let records = self.read_decisions(&answers, rows)?;
         let decision = |(row, record): (usize, &DecisionRecord)| match record.status {
             status::FORCED => Err(not_listed(row, record.token)),
             _ => record.decision(row),

@@ -11,7 +11,7 @@ use redraft::policy::decide_row;
 
 use crate::emulator::{Array, machines, noise, words};
 
-const PLAIN: Draw =
+pub const PLAIN: Draw =
     Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
 const GREEDY: Draw = Draw { temperature: 0.0, ..PLAIN };
 const NUCLEUS: Draw = Draw { top_p: 0.9, ..PLAIN };

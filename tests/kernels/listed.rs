@@ -10,11 +10,8 @@ use redraft::cuda::machine::Machine;
 use redraft::cuda::shortlist::{Listed, NO_ID, listed};
 use redraft::policy::decide_row;
 
-use crate::decide::{agree, is_clear, kinds};
+use crate::decide::{PLAIN, agree, is_clear, kinds};
 use crate::emulator::{Array, machines, noise, words};
-
-const PLAIN: Draw =
-    Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
 
 /// A head, rows of hidden states for it, already rounded to `dtype`, and lists of ids.
 struct Case {
