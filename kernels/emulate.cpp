@@ -410,6 +410,42 @@ void emulate_warp(unsigned mask, EmulatedLane lane, void (*work)(unsigned, Emula
     yield();
 }
 
+// ---- tensor cores: the arithmetic that src/cuda/tensor_core.rs describes and names the sources of ----
+
+namespace {
+
+// How the emulated architecture adds: `products` of an element at a time, each term cut `fraction_bits` below the largest exponent.
+struct TensorCore {
+    int products, fraction_bits;
+} tensor_core;
+
+constexpr int NO_EXPONENT = -100000;  // of zero: below any sum of two others
+
+// Exponents as the format has them, -126 for subnormal numbers.
+int exponent_of(float value) {
+    const unsigned bits = __float_as_uint(value) & 0x7fffffffu;
+    const int exponent = (int)(bits >> 23);
+    return bits == 0 ? NO_EXPONENT : (exponent == 0 ? 1 : exponent) - 127;
+}
+
+double power_of_two(int exponent) { return __longlong_as_double((long long)(exponent + 1023) << 52); }
+
+// The f32 next to `value` toward zero. From 2^128 on that is infinity, as the hardware has it.
+float toward_zero(double value) {
+    const float near = (float)value;
+    if (__builtin_fabs(value) >= 0x1p128 || __builtin_fabs((double)near) <= __builtin_fabs(value)) return near;
+    return __uint_as_float(__float_as_uint(near) - 1);
+}
+
+// One element whose sum is not finite, by the rules of IEEE 754 with one NaN.
+float not_finite(float sum, const float* a, const float (*b)[8], unsigned column) {
+    double plain = sum;
+    for (unsigned k = 0; k < 16; ++k) plain += (double)a[k] * (double)b[k][column];
+    return plain != plain ? __uint_as_float(0x7fffffffu) : (float)plain;
+}
+
+}  // namespace
+
 void emulate_mma_work(unsigned, EmulatedLane* lanes) {
     float a[16][16], b[16][8], d[16][8];
     const auto wide = [](unsigned bits) { return __uint_as_float(bits << 16); };
@@ -432,9 +468,47 @@ void emulate_mma_work(unsigned, EmulatedLane* lanes) {
         d[g + 8][t] = pd[2];
         d[g + 8][t + 1] = pd[3];
     }
+    int b_exponent[16][8];
+    for (unsigned k = 0; k < 16; ++k) {
+        for (unsigned column = 0; column < 8; ++column) b_exponent[k][column] = exponent_of(b[k][column]);
+    }
     for (unsigned row = 0; row < 16; ++row) {
-        for (unsigned k = 0; k < 16; ++k) {
-            for (unsigned column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+        int a_exponent[16];
+        for (unsigned k = 0; k < 16; ++k) a_exponent[k] = exponent_of(a[row][k]);
+        float before[8];
+        memcpy(before, d[row], sizeof before);
+        for (int first = 0; first < 16; first += tensor_core.products) {
+            const int end = first + tensor_core.products;
+            int largest[8];
+            double scale[8], total[8];
+            for (unsigned column = 0; column < 8; ++column) largest[column] = exponent_of(d[row][column]);
+            for (int k = first; k < end; ++k) {
+                for (unsigned column = 0; column < 8; ++column) {
+                    const int exponent = a_exponent[k] + b_exponent[k][column];
+                    largest[column] = largest[column] < exponent ? exponent : largest[column];
+                }
+            }
+            // A sum of nothing but zeros takes any scale.
+            for (unsigned column = 0; column < 8; ++column) {
+                if (largest[column] < -400) largest[column] = 0;
+                scale[column] = power_of_two(tensor_core.fraction_bits - largest[column]);
+                total[column] = __builtin_trunc(d[row][column] * scale[column]);
+            }
+            // Products are exact in f64, and so are sums of whole numbers below 2^32.
+            for (int k = first; k < end; ++k) {
+                const double x = a[row][k];
+                for (unsigned column = 0; column < 8; ++column) total[column] += __builtin_trunc(x * b[k][column] * scale[column]);
+            }
+            for (unsigned column = 0; column < 8; ++column) {
+                // From -0 as well: a sum that is zero is +0.
+                d[row][column] = toward_zero(total[column] * power_of_two(largest[column] - tensor_core.fraction_bits) + 0.0);
+            }
+        }
+        for (unsigned column = 0; column < 8; ++column) {
+            // An operand that is not finite has the exponent 128, and makes a sum of nothing that means anything.
+            bool finite = exponent_of(before[column]) < 128;
+            for (unsigned k = 0; k < 16; ++k) finite &= a_exponent[k] < 128 && b_exponent[k][column] < 128;
+            if (!finite) d[row][column] = not_finite(before[column], a[row], b, column);
         }
     }
     for (unsigned lane = 0; lane < 32; ++lane) {
@@ -517,8 +591,11 @@ ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
 ATOMICS(32, unsigned) ATOMICS(64, unsigned long long)
 
 // Runs the CTAs first, first + stride, ... of a launch; null, or what went wrong. `timing`: Copies. `catch_faults`: of the process's copy.
+// `products` and `fraction_bits`: see TensorCore.
 const char* redraft_launch(const char* name, void (*kernel)(const void*), const void* params, const unsigned* grid, unsigned block,
-                           unsigned shared_bytes, int order, int timing, unsigned first, unsigned stride, void (*catch_faults)(void*)) {
+                           unsigned shared_bytes, int order, int timing, int products, int fraction_bits, unsigned first, unsigned stride,
+                           void (*catch_faults)(void*)) {
+    tensor_core = {products, fraction_bits};
     kernel_name = name;
     entry = kernel;
     parameters = params;

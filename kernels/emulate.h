@@ -137,7 +137,7 @@ static inline void ldmatrix_x2(unsigned (&out)[2], const void* row, int site = _
 static inline void ldmatrix_x4_trans(unsigned (&out)[4], const void* row, int site = __builtin_LINE()) { emulate_ldmatrix<4, true>(out, row, site); }
 static inline void ldmatrix_x2_trans(unsigned (&out)[2], const void* row, int site = __builtin_LINE()) { emulate_ldmatrix<2, true>(out, row, site); }
 
-// Products of bf16 are exact in f32; an element adds its sixteen in ascending k to what it holds.
+// Sums as the tensor cores of the emulated architecture form them, bit for bit.
 void emulate_mma_work(unsigned mask, EmulatedLane* lanes);
 static inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], int site = __builtin_LINE()) {
     emulate_warp(0xffffffffu, {d, {a, b}}, emulate_mma_work, site);

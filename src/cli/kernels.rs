@@ -42,7 +42,7 @@ pub(super) struct Run {
     /// Type of weights and K/V
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DTypeFlag,
-    /// cuda, cuda:INDEX, or emu: the same kernels on the host, for correctness and not for speed
+    /// cuda, cuda:INDEX, or emu[:ARCH]: the same kernels on the host, for correctness and not for speed
     #[arg(long, default_value = "cuda", value_parser = parse_place)]
     device: Place,
     /// Timed batches of launches
@@ -63,14 +63,15 @@ pub(super) struct Run {
 #[derive(Clone, Copy)]
 enum Place {
     Cuda(usize),
-    Emu,
+    Emu(&'static str),
 }
 
 fn parse_place(text: &str) -> Result<Place, String> {
     match super::parse_device(text) {
         Ok(Device::Cuda(ordinal)) => Ok(Place::Cuda(ordinal)),
-        _ if text == "emu" => Ok(Place::Emu),
-        _ => Err("expected cuda, cuda:INDEX or emu".into()),
+        Ok(Device::Emu(arch)) => Ok(Place::Emu(arch)),
+        Ok(_) => Err("expected cuda, cuda:INDEX or emu[:ARCH]".into()),
+        Err(what) => Err(what),
     }
 }
 
@@ -106,7 +107,7 @@ fn replay(asked: &Run) -> Result<()> {
     replay.check()?;
     let machine = Machine::new(match asked.device {
         Place::Cuda(ordinal) => Box::new(cuda::Gpu::open(ordinal)?),
-        Place::Emu => Box::new(cuda::Emulator::new(cuda::EmulatorOptions::default())?),
+        Place::Emu(arch) => Box::new(cuda::Emulator::new(cuda::EmulatorOptions { arch, ..Default::default() })?),
     })?;
     let report = cuda::replay(&machine, &replay)?;
     let text = if asked.format == Format::Json {

@@ -66,7 +66,8 @@ enum Command {
 /// Where and how the network runs.
 #[derive(Args, Clone)]
 pub(crate) struct DeviceFlags {
-    /// auto, cpu, cuda, cuda:INDEX, or emu: the CUDA path executed on the CPU (slow, needs g++)
+    /// auto, cpu, cuda, cuda:INDEX, or emu[:ARCH]: the CUDA path executed on the CPU, with the rounding of sm_90a or of ARCH
+    /// (slow, needs g++)
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     device: Device,
     /// Weights and K/V in this type
@@ -100,16 +101,26 @@ enum Device {
     Auto,
     Cpu,
     Cuda(usize),
-    Emu,
+    /// The architecture that is emulated.
+    Emu(&'static str),
 }
+
+/// Architectures that can be emulated, the default first.
+const EMULATED: [&str; 6] = ["sm_90a", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"];
 
 fn parse_device(text: &str) -> Result<Device, String> {
     match text.split_once(':').unwrap_or((text, "0")) {
         ("auto", "0") => Ok(Device::Auto),
         ("cpu", "0") => Ok(Device::Cpu),
         ("cuda", index) => index.parse().map(Device::Cuda).map_err(|_| format!("expected a device index after `cuda:`, found `{index}`")),
-        ("emu", "0") => Ok(Device::Emu),
-        _ => Err("expected auto, cpu, cuda, cuda:INDEX or emu".into()),
+        ("emu", "0") => Ok(Device::Emu(EMULATED[0])),
+        ("emu", arch) => {
+            let known = EMULATED.iter().find(|known| **known == arch);
+            known
+                .map(|arch| Device::Emu(arch))
+                .ok_or_else(|| format!("expected one of {} after `emu:`, found `{arch}`", EMULATED.join(", ")))
+        }
+        _ => Err("expected auto, cpu, cuda, cuda:INDEX or emu[:ARCH]".into()),
     }
 }
 
@@ -126,9 +137,9 @@ impl DeviceFlags {
         let gpu = |index| Cuda::new(Box::new(Gpu::open(index)?), self.dtype());
         match self.device {
             Device::Cuda(index) => Ok(Machine::Cuda(gpu(index)?)),
-            Device::Emu => {
+            Device::Emu(arch) => {
                 let defaults = EmulatorOptions::default();
-                let options = EmulatorOptions { threads: self.threads.map_or(defaults.threads, usize::from), ..defaults };
+                let options = EmulatorOptions { arch, threads: self.threads.map_or(defaults.threads, usize::from), ..defaults };
                 Ok(Machine::Cuda(Cuda::new(Box::new(Emulator::new(options)?), self.dtype())?))
             }
             Device::Auto if device_count().is_ok() => match gpu(0) {

@@ -130,7 +130,7 @@ impl Compiler {
 }
 
 /// 90 of `sm_90a`.
-fn arch_number(arch: &str) -> Option<u32> {
+pub(super) fn arch_number(arch: &str) -> Option<u32> {
     let rest = arch.strip_prefix("sm_")?;
     let digits = rest.strip_suffix(['a', 'f']).unwrap_or(rest);
     if !digits.bytes().all(|byte| byte.is_ascii_digit()) {

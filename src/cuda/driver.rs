@@ -74,10 +74,14 @@ pub trait Blas {
 
 /// A machine that runs kernels. Addresses, functions and graphs belong to the driver that made them.
 pub trait Driver: Send {
-    /// For reports: `cuda:0 NVIDIA H200 (sm_90, 139.8 GiB)`, or `emu (2 threads)`.
+    /// For reports: `cuda:0 NVIDIA H200 (sm_90, 139.8 GiB)`, or `emu sm_90a (2 threads)`.
     fn name(&self) -> String;
-    /// For build identities: `sm_90a`, or `host`.
+    /// The architecture whose code or whose arithmetic the machine has, such as `sm_90a`.
     fn arch(&self) -> String;
+    /// True where the host executes the kernels.
+    fn is_emulated(&self) -> bool {
+        false
+    }
     /// Free of cost: launchers ask at every launch.
     fn limits(&self) -> Limits;
 

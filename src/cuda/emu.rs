@@ -18,6 +18,7 @@ use libloading::Library;
 use super::cache::Cache;
 use super::driver::{Address, Build, Driver, Function, Graph, Launch, Limits};
 use super::kernels::{EMULATION, define_options, headers, kernel};
+use super::tensor_core::TensorCore;
 use crate::error::{Error, Result};
 
 /// The order in which the runtime resumes the threads of a CTA. A missing barrier shows under at least one of them.
@@ -47,6 +48,8 @@ pub struct Edit {
 /// How an emulated machine behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct EmulatorOptions {
+    /// The GPU that is emulated, such as `sm_90a`: its tensor cores' rounding. Memory and multiprocessors are the host's.
+    pub arch: &'static str,
     pub schedule: Schedule,
     pub copies: Copies,
     /// OS threads over which the CTAs of a launch are spread.
@@ -56,10 +59,13 @@ pub struct EmulatorOptions {
     pub edit: Option<Edit>,
 }
 
+/// What is emulated unless something else is asked for: H100 and H200.
+const DEFAULT_ARCH: &str = "sm_90a";
+
 impl Default for EmulatorOptions {
     fn default() -> Self {
         let threads = thread::available_parallelism().map_or(1, |n| n.get());
-        EmulatorOptions { schedule: Schedule::Forward, copies: Copies::Eager, threads, races: false, edit: None }
+        EmulatorOptions { arch: DEFAULT_ARCH, schedule: Schedule::Forward, copies: Copies::Eager, threads, races: false, edit: None }
     }
 }
 
@@ -67,7 +73,7 @@ type Entry = unsafe extern "C" fn(*const c_void);
 type CatchFn = unsafe extern "C" fn(*mut c_void);
 #[rustfmt::skip]
 type LaunchFn = unsafe extern "C" fn(
-    *const c_char, Entry, *const c_void, *const c_uint, c_uint, c_uint, c_int, c_int, c_uint, c_uint, CatchFn,
+    *const c_char, Entry, *const c_void, *const c_uint, c_uint, c_uint, c_int, c_int, c_int, c_int, c_uint, c_uint, CatchFn,
 ) -> *const c_char;
 type MapFn = unsafe extern "C" fn(usize) -> *mut c_void;
 type UnmapFn = unsafe extern "C" fn(*mut c_void, usize);
@@ -130,6 +136,7 @@ struct Allocation {
 /// The host as a CUDA machine.
 pub struct Emulator {
     options: EmulatorOptions,
+    tensor_core: TensorCore,
     runtime: &'static Runtime,
     modules: Mutex<HashMap<Build, Arc<Module>>>,
     entries: Mutex<Vec<Arc<EntryPoint>>>,
@@ -156,10 +163,12 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Emulator {
     /// A machine of the host's memory and cores. Needs g++ (or what `CXX` names) and an x86-64 Linux.
     ///
-    /// Errors: [`Error::Device`] without a compiler, [`Error::Kernel`] with its words where it fails.
+    /// Errors: [`Error::Request`] for an unknown architecture, [`Error::Device`] without a compiler, [`Error::Kernel`] with its
+    /// words where it fails.
     pub fn new(options: EmulatorOptions) -> Result<Emulator> {
         Ok(Emulator {
             options: EmulatorOptions { threads: options.threads.max(1), ..options },
+            tensor_core: TensorCore::of(options.arch)?,
             runtime: Runtime::get()?,
             modules: Mutex::default(),
             entries: Mutex::default(),
@@ -233,6 +242,8 @@ impl Emulator {
                     shared_bytes,
                     self.options.schedule as c_int,
                     self.options.copies as c_int,
+                    self.tensor_core.products_in_a_sum() as c_int,
+                    self.tensor_core.fraction_bits(),
                     worker as c_uint,
                     workers as c_uint,
                     self.runtime.catch_faults,
@@ -311,12 +322,16 @@ impl Allocation {
 
 impl Driver for Emulator {
     fn name(&self) -> String {
-        let threads = self.options.threads;
-        format!("emu ({threads} thread{})", if threads == 1 { "" } else { "s" })
+        let EmulatorOptions { arch, threads, .. } = self.options;
+        format!("emu {arch} ({threads} thread{})", if threads == 1 { "" } else { "s" })
     }
 
     fn arch(&self) -> String {
-        "host".into()
+        self.options.arch.into()
+    }
+
+    fn is_emulated(&self) -> bool {
+        true
     }
 
     fn limits(&self) -> Limits {

@@ -7,6 +7,7 @@
 //! | [`machine`], [`params`] | what every launcher stands on; the form of a params struct |
 //! | [`driver`] | the narrow interface to a machine: [`Gpu`] (libcuda) and [`Emulator`] (g++ and the host) |
 //! | `kernels`, `compile`, `cubin`, [`cache`] | the embedded sources, NVRTC, and built code kept on disk |
+//! | [`tensor_core`] | how bf16 products round, by architecture |
 //! | `autotune`, `cublaslt` | opt-in: products by cuBLASLt where it was measured faster |
 //! | `device`, `trouble`, `nvtx`, `staging`, `libcuda` | the conversation with the driver |
 //!
@@ -51,6 +52,7 @@ pub mod route;
 mod run;
 pub mod shortlist;
 mod staging;
+pub mod tensor_core;
 mod trouble;
 mod words;
 

@@ -260,7 +260,7 @@ fn replay_named(name: &str) -> Result<&'static Replay> {
 /// Runs one kernel on a machine and times it.
 pub fn replay(machine: &Machine, asked: &Asked) -> Result<Report> {
     let driver = machine.driver.as_ref();
-    let small = asked.small || driver.arch() == "host";
+    let small = asked.small || driver.is_emulated();
     let replay = replay_named(asked.name)?;
     let shape = Shape::resolve(replay, asked.shape, asked.dtype, small)?;
     let inputs = Inputs::new(driver)?;

@@ -562,7 +562,8 @@ fn a_gpu_that_is_absent_is_a_clear_error() {
     let work = Work::new();
     let absent = redraft::cuda::device_count().unwrap_or(0);
     let device = format!("cuda:{absent}");
-    work.run(&["generate", "--device", &device, "--length", "4"]).fails(1, &["CUDA", "--device cpu"]);
+    let next_move = if absent == 0 { ["CUDA", "--device cpu"] } else { [device.as_str(), "no such device"] };
+    work.run(&["generate", "--device", &device, "--length", "4"]).fails(1, &next_move);
     work.run(&["generate", "--device", "cuda:x"]).fails(2, &["index"]);
 }
 

@@ -19,17 +19,26 @@ mod tokens;
 use redraft::DType;
 use redraft::cuda::{Cuda, Driver, Emulator, EmulatorOptions, Gpu, device_count};
 
-/// A backend of each machine at hand; with `REDRAFT_TEST_MACHINES=gpu` of the GPU alone.
-pub fn backends(dtype: DType) -> Vec<Cuda> {
-    let cuda = |driver: Box<dyn Driver>| Cuda::new(driver, dtype).unwrap_or_else(|e| panic!("{e}"));
-    let mut backends = Vec::new();
-    if !std::env::var("REDRAFT_TEST_MACHINES").is_ok_and(|which| which == "gpu") {
-        backends.push(cuda(Box::new(Emulator::new(EmulatorOptions::default()).unwrap_or_else(|e| panic!("{e}")))));
+/// The machines at hand: the emulation, and the first GPU where there is one. `REDRAFT_TEST_MACHINES` is as for the kernel tests:
+/// `gpu` leaves the GPU alone, the name of an architecture an emulated machine that rounds as it does.
+pub fn drivers() -> Vec<Box<dyn Driver>> {
+    let asked = std::env::var("REDRAFT_TEST_MACHINES").unwrap_or_default();
+    let emulator = |options| -> Box<dyn Driver> { Box::new(Emulator::new(options).unwrap_or_else(|e| panic!("{e}"))) };
+    let mut drivers = Vec::new();
+    match asked.as_str() {
+        "gpu" => {}
+        "" => drivers.push(emulator(EmulatorOptions::default())),
+        arch => return vec![emulator(EmulatorOptions { arch: arch.to_owned().leak(), ..EmulatorOptions::default() })],
     }
     match device_count() {
-        Ok(_) => backends.push(cuda(Box::new(Gpu::open(0).unwrap_or_else(|e| panic!("{e}"))))),
-        Err(error) if backends.is_empty() || std::env::var_os("REDRAFT_REQUIRE_CUDA").is_some() => panic!("a GPU was demanded: {error}"),
+        Ok(_) => drivers.push(Box::new(Gpu::open(0).unwrap_or_else(|e| panic!("{e}")))),
+        Err(error) if drivers.is_empty() || std::env::var_os("REDRAFT_REQUIRE_CUDA").is_some() => panic!("a GPU was demanded: {error}"),
         Err(error) => eprintln!("GPU part skipped: {error}"),
     }
-    backends
+    drivers
+}
+
+/// A backend of each machine at hand.
+pub fn backends(dtype: DType) -> Vec<Cuda> {
+    drivers().into_iter().map(|driver| Cuda::new(driver, dtype).unwrap_or_else(|e| panic!("{e}"))).collect()
 }

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use redraft::cuda::driver::{Address, Function, Graph, Launch, Limits};
-use redraft::cuda::{Build, Cuda, Driver, Emulator, EmulatorOptions};
+use redraft::cuda::{Build, Cuda, Driver};
 use redraft::{DType, Engine, Finish, Request, Result};
 
-use crate::backends;
 use crate::support::{Essence, alone, engine, options, request, schedule, together};
 use crate::tokens::{agree_with, attach, fixture, ragged};
+use crate::{backends, drivers};
 
 const BASE: &str = "bd3lm-adaln";
 
@@ -128,69 +128,72 @@ impl Counts {
     }
 }
 
-/// An emulator that counts what the host does: waits, launches outside of a recording, and replays.
+/// A driver that counts what the host does: waits, launches outside of a recording, and replays.
 struct Counting {
-    emulator: Emulator,
+    driver: Box<dyn Driver>,
     counts: Arc<Counts>,
 }
 
 impl Driver for Counting {
     fn name(&self) -> String {
-        self.emulator.name()
+        self.driver.name()
     }
     fn arch(&self) -> String {
-        self.emulator.arch()
+        self.driver.arch()
+    }
+    fn is_emulated(&self) -> bool {
+        self.driver.is_emulated()
     }
     fn limits(&self) -> Limits {
-        self.emulator.limits()
+        self.driver.limits()
     }
     fn alloc(&self, bytes: usize) -> Result<Address> {
-        self.emulator.alloc(bytes)
+        self.driver.alloc(bytes)
     }
     fn free(&self, address: Address) {
-        self.emulator.free(address);
+        self.driver.free(address);
     }
     fn write(&self, dst: Address, src: &[u8]) -> Result<()> {
-        self.emulator.write(dst, src)
+        self.driver.write(dst, src)
     }
     fn read(&self, src: Address, dst: &mut [u8]) -> Result<()> {
         self.counts.waits.fetch_add(1, Ordering::Relaxed);
-        self.emulator.read(src, dst)
+        self.driver.read(src, dst)
     }
     fn copy(&self, src: Address, dst: Address, bytes: usize) -> Result<()> {
-        self.emulator.copy(src, dst, bytes)
+        self.driver.copy(src, dst, bytes)
     }
     fn fill(&self, dst: Address, word: u32, words: usize) -> Result<()> {
-        self.emulator.fill(dst, word, words)
+        self.driver.fill(dst, word, words)
     }
     fn synchronize(&self) -> Result<()> {
         self.counts.waits.fetch_add(1, Ordering::Relaxed);
-        self.emulator.synchronize()
+        self.driver.synchronize()
     }
     fn function(&self, build: &Build, entry: &str) -> Result<Function> {
-        self.emulator.function(build, entry)
+        self.driver.function(build, entry)
     }
     fn launch(&self, function: Function, launch: Launch, params: &[u8]) -> Result<()> {
         if !self.is_capturing() {
             self.counts.launches.fetch_add(1, Ordering::Relaxed);
         }
-        self.emulator.launch(function, launch, params)
+        self.driver.launch(function, launch, params)
     }
     fn begin_capture(&self) -> Result<()> {
-        self.emulator.begin_capture()
+        self.driver.begin_capture()
     }
     fn end_capture(&self) -> Result<Graph> {
-        self.emulator.end_capture()
+        self.driver.end_capture()
     }
     fn is_capturing(&self) -> bool {
-        self.emulator.is_capturing()
+        self.driver.is_capturing()
     }
     fn replay(&self, graph: Graph) -> Result<()> {
         self.counts.replays.fetch_add(1, Ordering::Relaxed);
-        self.emulator.replay(graph)
+        self.driver.replay(graph)
     }
     fn drop_graph(&self, graph: Graph) {
-        self.emulator.drop_graph(graph);
+        self.driver.drop_graph(graph);
     }
 }
 
@@ -198,9 +201,14 @@ impl Driver for Counting {
 /// log and the summaries.
 #[test]
 fn a_forward_and_its_passes_are_one_replay_and_no_wait() {
+    for driver in drivers() {
+        one_replay_and_no_wait(driver);
+    }
+}
+
+fn one_replay_and_no_wait(driver: Box<dyn Driver>) {
     let counts = Arc::new(Counts::default());
-    let emulator = Emulator::new(EmulatorOptions::default()).unwrap_or_else(|e| panic!("{e}"));
-    let driver = Box::new(Counting { emulator, counts: counts.clone() });
+    let driver = Box::new(Counting { driver, counts: counts.clone() });
     let mut engine = Engine::load(&fixture(BASE), Cuda::new(driver, DType::F32).expect("a driver"), options()).expect("a fixture");
     attach(&mut engine, Some(&sampler(BASE)));
     // No whole block is given, so nothing is prefilled; four forwards are a request's first run.

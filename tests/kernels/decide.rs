@@ -9,7 +9,7 @@ use redraft::cuda::decide::{Decide, DecisionRecord, DrawRecord, decide_in, flag,
 use redraft::cuda::machine::Machine;
 use redraft::policy::decide_row;
 
-use crate::emulator::{Array, machines, noise, words};
+use crate::emulator::{Array, gemm_dot, machines, noise, words};
 
 pub const PLAIN: Draw =
     Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
@@ -48,14 +48,10 @@ impl Case {
         self.hidden.len() / self.k
     }
 
-    /// The logits of a row as the kernels sum them: ascending k within 256, those sums in order, then the bias.
-    fn logits(&self, row: usize) -> Vec<f32> {
+    /// The logits of a row as the kernels sum them, then the bias.
+    fn logits(&self, machine: &Machine, row: usize) -> Vec<f32> {
         let x = &self.hidden[row * self.k..(row + 1) * self.k];
-        let one = |w: &[f32]| {
-            let segments = x.chunks(256).zip(w.chunks(256));
-            segments.fold(0.0f32, |total, (x, w)| total + x.iter().zip(w).fold(0.0f32, |sum, (x, w)| w.mul_add(*x, sum)))
-        };
-        let sums = self.head.chunks(self.k).map(one);
+        let sums = self.head.chunks(self.k).map(|w| gemm_dot(machine, self.dtype, x, w));
         match &self.bias {
             Some(bias) => sums.zip(bias).map(|(sum, bias)| sum + bias).collect(),
             None => sums.collect(),
@@ -127,7 +123,7 @@ impl Case {
         for (row, (draw, found)) in draws.iter().zip(&found).enumerate() {
             let what = format!("{what}, V {}, row {row}, {draw:?}", self.vocab);
             let got = found.decision(row).map_err(|e| format!("{what}: {e}"))?;
-            let logits = self.logits(row);
+            let logits = self.logits(machine, row);
             let mut held = *draw;
             if is_clear(&logits, &self.banned, draw) {
                 clear += 1;
@@ -415,7 +411,7 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
         let all = case.run(machine, 0..70, &draws, 64 << 20)?;
         let mut clear = 0;
         for row in [0, 1, 2, 3, 5, 14, 20, 69] {
-            let logits = case.logits(row);
+            let logits = case.logits(machine, row);
             let draw = draws[row].expect("not padding");
             if is_clear(&logits, &case.banned, &draw) {
                 clear += 1;

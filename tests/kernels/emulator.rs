@@ -10,32 +10,60 @@ use std::thread::available_parallelism;
 use bytemuck::Pod;
 use half::bf16;
 use redraft::backend::DType;
-use redraft::cuda::driver::Address;
+use redraft::cuda::driver::{Address, Driver};
 use redraft::cuda::machine::Machine;
+use redraft::cuda::tensor_core::TensorCore;
 use redraft::cuda::{Copies, Edit, Emulator, EmulatorOptions, Gpu, Schedule, device_count};
 
 pub const SCHEDULES: [Schedule; 4] = [Schedule::Forward, Schedule::Reverse, Schedule::Random, Schedule::WarpGreedy];
 
 /// A machine of every schedule with every timing of copies, and one that watches for races: what is missing in a kernel shows under
-/// one of the nine. And the first GPU, where there is one; with `REDRAFT_TEST_MACHINES=gpu` that alone, for compute-sanitizer.
+/// one of the nine. And the first GPU, where there is one. `REDRAFT_TEST_MACHINES=gpu` leaves that alone, for a machine without g++
+/// and for compute-sanitizer; the name of an architecture leaves one emulated machine that rounds as it does, which is how the tests
+/// of such a machine are tried beforehand.
 pub fn machines() -> Vec<Machine> {
-    let gpu_alone = std::env::var("REDRAFT_TEST_MACHINES").is_ok_and(|which| which == "gpu");
-    let mut machines = if gpu_alone { Vec::new() } else { edited_machines(None) };
-    if gpu_alone || device_count().is_ok() {
-        let gpu = Gpu::open(0).and_then(|gpu| Machine::new(Box::new(gpu)));
-        machines.push(gpu.unwrap_or_else(|e| panic!("{e}")));
+    let asked = std::env::var("REDRAFT_TEST_MACHINES").unwrap_or_default();
+    let gpu = || machine(Gpu::open(0).map(|gpu| Box::new(gpu) as Box<dyn Driver>));
+    match asked.as_str() {
+        "" => edited_machines(None).into_iter().chain(device_count().is_ok().then(gpu)).collect(),
+        "gpu" => vec![gpu()],
+        arch => {
+            let options = EmulatorOptions { arch: arch.to_owned().leak(), ..EmulatorOptions::default() };
+            vec![machine(Emulator::new(options).map(|emulator| Box::new(emulator) as Box<dyn Driver>))]
+        }
     }
-    machines
 }
 
-/// The nine emulated machines with one edit of the sources: a planted bug.
+/// One of [`machines`], for tests that have no use for all of them: of the nine, one with threads in reverse.
+pub fn any_machine() -> Machine {
+    let mut machines = machines();
+    machines.swap_remove(2 % machines.len())
+}
+
+/// The nine emulated machines with one edit of the sources: a planted bug. Those whose copies are late round as sm_80 does, the others
+/// as sm_90a does.
 pub fn edited_machines(edit: Option<Edit>) -> Vec<Machine> {
     let plain = EmulatorOptions { threads: 1, edit, ..EmulatorOptions::default() };
-    let both = |schedule| [Copies::Late, Copies::Eager].map(|copies| EmulatorOptions { schedule, copies, ..plain });
+    let both = |schedule| {
+        [("sm_80", Copies::Late), ("sm_90a", Copies::Eager)].map(|(arch, copies)| EmulatorOptions { arch, schedule, copies, ..plain })
+    };
     let watching = EmulatorOptions { races: true, copies: Copies::Late, ..plain };
-    let machine = |options| Machine::new(Box::new(Emulator::new(options)?));
-    let machines = SCHEDULES.into_iter().flat_map(both).chain([watching]).map(machine);
-    machines.collect::<redraft::Result<_>>().unwrap_or_else(|e| panic!("{e}"))
+    let emulated = |options| machine(Emulator::new(options).map(|emulator| Box::new(emulator) as Box<dyn Driver>));
+    SCHEDULES.into_iter().flat_map(both).chain([watching]).map(emulated).collect()
+}
+
+fn machine(driver: redraft::Result<Box<dyn Driver>>) -> Machine {
+    driver.and_then(Machine::new).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// A sum of products as `gemm.cuh` specifies it, bit for bit: segments of 256, in f32 one product at a time by fmaf, in bf16 as the
+/// tensor cores of the machine's architecture add. x and w hold numbers of `dtype`.
+pub fn gemm_dot(machine: &Machine, dtype: DType, x: &[f32], w: &[f32]) -> f32 {
+    if dtype == DType::Bf16 {
+        return TensorCore::of(&machine.driver.arch()).expect("an architecture").dot(x, w);
+    }
+    let segments = x.chunks(256).zip(w.chunks(256));
+    segments.fold(0.0, |total, (x, w)| total + x.iter().zip(w).fold(0.0f32, |sum, (x, w)| w.mul_add(*x, sum)))
 }
 
 /// Device memory of exactly these values. Accesses beyond it are errors of the launch or of the next read.

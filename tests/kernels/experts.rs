@@ -1,4 +1,4 @@
-//! `experts` obeys the law of its sums bit by bit, whatever the tile and however many rows share an expert; `experts_combine` adds in the order
+//! `experts` sums as `gemm.cuh` specifies, bit by bit, whatever the tile and however many rows share an expert; `experts_combine` adds in the order
 //! of the experts.
 
 use redraft::backend::DType;
@@ -6,7 +6,7 @@ use redraft::cpu::oracle;
 use redraft::cuda::experts::{Combine, Grouped, combine, every_tile_rows, grouped};
 use redraft::cuda::machine::Machine;
 
-use crate::emulator::{Array, Operand, machines, noise, same_bits, words};
+use crate::emulator::{Array, Operand, gemm_dot, machines, noise, same_bits, words};
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -64,19 +64,13 @@ impl Case {
         let rows: usize = counts.iter().sum();
         let (x, weight) = (stored(noise(1, rows * k)), stored(noise(2, counts.len() * n * k)));
         let expert_of: Vec<usize> = counts.iter().enumerate().flat_map(|(e, count)| std::iter::repeat_n(e, *count)).collect();
-        // The law of `gemm.cuh` word by word. (A GPU's tensor core may add the 16 products of a step in an order of its own.)
-        let mut law = Vec::new();
+        let mut specified = Vec::new();
         for (x, expert) in x.chunks_exact(k).zip(&expert_of) {
-            let sums = weight[expert * n * k..][..n * k].chunks_exact(k).map(|w| {
-                let segments = x.chunks(256).zip(w.chunks(256));
-                let sums = segments.map(|(x, w)| x.iter().zip(w).fold(0.0f32, |sum, (x, w)| w.mul_add(*x, sum)));
-                sums.fold(0.0f32, |total, sum| total + sum)
-            });
-            law.extend(sums);
+            specified.extend(weight[expert * n * k..][..n * k].chunks_exact(k).map(|w| gemm_dot(machine, dtype, x, w)));
         }
         let first = self.run(machine, &x, &weight, every_tile_rows()[0], 0)?;
         if swiglu || out_dtype == DType::Bf16 {
-            let exact = law.chunks_exact(if swiglu { 2 } else { 1 }).map(|v| match v {
+            let exact = specified.chunks_exact(if swiglu { 2 } else { 1 }).map(|v| match v {
                 [gate, up] => gate / (1.0 + (-gate).exp()) * up,
                 value => value[0],
             });
@@ -88,7 +82,7 @@ impl Case {
                 }
             }
         } else {
-            same_bits(&law, &first, &format!("{self:?} by the law"))?;
+            same_bits(&specified, &first, &format!("{self:?} against the specification"))?;
         }
         for tile_rows in every_tile_rows() {
             for skew in [0, 1] {

@@ -30,3 +30,4 @@ mod route;
 mod runtime;
 mod shortlist;
 mod stubs;
+mod tensor_core;

@@ -27,7 +27,7 @@ fn line(text: &str) -> usize {
 }
 
 fn options(schedule: Schedule, copies: Copies, races: bool) -> EmulatorOptions {
-    EmulatorOptions { schedule, copies, races, threads: 2, edit: None }
+    EmulatorOptions { schedule, copies, races, threads: 2, ..EmulatorOptions::default() }
 }
 
 /// Every schedule and timing; with `races`, one machine that watches shared memory.
