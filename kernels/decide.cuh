@@ -34,6 +34,7 @@ LAYOUT(DrawRecord, 32);
 #define STATUS_BROKEN 1u   // a logit is NaN or +inf
 #define STATUS_NOTHING 2u  // no finite logit that is not banned
 #define STATUS_FORCED 3u   // the forced token is banned or outside the vocabulary
+#define STATUS_CHANGED 4u  // the logits differ between two passes over them
 #define NO_ID 0xffffffffu
 
 // The answer: `backend::Decision`. Where `status` is not 0 the statistics are zeros.

@@ -158,7 +158,8 @@ __device__ __forceinline__ u64 kept_mass(const Edge& edge, u64 above, u32 equals
     return above + (equals < left ? equals : left) * edge.mass;
 }
 
-// The lowest id up to which the kept mass exceeds `target`, which is below the mass of all; its own mass in `mass`.
+// The lowest id up to which the kept mass exceeds `target`, which is below the mass of all; its own mass in `mass`. NO_ID, in every
+// thread, if no id does: the logits are not those that the mass of all was summed from.
 __device__ __forceinline__ u32 draw_id(const Row& row, const Edge& edge, u32 vocab, u64 target, u64& mass) {
     __shared__ u64 above_of[WARPS];
     __shared__ u32 equals_of[WARPS];
@@ -172,17 +173,20 @@ __device__ __forceinline__ u32 draw_id(const Row& row, const Edge& edge, u32 voc
         weigh(row, edge, first, first + span < end ? first + span : end, above, equals);
         if (lane_id() == 0) above_of[warp_id()] = above, equals_of[warp_id()] = equals;
         __syncthreads();
-        for (u32 w = 0; w < WARPS; ++w) {  // the same in every thread
+        bool found = false;
+        for (u32 w = 0; w < WARPS && !found; ++w) {  // the same in every thread
             const u64 part = kept_mass(edge, above_of[w], equals_of[w], equals_before);
-            if (before + part > target) {
+            found = before + part > target;
+            if (found) {
                 begin += w * span;
                 end = begin + span < end ? begin + span : end;
-                break;
+            } else {
+                before += part;
+                equals_before += equals_of[w];
             }
-            before += part;
-            equals_before += equals_of[w];
         }
         __syncthreads();  // all have read before the next round writes
+        if (!found) return NO_ID;  // the same range again would never end
     }
     const u32 id = begin + lane_id();
     const float logit = id < end ? logit_at(row, id) : -infinity();
@@ -197,6 +201,7 @@ __device__ __forceinline__ u32 draw_id(const Row& row, const Edge& edge, u32 voc
         if (lane_id() >= distance) inclusive += lower;
     }
     const u32 reached = __ballot_sync(FULL_WARP, before + inclusive > target);
+    if (reached == 0) return NO_ID;
     const u32 lane = __popc(~reached & (reached - 1));  // of the lowest set bit
     mass = shuffle(mine, lane);
     return begin + lane;
@@ -287,6 +292,7 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
     u64 mass = mass_of(row, top.max);
     u32 token = top.at;
     if (!greedy) token = draw_id(row, edge, p.vocab, target, mass);
+    if (token == NO_ID) return refuse(out, draw, STATUS_CHANGED, 0);
     sum = block_sum64(sum);
     moment = block_sum64(moment);
     if (threadIdx.x == 0) {

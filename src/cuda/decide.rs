@@ -66,6 +66,8 @@ pub mod status {
     pub const NOTHING: u32 = 2;
     /// `token`, which was forced, is banned or outside the vocabulary.
     pub const FORCED: u32 = 3;
+    /// The logits of the row differ between two passes over them: memory was overwritten meanwhile, or is damaged.
+    pub const CHANGED: u32 = 4;
 }
 
 impl From<&Draw> for DrawRecord {
@@ -102,6 +104,9 @@ impl DecisionRecord {
             }
             status::NOTHING => Err(Error::kernel(format!("row {row}: no token has a finite logit that is not banned"))),
             status::FORCED => Err(Error::request(format!("row {row}: token {token} is banned or outside the vocabulary"))),
+            status::CHANGED => Err(Error::kernel(format!(
+                "row {row}: the logits changed while a token was drawn from them: device memory is damaged or overwritten"
+            ))),
             other => Err(Error::kernel(format!("row {row}: no decision, its status is {other}"))),
         }
     }
@@ -417,9 +422,13 @@ mod tests {
     fn every_status_has_its_words() {
         let record = |status| DecisionRecord { token: 17, status, ..DecisionRecord::default() };
         assert_eq!(record(status::OK).decision(5).unwrap().token, 17);
-        for (code, words) in
-            [(status::BROKEN, "token 17 is NaN or inf"), (status::NOTHING, "no token"), (status::FORCED, "token 17"), (9, "is 9")]
-        {
+        for (code, words) in [
+            (status::BROKEN, "token 17 is NaN or inf"),
+            (status::NOTHING, "no token"),
+            (status::FORCED, "token 17"),
+            (status::CHANGED, "changed"),
+            (9, "is 9"),
+        ] {
             let error = record(code).decision(5).unwrap_err();
             assert!(error.to_string().contains("row 5") && error.to_string().contains(words), "{error}");
             assert_eq!(matches!(error, Error::Request { .. }), code == status::FORCED);

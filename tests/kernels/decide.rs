@@ -5,11 +5,12 @@
 
 use half::bf16;
 use redraft::backend::{DType, Decision, Draw, TopK, TopKOrder, TopPRule};
+use redraft::cuda::Edit;
 use redraft::cuda::decide::{Decide, DecisionRecord, DrawRecord, decide_in, flag, needs_nucleus, status};
 use redraft::cuda::machine::Machine;
 use redraft::policy::decide_row;
 
-use crate::emulator::{Array, gemm_dot, machines, noise, words};
+use crate::emulator::{Array, edited_machines, gemm_dot, machines, noise, words};
 
 pub const PLAIN: Draw =
     Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
@@ -443,6 +444,23 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
 
 pub fn holds(machine: &Machine) -> Result<(), String> {
     [the_law, walks, edges_of_nuclei, most_probable, extremes, refusals, alone_as_in_company].iter().try_for_each(|part| part(machine))
+}
+
+/// A row whose masses are fewer than they were a moment ago, as damaged memory would have it: a status, and no loop without end.
+#[test]
+fn a_draw_that_reaches_no_token_ends() {
+    let from = "if (target >= kept) target = kept - 1;";
+    let edit = Edit { file: "decide_nucleus.cu", from, to: "target = kept + 5;" };
+    let case = Case { hidden: vec![1.0; 2], ..Case::of_rows(&[noise(11, 4500)]) };
+    for machine in edited_machines(Some(edit)) {
+        let found = case.run(&machine, 0..2, &[Some(NUCLEUS), Some(PLAIN)], 64 << 20).unwrap();
+        assert_eq!((found[0].status, found[1].status), (status::CHANGED, status::OK));
+        assert!(found[0].decision(0).unwrap_err().to_string().contains("logits changed"));
+    }
+    // So few that one warp's ids are all there is.
+    let case = Case::of_rows(&[noise(12, 20)]);
+    let found = case.run(&edited_machines(Some(edit))[0], 0..1, &[Some(NUCLEUS)], 64 << 20).unwrap();
+    assert_eq!(found[0].status, status::CHANGED);
 }
 
 #[test]
