@@ -718,10 +718,7 @@ impl Backend for Cuda {
             Some(Some(graph)) => self.machine.driver.replay(graph),
             Some(None) => {
                 // The second time: everything is loaded, nothing grows any more.
-                self.machine.driver.begin_capture()?;
-                let outcome = body();
-                let graph = self.machine.driver.end_capture()?;
-                outcome?;
+                let graph = self.machine.record(body)?;
                 self.graphs.borrow_mut().insert(recorded, Some(graph));
                 self.machine.driver.replay(graph)
             }

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::autotune::Products;
-use super::driver::{Address, Build, Driver, Function, Launch};
+use super::driver::{Address, Build, Driver, Function, Graph, Launch};
 use super::params::Params;
 use crate::error::Result;
 
@@ -128,6 +128,26 @@ impl Machine {
     /// Changes whenever an address that recorded launches may hold has moved.
     pub fn generation(&self) -> u64 {
         self.generation.get()
+    }
+
+    /// Records what `body` launches, to be replayed whenever it would launch the same again.
+    ///
+    /// Errors: those of `body` and of the driver; whatever was recorded until then is forgotten.
+    ///
+    /// # Panics
+    /// If `body` moves memory that recorded launches hold addresses of: a replay would read what is no longer there. Callers run a
+    /// step once before they record it, so that everything has grown to its size.
+    pub fn record(&self, body: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        let before = self.generation();
+        self.driver.begin_capture()?;
+        let launched = body();
+        let graph = self.driver.end_capture()?;
+        if let Err(error) = launched {
+            self.driver.drop_graph(graph);
+            return Err(error);
+        }
+        assert_eq!(self.generation(), before, "memory moved while a step was recorded");
+        Ok(graph)
     }
 
     /// Launches `entry` of a build with its params struct; compiles and loads it at its first use. An empty grid is no launch.

@@ -174,6 +174,24 @@ fn a_recording_takes_launches_only() {
     assert!(driver.replay(graph).is_err());
 }
 
+/// A recording in which memory moves would be replayed over addresses that are gone.
+#[test]
+fn memory_must_not_move_while_launches_are_recorded() {
+    let (machine, function) = function(EmulatorOptions::default(), "barrier_orders");
+    let (input, out) = (Array::new(&machine, &noise(7, LEN)), Array::nan(&machine, LEN));
+    let params = FaultParams { input: input.address(), out: out.address(), counter: 0, n: LEN as u32, padding: 0 };
+    let launch = || machine.driver.launch(function, Launch::line(1, THREADS), bytemuck::bytes_of(&params));
+    let graph = machine.record(launch).unwrap();
+    machine.driver.replay(graph).unwrap();
+    assert!(out.read().unwrap()[..64].iter().all(|x| !x.is_nan()));
+    // An error of the body leaves nothing open.
+    let refused = machine.record(|| machine.driver.synchronize()).unwrap_err().to_string();
+    assert!(refused.contains("between begin_capture and end_capture") && !machine.driver.is_capturing(), "{refused}");
+    let moving = std::panic::AssertUnwindSafe(|| machine.record(|| machine.workspace(1 << 20).map(drop)));
+    let panic = std::panic::catch_unwind(moving).unwrap_err();
+    assert!(panic.downcast_ref::<String>().is_some_and(|words| words.contains("memory moved while a step was recorded")));
+}
+
 #[test]
 fn launches_that_no_machine_takes_are_refused() {
     let (machine, function) = function(EmulatorOptions::default(), "barrier_orders");
