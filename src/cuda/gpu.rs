@@ -49,6 +49,8 @@ pub struct Gpu {
     capturing: Cell<bool>,
     /// Freed while launches were being recorded, when the stream cannot be waited for.
     freed_late: RefCell<Vec<Address>>,
+    /// Graphs dropped then, likewise.
+    dropped_late: RefCell<Vec<Graph>>,
     /// Opened when it is first wanted.
     blas: OnceCell<std::result::Result<CublasLt, String>>,
     /// The first failure that ended the context.
@@ -108,6 +110,7 @@ impl Gpu {
             graphs: RefCell::default(),
             capturing: Cell::new(false),
             freed_late: RefCell::default(),
+            dropped_late: RefCell::default(),
             blas: OnceCell::new(),
             lost: RefCell::default(),
         };
@@ -194,6 +197,15 @@ impl Gpu {
             CublasLt::open(|| self.alloc(cublaslt::WORKSPACE_BYTES).map_err(|error| error.to_string()))
         };
         self.blas.get_or_init(open).as_ref().map_err(String::clone)
+    }
+
+    /// Destroys a graph once no launch of it is under way: what the driver promises for one that still runs differs between versions.
+    fn destroy(&self, graph: Graph) {
+        if let Ok(f) = self.enter() {
+            // SAFETY: the graph came from `end_capture` and is destroyed once, after the wait.
+            let codes = unsafe { [(f.stream_synchronize)(self.stream), (f.graph_exec_destroy)(graph.0)] };
+            let _ = self.check("cuStreamSynchronize", codes[0]).and_then(|()| self.check("cuGraphExecDestroy", codes[1]));
+        }
     }
 
     /// Frees now; errors have nobody to go to, and a sticky one is kept for the next call.
@@ -395,6 +407,7 @@ impl Driver for Gpu {
             self.check("cuGraphInstantiate", codes[0]).and_then(|()| self.check("cuGraphDestroy", codes[1]))
         });
         self.freed_late.take().into_iter().for_each(|address| self.free_now(address));
+        self.dropped_late.take().into_iter().for_each(|graph| self.destroy(graph));
         outcome?;
         let graph = Graph(runnable);
         self.graphs.borrow_mut().push(graph);
@@ -413,9 +426,10 @@ impl Driver for Gpu {
 
     fn drop_graph(&self, graph: Graph) {
         self.graphs.borrow_mut().retain(|known| *known != graph);
-        if let Ok(f) = self.enter() {
-            // SAFETY: the graph came from `end_capture` and is destroyed once; the driver waits for runs of it on its own.
-            let _ = self.check("cuGraphExecDestroy", unsafe { (f.graph_exec_destroy)(graph.0) });
+        if self.capturing.get() {
+            self.dropped_late.borrow_mut().push(graph);
+        } else {
+            self.destroy(graph);
         }
     }
 

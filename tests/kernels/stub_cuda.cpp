@@ -36,6 +36,7 @@ static size_t taken;
 static int live;  // contexts, streams, modules, events, graphs and page-locked areas that nobody gave back
 static std::vector<std::function<void()>> queue;
 static std::vector<std::string> recorded;
+static std::map<size_t, int> pending;  // launches of a graph that were enqueued and not waited for
 static bool recording;
 static int current;
 
@@ -96,8 +97,19 @@ CALL(StreamBeginCapture_v2, size_t, int) recording = true, recorded.clear(); ret
 CALL(StreamEndCapture, size_t, size_t* graph) recording = false; *graph = (size_t) new std::vector<std::string>(recorded), ++live; return 0; }
 CALL(GraphInstantiateWithFlags, size_t* runnable, size_t graph, unsigned long long) *runnable = (size_t) new std::vector<std::string>(*(std::vector<std::string>*)graph), ++live; return 0; }
 CALL(GraphDestroy, size_t) --live; return 0; }
-CALL(GraphExecDestroy, size_t) --live; return 0; }
-CALL(GraphLaunch, size_t runnable, size_t) for (auto& line : *(std::vector<std::string>*)runnable) say("replayed " + line); return 0; }
+CALL(GraphExecDestroy, size_t runnable)
+    if (pending[runnable] > 0) say("stub: a graph is destroyed while it runs");
+    --live;
+    return 0;
+}
+CALL(GraphLaunch, size_t runnable, size_t)
+    ++pending[runnable];
+    queue.push_back([=] {
+        for (auto& line : *(std::vector<std::string>*)runnable) say("replayed " + line);
+        --pending[runnable];
+    });
+    return 0;
+}
 
 CALL(MemAlloc_v2, size_t* address, size_t bytes)
     if (!current) return 201;

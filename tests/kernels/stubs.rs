@@ -170,6 +170,7 @@ fn a_launch_hands_over_grid_and_params() {
     // 232,448 B of the device less the 1,000 static ones of the entry.
     has(&text, &["limit embed_bf16 8 231448", "stub: 0 buffers and 0 handles left"]);
     has(&text, &["recording: cuda:0: synchronize between begin_capture and end_capture", "recording: cuda:0: fill between"]);
+    assert!(!text.contains("destroyed while it runs"), "{text}");
     for (line, times) in [
         ("launched embed", 1),
         (&format!("replayed embed_bf16 6,1,1 x 128, 0 B: {hex}"), 2),
