@@ -88,7 +88,7 @@ fn trailer(key: &str, payload: &[u8]) -> [u8; TRAILER] {
 }
 
 /// FNV-1a, 64 bits: finds damage, not forgery; whoever can write the directory can run code as its owner anyway.
-fn fnv1a<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
+pub(super) fn fnv1a<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
@@ -100,7 +100,7 @@ mod tests {
     fn entries_come_back_whole_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::at(&dir.path().join("made/when/needed"));
-        let key = "embed-THREADS=128-sm_90a-nvrtc13.0-0123456789abcdef";
+        let key = "embed-THREADS=128-sm_90a-nvrtc13.0-65be0db342ad51a0-0123456789abcdef-0123456789abcdef";
         assert_eq!(cache.get(key, "cubin"), None);
         let path = cache.put(key, "cubin", b"\x7fELF code").unwrap();
         assert_eq!(path.file_name().unwrap().to_str().unwrap(), format!("{key}.cubin"));

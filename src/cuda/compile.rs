@@ -1,19 +1,22 @@
 //! Owns NVRTC: finds and opens it, compiles one kernel for one architecture, and reads what the assembler reports about it.
 //!
-//! Options are passed word for word, and every error is headed by the identity of the build: stem, options, source hash, compiler
-//! version. `REDRAFT_NVRTC_DIR` names a directory that holds libnvrtc and libnvrtc-builtins, such as the one inside the
+//! Options are passed word for word, and every error is headed by the identity of the build: stem, defines, compiler, hash of the
+//! options, hash of the source. `REDRAFT_NVRTC_DIR` names a directory that holds libnvrtc and libnvrtc-builtins, such as the one inside the
 //! `nvidia-cuda-nvrtc` Python package; without it the usual library search applies.
 
 use std::env;
-use std::ffi::{CStr, CString, OsStr, c_char, c_int};
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::Instant;
+use std::time::{Instant, UNIX_EPOCH};
 
 use cudarc::nvrtc::sys;
 use libloading::Library;
 
-use super::cubin::max_threads;
+use super::cache::fnv1a;
+use super::cubin::{build_id, max_threads};
 use super::driver::Build;
 use super::kernels::{Kernel, headers, identity, options};
 use super::{loader_words, symbol};
@@ -51,6 +54,7 @@ pub struct Compiled {
 pub struct Compiler {
     functions: Functions,
     version: (u32, u32),
+    identity: String,
     /// Ascending: 80 is sm_80.
     architectures: Vec<u32>,
 }
@@ -65,6 +69,11 @@ impl Compiler {
     /// Major and minor.
     pub fn version(&self) -> (u32, u32) {
         self.version
+    }
+
+    /// `nvrtc13.0-65be0db342ad51a0`: major and minor, then which library of that version it is.
+    pub fn identity(&self) -> &str {
+        &self.identity
     }
 
     /// The architectures that this NVRTC compiles for, without suffix letters, ascending.
@@ -91,7 +100,7 @@ impl Compiler {
     pub fn compile(&self, kernel: &Kernel, build: &Build, arch: &str) -> Result<Compiled> {
         self.check_arch(arch)?;
         let options = options(build, arch);
-        let identity = format!("kernel {} [{}]", identity(kernel, build, arch, self.version), options.join(" "));
+        let identity = format!("kernel {} [{}]", identity(kernel, build, arch, &self.identity), options.join(" "));
         let program = Program::new(&self.functions, kernel).map_err(|what| Error::kernel(format!("{identity}: {what}")))?;
         let start = Instant::now();
         let outcome = program.compile(&options);
@@ -125,8 +134,61 @@ impl Compiler {
         }
         let mut architectures: Vec<u32> = archs.iter().filter_map(|arch| u32::try_from(*arch).ok()).collect();
         architectures.sort_unstable();
-        Ok(Compiler { functions, version: (major.unsigned_abs(), minor.unsigned_abs()), architectures })
+        let version = (major.unsigned_abs(), minor.unsigned_abs());
+        let library = library_file(functions.version as *const c_void).and_then(|path| contents_of(&path));
+        let identity = format!("nvrtc{}.{}{}", version.0, version.1, library.map_or(String::new(), |contents| format!("-{contents}")));
+        Ok(Compiler { functions, version, identity, architectures })
     }
+}
+
+// ---- which library it is ----
+//
+// nvrtcVersion tells 13.0 for 13.0.48 and for 13.0.88, whose machine code differs. The full version is in the header of the PTX that the
+// library writes, at the price of a compilation of 70 ms in every process that finds all of its kernels in the cache. The build ID that the
+// linker left in the library names its contents and costs one read of 64 KiB.
+
+/// Sixteen hexadecimal digits that change with the contents of a library: the start of its GNU build ID; where the linker left none, a hash
+/// of the file's length and time of change.
+fn contents_of(path: &Path) -> Option<String> {
+    let file = File::open(path).ok()?;
+    let (mut head, metadata) = (Vec::new(), file.metadata().ok()?);
+    file.take(1 << 16).read_to_end(&mut head).ok()?;
+    build_id(&head).or_else(|| {
+        let changed = metadata.modified().ok()?.duration_since(UNIX_EPOCH).ok()?;
+        let words = [metadata.len(), changed.as_secs(), u64::from(changed.subsec_nanos())].map(u64::to_le_bytes);
+        Some(format!("{:016x}", fnv1a(words.as_flattened().iter())))
+    })
+}
+
+/// The file of the loaded library that holds the function at `address`.
+#[cfg(unix)]
+fn library_file(address: *const c_void) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+
+    /// Dl_info of dlfcn.h.
+    #[repr(C)]
+    struct Found {
+        file: *const c_char,
+        base: *mut c_void,
+        symbol: *const c_char,
+        symbol_address: *mut c_void,
+    }
+    unsafe extern "C" {
+        fn dladdr(address: *const c_void, found: *mut Found) -> c_int;
+    }
+    let mut found =
+        Found { file: std::ptr::null(), base: std::ptr::null_mut(), symbol: std::ptr::null(), symbol_address: std::ptr::null_mut() };
+    // SAFETY: `found` is writable and of the layout of Dl_info; any address may be asked for.
+    if unsafe { dladdr(address, &mut found) } == 0 || found.file.is_null() {
+        return None;
+    }
+    // SAFETY: not null, and the loader keeps the name as long as the library is open, which is for good.
+    Some(PathBuf::from(OsStr::from_bytes(unsafe { CStr::from_ptr(found.file) }.to_bytes())))
+}
+
+#[cfg(not(unix))]
+fn library_file(_address: *const c_void) -> Option<PathBuf> {
+    None
 }
 
 /// 90 of `sm_90a`.

@@ -1,4 +1,5 @@
-//! Reads one fact from machine code that no log tells: how many threads a CTA of an entry may have, the first number of its launch bounds.
+//! Facts in ELF images that no call tells: of machine code how many threads a CTA of an entry may have, the first number of its launch
+//! bounds; of a library its build ID.
 //!
 //! A cubin is an ELF image; section `.nv.info.<entry>` is a list of attributes, each (format, attribute, value) in four bytes, or,
 //! for format 4, with the number of bytes that follow as its value.
@@ -20,6 +21,31 @@ pub(super) fn max_threads(cubin: &[u8], entry: &str) -> Option<u32> {
         info = &info[4 + bytes..];
     }
     None
+}
+
+const PT_NOTE: u32 = 4;
+const NT_GNU_BUILD_ID: u32 = 3;
+
+/// The first sixteen hexadecimal digits of the GNU build ID of a 64-bit image, of which `head` are the first bytes. None for an image
+/// without one, and for bytes that are no such image.
+pub(super) fn build_id(head: &[u8]) -> Option<String> {
+    let (headers, size, count) = (usize::try_from(long(head, 0x20)?).ok()?, half(head, 0x36)?, half(head, 0x38)?);
+    let header = |index: usize| head.get(headers.checked_add(index * size)?..);
+    let notes = (0..count).filter_map(header).filter(|header| word(header, 0) == Some(PT_NOTE)).filter_map(|header| {
+        let (offset, bytes) = (usize::try_from(long(header, 8)?).ok()?, usize::try_from(long(header, 0x20)?).ok()?);
+        head.get(offset..offset.checked_add(bytes)?)
+    });
+    notes.filter(|_| head.starts_with(b"\x7fELF")).find_map(|mut note| {
+        loop {
+            let [name, bytes, kind] = [word(note, 0)? as usize, word(note, 4)? as usize, word(note, 8)? as usize];
+            let begin = 12 + name.checked_next_multiple_of(4)?;
+            let id = note.get(begin..begin.checked_add(bytes)?)?;
+            if kind == NT_GNU_BUILD_ID as usize && note[12..].starts_with(b"GNU\0") && bytes >= 8 {
+                return Some(id[..8].iter().map(|byte| format!("{byte:02x}")).collect());
+            }
+            note = note.get(begin.checked_add(bytes.checked_next_multiple_of(4)?)?..)?;
+        }
+    })
 }
 
 /// The bytes of a section, by name.
@@ -72,6 +98,32 @@ mod tests {
         elf.extend(names);
         elf.extend(info);
         elf
+    }
+
+    #[test]
+    fn a_build_id_is_found_behind_other_notes() {
+        let note = |name: &[u8], kind: u32, id: &[u8]| {
+            let numbers = [name.len() as u32, id.len() as u32, kind].map(u32::to_le_bytes);
+            let padding = vec![0u8; id.len().next_multiple_of(4) - id.len()];
+            [numbers.as_flattened(), name, id, &padding].concat()
+        };
+        let notes =
+            [note(b"GNU\0", 1, &[9; 16]), note(b"abc\0", 3, &[9; 8]), note(b"GNU\0", 3, &[1, 2, 3, 0xfd, 5, 6, 7, 8, 9, 10])].concat();
+        let mut image = b"\x7fELF".to_vec();
+        image.resize(0x40 + 2 * 0x38, 0);
+        image[0x20] = 0x40;
+        image[0x36..0x3a].copy_from_slice(&[0x38, 0, 2, 0]);
+        let header = 0x40 + 0x38;
+        image[header] = 4;
+        image[header + 8] = (0x40 + 2 * 0x38) as u8;
+        image[header + 0x20] = notes.len() as u8;
+        image.extend(notes);
+        assert_eq!(build_id(&image).as_deref(), Some("010203fd05060708"));
+        for cut in 0..image.len() {
+            assert_eq!(build_id(&image[..cut]), None, "{cut}");
+        }
+        image[0] = 0;
+        assert_eq!(build_id(&image), None);
     }
 
     #[test]

@@ -160,7 +160,7 @@ impl Gpu {
         if let Some(module) = self.modules.borrow().get(build) {
             return Ok(*module);
         }
-        let identity = identity(&kernel(build.stem), build, &self.arch, self.compiler.version());
+        let identity = identity(&kernel(build.stem), build, &self.arch, self.compiler.identity());
         let cached = self.cache.get(&identity, "cubin");
         // An entry that the driver refuses is built again: it is either not what was written, or the error comes again from the fresh one.
         let loaded = cached.and_then(|cubin| self.load(&identity, &cubin).ok());

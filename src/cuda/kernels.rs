@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::Serialize;
 
+use super::cache::fnv1a;
 use super::compile::{EntryUse, compiler};
 use super::driver::Build;
 use super::replay::Replay;
@@ -42,11 +43,23 @@ pub(super) fn options(build: &Build, arch: &str) -> Vec<String> {
     std::iter::once(format!("--gpu-architecture={arch}")).chain(fixed).chain(define_options(build)).collect()
 }
 
-/// What a build is, in words that key the cache and head every compile error: stem, defines, architecture, compiler, source.
-pub(super) fn identity(kernel: &Kernel, build: &Build, arch: &str, (major, minor): (u32, u32)) -> String {
+/// Identity of a build: stem, defines, architecture, compiler, hash of the options, hash of the source. It keys
+/// the cache and starts every compile error. `compiler` is [`super::Compiler::identity`].
+pub(super) fn identity(kernel: &Kernel, build: &Build, arch: &str, compiler: &str) -> String {
+    format!("{}-{compiler}-{}", build_and_arch(kernel, build, arch), hashes(kernel, &options(build, arch)))
+}
+
+/// `embed-THREADS=128-sm_90a`.
+fn build_and_arch(kernel: &Kernel, build: &Build, arch: &str) -> String {
     let defines = build.defines.iter().map(|(name, value)| format!("{name}={value}"));
-    let words = std::iter::once(kernel.stem.to_owned()).chain(defines);
-    words.chain([arch.to_owned(), format!("nvrtc{major}.{minor}"), format!("{:016x}", kernel.hash)]).collect::<Vec<_>>().join("-")
+    std::iter::once(kernel.stem.to_owned()).chain(defines).chain([arch.to_owned()]).collect::<Vec<_>>().join("-")
+}
+
+/// Hash of the compiler options word for word, then hash of the source. The same source under other options is
+/// other machine code.
+fn hashes(kernel: &Kernel, options: &[String]) -> String {
+    let words = options.iter().flat_map(|option| option.as_bytes().iter().chain(b" "));
+    format!("{:016x}-{:016x}", fnv1a(words), kernel.hash)
 }
 
 /// The builds that are checked and measured: every kernel with the constants that the supported models ask for. A launcher may ask for
@@ -354,6 +367,24 @@ mod tests {
              remask  THREADS=256  sm_90a      256         32        0      1064        0     9000          31\n"
         );
         assert!(list_table(&kernels_list()).lines().count() == kernels().len() + 1);
+    }
+
+    #[test]
+    fn an_identity_holds_options_and_compiler() {
+        let (kernel, build) = (kernel("embed"), Build { stem: "embed", defines: vec![("THREADS", 128)] });
+        let found = identity(&kernel, &build, "sm_90a", "nvrtc13.0-0123456789abcdef");
+        assert!(found.starts_with("embed-THREADS=128-sm_90a-nvrtc13.0-0123456789abcdef-"), "{found}");
+        assert!(found.ends_with(&format!("-{:016x}", kernel.hash)), "{found}");
+        assert_ne!(found, identity(&kernel, &build, "sm_90a", "nvrtc13.0-0123456789abcdee"));
+
+        // One option more, one changed, and two that differ in where a word ends.
+        let usual = options(&build, "sm_90a");
+        let changed = |options: Vec<&str>| hashes(&kernel, &options.into_iter().map(String::from).collect::<Vec<_>>());
+        let words: Vec<&str> = usual.iter().map(String::as_str).collect();
+        assert!(found.ends_with(&changed(words.clone())));
+        assert_ne!(changed(words.clone()), changed([&words[..], &["--use_fast_math"]].concat()));
+        assert_ne!(changed(vec!["-DA=1", "-DB=2"]), changed(vec!["-DA=1", "-DB=3"]));
+        assert_ne!(changed(vec!["-DA=1", "2"]), changed(vec!["-DA=12"]));
     }
 
     #[test]

@@ -114,20 +114,28 @@ fn launches(machine: &Machine) -> Result<()> {
 struct Stubs {
     driver: PathBuf,
     compiler: PathBuf,
+    /// As `compiler`, of the same major and minor version: another library of it, and one whose linker left no build ID.
+    others: [PathBuf; 2],
 }
 
 fn stubs() -> &'static Stubs {
     static STUBS: OnceLock<Stubs> = OnceLock::new();
     STUBS.get_or_init(|| {
-        let stubs = Stubs { driver: scratch("stub-driver"), compiler: scratch("stub-compiler") };
-        for (source, library) in [
-            ("stub_cuda.cpp", stubs.driver.join("libcuda.so")),
-            ("stub_nvrtc.cpp", stubs.compiler.join("libnvrtc.so.13")),
-            ("stub_nvrtc.cpp", stubs.compiler.join("libnvrtc-builtins.so.13.0")),
-        ] {
+        let stubs = Stubs {
+            driver: scratch("stub-driver"),
+            compiler: scratch("stub-compiler"),
+            others: ["stub-compiler-update", "stub-compiler-unnamed"].map(scratch),
+        };
+        let build = |source: &str, library: PathBuf, build_id: &str| {
             let mut command = gxx();
-            command.args(["-shared", "-o"]).arg(library).arg(here().join(source));
+            command.args(["-shared", &format!("-Wl,--build-id={build_id}"), "-o"]).arg(library).arg(here().join(source));
             run(command);
+        };
+        build("stub_cuda.cpp", stubs.driver.join("libcuda.so"), "none");
+        let [update, unnamed] = &stubs.others;
+        for (dir, build_id) in [(&stubs.compiler, "0x130088aabbccddee"), (update, "0x130089aabbccddee"), (unnamed, "none")] {
+            build("stub_nvrtc.cpp", dir.join("libnvrtc.so.13"), build_id);
+            build("stub_nvrtc.cpp", dir.join("libnvrtc-builtins.so.13.0"), build_id);
         }
         stubs
     })
@@ -195,7 +203,7 @@ fn built_code_is_found_again() {
     let _ = std::fs::remove_dir_all(&cache);
     assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
     let name = entry().file_name().unwrap().to_string_lossy().into_owned();
-    assert!(name.starts_with("embed-THREADS=128-sm_90a-nvrtc13.0-") && name.ends_with(".cubin"), "{name}");
+    assert!(name.starts_with("embed-THREADS=128-sm_90a-nvrtc13.0-130088aabbccddee-") && name.ends_with(".cubin"), "{name}");
     // Another device, another compiler.
     assert_eq!([compiles(&[("STUB_CC", "80")]), compiles(&[("STUB_NVRTC", "124"), ("STUB_DRIVER", "12040")])], [1, 1]);
     std::fs::write(entry(), "damaged").unwrap();
@@ -203,6 +211,22 @@ fn built_code_is_found_again() {
     // Whole by its checksum, and still not machine code.
     redraft::cuda::cache::Cache::at(&cache).put(name.trim_end_matches(".cubin"), "cubin", b"not an image").unwrap();
     assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
+}
+
+/// 13.0.88 and 13.0.89 both call themselves 13.0 and write different machine code.
+#[test]
+fn an_update_of_the_compiler_builds_again() {
+    let cache = scratch("cache-update");
+    let compiles = |compiler: &Path| {
+        let text = report("launches", &cache, &[("REDRAFT_NVRTC_DIR", compiler.to_str().expect("UTF-8"))]);
+        has(&text, &["launches: done"]);
+        text.matches("stub: compiles").count()
+    };
+    let Stubs { compiler, others: [update, unnamed], .. } = stubs();
+    for library in [compiler, update, unnamed] {
+        assert_eq!([compiles(library), compiles(library)], [1, 0], "{}", library.display());
+    }
+    assert_eq!(compiles(compiler), 0);
 }
 
 #[test]
