@@ -1,5 +1,8 @@
 //! `redraft kernels`: what the CUDA kernels are, and what NVRTC makes of them.
 
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
 use clap::{Args, Subcommand};
 
 use super::model::Format;
@@ -27,6 +30,18 @@ pub(super) enum Command {
         /// table or json
         #[arg(long, value_enum, default_value = "table")]
         format: Format,
+    },
+    /// Compile kernels into a directory that a GPU machine uses through REDRAFT_KERNELS_DIR, without NVRTC
+    Build {
+        /// Architectures, comma separated, as in sm_90a
+        #[arg(long, value_delimiter = ',', required = true)]
+        arch: Vec<String>,
+        /// The directory, made where it is not there
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+        /// Builds beside those that `list` prints, one a line, as REDRAFT_KERNEL_LOG records them; - is stdin
+        #[arg(long, value_name = "FILE")]
+        list: Option<PathBuf>,
     },
     /// Run one kernel alone in a loop, over random inputs, and time it
     Run(Run),
@@ -96,9 +111,30 @@ pub(super) fn run(command: Command) -> Result<()> {
                 return Err(Error::kernel(format!("over budget:\n  {}", over.join("\n  "))));
             }
         }
+        Command::Build { arch, out, list } => build(&arch, &out, list.as_deref())?,
         Command::Run(asked) => replay(&asked)?,
     }
     Ok(())
+}
+
+fn build(archs: &[String], out: &Path, list: Option<&Path>) -> Result<()> {
+    let start = Instant::now();
+    let mut builds = cuda::builds();
+    if let Some(list) = list {
+        let named = cuda::parse_builds(&super::read_text(list)?).map_err(|error| in_file(list, error))?;
+        builds.extend(named.into_iter().filter(|build| !cuda::builds().contains(build)));
+    }
+    let (files, bytes) = cuda::kernels_build(archs, &builds, out)?;
+    let (mib, seconds) = (bytes as f64 / f64::from(1 << 20), start.elapsed().as_secs_f64());
+    super::print(&format!("{}: {} kernels for {}, {mib:.1} MiB, {seconds:.1} s\n", out.display(), files.len(), archs.join(", "))).map(drop)
+}
+
+/// The error of a line, with the file in front.
+fn in_file(file: &Path, error: Error) -> Error {
+    match error {
+        Error::Request { what } => Error::request(format!("{}: {what}", file.display())),
+        other => other,
+    }
 }
 
 fn replay(asked: &Run) -> Result<()> {

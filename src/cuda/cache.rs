@@ -39,7 +39,7 @@ impl Cache {
 
     /// The payload kept under `key`, if it is there and whole.
     pub fn get(&self, key: &str, extension: &str) -> Option<Vec<u8>> {
-        let mut bytes = fs::read(self.file(key, extension)?).ok()?;
+        let mut bytes = fs::read(self.path(key, extension)?).ok()?;
         let payload = bytes.len().checked_sub(TRAILER)?;
         (bytes[payload..] == trailer(key, &bytes[..payload])).then(|| {
             bytes.truncate(payload);
@@ -49,13 +49,13 @@ impl Cache {
 
     /// The file that holds the payload, and a trailer behind it, if it is there and whole.
     pub fn path_of(&self, key: &str, extension: &str) -> Option<PathBuf> {
-        self.get(key, extension).and_then(|_| self.file(key, extension))
+        self.get(key, extension).and_then(|_| self.path(key, extension))
     }
 
     /// Keeps `bytes` under `key` in place of whatever was there. None where that is not possible.
     pub fn put(&self, key: &str, extension: &str, bytes: &[u8]) -> Option<PathBuf> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let path = self.file(key, extension)?;
+        let path = self.path(key, extension)?;
         fs::create_dir_all(path.parent()?).ok()?;
         let part = path.with_extension(format!("{}-{}.part", process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
         let whole = [bytes, &trailer(key, bytes)].concat();
@@ -67,7 +67,8 @@ impl Cache {
         kept.ok().map(|()| path)
     }
 
-    fn file(&self, key: &str, extension: &str) -> Option<PathBuf> {
+    /// Where the payload of a key lies, whether or not it is there. None without a directory.
+    pub fn path(&self, key: &str, extension: &str) -> Option<PathBuf> {
         let plain = |c: char| c.is_ascii_alphanumeric() || "=._-".contains(c);
         let mut name: String = key.chars().map(|c| if plain(c) { c } else { '_' }).collect();
         if name.len() > MAX_NAME {

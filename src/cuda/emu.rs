@@ -195,6 +195,7 @@ impl Emulator {
         if let Some(module) = locked(&self.modules).get(build) {
             return Ok(module.clone());
         }
+        super::prebuilt::log(build)?;
         let file = format!("{}.cu", build.stem);
         let options: Vec<String> = define_options(build).collect();
         let code =

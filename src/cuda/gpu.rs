@@ -4,7 +4,8 @@
 //! and return when the source may be reused; the copies run behind. Nothing else waits but `read`, `synchronize` and `free`.
 //!
 //! A failing kernel is reported by whichever call comes next, and ends the context: [`Gpu`] keeps the first such report and repeats it.
-//! Machine code comes from the cache on disk, else from NVRTC, for the one architecture of this device.
+//! Machine code is for the one architecture of this device. It comes from `REDRAFT_KERNELS_DIR`, else from the cache on disk, else from
+//! NVRTC, which is opened when the first kernel needs it.
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::HashMap;
@@ -13,13 +14,14 @@ use std::ffi::{CString, c_int, c_uint, c_void};
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult, CUstream_flags, CUstreamCaptureMode};
 
 use super::cache::Cache;
-use super::compile::{Compiler, compiler};
+use super::compile::compiler;
 use super::cublaslt::{self, CublasLt};
 use super::device::{DeviceInfo, describe, probe};
 use super::driver::{Address, Blas, Build, Driver, Function, Graph, Launch, Limits};
-use super::kernels::{identity, kernel};
+use super::kernels::{identity, kernel, portable_identity};
 use super::libcuda::{Functions, Handle, functions};
 use super::linear::Linear;
+use super::prebuilt::{self, Prebuilt};
 use super::staging::Staging;
 use super::{nvtx, trouble};
 use crate::error::{Error, Result};
@@ -30,7 +32,7 @@ const MAX_PARAMS: usize = 4096;
 /// One device with one stream.
 pub struct Gpu {
     functions: &'static Functions,
-    compiler: &'static Compiler,
+    prebuilt: Option<Prebuilt>,
     info: DeviceInfo,
     arch: String,
     /// What the driver speaks, as major and minor of CUDA.
@@ -58,11 +60,21 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// Opens `cuda:ordinal`: driver, device and NVRTC must be there, and NVRTC must know the device.
+    /// Opens `cuda:ordinal`: driver and device must be there, and either `REDRAFT_KERNELS_DIR` holds kernels for the device or NVRTC is
+    /// there and knows it.
     pub fn open(ordinal: usize) -> Result<Gpu> {
         let info = probe(ordinal)?;
-        let (functions, compiler) = (functions()?, compiler()?);
-        let arch = arch_for(&info, compiler.architectures(), compiler.version())?;
+        let (functions, prebuilt) = (functions()?, Prebuilt::named()?);
+        let arch = match prebuilt.as_ref().and_then(|prebuilt| prebuilt.arch_for(info.compute_capability)) {
+            Some(arch) => arch.to_owned(),
+            None => {
+                let compiler = compiler().map_err(|error| match &prebuilt {
+                    Some(prebuilt) => Error::device(format!("{info}: {}, and {error}", prebuilt.describe())),
+                    None => error,
+                })?;
+                arch_for(&info, compiler.architectures(), compiler.version())?
+            }
+        };
         let check = |call: &str, code: c_int| checked(ordinal, call, code);
 
         let (mut version, mut device): (c_int, c_int) = (0, 0);
@@ -95,7 +107,7 @@ impl Gpu {
         let version = version.unsigned_abs();
         let mut gpu = Gpu {
             functions,
-            compiler,
+            prebuilt,
             info,
             arch,
             driver_version: (version / 1000, version % 1000 / 10),
@@ -155,37 +167,54 @@ impl Gpu {
         Ok((free as u64, total as u64))
     }
 
-    /// The module of a build: loaded before, from the cache, or compiled now.
+    /// The module of a build: loaded before, built beforehand, from the cache, or compiled now.
     fn module(&self, build: &Build) -> Result<Handle> {
         if let Some(module) = self.modules.borrow().get(build) {
             return Ok(*module);
         }
-        let identity = identity(&kernel(build.stem), build, &self.arch, self.compiler.identity());
-        let cached = self.cache.get(&identity, "cubin");
-        // An entry that the driver refuses is built again: it is either not what was written, or the error comes again from the fresh one.
-        let loaded = cached.and_then(|cubin| self.load(&identity, &cubin).ok());
-        let module = match loaded {
-            Some(module) => module,
-            None => {
-                let cubin = self.compiler.compile(&kernel(build.stem), build, &self.arch)?.cubin;
-                let module = self.load(&identity, &cubin)?;
-                self.cache.put(&identity, "cubin", &cubin);
-                module
-            }
+        prebuilt::log(build)?;
+        let module = match self.prebuilt_module(build) {
+            Ok(module) => module,
+            Err(missing) => self.built_module(build).map_err(|error| match missing {
+                Some(missing) => Error::device(format!("{missing}, and {error}")),
+                None => error,
+            })?,
         };
         self.modules.borrow_mut().insert(build.clone(), module);
         Ok(module)
     }
 
-    fn load(&self, identity: &str, cubin: &[u8]) -> Result<Handle> {
+    /// The module of a cubin of the named directory. Errors: why there is none, where a directory is named.
+    fn prebuilt_module(&self, build: &Build) -> std::result::Result<Handle, Option<String>> {
+        let prebuilt = self.prebuilt.as_ref().ok_or(None)?;
+        let cubin = prebuilt.find(&kernel(build.stem), build, &self.arch).map_err(Some)?;
+        self.load(&portable_identity(&kernel(build.stem), build, &self.arch), &cubin, None).map_err(|error| Some(error.to_string()))
+    }
+
+    /// The module of a cubin that this machine's NVRTC wrote, earlier or now.
+    fn built_module(&self, build: &Build) -> Result<Handle> {
+        let compiler = compiler()?;
+        let identity = identity(&kernel(build.stem), build, &self.arch, compiler.identity());
+        let load = |cubin: &[u8]| self.load(&identity, cubin, Some(compiler.version()));
+        // An entry that the driver refuses is built again: it is either not what was written, or the error comes again from the fresh one.
+        if let Some(module) = self.cache.get(&identity, "cubin").and_then(|cubin| load(&cubin).ok()) {
+            return Ok(module);
+        }
+        let cubin = compiler.compile(&kernel(build.stem), build, &self.arch)?.cubin;
+        let module = load(&cubin)?;
+        self.cache.put(&identity, "cubin", &cubin);
+        Ok(module)
+    }
+
+    /// `nvrtc`: major and minor of the compiler that wrote the cubin, where it is known.
+    fn load(&self, identity: &str, cubin: &[u8], nvrtc: Option<(u32, u32)>) -> Result<Handle> {
         let f = self.enter()?;
         let mut module: Handle = 0;
         // SAFETY: `cubin` is a whole ELF image from NVRTC, which carries its own size, checked by the cache's checksum where it comes
         // from there; the driver copies it.
         let code = unsafe { (f.module_load_data)(&mut module, cubin.as_ptr().cast()) };
-        if trouble::Trouble::of(code) == trouble::Trouble::OldDriver {
-            let (ordinal, nvrtc) = (self.info.ordinal, self.compiler.version());
-            return Err(trouble::unusable_code(ordinal, identity, &describe(code), self.driver_version, nvrtc));
+        if let Some(nvrtc) = nvrtc.filter(|_| trouble::Trouble::of(code) == trouble::Trouble::OldDriver) {
+            return Err(trouble::unusable_code(self.info.ordinal, identity, &describe(code), self.driver_version, nvrtc));
         }
         self.check(&format!("cuModuleLoadData of {identity}"), code)?;
         Ok(module)

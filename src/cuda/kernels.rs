@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use serde::Serialize;
 
 use super::cache::fnv1a;
-use super::compile::{EntryUse, compiler};
+use super::compile::{Compiled, compiler};
 use super::driver::Build;
 use super::replay::Replay;
 use super::replays::REPLAYS;
@@ -47,6 +47,11 @@ pub(super) fn options(build: &Build, arch: &str) -> Vec<String> {
 /// the cache and starts every compile error. `compiler` is [`super::Compiler::identity`].
 pub(super) fn identity(kernel: &Kernel, build: &Build, arch: &str, compiler: &str) -> String {
     format!("{}-{compiler}-{}", build_and_arch(kernel, build, arch), hashes(kernel, &options(build, arch)))
+}
+
+/// [`identity`] without the compiler, for machine code that one machine builds and another loads.
+pub(super) fn portable_identity(kernel: &Kernel, build: &Build, arch: &str) -> String {
+    format!("{}-{}", build_and_arch(kernel, build, arch), hashes(kernel, &options(build, arch)))
 }
 
 /// `embed-THREADS=128-sm_90a`.
@@ -131,7 +136,7 @@ pub fn kernels_list() -> Vec<KernelInfo> {
 }
 
 /// `NAME=VALUE NAME=VALUE`.
-fn constants(build: &Build) -> String {
+pub(super) fn constants(build: &Build) -> String {
     build.defines.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
 }
 
@@ -155,32 +160,17 @@ pub struct KernelReport {
     pub compile_ms: f64,
 }
 
-/// Compiles every build for every architecture named, and reports in that order. All names are checked before the first compilation.
-pub fn kernels_check(archs: &[String]) -> Result<Vec<KernelReport>> {
+/// Compiles each build for each architecture, and returns all in that order. All architectures are checked before the first compilation.
+pub(super) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build]) -> Result<Vec<(&'a str, &'a Build, Compiled)>> {
     let compiler = compiler()?;
     archs.iter().try_for_each(|arch| compiler.check_arch(arch))?;
-    let builds = builds();
-    let jobs: Vec<(&String, &Build)> = archs.iter().flat_map(|arch| builds.iter().map(move |build| (arch, build))).collect();
-    let compile = |&(arch, build): &(&String, &Build)| -> Result<Vec<KernelReport>> {
-        let compiled = compiler.compile(&kernel(build.stem), build, arch)?;
-        let report = |used: EntryUse| KernelReport {
-            stem: build.stem,
-            entry: used.entry,
-            build: constants(build),
-            arch: arch.clone(),
-            threads: used.threads,
-            registers: used.registers,
-            spill_bytes: used.spill_bytes,
-            shared_bytes: used.shared_bytes,
-            stack_bytes: used.stack_bytes,
-            cubin_bytes: compiled.cubin.len(),
-            compile_ms: compiled.compile_ms,
-        };
-        Ok(compiled.entries.into_iter().map(report).collect())
+    let jobs: Vec<(&str, &Build)> = archs.iter().flat_map(|arch| builds.iter().map(move |build| (arch.as_str(), build))).collect();
+    let compile = |&(arch, build): &(&'a str, &'a Build)| -> Result<(&'a str, &'a Build, Compiled)> {
+        Ok((arch, build, compiler.compile(&kernel(build.stem), build, arch)?))
     };
     // NVRTC compiles different programs on different threads at once.
     let next = AtomicUsize::new(0);
-    let worker = || -> Vec<(usize, Result<Vec<KernelReport>>)> {
+    let worker = || -> Vec<(usize, Result<(&str, &Build, Compiled)>)> {
         let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|job| *job < jobs.len());
         std::iter::from_fn(take).map(|job| (job, compile(&jobs[job]))).collect()
     };
@@ -190,7 +180,29 @@ pub fn kernels_check(archs: &[String]) -> Result<Vec<KernelReport>> {
         workers.into_iter().flat_map(|worker| worker.join().expect("compiling does not panic")).collect::<Vec<_>>()
     });
     outcomes.sort_by_key(|(job, _)| *job);
-    Ok(outcomes.into_iter().map(|(_, outcome)| outcome).collect::<Result<Vec<_>>>()?.concat())
+    outcomes.into_iter().map(|(_, outcome)| outcome).collect()
+}
+
+/// Compiles every build for every architecture named, and reports in that order. All names are checked before the first compilation.
+pub fn kernels_check(archs: &[String]) -> Result<Vec<KernelReport>> {
+    let builds = builds();
+    let compiled = compile_all(archs, &builds)?;
+    let reports = compiled.into_iter().flat_map(|(arch, build, Compiled { cubin, entries, compile_ms, .. })| {
+        entries.into_iter().map(move |used| KernelReport {
+            stem: build.stem,
+            entry: used.entry,
+            build: constants(build),
+            arch: arch.to_owned(),
+            threads: used.threads,
+            registers: used.registers,
+            spill_bytes: used.spill_bytes,
+            shared_bytes: used.shared_bytes,
+            stack_bytes: used.stack_bytes,
+            cubin_bytes: cubin.len(),
+            compile_ms,
+        })
+    });
+    Ok(reports.collect())
 }
 
 /// Registers of a multiprocessor, on every architecture from sm_80 on.

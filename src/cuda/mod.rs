@@ -8,6 +8,7 @@
 //! | [`driver`] | the narrow interface to a machine: [`Gpu`] (libcuda) and [`Emulator`] (g++ and the host) |
 //! | `kernels`, `compile`, `cubin`, [`cache`] | the embedded sources, NVRTC, and built code kept on disk |
 //! | [`tensor_core`] | how bf16 products round, by architecture |
+//! | `prebuilt` | kernels built on one machine for another that has no NVRTC |
 //! | `autotune`, `cublaslt` | opt-in: products by cuBLASLt where it was measured faster |
 //! | `device`, `trouble`, `nvtx`, `staging`, `libcuda` | the conversation with the driver |
 //!
@@ -43,6 +44,7 @@ pub mod machine;
 pub mod norm;
 mod nvtx;
 pub mod params;
+mod prebuilt;
 pub mod remask;
 mod replay;
 mod replays;
@@ -65,6 +67,7 @@ pub use gpu::Gpu;
 pub use kernels::{
     Kernel, KernelInfo, KernelReport, builds, headers, kernels, kernels_check, kernels_list, list_table, over_budget, report_table,
 };
+pub use prebuilt::{kernels_build, line_of, parse_builds};
 pub use replay::{Asked, Report, replay};
 
 use libloading::Library;

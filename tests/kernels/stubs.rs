@@ -229,6 +229,120 @@ fn an_update_of_the_compiler_builds_again() {
     assert_eq!(compiles(compiler), 0);
 }
 
+/// The command with the stub driver and, where there is a directory for it, a stub compiler: exit code, stdout, stderr.
+fn redraft(args: &[&str], compiler: Option<&Path>, env: &[(&str, &str)]) -> (Option<i32>, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_redraft"));
+    command.args(args).env("LD_LIBRARY_PATH", &stubs().driver).env("STUB_DEVICES", "1").env("REDRAFT_CACHE_DIR", scratch("cache-run"));
+    command.env("REDRAFT_NVRTC_DIR", compiler.unwrap_or(Path::new("/nowhere"))).envs(env.iter().copied());
+    let output = command.output().expect("the binary starts");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// A fresh directory of kernels for `arch`, built by the stub compiler.
+fn prebuilt(name: &str, arch: &str) -> PathBuf {
+    let dir = scratch(name);
+    let _ = std::fs::remove_dir_all(&dir);
+    let (code, out, err) = redraft(&["kernels", "build", "--arch", arch, "--out", dir.to_str().unwrap()], Some(&stubs().compiler), &[]);
+    assert!(code == Some(0) && out.contains(&format!("kernels for {arch}, ")), "{out}{err}");
+    let files = std::fs::read_dir(&dir).unwrap().count();
+    assert_eq!(files, redraft::cuda::builds().len(), "one file a build");
+    dir
+}
+
+/// What a child says that has a directory of kernels, no cache, and no compiler.
+fn without_compiler(dir: &Path, env: &[(&str, &str)]) -> String {
+    let cache = scratch("cache-prebuilt");
+    let _ = std::fs::remove_dir_all(&cache);
+    let named = [("REDRAFT_KERNELS_DIR", dir.to_str().unwrap()), ("REDRAFT_NVRTC_DIR", "/nowhere")];
+    report("launches", &cache, &[&named[..], env].concat())
+}
+
+#[test]
+fn kernels_built_beforehand_need_no_compiler() {
+    let dir = prebuilt("prebuilt-whole", "sm_90a");
+    let text = without_compiler(&dir, &[]);
+    has(&text, &["open: cuda:0 Stub 9000 (sm_90, 8.0 GiB) as sm_90a", "launched embed_bf16", "launches: done"]);
+    assert!(!text.contains("stub: compiles"), "{text}");
+
+    // A newer device of the generation runs the same code; another generation has none.
+    let dir = prebuilt("prebuilt-older", "sm_80");
+    has(&without_compiler(&dir, &[("STUB_CC", "86")]), &["(sm_86, 8.0 GiB) as sm_80", "launches: done"]);
+    let text = without_compiler(&dir, &[]);
+    has(
+        &text,
+        &["open: cuda:0 Stub 9000 (sm_90, 8.0 GiB): REDRAFT_KERNELS_DIR=", " holds kernels for sm_80, and REDRAFT_NVRTC_DIR=/nowhere"],
+    );
+    // With a compiler they are built for the device.
+    let named = [("REDRAFT_KERNELS_DIR", dir.to_str().unwrap())];
+    let text = report("launches", &scratch("cache-prebuilt-other"), &named);
+    has(&text, &["as sm_90a", "stub: compiles embed.cu with --gpu-architecture=sm_90a", "launches: done"]);
+    // Where nothing can be is no directory of kernels.
+    has(
+        &without_compiler(Path::new("/nowhere"), &[]),
+        &["open: REDRAFT_KERNELS_DIR=/nowhere: ", "; set it to a directory that `redraft kernels build"],
+    );
+}
+
+#[test]
+fn a_kernel_built_beforehand_that_is_damaged() {
+    let dir = prebuilt("prebuilt-damaged", "sm_90a");
+    let files = || std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path());
+    let embed = files().find(|path| path.file_name().unwrap().to_string_lossy().starts_with("embed-")).unwrap();
+    let name = embed.file_name().unwrap().to_string_lossy().into_owned();
+    let whole = std::fs::read(&embed).unwrap();
+    let cut = &whole[..whole.len() - 1];
+    let other = std::fs::read(files().find(|path| path.file_name().unwrap().to_string_lossy().starts_with("norm-")).unwrap()).unwrap();
+    for damaged in [cut, b"", &other] {
+        std::fs::write(&embed, damaged).unwrap();
+        has(
+            &without_compiler(&dir, &[]),
+            &["launches: ", &format!("{name} of REDRAFT_KERNELS_DIR is damaged, and REDRAFT_NVRTC_DIR=/nowhere")],
+        );
+        let cache = scratch("cache-prebuilt-damaged");
+        let _ = std::fs::remove_dir_all(&cache);
+        let text = report("launches", &cache, &[("REDRAFT_KERNELS_DIR", dir.to_str().unwrap())]);
+        has(&text, &["stub: compiles embed.cu", "launches: done"]);
+    }
+    std::fs::remove_file(&embed).unwrap();
+    has(&without_compiler(&dir, &[]), &["launches: ", &format!("{name} of REDRAFT_KERNELS_DIR is not there, and ")]);
+    std::fs::write(&embed, &whole).unwrap();
+    let env = [("STUB_FAIL", "ModuleLoadData=209")];
+    has(&without_compiler(&dir, &env), &["launches: ", "cuModuleLoadData of embed-THREADS=128-sm_90a-", "CUDA_ERROR_NO_BINARY_FOR_GPU"]);
+    has(&without_compiler(&dir, &[]), &["launches: done"]);
+}
+
+/// A workload's builds are recorded, once each, and built from what was recorded.
+#[test]
+fn what_a_workload_loads_can_be_recorded_and_built() {
+    let log = scratch("kernel-log").join("builds.txt");
+    let _ = std::fs::remove_file(&log);
+    let run = |shape: &str| {
+        let args = ["kernels", "run", "attention", "--shape", shape, "--small", "--device", "emu"];
+        redraft(&args, None, &[("REDRAFT_KERNEL_LOG", log.to_str().unwrap())])
+    };
+    for _ in 0..2 {
+        let (code, out, err) = run("head_dim=48");
+        assert_eq!(code, Some(0), "{out}{err}");
+    }
+    let line = "attention THREADS=128 HEAD_DIM=48 PAGE_SIZE=16";
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), format!("{line}\n"));
+    let dir = scratch("prebuilt-recorded");
+    let args = ["kernels", "build", "--arch", "sm_90a,sm_80", "--out", dir.to_str().unwrap(), "--list", log.to_str().unwrap()];
+    let (code, out, err) = redraft(&args, Some(&stubs().compiler), &[]);
+    assert_eq!(code, Some(0), "{out}{err}");
+    assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 2 * (redraft::cuda::builds().len() + 1));
+    // On a GPU as under emulation.
+    report("launches", &scratch("cache-log"), &[("REDRAFT_KERNEL_LOG", log.to_str().unwrap())]);
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), format!("{line}\nembed THREADS=128\n"));
+
+    std::fs::write(&log, "attention THREADS=128\n").unwrap();
+    let (code, _, err) = redraft(&args, Some(&stubs().compiler), &[]);
+    assert!(code == Some(2) && err.contains("builds.txt: line 1: attention: expected 3 constants: THREADS, HEAD_DIM, PAGE_SIZE"), "{err}");
+    let (code, _, err) = redraft(&args[..6], None, &[]);
+    assert!(code == Some(1) && err.contains("REDRAFT_NVRTC_DIR=/nowhere"), "{err}");
+}
+
 #[test]
 fn a_cache_that_cannot_be_written_costs_a_compilation() {
     let file = scratch("cache-none").join("file");
@@ -294,15 +408,7 @@ fn devices_that_cannot_be_opened() {
 
 #[test]
 fn one_kernel_runs_alone() {
-    let stubs = stubs();
-    let ran = |args: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_redraft"));
-        command.args(["kernels", "run"]).args(args).env("LD_LIBRARY_PATH", &stubs.driver).env("STUB_DEVICES", "1");
-        command.env("REDRAFT_NVRTC_DIR", &stubs.compiler).env("REDRAFT_CACHE_DIR", scratch("cache-run"));
-        let output = command.output().expect("the binary starts");
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        (output.status.code(), text(&output.stdout), text(&output.stderr))
-    };
+    let ran = |args: &[&str]| redraft(&[&["kernels", "run"], args].concat(), Some(&stubs().compiler), &[]);
     for (name, shape) in [("embed", "rows=3,width=8,vocab=5"), ("linear", "rows=3,n=8,k=16"), ("copy", "mebibytes=1")] {
         let (code, out, err) = ran(&[name, "--shape", shape, "--repeat", "3", "--format", "json"]);
         assert_eq!((code, err.as_str()), (Some(0), ""), "{out}");
