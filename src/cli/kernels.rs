@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::json;
 
 use super::model::Format;
-use super::{DTypeFlag, Device};
+use super::{DTypeFlag, Device, Piped};
 use crate::cuda;
 use crate::cuda::machine::Machine;
 use crate::error::{Error, Result};
@@ -43,18 +44,23 @@ pub(super) enum Command {
         #[arg(long, value_name = "FILE")]
         list: Option<PathBuf>,
     },
-    /// Run one kernel alone in a loop, over random inputs, and time it
+    /// Run kernels alone in a loop, over random inputs, and time them
     Run(Run),
 }
 
 #[derive(Args)]
 pub(super) struct Run {
     /// Which kernel; `redraft kernels list` says which there are and what shapes they have
-    name: String,
+    #[arg(required_unless_present = "list")]
+    name: Option<String>,
+    /// Kernels to run one after the other in this process, a line each: NAME [KEY=VAL,...] [dtype=bf16|f32]; - is stdin. Prints
+    /// one JSON object a line, with "error" where a kernel failed
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "shape", "format"])]
+    list: Option<PathBuf>,
     /// Numbers of the shape, where the defaults do not fit
     #[arg(long, value_name = "KEY=VAL,...", value_delimiter = ',')]
     shape: Vec<String>,
-    /// Type of weights and K/V
+    /// Type of weights and K/V, where a line names none
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DTypeFlag,
     /// cuda, cuda:INDEX, or emu[:ARCH]: the same kernels on the host, for correctness and not for speed
@@ -112,7 +118,10 @@ pub(super) fn run(command: Command) -> Result<()> {
             }
         }
         Command::Build { arch, out, list } => build(&arch, &out, list.as_deref())?,
-        Command::Run(asked) => replay(&asked)?,
+        Command::Run(asked) => match &asked.list {
+            Some(list) => replay_list(&asked, list)?,
+            None => replay(&asked)?,
+        },
     }
     Ok(())
 }
@@ -137,15 +146,84 @@ fn in_file(file: &Path, error: Error) -> Error {
     }
 }
 
-fn replay(asked: &Run) -> Result<()> {
-    let Run { name, shape, repeat, plain, small, .. } = asked;
-    let replay = cuda::Asked { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
-    replay.check()?;
-    let machine = Machine::new(match asked.device {
+fn machine(place: Place) -> Result<Machine> {
+    Machine::new(match place {
         Place::Cuda(ordinal) => Box::new(cuda::Gpu::open(ordinal)?),
         Place::Emu(arch) => Box::new(cuda::Emulator::new(cuda::EmulatorOptions { arch, ..Default::default() })?),
-    })?;
-    let report = cuda::replay(&machine, &replay)?;
+    })
+}
+
+/// A line of a list: a kernel, changes to its shape, a type.
+#[derive(Debug, PartialEq)]
+struct Line<'a> {
+    number: usize,
+    text: &'a str,
+    name: &'a str,
+    shape: Vec<String>,
+    /// As typed; none where the line names none.
+    dtype: Option<&'a str>,
+}
+
+/// Lines that are neither empty nor a `#` comment.
+fn lines_of<'a>(text: &'a str) -> Vec<Line<'a>> {
+    let lines = text.lines().enumerate().map(|(i, line)| (i + 1, line.split('#').next().unwrap_or_default().trim()));
+    let parse = |(number, text): (usize, &'a str)| {
+        let mut words = text.split_whitespace();
+        let name = words.next().unwrap_or_default();
+        let pairs: Vec<&str> = words.flat_map(|word| word.split(',')).filter(|pair| !pair.is_empty()).collect();
+        let dtype = pairs.iter().filter_map(|pair| pair.strip_prefix("dtype=")).next_back();
+        let shape = pairs.iter().filter(|pair| !pair.starts_with("dtype=")).map(|pair| pair.to_string()).collect();
+        Line { number, text, name, shape, dtype }
+    };
+    lines.filter(|(_, text)| !text.is_empty()).map(parse).collect()
+}
+
+/// Runs the kernels of a list in one process. Each line is an object on stdout as soon as it is measured.
+///
+/// Errors: [`Error::Kernel`] at the end, where a line failed.
+fn replay_list(asked: &Run, list: &Path) -> Result<()> {
+    let text = super::read_text(list)?;
+    let lines = lines_of(&text);
+    if lines.is_empty() {
+        return Err(Error::request(format!(
+            "{}: expected lines such as `linear rows=8,n=768,k=768 dtype=bf16`, found none",
+            list.display()
+        )));
+    }
+    let machine = machine(asked.device)?;
+    let run = |line: &Line| -> Result<cuda::Report> {
+        let dtype = match line.dtype {
+            None => asked.dtype,
+            Some(name) => DTypeFlag::from_str(name, false).map_err(|_| Error::request(format!("dtype={name}: expected bf16 or f32")))?,
+        };
+        let Run { repeat, plain, small, .. } = *asked;
+        cuda::replay(&machine, &cuda::Asked { name: line.name, shape: &line.shape, dtype: dtype.into(), repeat, plain, small })
+    };
+    let mut failed = 0;
+    for line in &lines {
+        let report = match run(line) {
+            Ok(report) => json!(report),
+            Err(error) => {
+                failed += 1;
+                json!({ "line": line.number, "text": line.text, "error": error.to_string() })
+            }
+        };
+        if super::print(&format!("{report}\n"))? == Piped::Closed {
+            return Ok(());
+        }
+    }
+    if failed > 0 {
+        return Err(Error::kernel(format!("{}: {failed} of {} lines failed", list.display(), lines.len())));
+    }
+    Ok(())
+}
+
+fn replay(asked: &Run) -> Result<()> {
+    let Run { name, shape, repeat, plain, small, .. } = asked;
+    let name = name.as_deref().expect("clap demands a name or a list");
+    let replay = cuda::Asked { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
+    replay.check()?;
+    let report = cuda::replay(&machine(asked.device)?, &replay)?;
     let text = if asked.format == Format::Json {
         to_json(&report)
     } else {
@@ -162,4 +240,21 @@ fn replay(asked: &Run) -> Result<()> {
 
 fn to_json<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_string_pretty(value).expect("plain data") + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_a_list() {
+        let text = "# at three shapes\nlinear\n\n  linear rows=8,n=768  dtype=f32 # few rows\ncopy mebibytes=1 dtype=bf16\n";
+        let lines = lines_of(text);
+        assert_eq!(
+            lines.iter().map(|line| (line.number, line.name, line.dtype)).collect::<Vec<_>>(),
+            [(2, "linear", None), (4, "linear", Some("f32")), (5, "copy", Some("bf16")),]
+        );
+        assert_eq!(lines.iter().map(|line| line.shape.join(" ")).collect::<Vec<_>>(), ["", "rows=8 n=768", "mebibytes=1"]);
+        assert!(lines_of("\n # nothing\n").is_empty());
+    }
 }

@@ -343,6 +343,38 @@ fn what_a_workload_loads_can_be_recorded_and_built() {
     assert!(code == Some(1) && err.contains("REDRAFT_NVRTC_DIR=/nowhere"), "{err}");
 }
 
+/// One process, one object a line; a line that fails does not end the list.
+#[test]
+fn many_kernels_run_in_one_process() {
+    let list = scratch("list").join("list.txt");
+    std::fs::write(
+        &list,
+        "embed rows=3,width=8,vocab=5 dtype=f32\n# no such kernel\nmatmul\ncopy mebibytes=1\nembed dtype=f64\nnorm rows=3,width=8\n",
+    )
+    .unwrap();
+    let args = ["kernels", "run", "--list", list.to_str().unwrap(), "--repeat", "2"];
+    let (code, out, err) = redraft(&args, Some(&stubs().compiler), &[]);
+    assert!(code == Some(1) && err.contains("list.txt: 2 of 5 lines failed"), "{out}{err}");
+    let objects: Vec<serde_json::Value> = out.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let of = |key: &str| objects.iter().map(|object| object[key].as_str().unwrap_or("-").to_owned()).collect::<Vec<_>>();
+    assert_eq!(of("kernel"), ["embed", "-", "copy", "-", "norm"]);
+    assert_eq!(of("text"), ["-", "matmul", "-", "embed dtype=f64", "-"]);
+    assert!(of("error")[1].contains("there are ask, attention") && of("error")[3].contains("expected bf16 or f32"), "{objects:?}");
+    assert_eq!((objects[0]["shape"]["dtype"].as_str(), objects[4]["shape"]["dtype"].as_str()), (Some("f32"), Some("bf16")));
+    assert_eq!((objects[1]["line"].as_u64(), objects[3]["line"].as_u64()), (Some(3), Some(5)));
+    assert_eq!(out.matches("stub: 0 buffers and 0 handles left").count(), 1, "{out}");
+
+    // One by one, for profilers: recordings are replayed nowhere.
+    let plain = [&args[..], &["--plain"]].concat();
+    let (_, out, _) = redraft(&plain, Some(&stubs().compiler), &[]);
+    assert!(out.contains("launched embed_f32") && !out.contains("replayed"), "{out}");
+    let (code, _, err) = redraft(&["kernels", "run"], Some(&stubs().compiler), &[]);
+    assert!(code == Some(2) && err.contains("<NAME>"), "{err}");
+    std::fs::write(&list, "# nothing\n").unwrap();
+    let (code, _, err) = redraft(&args, Some(&stubs().compiler), &[]);
+    assert!(code == Some(2) && err.contains("expected lines such as"), "{err}");
+}
+
 #[test]
 fn a_cache_that_cannot_be_written_costs_a_compilation() {
     let file = scratch("cache-none").join("file");
