@@ -285,7 +285,7 @@ pub fn replay(machine: &Machine, asked: &Asked) -> Result<Report> {
 
     let launches = rounds * ops.len();
     let batch = || (0..rounds).try_for_each(|_| ops.iter().try_for_each(|op| (op.launch)(machine)));
-    let recorded = if asked.plain || !ops[0].recordable { None } else { Some(Recorded::new(driver, &batch)?) };
+    let recorded = if asked.plain || !ops[0].recordable { None } else { Some(Recorded { driver, graph: machine.record(batch)? }) };
     let mut times = Vec::new();
     for timed in 0..=asked.repeat {
         let start = Instant::now();
@@ -322,16 +322,6 @@ pub fn replay(machine: &Machine, asked: &Asked) -> Result<Report> {
 struct Recorded<'a> {
     driver: &'a dyn Driver,
     graph: Graph,
-}
-
-impl<'a> Recorded<'a> {
-    fn new(driver: &'a dyn Driver, batch: &dyn Fn() -> Result<()>) -> Result<Recorded<'a>> {
-        driver.begin_capture()?;
-        let launched = batch();
-        let graph = driver.end_capture()?;
-        let recorded = Recorded { driver, graph };
-        launched.map(|()| recorded)
-    }
 }
 
 impl Drop for Recorded<'_> {
