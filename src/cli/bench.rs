@@ -29,7 +29,7 @@ pub(super) struct Flags {
     /// Model directory [default: the model that ships]. With --quality, repeat it for stages with weights=1, 2, ...
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     pub(super) model: Vec<PathBuf>,
-    /// Random weights of a published shape instead of a checkpoint: bd3lm-owt (170M) or tiny
+    /// Random weights of a published shape instead of a checkpoint: bd3lm-owt (170M), sdar-8b or tiny
     #[arg(long, value_name = "NAME", conflicts_with = "quality")]
     shape: Option<String>,
     /// Presets to measure, comma separated [default: draft,did,did-fast]

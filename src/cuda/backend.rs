@@ -9,9 +9,11 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
+use std::thread;
 use std::time::Instant;
 
 use half::bf16;
+use half::slice::HalfFloatSliceExt;
 
 use super::attention::{self, Attention, Regime};
 use super::blend;
@@ -35,7 +37,7 @@ use crate::backend::{
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 
-/// Bytes of a weight that are widened, rounded and uploaded together.
+/// Bytes of f32 that one thread reads and rounds at a time.
 const UPLOAD_BYTES: usize = 4 << 20;
 
 /// Recorded graphs kept at most. A did schedule with uniform quotas needs about twenty; beyond this many, shapes do not repeat.
@@ -207,23 +209,21 @@ impl Cuda {
         Ok(memory)
     }
 
-    /// The (n, k) values of `source`, in the weight dtype, a few megabytes at a time.
+    /// The (n, k) values of `source`, in the weight dtype. Threads read and round the rows of a panel, and one copies it to the device.
     fn upload_matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
-        let memory = self.machine.memory(n * k * self.dtype.bytes())?;
-        let panel = (UPLOAD_BYTES / (k * 4)).clamp(1, n);
-        let mut values = vec![0.0f32; panel * k];
+        let row_bytes = k * self.dtype.bytes();
+        let memory = self.machine.memory(n * row_bytes)?;
+        let threads = thread::available_parallelism().map_or(1, |cores| cores.get());
+        let part = (UPLOAD_BYTES / (k * 4)).clamp(1, n);
+        let panel = (part * threads).min(n);
+        let mut bytes = vec![0u64; (panel * row_bytes).div_ceil(8)];
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut bytes);
         for first in (0..n).step_by(panel) {
-            let values = &mut values[..panel.min(n - first) * k];
-            source(first, values)?;
-            let to = memory.address() + (first * k * self.dtype.bytes()) as u64;
-            match self.dtype {
-                DType::F32 => self.machine.driver.write(to, bytemuck::cast_slice(values))?,
-                DType::Bf16 => {
-                    let rounded: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-                    self.machine.driver.write(to, bytemuck::cast_slice(&rounded))?;
-                }
-            }
+            let bytes = &mut bytes[..panel.min(n - first) * row_bytes];
+            let parts: Vec<(usize, &mut [u8])> = (first..n).step_by(part).zip(bytes.chunks_mut(part * row_bytes)).collect();
+            read_parts(self.dtype, k, source, parts)?;
+            self.machine.driver.write(memory.address() + (first * row_bytes) as u64, bytes)?;
         }
         Ok(Matrix { memory, n, k })
     }
@@ -817,6 +817,28 @@ impl Cuda {
         assert!(layer < shape.num_layers, "layer {layer} of {}", shape.num_layers);
         assert!((heads.num_kv_heads, heads.head_dim) == (shape.num_kv_heads, shape.head_dim), "{heads:?} in a store of {shape:?}");
     }
+}
+
+/// Rows of `source` in `dtype`: each part from its first row on, on a thread of its own. Bytes are aligned for either type.
+fn read_parts(dtype: DType, k: usize, source: &RowSource, parts: Vec<(usize, &mut [u8])>) -> Result<()> {
+    let read = |(first, bytes): (usize, &mut [u8])| match dtype {
+        DType::F32 => source(first, bytemuck::cast_slice_mut(bytes)),
+        DType::Bf16 => {
+            let rounded: &mut [bf16] = bytemuck::cast_slice_mut(bytes);
+            let mut values = vec![0.0f32; rounded.len()];
+            debug_assert_eq!(values.len() % k, 0, "whole rows");
+            source(first, &mut values)?;
+            rounded.convert_from_f32_slice(&values);
+            Ok(())
+        }
+    };
+    if parts.len() == 1 {
+        return parts.into_iter().try_for_each(read);
+    }
+    thread::scope(|scope| {
+        let threads: Vec<_> = parts.into_iter().map(|part| scope.spawn(|| read(part))).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("reading does not panic"))
+    })
 }
 
 /// NaN in every element of a word.

@@ -3,23 +3,27 @@
 
 use std::path::PathBuf;
 
-use crate::backend::{HeadShape, Rope};
-use crate::config::{Attention, Family, ModelConfig, Sampling};
+use crate::backend::{HeadShape, NormKind, Rope};
+use crate::config::{Attention, Family, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::{Error, Result};
 use crate::model::bd3lm;
 
 /// Names that [`config`] knows.
-pub const NAMES: [&str; 2] = ["bd3lm-owt", "tiny"];
+pub const NAMES: [&str; 3] = ["bd3lm-owt", "sdar-8b", "tiny"];
 
 /// The configuration of a named shape. Errors list the names.
 pub fn config(name: &str) -> Result<ModelConfig> {
-    // [BD3-LM] B.1: 12 layers of 768 over GPT-2's vocabulary and MASK, 169.6M parameters.
-    let (vocab_size, hidden_dim, num_layers, num_heads, model_length) = match name {
-        "bd3lm-owt" => (50258, 768, 12, 12, 1024),
-        "tiny" => (512, 64, 2, 1, 128),
-        _ => return Err(Error::request(format!("unknown shape `{name}`; shapes: {}", NAMES.join(", ")))),
-    };
-    Ok(ModelConfig {
+    match name {
+        // [BD3-LM] B.1: 12 layers of 768 over GPT-2's vocabulary and MASK, 169.6M parameters.
+        "bd3lm-owt" => Ok(bd3lm_shape(name, 50258, 768, 12, 12, 1024)),
+        "tiny" => Ok(bd3lm_shape(name, 512, 64, 2, 1, 128)),
+        "sdar-8b" => Ok(sdar_8b()),
+        _ => Err(Error::request(format!("unknown shape `{name}`; shapes: {}", NAMES.join(", ")))),
+    }
+}
+
+fn bd3lm_shape(name: &str, vocab_size: usize, hidden_dim: usize, num_layers: usize, num_heads: usize, model_length: usize) -> ModelConfig {
+    ModelConfig {
         family: Family::Bd3lm,
         dir: PathBuf::from(format!("random {name}")),
         vocab_size,
@@ -42,5 +46,43 @@ pub fn config(name: &str) -> Result<ModelConfig> {
         stop_ids: vec![vocab_size as u32 - 2],
         pad_id: None,
         sampling: Sampling::default(),
-    })
+    }
+}
+
+/// SDAR-8B (arXiv 2510.06303), which has the shape of Qwen3-8B: 8.2 billion parameters, 16.4 GB in bf16.
+fn sdar_8b() -> ModelConfig {
+    ModelConfig {
+        family: Family::Sdar,
+        dir: PathBuf::from("random sdar-8b"),
+        vocab_size: 151_936,
+        hidden_dim: 4096,
+        num_layers: 36,
+        heads: HeadShape { num_heads: 32, num_kv_heads: 8, head_dim: 128 },
+        mlp_dim: 12_288,
+        moe: None,
+        norm_eps: 1e-6,
+        rope: Rope::plain(1e6),
+        switches: Switches {
+            norm: NormKind::Rms,
+            mlp: Mlp::SwiGlu,
+            qkv_bias: false,
+            attn_out_bias: false,
+            mlp_bias: false,
+            head_bias: false,
+            qk_norm: true,
+            tied_head: false,
+            learned_positions: false,
+        },
+        model_length: 32_768,
+        sliding_window: None,
+        attention: Attention::BlockCausal(4),
+        shift: false,
+        cond_dim: None,
+        mask_id: Some(151_669),
+        bos_id: Some(151_643),
+        eos_id: Some(151_643),
+        stop_ids: vec![151_643],
+        pad_id: None,
+        sampling: Sampling::default(),
+    }
 }
