@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
+use std::time::Instant;
 
 use crate::canvas::Canvas;
 use crate::error::{Error, Result};
@@ -436,6 +437,41 @@ pub enum Activation {
     Input(usize),
 }
 
+/// The rates of a machine that bound a forward.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ceilings {
+    /// Multiplications and additions per second in one large product.
+    pub matrix_flop_per_s: f64,
+    /// Its size and what computed it: `4096 x 4096 x 4096 by cuBLASLt`.
+    pub matrix: String,
+    /// Bytes per second of plain memory traffic: read, or copied with read and written bytes counted.
+    pub bytes_per_s: f64,
+    /// What moved them: `copy of 1024 MiB`.
+    pub traffic: String,
+}
+
+/// Operations per second of `x (rows, k) weight (n, k)^T` on a backend, the best of `runs` products of numbers that are not zero.
+pub fn product_rate<B: Backend>(backend: &B, [rows, n, k]: [usize; 3], runs: usize) -> Result<f64> {
+    let value = |i: usize| (i % 17) as f32 / 17.0 - 0.5;
+    let source = |first: usize, dst: &mut [f32]| {
+        dst.iter_mut().enumerate().for_each(|(i, v)| *v = value(first + i));
+        Ok(())
+    };
+    let (square, weight) = (backend.matrix(k, k, &source)?, backend.matrix(n, k, &source)?);
+    // Rows that are not zero: a product of zeros with a bias.
+    let bias = backend.vector(&(0..k).map(value).collect::<Vec<_>>())?;
+    let (zeros, mut x, mut out) = (backend.alloc(rows * k)?, backend.alloc(rows * k)?, backend.alloc(rows * n)?);
+    backend.linear(rows, &zeros, &square, Some(&bias), Epilogue::Store, &mut x)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..runs {
+        let start = Instant::now();
+        backend.linear(rows, &x, &weight, None, Epilogue::Store, &mut out)?;
+        backend.synchronize()?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (rows * n * k) as f64 / best)
+}
+
 /// Reads rows of a weight on demand, for several threads at once: `fill(first_row, dst)` writes `dst.len() / k` rows of k f32 values.
 pub type RowSource<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
 
@@ -636,9 +672,8 @@ pub trait Backend {
     /// Enqueues what `body` enqueues, which belongs to the step of `batch`. A backend may record it and replay the recording wherever the step and
     /// `key`, which names the weights and buffers that `body` uses, say that it would enqueue the same again.
     fn replay(&self, batch: &Self::Batch, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
-    /// Bytes per second at which this machine reads memory (or copies it, read and written bytes counted), measured over `bytes` bytes: the
-    /// ceiling that benches print beside what they measure.
-    fn streaming(&self, bytes: usize) -> Result<f64>;
+    /// What this machine does at best, measured: benches print it beside what they measure. `weight_bytes`: what one forward reads.
+    fn ceilings(&self, weight_bytes: usize) -> Result<Ceilings>;
     /// Names what is enqueued inside for profilers.
     fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
         let _ = name;

@@ -6,13 +6,15 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use crate::backend::{Backend, Draw, TopPRule};
+use crate::backend::{Backend, Draw, Reveal, RunCanvas, RunSpec, RunStep, SessionStep, TopPRule};
+use crate::canvas::Canvas;
 use crate::config::{Attention, ModelConfig};
 use crate::engine::{Engine, Loaded, ms};
 use crate::error::{Error, Result};
 use crate::model::{Model, Probe, Scratch};
 use crate::pages::PageTable;
 use crate::plan::{Plan, Visibility};
+use crate::schedule::Rank;
 
 /// Draws of scoring and of benches: the plain distribution.
 const PLAIN_DRAW: Draw =
@@ -167,50 +169,116 @@ impl<B: Backend> Engine<B> {
         Ok(())
     }
 
-    /// Milliseconds of single forwards, for benches: rows `range` of a masked sequence of `len` over K/V that are already written,
-    /// deciding the last `decided` rows; once unmeasured, then `runs` times.
-    pub fn time_forward(
-        &mut self,
-        range: Range<usize>,
-        decided: usize,
-        visibility: Visibility,
-        len: usize,
-        runs: usize,
-    ) -> Result<Vec<f64>> {
+    /// Times one forward: once unmeasured, then `runs` times. Where the backend decides steps by itself, a run is many launches of the
+    /// recorded forward between two waits, so that the time is the device's and not that of the calls.
+    ///
+    /// Errors: [`Error::OutOfPages`] for a sequence longer than the pool, and those of the forward.
+    pub fn time_forward(&mut self, timed: &TimedForward, runs: usize) -> Result<Timing> {
         let mask_id = self.config().masking()?;
-        let rows: Vec<_> = (0..len).map(|p| (p, mask_id)).collect();
-        let wanted: Vec<u32> = ((range.len() - decided) as u32..range.len() as u32).collect();
-        let draw = Draw { u: 0.5, top_p: 0.9, ..PLAIN_DRAW };
-        let (draws, banned, page_size) = (vec![draw; decided], self.banned.clone(), self.options.page_size);
-        let mut times = Vec::with_capacity(runs);
-        let (backend, pool) = (&self.backend, &mut self.pool);
-        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
-        let mut table = PageTable::default();
-        let needed = pool.pages_for(len);
-        if !pool.commit(needed) {
-            return Err(Error::OutOfPages { needed, capacity: pool.capacity() });
+        let TimedForward { ref range, decided, visibility, len, .. } = *timed;
+        assert!(range.end <= len && (1..=range.len()).contains(&decided), "{decided} rows of {range:?} of {len}");
+        let rows: Vec<_> = (0..len).map(|position| (position, mask_id)).collect();
+        let needed = self.pool.pages_for(len);
+        if !self.pool.commit(needed) {
+            return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
         }
-        table.make_writable(pool, 0..len);
-        let mut step = |rows: &[(usize, u32)], wanted: &[u32], draws: &[Draw]| -> Result<f64> {
-            let start = Instant::now();
+        let mut table = PageTable::default();
+        table.make_writable(&mut self.pool, 0..len);
+        let plan_of = |rows: &[(usize, u32)]| {
             let mut plan = Plan::new();
-            plan.push(rows, table.pages(), page_size, visibility, len);
-            model.forward(backend, &plan, wanted, kv, scratch, None)?;
-            let decided: Vec<u32> = (0..draws.len() as u32).collect();
-            model.decide(backend, &decided, draws, &banned, scratch)?;
-            Ok(ms(start, Instant::now()))
+            plan.push(rows, table.pages(), self.options.page_size, visibility, len);
+            plan
         };
-        let mut measure = || -> Result<()> {
-            step(&rows, &[], &[])?;
-            for run in 0..=runs {
-                let time = step(&rows[range.clone()], &wanted, &draws)?;
-                times.extend((run > 0).then_some(time));
-            }
-            Ok(())
+        let (all, plan) = (plan_of(&rows), plan_of(&rows[range.clone()]));
+        let measure = || -> Result<Timing> {
+            // K/V of all positions.
+            let Loaded { model, kv, scratch, .. } = &mut self.models[0];
+            model.forward(&self.backend, &all, &[], kv, scratch, None)?;
+            if self.backend.decides() { self.time_on_device(timed, plan, runs) } else { self.time_on_host(timed, &plan, runs) }
         };
         let outcome = measure();
-        table.truncate(pool, 0);
-        pool.uncommit(needed);
-        outcome.map(|()| times)
+        table.truncate(&mut self.pool, 0);
+        self.pool.uncommit(needed);
+        outcome
     }
+
+    /// Forward and decisions, and the wait for them.
+    fn time_on_host(&mut self, timed: &TimedForward, plan: &Plan, runs: usize) -> Result<Timing> {
+        let draws = vec![timed.draw(); timed.decided];
+        let wanted: Vec<u32> = ((plan.num_rows() - timed.decided) as u32..plan.num_rows() as u32).collect();
+        let decided: Vec<u32> = (0..timed.decided as u32).collect();
+        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
+        let mut times_ms = Vec::with_capacity(runs);
+        for run in 0..=runs {
+            let start = Instant::now();
+            model.forward(&self.backend, plan, &wanted, kv, scratch, None)?;
+            model.decide(&self.backend, &decided, &draws, &self.banned, scratch)?;
+            times_ms.extend((run > 0).then(|| ms(start, Instant::now())));
+        }
+        Ok(Timing { times_ms, launches: 1, recorded: false })
+    }
+
+    /// The same forward as a step that the device decides. Its last launch is checked: every asked row has a token.
+    fn time_on_device(&mut self, timed: &TimedForward, plan: Plan, runs: usize) -> Result<Timing> {
+        let canvas = Canvas::new(&vec![None; timed.len], self.config().masking()?);
+        let shifted = self.config().shift;
+        // Under shifted logits a row answers the position after it.
+        let asked = timed.range.end - timed.decided + usize::from(shifted)..timed.range.end;
+        let session = SessionStep {
+            remask: None,
+            stage: 0,
+            block: 0,
+            step: 0,
+            asks: asked.len(),
+            range: asked,
+            shifted,
+            draw: timed.draw(),
+            reveal: Reveal::Best { rank: Rank::Confidence, n: 1 },
+        };
+        let spec = RunSpec {
+            sequences: vec![RunCanvas { canvas: &canvas, seed: 0, sample: 0 }],
+            steps: vec![RunStep { plan, sessions: vec![session], joint: None }],
+            banned: &self.banned,
+            mask_id: self.config().masking()?,
+            heads: self.config().heads,
+        };
+        let mut run = self.backend.begin_run(&spec)?;
+        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
+        let (times_ms, launches) = model.time_step(&self.backend, &mut run, &spec.steps[0], kv, scratch, runs)?;
+        for decisions in self.backend.end_run(run)?.into_iter().flatten() {
+            decisions?;
+        }
+        Ok(Timing { times_ms, launches, recorded: true })
+    }
+}
+
+/// A forward to time, over a sequence of masks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TimedForward {
+    /// Positions of its rows. K/V of the positions before are cached.
+    pub range: Range<usize>,
+    /// How many of its last rows draw a token; at least one.
+    pub decided: usize,
+    pub visibility: Visibility,
+    /// Positions of the sequence.
+    pub len: usize,
+    /// Of the draws; 1 draws from the whole distribution.
+    pub top_p: f32,
+}
+
+impl TimedForward {
+    fn draw(&self) -> Draw {
+        Draw { u: 0.5, top_p: self.top_p, ..PLAIN_DRAW }
+    }
+}
+
+/// Times of one forward.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Timing {
+    /// Milliseconds of a forward, each the mean over the launches of a run.
+    pub times_ms: Vec<f64>,
+    /// Launches of a run.
+    pub launches: usize,
+    /// Launched from a recording, without the host's share.
+    pub recorded: bool,
 }

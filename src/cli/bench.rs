@@ -14,15 +14,16 @@ use serde_json::json;
 use super::model::Format;
 use super::quality::QualityFlags;
 use super::{DeviceFlags, Progress};
-use crate::backend::{Backend, DType, Epilogue, ExpertShape};
+use crate::backend::{Backend, Ceilings, DType, ExpertShape};
 use crate::config::{Mlp, ModelConfig};
 use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::shapes;
+use crate::oneshot::{TimedForward, Timing};
 use crate::plan::Visibility;
 use crate::request::{Output, Prompt, Request};
-use crate::schedule::{Schedule, StageSpec};
+use crate::schedule::{Schedule, StageSpec, valid_top_p};
 
 #[derive(Args)]
 pub(super) struct Flags {
@@ -47,6 +48,16 @@ pub(super) struct Flags {
     /// Generated tokens, comma separated [default: what the model was trained for]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) length: Vec<u32>,
+    /// Single forwards to time, comma separated: ROWS@POSITION runs ROWS rows from POSITION on over cached K/V of the positions before,
+    /// each sees all positions up to the last row, and all draw a token [default: a pass over the whole length, and draft steps]
+    #[arg(long, value_name = "ROWS@POSITION", value_delimiter = ',', conflicts_with = "quality", value_parser = parse_forward)]
+    forward: Vec<Forward>,
+    /// Nuclei to time the single forwards with, comma separated; 1 draws from the whole distribution
+    #[arg(long, value_name = "P", value_delimiter = ',', default_values_t = [1.0, 0.9], value_parser = parse_top_p, conflicts_with = "quality")]
+    forward_top_p: Vec<f32>,
+    /// Time single forwards and no schedule
+    #[arg(long, conflicts_with_all = ["quality", "preset", "stage", "batch", "joint", "plot"])]
+    no_schedules: bool,
     /// Measured runs per row
     #[arg(long, default_value_t = 3, conflicts_with = "quality", value_parser = clap::value_parser!(u32).range(1..=1000))]
     runs: u32,
@@ -60,6 +71,33 @@ pub(super) struct Flags {
     pub(super) quality: QualityFlags,
     #[command(flatten)]
     pub(super) device: DeviceFlags,
+}
+
+/// `--forward`.
+#[derive(Clone, Copy)]
+struct Forward {
+    rows: usize,
+    position: usize,
+}
+
+impl Forward {
+    /// Positions of the sequence: its rows are the last.
+    fn len(self) -> usize {
+        self.position + self.rows
+    }
+}
+
+fn parse_forward(text: &str) -> Result<Forward, String> {
+    let number = |text: &str| text.parse::<u32>().ok().map(|n| n as usize);
+    let parts = text.split_once('@').and_then(|(rows, position)| Some((number(rows)?, number(position)?)));
+    match parts {
+        Some((rows @ 1.., position)) => Ok(Forward { rows, position }),
+        _ => Err("expected ROWS@POSITION with at least one row, as in 32@512".into()),
+    }
+}
+
+fn parse_top_p(text: &str) -> Result<f32, String> {
+    text.parse().ok().filter(|p| valid_top_p(*p)).ok_or_else(|| "expected a number above 0, at most 1".into())
 }
 
 /// What is measured without `--preset` and `--stage`.
@@ -89,13 +127,21 @@ struct StageRow {
     ms_per_forward: f64,
 }
 
-/// Times of single forwards, outside any schedule.
+/// Times of a single forward, outside any schedule.
 #[derive(Serialize)]
 struct Probe {
     name: String,
     rows: usize,
+    /// Of the first row.
+    position: usize,
+    /// Rows that draw a token.
+    decided: usize,
+    top_p: f32,
     median_ms: f64,
     best_ms: f64,
+    /// Launched from a recording, as many times between two waits; otherwise the host launches and waits for the decisions.
+    recorded: bool,
+    launches: usize,
     /// Weight products of the layers and the head over all rows.
     gflop: f64,
     gflop_per_s: f64,
@@ -107,11 +153,20 @@ struct Probe {
 
 /// What this machine does at best, measured in the same run.
 #[derive(Serialize)]
-struct Ceilings {
-    /// One large product of packed weights (512 x 768 x 3072).
+struct CeilingsRow {
     matrix_gflop_per_s: f64,
-    /// Plain reading (CPU, all threads) or copying (GPU, bytes read and written) of as many bytes as the weights have.
+    /// Size of the product and what computed it.
+    matrix: String,
+    /// Plain reading (CPU, all threads) or copying (GPU, bytes read and written).
     read_gb_per_s: f64,
+    read: String,
+}
+
+impl From<Ceilings> for CeilingsRow {
+    fn from(found: Ceilings) -> Self {
+        let Ceilings { matrix_flop_per_s, matrix, bytes_per_s, traffic } = found;
+        CeilingsRow { matrix_gflop_per_s: matrix_flop_per_s / 1e9, matrix, read_gb_per_s: bytes_per_s / 1e9, read: traffic }
+    }
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -127,7 +182,7 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
     if let [_, second, ..] = &flags.model[..] {
         return Err(Error::request(format!("--model {}: more than one model goes with --quality only", second.display())));
     }
-    if flags.preset.is_empty() {
+    if flags.preset.is_empty() && !flags.no_schedules {
         flags.preset = DEFAULT_PRESETS.map(String::from).to_vec();
     }
     if flags.batch.is_empty() {
@@ -142,7 +197,12 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
     };
     config.masking()?;
     let lengths = if flags.length.is_empty() { vec![(config.model_length - 1) as u32] } else { flags.length.clone() };
-    let longest = *lengths.iter().max().expect("not empty") as usize + 1;
+    let longest_forward = flags.forward.iter().map(|forward| forward.len()).max();
+    let longest_text = *lengths.iter().max().expect("not empty") as usize + 1;
+    let longest = match longest_forward {
+        Some(forward) if flags.no_schedules => forward,
+        forward => forward.unwrap_or(0).max(longest_text),
+    };
     let most = *flags.batch.iter().max().expect("not empty") as usize;
     let defaults = Engine::<Cpu>::defaults(&config);
     let schedules: Vec<(String, Schedule)> = if flags.stage.is_empty() {
@@ -188,7 +248,7 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
 struct Measured {
     device: String,
     load_ms: f64,
-    ceilings: Ceilings,
+    ceilings: CeilingsRow,
     probes: Vec<Probe>,
     rows: Vec<Row>,
 }
@@ -200,9 +260,9 @@ fn sweep<B: Backend>(
     schedules: &[(String, Schedule)],
     lengths: &[u32],
 ) -> Result<Measured> {
-    let longest = *lengths.iter().max().expect("not empty") as usize + 1;
-    let ceilings = ceilings(engine)?;
-    let probes = probe(engine, &ceilings, longest, flags.runs)?;
+    let (config, backend) = (engine.config(), engine.backend());
+    let ceilings = CeilingsRow::from(backend.ceilings(weight_bytes(config, backend.dtype(), 1))?);
+    let probes = probe(engine, &ceilings, flags, *lengths.iter().max().expect("not empty") as usize + 1)?;
     let mut progress = Progress::new("measuring");
     let mut rows = Vec::new();
     for (name, schedule) in schedules {
@@ -252,53 +312,60 @@ fn products(config: &ModelConfig, rows: f64, decided: f64, experts: impl Fn(f64,
     (0..config.num_layers).map(layer).sum::<f64>() + decided * (c * config.vocab_size) as f64
 }
 
-fn ceilings<B: Backend>(engine: &Engine<B>) -> Result<Ceilings> {
-    const ROWS: usize = 512;
-    const K: usize = 768;
-    const N: usize = 3072;
-    let backend = engine.backend();
-    let value = |i: usize| (i % 17) as f32 / 17.0 - 0.5;
-    let source = |first: usize, dst: &mut [f32]| {
-        dst.iter_mut().enumerate().for_each(|(i, v)| *v = value(first + i));
-        Ok(())
+/// Forwards by name: those asked for, or over `len` positions a draft step of 4 rows over a cached prefix, the same with a fused commit, and a
+/// full pass, each deciding its masked rows.
+fn forwards(flags: &Flags, len: usize) -> Vec<(String, TimedForward)> {
+    let timed = |range: std::ops::Range<usize>, decided: usize, visibility: Visibility, len: usize| TimedForward {
+        range,
+        decided,
+        visibility,
+        len,
+        top_p: 1.0,
     };
-    let (square, weight) = (backend.matrix(K, K, &source)?, backend.matrix(N, K, &source)?);
-    // Rows that are not zero: a product of zeros with a bias.
-    let bias = backend.vector(&(0..K).map(value).collect::<Vec<_>>())?;
-    let (mut x, mut out) = (backend.alloc(ROWS * K)?, backend.alloc(ROWS * N)?);
-    backend.linear(ROWS, &out, &square, Some(&bias), Epilogue::Store, &mut x)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..8 {
-        let start = Instant::now();
-        backend.linear(ROWS, &x, &weight, None, Epilogue::Store, &mut out)?;
-        backend.synchronize()?;
-        best = best.min(start.elapsed().as_secs_f64());
+    if !flags.forward.is_empty() {
+        let of = |forward: &Forward| {
+            let Forward { rows, position } = *forward;
+            let name = if position == 0 { format!("pass of {rows} rows") } else { format!("{rows} rows at position {position}") };
+            (name, timed(position..forward.len(), rows, Visibility::Full, forward.len()))
+        };
+        return flags.forward.iter().map(of).collect();
     }
-    let matrix_gflop_per_s = 2.0 * (ROWS * K * N) as f64 / best / 1e9;
-
-    // Up to 512 MiB: beyond that the rate no longer depends on the size.
-    let bytes = weight_bytes(engine.config(), backend.dtype(), 1).clamp(1 << 20, 1 << 29);
-    Ok(Ceilings { matrix_gflop_per_s, read_gb_per_s: backend.streaming(bytes)? / 1e9 })
+    let half = (len / 2 / 4 * 4).max(4).min(len);
+    let mut cases = vec![("full pass, all rows decided".to_string(), timed(0..len, len, Visibility::Full, len))];
+    if len >= half + 4 {
+        let step = |first: usize| timed(first..half + 4, 4, Visibility::BlockCausal(4), len);
+        cases.push((format!("draft step at position {half}"), step(half)));
+        cases.push((format!("draft step with fused commit at {half}"), step(half - 4)));
+    }
+    cases
 }
 
-/// A draft step of 4 rows over a cached prefix, the same with a fused commit, and a full pass, each deciding its masked rows.
-fn probe<B: Backend>(engine: &mut Engine<B>, ceilings: &Ceilings, len: usize, runs: u32) -> Result<Vec<Probe>> {
-    let half = (len / 2 / 4 * 4).max(4).min(len);
-    let mut cases = vec![("full pass, all rows decided".to_string(), 0..len, len, Visibility::Full)];
-    if len >= half + 4 {
-        cases.push((format!("draft step at position {half}"), half..half + 4, 4, Visibility::BlockCausal(4)));
-        cases.push((format!("draft step with fused commit at {half}"), half - 4..half + 4, 4, Visibility::BlockCausal(4)));
-    }
+fn probe<B: Backend>(engine: &mut Engine<B>, ceilings: &CeilingsRow, flags: &Flags, len: usize) -> Result<Vec<Probe>> {
     let mut probes = Vec::new();
-    for (name, range, decided, visibility) in cases {
-        let rows = range.len();
-        let mut times = engine.time_forward(range, decided, visibility, len, runs.max(5) as usize)?;
-        let median_ms = median(&mut times);
-        let gflop = gflop(engine.config(), rows, decided);
+    let cases = forwards(flags, len);
+    for (name, timed) in
+        cases.iter().flat_map(|case| flags.forward_top_p.iter().map(move |p| (&case.0, TimedForward { top_p: *p, ..case.1.clone() })))
+    {
+        let Timing { mut times_ms, launches, recorded } = engine.time_forward(&timed, flags.runs.max(5) as usize)?;
+        let (rows, median_ms) = (timed.range.len(), median(&mut times_ms));
+        let gflop = gflop(engine.config(), rows, timed.decided);
         let read_ms = weight_bytes(engine.config(), engine.backend().dtype(), rows) as f64 / ceilings.read_gb_per_s / 1e6;
         let floor_ms = (gflop / ceilings.matrix_gflop_per_s * 1e3).max(read_ms);
-        let gflop_per_s = gflop / (median_ms / 1e3);
-        probes.push(Probe { name, rows, median_ms, best_ms: times[0], gflop, gflop_per_s, floor_ms, times_floor: median_ms / floor_ms });
+        probes.push(Probe {
+            name: name.clone(),
+            rows,
+            position: timed.range.start,
+            decided: timed.decided,
+            top_p: timed.top_p,
+            median_ms,
+            best_ms: times_ms[0],
+            recorded,
+            launches,
+            gflop,
+            gflop_per_s: gflop / (median_ms / 1e3),
+            floor_ms,
+            times_floor: median_ms / floor_ms,
+        });
     }
     Ok(probes)
 }
@@ -356,22 +423,24 @@ fn measure<B: Backend>(engine: &mut Engine<B>, name: &str, schedule: &Schedule, 
     })
 }
 
-fn table(head: &str, ceilings: &Ceilings, probes: &[Probe], rows: &[Row]) -> String {
+fn table(head: &str, ceilings: &CeilingsRow, probes: &[Probe], rows: &[Row]) -> String {
     let mut out = format!("{head}\n");
-    let Ceilings { matrix_gflop_per_s, read_gb_per_s } = ceilings;
+    let CeilingsRow { matrix_gflop_per_s, matrix, read_gb_per_s, read } = ceilings;
+    let _ = writeln!(out, "ceilings of this run: {matrix_gflop_per_s:.0} GFLOP/s ({matrix}), {read_gb_per_s:.0} GB/s ({read})\n");
     let _ = writeln!(
         out,
-        "ceilings of this run: {matrix_gflop_per_s:.0} GFLOP/s in one large product, {read_gb_per_s:.0} GB/s read over the weights\n"
-    );
-    let _ = writeln!(
-        out,
-        "{:<42} {:>6} {:>11} {:>9} {:>9} {:>9} {:>8}",
-        "one forward", "rows", "median ms", "best ms", "GFLOP/s", "floor ms", "x floor"
+        "{:<42} {:>6} {:>6} {:>11} {:>9} {:>9} {:>9} {:>8}",
+        "one forward", "rows", "top p", "median ms", "best ms", "GFLOP/s", "floor ms", "x floor"
     );
     for p in probes {
-        let Probe { name, rows, median_ms, best_ms, gflop_per_s, floor_ms, times_floor, .. } = p;
-        let _ =
-            writeln!(out, "{name:<42} {rows:>6} {median_ms:>11.3} {best_ms:>9.3} {gflop_per_s:>9.1} {floor_ms:>9.3} {times_floor:>8.2}");
+        let Probe { name, rows, top_p, median_ms, best_ms, gflop_per_s, floor_ms, times_floor, .. } = p;
+        let _ = writeln!(
+            out,
+            "{name:<42} {rows:>6} {top_p:>6} {median_ms:>11.3} {best_ms:>9.3} {gflop_per_s:>9.1} {floor_ms:>9.3} {times_floor:>8.2}"
+        );
+    }
+    if rows.is_empty() {
+        return out;
     }
     let head = ["schedule", "batch", "length", "stage", "kv", "NFE", "forwards", "rows", "ms", "ms/fwd", "total ms", "tokens/s"];
     let _ = writeln!(

@@ -28,8 +28,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::backend::{
-    Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router,
-    RowSource, RunSpec, StepDecisions,
+    Activation, Backend, Ceilings, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation,
+    Router, RowSource, RunSpec, StepDecisions, product_rate,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -525,7 +525,10 @@ impl Backend for Cpu {
     }
 
     /// All threads read their part, often enough that starting them does not count.
-    fn streaming(&self, bytes: usize) -> Result<f64> {
+    fn ceilings(&self, weight_bytes: usize) -> Result<Ceilings> {
+        const PRODUCT: [usize; 3] = [512, 3072, 768];
+        // Up to 512 MiB: beyond that the rate no longer depends on the size.
+        let bytes = weight_bytes.clamp(1 << 20, 1 << 29);
         let words = vec![1u64; bytes.div_ceil(8).max(1)];
         let threads = self.machine.pool.threads();
         let repeats = ((1usize << 27) / words.len()).max(1);
@@ -540,7 +543,12 @@ impl Backend for Cpu {
             best = best.min(start.elapsed().as_secs_f64() / repeats as f64);
             assert_eq!(sum, (words.len() * repeats) as u64);
         }
-        Ok(8.0 * words.len() as f64 / best)
+        Ok(Ceilings {
+            matrix_flop_per_s: product_rate(self, PRODUCT, 8)?,
+            matrix: "512 x 768 x 3072".into(),
+            bytes_per_s: 8.0 * words.len() as f64 / best,
+            traffic: format!("{} MiB read", bytes >> 20),
+        })
     }
 
     fn replay(&self, _batch: &Batch, _key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {

@@ -10,7 +10,6 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
 
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -31,8 +30,8 @@ use super::run::{Current, Run};
 use super::shortlist::{self, Lists};
 use super::words::{Arrays, Words};
 use crate::backend::{
-    Activation, Backend, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router,
-    RowSource, RunSpec, StepDecisions,
+    Activation, Backend, Ceilings, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation,
+    Router, RowSource, RunSpec, StepDecisions,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -734,21 +733,8 @@ impl Backend for Cuda {
         }
     }
 
-    fn streaming(&self, bytes: usize) -> Result<f64> {
-        let (from, to) = (self.machine.memory(bytes)?, self.machine.memory(bytes)?);
-        self.machine.driver.fill(from.address(), 0x3f80_0001, bytes / 4)?;
-        let repeats = ((1usize << 31) / bytes).clamp(1, 64);
-        let mut best = f64::INFINITY;
-        for _ in 0..4 {
-            self.machine.driver.synchronize()?;
-            let start = Instant::now();
-            for _ in 0..repeats {
-                self.machine.driver.copy(from.address(), to.address(), bytes)?;
-            }
-            self.machine.driver.synchronize()?;
-            best = best.min(start.elapsed().as_secs_f64() / repeats as f64);
-        }
-        Ok(2.0 * bytes as f64 / best)
+    fn ceilings(&self, _weight_bytes: usize) -> Result<Ceilings> {
+        super::ceilings::measure(self)
     }
 
     fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {

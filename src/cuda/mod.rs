@@ -10,6 +10,7 @@
 //! | [`tensor_core`] | how bf16 products round, by architecture |
 //! | `prebuilt` | kernels built on one machine for another that has no NVRTC |
 //! | `autotune`, `cublaslt` | opt-in: products by cuBLASLt where it was measured faster |
+//! | `ceilings` | a large copy and a large product, which bound every forward |
 //! | `device`, `trouble`, `nvtx`, `staging`, `libcuda` | the conversation with the driver |
 //!
 //! Libraries are opened at run time and their absence is an [`Error`] with the next move. docs/cuda.md tells the story.
@@ -25,6 +26,7 @@ mod autotune;
 mod backend;
 pub mod blend;
 pub mod cache;
+mod ceilings;
 mod compile;
 mod cubin;
 mod cublaslt;

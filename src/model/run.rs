@@ -14,6 +14,10 @@ use super::{Model, Scratch};
 use crate::backend::{Backend, PassBatch, RunJoint, RunStep};
 use crate::error::Result;
 
+/// A timed run: long enough that one wait of 10 us is below a thousandth.
+const TIMED_MS: f64 = 20.0;
+const MAX_LAUNCHES: usize = 200;
+
 /// A joint sampler, and the states that its passes carry on.
 pub struct Sampler<'a, B: Backend> {
     pub sampler: &'a Joint<B>,
@@ -73,6 +77,34 @@ impl<B: Backend> Model<B> {
             })?;
         }
         Ok(entered)
+    }
+
+    /// Times the first step of a run: `runs` times the mean over many launches, in milliseconds, and how many launches that are. What a
+    /// launch reveals on the canvas, the next one reveals again, so all do the same work.
+    pub fn time_step(
+        &self,
+        backend: &B,
+        run: &mut B::Run,
+        step: &RunStep,
+        kv: &mut B::KvCache,
+        scratch: &mut Scratch<B>,
+        runs: usize,
+    ) -> Result<(Vec<f64>, usize)> {
+        scratch.reserve(backend, &self.config, backend.padded_rows(step.plan.num_rows()))?;
+        let (batch, asked) = backend.step_run(run, 0)?;
+        let key = [self.id, scratch.id, 0];
+        let mut launch = || backend.replay(&batch, key, &mut || self.run_step(backend, run, step, &batch, &asked, kv, scratch));
+        let mut timed = |launches: usize| -> Result<f64> {
+            backend.synchronize()?;
+            let start = Instant::now();
+            (0..launches).try_for_each(|_| launch())?;
+            backend.synchronize()?;
+            Ok(start.elapsed().as_secs_f64() * 1e3 / launches as f64)
+        };
+        // The first launch loads kernels and grows what must grow, so that the second may be another first; the one after is recorded.
+        timed(3)?;
+        let launches = ((TIMED_MS / timed(1)?) as usize).clamp(1, MAX_LAUNCHES);
+        Ok(((0..runs).map(|_| timed(launches)).collect::<Result<_>>()?, launches))
     }
 
     /// A forward that decides the asked rows of `batch`.

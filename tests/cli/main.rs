@@ -286,6 +286,11 @@ fn exit_codes() {
         (vec!["score"], vec!["no text"]),
         (vec!["bench", "--shape", "huge"], vec!["huge", "tiny"]),
         (vec!["bench", "--shape", "tiny", "--length", "4096"], vec!["--length"]),
+        (vec!["bench", "--shape", "tiny", "--forward", "0@16"], vec!["--forward", "ROWS@POSITION", "32@512"]),
+        (vec!["bench", "--shape", "tiny", "--forward", "4"], vec!["--forward", "ROWS@POSITION"]),
+        (vec!["bench", "--shape", "tiny", "--forward", "4@4096", "--no-schedules"], vec!["4100 positions", "at most 512"]),
+        (vec!["bench", "--shape", "tiny", "--forward-top-p", "0"], vec!["--forward-top-p", "above 0, at most 1"]),
+        (vec!["bench", "--shape", "tiny", "--no-schedules", "--preset", "did"], vec!["--no-schedules", "--preset"]),
     ] {
         work.run(&args).fails(2, &words);
     }
@@ -553,6 +558,31 @@ fn bench_counts_what_it_measures() {
     let table = work.run(&["bench", "--shape", "tiny", "--runs", "1", "--length", "8", "--preset", "did", "--plot", &plot]).ok();
     assert!(table.contains("tokens/s") && table.contains("NFE"), "{table}");
     assert!(std::fs::read_to_string(&plot).expect("a plot").starts_with("<svg"));
+}
+
+/// Forwards that were asked for, under each nucleus, and no schedule.
+#[test]
+fn bench_times_the_forwards_that_are_asked_for() {
+    let work = Work::new();
+    let args = ["bench", "--shape", "tiny", "--runs", "1", "--forward", "4@16,20@0", "--no-schedules", "--dtype", "bf16"];
+    let machines: &[(&str, bool)] = if cfg!(feature = "cuda") { &[("cpu", false), ("emu", true)] } else { &[("cpu", false)] };
+    for (device, recorded) in machines {
+        let object = work.run(&[&args[..], &["--format", "json", "--device", device]].concat()).json().remove(0);
+        let forwards = object["forwards"].as_array().expect("forwards");
+        let facts = |key: &str| forwards.iter().map(|f| f[key].as_u64().expect("a number")).collect::<Vec<_>>();
+        assert_eq!((facts("rows"), facts("position")), (vec![4, 4, 20, 20], vec![16, 16, 0, 0]));
+        let nuclei: Vec<f32> = forwards.iter().map(|f| f["top_p"].as_f64().expect("a nucleus") as f32).collect();
+        assert_eq!(nuclei, [1.0, 0.9, 1.0, 0.9]);
+        assert!(
+            forwards
+                .iter()
+                .all(|f| f["recorded"] == *recorded && f["median_ms"].as_f64() > Some(0.0) && f["floor_ms"].as_f64() > Some(0.0))
+        );
+        assert_eq!(object["rows"].as_array().map(Vec::len), Some(0));
+        assert!(object["ceilings"]["matrix_gflop_per_s"].as_f64() > Some(0.0) && object["ceilings"]["read"].is_string(), "{object}");
+    }
+    let table = work.run(&[&args[..], &["--device", "cpu"]].concat()).ok();
+    assert!(table.contains("4 rows at position 16") && table.contains("pass of 20 rows") && !table.contains("NFE"), "{table}");
 }
 
 /// Asking for a GPU that is not there is an error that says what to do instead.

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use redraft::oneshot::TimedForward;
+use redraft::plan::Visibility;
 use redraft::{DType, Engine, Finish, Request};
 
 use crate::backends;
@@ -28,6 +30,30 @@ fn alone_or_in_a_batch_of_eight() {
                 assert_eq!(one, all, "{dtype:?}, request {i}");
             }
         }
+    }
+}
+
+/// A forward that is timed is a recorded step; pages, recordings and later texts are as they were.
+#[test]
+fn a_timed_forward_is_recorded() {
+    for backend in backends(DType::F32) {
+        let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
+        let request = || [request(&[1, 2], 30, &schedule(DID), 5, 0)];
+        let before = Essence::of(&together(&mut engine, &request(), "before")[0]);
+        let (free, graphs) = (engine.free_pages(), engine.backend().num_graphs());
+        for (range, decided, top_p) in [(8..12, 4, 1.0), (8..12, 4, 0.9), (0..20, 20, 0.9), (0..20, 1, 1.0)] {
+            let timed = TimedForward { decided, visibility: Visibility::Full, len: range.end, range, top_p };
+            let timing = engine.time_forward(&timed, 3).unwrap_or_else(|e| panic!("{timed:?}: {e}"));
+            assert!(timing.recorded && timing.launches > 0 && timing.times_ms.len() == 3, "{timing:?}");
+            assert!(timing.times_ms.iter().all(|ms| *ms > 0.0), "{timing:?}");
+        }
+        assert_eq!(engine.free_pages(), free);
+        assert!(engine.backend().num_graphs() >= graphs + 4, "{} graphs, {graphs} before", engine.backend().num_graphs());
+        assert_eq!(Essence::of(&together(&mut engine, &request(), "after")[0]), before);
+        // Decided by the host, as a backend without runs decides.
+        engine.backend().set_runs(false);
+        let timed = TimedForward { range: 8..12, decided: 4, visibility: Visibility::Full, len: 12, top_p: 0.9 };
+        assert!(!engine.time_forward(&timed, 1).expect("a forward").recorded);
     }
 }
 

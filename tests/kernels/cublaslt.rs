@@ -330,3 +330,45 @@ fn no_memory_for_a_workspace() {
     products_are(&text, "ours, ours");
     has(&text, &[", no cuBLASLt: cuda:0: out of device memory: "]);
 }
+
+/// What `bench` holds a GPU's forwards against: the library's product where it is there, ours where it is not, and a copy that no cache
+/// holds, as large as the memory allows.
+#[test]
+fn the_ceilings_of_a_bench_are_the_device_s() {
+    let bench = |libraries: &Path, dtype: &str, env: &[(&str, &str)]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_redraft"));
+        command.args(["bench", "--shape", "tiny", "--device", "cuda", "--dtype", dtype, "--no-schedules", "--forward", "4@16"]);
+        command.args(["--format", "json", "--runs", "1"]).env("LD_LIBRARY_PATH", libraries).env("REDRAFT_NVRTC_DIR", &stubs().compiler);
+        command
+            .env("REDRAFT_CACHE_DIR", scratch("cache-bench"))
+            .env("STUB_DEVICES", "1")
+            .env("STUB_BLAS_EMPTY", "1")
+            .envs(env.iter().copied());
+        let output = command.output().expect("the binary starts");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{text}\n{}", String::from_utf8_lossy(&output.stderr));
+        let report = text.lines().find(|line| line.starts_with('{')).expect("a report");
+        let report: serde_json::Value = serde_json::from_str(report).unwrap_or_else(|e| panic!("{e}: {report}"));
+        (report, text)
+    };
+    let Stubs { whole, broken, .. } = stubs();
+    let (report, text) = bench(whole, "bf16", &[("STUB_FULL", "1073741824")]);
+    let ceilings = &report["ceilings"];
+    assert_eq!(ceilings["matrix"], "4096 x 4096 x 4096 by cuBLASLt", "{ceilings}");
+    assert_eq!(ceilings["read"], "copy of 512 MiB", "{ceilings}");
+    has(&text, &["stub: 51 products"]);
+    // A forward is timed from its recording, under both nuclei.
+    let forwards = report["forwards"].as_array().expect("forwards");
+    assert_eq!(forwards.iter().map(|f| f["top_p"].as_f64().expect("a nucleus") as f32).collect::<Vec<_>>(), [1.0, 0.9]);
+    assert!(forwards.iter().all(|f| f["recorded"] == true && f["launches"].as_u64() > Some(0)), "{forwards:?}");
+    assert!(text.matches("replayed linear_bf16").count() > text.matches("launched linear_bf16").count(), "launched one by one");
+
+    let (report, text) = bench(broken, "bf16", &[]);
+    let ceilings = &report["ceilings"];
+    let matrix = ceilings["matrix"].as_str().expect("what computed it");
+    assert!(matrix.starts_with("4096 x 4096 x 4096 by our kernel, no cuBLASLt: "), "{ceilings}");
+    assert_eq!(ceilings["read"], "copy of 1024 MiB", "{ceilings}");
+    has(&text, &["launched linear_bf16"]);
+    let (report, _) = bench(whole, "f32", &[]);
+    assert_eq!(report["ceilings"]["matrix"], "4096 x 4096 x 4096 by our kernel, no cuBLASLt: it is used for bf16");
+}
