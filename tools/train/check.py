@@ -15,11 +15,10 @@ import sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from sample import load_exported, load_judge
+from shards import read_weights, weight_files
 
 
 def check_tokenizer(folder, config):
@@ -40,7 +39,7 @@ def check_reference(folder, config, reference):
     package = os.path.basename(os.path.abspath(reference))
     official = importlib.import_module(package + ".modeling_bd3lm")
     kwargs = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "torch_dtype")}
-    tensors = {k: v.float() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+    tensors = {k: v.float() for k, v in read_weights(folder).items()}
     ours, _ = load_exported(folder)
     n, mask_id = config["model_length"], config["mask_token_id"]
     generator = torch.Generator().manual_seed(0)
@@ -88,12 +87,12 @@ def main():
     with open(os.path.join(args.folder, "config.json")) as f:
         config = json.load(f)
     check_tokenizer(args.folder, config)
-    path = os.path.join(args.folder, "model.safetensors")
-    with safe_open(path, "pt") as f:
-        count = sum(f.get_tensor(k).numel() for k in f.keys() if not k.endswith("inv_freq"))
-        finite = all(bool(torch.isfinite(f.get_tensor(k)).all()) for k in f.keys())
-    assert finite
-    print(f"weights: {count:,} parameters in the file, {os.path.getsize(path) / 1e6:.2f} MB")
+    files, tensors = weight_files(args.folder), read_weights(args.folder)
+    count = sum(t.numel() for k, t in tensors.items() if not k.endswith("inv_freq"))
+    for name, tensor in tensors.items():
+        assert torch.isfinite(tensor).all(), f"{name} is not finite"
+    size = sum(map(os.path.getsize, files)) / 1e6
+    print(f"weights: {count:,} parameters in {len(files)} file{'s' * (len(files) > 1)}, {size:.2f} MB")
     if args.reference is not None and config["model_type"] == "qwen2":
         check_causal_reference(args.folder)
     elif args.reference is not None:

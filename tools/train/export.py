@@ -3,18 +3,21 @@
 
     python3 export.py WORK/run/checkpoint.pt ../../models/NAME --tokenizer WORK/data/tokenizer.json
 
-Files are written to a temporary name and renamed, so a reader never sees half a file.
+Files are written to a temporary name and renamed, so a reader never sees half a file. The weights
+are one `model.safetensors` where they fit in `--max-shard-mib`, else shards with their index
+(shards.py).
 """
 import argparse
-import json
 import os
 import shutil
 
 import torch
-from safetensors.torch import save_file
 
 from causal import RMS_EPS, Decoder
 from model import EMBED_SCALE, Backbone, rope_tables
+from shards import replace_json, write_weights
+
+MAX_SHARD_MIB = 4096  # one file for everything that is trained here, unless a run asks for less
 
 
 def bd3lm_tensors(weights, config, dtype):
@@ -97,15 +100,13 @@ def qwen2_config(config, dtype, block_size):
 LAYOUTS = {"bd3lm": (bd3lm_tensors, bd3lm_config), "qwen2": (qwen2_tensors, qwen2_config)}
 
 
-def replace_json(path, value):
-    with open(path + ".tmp", "w") as f:
-        json.dump(value, f, indent=2)
-        f.write("\n")
-    os.replace(path + ".tmp", path)
+def export_directory(layout, weights, config, folder, tokenizer, dtype="bfloat16", block_size=4,
+                     max_shard_mib=MAX_SHARD_MIB):
+    """`weights`: name -> tensor as in model.Backbone or causal.Decoder (normally the averaged ones),
+    on any device.
 
-
-def export_directory(layout, weights, config, folder, tokenizer, dtype="bfloat16", block_size=4):
-    """`weights`: name -> tensor as in model.Backbone or causal.Decoder (normally the averaged ones)."""
+    Returns the names of the files that hold the weights.
+    """
     tensors, description = LAYOUTS[layout]
     os.makedirs(folder, exist_ok=True)
     dtype = getattr(torch, dtype)
@@ -113,10 +114,7 @@ def export_directory(layout, weights, config, folder, tokenizer, dtype="bfloat16
     shutil.copyfile(tokenizer, target + ".tmp")
     os.replace(target + ".tmp", target)
     replace_json(os.path.join(folder, "config.json"), description(config, dtype, block_size))
-    target = os.path.join(folder, "model.safetensors")
-    save_file(tensors({k: v.cpu() for k, v in weights.items()}, config, dtype), target + ".tmp", metadata={"format": "pt"})
-    os.chmod(target + ".tmp", 0o644)
-    os.replace(target + ".tmp", target)
+    return write_weights(tensors({k: v.cpu() for k, v in weights.items()}, config, dtype), folder, max_shard_mib)
 
 
 def main():
@@ -126,6 +124,7 @@ def main():
     ap.add_argument("--tokenizer", required=True)
     ap.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     ap.add_argument("--block-size", type=int, default=4, help="block size named in config.json")
+    ap.add_argument("--max-shard-mib", type=float, default=MAX_SHARD_MIB, help="largest file of weights, in MiB")
     ap.add_argument("--raw", action="store_true", help="export the last weights instead of the best average")
     args = ap.parse_args()
     saved = torch.load(args.checkpoint, weights_only=False, map_location="cpu")
@@ -133,9 +132,10 @@ def main():
     model = {"qwen2": Decoder, "bd3lm": Backbone}[layout](**saved["config"])
     names = [n for n, _ in model.named_parameters()]
     weights = dict(zip(names, saved["params"] if args.raw else saved["best"]["weights"]))
-    export_directory(layout, weights, saved["config"], args.folder, args.tokenizer, args.dtype, args.block_size)
-    size = os.path.getsize(os.path.join(args.folder, "model.safetensors"))
-    print(f"{args.folder}: step {saved['step']}, {size / 1e6:.1f} MB")
+    names = export_directory(layout, weights, saved["config"], args.folder, args.tokenizer, args.dtype, args.block_size,
+                             args.max_shard_mib)
+    size = sum(os.path.getsize(os.path.join(args.folder, name)) for name in names)
+    print(f"{args.folder}: step {saved['step']}, {size / 1e6:.1f} MB in {len(names)} file(s)")
 
 
 if __name__ == "__main__":

@@ -14,18 +14,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from causal import Decoder
 from model import EMBED_SCALE, Backbone
+from shards import read_weights
 
 
 def load_exported(folder):
     """Exported directory -> (Backbone in float32, config.json). Only models trained here (shared matrix) fit."""
     with open(os.path.join(folder, "config.json")) as f:
         config = json.load(f)
-    tensors = {k: v.float() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+    tensors = {k: v.float() for k, v in read_weights(folder).items()}
     head = tensors.pop("backbone.output_layer.linear.weight")
     embedding = tensors["backbone.vocab_embed.embedding"]
     assert torch.equal(embedding, head * EMBED_SCALE), "embedding and head differ: not a model of this trainer"
@@ -41,7 +41,7 @@ def load_judge(folder):
     """Exported judge -> causal.Decoder in float32."""
     with open(os.path.join(folder, "config.json")) as f:
         config = json.load(f)
-    tensors = {k: v.float() for k, v in load_file(os.path.join(folder, "model.safetensors")).items()}
+    tensors = {k: v.float() for k, v in read_weights(folder).items()}
     tensors["model.embed_tokens.weight"] = tensors.pop("lm_head.weight")
     model = Decoder(config["vocab_size"], config["hidden_size"], config["num_hidden_layers"],
                     config["num_attention_heads"], config["max_position_embeddings"])
