@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import EMBED_SCALE, rope_tables, rotate
+from model import EMBED_SCALE, attend, rope_tables, rotate
 
 RMS_EPS = 1e-6
 
@@ -34,8 +34,7 @@ class Attention(nn.Module):
         q, k, v = (p(x).view(b, t, self.heads, d // self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin) * (d // self.heads) ** -0.5, rotate(k, cos, sin)
         q, k, v = (a.to(v.dtype).transpose(1, 2) for a in (q, k, v))
-        weights = (torch.matmul(q, k.transpose(-2, -1)) + mask).softmax(dim=-1)
-        return self.o_proj(torch.matmul(weights, v).transpose(1, 2).reshape(b, t, d))
+        return self.o_proj(attend(q, k, v, mask, causal=True).transpose(1, 2).reshape(b, t, d))
 
 
 class Mlp(nn.Module):
@@ -72,6 +71,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(dim, heads, 3 * dim, dropout) for _ in range(blocks))
         self.norm = RmsNorm(dim)
         self.dropout = nn.Dropout(dropout)
+        self.compiled = None  # the training forward of a layer, once compiled
         cos, sin, _ = rope_tables(length, dim // heads)
         self.register_buffer("cos", cos[:, None], persistent=False)
         self.register_buffer("sin", sin[:, None], persistent=False)
@@ -91,14 +91,18 @@ class Decoder(nn.Module):
         return [p for layer in self.layers for p in layer.parameters() if p.dim() == 2]
 
     def compile_blocks(self):
-        for layer in self.layers:
-            layer.forward = torch.compile(layer.forward)
+        """Fuse the pointwise work of the training forward; shapes are static, layers share the code."""
+        self.compiled = torch.compile(Layer.forward, dynamic=False)
+
+    def uncompile_blocks(self):
+        self.compiled = None
 
     def forward(self, ids):
         length = ids.shape[1]
         x = self.dropout(F.embedding(ids, self.embed_tokens.weight) * EMBED_SCALE)
+        run = self.compiled if self.training and self.compiled else Layer.forward
         for layer in self.layers:
-            x = layer(x, self.cos[:length], self.sin[:length], self.mask[:length, :length])
+            x = run(layer, x, self.cos[:length], self.sin[:length], self.mask[:length, :length])
         return F.linear(self.norm(x), self.embed_tokens.weight)
 
 
@@ -106,4 +110,5 @@ def next_token_losses(model, ids, autocast):
     """Cross-entropy in nats of tokens 1 .. L-1 given those before, [B, L - 1]."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
         logits = model(ids[:, :-1])
-    return F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+    targets = ids[:, 1:]
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

@@ -1,13 +1,16 @@
 """What a run trains: the mix-scale diffusion model or its autoregressive judge.
 
-An objective owns the model, the losses of one step and the held-out table; the loop in train.py knows neither noise nor
-layout. Each has: `model`, `describe()`, `losses(rng, sampler, sequences, length)` yielding (name, share, loss) one
-micro-batch after the other, `columns`, `heldout(batch, rng)` -> one loss per column, `layout` (a name in export.py).
+An objective owns the model, the losses of one step and the held-out table; the loop in train.py
+knows neither noise nor layout. Each has: `model`, `describe()`, `forms` (every answer `choose` can
+give), `losses(choose, sampler, sequences, length)` yielding (name, share, loss) one micro-batch after
+the other, `columns`, `heldout(batch, generator)` -> one loss per column, `layout` (a name in
+export.py). `choose(shares)` picks a key of a dictionary with the probability that stands there; all
+else is drawn from the sampler's generator, on its device. Losses stay on the device of the model.
 """
 import torch
 
 from causal import Decoder, next_token_losses
-from model import Backbone, mask_blocks, mask_full, masked_loss
+from model import Backbone, mask_blocks, mask_full, mask_range, masked_loss
 
 
 def parse_mix(text):
@@ -21,13 +24,13 @@ def parse_mix(text):
 
 
 def parse_ranges(text):
-    """`0.05-0.6:0.75,0.6-1:0.25` -> [(0.05, 0.6, 0.75), (0.6, 1.0, 0.25)]."""
+    """`0.05-0.6:0.75,0.6-1:0.25` -> ((0.05, 0.6, 0.75), (0.6, 1.0, 0.25))."""
     ranges = []
     for item in text.split(","):
         span, _, prob = item.partition(":")
         low, high = span.split("-")
         ranges.append((float(low), float(high), float(prob or 1)))
-    return ranges
+    return tuple(ranges)
 
 
 class Diffusion:
@@ -46,33 +49,38 @@ class Diffusion:
         self.bf16, self.mix, self.full_ranges = args.bf16, parse_mix(args.mix), parse_ranges(args.full_range)
         self.small_low, self.small_high, _ = parse_ranges(args.small_range)[0]
         self.small = {b: w for b, w in self.mix.items() if b is not None}
+        self.forms = list(self.small) or [None]
+        for block in self.small:
+            mask_range(self.small_low, self.small_high, block)
+            for length in (args.length, *([args.short_length] if args.short_share else [])):
+                if length % block:
+                    raise SystemExit(f"--mix: block size {block}: expected a divisor of the length {length}")
 
     def describe(self):
         return f"mix {self.mix}"
 
-    def losses(self, rng, sampler, sequences, length):
+    def losses(self, choose, sampler, sequences, length):
         full_count = round(sequences * self.mix.get(None, 0.0)) if self.small else sequences
         small_count = sequences - full_count
         if full_count:
             batch = sampler.batch(full_count, length)
-            noise = mask_full(rng, full_count, length, self.full_ranges)
+            noise = mask_full(sampler.generator, full_count, length, self.full_ranges)
             yield "full", full_count / sequences, masked_loss(self.model, batch, *noise, None, self.bf16)
         if small_count:
-            total = sum(self.small.values())
-            block = int(rng.choice(list(self.small), p=[w / total for w in self.small.values()]))
+            block = choose(self.small)
             batch = sampler.batch(small_count, length)
-            noise = mask_blocks(rng, small_count, length, block, self.small_low, self.small_high)
+            noise = mask_blocks(sampler.generator, small_count, length, block, self.small_low, self.small_high)
             yield f"b{block}", small_count / sequences, masked_loss(self.model, batch, *noise, block, self.bf16)
 
-    def heldout(self, batch, rng):
+    def heldout(self, batch, generator):
         values = []
         for _, block, level in self.table:
             if block is None:
-                noise = mask_full(rng, *batch.shape, None, rate=level)
+                noise = mask_full(generator, *batch.shape, None, rate=level)
             else:
-                noise = mask_blocks(rng, *batch.shape, block, count=level)
-            values.append(float(masked_loss(self.model, batch, *noise, block, self.bf16)))
-        return values
+                noise = mask_blocks(generator, *batch.shape, block, count=level)
+            values.append(masked_loss(self.model, batch, *noise, block, self.bf16))
+        return torch.stack(values)
 
 
 class Causal:
@@ -80,23 +88,27 @@ class Causal:
 
     layout = "qwen2"
     columns = ["nll", "first", "second"]
+    forms = [None]  # nothing to choose
 
     def __init__(self, args, vocab):
         self.model = Decoder(vocab, args.dim, args.blocks, args.dim // 64, args.length, args.dropout)
         self.bf16 = args.bf16
+        # A CPU keeps 8 sequences in its cache; a GPU wants long products: 64 sequences of 512 have
+        # 0.5 GB of f32 logits over 4,096 ids.
+        self.micro = 8 if args.device == "cpu" else 64
 
     def describe(self):
         return "causal"
 
-    def losses(self, rng, sampler, sequences, length):
-        for part in sampler.batch(sequences, length).split(8):
+    def losses(self, choose, sampler, sequences, length):
+        for part in sampler.batch(sequences, length).split(self.micro):
             loss = next_token_losses(self.model, self.to_device(part), self.bf16).mean()
             yield "nll", len(part) / sequences, loss
 
-    def heldout(self, batch, rng):
+    def heldout(self, batch, generator):
         losses = next_token_losses(self.model, self.to_device(batch), self.bf16)
         half = losses.shape[1] // 2
-        return [float(part.mean()) for part in (losses, losses[:, :half], losses[:, half:])]
+        return torch.stack([part.mean() for part in (losses, losses[:, :half], losses[:, half:])])
 
     def to_device(self, batch):
         return batch.to(self.model.embed_tokens.weight.device)

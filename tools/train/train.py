@@ -1,20 +1,25 @@
 #!/usr/bin/env python3
-"""Train a small mix-scale block-diffusion model on CPU cores and export it.
+"""Train a small mix-scale block-diffusion model on CPU cores or on one GPU, and export it.
 
     python3 prepare.py CORPUS WORK/data
     python3 train.py --data WORK/data --out WORK/run --export ../../models/NAME --minutes 95 --workers 2
+    python3 train.py --data WORK/data --out WORK/run --export NAME --device cuda --stop-after 520 ...
 
 Every step holds one micro-batch of full-attention sequences and one of a small block size, in the token shares of
-`--mix`. One process per core, gradients averaged with gloo. `--out` receives log.jsonl, losses.svg and
-checkpoint.pt; a second call with the same arguments continues from the checkpoint.
+`--mix`. On a CPU: one process per core, gradients averaged with gloo. On a GPU: one process, which
+hands work to the device and waits for it only where it logs. `--out` receives log.jsonl, losses.svg
+and checkpoint.pt; a second call with the same arguments continues from the checkpoint.
 """
+import time
+
+STARTED = time.time()  # before the imports, which take seconds: `--stop-after` counts from here
+
 import argparse
 import datetime
 import json
 import math
 import os
 import socket
-import time
 
 # One thread per worker: thread barriers collapse as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,7 +31,7 @@ import torch.multiprocessing as mp
 
 import data as corpus
 from causal import Decoder
-from export import export_directory
+from export import MAX_SHARD_MIB, export_directory
 from objectives import OBJECTIVES
 from optim import Muon
 from plot import plot_log
@@ -36,13 +41,14 @@ from plot import plot_log
 @torch.no_grad()
 def evaluate(objective, data, args, rank, world, count):
     """Held-out loss of every column, in nats per token; the workers share the sequences. Fixed seed: comparable."""
-    rng = np.random.default_rng(args.seed + 1000)
-    sequences = corpus.Sampler(data, args, True, rng).batch(count, args.length)[rank::world]
-    rng = np.random.default_rng(args.seed + 2000 + rank)
+    # Drawn on the CPU, so the sequences and their masks are the same ones on every device.
+    sampler = corpus.Sampler(data, args, True, corpus.seeded("cpu", args.seed + 1000))
+    sequences = sampler.batch(count, args.length)[rank::world]
+    generator = corpus.seeded("cpu", args.seed + 2000 + rank)
     sums = torch.zeros(len(objective.columns) + 1)
     objective.model.eval()
-    for batch in sequences.split(8):
-        sums[:-1] += torch.tensor(objective.heldout(batch, rng)) * len(batch)
+    for batch in sequences.split(16):
+        sums[:-1] += objective.heldout(batch, generator).cpu() * len(batch)
     objective.model.train()
     sums[-1] = len(sequences)
     if world > 1:
@@ -56,17 +62,28 @@ class Clock:
     """Training progress in [0, 1], by steps or by time.
 
     Time counts only while the run makes progress: a step that took far longer than usual (the process was stopped)
-    counts for `cap` seconds. A deadline, if given, still holds: the remaining schedule shrinks to fit before it.
+    counts for `cap` seconds. An end, if given (`--deadline`, `--stop-after`), still holds: the
+    remaining schedule shrinks so that the final report is written before it.
     """
 
     def __init__(self, args):
         self.args, self.active, self.last, self.cap = args, 0.0, time.time(), 10.0
-        self.deadline = None
+        self.end, self.reserve = math.inf, 0.0  # Unix time; seconds that the final report will take
         if args.deadline:
             hour, minute = map(int, args.deadline.split(":"))
             now = datetime.datetime.now()
             end = now.replace(hour=hour, minute=minute, second=0)
-            self.deadline = (end if end > now else end + datetime.timedelta(days=1)).timestamp()
+            self.end = (end if end > now else end + datetime.timedelta(days=1)).timestamp()
+        if args.stop_after:
+            self.end = min(self.end, args.started + args.stop_after)
+
+    def keep(self, evaluating, writing):
+        """Reserve what the final report takes: a report's writing, and five times its evaluation.
+
+        Half of it again and some seconds on top: other work on the machine, and the way out of the
+        process.
+        """
+        self.reserve = 1.5 * (5 * evaluating + writing) + 3
 
     def tick(self):
         now = time.time()
@@ -80,9 +97,7 @@ class Clock:
     def progress(self, step):
         if self.args.steps:
             return step / self.args.steps
-        remaining = self.args.minutes * 60 - self.active
-        if self.deadline:
-            remaining = min(remaining, self.deadline - time.time())
+        remaining = min(self.args.minutes * 60 - self.active, self.end - self.reserve - time.time())
         return self.active / max(self.active + remaining, 1e-9) if remaining > 0 else 1.0
 
 
@@ -110,8 +125,6 @@ def worker(rank, world, port, args):
     if args.init:
         load_into(model, args.init)
     torch.manual_seed(args.seed * 1000 + rank)  # dropout differs
-    if args.compile:
-        model.compile_blocks()
     params = list(model.parameters())
     names = [n for n, _ in model.named_parameters()]
     ema = [p.detach().clone() for p in params]
@@ -129,10 +142,8 @@ def worker(rank, world, port, args):
         offset += p.numel()
 
     clock, step, tokens = Clock(args), 0, 0
-    sampler_seed = [args.seed, rank, 0]
-    checkpoint = os.path.join(args.out, "checkpoint.pt")
-    if os.path.exists(checkpoint):
-        saved = torch.load(checkpoint, weights_only=False, map_location=args.device)
+    if args.checkpoint and os.path.exists(args.checkpoint):
+        saved = torch.load(args.checkpoint, weights_only=False, map_location=args.device)
         for p, s, e, se in zip(params, saved["params"], ema, saved["ema"]):
             p.data.copy_(s)
             e.copy_(se)
@@ -141,9 +152,13 @@ def worker(rank, world, port, args):
         adam.load_state_dict(saved["adam"])
         step, tokens, clock.active = saved["step"], saved["tokens"], saved["active"]
         args._reports, best = saved["reports"], saved["best"]
-        sampler_seed[2] = step  # new draws, not the first ones again
-    rng = np.random.default_rng(sampler_seed)
-    sampler = corpus.Sampler(data, args, False, rng)
+    # With the step in the seed a continued run makes new draws, not the first ones again.
+    rng = np.random.default_rng([args.seed, rank, step])
+    sampler = corpus.Sampler(data, args, False, corpus.seeded(args.device, args.seed, rank, step))
+
+    def choose(shares):
+        keys, weights = list(shares), np.array(list(shares.values()))
+        return keys[int(rng.choice(len(keys), p=weights / weights.sum()))]
 
     if rank == 0:
         os.makedirs(args.out, exist_ok=True)
@@ -166,59 +181,104 @@ def worker(rank, world, port, args):
             p.data.copy_(k)
         return values
 
-    def report(final=False):
+    def settle():
+        """Wait for the device, once; -> (norm of the last gradient, mean losses since the last log)."""
+        if not norms:
+            return 0.0, {}
+        means = [torch.stack(values).mean() for values in losses.values()]
+        last, total, *means = torch.stack([norms[-1], torch.stack(norms).sum(), *means]).tolist()
+        if not math.isfinite(total):
+            raise RuntimeError("a gradient since the last log is not finite; the last export and checkpoint are intact")
+        return last, dict(zip(losses, means))
+
+    def warm_up():
+        """Compile for every shape of the run, before its clock starts; where that fails, train without."""
+        model.compile_blocks()
+        try:
+            for length in {args.length, args.short_length if args.short_share else args.length}:
+                for form in objective.forms:
+                    for _, _, loss in objective.losses(lambda shares: form, sampler, sequences_of(length), length):
+                        loss.backward()
+                        loss.item()  # wait: what fails on the device must fail here
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            model.uncompile_blocks()
+            print(f"compilation failed, training goes on without, slower: {type(error).__name__}: {error}", flush=True)
+        else:
+            print(f"worker {rank}: compiled {time.time() - args.started:.0f} s after the start", flush=True)
+
+    def sequences_of(length):
+        """Sequences of a step in this worker."""
+        return max(1, round(args.batch_tokens / world / length))
+
+    def report(final=False, opening=False):
         """Held-out table, checkpoint, export of the best averaged weights so far. Not counted as training time."""
-        clock.tick()
+        if not opening:
+            settle()
+            clock.tick()
+        began = time.time()
         values = table(ema, args.eval_sequences)
+        evaluated = time.time()
         value = sum(values[c] for c in objective.columns) / len(values)
         if value < best["value"]:
             best.update(value=value, step=step, weights=[e.clone() for e in ema], waited=0)
-        else:
+        elif not opening:
             best["waited"] += 1
         record = {"eval": values, "step": step, "minutes": round(clock.active / 60, 2), "tokens": tokens}
         log(record | {"best": best["step"]})
-        if final:  # more sequences, for the card; other ones, so not to be compared with the rows above
-            log({"final": table(best["weights"], 4 * args.eval_sequences), "step": best["step"]})
         if rank == 0:
-            save_atomically({"params": [p.detach() for p in params], "ema": ema, "muon": muon.buffers,
-                             "adam": adam.state_dict(), "step": step, "tokens": tokens, "active": clock.active,
-                             "reports": args._reports, "best": best,
-                             "config": model.config, "args": vars(args)}, checkpoint)
+            if args.checkpoint:
+                save_atomically({"params": [p.detach() for p in params], "ema": ema, "muon": muon.buffers,
+                                 "adam": adam.state_dict(), "step": step, "tokens": tokens, "active": clock.active,
+                                 "reports": args._reports, "best": best,
+                                 "config": model.config, "args": vars(args)}, args.checkpoint)
             if args.export:
                 export_directory(objective.layout, dict(zip(names, best["weights"])), model.config, args.export,
-                                 os.path.join(args.data, "tokenizer.json"), args.export_dtype)
-            try:
-                plot_log(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "losses.svg"))
-            except Exception as error:  # a plot is never worth a training run
-                print("plot failed:", error, flush=True)
+                                 os.path.join(args.data, "tokenizer.json"), args.export_dtype,
+                                 max_shard_mib=args.max_shard_mib)
+            if args.plot:
+                try:
+                    plot_log(os.path.join(args.out, "log.jsonl"), os.path.join(args.out, "losses.svg"))
+                except Exception as error:  # a plot is never worth a training run
+                    print("plot failed:", error, flush=True)
+        clock.keep(evaluated - began, time.time() - evaluated)
+        if final:  # more sequences, for the card; other ones, so not to be compared with the rows above
+            log({"final": table(best["weights"], 4 * args.eval_sequences), "step": best["step"]})
         clock.skip()
         return bool(args.patience) and best["waited"] >= args.patience
 
+    losses, norms = {}, []  # since the last log, on the device: losses by name, norms of the gradient
+    if args.compile:
+        warm_up()
+    if math.isfinite(clock.end):
+        # Shows that everything can be written before time is spent on it, and how long that takes.
+        report(opening=True)
     clock.skip()
-    progress, next_report, next_log = clock.progress(step), clock.active + args.first_report * 60, 0
-    losses = {}
+    progress, next_log = clock.progress(step), 0
+    if progress >= 1 and math.isfinite(clock.end) and not step:
+        raise SystemExit(f"no time to train: {time.time() - args.started:.0f} s went into the start and "
+                         f"{clock.reserve:.0f} s are kept for the end; expected a later --stop-after or --deadline")
     while progress < 1:
         length = args.short_length if progress < args.short_share else args.length
-        sequences = max(1, round(args.batch_tokens / world / length))
+        sequences = sequences_of(length)
         flat.zero_()
-        for name, share, loss in objective.losses(rng, sampler, sequences, length):
+        for name, share, loss in objective.losses(choose, sampler, sequences, length):
             (loss * share).backward()
-            losses.setdefault(name, []).append(loss.item())
+            losses.setdefault(name, []).append(loss.detach())
 
-        # Rank 0 decides how far the run is; everybody learns it with the gradients.
         clock.tick()
-        flat[-1] = (clock.progress(step + 1) if rank == 0 else 0.0) * world
+        progress = clock.progress(step + 1)
         if world > 1:
+            # Rank 0 decides how far the run is; the others learn it with the gradients.
+            flat[-1] = progress * world if rank == 0 else 0.0
             dist.all_reduce(flat)
             flat /= world
-        progress = float(flat[-1])
-        flat[-1] = 0
-        norm = float(flat.norm())
-        if not math.isfinite(norm):
-            raise RuntimeError("gradient is not finite; the last checkpoint is intact")
+            progress = float(flat[-1])
+            flat[-1] = 0
+        norms.append(flat.norm())
+        flat *= (args.clip / norms[-1]).clamp(max=1)
         factor = learning_rate_factor(step, progress, args)
-        if norm > args.clip:
-            flat *= args.clip / norm
         for group in adam.param_groups:
             group["lr"] = args.adam_lr * factor
         adam.step()
@@ -230,10 +290,11 @@ def worker(rank, world, port, args):
             torch._foreach_lerp_(ema, params, 1 - decay)
 
         if step >= next_log:
+            norm, means = settle()
             log({"step": step, "minutes": round(clock.active / 60, 2), "progress": round(progress, 4),
                  "tokens": tokens, "lr": round(factor, 4), "grad": round(norm, 3)}
-                | {k: round(float(np.mean(v)), 4) for k, v in losses.items()})
-            losses, next_log = {}, step + args.log_steps
+                | {k: round(v, 4) for k, v in means.items()})
+            losses, norms, next_log = {}, [], step + args.log_steps
         # The same decision in every worker: it rests on the shared progress, not on the own clock.
         if args.steps:
             due = step % args.report_steps == 0
@@ -245,6 +306,8 @@ def worker(rank, world, port, args):
                 log({"stopped": f"no better held-out loss in {args.patience} reports", "step": step})
                 break
     report(final=True)
+    if rank == 0:
+        print(f"finished {time.time() - args.started:.0f} s after the start", flush=True)
     if world > 1:
         dist.destroy_process_group()
 
@@ -271,10 +334,13 @@ def main():
                     help="diffusion: the model; causal: an autoregressive judge")
     ap.add_argument("--init", help="exported model to start from, instead of random weights")
     ap.add_argument("--device", default="cpu", help="cpu, or cuda with --workers 1")
+    ap.add_argument("--checkpoint", help="file to continue from and to write at every report, or `none`; "
+                    "default: checkpoint.pt in --out")
     ap.add_argument("--patience", type=int, default=0,
                     help="stop after so many reports without a better held-out loss; 0: run to the end")
     ap.add_argument("--dropout", type=float, default=0.1, help="of --objective causal")
     ap.add_argument("--export", help="model directory to write (also at every report)")
+    ap.add_argument("--max-shard-mib", type=float, default=MAX_SHARD_MIB, help="largest file of weights, in MiB")
     ap.add_argument("--export-dtype", default="bfloat16", choices=["bfloat16", "float32"])
     ap.add_argument("--dim", type=int, default=256)
     ap.add_argument("--blocks", type=int, default=6)
@@ -289,8 +355,11 @@ def main():
     ap.add_argument("--main-share", type=float, default=0.8)
     ap.add_argument("--doc-start-share", type=float, default=0.6)
     ap.add_argument("--batch-tokens", type=int, default=5632, help="tokens per step, all workers together")
-    ap.add_argument("--minutes", type=float, default=95, help="training time (stopped time does not count)")
+    ap.add_argument("--minutes", type=float, help="training time (stopped time does not count); "
+                    "default: 95, or that of --stop-after")
     ap.add_argument("--deadline", help="HH:MM, local time: finish by then whatever happens")
+    ap.add_argument("--stop-after", type=float, metavar="SECONDS",
+                    help="finish within so many seconds of the start, final evaluation and export included")
     ap.add_argument("--steps", type=int, help="number of steps, instead of --minutes")
     ap.add_argument("--warmup", type=int, default=40)
     ap.add_argument("--muon-lr", type=float, default=0.02)
@@ -298,19 +367,42 @@ def main():
     ap.add_argument("--clip", type=float, default=1.0)
     ap.add_argument("--ema", type=float, default=0.998)
     ap.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
-    ap.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
-    ap.add_argument("--workers", type=int, default=os.cpu_count())
+    ap.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                    help="torch.compile the blocks (on a CPU it needs a C++ compiler); default: on a GPU")
+    ap.add_argument("--workers", type=int, help="processes; default: one per core, or 1 on a GPU")
     ap.add_argument("--seed", type=int, default=1)
     ap.add_argument("--log-steps", type=int, default=25)
-    ap.add_argument("--first-report", type=float, default=6, help="minutes until the first report")
+    ap.add_argument("--first-report", type=float, help="minutes until the first report; "
+                    "default: 6, or --report-minutes if that is less")
     ap.add_argument("--report-minutes", type=float, default=10)
     ap.add_argument("--report-steps", type=int, default=500, help="with --steps: steps between reports")
     ap.add_argument("--eval-sequences", type=int, default=64)
+    ap.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True,
+                    help="draw losses.svg at every report")
     args = ap.parse_args()
-    args._reports = 0
-    if args.device != "cpu" and args.workers != 1:
+    args._reports, args.started = 0, STARTED
+    gpu = args.device != "cpu"
+    if gpu and not torch.cuda.is_available():
+        ap.error(f"--device {args.device}: no GPU that torch {torch.__version__} can use")
+    if args.workers is None:
+        args.workers = 1 if gpu else os.cpu_count()
+    if gpu and args.workers != 1:
         ap.error("--device: a GPU takes --workers 1")
+    if args.steps and (args.deadline or args.stop_after):
+        ap.error("--steps: not with --deadline or --stop-after")
+    if args.compile is None:
+        args.compile = gpu
+    if args.minutes is None:
+        args.minutes = args.stop_after / 60 if args.stop_after else 95
+    if args.first_report is None:
+        args.first_report = min(6, args.report_minutes)
+    if args.checkpoint is None:
+        args.checkpoint = os.path.join(args.out, "checkpoint.pt")
+    elif args.checkpoint == "none":
+        args.checkpoint = None
     os.makedirs(args.out, exist_ok=True)
+    if args.checkpoint:
+        os.makedirs(os.path.dirname(os.path.abspath(args.checkpoint)), exist_ok=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
