@@ -9,10 +9,11 @@ import sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "train"))
 from model import Block, attend, joint_masks, layer_norm, rope_tables  # noqa: E402
+from shards import read_weights  # noqa: E402
 
 EPS = 1e-5
 
@@ -36,7 +37,7 @@ class Base(nn.Module):
         self.config = config = json.loads((pathlib.Path(directory) / "config.json").read_text())
         if config.get("adaln", True):
             raise SystemExit(f"{directory}: a sampler is trained over models without adaLN; fold it into the weights first")
-        state = {name.removeprefix("backbone."): t.float() for name, t in load_file(pathlib.Path(directory) / "model.safetensors").items()}
+        state = {name.removeprefix("backbone."): t.float() for name, t in read_weights(directory).items()}
         dim, heads = config["hidden_dim"], config["n_heads"]
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(config["n_blocks"]))
         self.blocks.load_state_dict({n.removeprefix("blocks."): t for n, t in state.items() if n.startswith("blocks.")})
@@ -51,6 +52,10 @@ class Base(nn.Module):
         # What the engine never draws, besides MASK: padding.
         self.banned = [self.mask_id] + [i for i in [config.get("pad_token_id")] if i not in (None, config["eos_token_id"])]
         self.requires_grad_(False)
+
+    @property
+    def device(self):
+        return self.table.device
 
     def rotations(self, length):
         return self.cos[:length], self.sin[:length]
@@ -107,7 +112,7 @@ class Sampler(nn.Module):
         return [m.weight for m in (self.down_project[0], layer.attn_qkv, layer.attn_out, layer.mlp[0], layer.mlp[2])]
 
     def load(self, directory):
-        self.load_state_dict({name: t.float() for name, t in load_file(pathlib.Path(directory) / "model.safetensors").items()})
+        self.load_state_dict({name: t.float() for name, t in read_weights(directory).items()})
 
     def inputs(self, base, ids, h):
         e = rms(F.embedding(ids, base.table), self.norm_embed[0].weight)
@@ -141,6 +146,6 @@ class Sampler(nn.Module):
             "intermediate_size": 4 * config["hidden_dim"],
         }
         (directory / "config.json").write_text(json.dumps(sizes | facts, indent=2) + "\n")
-        state = {name: t.detach().bfloat16().contiguous() for name, t in self.state_dict().items()}
+        state = {name: t.detach().bfloat16().cpu().contiguous() for name, t in self.state_dict().items()}
         save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
 

@@ -74,17 +74,18 @@ def main():
     parse.add_argument("--batch", type=int, default=16, help="texts at a time")
     parse.add_argument("--batches", type=int, default=4)
     parse.add_argument("--threads", type=int, default=2)
+    parse.add_argument("--device", default="cpu", help="cpu or cuda")
     o = parse.parse_args()
     torch.set_num_threads(o.threads)
     sizes = [int(n) for n in o.sizes.split(",")]
-    base = Base(o.model)
+    base = Base(o.model).to(o.device)
     kinds = [Full(Trajectories(path, base), base, 0) for path in o.full]
     for item in o.block:
         length, _, path = item.partition(":")
         kinds.append(Blocks(Trajectories(path, base), base, int(length), 0))
     if not kinds:
         parse.error("no trajectories: expected --full or --block")
-    sampler = Sampler(base)
+    sampler = Sampler(base).to(o.device)
     sampler.load(o.sampler)
     for kind in kinds:
         print(f"{kind.name}, {len(kind.data.rows['held'])} texts held out")

@@ -39,34 +39,36 @@ class Trajectories:
             raise SystemExit(f"{path}: texts of {sorted(lengths)[:5]} revealed tokens; make them with --ignore-eos, all of one length")
         self.count, length = len(order), lengths.pop()
         first = min(p for p, _ in next(iter(order.values())))
-        # Positions before the first revealed one were given: BOS.
+        # Positions before the first revealed one were given: BOS. Filled on the host, moved as a whole.
         self.tokens = torch.full((self.count, first + length), base.config["bos_token_id"])
         self.when = torch.full((self.count, first + length), -1)
         for row, steps in enumerate(order.values()):
             for step, (position, token) in enumerate(steps):
                 self.tokens[row, position], self.when[row, position] = token, step
+        self.tokens, self.when = self.tokens.to(base.device), self.when.to(base.device)
         held = max(1, self.count // 50)
         self.rows = {"train": np.arange(held, self.count), "held": np.arange(held)}
 
     def draw(self, rng, size, part):
         """(texts [size], their tokens, and when each position was revealed)."""
-        texts = torch.from_numpy(rng.choice(self.rows[part], size))
+        texts = torch.from_numpy(rng.choice(self.rows[part], size)).to(self.tokens.device)
         return texts, self.tokens[texts], self.when[texts]
 
 
 class Kept:
-    """The frozen model's final rows at every state of every text, in bf16: computed when first asked for, and then kept while they fit."""
+    """The frozen model's final rows at every state of every text, in bf16, on the model's device:
+    computed when first asked for, and then kept while they fit."""
 
     def __init__(self, texts, states, length, base, gib):
         width = base.config["hidden_dim"]
         self.fits = 2 * texts * states * length * width <= gib * 2**30
-        self.rows = torch.empty((texts, states, length, width) if self.fits else 0, dtype=torch.bfloat16)
-        self.known = torch.zeros(texts, states, dtype=torch.bool)
+        self.rows = torch.empty((texts, states, length, width) if self.fits else 0, dtype=torch.bfloat16, device=base.device)
+        self.known = torch.zeros(texts, states, dtype=torch.bool, device=base.device)
 
     def take(self, texts, states, compute):
         """[B, L, D] of `states` [B] of `texts` [B]; `compute` makes those of a boolean selection of them."""
         if not self.fits:
-            return compute(torch.ones(len(texts), dtype=torch.bool))
+            return compute(torch.ones(len(texts), dtype=torch.bool, device=texts.device))
         missing = ~self.known[texts, states]
         if missing.any():
             self.rows[texts[missing], states[missing]] = compute(missing).bfloat16()
@@ -86,7 +88,7 @@ class Full:
     def losses(self, sampler, rng, size, calls, part="train"):
         """(KL of the sampler, KL of the model's own rows of the window's first state), each averaged over the masked positions."""
         texts, tokens, when = self.data.draw(rng, size, part)
-        first = torch.from_numpy(rng.integers(0, self.states - calls, size))
+        first = torch.from_numpy(rng.integers(0, self.states - calls, size)).to(texts.device)
         state = lambda j: torch.where(when < (first + j)[:, None], tokens, self.base.mask_id)
         rows = lambda j: self.kept.take(texts, first + j, lambda some: self.base.states(state(j)[some]))
         masked = when >= (first + calls)[:, None]
@@ -104,7 +106,7 @@ class Blocks:
         self.data, self.base, self.block = trajectories, base, block
         self.name = f"block {block}, length {trajectories.tokens.shape[1]}"
         length = trajectories.tokens.shape[1] // block * block
-        self.length, self.masks = length, joint_masks(length, block)
+        self.length, self.masks = length, tuple(mask.to(base.device) for mask in joint_masks(length, block))
         self.calls = range(1, block)
         # A text's states (0 to block - 1 revealed in every block) and then its clean rows lie one behind the other.
         self.kept = Kept(trajectories.count, 1, (block + 1) * length, base, gib)
@@ -116,7 +118,7 @@ class Blocks:
         # Rank of each position within its block, and the state in which the block's window begins.
         shape = (size, self.length // self.block, self.block)
         rank, given = when.view(shape).argsort(-1).argsort(-1).view(size, -1), when < 0
-        first = torch.from_numpy(rng.integers(0, self.block - calls, shape[:2])).repeat_interleave(self.block, 1)
+        first = torch.from_numpy(rng.integers(0, self.block - calls, shape[:2])).to(texts.device).repeat_interleave(self.block, 1)
         state = lambda revealed: torch.where((rank < revealed) | given, tokens, self.base.mask_id)
         masked = (rank >= first + calls) & ~given
 
@@ -125,7 +127,8 @@ class Blocks:
             return torch.cat((*noisy, clean), 1)
 
         rows = self.kept.take(texts, torch.zeros_like(texts), compute).view(size, self.block + 1, self.length, -1)
-        at = lambda revealed: rows[torch.arange(size)[:, None], revealed, torch.arange(self.length)]
+        each, position = torch.arange(size, device=texts.device)[:, None], torch.arange(self.length, device=texts.device)
+        at = lambda revealed: rows[each, revealed, position]
         start, target = at(first), self.base.log_probs(at(first + calls)[masked])
         h, prefix = start, sampler.prefix(self.base, tokens, rows[:, -1])
         for call in range(1, calls + 1):
@@ -168,17 +171,20 @@ def main():
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--threads", type=int, default=2)
     parse.add_argument("--bf16", action="store_true", help="products in bf16")
+    parse.add_argument("--device", default="cpu", help="cpu or cuda; there the model's rows are kept, too (--keep)")
     o = parse.parse_args()
+    if o.device != "cpu" and not torch.cuda.is_available():
+        parse.error(f"--device {o.device}: no GPU that torch {torch.__version__} can use")
     torch.set_num_threads(o.threads)
     torch.manual_seed(o.seed)
-    rng, base = np.random.default_rng(o.seed), Base(o.model)
+    rng, base = np.random.default_rng(o.seed), Base(o.model).to(o.device)
     kinds = [Full(Trajectories(path, base), base, o.keep) for path in o.full]
     for item in o.block:
         length, _, path = item.partition(":")
         kinds.append(Blocks(Trajectories(path, base), base, int(length), o.keep))
     if not kinds:
         parse.error("no trajectories: expected --full or --block")
-    sampler = Sampler(base)
+    sampler = Sampler(base).to(o.device)  # initialised on the host: the same weights on every device
     print(f"{sum(p.numel() for p in sampler.parameters()):,} parameters; " + ", ".join(f"{k.name}: {k.data.count} texts" for k in kinds), flush=True)
     if o.init:
         sampler.load(o.init)
@@ -204,7 +210,7 @@ def main():
         # Down to a twentieth over the second half.
         rate = min(1.0, (step + 1) / o.warmup) * (1 - 0.95 * max(0.0, spent / o.minutes * 2 - 1))
         kind = kinds[step % len(kinds)]
-        with torch.autocast("cpu", torch.bfloat16, enabled=o.bf16):
+        with torch.autocast(base.device.type, torch.bfloat16, enabled=o.bf16):
             loss, _ = kind.losses(sampler, rng, o.batch, 1 + int(rng.choice(MOST_CALLS, p=share)))
         sampler.zero_grad()
         loss.backward()
