@@ -160,17 +160,24 @@ pub struct KernelReport {
     pub compile_ms: f64,
 }
 
+/// One build, compiled for one architecture.
+pub(super) struct CompiledBuild<'a> {
+    pub arch: &'a str,
+    pub build: &'a Build,
+    pub compiled: Compiled,
+}
+
 /// Compiles each build for each architecture, and returns all in that order. All architectures are checked before the first compilation.
-pub(super) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build]) -> Result<Vec<(&'a str, &'a Build, Compiled)>> {
+pub(super) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build]) -> Result<Vec<CompiledBuild<'a>>> {
     let compiler = compiler()?;
     archs.iter().try_for_each(|arch| compiler.check_arch(arch))?;
     let jobs: Vec<(&str, &Build)> = archs.iter().flat_map(|arch| builds.iter().map(move |build| (arch.as_str(), build))).collect();
-    let compile = |&(arch, build): &(&'a str, &'a Build)| -> Result<(&'a str, &'a Build, Compiled)> {
-        Ok((arch, build, compiler.compile(&kernel(build.stem), build, arch)?))
+    let compile = |&(arch, build): &(&'a str, &'a Build)| -> Result<CompiledBuild<'a>> {
+        Ok(CompiledBuild { arch, build, compiled: compiler.compile(&kernel(build.stem), build, arch)? })
     };
     // NVRTC compiles different programs on different threads at once.
     let next = AtomicUsize::new(0);
-    let worker = || -> Vec<(usize, Result<(&str, &Build, Compiled)>)> {
+    let worker = || -> Vec<(usize, Result<CompiledBuild>)> {
         let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|job| *job < jobs.len());
         std::iter::from_fn(take).map(|job| (job, compile(&jobs[job]))).collect()
     };
@@ -187,7 +194,7 @@ pub(super) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build]) -> Resul
 pub fn kernels_check(archs: &[String]) -> Result<Vec<KernelReport>> {
     let builds = builds();
     let compiled = compile_all(archs, &builds)?;
-    let reports = compiled.into_iter().flat_map(|(arch, build, Compiled { cubin, entries, compile_ms, .. })| {
+    let reports = compiled.into_iter().flat_map(|CompiledBuild { arch, build, compiled: Compiled { cubin, entries, compile_ms, .. } }| {
         entries.into_iter().map(move |used| KernelReport {
             stem: build.stem,
             entry: used.entry,

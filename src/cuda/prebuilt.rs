@@ -22,7 +22,7 @@ use std::{env, io};
 use super::cache::Cache;
 use super::compile::{arch_number, compiler};
 use super::driver::Build;
-use super::kernels::{Kernel, builds, compile_all, constants, kernels, portable_identity};
+use super::kernels::{CompiledBuild, Kernel, builds, compile_all, constants, kernels, portable_identity};
 use crate::error::{Error, Result};
 
 const EXTENSION: &str = "cubin";
@@ -167,7 +167,7 @@ pub fn kernels_build(archs: &[String], builds: &[Build], dir: &Path) -> Result<(
     let (files, kernels) = (Cache::at(dir), kernels());
     let mut bytes = 0;
     let compiled = compile_all(archs, builds)?;
-    let paths = compiled.into_iter().map(|(arch, build, compiled)| {
+    let paths = compiled.into_iter().map(|CompiledBuild { arch, build, compiled }| {
         let kernel = kernels.iter().find(|kernel| kernel.stem == build.stem).expect("compiled from it");
         let key = portable_identity(kernel, build, arch);
         bytes += compiled.cubin.len() as u64;
