@@ -4,7 +4,7 @@ use std::path::Path;
 
 use redraft::oneshot::TimedForward;
 use redraft::plan::Visibility;
-use redraft::{DType, Engine, Finish, Request};
+use redraft::{Backend, DType, Engine, Finish, Request};
 
 use crate::backends;
 use crate::fixture::Fixture;
@@ -28,6 +28,26 @@ fn alone_or_in_a_batch_of_eight() {
             let all: Vec<Essence> = together(&mut engine, &requests, "together").iter().map(|o| Essence::of(o).text()).collect();
             for (i, (one, all)) in one.iter().zip(&all).enumerate() {
                 assert_eq!(one, all, "{dtype:?}, request {i}");
+            }
+        }
+    }
+}
+
+/// One seed gives the same tokens every time, alone and in a batch of eight: fifty times on a GPU, where a race would show as a change.
+#[test]
+fn repeats_of_one_seed() {
+    for dtype in [DType::F32, DType::Bf16] {
+        for backend in backends(dtype) {
+            let repeats = if backend.name().starts_with("cuda") { 50 } else { 2 };
+            let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
+            let requests = eight();
+            for batch in [1, 8] {
+                let mut run = || together(&mut engine, &requests[..batch], "repeated").iter().map(Essence::of).collect::<Vec<_>>();
+                let first = run();
+                assert_eq!(first.len(), batch);
+                for repeat in 1..repeats {
+                    assert_eq!(run(), first, "{dtype:?}, batch {batch}, repeat {repeat}");
+                }
             }
         }
     }
