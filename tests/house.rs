@@ -241,3 +241,71 @@ fn every_kernel_has_its_test() {
         stems.filter(|stem| tested(stem) && !listed.contains(&format!("\"{stem}::\""))).collect(),
     );
 }
+
+/// The commands for a lent GPU machine are short enough to paste, and name options that the script has.
+#[test]
+fn commands_for_a_gpu_machine_work() {
+    const LONGEST: usize = 2000;
+    let (page, script) = (read("docs/cuda.md"), read("tools/device-check"));
+    let block = page.split("```device-check\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a block of commands");
+    let commands: Vec<&str> = block.lines().collect();
+    assert_eq!(commands.len(), 2, "{block}");
+    for (part, command) in (1..).zip(commands) {
+        assert!(command.len() <= LONGEST, "{} characters: {command}", command.len());
+        assert!(
+            command.starts_with("python3 target/device-check/device-check run ") && command.contains(&format!("--part {part} ")),
+            "{command}"
+        );
+        for option in words_of_options(command) {
+            assert!(script.contains(&format!("runner.add_argument(\"{option}\"")), "{option} is no option of `device-check run`");
+        }
+        // Their times, as the page and the script have them.
+        let seconds = script.split("SECONDS = {").nth(1).and_then(|rest| rest.split('}').next()).expect("times of the parts");
+        let limit = seconds.split(", ").find_map(|entry| entry.strip_prefix(&format!("{part}: "))).expect("the part's time");
+        assert!(page.contains(&format!("| {part} | {limit} s |")), "part {part} takes {limit} s by tools/device-check");
+    }
+}
+
+fn words_of_options(command: &str) -> impl Iterator<Item = &str> {
+    command.split_whitespace().filter(|word| word.starts_with("--"))
+}
+
+/// Tests and modules that tools/device-check names exist, and no module of the device tests is left out.
+#[test]
+fn tests_for_a_gpu_machine_exist() {
+    let script = read("tools/device-check");
+    let names = |list: &str| -> Vec<String> {
+        let line = script.lines().find(|line| line.starts_with(&format!("{list} = "))).unwrap_or_else(|| panic!("no {list}"));
+        line.split('"').skip(1).step_by(2).map(String::from).collect()
+    };
+    let tests: Vec<(String, String)> =
+        ["tests/kernels", "tests/device"].iter().flat_map(|dir| files(dir)).map(|file| (read(&file), file)).map(|(t, f)| (f, t)).collect();
+    let has = |test: &str| tests.iter().any(|(_, text)| text.contains(&format!("fn {test}()")));
+    let module_of = |dir: &str, module: &str| root().join(format!("tests/{dir}/{}.rs", module.trim_end_matches("::"))).exists();
+    let mut broken: Vec<String> = names("EMULATION_ALONE").into_iter().filter(|test| !has(test)).collect();
+    broken.extend(names("FIFTY").into_iter().filter(|test| !has(test.rsplit("::").next().expect("a name"))));
+    broken.extend(names("KERNEL_TESTS").into_iter().filter(|module| !module_of("kernels", module)));
+    broken.extend(names("DEVICE_TESTS").into_iter().filter(|module| !module_of("device", module)));
+    let listed = names("DEVICE_TESTS");
+    let main = read("tests/device/main.rs");
+    // Those with a path of their own are helpers.
+    let modules =
+        main.split("\n\n").filter(|part| !part.contains("#[path")).flat_map(str::lines).filter_map(|line| line.strip_prefix("mod "));
+    broken.extend(modules.map(|module| module.replace(';', "::")).filter(|module| !listed.contains(module)));
+    assert!(names("KERNEL_TESTS").len() > 10 && listed.len() > 3);
+    fail_on("tests that tools/device-check names and that are not there, or leaves out", broken);
+}
+
+/// What runs on a GPU machine was tried without one: results are read rightly, nothing absent is passed, children end with their parent.
+#[test]
+fn scripts_for_a_gpu_machine_test_themselves() {
+    for script in [&["tools/device-check", "self-test"][..], &["tools/gpu_probe.py", "--self-test"]] {
+        let output = match std::process::Command::new("python3").args(script).current_dir(root()).output() {
+            Ok(output) => output,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return eprintln!("skipped: no python3"),
+            Err(error) => panic!("python3: {error}"),
+        };
+        let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+        assert!(output.status.success(), "{script:?}\n{said}");
+    }
+}
