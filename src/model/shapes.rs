@@ -49,7 +49,8 @@ fn bd3lm_shape(name: &str, vocab_size: usize, hidden_dim: usize, num_layers: usi
     }
 }
 
-/// SDAR-8B (arXiv 2510.06303), which has the shape of Qwen3-8B: 8.2 billion parameters, 16.4 GB in bf16.
+/// SDAR-8B (arXiv 2510.06303), which has the shape of Qwen3-8B: 8.2 billion parameters, 16.4 GB in
+/// bf16.
 fn sdar_8b() -> ModelConfig {
     ModelConfig {
         family: Family::Sdar,
@@ -84,5 +85,26 @@ fn sdar_8b() -> ModelConfig {
         stop_ids: vec![151_643],
         pad_id: None,
         sampling: Sampling::default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As published: 169.6 million and 8.19 billion.
+    #[test]
+    fn parameters_are_those_of_the_published_models() {
+        let count = |name: &str| -> usize {
+            let ModelConfig { vocab_size, hidden_dim: c, num_layers, heads, mlp_dim, switches, .. } = config(name).unwrap();
+            let products = if switches.mlp == Mlp::SwiGlu { 3 } else { 2 };
+            let layer = c * heads.qkv_width() + heads.q_width() * c + products * c * mlp_dim;
+            // Embedding and head, without norms, biases and conditioning.
+            2 * vocab_size * c + num_layers * layer
+        };
+        assert_eq!(count("sdar-8b") / 1_000_000, 8190);
+        assert_eq!(count("bd3lm-owt") / 1_000_000, 162);
+        let text = config("huge").unwrap_err().to_string();
+        assert!(text.contains("bd3lm-owt, sdar-8b, tiny"), "{text}");
     }
 }
