@@ -444,13 +444,15 @@ pub struct Ceilings {
     pub matrix_flop_per_s: f64,
     /// Its size and what computed it: `4096 x 4096 x 4096 by cuBLASLt`.
     pub matrix: String,
-    /// Bytes per second of plain memory traffic: read, or copied with read and written bytes counted.
+    /// Bytes per second of plain memory traffic: read, or copied with read and written bytes
+    /// counted.
     pub bytes_per_s: f64,
     /// What moved them: `copy of 1024 MiB`.
     pub traffic: String,
 }
 
-/// Operations per second of `x (rows, k) weight (n, k)^T` on a backend, the best of `runs` products of numbers that are not zero.
+/// Operations per second of `x (rows, k) weight (n, k)^T` on a backend, the best of `runs` products
+/// of numbers that are not zero.
 pub fn product_rate<B: Backend>(backend: &B, [rows, n, k]: [usize; 3], runs: usize) -> Result<f64> {
     let value = |i: usize| (i % 17) as f32 / 17.0 - 0.5;
     let source = |first: usize, dst: &mut [f32]| {
@@ -672,7 +674,8 @@ pub trait Backend {
     /// Enqueues what `body` enqueues, which belongs to the step of `batch`. A backend may record it and replay the recording wherever the step and
     /// `key`, which names the weights and buffers that `body` uses, say that it would enqueue the same again.
     fn replay(&self, batch: &Self::Batch, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
-    /// What this machine does at best, measured: benches print it beside what they measure. `weight_bytes`: what one forward reads.
+    /// What this machine does at best, measured: benches print it beside what they measure.
+    /// `weight_bytes`: what one forward reads.
     fn ceilings(&self, weight_bytes: usize) -> Result<Ceilings>;
     /// Names what is enqueued inside for profilers.
     fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {

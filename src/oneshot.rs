@@ -169,8 +169,9 @@ impl<B: Backend> Engine<B> {
         Ok(())
     }
 
-    /// Times one forward: once unmeasured, then `runs` times. Where the backend decides steps by itself, a run is many launches of the
-    /// recorded forward between two waits, so that the time is the device's and not that of the calls.
+    /// Times one forward: once unmeasured, then `runs` times. Where the backend decides steps by
+    /// itself, a run is many launches of the recorded forward between two waits, so that the time
+    /// is the device's and not that of the calls.
     ///
     /// Errors: [`Error::OutOfPages`] for a sequence longer than the pool, and those of the forward.
     pub fn time_forward(&mut self, timed: &TimedForward, runs: usize) -> Result<Timing> {
@@ -218,7 +219,8 @@ impl<B: Backend> Engine<B> {
         Ok(Timing { times_ms, launches: 1, recorded: false })
     }
 
-    /// The same forward as a step that the device decides. Its last launch is checked: every asked row has a token.
+    /// The same forward as a step that the device decides. Its last launch is checked: every asked
+    /// row has a token.
     fn time_on_device(&mut self, timed: &TimedForward, plan: Plan, runs: usize) -> Result<Timing> {
         let canvas = Canvas::new(&vec![None; timed.len], self.config().masking()?);
         let shifted = self.config().shift;

@@ -242,7 +242,8 @@ fn every_kernel_has_its_test() {
     );
 }
 
-/// The commands for a lent GPU machine are short enough to paste, and name options that the script has.
+/// The commands for a lent GPU machine are short enough to paste, and name options that the script
+/// has.
 #[test]
 fn commands_for_a_gpu_machine_work() {
     const LONGEST: usize = 2000;
@@ -270,7 +271,8 @@ fn words_of_options(command: &str) -> impl Iterator<Item = &str> {
     command.split_whitespace().filter(|word| word.starts_with("--"))
 }
 
-/// Tests and modules that tools/device-check names exist, and no module of the device tests is left out.
+/// Tests and modules that tools/device-check names exist, and no module of the device tests is left
+/// out.
 #[test]
 fn tests_for_a_gpu_machine_exist() {
     let script = read("tools/device-check");
@@ -296,7 +298,8 @@ fn tests_for_a_gpu_machine_exist() {
     fail_on("tests that tools/device-check names and that are not there, or leaves out", broken);
 }
 
-/// What runs on a GPU machine was tried without one: results are read rightly, nothing absent is passed, children end with their parent.
+/// What runs on a GPU machine was tried without one: results are read rightly, nothing absent is
+/// passed, children end with their parent.
 #[test]
 fn scripts_for_a_gpu_machine_test_themselves() {
     for script in [&["tools/device-check", "self-test"][..], &["tools/gpu_probe.py", "--self-test"]] {

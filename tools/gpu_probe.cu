@@ -1,4 +1,5 @@
-// Kernels of tools/gpu_probe.py: each answers one question about a Hopper GPU. Compiled for sm_90a by NVRTC.
+// Kernels of tools/gpu_probe.py: each answers one question about a Hopper GPU. Compiled for sm_90a
+// by NVRTC.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -10,7 +11,8 @@ static const int ROWS = 64;
 static const int K = 256;
 static const int DEPTH = 16;  // k of one instruction
 
-// One warpgroup's product by mma.sync m16n8k16: warp w has rows 16 w to 16 w + 15, and takes 8 columns at a time.
+// One warpgroup's product by mma.sync m16n8k16: warp w has rows 16 w to 16 w + 15, and takes 8
+// columns at a time.
 extern "C" __global__ void __launch_bounds__(128) product_mma(const u16* a, const u16* b, float* out, int n) {
     const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2;
     const int row = threadIdx.x / 32 * 16 + quad;
@@ -30,8 +32,8 @@ extern "C" __global__ void __launch_bounds__(128) product_mma(const u16* a, cons
     }
 }
 
-// Shared memory as wgmma reads it without a swizzle: core matrices of 8 rows by 16 bytes, 128 bytes apart along K and
-// 256 bytes apart along rows. The descriptor counts in units of 16 bytes.
+// Shared memory as wgmma reads it without a swizzle: core matrices of 8 rows by 16 bytes, 128 bytes
+// apart along K and 256 bytes apart along rows. The descriptor counts in units of 16 bytes.
 __device__ __forceinline__ u64 descriptor(const void* shared) {
     const u32 address = (u32)__cvta_generic_to_shared(shared);
     return (u64)((address & 0x3ffff) >> 4) | (u64)(128 >> 4) << 16 | (u64)(256 >> 4) << 32;
@@ -83,7 +85,8 @@ extern "C" __global__ void __launch_bounds__(128) product_wgmma64(const u16* a, 
 
 extern "C" __global__ void tick(float* p) { p[threadIdx.x] += 1.0f; }
 
-// The next kernel of the stream may start before this one ends; its writes become visible at the next one's wait.
+// The next kernel of the stream may start before this one ends; its writes become visible at the
+// next one's wait.
 extern "C" __global__ void tick_dependent(float* p) {
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");

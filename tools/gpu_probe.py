@@ -110,7 +110,8 @@ def self_test():
         ("carried into the 24 bits", pad([one] + [rounded_bf16(2.0**-25)] * 4), pad([one] * 5), 1.0 + 2.0**-23),
         ("toward zero on both sides", pad([rounded_bf16(-1.0), tiny]), pad([one, one]), -1.0),
         ("steps follow each other", [one] * 32, [one] * 32, 32.0),
-        # 2.25 = 1.5 * 1.5 has the exponent 0 of its factors, so 2^-25 is not cut, and eight of them are one unit of the result.
+        # 2.25 = 1.5 * 1.5 has the exponent 0 of its factors, so 2^-25 is not cut, and eight of them
+        # are one unit of the result.
         ("exponents of factors", pad([rounded_bf16(1.5)] + [rounded_bf16(2.0**-25)] * 8), pad([rounded_bf16(1.5)] + [one] * 8), 2.25 + 2.0**-22),
     ]
     for name, left, right, expected in cases:

@@ -30,7 +30,8 @@ pub(super) struct Flags {
     /// Model directory [default: the model that ships]. With --quality, repeat it for stages with weights=1, 2, ...
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     pub(super) model: Vec<PathBuf>,
-    /// Random weights of a published shape instead of a checkpoint: bd3lm-owt (170M), sdar-8b or tiny
+    /// Random weights of a published shape instead of a checkpoint: bd3lm-owt (170M), sdar-8b or
+    /// tiny
     #[arg(long, value_name = "NAME", conflicts_with = "quality")]
     shape: Option<String>,
     /// Presets to measure, comma separated [default: draft,did,did-fast]
@@ -48,11 +49,13 @@ pub(super) struct Flags {
     /// Generated tokens, comma separated [default: what the model was trained for]
     #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) length: Vec<u32>,
-    /// Single forwards to time, comma separated: ROWS@POSITION runs ROWS rows from POSITION on over cached K/V of the positions before,
-    /// each sees all positions up to the last row, and all draw a token [default: a pass over the whole length, and draft steps]
+    /// Single forwards to time, comma separated: ROWS@POSITION runs ROWS rows from POSITION on over
+    /// cached K/V of the positions before, each sees all positions up to the last row, and all draw
+    /// a token [default: a pass over the whole length, and draft steps]
     #[arg(long, value_name = "ROWS@POSITION", value_delimiter = ',', conflicts_with = "quality", value_parser = parse_forward)]
     forward: Vec<Forward>,
-    /// Nuclei to time the single forwards with, comma separated; 1 draws from the whole distribution
+    /// Nuclei to time the single forwards with, comma separated; 1 draws from the whole
+    /// distribution
     #[arg(long, value_name = "P", value_delimiter = ',', default_values_t = [1.0, 0.9], value_parser = parse_top_p, conflicts_with = "quality")]
     forward_top_p: Vec<f32>,
     /// Time single forwards and no schedule
@@ -139,7 +142,8 @@ struct Probe {
     top_p: f32,
     median_ms: f64,
     best_ms: f64,
-    /// Launched from a recording, as many times between two waits; otherwise the host launches and waits for the decisions.
+    /// Launched from a recording, as many times between two waits; otherwise the host launches and
+    /// waits for the decisions.
     recorded: bool,
     launches: usize,
     /// Weight products of the layers and the head over all rows.
@@ -312,8 +316,8 @@ fn products(config: &ModelConfig, rows: f64, decided: f64, experts: impl Fn(f64,
     (0..config.num_layers).map(layer).sum::<f64>() + decided * (c * config.vocab_size) as f64
 }
 
-/// Forwards by name: those asked for, or over `len` positions a draft step of 4 rows over a cached prefix, the same with a fused commit, and a
-/// full pass, each deciding its masked rows.
+/// Forwards by name: those asked for, or over `len` positions a draft step of 4 rows over a cached
+/// prefix, the same with a fused commit, and a full pass, each deciding its masked rows.
 fn forwards(flags: &Flags, len: usize) -> Vec<(String, TimedForward)> {
     let timed = |range: std::ops::Range<usize>, decided: usize, visibility: Visibility, len: usize| TimedForward {
         range,

@@ -32,7 +32,8 @@ pub(super) enum Command {
         #[arg(long, value_enum, default_value = "table")]
         format: Format,
     },
-    /// Compile kernels into a directory that a GPU machine uses through REDRAFT_KERNELS_DIR, without NVRTC
+    /// Compile kernels into a directory that a GPU machine uses through REDRAFT_KERNELS_DIR,
+    /// without NVRTC
     Build {
         /// Architectures, comma separated, as in sm_90a
         #[arg(long, value_delimiter = ',', required = true)]
@@ -40,7 +41,8 @@ pub(super) enum Command {
         /// The directory, made where it is not there
         #[arg(long, value_name = "DIR")]
         out: PathBuf,
-        /// Builds beside those that `list` prints, one a line, as REDRAFT_KERNEL_LOG records them; - is stdin
+        /// Builds beside those that `list` prints, one a line, as REDRAFT_KERNEL_LOG records them;
+        /// - is stdin
         #[arg(long, value_name = "FILE")]
         list: Option<PathBuf>,
     },
@@ -53,8 +55,9 @@ pub(super) struct Run {
     /// Which kernel; `redraft kernels list` says which there are and what shapes they have
     #[arg(required_unless_present = "list")]
     name: Option<String>,
-    /// Kernels to run one after the other in this process, a line each: NAME [KEY=VAL,...] [dtype=bf16|f32]; - is stdin. Prints
-    /// one JSON object a line, with "error" where a kernel failed
+    /// Kernels to run one after the other in this process, a line each: NAME [KEY=VAL,...]
+    /// [dtype=bf16|f32]; - is stdin. Prints one JSON object a line, with "error" where a kernel
+    /// failed
     #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "shape", "format"])]
     list: Option<PathBuf>,
     /// Numbers of the shape, where the defaults do not fit
@@ -63,7 +66,8 @@ pub(super) struct Run {
     /// Type of weights and K/V, where a line names none
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DTypeFlag,
-    /// cuda, cuda:INDEX, or emu[:ARCH]: the same kernels on the host, for correctness and not for speed
+    /// cuda, cuda:INDEX, or emu[:ARCH]: the same kernels on the host, for correctness and not for
+    /// speed
     #[arg(long, default_value = "cuda", value_parser = parse_place)]
     device: Place,
     /// Timed batches of launches
@@ -178,7 +182,8 @@ fn lines_of<'a>(text: &'a str) -> Vec<Line<'a>> {
     lines.filter(|(_, text)| !text.is_empty()).map(parse).collect()
 }
 
-/// Runs the kernels of a list in one process. Each line is an object on stdout as soon as it is measured.
+/// Runs the kernels of a list in one process. Each line is an object on stdout as soon as it is
+/// measured.
 ///
 /// Errors: [`Error::Kernel`] at the end, where a line failed.
 fn replay_list(asked: &Run, list: &Path) -> Result<()> {

@@ -208,7 +208,8 @@ impl Cuda {
         Ok(memory)
     }
 
-    /// The (n, k) values of `source`, in the weight dtype. Threads read and round the rows of a panel, and one copies it to the device.
+    /// The (n, k) values of `source`, in the weight dtype. Threads read and round the rows of a
+    /// panel, and one copies it to the device.
     fn upload_matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
         let row_bytes = k * self.dtype.bytes();
@@ -805,7 +806,8 @@ impl Cuda {
     }
 }
 
-/// Rows of `source` in `dtype`: each part from its first row on, on a thread of its own. Bytes are aligned for either type.
+/// Rows of `source` in `dtype`: each part from its first row on, on a thread of its own. Bytes are
+/// aligned for either type.
 fn read_parts(dtype: DType, k: usize, source: &RowSource, parts: Vec<(usize, &mut [u8])>) -> Result<()> {
     let read = |(first, bytes): (usize, &mut [u8])| match dtype {
         DType::F32 => source(first, bytemuck::cast_slice_mut(bytes)),

@@ -1,4 +1,5 @@
-//! What a device does at best: a large copy and a large product, which bound the time of any forward.
+//! What a device does at best: a large copy and a large product, which bound the time of any
+//! forward.
 #![forbid(unsafe_code)]
 
 use std::time::Instant;
@@ -8,8 +9,8 @@ use super::linear::{self, Linear};
 use crate::backend::{Backend, Ceilings, DType, Epilogue, product_rate};
 use crate::error::Result;
 
-/// Bytes of a copy. Smaller ones partly stay in the L2 cache, 50 MB on an H100: a copy as large as the weights of a
-/// 170M model reports eight times the bandwidth of the memory.
+/// Bytes of a copy. Smaller ones partly stay in the L2 cache, 50 MB on an H100: a copy as large as
+/// the weights of a 170M model reports eight times the bandwidth of the memory.
 const COPY_BYTES: usize = 1 << 30;
 /// Where a device has no room for two buffers of that size, halves are tried down to this one.
 const LEAST_COPY_BYTES: usize = 64 << 20;
@@ -68,8 +69,8 @@ fn copy_rate(cuda: &Cuda, bytes: usize) -> Result<f64> {
     Ok(2.0 * bytes as f64 / one)
 }
 
-/// Operations per second of the product, by the vendor's library where there is one for the dtype, since that is what
-/// the device can do; and what computed it.
+/// Operations per second of the product, by the vendor's library where there is one for the dtype,
+/// since that is what the device can do; and what computed it.
 fn large_product(cuda: &Cuda) -> Result<(f64, String)> {
     let noise = |first: usize, dst: &mut [f32]| {
         // Zeros or a short pattern draw less power than data does, and run at a higher clock.

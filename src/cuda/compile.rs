@@ -143,12 +143,13 @@ impl Compiler {
 
 // ---- which library it is ----
 //
-// nvrtcVersion tells 13.0 for 13.0.48 and for 13.0.88, whose machine code differs. The full version is in the header of the PTX that the
-// library writes, at the price of a compilation of 70 ms in every process that finds all of its kernels in the cache. The build ID that the
-// linker left in the library names its contents and costs one read of 64 KiB.
+// nvrtcVersion tells 13.0 for 13.0.48 and for 13.0.88, whose machine code differs. The full version
+// is in the header of the PTX that the library writes, at the price of a compilation of 70 ms in
+// every process that finds all of its kernels in the cache. The build ID that the linker left in
+// the library names its contents and costs one read of 64 KiB.
 
-/// Sixteen hexadecimal digits that change with the contents of a library: the start of its GNU build ID; where the linker left none, a hash
-/// of the file's length and time of change.
+/// Sixteen hexadecimal digits that change with the contents of a library: the start of its GNU
+/// build ID; where the linker left none, a hash of the file's length and time of change.
 fn contents_of(path: &Path) -> Option<String> {
     let file = File::open(path).ok()?;
     let (mut head, metadata) = (Vec::new(), file.metadata().ok()?);
@@ -182,7 +183,8 @@ fn library_file(address: *const c_void) -> Option<PathBuf> {
     if unsafe { dladdr(address, &mut found) } == 0 || found.file.is_null() {
         return None;
     }
-    // SAFETY: not null, and the loader keeps the name as long as the library is open, which is for good.
+    // SAFETY: not null, and the loader keeps the name as long as the library is open, which is for
+    // good.
     Some(PathBuf::from(OsStr::from_bytes(unsafe { CStr::from_ptr(found.file) }.to_bytes())))
 }
 

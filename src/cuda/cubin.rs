@@ -1,5 +1,5 @@
-//! Facts in ELF images that no call tells: of machine code how many threads a CTA of an entry may have, the first number of its launch
-//! bounds; of a library its build ID.
+//! Facts in ELF images that no call tells: of machine code how many threads a CTA of an entry may
+//! have, the first number of its launch bounds; of a library its build ID.
 //!
 //! A cubin is an ELF image; section `.nv.info.<entry>` is a list of attributes, each (format, attribute, value) in four bytes, or,
 //! for format 4, with the number of bytes that follow as its value.
@@ -26,8 +26,8 @@ pub(super) fn max_threads(cubin: &[u8], entry: &str) -> Option<u32> {
 const PT_NOTE: u32 = 4;
 const NT_GNU_BUILD_ID: u32 = 3;
 
-/// The first sixteen hexadecimal digits of the GNU build ID of a 64-bit image, of which `head` are the first bytes. None for an image
-/// without one, and for bytes that are no such image.
+/// The first sixteen hexadecimal digits of the GNU build ID of a 64-bit image, of which `head` are
+/// the first bytes. None for an image without one, and for bytes that are no such image.
 pub(super) fn build_id(head: &[u8]) -> Option<String> {
     let (headers, size, count) = (usize::try_from(long(head, 0x20)?).ok()?, half(head, 0x36)?, half(head, 0x38)?);
     let header = |index: usize| head.get(headers.checked_add(index * size)?..);

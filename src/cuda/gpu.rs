@@ -60,8 +60,8 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    /// Opens `cuda:ordinal`: driver and device must be there, and either `REDRAFT_KERNELS_DIR` holds kernels for the device or NVRTC is
-    /// there and knows it.
+    /// Opens `cuda:ordinal`: driver and device must be there, and either `REDRAFT_KERNELS_DIR`
+    /// holds kernels for the device or NVRTC is there and knows it.
     pub fn open(ordinal: usize) -> Result<Gpu> {
         let info = probe(ordinal)?;
         let (functions, prebuilt) = (functions()?, Prebuilt::named()?);
@@ -184,7 +184,8 @@ impl Gpu {
         Ok(module)
     }
 
-    /// The module of a cubin of the named directory. Errors: why there is none, where a directory is named.
+    /// The module of a cubin of the named directory. Errors: why there is none, where a directory
+    /// is named.
     fn prebuilt_module(&self, build: &Build) -> std::result::Result<Handle, Option<String>> {
         let prebuilt = self.prebuilt.as_ref().ok_or(None)?;
         let cubin = prebuilt.find(&kernel(build.stem), build, &self.arch).map_err(Some)?;
@@ -196,7 +197,8 @@ impl Gpu {
         let compiler = compiler()?;
         let identity = identity(&kernel(build.stem), build, &self.arch, compiler.identity());
         let load = |cubin: &[u8]| self.load(&identity, cubin, Some(compiler.version()));
-        // An entry that the driver refuses is built again: it is either not what was written, or the error comes again from the fresh one.
+        // An entry that the driver refuses is built again: it is either not what was written, or
+        // the error comes again from the fresh one.
         if let Some(module) = self.cache.get(&identity, "cubin").and_then(|cubin| load(&cubin).ok()) {
             return Ok(module);
         }
@@ -228,7 +230,8 @@ impl Gpu {
         self.blas.get_or_init(open).as_ref().map_err(String::clone)
     }
 
-    /// Destroys a graph once no launch of it is under way: what the driver promises for one that still runs differs between versions.
+    /// Destroys a graph once no launch of it is under way: what the driver promises for one that
+    /// still runs differs between versions.
     fn destroy(&self, graph: Graph) {
         if let Ok(f) = self.enter() {
             // SAFETY: the graph came from `end_capture` and is destroyed once, after the wait.

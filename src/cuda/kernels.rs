@@ -43,8 +43,9 @@ pub(super) fn options(build: &Build, arch: &str) -> Vec<String> {
     std::iter::once(format!("--gpu-architecture={arch}")).chain(fixed).chain(define_options(build)).collect()
 }
 
-/// Identity of a build: stem, defines, architecture, compiler, hash of the options, hash of the source. It keys
-/// the cache and starts every compile error. `compiler` is [`super::Compiler::identity`].
+/// Identity of a build: stem, defines, architecture, compiler, hash of the options, hash of the
+/// source. It keys the cache and starts every compile error. `compiler` is
+/// [`super::Compiler::identity`].
 pub(super) fn identity(kernel: &Kernel, build: &Build, arch: &str, compiler: &str) -> String {
     format!("{}-{compiler}-{}", build_and_arch(kernel, build, arch), hashes(kernel, &options(build, arch)))
 }
@@ -60,8 +61,8 @@ fn build_and_arch(kernel: &Kernel, build: &Build, arch: &str) -> String {
     std::iter::once(kernel.stem.to_owned()).chain(defines).chain([arch.to_owned()]).collect::<Vec<_>>().join("-")
 }
 
-/// Hash of the compiler options word for word, then hash of the source. The same source under other options is
-/// other machine code.
+/// Hash of the compiler options word for word, then hash of the source. The same source under other
+/// options is other machine code.
 fn hashes(kernel: &Kernel, options: &[String]) -> String {
     let words = options.iter().flat_map(|option| option.as_bytes().iter().chain(b" "));
     format!("{:016x}-{:016x}", fnv1a(words), kernel.hash)
@@ -167,7 +168,8 @@ pub(super) struct CompiledBuild<'a> {
     pub compiled: Compiled,
 }
 
-/// Compiles each build for each architecture, and returns all in that order. All architectures are checked before the first compilation.
+/// Compiles each build for each architecture, and returns all in that order. All architectures are
+/// checked before the first compilation.
 pub(super) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build]) -> Result<Vec<CompiledBuild<'a>>> {
     let compiler = compiler()?;
     archs.iter().try_for_each(|arch| compiler.check_arch(arch))?;
@@ -190,7 +192,8 @@ pub(super) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build]) -> Resul
     outcomes.into_iter().map(|(_, outcome)| outcome).collect()
 }
 
-/// Compiles every build for every architecture named, and reports in that order. All names are checked before the first compilation.
+/// Compiles every build for every architecture named, and reports in that order. All names are
+/// checked before the first compilation.
 pub fn kernels_check(archs: &[String]) -> Result<Vec<KernelReport>> {
     let builds = builds();
     let compiled = compile_all(archs, &builds)?;

@@ -1,14 +1,15 @@
-//! Kernels built beforehand: the lines that name builds, the log of builds that a process loads, and a directory of
-//! cubins that a machine uses without NVRTC.
+//! Kernels built beforehand: the lines that name builds, the log of builds that a process loads,
+//! and a directory of cubins that a machine uses without NVRTC.
 //!
 //! ```text
 //! REDRAFT_KERNEL_LOG=FILE        a workload appends `attention THREADS=128 HEAD_DIM=64 PAGE_SIZE=16`, ...
 //! redraft kernels build --arch sm_90a --list FILE --out DIR
 //! REDRAFT_KERNELS_DIR=DIR        another machine loads these cubins first
 //! ```
-//! A file of the directory is named after its build, architecture, and hashes of options and source, without the
-//! compiler's version: the machine that loads it may have another compiler, or none. Other sources or options have other
-//! names, so cubins of another version of this program are not found. The checksum of the cache covers every file.
+//! A file of the directory is named after its build, architecture, and hashes of options and
+//! source, without the compiler's version: the machine that loads it may have another compiler, or
+//! none. Other sources or options have other names, so cubins of another version of this program
+//! are not found. The checksum of the cache covers every file.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -128,8 +129,8 @@ impl Prebuilt {
         Ok(Prebuilt { dir: dir.to_path_buf(), files: Cache::at(dir), archs })
     }
 
-    /// The newest of its architectures whose machine code a device of this compute capability runs: those of the same
-    /// generation, up to the device's own.
+    /// The newest of its architectures whose machine code a device of this compute capability runs:
+    /// those of the same generation, up to the device's own.
     pub fn arch_for(&self, (major, minor): (u32, u32)) -> Option<&str> {
         let numbered = self.archs.iter().filter_map(|arch| Some((arch_number(arch)?, arch.as_str())));
         // sm_90a opens the instructions of one chip: it runs on 9.0 alone.
@@ -156,11 +157,11 @@ impl Prebuilt {
     }
 }
 
-/// Compiles each of `builds` for each of `archs` into `dir`, and returns the files and their bytes in all. All
-/// architectures are checked before the first compilation.
+/// Compiles each of `builds` for each of `archs` into `dir`, and returns the files and their bytes
+/// in all. All architectures are checked before the first compilation.
 ///
-/// Errors: [`Error::Device`] without NVRTC, [`Error::Kernel`] with its log, [`Error::Io`] for a file that cannot be
-/// written.
+/// Errors: [`Error::Device`] without NVRTC, [`Error::Kernel`] with its log, [`Error::Io`] for a
+/// file that cannot be written.
 pub fn kernels_build(archs: &[String], builds: &[Build], dir: &Path) -> Result<(Vec<PathBuf>, u64)> {
     compiler()?;
     fs::create_dir_all(dir).map_err(|error| Error::io(dir, &error))?;

@@ -79,8 +79,9 @@ impl<B: Backend> Model<B> {
         Ok(entered)
     }
 
-    /// Times the first step of a run: `runs` times the mean over many launches, in milliseconds, and how many launches that are. What a
-    /// launch reveals on the canvas, the next one reveals again, so all do the same work.
+    /// Times the first step of a run: `runs` times the mean over many launches, in milliseconds,
+    /// and how many launches that are. What a launch reveals on the canvas, the next one reveals
+    /// again, so all do the same work.
     pub fn time_step(
         &self,
         backend: &B,
@@ -101,7 +102,8 @@ impl<B: Backend> Model<B> {
             backend.synchronize()?;
             Ok(start.elapsed().as_secs_f64() * 1e3 / launches as f64)
         };
-        // The first launch loads kernels and grows what must grow, so that the second may be another first; the one after is recorded.
+        // The first launch loads kernels and grows what must grow, so that the second may be
+        // another first; the one after is recorded.
         timed(3)?;
         let launches = ((TIMED_MS / timed(1)?) as usize).clamp(1, MAX_LAUNCHES);
         Ok(((0..runs).map(|_| timed(launches)).collect::<Result<_>>()?, launches))

@@ -33,7 +33,8 @@ fn alone_or_in_a_batch_of_eight() {
     }
 }
 
-/// One seed gives the same tokens every time, alone and in a batch of eight: fifty times on a GPU, where a race would show as a change.
+/// One seed gives the same tokens every time, alone and in a batch of eight: fifty times on a GPU,
+/// where a race would show as a change.
 #[test]
 fn repeats_of_one_seed() {
     for dtype in [DType::F32, DType::Bf16] {

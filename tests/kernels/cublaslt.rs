@@ -331,8 +331,8 @@ fn no_memory_for_a_workspace() {
     has(&text, &[", no cuBLASLt: cuda:0: out of device memory: "]);
 }
 
-/// What `bench` holds a GPU's forwards against: the library's product where it is there, ours where it is not, and a copy that no cache
-/// holds, as large as the memory allows.
+/// What `bench` holds a GPU's forwards against: the library's product where it is there, ours where
+/// it is not, and a copy that no cache holds, as large as the memory allows.
 #[test]
 fn the_ceilings_of_a_bench_are_the_device_s() {
     let bench = |libraries: &Path, dtype: &str, env: &[(&str, &str)]| {

@@ -114,7 +114,8 @@ fn launches(machine: &Machine) -> Result<()> {
 struct Stubs {
     driver: PathBuf,
     compiler: PathBuf,
-    /// As `compiler`, of the same major and minor version: another library of it, and one whose linker left no build ID.
+    /// As `compiler`, of the same major and minor version: another library of it, and one whose
+    /// linker left no build ID.
     others: [PathBuf; 2],
 }
 
@@ -229,7 +230,8 @@ fn an_update_of_the_compiler_builds_again() {
     assert_eq!(compiles(compiler), 0);
 }
 
-/// The command with the stub driver and, where there is a directory for it, a stub compiler: exit code, stdout, stderr.
+/// The command with the stub driver and, where there is a directory for it, a stub compiler: exit
+/// code, stdout, stderr.
 fn redraft(args: &[&str], compiler: Option<&Path>, env: &[(&str, &str)]) -> (Option<i32>, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_redraft"));
     command.args(args).env("LD_LIBRARY_PATH", &stubs().driver).env("STUB_DEVICES", "1").env("REDRAFT_CACHE_DIR", scratch("cache-run"));
