@@ -157,7 +157,7 @@ impl DeviceFlags {
     #[cfg(not(feature = "cuda"))]
     pub(crate) fn machine(&self) -> Result<Machine> {
         match self.device {
-            Device::Cuda(_) | Device::Emu => {
+            Device::Cuda(_) | Device::Emu(_) => {
                 Err(Error::device("this build has no CUDA backend: build with --features cuda, or use --device cpu"))
             }
             Device::Auto | Device::Cpu => Ok(Machine::Cpu(self.cpu()?)),
