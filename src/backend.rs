@@ -4,7 +4,7 @@
 //! Buffers are contiguous, row-major and owned by the caller; inputs are `&`, outputs `&mut`; shapes travel as small
 //! structs with named fields. Methods enqueue work; `download`, `synchronize`, `decide` and `end_run` wait for it. The result of a
 //! row depends on that row and its own sequence alone: every reduction has an order fixed by the row's own length,
-//! never by the number of rows beside it or the number of threads (design section 5, law 1).
+//! never by the number of rows beside it or the number of threads (docs/architecture.md, determinism).
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -267,7 +267,7 @@ pub struct Choice {
     pub weight: f32,
 }
 
-/// Which published nucleus rule applies (design section 3; did-bd3lm B.6).
+/// Which published nucleus rule applies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TopPRule {
     /// Keep tokens, most probable first, while the cumulative sum *including* the token is <= p; always the first. [BD3-LM]

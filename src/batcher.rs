@@ -1,8 +1,7 @@
-//! Owns the choice of who advances: which waiting requests are admitted, and which sessions share this tick's forward.
+//! Scheduling: which of the running sessions share this tick's forward. (Which requests are admitted is decided in `engine`.)
 //!
-//! Admission promises pages for a session's whole length, so an admitted session never waits for memory. A tick takes
-//! sessions in turn while their rows fit the budget, and at least one, so a full pass larger than the budget still runs.
-//! Who shares a forward never changes a result (design section 5, law 1); the turn only keeps waiting fair.
+//! A tick takes sessions in turn while their rows fit the budget, and at least one, so a full pass larger than the budget still
+//! runs. The choice never changes a result (docs/architecture.md, determinism); taking turns only keeps waiting fair.
 #![forbid(unsafe_code)]
 
 /// Limits of one engine.

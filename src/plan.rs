@@ -6,7 +6,7 @@
 //! ([BD3-LM] mask `M_BC`: a query in block b sees blocks <= b).
 #![forbid(unsafe_code)]
 
-/// Who sees whom inside a sequence, in absolute positions from 0 (design section 2).
+/// Which keys a query sees inside its sequence, in absolute positions from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Visibility {
     /// Query i sees key j iff `j / B <= i / B`. B = 1 is causal.

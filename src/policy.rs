@@ -2,7 +2,7 @@
 //!
 //! Plain numbers in, plain numbers out, no tensors and no pages. The backends' `decide` kernels are held to
 //! [`decide_row`]; the engine calls [`select`] and [`remask`] directly. Ties go to the lower token id, then to the lower
-//! position; at least one position is revealed per step; NaN is an error, never a loop (design section 5, law 3).
+//! position; at least one position is revealed per step; NaN is an error, never a loop (docs/architecture.md, progress).
 #![forbid(unsafe_code)]
 
 use crate::backend::{Decision, Draw, TopK, TopKOrder, TopPRule};
@@ -471,7 +471,7 @@ mod tests {
         assert_eq!([0, 1, 2, 3, 4].map(|step| quota(&rule, at(3, 3, step)).unwrap()), [1, 1, 1, 0, 0]);
     }
 
-    /// Counts from the reference (adjust-dream-llada B5), f32 arithmetic included.
+    /// Counts of the integer schedule in Dream's `generation_utils.py`, f32 arithmetic included.
     #[test]
     fn timestep_quota_matches_dream() {
         let counts = |length: usize, steps: usize| {

@@ -1,5 +1,5 @@
 //! Owns randomness: a counter-based generator keyed by what a draw is *for*, so that a result never depends on the order
-//! in which draws are made, on neighbours in a batch, or on threads (design section 5, law 1).
+//! in which draws are made, on neighbours in a batch, or on threads (docs/architecture.md, determinism).
 //!
 //! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Key: the request's seed.
 //! Counter: position, step, stage and block, sample. One call yields two 53-bit uniforms.

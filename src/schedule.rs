@@ -58,7 +58,7 @@ pub enum Unmask {
     EntropyBound(f32),
 }
 
-/// How tokens are chosen for a second look (design section 3).
+/// By which score the tokens to mask again are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RemaskBy {
     /// Lowest probability at the forward that revealed the token. Free.
@@ -91,7 +91,7 @@ pub struct Remask {
     pub score: Score,
 }
 
-/// Which K/V a stage may reuse (design section 4).
+/// Which K/V a stage may reuse (docs/architecture.md, exact K/V by default).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvPolicy {
     /// Everything visible is recomputed wherever reuse would not be exact.

@@ -41,7 +41,7 @@ impl<T: Pod> Aligned<T> {
         Aligned { lines, len, element: std::marker::PhantomData }
     }
 
-    /// At least `len` elements, keeping whatever is there; never shrinks.
+    /// The first `len` elements. Where there are fewer, all are replaced by zeros; otherwise they keep their content. Never shrinks.
     pub fn reserve(&mut self, len: usize) -> &mut [T] {
         if self.len < len {
             *self = Self::zeroed(len);
