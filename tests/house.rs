@@ -341,3 +341,19 @@ fn invariants_name_tests_that_exist() {
     let is_there = |name: &str| if name.contains('/') { root().join(name).exists() } else { tests.contains(&format!("fn {name}(")) };
     fail_on("named, but not there", named.into_iter().filter(|name| !is_there(name)).map(String::from).collect());
 }
+
+/// Types that docs/glossary.md names exist.
+#[test]
+fn the_glossary_names_types_that_exist() {
+    let page = read("docs/glossary.md");
+    let code: String = sources().into_iter().map(|(_, text)| text).collect();
+    let rows = page.lines().filter(|line| line.starts_with("| ") && line.ends_with("` |"));
+    let types: Vec<&str> = rows.filter_map(|row| row.rsplit('`').nth(1)).collect();
+    assert!(types.len() > 25, "{types:?}");
+    let is_there = |name: &str| {
+        let declared =
+            ["struct", "enum", "trait"].iter().flat_map(|kind| [' ', '<', '(', ';'].map(|end| format!("pub {kind} {name}{end}")));
+        declared.into_iter().any(|declaration| code.contains(&declaration))
+    };
+    fail_on("in the glossary, but no public type", types.into_iter().filter(|name| !is_there(name)).map(String::from).collect());
+}
