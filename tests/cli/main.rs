@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use work::{Ran, Work, fixture, fixtures, ids};
+use work::{Work, fixture, fixtures, ids};
 
 /// JSON output without what a clock says, byte by byte otherwise.
 fn without_times(text: &str) -> String {
@@ -595,6 +595,7 @@ fn a_gpu_that_is_absent_is_a_clear_error() {
     let next_move = if absent == 0 { ["CUDA", "--device cpu"] } else { [device.as_str(), "no such device"] };
     work.run(&["generate", "--device", &device, "--length", "4"]).fails(1, &next_move);
     work.run(&["generate", "--device", "cuda:x"]).fails(2, &["index"]);
+    work.run(&["generate", "--device", "emu:sm_70"]).fails(2, &["expected one of sm_90a, sm_80", "found `sm_70`"]);
 }
 
 /// The CUDA path on the host writes what the CPU writes.
@@ -622,7 +623,7 @@ fn emulation_without_a_compiler_is_a_clear_error() {
     let work = Work::new();
     let args = ["generate", "--length", "4", "--device", "emu"];
     let output = work.command(&args).env("CXX", "no-such-compiler").output().expect("the binary starts");
-    Ran::new(&args, output).fails(1, &["no-such-compiler", "install g++"]);
+    work::Ran::new(&args, output).fails(1, &["no-such-compiler", "install g++"]);
 }
 
 /// No terminal, no pictures.
