@@ -1,7 +1,9 @@
-//! Scheduling: which of the running sessions share this tick's forward. (Which requests are admitted is decided in `engine`.)
+//! Scheduling: which of the running sessions share this tick's forward. (Which requests are
+//! admitted is decided in `engine`.)
 //!
-//! A tick takes sessions in turn while their rows fit the budget, and at least one, so a full pass larger than the budget still
-//! runs. The choice never changes a result (docs/architecture.md, determinism); taking turns only keeps waiting fair.
+//! A tick takes sessions in turn while their rows fit the budget, and at least one, so a full pass
+//! larger than the budget still runs. The choice never changes a result (docs/architecture.md,
+//! determinism); taking turns only keeps waiting fair.
 #![forbid(unsafe_code)]
 
 /// Limits of one engine.

@@ -66,8 +66,8 @@ enum Command {
 /// Where and how the network runs.
 #[derive(Args, Clone)]
 pub(crate) struct DeviceFlags {
-    /// auto, cpu, cuda, cuda:INDEX, or emu[:ARCH]: the CUDA path executed on the CPU, with the rounding of sm_90a or of ARCH
-    /// (slow, needs g++)
+    /// auto, cpu, cuda, cuda:INDEX, or emu[:ARCH]: the CUDA path executed on the CPU, with the
+    /// rounding of sm_90a or of ARCH (slow, needs g++)
     #[arg(long, default_value = "auto", value_parser = parse_device)]
     device: Device,
     /// Weights and K/V in this type

@@ -41,7 +41,8 @@ impl<T: Pod> Aligned<T> {
         Aligned { lines, len, element: std::marker::PhantomData }
     }
 
-    /// The first `len` elements. Where there are fewer, all are replaced by zeros; otherwise they keep their content. Never shrinks.
+    /// The first `len` elements. Where there are fewer, all are replaced by zeros; otherwise they
+    /// keep their content. Never shrinks.
     pub fn reserve(&mut self, len: usize) -> &mut [T] {
         if self.len < len {
             *self = Self::zeroed(len);

@@ -66,7 +66,8 @@ pub mod status {
     pub const NOTHING: u32 = 2;
     /// `token`, which was forced, is banned or outside the vocabulary.
     pub const FORCED: u32 = 3;
-    /// The logits of the row differ between two passes over them: memory was overwritten meanwhile, or is damaged.
+    /// The logits of the row differ between two passes over them: memory was overwritten meanwhile,
+    /// or is damaged.
     pub const CHANGED: u32 = 4;
 }
 

@@ -48,7 +48,8 @@ pub struct Edit {
 /// How an emulated machine behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct EmulatorOptions {
-    /// The GPU that is emulated, such as `sm_90a`: its tensor cores' rounding. Memory and multiprocessors are the host's.
+    /// The GPU that is emulated, such as `sm_90a`: its tensor cores' rounding. Memory and
+    /// multiprocessors are the host's.
     pub arch: &'static str,
     pub schedule: Schedule,
     pub copies: Copies,
@@ -163,8 +164,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Emulator {
     /// A machine of the host's memory and cores. Needs g++ (or what `CXX` names) and an x86-64 Linux.
     ///
-    /// Errors: [`Error::Request`] for an unknown architecture, [`Error::Device`] without a compiler, [`Error::Kernel`] with its
-    /// words where it fails.
+    /// Errors: [`Error::Request`] for an unknown architecture, [`Error::Device`] without a
+    /// compiler, [`Error::Kernel`] with its words where it fails.
     pub fn new(options: EmulatorOptions) -> Result<Emulator> {
         Ok(Emulator {
             options: EmulatorOptions { threads: options.threads.max(1), ..options },

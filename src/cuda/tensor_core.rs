@@ -1,17 +1,21 @@
 //! Arithmetic of the tensor cores: how one `mma.m16n8k16` on bf16 operands rounds, by architecture.
 //!
-//! The instruction adds several products and the accumulator at once. Each of these terms is aligned to the largest exponent among
-//! them and cut, toward zero, a fixed number of bits below it; their sum is exact, and is cut toward zero once more when it becomes
-//! an f32. So a sum differs in its last bits from one that rounds after every addition, and it differs between generations:
+//! The instruction adds several products and the accumulator at once. Each of these terms is
+//! aligned to the largest exponent among them and cut, toward zero, a fixed number of bits below
+//! it; their sum is exact, and is cut toward zero once more when it becomes an f32. So a sum
+//! differs in its last bits from one that rounds after every addition, and it differs between
+//! generations:
 //!
 //! | architecture | products in a sum | fraction bits |
 //! |---|---|---|
 //! | sm_80, sm_86, sm_89 | 8, then 8 more on top of the result | 24 |
 //! | sm_90 and later | 16 | 25 |
 //!
-//! Found on hardware by others: Xie et al., "MMA-Sim: Bit-Accurate Reference Model of Tensor Cores and Matrix Cores", arXiv 2511.10909
-//! (random tests, bit for bit, on A100, H100, B200 and others), and Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores",
-//! arXiv 2512.07004. `emulate_mma_work` in `kernels/emulate.cpp` computes the same in f64 and vectors; the tests compare both.
+//! Found on hardware by others: Xie et al., "MMA-Sim: Bit-Accurate Reference Model of Tensor Cores
+//! and Matrix Cores", arXiv 2511.10909 (random tests, bit for bit, on A100, H100, B200 and others),
+//! and Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", arXiv 2512.07004.
+//! `emulate_mma_work` in `kernels/emulate.cpp` computes the same in f64 and vectors; the tests
+//! compare both.
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, Result};
@@ -56,24 +60,27 @@ impl TensorCore {
         }
     }
 
-    /// What `mma.m16n8k16` makes of the element `sum` with row `a` of the first operand and column `b` of the second: at most
-    /// [`MMA_K`] numbers each that bf16 holds; those that are missing are zeros.
+    /// What `mma.m16n8k16` makes of the element `sum` with row `a` of the first operand and column
+    /// `b` of the second: at most [`MMA_K`] numbers each that bf16 holds; those that are missing
+    /// are zeros.
     pub fn mma(self, sum: f32, a: &[f32], b: &[f32]) -> f32 {
         assert!(a.len() == b.len() && a.len() <= MMA_K, "{} and {} operands of an mma", a.len(), b.len());
         let parts = a.chunks(self.products_in_a_sum()).zip(b.chunks(self.products_in_a_sum()));
         parts.fold(sum, |sum, (a, b)| fused_sum(sum, a, b, self.fraction_bits()))
     }
 
-    /// The sum of products that `gemm.cuh` specifies for bf16: segments of 256 from zero, 16 products at a time, and the sums of the
-    /// segments added in order. `x` and `w` are equally long and hold bf16 numbers.
+    /// The sum of products that `gemm.cuh` specifies for bf16: segments of 256 from zero, 16
+    /// products at a time, and the sums of the segments added in order. `x` and `w` are equally
+    /// long and hold bf16 numbers.
     pub fn dot(self, x: &[f32], w: &[f32]) -> f32 {
         let segment = |x: &[f32], w: &[f32]| x.chunks(MMA_K).zip(w.chunks(MMA_K)).fold(0.0, |sum, (x, w)| self.mma(sum, x, w));
         x.chunks(256).zip(w.chunks(256)).fold(0.0, |total, (x, w)| total + segment(x, w))
     }
 
-    /// A bound on how far one segment of [`TensorCore::dot`] is from the exact sum, as a multiple of the largest magnitude that any
-    /// product or partial sum of it has. A term is cut by less than 2^-fraction_bits of a power of two that is at most that
-    /// magnitude, and a result by less than an f32 epsilon of itself.
+    /// A bound on how far one segment of [`TensorCore::dot`] is from the exact sum, as a multiple
+    /// of the largest magnitude that any product or partial sum of it has. A term is cut by less
+    /// than 2^-fraction_bits of a power of two that is at most that magnitude, and a result by less
+    /// than an f32 epsilon of itself.
     pub fn segment_error(self) -> f64 {
         let terms = (self.products_in_a_sum() + 1) as f64;
         let cuts = terms * f64::from(-self.fraction_bits()).exp2() + f64::from(f32::EPSILON);
@@ -81,8 +88,8 @@ impl TensorCore {
     }
 }
 
-/// A finite number as `significand * 2^(exponent - 23)`. The exponent is that of the format, so subnormal numbers have -126; zero
-/// has none.
+/// A finite number as `significand * 2^(exponent - 23)`. The exponent is that of the format, so
+/// subnormal numbers have -126; zero has none.
 fn parts(value: f32) -> Option<(i64, i32)> {
     let bits = value.to_bits();
     let (exponent, fraction) = ((bits >> 23 & 0xff) as i32, i64::from(bits & 0x7f_ffff));
@@ -91,7 +98,8 @@ fn parts(value: f32) -> Option<(i64, i32)> {
 }
 
 fn fused_sum(sum: f32, a: &[f32], b: &[f32], fraction_bits: i32) -> f32 {
-    // A product of bf16 numbers is exact in f64, and only infinities and NaN make these sums anything but finite.
+    // A product of bf16 numbers is exact in f64, and only infinities and NaN make these sums
+    // anything but finite.
     let plain = a.iter().zip(b).fold(f64::from(sum), |total, (a, b)| total + f64::from(*a) * f64::from(*b));
     if plain.is_nan() {
         return f32::from_bits(0x7fff_ffff);
@@ -99,8 +107,8 @@ fn fused_sum(sum: f32, a: &[f32], b: &[f32], fraction_bits: i32) -> f32 {
     if plain.is_infinite() {
         return plain as f32;
     }
-    // Terms as (significand, exponent, fraction bits of the significand). A product's exponent is the sum of its factors'
-    // exponents, whether or not its significand is 2 or more.
+    // Terms as (significand, exponent, fraction bits of the significand). A product's exponent is
+    // the sum of its factors' exponents, whether or not its significand is 2 or more.
     let product = |(a, b): (&f32, &f32)| {
         let ((a, a_exponent), (b, b_exponent)) = (parts(*a)?, parts(*b)?);
         Some((a * b, a_exponent + b_exponent, 46))
@@ -118,7 +126,8 @@ fn fused_sum(sum: f32, a: &[f32], b: &[f32], fraction_bits: i32) -> f32 {
     toward_zero(terms.iter().map(cut).sum(), largest - fraction_bits)
 }
 
-/// `units * 2^exponent`, cut to the f32 next toward zero; infinite from 2^128 on. A sum of zero is +0.
+/// `units * 2^exponent`, cut to the f32 next toward zero; infinite from 2^128 on. A sum of zero is
+/// +0.
 fn toward_zero(units: i64, exponent: i32) -> f32 {
     let magnitude = units.unsigned_abs();
     if magnitude == 0 {

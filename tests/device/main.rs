@@ -20,8 +20,9 @@ mod tokens;
 use redraft::DType;
 use redraft::cuda::{Cuda, Driver, Emulator, EmulatorOptions, Gpu, device_count};
 
-/// The machines at hand: the emulation, and the first GPU where there is one. `REDRAFT_TEST_MACHINES` is as for the kernel tests:
-/// `gpu` leaves the GPU alone, the name of an architecture an emulated machine that rounds as it does.
+/// The machines at hand: the emulation, and the first GPU where there is one.
+/// `REDRAFT_TEST_MACHINES` is as for the kernel tests: `gpu` leaves the GPU alone, the name of an
+/// architecture an emulated machine that rounds as it does.
 pub fn drivers() -> Vec<Box<dyn Driver>> {
     let asked = std::env::var("REDRAFT_TEST_MACHINES").unwrap_or_default();
     let emulator = |options| -> Box<dyn Driver> { Box::new(Emulator::new(options).unwrap_or_else(|e| panic!("{e}"))) };

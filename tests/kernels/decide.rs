@@ -446,7 +446,8 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     [the_law, walks, edges_of_nuclei, most_probable, extremes, refusals, alone_as_in_company].iter().try_for_each(|part| part(machine))
 }
 
-/// A row whose masses are fewer than they were a moment ago, as damaged memory would have it: a status, and no loop without end.
+/// A row whose masses are fewer than they were a moment ago, as damaged memory would have it: a
+/// status, and no loop without end.
 #[test]
 fn a_draw_that_reaches_no_token_ends() {
     let from = "if (target >= kept) target = kept - 1;";

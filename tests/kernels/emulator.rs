@@ -34,14 +34,15 @@ pub fn machines() -> Vec<Machine> {
     }
 }
 
-/// One of [`machines`], for tests that have no use for all of them: of the nine, one with threads in reverse.
+/// One of [`machines`], for tests that have no use for all of them: of the nine, one with threads
+/// in reverse.
 pub fn any_machine() -> Machine {
     let mut machines = machines();
     machines.swap_remove(2 % machines.len())
 }
 
-/// The nine emulated machines with one edit of the sources: a planted bug. Those whose copies are late round as sm_80 does, the others
-/// as sm_90a does.
+/// The nine emulated machines with one edit of the sources: a planted bug. Those whose copies are
+/// late round as sm_80 does, the others as sm_90a does.
 pub fn edited_machines(edit: Option<Edit>) -> Vec<Machine> {
     let plain = EmulatorOptions { threads: 1, edit, ..EmulatorOptions::default() };
     let both = |schedule| {
@@ -56,8 +57,9 @@ fn machine(driver: redraft::Result<Box<dyn Driver>>) -> Machine {
     driver.and_then(Machine::new).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// A sum of products as `gemm.cuh` specifies it, bit for bit: segments of 256, in f32 one product at a time by fmaf, in bf16 as the
-/// tensor cores of the machine's architecture add. x and w hold numbers of `dtype`.
+/// A sum of products as `gemm.cuh` specifies it, bit for bit: segments of 256, in f32 one product
+/// at a time by fmaf, in bf16 as the tensor cores of the machine's architecture add. x and w hold
+/// numbers of `dtype`.
 pub fn gemm_dot(machine: &Machine, dtype: DType, x: &[f32], w: &[f32]) -> f32 {
     if dtype == DType::Bf16 {
         return TensorCore::of(&machine.driver.arch()).expect("an architecture").dot(x, w);

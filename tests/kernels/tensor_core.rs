@@ -1,8 +1,8 @@
-//! The emulated tensor cores and their reference in `src/cuda/tensor_core.rs`, bit for bit: against what others published about the
-//! hardware, and against each other on random operands.
+//! The emulated tensor cores and their reference in `src/cuda/tensor_core.rs`, bit for bit: against
+//! what others published about the hardware, and against each other on random operands.
 //!
-//! The published examples are those by which MMA-Sim (arXiv 2511.10909, `tests/nv`) tells fused sums, their width and their rounding
-//! on A100 and H100.
+//! The published examples are those by which MMA-Sim (arXiv 2511.10909, `tests/nv`) tells fused
+//! sums, their width and their rounding on A100 and H100.
 
 use half::bf16;
 use redraft::cuda::driver::Launch;
@@ -60,7 +60,8 @@ fn check(arch: &'static str, examples: &[Example]) {
 
 const ARCHS: [&str; 2] = ["sm_80", "sm_90a"];
 
-/// 16 equal small products beside one large one that the accumulator cancels: what is added before the large terms are gone is lost.
+/// 16 equal small products beside one large one that the accumulator cancels: what is added before
+/// the large terms are gone is lost.
 #[test]
 fn how_many_products_share_a_sum() {
     let (large, small) = (128.0f32, (-9.0f32).exp2());
@@ -68,7 +69,8 @@ fn how_many_products_share_a_sum() {
         for at in 0..MMA_K {
             let mut x = [small; MMA_K];
             x[at] = large;
-            // On Ampere the second half is added behind the first, whose large terms have cancelled.
+            // On Ampere the second half is added behind the first, whose large terms have
+            // cancelled.
             let expected = if arch == "sm_80" && at < 8 { 8.0 * small * small } else { 0.0 };
             check(arch, &[Example { c: -large * large, a: &x, b: &x, expected }]);
         }
@@ -78,7 +80,8 @@ fn how_many_products_share_a_sum() {
 #[test]
 fn how_many_bits_a_term_keeps_and_how_it_is_cut() {
     for (arch, bits) in [("sm_80", 24), ("sm_90a", 25)] {
-        // x has its last bit 2^-24; a pair of products y z = 2^p that cancels hides it as soon as 2^p is 2^(bits + 1) times that.
+        // x has its last bit 2^-24; a pair of products y z = 2^p that cancels hides it as soon as
+        // 2^p is 2^(bits + 1) times that.
         let (x, last) = ((2.0 - (-10.0f32).exp2()) * (-14.0f32).exp2(), (-24.0f32).exp2());
         let hidden = |p: i32, times: f32| {
             let y = (p as f32).exp2();
@@ -99,7 +102,8 @@ fn how_many_bits_a_term_keeps_and_how_it_is_cut() {
                 Example { c: -x, a: &pair, b: &one, expected: -x + last },
                 Example { c: x, a: &pair, b: &two, expected: x - 3.0 * last },
                 Example { c: -x, a: &pair, b: &two, expected: -x + 3.0 * last },
-                // 1.5 y times 1.5 is aligned by its factors' exponents, though it is 2.25 y; 2.25 y times 1 is one more.
+                // 1.5 y times 1.5 is aligned by its factors' exponents, though it is 2.25 y; 2.25 y
+                // times 1 is one more.
                 Example { c: x, a: &wide, b: &wide_by, expected: x - last },
                 Example { c: x, a: &flat, b: &one, expected: x - 3.0 * last },
             ],
@@ -153,7 +157,8 @@ fn how_a_result_is_cut() {
     }
 }
 
-/// Operands of many sizes, with zeros, subnormal numbers and cancellation; a few that are not finite.
+/// Operands of many sizes, with zeros, subnormal numbers and cancellation; a few that are not
+/// finite.
 #[test]
 fn the_emulation_equals_the_reference() {
     let mut generations_differ = 0;
