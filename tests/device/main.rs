@@ -7,6 +7,9 @@
 mod fixture;
 #[path = "../parity/joint.rs"]
 mod joint;
+#[path = "../kernels/machines.rs"]
+#[allow(dead_code)] // shared with the kernel tests, which need all of it
+mod machines;
 #[path = "../decode/support.rs"]
 #[allow(dead_code)] // shared with the tests of the engine's laws
 mod support;
@@ -18,24 +21,16 @@ mod products;
 mod tokens;
 
 use redraft::DType;
-use redraft::cuda::{Cuda, Driver, Emulator, EmulatorOptions, Gpu, device_count};
+use redraft::cuda::{Cuda, Driver, EmulatorOptions, device_count};
 
-/// The machines at hand: the emulation, and the first GPU where there is one.
-/// `REDRAFT_TEST_MACHINES` is as for the kernel tests: `gpu` leaves the GPU alone, the name of an
-/// architecture an emulated machine that rounds as it does.
+/// The machines at hand, by `REDRAFT_TEST_MACHINES`; `REDRAFT_REQUIRE_CUDA=1` demands a GPU among
+/// them, unless an architecture is emulated in its place.
 pub fn drivers() -> Vec<Box<dyn Driver>> {
-    let asked = std::env::var("REDRAFT_TEST_MACHINES").unwrap_or_default();
-    let emulator = |options| -> Box<dyn Driver> { Box::new(Emulator::new(options).unwrap_or_else(|e| panic!("{e}"))) };
-    let mut drivers = Vec::new();
-    match asked.as_str() {
-        "gpu" => {}
-        "" => drivers.push(emulator(EmulatorOptions::default())),
-        arch => return vec![emulator(EmulatorOptions { arch: arch.to_owned().leak(), ..EmulatorOptions::default() })],
-    }
-    match device_count() {
-        Ok(_) => drivers.push(Box::new(Gpu::open(0).unwrap_or_else(|e| panic!("{e}")))),
-        Err(error) if drivers.is_empty() || std::env::var_os("REDRAFT_REQUIRE_CUDA").is_some() => panic!("a GPU was demanded: {error}"),
-        Err(error) => eprintln!("GPU part skipped: {error}"),
+    let drivers = machines::drivers([EmulatorOptions::default()]);
+    if let Err(error) = device_count() {
+        let is_emulated = std::env::var("REDRAFT_TEST_MACHINES").is_ok_and(|asked| !asked.is_empty());
+        assert!(is_emulated || std::env::var_os("REDRAFT_REQUIRE_CUDA").is_none(), "a GPU was demanded: {error}");
+        eprintln!("GPU part skipped: {error}");
     }
     drivers
 }

@@ -13,25 +13,16 @@ use redraft::backend::DType;
 use redraft::cuda::driver::{Address, Driver};
 use redraft::cuda::machine::Machine;
 use redraft::cuda::tensor_core::TensorCore;
-use redraft::cuda::{Copies, Edit, Emulator, EmulatorOptions, Gpu, Schedule, device_count};
+use redraft::cuda::{Copies, Edit, EmulatorOptions, Schedule};
+
+use crate::machines::{drivers, emulator};
 
 pub const SCHEDULES: [Schedule; 4] = [Schedule::Forward, Schedule::Reverse, Schedule::Random, Schedule::WarpGreedy];
 
-/// A machine of every schedule with every timing of copies, and one that watches for races: what is missing in a kernel shows under
-/// one of the nine. And the first GPU, where there is one. `REDRAFT_TEST_MACHINES=gpu` leaves that alone, for a machine without g++
-/// and for compute-sanitizer; the name of an architecture leaves one emulated machine that rounds as it does, which is how the tests
-/// of such a machine are tried beforehand.
+/// A machine of every schedule with every timing of copies, and one that watches for races: what is
+/// missing in a kernel shows under one of the nine. Or what `REDRAFT_TEST_MACHINES` asks for.
 pub fn machines() -> Vec<Machine> {
-    let asked = std::env::var("REDRAFT_TEST_MACHINES").unwrap_or_default();
-    let gpu = || machine(Gpu::open(0).map(|gpu| Box::new(gpu) as Box<dyn Driver>));
-    match asked.as_str() {
-        "" => edited_machines(None).into_iter().chain(device_count().is_ok().then(gpu)).collect(),
-        "gpu" => vec![gpu()],
-        arch => {
-            let options = EmulatorOptions { arch: arch.to_owned().leak(), ..EmulatorOptions::default() };
-            vec![machine(Emulator::new(options).map(|emulator| Box::new(emulator) as Box<dyn Driver>))]
-        }
-    }
+    drivers(nine(None)).into_iter().map(machine).collect()
 }
 
 /// One of [`machines`], for tests that have no use for all of them: of the nine, one with threads
@@ -41,20 +32,23 @@ pub fn any_machine() -> Machine {
     machines.swap_remove(2 % machines.len())
 }
 
-/// The nine emulated machines with one edit of the sources: a planted bug. Those whose copies are
-/// late round as sm_80 does, the others as sm_90a does.
+/// The nine emulated machines with one edit of the sources: a planted bug.
 pub fn edited_machines(edit: Option<Edit>) -> Vec<Machine> {
+    nine(edit).into_iter().map(|options| machine(emulator(options))).collect()
+}
+
+/// Those whose copies are late round as sm_80 does, the others as sm_90a does.
+fn nine(edit: Option<Edit>) -> Vec<EmulatorOptions> {
     let plain = EmulatorOptions { threads: 1, edit, ..EmulatorOptions::default() };
     let both = |schedule| {
         [("sm_80", Copies::Late), ("sm_90a", Copies::Eager)].map(|(arch, copies)| EmulatorOptions { arch, schedule, copies, ..plain })
     };
     let watching = EmulatorOptions { races: true, copies: Copies::Late, ..plain };
-    let emulated = |options| machine(Emulator::new(options).map(|emulator| Box::new(emulator) as Box<dyn Driver>));
-    SCHEDULES.into_iter().flat_map(both).chain([watching]).map(emulated).collect()
+    SCHEDULES.into_iter().flat_map(both).chain([watching]).collect()
 }
 
-fn machine(driver: redraft::Result<Box<dyn Driver>>) -> Machine {
-    driver.and_then(Machine::new).unwrap_or_else(|e| panic!("{e}"))
+fn machine(driver: Box<dyn Driver>) -> Machine {
+    Machine::new(driver).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// A sum of products as `gemm.cuh` specifies it, bit for bit: segments of 256, in f32 one product

@@ -17,6 +17,7 @@ mod experts;
 mod gather;
 mod linear;
 mod listed;
+mod machines;
 mod mutations;
 mod norm;
 mod nvrtc;

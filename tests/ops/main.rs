@@ -6,6 +6,10 @@ mod decide;
 mod embed;
 mod experts;
 mod linear;
+#[cfg(feature = "cuda")]
+#[path = "../kernels/machines.rs"]
+#[allow(dead_code)] // shared with the kernel tests, which need all of it
+mod machines;
 mod norm;
 mod pool;
 mod rope;
@@ -75,21 +79,13 @@ impl TestBackend for redraft::cuda::Cuda {
     }
 }
 
-/// The CUDA backend under emulation, and on the first GPU where there is one, in both dtypes; with `REDRAFT_TEST_MACHINES=gpu` there alone.
+/// The CUDA backend on the emulated machine and on the first GPU, in both dtypes, or on what
+/// `REDRAFT_TEST_MACHINES` asks for.
 #[cfg(feature = "cuda")]
 pub fn devices() -> Vec<redraft::cuda::Cuda> {
-    use redraft::cuda::{Cuda, Driver, Emulator, EmulatorOptions, Gpu, device_count};
-    let gpu_alone = std::env::var("REDRAFT_TEST_MACHINES").is_ok_and(|which| which == "gpu");
-    let mut drivers: Vec<(Box<dyn Driver>, DType)> = Vec::new();
-    for dtype in [DType::F32, DType::Bf16] {
-        if !gpu_alone {
-            drivers.push((Box::new(Emulator::new(EmulatorOptions::default()).unwrap()), dtype));
-        }
-        if gpu_alone || device_count().is_ok() {
-            drivers.push((Box::new(Gpu::open(0).unwrap_or_else(|e| panic!("{e}"))), dtype));
-        }
-    }
-    drivers.into_iter().map(|(driver, dtype)| Cuda::new(driver, dtype).unwrap()).collect()
+    use redraft::cuda::{Cuda, EmulatorOptions};
+    let on = |dtype| machines::drivers([EmulatorOptions::default()]).into_iter().map(move |driver| Cuda::new(driver, dtype).unwrap());
+    [DType::F32, DType::Bf16].into_iter().flat_map(on).collect()
 }
 
 /// Runs a body with `b` a CPU of the list, then with `b` each device.
