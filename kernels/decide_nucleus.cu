@@ -6,7 +6,7 @@
 //   1. the maximum;
 //   2. masses exp((l - max) / T), and their histogram over 256 depths (max - l) / T up to 29 (beyond, e^-29 < 2^-41): the bin in which the nucleus ends;
 //   3. inside that bin, four rounds of a radix select weighted by mass, over the ordered bits of the logit: the last logit kept, and how
-//      many of its equals, lowest ids first;
+//      many of its equals, lowest ids first. The bin's keys are first copied to shared memory, where they fit;
 //      Top-k has four such rounds of its own, that count: the k-th largest logit, and the mass down to it, of which the nucleus may be one;
 //   4. the draw over the kept ids in ascending order: the row is cut into one range per warp, the range that holds the target again, until 32 ids
 //      are left;
@@ -16,9 +16,13 @@
 // that a nucleus can reach: a kept one weighs at least (1 - p) / V of the row. Without a nucleus (a draw that asks for margin and entropy at another
 // temperature than 1) tokens below a unit, together less than V 2^-41 of the row, are not drawn.
 //
-// Layout: one CTA per row; the histogram is kept in copies, so that lanes that meet in a bin meet less often.
-// Cost: V f32 written and read seven times, five times more with top-k; an exponential per logit in step 2 and a few more in the end. Equal logits all fall into one bin
-// and then queue at eight addresses.
+// Layout: one CTA per row; the histogram is kept in copies, so that lanes that meet in a bin meet
+// less often. A mass is added as two words of 32 bits, the second with the carry of the first: shared
+// memory has no 64-bit addition, and a loop of compare-and-swap takes 216 us for a row of 50,256
+// where two additions take 28 (H200). Each thread has UNROLL loads in flight.
+// Cost: V f32 written and read four times, three times more where a bin's keys do not fit, five times
+// more with top-k; an exponential per logit in step 2 and a few more in the end. Equal logits all fall
+// into one bin and then queue at eight addresses.
 #include "decide.cuh"
 
 struct DecideNucleusParams {
@@ -40,6 +44,8 @@ LAYOUT(DecideNucleusParams, 40);
 #define BINS 256
 #define COPIES 8
 static_assert(THREADS >= BINS, "a thread sums a bin");
+#define UNROLL 4
+#define KEYS 2048  // of the bin in which the nucleus ends
 #define UNITS 2199023255552.0f  // 2^41: the sum of 4 million largest masses still fits 63 bits
 
 // A mass in [0, 1] in units.
@@ -53,8 +59,31 @@ struct Row {
     float depth_scale;  // bins per nat, at temperature 1
 };
 
-// -inf where banned.
-__device__ __forceinline__ float logit_at(const Row& row, u32 id) { return is_banned(row.banned, id) ? -infinity() : row.logits[id]; }
+// -inf where banned. Both loads start at once.
+__device__ __forceinline__ float logit_at(const Row& row, u32 id) {
+    const float logit = row.logits[id];
+    const u32 banned = row.banned ? row.banned[id / 32] >> id % 32 & 1u : 0u;
+    return banned ? -infinity() : logit;
+}
+
+// visit(id, logit) for each id of this thread in the row, ascending.
+template <typename Visit>
+__device__ __forceinline__ void for_each(const Row& row, u32 vocab, Visit visit) {
+    for (u32 first = threadIdx.x; first < vocab; first += UNROLL * THREADS) {
+        float logits[UNROLL];
+#pragma unroll
+        for (u32 i = 0; i < UNROLL; ++i) {
+            const u32 id = first + i * THREADS;
+            logits[i] = id < vocab ? logit_at(row, id) : 0.0f;
+        }
+#pragma unroll
+        for (u32 i = 0; i < UNROLL; ++i) {
+            const u32 id = first + i * THREADS;
+            if (id < vocab) visit(id, logits[i]);
+        }
+    }
+}
+
 __device__ __forceinline__ u64 mass_of(const Row& row, float logit) { return units(tempered(logit - row.max, row.temperature)); }
 // Not decreasing as logits fall: every operation rounds monotonously.
 __device__ __forceinline__ u32 bin_of(const Row& row, float logit) { return (u32)fminf((row.max - logit) * row.depth_scale, (float)(BINS - 1)); }
@@ -67,20 +96,35 @@ struct Bin {
     u32 index;
 };
 
-// Adds mass to a bin, in the copy of this thread.
-__device__ __forceinline__ void put(u64* histogram, u32 bin, u64 mass) { atomicAdd(histogram + threadIdx.x % COPIES * BINS + bin, mass); }
+// Masses of the bins, in copies: sums modulo 2^32, and above them the sums of the upper words and the
+// carries. All additions into a word end before it is read, so the order does not matter.
+struct Histogram {
+    u32 low[COPIES * BINS], high[COPIES * BINS];
+};
 
-__device__ __forceinline__ void empty(u64* histogram) {
-    for (u32 i = threadIdx.x; i < COPIES * BINS; i += THREADS) histogram[i] = 0;
+// Adds mass to a bin, in the copy of this thread.
+__device__ __forceinline__ void put(Histogram& histogram, u32 bin, u64 mass) {
+    const u32 at = threadIdx.x % COPIES * BINS + bin;
+    const u32 low = (u32)mass;
+    const u32 before = atomicAdd(histogram.low + at, low);
+    const u32 high = (u32)(mass >> 32) + (before + low < before);
+    if (high > 0) atomicAdd(histogram.high + at, high);
+}
+
+__device__ __forceinline__ void empty(Histogram& histogram) {
+    for (u32 i = threadIdx.x; i < COPIES * BINS; i += THREADS) histogram.low[i] = histogram.high[i] = 0;
     __syncthreads();
 }
 
 // Sum of this thread's bin; begins and ends with a barrier.
-__device__ __forceinline__ u64 collect(const u64* histogram) {
+__device__ __forceinline__ u64 collect(const Histogram& histogram) {
     __syncthreads();
     u64 mass = 0;
     if (threadIdx.x < BINS) {
-        for (u32 copy = 0; copy < COPIES; ++copy) mass += histogram[copy * BINS + threadIdx.x];
+        for (u32 copy = 0; copy < COPIES; ++copy) {
+            const u32 at = copy * BINS + threadIdx.x;
+            mass += (u64)histogram.high[at] << 32 | histogram.low[at];
+        }
     }
     __syncthreads();
     return mass;
@@ -110,16 +154,15 @@ __device__ __forceinline__ u64 nucleus_limit(const DrawRecord& draw, u64 total) 
 }
 
 // The key of the k-th largest logit, the last of all where there are fewer.
-__device__ __forceinline__ u32 kth_key(const Row& row, u64* histogram, u32 vocab, u32 k) {
+__device__ __forceinline__ u32 kth_key(const Row& row, Histogram& histogram, u32 vocab, u32 k) {
     u32 prefix = 0, fixed_bits = 0;
     u64 wanted = k - 1;
     for (int shift = 24; shift >= 0; shift -= 8) {
         empty(histogram);
-        for (u32 id = threadIdx.x; id < vocab; id += THREADS) {
-            const float logit = logit_at(row, id);
+        for_each(row, vocab, [&](u32, float logit) {
             const u32 key = key_of(logit);
             if (logit != -infinity() && (key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, 1);
-        }
+        });
         const u64 in_bin = collect(histogram);
         if (fixed_bits == 0) {
             const u64 all = block_sum64(in_bin);
@@ -143,11 +186,17 @@ struct Edge {
 __device__ __forceinline__ void weigh(const Row& row, const Edge& edge, u32 begin, u32 end, u64& above, u32& equals) {
     above = 0;
     equals = 0;
-    for (u32 id = begin + lane_id(); id < end; id += 32) {
-        const float logit = logit_at(row, id);
-        const u32 key = key_of(logit);
-        if (key < edge.key) above += mass_of(row, logit);
-        equals += key == edge.key;
+    for (u32 first = begin + lane_id(); first < end; first += UNROLL * 32) {
+        float logits[UNROLL];
+#pragma unroll
+        for (u32 i = 0; i < UNROLL; ++i) logits[i] = first + i * 32 < end ? logit_at(row, first + i * 32) : 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < UNROLL; ++i) {
+            if (first + i * 32 >= end) continue;
+            const u32 key = key_of(logits[i]);
+            if (key < edge.key) above += mass_of(row, logits[i]);
+            equals += key == edge.key;
+        }
     }
     above = warp_sum64(above);
     for (u32 distance = 16; distance > 0; distance /= 2) equals += __shfl_xor_sync(FULL_WARP, equals, distance);
@@ -208,7 +257,9 @@ __device__ __forceinline__ u32 draw_id(const Row& row, const Edge& edge, u32 voc
 }
 
 KERNEL(decide_nucleus, DecideNucleusParams) {
-    __shared__ u64 histogram[COPIES * BINS];
+    __shared__ Histogram histogram;
+    __shared__ u32 keys[KEYS];
+    __shared__ u32 num_keys;
     const DrawRecord draw = p.draws[blockIdx.x];
     if (!is_nucleus(draw)) return;
     DecisionRecord* out = p.decisions + blockIdx.x;
@@ -218,12 +269,11 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
 
     Top top = no_top();
     u64 broken = NO_ID;  // the lowest id
-    for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
-        if (is_banned(p.banned, id)) continue;
-        const float logit = row.logits[id];
+    // A banned logit is -inf here, which is neither broken nor above anything.
+    for_each(row, p.vocab, [&](u32 id, float logit) {
         if (is_broken(logit) && broken == NO_ID) broken = id;
-        top = join(top, Top{logit, -infinity(), id});
-    }
+        if (logit > -infinity()) top = join(top, Top{logit, -infinity(), id});
+    });
     broken = block_min(broken);
     if (broken != NO_ID) return refuse(out, draw, STATUS_BROKEN, (u32)broken);
     top = block_join(top);
@@ -232,15 +282,14 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
 
     empty(histogram);
     u64 sum = 0, moment = 0;
-    for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
-        const float logit = logit_at(row, id);
+    for_each(row, p.vocab, [&](u32, float logit) {
         const float below = logit - row.max;
         const float e = expf(below);
         sum += units(e);
         moment += units(-moment_of(e, below));
         const u64 mass = mass_of(row, logit);
         if (mass > 0) put(histogram, bin_of(row, logit), mass);
-    }
+    });
     const u64 in_bin = collect(histogram);
     const u64 total = block_sum64(in_bin);
     u32 last_key = NO_ID;  // of top-k
@@ -248,27 +297,40 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
     if (top_k(draw) > 0) {  // uniform over the CTA
         last_key = kth_key(row, histogram, p.vocab, top_k(draw));
         u64 mass = 0;
-        for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
-            const float logit = logit_at(row, id);
+        for_each(row, p.vocab, [&](u32, float logit) {
             if (key_of(logit) <= last_key) mass += mass_of(row, logit);
-        }
+        });
         most_probable = block_sum64(mass);
     }
     Edge edge = {NO_ID, 0, 0};  // everything
     u64 kept = total;
     if (draw.top_p < 1.0f) {  // uniform over the CTA
         const u64 limit = nucleus_limit(draw, draw.flags & DRAW_TOP_K_AFTER ? total : most_probable);
-        const Bin depth = find_bin(in_bin, limit);
+        if (threadIdx.x == 0) num_keys = 0;
+        const Bin depth = find_bin(in_bin, limit);  // with barriers
+        // In any order: only sums are made of them.
+        for_each(row, p.vocab, [&](u32, float logit) {
+            if (logit == -infinity() || bin_of(row, logit) != depth.index) return;
+            const u32 at = atomicAdd(&num_keys, 1u);
+            if (at < KEYS) keys[at] = key_of(logit);
+        });
 
         u32 prefix = 0, fixed_bits = 0;
         Bin last = {depth.before, 0, 0};
         for (int shift = 24; shift >= 0; shift -= 8) {
-            empty(histogram);
-            for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
-                const float logit = logit_at(row, id);
-                if (logit == -infinity() || bin_of(row, logit) != depth.index) continue;
-                const u32 key = key_of(logit);
-                if ((key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, mass_of(row, logit));
+            empty(histogram);  // with a barrier: the keys are there
+            const u32 count = num_keys;
+            if (count <= KEYS) {
+                for (u32 i = threadIdx.x; i < count; i += THREADS) {
+                    const u32 key = keys[i];
+                    if ((key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, mass_of(row, from_ordered_bits(~key)));
+                }
+            } else {
+                for_each(row, p.vocab, [&](u32, float logit) {
+                    if (logit == -infinity() || bin_of(row, logit) != depth.index) return;
+                    const u32 key = key_of(logit);
+                    if ((key & fixed_bits) == prefix) put(histogram, key >> shift & 255u, mass_of(row, logit));
+                });
             }
             const Bin digit = find_bin(collect(histogram), limit - last.before);
             last = Bin{last.before + digit.before, digit.mass, 0};
@@ -303,13 +365,12 @@ KERNEL(decide_nucleus, DecideNucleusParams) {
 
     // Margin and entropy of what is left: tokens below the edge, and its equals, which weigh the same each.
     u64 spread = 0, others = 0;
-    for (u32 id = threadIdx.x; id < p.vocab; id += THREADS) {
-        const float logit = logit_at(row, id);
-        if (logit == -infinity() || key_of(logit) >= edge.key) continue;
+    for_each(row, p.vocab, [&](u32, float logit) {
+        if (logit == -infinity() || key_of(logit) >= edge.key) return;
         const float below = (logit - row.max) / temperature;
         spread += units(-moment_of(tempered(logit - row.max, temperature), below));
         ++others;
-    }
+    });
     spread = block_sum64(spread);
     others = block_sum64(others) + edge.equal;
     if (threadIdx.x == 0) {

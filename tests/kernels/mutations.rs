@@ -100,8 +100,10 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     (
         "masses put into bins that are not empty yet",
         decide::edges_of_nuclei,
-        ("decide_nucleus.cu", "histogram[i] = 0;\n    __syncthreads();", "histogram[i] = 0;"),
+        ("decide_nucleus.cu", "histogram.high[i] = 0;\n    __syncthreads();", "histogram.high[i] = 0;"),
     ),
+    ("a carry between the words of a mass lost", decide::edges_of_nuclei, ("decide_nucleus.cu", " + (before + low < before)", "")),
+    ("keys read that had no room", decide::edges_of_nuclei, ("decide_nucleus.cu", "if (count <= KEYS)", "if (count <= 2 * KEYS)")),
     (
         "bins summed before they are full",
         decide::edges_of_nuclei,
