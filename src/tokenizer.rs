@@ -24,7 +24,7 @@ impl Tokenizer {
             let what = "no tokenizer: expected tokenizer.json in the model directory (BD3-LM and MDLM checkpoints use the GPT-2 one), or --tokenizer FILE";
             return Err(Error::tokenizer(path, what));
         }
-        let mut inner = tokenizers::Tokenizer::from_file(path).map_err(|e| Error::tokenizer(path, format!("not a tokenizer: {e}")))?;
+        let mut inner = tokenizers::Tokenizer::from_file(path).map_err(|e| Error::tokenizer_from(path, "not a tokenizer", e))?;
         inner.set_encode_special_tokens(true);
         if let Some((token, id)) = inner.get_vocab(true).into_iter().max_by_key(|(_, id)| *id)
             && id as usize >= vocab_size
@@ -36,8 +36,7 @@ impl Tokenizer {
 
     /// Ids of `text`, nothing added.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding =
-            self.inner.encode_fast(text, false).map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
+        let encoding = self.inner.encode_fast(text, false).map_err(|e| Error::tokenizer_from(&self.path, "cannot encode the text", e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -48,8 +47,7 @@ impl Tokenizer {
             special.set_encode_special_tokens(false);
             special
         });
-        let encoding =
-            special.encode_fast(text, false).map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the text: {e}")))?;
+        let encoding = special.encode_fast(text, false).map_err(|e| Error::tokenizer_from(&self.path, "cannot encode the text", e))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -63,7 +61,7 @@ impl Tokenizer {
         let encodings = self
             .inner
             .encode_batch_fast(texts.to_vec(), false)
-            .map_err(|e| Error::tokenizer(&self.path, format!("cannot encode the texts: {e}")))?;
+            .map_err(|e| Error::tokenizer_from(&self.path, "cannot encode the texts", e))?;
         Ok(encodings.iter().map(|encoding| encoding.get_ids().to_vec()).collect())
     }
 
