@@ -8,13 +8,11 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use redraft::backend::{
-    Backend, DType, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, NormKind, Rotation, Router, RouterScore, TopK, TopKOrder,
-    TopPRule,
-};
+use redraft::backend::{Backend, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, NormKind, Rotation, Router, RouterScore};
 use redraft::cpu::simd::{Isa, Kernel, Simd};
 use redraft::cpu::{Buffer, Cpu, oracle};
 use redraft::plan::{Plan, Visibility};
+use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule};
 
 /// `steps` rounds of 24 independent multiply-adds: what the register tile would reach if operands were free.
 struct Peak {
@@ -323,7 +321,7 @@ fn shortlist(c: &mut Criterion) {
             for n in [64, 256] {
                 let lists = cpu.shortlist(rows, &hidden, &head, None, &[], n).expect("lists");
                 let greedy: Vec<Draw> = draws.iter().map(|draw| Draw { temperature: 0.0, ..*draw }).collect();
-                let tokens = |decisions: Vec<redraft::backend::Decision>| decisions.iter().map(|d| d.token).collect::<Vec<_>>();
+                let tokens = |decisions: Vec<redraft::sampling::Decision>| decisions.iter().map(|d| d.token).collect::<Vec<_>>();
                 let among = tokens(cpu.decide_listed(&hidden, &head, None, &lists, &which, &greedy).expect("decisions"));
                 assert_eq!(
                     among,

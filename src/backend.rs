@@ -13,7 +13,7 @@ use std::time::Instant;
 use crate::canvas::Canvas;
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::schedule::Rank;
+use crate::sampling::{Decision, Draw, Reveal};
 
 /// Element type of weights and K/V. The residual stream is f32 everywhere, and so is accumulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,78 +265,6 @@ impl ExpertShape {
 pub struct Choice {
     pub expert: u32,
     pub weight: f32,
-}
-
-/// Which published nucleus rule applies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum TopPRule {
-    /// Keep tokens, most probable first, while the cumulative sum *including* the token is <= p; always the first. [BD3-LM]
-    Within,
-    /// Also keep the token that crosses p (Hugging Face, Dream).
-    Crossing,
-}
-
-/// Which of the most probable tokens may be drawn: k of them, and those that are as probable as the last of these. Banned ids are none.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TopK {
-    /// At least 1.
-    pub k: u32,
-    pub order: TopKOrder,
-}
-
-/// Which published order of top-k and nucleus applies.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum TopKOrder {
-    /// The nucleus is one of what top-k leaves (Hugging Face, SDAR, LLaDA2).
-    #[default]
-    Before,
-    /// The nucleus is one of the whole distribution (Dream).
-    After,
-}
-
-/// What is asked of one masked row: a token draw, or the probability of a given token.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Draw {
-    /// Uniform in [0, 1) with 53 random bits.
-    pub u: f64,
-    /// 0 takes the most probable token (ties: lowest id) and ignores `u`.
-    pub temperature: f32,
-    /// In (0, 1]; 1 keeps everything.
-    pub top_p: f32,
-    pub top_p_rule: TopPRule,
-    /// `None` keeps everything.
-    pub top_k: Option<TopK>,
-    /// `Some(t)`: choose t instead of drawing (scoring, teacher forcing).
-    pub forced: Option<u32>,
-    /// Report confidence, margin and entropy of the distribution that the token is drawn from, after temperature, top-k and nucleus, instead of the
-    /// raw ones. At temperature 0 that is what they leave at temperature 1. Nothing for a forced token.
-    pub truncated_confidence: bool,
-}
-
-/// The answer for one row. Raw quantities are under softmax(logits) with banned ids excluded, before temperature, top-k and nucleus; `log_prob`
-/// always is, the others unless the draw asks otherwise.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Decision {
-    pub token: u32,
-    /// Probability of `token`: raw, or after temperature, top-k and nucleus where the draw asks for it.
-    pub confidence: f32,
-    /// ln of the raw probability of `token`.
-    pub log_prob: f32,
-    /// Top-1 minus top-2 probability.
-    pub margin: f32,
-    /// Entropy in nats.
-    pub entropy: f32,
-}
-
-/// The unmask rule of one step, its quota already counted (`policy::quota`).
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Reveal {
-    /// The best `n` by `rank`.
-    Best { rank: Rank, n: usize },
-    /// Everything with confidence >= the threshold, and always the most confident.
-    Threshold(f32),
-    /// Lowest entropies first while (cumulative sum - largest so far) <= the bound, in nats.
-    EntropyBound(f32),
 }
 
 /// One session's part of a step that is decided on the device: which masked positions are asked, and how they are revealed.

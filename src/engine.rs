@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
-use crate::backend::{Backend, Decision, Draw, RunDecision, RunSpec, RunStep, TopKOrder};
+use crate::backend::{Backend, RunDecision, RunSpec, RunStep};
 use crate::batcher::{self, Budget, Need};
 use crate::canvas::State;
 use crate::config::{Attention, ModelConfig};
@@ -26,7 +26,8 @@ use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
 use crate::plan::Plan;
 use crate::request::{Handle, Output, Prompt, Request, Segment, Timings};
 use crate::request::{Message, stop_at};
-use crate::schedule::{Defaults, Eos, Scope, top_k_of};
+use crate::sampling::{Decision, Draw, TopKOrder, top_k_of};
+use crate::schedule::{Defaults, Eos, Scope};
 use crate::session::{Ask, Event, EventKind, ForeseenStep, Next, Session, SessionSpec, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;

@@ -39,7 +39,8 @@
 //! |---|---|
 //! | [`error`], [`rng`], [`canvas`], [`pages`], [`plan`] | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
 //! | [`config`], [`weights`], [`tokenizer`], [`chat`] | a checkpoint directory, validated |
-//! | [`schedule`], [`policy`] | what a request asks for; which token, which reveals, which remasks |
+//! | [`sampling`], [`policy`] | plain data of sampling; which token, which reveals, which remasks |
+//! | [`schedule`] | what a request asks for |
 //! | [`backend`], [`cpu`], `cuda` | the seam to the machine, the CPU behind it, and the door to CUDA |
 //! | [`model`] | the forward pass and the families |
 //! | [`session`], [`batcher`], [`request`] | one request's life; who advances; what callers hand in and get back |
@@ -80,6 +81,7 @@ pub mod policy;
 pub mod quality;
 pub mod request;
 pub mod rng;
+pub mod sampling;
 pub mod schedule;
 pub mod session;
 pub mod tokenizer;

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use crate::backend::{Backend, Draw, Reveal, RunCanvas, RunSpec, RunStep, SessionStep, TopPRule};
+use crate::backend::{Backend, RunCanvas, RunSpec, RunStep, SessionStep};
 use crate::canvas::Canvas;
 use crate::config::{Attention, ModelConfig};
 use crate::engine::{Engine, Loaded, ms};
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::model::{Model, Probe, Scratch};
 use crate::pages::PageTable;
 use crate::plan::{Plan, Visibility};
-use crate::schedule::Rank;
+use crate::sampling::{Draw, Rank, Reveal, TopPRule};
 
 /// Draws of scoring and of benches: the plain distribution.
 const PLAIN_DRAW: Draw =

@@ -5,9 +5,8 @@
 //! position; at least one position is revealed per step; NaN is an error, never a loop (docs/architecture.md, progress).
 #![forbid(unsafe_code)]
 
-use crate::backend::{Decision, Draw, TopK, TopKOrder, TopPRule};
 use crate::error::{Error, Result};
-use crate::schedule::{Rank, Score, Unmask};
+use crate::sampling::{Decision, Draw, Rank, Score, TopK, TopKOrder, TopPRule, Unmask};
 
 /// Token, confidence and shape of one row's distribution, in f64: the specification of `Backend::decide`.
 ///

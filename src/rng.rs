@@ -20,7 +20,7 @@ pub struct DrawKey {
 /// The step number of draws that belong to a whole stage (random remasking) rather than to one of its forwards.
 pub const STAGE_STEP: u32 = u32::MAX;
 
-/// The step number of the time at which a position is revealed by [`crate::schedule::Unmask::Ancestral`].
+/// The step number of the time at which a position is revealed by [`crate::sampling::Unmask::Ancestral`].
 pub const TIME_STEP: u32 = u32::MAX - 1;
 
 /// Two independent uniforms in [0, 1) with 53 random bits each.

@@ -10,53 +10,9 @@ mod spell;
 
 pub use spell::StageSpec;
 
-use crate::backend::{TopK, TopKOrder, TopPRule};
 use crate::error::{Error, Result};
 use crate::plan::Visibility;
-
-/// The ranking by which masked positions are revealed, best first; ties to the lower position.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rank {
-    /// A uniformly random order. With one reveal per forward this is BD3-LM's first-hitting sampler.
-    Uniform,
-    /// Highest probability of the chosen token first.
-    Confidence,
-    /// Largest top-1 minus top-2 probability first.
-    Margin,
-    /// Lowest entropy first.
-    Entropy,
-    /// Lowest position first.
-    Left,
-}
-
-/// Which masked positions of the current block a forward reveals. Every rule reveals at least one.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Unmask {
-    /// The best `n`.
-    Count { rank: Rank, n: usize },
-    /// LLaDA's quota: m masks over `steps` forwards, `m / steps` each and one more in the first `m % steps`.
-    Linear { rank: Rank, steps: usize },
-    /// SDAR's quota: a block of L positions over `steps` forwards, `L / steps` each and one more in the first `L % steps`, however many
-    /// of them are masked.
-    Fixed { rank: Rank, steps: usize },
-    /// Dream's integer schedule over `linspace(1, eps, steps + 1)` in f32: `floor(masks left * (1 - s/t))`, the rest in the last step.
-    /// Steps whose count is zero are skipped without a forward: Dream runs them, and throws their result away.
-    Timestep { rank: Rank, steps: usize, eps: f32 },
-    /// Dream's `origin` over the same times: each masked position by itself, with probability `1 - s/t` and in the last step surely. Drawn as
-    /// one time in [0, 1) for each position, revealed by the step in which it lies: the reverse process itself. Steps in which no time lies
-    /// are skipped without a forward.
-    Ancestral { steps: usize, eps: f32 },
-    /// Everything with confidence >= the threshold, and always the most confident (Fast-dLLM).
-    Threshold(f32),
-    /// Everything with confidence > the bound, and at least the most confident ones of [`Unmask::Fixed`]'s quota over `steps`, one without
-    /// (SDAR `low_confidence_dynamic`, Fast-dLLM v2).
-    Above { bound: f32, steps: Option<usize> },
-    /// Fast-dLLM's factor f: of the confidences in descending order the first, and on from there while the r-th is at least `1 - f / (r + 1)`. As
-    /// in its code, a last mask that alone falls short goes along.
-    Factor(f32),
-    /// Lowest entropies first while (cumulative sum - largest so far) <= the bound, in nats.
-    EntropyBound(f32),
-}
+use crate::sampling::{Score, TopK, TopPRule, Unmask};
 
 /// By which score the tokens to mask again are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,18 +25,6 @@ pub enum RemaskBy {
     HeldOut(usize),
     /// Uniformly random.
     Random,
-}
-
-/// What a scoring forward (post-hoc, held-out) makes of the answer p at a position; the lowest are masked again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Score {
-    /// `ln p(token)`: improbable tokens, mistakes and rare words alike.
-    Probability,
-    /// `ln p(token) + H(p)`: less probable than a draw from p would be on average (after Meister et al., "Locally typical
-    /// sampling", arXiv 2202.00666, equation 6, one-sided). A rare word among many possible ones is not low.
-    Typicality,
-    /// `ln p(token) - ln snapshot(token)`: what the forward that revealed the token believed, and this one no longer does.
-    Lift,
 }
 
 /// Masks `floor(ratio * N)` of the N generated positions again.
@@ -251,21 +195,6 @@ impl Default for Defaults {
 /// Models one engine may hold.
 pub const MAX_MODELS: usize = 16;
 
-/// Finite and not negative.
-pub fn valid_temperature(t: f32) -> bool {
-    t.is_finite() && t >= 0.0
-}
-
-/// Above 0 and at most 1.
-pub fn valid_top_p(p: f32) -> bool {
-    p > 0.0 && p <= 1.0
-}
-
-/// As configurations spell top-k: 0 keeps everything.
-pub fn top_k_of(k: u32, order: TopKOrder) -> Option<TopK> {
-    (k > 0).then_some(TopK { k, order })
-}
-
 /// Named schedules and the stages they expand to.
 pub const PRESETS: [(&str, &[&str]); 15] = [
     ("draft", &["block=trained,unmask=uniform:1"]),
@@ -330,22 +259,5 @@ impl Schedule {
             return Err(Error::request(format!("unknown preset `{name}`; presets: {}", names.join(", "))));
         };
         Schedule::resolve(&stages.iter().map(|s| s.parse()).collect::<Result<Vec<_>>>()?, defaults)
-    }
-}
-
-impl Unmask {
-    /// The ranking of the rules that count.
-    pub fn rank(&self) -> Option<Rank> {
-        match *self {
-            Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
-                Some(rank)
-            }
-            _ => None,
-        }
-    }
-
-    /// Whether confidence alone says what is revealed.
-    pub fn by_confidence(&self) -> bool {
-        self.rank() == Some(Rank::Confidence) || matches!(self, Unmask::Threshold(_) | Unmask::Above { .. } | Unmask::Factor(_))
     }
 }

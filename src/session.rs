@@ -33,13 +33,13 @@ pub use foresee::{ForeseenJoint, ForeseenStep};
 pub use joint::JointAsk;
 pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport, Stop, TextStop, unigram_entropy};
 
-use crate::backend::{Decision, Draw};
 use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};
 use crate::plan::{Kind, Visibility};
 use crate::policy::{self, BlockProgress, Candidate};
 use crate::rng::{self, DrawKey, STAGE_STEP, TIME_STEP, Uniforms};
-use crate::schedule::{Edit, Eos, KvPolicy, Rank, Remask, RemaskBy, Schedule, Stage, Unmask};
+use crate::sampling::{Decision, Draw, Rank, Unmask};
+use crate::schedule::{Edit, Eos, KvPolicy, Remask, RemaskBy, Schedule, Stage};
 
 /// What one session generates, fully resolved.
 #[derive(Clone)]

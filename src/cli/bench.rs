@@ -23,7 +23,8 @@ use crate::model::shapes;
 use crate::oneshot::{TimedForward, Timing};
 use crate::plan::Visibility;
 use crate::request::{Output, Prompt, Request};
-use crate::schedule::{Schedule, StageSpec, valid_top_p};
+use crate::sampling::valid_top_p;
+use crate::schedule::{Schedule, StageSpec};
 
 #[derive(Args)]
 pub(super) struct Flags {

@@ -10,14 +10,15 @@ use clap::{Args, ValueEnum};
 use super::output::{self, Run};
 use super::watch::Watch;
 use super::{DeviceFlags, Piped, TopPRuleFlag};
-use crate::backend::{Backend, TopKOrder};
+use crate::backend::Backend;
 use crate::chat::{ChatTemplate, Message};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::request::{Prompt, Request, Segment, StopOptions};
-use crate::schedule::{Defaults, Schedule, StageSpec, top_k_of, valid_temperature, valid_top_p};
+use crate::sampling::{TopKOrder, top_k_of, valid_temperature, valid_top_p};
+use crate::schedule::{Defaults, Schedule, StageSpec};
 use crate::tokenizer::Tokenizer;
 
 /// Generated tokens where `--length` does not say, if the model is long enough.

@@ -22,12 +22,13 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::backend::{Backend, DType, TopPRule};
+use crate::backend::{Backend, DType};
 use crate::batcher::Budget;
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::{Error, Result};
+use crate::sampling::TopPRule;
 use crate::schedule::Schedule;
 use crate::tokenizer::Tokenizer;
 

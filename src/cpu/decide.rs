@@ -10,12 +10,13 @@
 
 use std::cmp::Ordering;
 
-use crate::backend::{Decision, Draw, Epilogue, TopK, TopKOrder, TopPRule};
+use crate::backend::Epilogue;
 use crate::cpu::Machine;
 use crate::cpu::linear::{self, Packed};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
 use crate::policy;
+use crate::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule};
 
 /// Rows whose logits exist at once: 64 rows of 50,258 are 12.9 MB, and the head is read once per 64 rows, which leaves the
 /// product bound by arithmetic.

@@ -28,11 +28,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::backend::{
-    Activation, Backend, Ceilings, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation,
-    Router, RowSource, RunSpec, StepDecisions, product_rate,
+    Activation, Backend, Ceilings, Choice, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router, RowSource,
+    RunSpec, StepDecisions, product_rate,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
+use crate::sampling::{Decision, Draw};
 
 pub use rope::extend_rotations;
 

@@ -6,12 +6,13 @@
 //! therefore kept a second time by rows ([`linear::ByRows`]), and a logit is a dot product along k, sixteen words at a time.
 #![forbid(unsafe_code)]
 
-use crate::backend::{DType, Decision, Draw, Epilogue, not_listed};
+use crate::backend::{DType, Epilogue, not_listed};
 use crate::cpu::Machine;
 use crate::cpu::decide::{Between, CHUNK, decide_row};
 use crate::cpu::linear::{self, ByRows, Packed};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
+use crate::sampling::{Decision, Draw};
 
 /// Ids of a group whose maximum is kept: four vectors.
 const GROUP: usize = 4 * LANES;

@@ -5,9 +5,8 @@
 use super::driver::{Address, Build, Launch};
 use super::machine::Machine;
 use super::params::params;
-use crate::backend::Reveal;
 use crate::error::Result;
-use crate::schedule::Rank;
+use crate::sampling::{Rank, Reveal};
 
 const THREADS: u32 = 256;
 

@@ -30,11 +30,12 @@ use super::run::{Current, Run};
 use super::shortlist::{self, Lists};
 use super::words::{Arrays, Words};
 use crate::backend::{
-    Activation, Backend, Ceilings, Choice, DType, Decision, Draw, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation,
-    Router, RowSource, RunSpec, StepDecisions,
+    Activation, Backend, Ceilings, Choice, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router, RowSource,
+    RunSpec, StepDecisions,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
+use crate::sampling::{Decision, Draw};
 
 /// Bytes of f32 that one thread reads and rounds at a time.
 const UPLOAD_BYTES: usize = 4 << 20;

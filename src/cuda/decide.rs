@@ -9,8 +9,9 @@ use super::driver::{Address, Build, Launch};
 use super::linear::{self, Linear};
 use super::machine::Machine;
 use super::params::params;
-use crate::backend::{DType, Decision, Draw, Epilogue, TopK, TopKOrder, TopPRule};
+use crate::backend::{DType, Epilogue};
 use crate::error::{Error, Result};
+use crate::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule};
 
 params! {
     /// What is asked of a row.

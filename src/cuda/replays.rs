@@ -17,9 +17,9 @@ use super::reveal::{self, RevealParams};
 use super::rope_append::{self, RopeAppend};
 use super::route;
 use super::shortlist::{self, Listed, Shortlist};
-use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Reveal, Rope, RouterScore};
+use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
-use crate::schedule::Rank;
+use crate::sampling::{Rank, Reveal};
 
 /// Of K/V, as the engine has it by default.
 const PAGE_SIZE: u32 = 16;

@@ -9,8 +9,9 @@ use super::driver::{Address, Build, Launch};
 use super::linear::{self, Linear};
 use super::machine::{Machine, Memory};
 use super::params::params;
-use crate::backend::{DType, Decision, Draw, Epilogue, not_listed};
+use crate::backend::{DType, Epilogue, not_listed};
 use crate::error::Result;
+use crate::sampling::{Decision, Draw};
 
 /// An id that no vocabulary has: the rest of a list, the `NO_ID` of `kernels/decide.cuh`.
 pub const NO_ID: u32 = u32::MAX;

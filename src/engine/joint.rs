@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::path::Path;
 
-use crate::backend::{Backend, Decision, Draw, RunDecision, RunJoint, RunPass, SessionStep};
+use crate::backend::{Backend, RunDecision, RunJoint, RunPass, SessionStep};
 use crate::engine::{Active, Engine, Loaded};
 use crate::error::{Error, Result};
 use crate::model::joint::{Joint, JointState};
@@ -12,6 +12,7 @@ use crate::model::run::Sampler;
 use crate::model::{Progress, Scratch};
 use crate::pages::PageTable;
 use crate::plan::{Plan, Visibility};
+use crate::sampling::{Decision, Draw};
 use crate::schedule::{Bans, Eos, Schedule};
 use crate::session::{ForeseenJoint, ForeseenStep, JointAsk};
 
@@ -390,8 +391,7 @@ impl<B: Backend> Engine<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Reveal, TopPRule};
-    use crate::schedule::Rank;
+    use crate::sampling::{Rank, Reveal, TopPRule};
 
     fn asking(asks: usize, range: Range<usize>) -> SessionStep {
         let draw = Draw {

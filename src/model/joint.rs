@@ -13,12 +13,13 @@
 
 use std::path::Path;
 
-use crate::backend::{self, Activation, Backend, Decision, Draw, Epilogue, NormKind};
+use crate::backend::{self, Activation, Backend, Epilogue, NormKind};
 use crate::config::{Family, Keys, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::reader::Reader;
 use crate::model::{Layer, Linear, Model, Progress, Scratch, bd3lm, llama, unique};
 use crate::plan::Plan;
+use crate::sampling::{Decision, Draw};
 use crate::weights::Weights;
 
 /// Names of the published checkpoints, without their prefix `drafter.`; the zeros are the copy that all calls share and the only layer.

@@ -29,10 +29,11 @@ pub mod stable_diffcoder;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{self, Activation, Backend, Decision, Draw, Epilogue, HeadNorm, KvShape, Rotation};
+use crate::backend::{self, Activation, Backend, Epilogue, HeadNorm, KvShape, Rotation};
 use crate::config::{Family, Mlp, ModelConfig};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
+use crate::sampling::{Decision, Draw};
 use crate::weights::Weights;
 
 /// Rows whose logits are materialised together by [`Model::logits`].

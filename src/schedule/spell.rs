@@ -5,12 +5,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{
-    Bans, Defaults, Edit, Eos, KvPolicy, MAX_MODELS, Rank, Remask, RemaskBy, Scope, Score, Stage, Unmask, top_k_of, valid_temperature,
-    valid_top_p,
-};
-use crate::backend::{TopK, TopKOrder, TopPRule};
+use super::{Bans, Defaults, Edit, Eos, KvPolicy, MAX_MODELS, Remask, RemaskBy, Scope, Stage};
 use crate::error::{Error, Result};
+use crate::sampling::{Rank, Score, TopK, TopKOrder, TopPRule, Unmask, top_k_of, valid_temperature, valid_top_p};
 
 /// A stage as typed: everything optional.
 #[derive(Clone, Debug, Default, PartialEq)]

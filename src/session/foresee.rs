@@ -4,11 +4,12 @@
 use std::ops::Range;
 
 use super::{Session, Stop};
-use crate::backend::{Decision, Reveal, RunCanvas, SessionStep};
+use crate::backend::{RunCanvas, SessionStep};
 use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
 use crate::policy;
-use crate::schedule::{Eos, KvPolicy, Rank, RemaskBy, Stage, Unmask};
+use crate::sampling::{Decision, Rank, Reveal, Unmask};
+use crate::schedule::{Eos, KvPolicy, RemaskBy, Stage};
 
 /// A step as far as it is known before the ones in front of it are decided.
 #[derive(Clone, Debug, PartialEq)]

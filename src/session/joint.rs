@@ -4,11 +4,12 @@
 use std::ops::Range;
 
 use super::{Ask, Event, Session};
-use crate::backend::{Decision, Reveal, SessionStep};
+use crate::backend::SessionStep;
 use crate::error::Result;
 use crate::plan::{Kind, Visibility};
 use crate::policy::{self, Candidate};
-use crate::schedule::{Bans, Eos, Stage, Unmask};
+use crate::sampling::{Decision, Reveal, Unmask};
+use crate::schedule::{Bans, Eos, Stage};
 
 /// Where a sampler's calls begin among the bits of a draw's step.
 const CALL_BITS: u32 = 20;

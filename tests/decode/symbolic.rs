@@ -8,10 +8,10 @@
 //! ```
 
 use proptest::prelude::*;
-use redraft::backend::{Decision, Draw};
 use redraft::canvas::State;
 use redraft::plan::{Kind, Visibility};
-use redraft::schedule::{Defaults, KvPolicy, RemaskBy, Schedule, Score, Stage, Unmask};
+use redraft::sampling::{Decision, Draw, Score, Unmask};
+use redraft::schedule::{Defaults, KvPolicy, RemaskBy, Schedule, Stage};
 use redraft::session::{Event, EventKind, Finish, Forwards, Next, Session, SessionSpec, StageReport, Step, Stop};
 
 const VOCAB: u64 = 60;

@@ -4,11 +4,12 @@
 //! clear of a boundary; statistics compare within the rounding of f32 exponentials.
 
 use half::bf16;
-use redraft::backend::{DType, Decision, Draw, TopK, TopKOrder, TopPRule};
+use redraft::backend::DType;
 use redraft::cuda::Edit;
 use redraft::cuda::decide::{Decide, DecisionRecord, DrawRecord, decide_in, flag, needs_nucleus, status};
 use redraft::cuda::machine::Machine;
 use redraft::policy::decide_row;
+use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule};
 
 use crate::emulator::{Array, edited_machines, gemm_dot, machines, noise, words};
 

@@ -4,11 +4,12 @@
 //! clear of a boundary.
 
 use half::bf16;
-use redraft::backend::{DType, Draw, TopK, TopKOrder, TopPRule};
+use redraft::backend::DType;
 use redraft::cuda::decide::{DecisionRecord, DrawRecord, status};
 use redraft::cuda::machine::Machine;
 use redraft::cuda::shortlist::{Listed, NO_ID, listed};
 use redraft::policy::decide_row;
+use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule};
 
 use crate::decide::{PLAIN, agree, is_clear, kinds};
 use crate::emulator::{Array, machines, noise, words};

@@ -1,6 +1,5 @@
 //! `reveal` takes what `policy::select` takes and leaves the canvas as `session.rs` leaves it.
 
-use redraft::backend::{Decision, Reveal};
 use redraft::cuda::ask::{SessionStep, SessionSummary, trouble};
 use redraft::cuda::decide::{DecisionRecord, status};
 use redraft::cuda::machine::Machine;
@@ -8,7 +7,7 @@ use redraft::cuda::remask::state;
 use redraft::cuda::reveal::{RevealParams, reveal};
 use redraft::policy::{BlockProgress, Candidate, select};
 use redraft::rng::{DrawKey, uniforms};
-use redraft::schedule::{Rank, Unmask};
+use redraft::sampling::{Decision, Rank, Reveal, Unmask};
 
 use crate::emulator::{Array, machines, noise, words};
 

@@ -7,7 +7,8 @@ use serde::Deserialize;
 
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
-use crate::schedule::{Remask, RemaskBy, Schedule, Score, StageSpec};
+use crate::sampling::Score;
+use crate::schedule::{Remask, RemaskBy, Schedule, StageSpec};
 
 /// One line of `--rows`.
 #[derive(Clone, Debug, Default, Deserialize)]
