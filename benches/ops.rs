@@ -280,7 +280,7 @@ fn decide(c: &mut Criterion) {
             };
             let draws: Vec<Draw> = (0..rows).map(draw).collect();
             let got = cpu.decide(&hidden, &head, None, &[], &draws).expect("decisions")[0];
-            let want = redraft::policy::decide_row(&host, &[], &draws[0]).expect("decision");
+            let want = redraft::sampling::decide_row(&host, &[], &draws[0]).expect("decision");
             assert_eq!(got.token, want.token, "{name}");
             group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-{name}")), |b| {
                 b.iter(|| cpu.decide(&hidden, &head, None, &[], &draws).expect("decisions"));

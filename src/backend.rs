@@ -541,7 +541,7 @@ pub trait Backend {
     /// Copies the first `len` elements of an f32 buffer.
     fn copy(&self, len: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// LM head and token choice for `draws.len()` rows of `hidden` (width k of `head`): logits = hidden head^T + bias, banned ids excluded, then the law of
-    /// `policy::decide_row`. Logits of all rows never exist at once. NaN logits are an error naming the row. Waits.
+    /// `sampling::decide_row`. Logits of all rows never exist at once. NaN logits are an error naming the row. Waits.
     fn decide(
         &self,
         hidden: &Self::Buffer,

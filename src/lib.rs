@@ -27,7 +27,7 @@
 //! # The path of data
 //!
 //! ```text
-//! text -> tokenizer -> session (schedule) -> batcher -> plan -> model on a Backend -> decide (policy) -> canvas
+//! text -> tokenizer -> session (schedule) -> batcher -> plan -> model on a Backend -> decide (sampling) -> canvas
 //!                                                        | K/V                                   | block final
 //!                                                        v                                       v
 //!                                                      pages <------------- commit --------------+-> events, text
@@ -39,8 +39,7 @@
 //! |---|---|
 //! | [`error`], [`rng`], [`canvas`], [`pages`], [`plan`] | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
 //! | [`config`], [`weights`], [`tokenizer`], [`chat`] | a checkpoint directory, validated |
-//! | [`sampling`], [`policy`] | plain data of sampling; which token, which reveals, which remasks |
-//! | [`schedule`] | what a request asks for |
+//! | [`schedule`], [`sampling`] | what a request asks for; which token, which reveals, which remasks |
 //! | [`backend`], [`cpu`], `cuda` | the seam to the machine, the CPU behind it, and the door to CUDA |
 //! | [`model`] | the forward pass and the families |
 //! | [`session`], [`batcher`], [`request`] | one request's life; who advances; what callers hand in and get back |
@@ -77,7 +76,6 @@ pub mod model;
 pub mod oneshot;
 pub mod pages;
 pub mod plan;
-pub mod policy;
 pub mod quality;
 pub mod request;
 pub mod rng;

@@ -36,9 +36,8 @@ pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport
 use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};
 use crate::plan::{Kind, Visibility};
-use crate::policy::{self, BlockProgress, Candidate};
 use crate::rng::{self, DrawKey, STAGE_STEP, TIME_STEP, Uniforms};
-use crate::sampling::{Decision, Draw, Rank, Unmask};
+use crate::sampling::{self, BlockProgress, Candidate, Decision, Draw, Rank, Unmask};
 use crate::schedule::{Edit, Eos, KvPolicy, Remask, RemaskBy, Schedule, Stage};
 
 /// What one session generates, fully resolved.
@@ -439,7 +438,7 @@ impl Session {
         self.unit = unit;
         self.progress.masks = masked.len();
         let times = masked.iter().map(|p| self.time(block, *p));
-        self.progress.step = policy::next_step(&stage.unmask, self.progress, times);
+        self.progress.step = sampling::next_step(&stage.unmask, self.progress, times);
 
         let end = if blockwise { range.end } else { len };
         let partial = match stage.kv {
@@ -555,25 +554,25 @@ impl Session {
                 let Stage { unmask, order_temperature, edit, joint, .. } = *self.stage();
                 match edit {
                     None if joint => self.first_of_round(&candidates)?,
-                    None => policy::select_tempered(&unmask, order_temperature, self.progress, &candidates)?,
+                    None => sampling::select_tempered(&unmask, order_temperature, self.progress, &candidates)?,
                     Some(Edit { bound, .. }) => {
                         // Reveals and edits of a forward know nothing of each other.
                         let is_masked = |i: &usize| self.canvas.state(candidates[*i].position) == State::Masked;
                         let (masked, standing): (Vec<usize>, Vec<usize>) = (0..candidates.len()).partition(is_masked);
                         let held = |i: &usize| (candidates[*i], self.canvas.tokens()[candidates[*i].position]);
                         let standing_now: Vec<_> = standing.iter().map(held).collect();
-                        edits.extend(policy::edits(bound, &standing_now)?.into_iter().map(|i| standing[i]));
+                        edits.extend(sampling::edits(bound, &standing_now)?.into_iter().map(|i| standing[i]));
                         let open: Vec<Candidate> = masked.iter().map(|i| candidates[*i]).collect();
                         let chosen = match open.is_empty() {
                             true => Vec::new(),
-                            false => policy::select_tempered(&unmask, order_temperature, self.progress, &open)?,
+                            false => sampling::select_tempered(&unmask, order_temperature, self.progress, &open)?,
                         };
                         chosen.into_iter().map(|i| masked[i]).collect()
                     }
                 }
             }
             // The one candidate; the selection looks for NaN.
-            Kind::Lead => policy::select(&Unmask::Count { rank: Rank::Left, n: 1 }, self.progress, &candidates)?,
+            Kind::Lead => sampling::select(&Unmask::Count { rank: Rank::Left, n: 1 }, self.progress, &candidates)?,
             _ => Vec::new(),
         };
         let step = self.pending.take().expect("checked above");
@@ -596,7 +595,7 @@ impl Session {
             Kind::Score => {
                 report.forwards.score += 1;
                 let score = self.stage().remask.expect("scored for a remask").score;
-                let score = |c: &Candidate| policy::score(score, &c.decision, self.canvas.confidence(c.position));
+                let score = |c: &Candidate| sampling::score(score, &c.decision, self.canvas.confidence(c.position));
                 self.scores.extend(candidates.iter().map(|c| (c.position, score(c))));
                 self.end_score(events);
             }
@@ -808,7 +807,7 @@ impl Session {
     fn remask(&mut self, final_before: usize, events: &mut Vec<Event>) {
         let remask = self.stage().remask.expect("later stages remask");
         self.scores.sort_unstable_by_key(|(position, _)| *position);
-        let positions = policy::remask(remask.ratio, &self.scores);
+        let positions = sampling::remask(remask.ratio, &self.scores);
         let score_of = |p: &usize| self.scores[self.scores.binary_search_by_key(p, |s| s.0).expect("scored")].1 as f32;
         let scores = positions.iter().map(score_of).collect();
         events.push(self.event(EventKind::Remask, 0, positions.clone(), scores));

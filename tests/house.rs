@@ -106,7 +106,7 @@ fn only_the_command_line_prints() {
     fail_on("printing and unfinished code", broken);
 }
 
-/// Knowledge points down: leaves know nobody, the policy no page, the model no request, a session no tensor.
+/// Knowledge points down: leaves know nobody, sampling no page, the model no request, a session no tensor.
 #[test]
 fn knowledge_points_down() {
     let mut broken = Vec::new();
@@ -116,8 +116,8 @@ fn knowledge_points_down() {
         ("src/canvas.rs", &["crate::"]),
         ("src/pages.rs", &["crate::"]),
         ("src/plan.rs", &["crate::engine", "crate::session", "crate::pages", "crate::model"]),
-        ("src/policy.rs", &["crate::pages", "crate::engine", "crate::session", "crate::model", "crate::batcher"]),
-        ("src/batcher.rs", &["crate::backend", "crate::policy", "crate::canvas", "crate::model"]),
+        ("src/sampling/sample.rs", &["crate::pages", "crate::engine", "crate::session", "crate::model", "crate::batcher"]),
+        ("src/batcher.rs", &["crate::backend", "crate::sampling", "crate::canvas", "crate::model"]),
         ("src/session.rs", &["crate::pages", "crate::engine", "crate::model", "crate::batcher", "crate::cli"]),
         ("src/model/mod.rs", &["crate::session", "crate::request", "crate::engine", "crate::batcher", "crate::schedule"]),
         ("src/engine.rs", &["crate::cli", "crate::cpu", "crate::cuda"]),

@@ -2,7 +2,7 @@
 //!
 //! A row is cut into vocabulary tiles of 2048 at fixed ids. One pass gives each tile its maximum, its mass
 //! `sum exp(l - max)` and the moment that the entropy needs, all in f32 lanes over a tile that stays in L1; tiles are joined
-//! in f64. The draw is the inverse CDF of `policy::decide_row` on two levels: the tile by cumulative mass, then the id inside it.
+//! in f64. The draw is the inverse CDF of `sampling::decide_row` on two levels: the tile by cumulative mass, then the id inside it.
 //! The nucleus sorts nothing but its own edge: tokens below `(1 - p) / V` can never be kept, since whatever follows a kept
 //! token weighs at least `1 - p` together and no more than that token each; above that, thresholds close in on the logit where
 //! the cumulative mass meets p, three per pass, until a few tokens are left to put in order.
@@ -15,8 +15,7 @@ use crate::cpu::Machine;
 use crate::cpu::linear::{self, Packed};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
-use crate::policy;
-use crate::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule};
+use crate::sampling::{self, Decision, Draw, TopK, TopKOrder, TopPRule};
 
 /// Rows whose logits exist at once: 64 rows of 50,258 are 12.9 MB, and the head is read once per 64 rows, which leaves the
 /// product bound by arithmetic.
@@ -85,7 +84,7 @@ pub fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw
     }
     // NaN and +inf leave a NaN mass; the law words the error, and that a row has nothing to choose from.
     if max == f32::NEG_INFINITY || tiles.iter().any(|tile| tile.mass.is_nan()) {
-        return policy::decide_row(logits, banned, draw);
+        return sampling::decide_row(logits, banned, draw);
     }
     let (mut sum, mut moment) = (0.0, 0.0);
     for tile in tiles.iter().filter(|tile| tile.max > f32::NEG_INFINITY) {

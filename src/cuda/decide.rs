@@ -1,4 +1,4 @@
-//! Launcher of `decide`: LM head and token choice of rows, by the law of `policy::decide_row`.
+//! Launcher of `decide`: LM head and token choice of rows, by the law of `sampling::decide_row`.
 //!
 //! Two routes, chosen by each row's own draw. Most rows take A: `decide_tiles` computes logits tile by tile and keeps a few sums, `decide_draw` answers
 //! from those, and the logits of a row never exist. Draws from a nucleus (`top_p < 1`), and those that ask what is left of a distribution
@@ -96,7 +96,7 @@ impl From<&Draw> for DrawRecord {
 impl DecisionRecord {
     /// The answer in the words of the backend.
     ///
-    /// Errors: as `policy::decide_row`, naming `row`.
+    /// Errors: as `sampling::decide_row`, naming `row`.
     pub fn decision(&self, row: usize) -> Result<Decision> {
         let DecisionRecord { token, confidence, log_prob, margin, entropy, .. } = *self;
         match self.status {

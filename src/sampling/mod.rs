@@ -1,6 +1,14 @@
-//! Sampling of masked rows: the plain data that backends, schedules and rules share.
+//! Sampling of masked rows: which token a row takes, which positions are revealed, which masked again.
+//!
+//! Pure functions over the plain data of [`types`]. They know no page, no tensor and no request.
 #![forbid(unsafe_code)]
 
+pub mod remask;
+pub mod sample;
 pub mod types;
+pub mod unmask;
 
+pub use remask::{remask, score};
+pub use sample::decide_row;
 pub use types::{Decision, Draw, Rank, Reveal, Score, TopK, TopKOrder, TopPRule, Unmask, top_k_of, valid_temperature, valid_top_p};
+pub use unmask::{BlockProgress, Candidate, edits, next_step, quota, select, select_tempered};

@@ -7,8 +7,7 @@ use super::{Session, Stop};
 use crate::backend::{RunCanvas, SessionStep};
 use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
-use crate::policy;
-use crate::sampling::{Decision, Rank, Reveal, Unmask};
+use crate::sampling::{self, Decision, Rank, Reveal, Unmask};
 use crate::schedule::{Eos, KvPolicy, RemaskBy, Stage};
 
 /// A step as far as it is known before the ones in front of it are decided.
@@ -136,12 +135,12 @@ impl Session {
 }
 
 /// The rule of a step as the device knows it; `None` where the host decides.
-fn device_rule(stage: &Stage, progress: policy::BlockProgress) -> Option<Reveal> {
+fn device_rule(stage: &Stage, progress: sampling::BlockProgress) -> Option<Reveal> {
     if stage.order_temperature > 0.0 || stage.guidance > 0.0 || stage.eos != Eos::Free || stage.edit.is_some() {
         return None;
     }
     // The rest of a joint forward's quota is its sampler's.
-    let quota = if stage.joint { 1 } else { policy::quota(&stage.unmask, progress).unwrap_or(1).max(1) };
+    let quota = if stage.joint { 1 } else { sampling::quota(&stage.unmask, progress).unwrap_or(1).max(1) };
     match stage.unmask {
         Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
             Some(Reveal::Best { rank, n: quota })

@@ -7,8 +7,7 @@ use super::{Ask, Event, Session};
 use crate::backend::SessionStep;
 use crate::error::Result;
 use crate::plan::{Kind, Visibility};
-use crate::policy::{self, Candidate};
-use crate::sampling::{Decision, Reveal, Unmask};
+use crate::sampling::{self, Candidate, Decision, Reveal, Unmask};
 use crate::schedule::{Bans, Eos, Stage};
 
 /// Where a sampler's calls begin among the bits of a draw's step.
@@ -74,13 +73,13 @@ impl Session {
 
     /// Reveals of a forward that asks `asks` positions.
     fn round_quota(&self, asks: usize) -> usize {
-        policy::quota(&self.stage().unmask, self.progress).unwrap_or(1).clamp(1, asks.max(1))
+        sampling::quota(&self.stage().unmask, self.progress).unwrap_or(1).clamp(1, asks.max(1))
     }
 
     fn select_one(&self, candidates: &[Candidate]) -> Result<Vec<usize>> {
         let stage = self.stage();
         let rank = stage.unmask.rank().expect("checked with the schedule");
-        policy::select_tempered(&Unmask::Count { rank, n: 1 }, stage.order_temperature, self.progress, candidates)
+        sampling::select_tempered(&Unmask::Count { rank, n: 1 }, stage.order_temperature, self.progress, candidates)
     }
 
     /// The step that keys the draws of a round's next call.

@@ -1,4 +1,4 @@
-//! `decide` against `policy::decide_row`: both routes in one batch, every kind of draw, and what each of them refuses.
+//! `decide` against `sampling::decide_row`: both routes in one batch, every kind of draw, and what each of them refuses.
 //!
 //! The law sees logits that are computed here by the sums that `gemm.cuh` promises, so that tokens compare exactly wherever a draw is
 //! clear of a boundary; statistics compare within the rounding of f32 exponentials.
@@ -8,8 +8,7 @@ use redraft::backend::DType;
 use redraft::cuda::Edit;
 use redraft::cuda::decide::{Decide, DecisionRecord, DrawRecord, decide_in, flag, needs_nucleus, status};
 use redraft::cuda::machine::Machine;
-use redraft::policy::decide_row;
-use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule};
+use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
 
 use crate::emulator::{Array, edited_machines, gemm_dot, machines, noise, words};
 

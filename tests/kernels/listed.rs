@@ -1,4 +1,4 @@
-//! `listed` against `policy::decide_row` over the listed logits alone: every kind of draw, lists of every length, and what it refuses.
+//! `listed` against `sampling::decide_row` over the listed logits alone: every kind of draw, lists of every length, and what it refuses.
 //!
 //! The law sees logits that are computed here in the order that the kernel promises, so that tokens compare exactly wherever a draw is
 //! clear of a boundary.
@@ -8,8 +8,7 @@ use redraft::backend::DType;
 use redraft::cuda::decide::{DecisionRecord, DrawRecord, status};
 use redraft::cuda::machine::Machine;
 use redraft::cuda::shortlist::{Listed, NO_ID, listed};
-use redraft::policy::decide_row;
-use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule};
+use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule, decide_row};
 
 use crate::decide::{PLAIN, agree, is_clear, kinds};
 use crate::emulator::{Array, machines, noise, words};

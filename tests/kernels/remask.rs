@@ -1,9 +1,9 @@
-//! `remask` takes what `policy::remask` takes and leaves the canvas as `Canvas::remask` leaves it.
+//! `remask` takes what `sampling::remask` takes and leaves the canvas as `Canvas::remask` leaves it.
 
 use redraft::canvas::{Canvas, State};
 use redraft::cuda::machine::Machine;
 use redraft::cuda::remask::{RemaskParams, remask, state};
-use redraft::policy;
+use redraft::sampling;
 
 use crate::emulator::{Array, machines, noise, words};
 
@@ -76,7 +76,7 @@ fn law(sequences: &[Sequence]) -> (Vec<Canvas>, Vec<Vec<u32>>) {
         let scores: Vec<(usize, f64)> = revealed.map(|i| (i, f64::from(canvas.confidence(i)))).collect();
         // Half a position more than asked, so that the floor gives back the count.
         let ratio = if scores.is_empty() { 0.0 } else { (f64::from(s.count) + 0.5) / scores.len() as f64 };
-        let taken = policy::remask(ratio, &scores);
+        let taken = sampling::remask(ratio, &scores);
         taken.iter().for_each(|i| canvas.remask(*i, NEXT_STAGE));
         (canvas, taken.into_iter().map(|i| i as u32).collect())
     };

@@ -1,13 +1,12 @@
-//! `reveal` takes what `policy::select` takes and leaves the canvas as `session.rs` leaves it.
+//! `reveal` takes what `sampling::select` takes and leaves the canvas as `session.rs` leaves it.
 
 use redraft::cuda::ask::{SessionStep, SessionSummary, trouble};
 use redraft::cuda::decide::{DecisionRecord, status};
 use redraft::cuda::machine::Machine;
 use redraft::cuda::remask::state;
 use redraft::cuda::reveal::{RevealParams, reveal};
-use redraft::policy::{BlockProgress, Candidate, select};
 use redraft::rng::{DrawKey, uniforms};
-use redraft::sampling::{Decision, Rank, Reveal, Unmask};
+use redraft::sampling::{BlockProgress, Candidate, Decision, Rank, Reveal, Unmask, select};
 
 use crate::emulator::{Array, machines, noise, words};
 

@@ -1,10 +1,9 @@
-//! `decide` against `policy::decide_row`. The head is an identity, so hidden rows are the logits.
+//! `decide` against `sampling::decide_row`. The head is an identity, so hidden rows are the logits.
 
 use redraft::backend::{Backend, DType, Epilogue};
 use redraft::cpu::{Cpu, oracle};
 use redraft::error::Error;
-use redraft::policy::decide_row;
-use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule};
+use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
 
 use crate::{TestBackend, cpus, each, noise};
 

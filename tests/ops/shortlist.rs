@@ -1,9 +1,8 @@
-//! `shortlist` against a sort, and `decide_listed` against `policy::decide_row` over the listed logits alone.
+//! `shortlist` against a sort, and `decide_listed` against `sampling::decide_row` over the listed logits alone.
 
 use redraft::backend::{Backend, Epilogue};
 use redraft::cpu::{Cpu, oracle};
-use redraft::policy::decide_row;
-use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule};
+use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
 
 use crate::decide::{PLAIN, assert_decision, is_clear, stored};
 use crate::{TestBackend, cpus, each, noise};
