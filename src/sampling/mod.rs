@@ -1,4 +1,4 @@
-//! Sampling of masked rows: which token a row takes, which positions are revealed, which masked again.
+//! Sampling of masked rows: which token a row takes, which positions are revealed or masked again.
 //!
 //! Pure functions over the plain data of [`types`]. They know no page, no tensor and no request.
 #![forbid(unsafe_code)]

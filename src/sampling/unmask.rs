@@ -1,4 +1,4 @@
-//! Unmask rules: which masked positions of a block a forward reveals, and which tokens it overwrites.
+//! Unmask rules: which masked positions a forward reveals, and which tokens it overwrites.
 //!
 //! Plain numbers in, plain numbers out. Ties go to the lower position; at least one position is
 //! revealed per step; NaN is an error, never a loop (docs/architecture.md, progress).

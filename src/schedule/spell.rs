@@ -5,9 +5,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{Bans, Defaults, Edit, Eos, KvPolicy, MAX_MODELS, Remask, RemaskBy, Scope, Stage};
 use crate::error::{Error, Result};
 use crate::sampling::{Rank, Score, TopK, TopKOrder, TopPRule, Unmask, top_k_of, valid_temperature, valid_top_p};
+use crate::schedule::stage::{Bans, Defaults, Edit, Eos, KvPolicy, MAX_MODELS, Remask, RemaskBy, Scope, Stage};
 
 /// A stage as typed: everything optional.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -606,8 +606,8 @@ impl fmt::Display for Stage {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{PRESETS, Schedule};
     use super::*;
+    use crate::schedule::{PRESETS, Schedule};
     use proptest::prelude::*;
 
     fn one(index: usize, text: &str) -> Result<Stage> {
