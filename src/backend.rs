@@ -7,6 +7,10 @@
 //! never by the number of rows beside it or the number of threads (docs/architecture.md, determinism).
 #![forbid(unsafe_code)]
 
+pub mod rope;
+
+pub use rope::{Rope, RopeScaling};
+
 use std::ops::Range;
 use std::time::Instant;
 
@@ -83,75 +87,6 @@ pub struct Norm<'a, V: ?Sized> {
     pub eps: f32,
     pub weight: &'a V,
     pub bias: Option<&'a V>,
-}
-
-/// How positions become angles: of the first R elements of a head, pair (i, i + R / 2) turns by `position * frequency(i)`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rope {
-    /// Pair i turns by `base^(-2i/R)` a position, before scaling.
-    pub base: f32,
-    pub scaling: RopeScaling,
-    /// R; `None` is the whole head, 0 leaves it as it is.
-    pub width: Option<usize>,
-}
-
-/// How frequencies are stretched for longer texts than the first training saw.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    None,
-    /// All of them divided by `factor` (arXiv 2306.15595).
-    Linear {
-        factor: f32,
-    },
-    /// Llama 3.1: a frequency that turns fewer than `low_freq_factor` times over `original_len` positions is divided by `factor`, one that
-    /// turns more than `high_freq_factor` times is kept, and between the two the divided and the kept are mixed linearly in the turns.
-    Llama3 {
-        factor: f32,
-        low_freq_factor: f32,
-        high_freq_factor: f32,
-        original_len: f32,
-    },
-}
-
-impl Rope {
-    /// Rotary positions without scaling.
-    pub const fn plain(base: f32) -> Rope {
-        Rope { base, scaling: RopeScaling::None, width: None }
-    }
-
-    /// Leading elements of a head of `head_dim` that are rotated.
-    pub fn rotary_dim(&self, head_dim: usize) -> usize {
-        self.width.unwrap_or(head_dim)
-    }
-
-    /// Radians that pair `i` of a head of `head_dim` turns in one position, rounded to f32 once.
-    pub fn frequency(&self, i: usize, head_dim: usize) -> f32 {
-        let frequency = 1.0 / f64::from(self.base).powf(2.0 * i as f64 / self.rotary_dim(head_dim) as f64);
-        let scaled = match self.scaling {
-            RopeScaling::None => frequency,
-            RopeScaling::Linear { factor } => frequency / f64::from(factor),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
-                let [factor, low, high, len] = [factor, low_freq_factor, high_freq_factor, original_len].map(f64::from);
-                let turns = len * frequency / std::f64::consts::TAU;
-                let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                (1.0 - kept) * frequency / factor + kept * frequency
-            }
-        };
-        scaled as f32
-    }
-
-    /// The same bits for the same frequencies.
-    pub fn bits(&self) -> [u32; 7] {
-        let [kind, a, b, c, d] = match self.scaling {
-            RopeScaling::None => [0.0; 5],
-            RopeScaling::Linear { factor } => [1.0, factor, 0.0, 0.0, 0.0],
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_len } => {
-                [2.0, factor, low_freq_factor, high_freq_factor, original_len]
-            }
-        };
-        let [base, kind, a, b, c, d] = [self.base, kind, a, b, c, d].map(f32::to_bits);
-        [base, kind, a, b, c, d, self.width.map_or(u32::MAX, |width| width as u32)]
-    }
 }
 
 /// RMS norm of each head of q and k before they are rotated: `x / sqrt(mean(x^2) + eps) * weight`, weights (D).

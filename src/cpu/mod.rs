@@ -27,6 +27,7 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use crate::backend::rope::Rotations;
 use crate::backend::{
     Activation, Backend, Ceilings, Choice, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router, RowSource,
     RunSpec, StepDecisions, product_rate,
@@ -34,8 +35,6 @@ use crate::backend::{
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::sampling::{Decision, Draw};
-
-pub use rope::extend_rotations;
 
 use memory::Aligned;
 use pool::Pool;
@@ -63,7 +62,7 @@ struct Machine {
     words: Mutex<Aligned<u32>>,
     /// Logits of a chunk of rows.
     logits: Mutex<Aligned<f32>>,
-    rotations: Mutex<rope::Rotations>,
+    rotations: Mutex<Rotations>,
     /// One for each thread that was ever inside attention at once.
     attention_states: Mutex<Vec<attention::State>>,
     /// One for each thread that was ever inside a nucleus at once: as long as the vocabulary.
@@ -95,7 +94,7 @@ impl Machine {
     fn keep_spare_row(&self, row: Vec<f32>) {
         self.spare_rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
     }
-    fn rotations(&self) -> MutexGuard<'_, rope::Rotations> {
+    fn rotations(&self) -> MutexGuard<'_, Rotations> {
         self.rotations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -3,7 +3,7 @@
 //! Rotation runs over rows and the writes over K/V heads, each of which owns one region of the store, so neither needs a lock.
 #![forbid(unsafe_code)]
 
-use crate::backend::{HeadNorm, HeadShape, Rope, Rotation};
+use crate::backend::{HeadNorm, HeadShape, Rotation};
 use crate::cpu::Machine;
 use crate::cpu::kv::{Append, Kind, KvCache};
 use crate::cpu::memory::Aligned;
@@ -12,37 +12,6 @@ use crate::plan::Plan;
 
 /// Elements of qkv a task takes, a few microseconds.
 const TASK_ELEMENTS: usize = 1 << 14;
-
-/// cos and sin by position for one (rope, head_dim): computed once per position, kept between forwards. 4 KiB per 8 positions at R = 64.
-#[derive(Default)]
-pub struct Rotations {
-    rope: Option<Rope>,
-    head_dim: usize,
-    /// (positions, R): R/2 cosines, then R/2 sines.
-    table: Vec<f32>,
-}
-
-impl Rotations {
-    /// The table with at least `positions` rows.
-    fn table(&mut self, rope: Rope, head_dim: usize, positions: usize) -> &[f32] {
-        if self.rope.map(|known| known.bits()) != Some(rope.bits()) || self.head_dim != head_dim {
-            *self = Rotations { rope: Some(rope), head_dim, table: Vec::new() };
-        }
-        extend_rotations(rope, head_dim, positions, &mut self.table);
-        &self.table
-    }
-}
-
-/// Grows a table of rotations to at least `positions` rows: R/2 cosines, then R/2 sines, each computed in f64 from the f32 angle.
-pub fn extend_rotations(rope: Rope, head_dim: usize, positions: usize, table: &mut Vec<f32>) {
-    let half = rope.rotary_dim(head_dim) / 2;
-    let frequencies: Vec<f32> = (0..half).map(|i| rope.frequency(i, head_dim)).collect();
-    for position in table.len() / (2 * half).max(1)..positions {
-        let angles = || frequencies.iter().map(|f| f64::from(position as f32 * f));
-        table.extend(angles().map(|angle| angle.cos() as f32));
-        table.extend(angles().map(|angle| angle.sin() as f32));
-    }
-}
 
 /// See [`crate::backend::Backend::rope_append`].
 pub fn rope_append(

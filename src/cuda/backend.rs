@@ -546,7 +546,7 @@ impl Backend for Cuda {
             Entry::Occupied(entry) if entry.get().0 >= reach => entry.get().1.address(),
             entry => {
                 let mut table = Vec::new();
-                crate::cpu::extend_rotations(*rope, heads.head_dim, reach, &mut table);
+                crate::backend::rope::extend_rotations(*rope, heads.head_dim, reach, &mut table);
                 // Never empty, as no device array is, even where nothing turns.
                 let words: Vec<u32> = table.into_iter().chain([0.0]).map(f32::to_bits).collect();
                 self.machine.moved();

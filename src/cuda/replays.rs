@@ -182,7 +182,7 @@ fn rope_append(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (q, kv) = (heads.q_width() as u32, (heads.num_kv_heads * heads.head_dim) as u32);
     let slots = rows.next_multiple_of(PAGE_SIZE);
     let mut rotations = Vec::new();
-    crate::cpu::extend_rotations(Rope::plain(1e4), heads.head_dim, rows as usize, &mut rotations);
+    crate::backend::rope::extend_rotations(Rope::plain(1e4), heads.head_dim, rows as usize, &mut rotations);
     let qkv = inputs.noise(rows, heads.qkv_width() as u32, DType::F32)?;
     let op = RopeAppend {
         rows,

@@ -87,7 +87,7 @@ pub struct RopeAppend {
     pub qkv: Address,
     pub positions: Address,
     pub slots: Address,
-    /// What [`crate::cpu::extend_rotations`] makes, for every position that a row may have.
+    /// What [`crate::backend::rope::extend_rotations`] makes, for every position that a row may have.
     pub rotations: Address,
     /// Of the layer.
     pub keys: Address,

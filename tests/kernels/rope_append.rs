@@ -1,7 +1,8 @@
 //! `rope_append` against the numbers of the CPU, bit for bit without a norm, and against f64 with one.
 
+use redraft::backend::rope::extend_rotations;
 use redraft::backend::{DType, HeadShape, Rope, Rotation};
-use redraft::cpu::{extend_rotations, oracle};
+use redraft::cpu::oracle;
 use redraft::cuda::machine::Machine;
 use redraft::cuda::rope_append::{HeadNorm, NO_SLOT, RopeAppend, rope_append};
 use redraft::plan::Plan;
