@@ -16,8 +16,8 @@
 use std::ops::Range;
 
 use crate::backend::{DType, HeadShape};
-use crate::cpu::Machine;
 use crate::cpu::kv::{Head, KvCache};
+use crate::cpu::machine::{AttentionState, Machine};
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::{Order, Tile};
 use crate::cpu::simd::tile::{Piece, Product};
@@ -70,25 +70,6 @@ struct Queries<'a, 'b> {
     pages: &'a [u32],
     head: Head<'a>,
     tile: Tile<'b, f32>,
-}
-
-/// Scratch of a task: the running state of its queries, and one register tile's scores. Kept between tasks.
-#[derive(Default)]
-pub struct State {
-    /// (queries, key steps) q as words
-    q: Aligned<u32>,
-    /// (queries, D padded) sums of exponentials times values
-    sums: Aligned<f32>,
-    /// (queries) largest score so far
-    max: Vec<f32>,
-    /// (queries) sum of exponentials
-    mass: Vec<f32>,
-    /// (6, 64) scores, then their exponentials
-    scores: Aligned<f32>,
-    /// (6, 32) exponentials as bf16 pairs
-    pairs: Aligned<u32>,
-    /// (D padded) the last pair of values with its second half masked
-    last_pair: Aligned<u32>,
 }
 
 /// Keys and values of the groups of a tile; empty past the last visible key.
@@ -154,7 +135,7 @@ impl Queries<'_, '_> {
 
     /// q as words and empty sums.
     #[inline(always)]
-    fn begin<S: Simd, const BF16: bool>(&self, simd: S, state: &mut State) {
+    fn begin<S: Simd, const BF16: bool>(&self, simd: S, state: &mut AttentionState) {
         let HeadShape { num_heads, num_kv_heads, head_dim } = self.heads;
         let layout = self.head.layout;
         let queries_per_head = num_heads / num_kv_heads;
@@ -205,7 +186,7 @@ impl Queries<'_, '_> {
 
     /// Sums over masses; zeros where nothing was visible.
     #[inline(always)]
-    fn write<S: Simd>(&mut self, simd: S, state: &State) {
+    fn write<S: Simd>(&mut self, simd: S, state: &AttentionState) {
         let head_dim = self.heads.head_dim;
         let queries_per_head = self.heads.num_heads / self.heads.num_kv_heads;
         for (query, &mass) in state.mass.iter().enumerate() {
@@ -238,7 +219,7 @@ fn step<S: Simd, const BF16: bool>(
     simd: S,
     head: &Head,
     groups: &Groups,
-    state: &mut State,
+    state: &mut AttentionState,
     from: usize,
     counts: &[usize],
     head_dim: usize,
@@ -337,7 +318,7 @@ fn step<S: Simd, const BF16: bool>(
 fn values<S: Simd, const BF16: bool>(
     simd: S,
     groups: &Groups,
-    state: &mut State,
+    state: &mut AttentionState,
     width: usize,
     from: usize,
     rows: Range<usize>,

@@ -11,8 +11,8 @@
 use std::cmp::Ordering;
 
 use crate::backend::Epilogue;
-use crate::cpu::Machine;
 use crate::cpu::linear::{self, Packed};
+use crate::cpu::machine::Machine;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
 use crate::sampling::{self, Decision, Draw, TopK, TopKOrder, TopPRule};

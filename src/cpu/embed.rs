@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, RowSource};
-use crate::cpu::Machine;
 use crate::cpu::linear::{READ_VALUES, Round, read_in_parts};
+use crate::cpu::machine::Machine;
 use crate::cpu::memory::Aligned;
 use crate::error::Result;
 

@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, ExpertShape, RowSource};
-use crate::cpu::Machine;
 use crate::cpu::linear::{self, Packed};
+use crate::cpu::machine::Machine;
 use crate::cpu::route::Routes;
 use crate::cpu::simd::LANES;
 use crate::error::Result;

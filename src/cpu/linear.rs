@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::backend::{DType, Epilogue, RowSource};
-use crate::cpu::Machine;
+use crate::cpu::machine::Machine;
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::{Order, Tile};
 use crate::cpu::simd::tile::{self, Piece};

@@ -2,7 +2,7 @@
 //!
 //! Activations are f32 on cache lines; weights and K/V are words in the order the register tile reads them. Rooms: `simd` (the
 //! vector instructions, one choice at run time), `pool` (threads and disjoint writes), `memory` (aligned buffers), one file
-//! per op, and `oracle` (plain loops that every backend is tested against).
+//! per op, `machine` (what the ops share), and `oracle` (plain loops that every backend is tested against).
 #![deny(unsafe_code)]
 
 mod attention;
@@ -12,6 +12,7 @@ mod embed;
 mod experts;
 mod kv;
 mod linear;
+mod machine;
 mod memory;
 mod norm;
 pub mod oracle;
@@ -23,11 +24,9 @@ mod shortlist;
 #[allow(unsafe_code)]
 pub mod simd;
 
-use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use crate::backend::rope::Rotations;
 use crate::backend::{
     Activation, Backend, Ceilings, Choice, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router, RowSource,
     RunSpec, StepDecisions, product_rate,
@@ -36,67 +35,15 @@ use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::sampling::{Decision, Draw};
 
+use machine::Machine;
 use memory::Aligned;
 use pool::Pool;
 use simd::Isa;
-
-/// Work, in multiply-adds, below which sharing it costs more than it saves. A worker that is awake joins within a microsecond
-/// where the cores share a cache and takes several where they do not, and what it wrote has to come back; one core does half
-/// a million multiply-adds in two.
-const INLINE_WORK: usize = 1 << 19;
 
 /// The CPU as a [`Backend`].
 pub struct Cpu {
     dtype: DType,
     machine: Machine,
-}
-
-/// What the ops share: instructions, threads, scratch memory.
-struct Machine {
-    isa: Isa,
-    pool: Pool,
-    serial: Pool,
-    /// Words of all packed weights that live.
-    packed_words: Arc<AtomicUsize>,
-    /// x as words, of the product that runs.
-    words: Mutex<Aligned<u32>>,
-    /// Logits of a chunk of rows.
-    logits: Mutex<Aligned<f32>>,
-    rotations: Mutex<Rotations>,
-    /// One for each thread that was ever inside attention at once.
-    attention_states: Mutex<Vec<attention::State>>,
-    /// One for each thread that was ever inside a nucleus at once: as long as the vocabulary.
-    spare_rows: Mutex<Vec<Vec<f32>>>,
-}
-
-impl Machine {
-    /// The threads where `work` multiply-adds are worth it, the calling thread alone where not.
-    fn pool_for(&self, work: usize) -> &Pool {
-        if work < INLINE_WORK { &self.serial } else { &self.pool }
-    }
-
-    // Scratch holds nothing between calls, so a panic that poisoned it left nothing behind.
-    fn words(&self) -> MutexGuard<'_, Aligned<u32>> {
-        self.words.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-    fn logits(&self) -> MutexGuard<'_, Aligned<f32>> {
-        self.logits.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-    fn attention_state(&self) -> attention::State {
-        self.attention_states.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
-    }
-    fn keep_attention_state(&self, state: attention::State) {
-        self.attention_states.lock().unwrap_or_else(PoisonError::into_inner).push(state);
-    }
-    fn spare_row(&self) -> Vec<f32> {
-        self.spare_rows.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
-    }
-    fn keep_spare_row(&self, row: Vec<f32>) {
-        self.spare_rows.lock().unwrap_or_else(PoisonError::into_inner).push(row);
-    }
-    fn rotations(&self) -> MutexGuard<'_, Rotations> {
-        self.rotations.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Cpu {

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{Norm, NormKind};
-use crate::cpu::Machine;
+use crate::cpu::machine::Machine;
 use crate::cpu::memory::Aligned;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 

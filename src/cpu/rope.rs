@@ -4,8 +4,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{HeadNorm, HeadShape, Rotation};
-use crate::cpu::Machine;
 use crate::cpu::kv::{Append, Kind, KvCache};
+use crate::cpu::machine::Machine;
 use crate::cpu::memory::Aligned;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::plan::Plan;

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{Choice, ExpertShape, Router, RouterScore};
-use crate::cpu::Machine;
+use crate::cpu::machine::Machine;
 use crate::cpu::memory::Aligned;
 
 /// The choices of some rows, and the rows in the order of their experts: a *place* is a row before one of its experts.

@@ -7,9 +7,9 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, not_listed};
-use crate::cpu::Machine;
 use crate::cpu::decide::{Between, CHUNK, decide_row};
 use crate::cpu::linear::{self, ByRows, Packed};
+use crate::cpu::machine::Machine;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
 use crate::sampling::{Decision, Draw};
