@@ -10,13 +10,13 @@ mod portable;
 mod x86;
 
 pub mod tile;
+mod vector;
+
+pub use vector::{Kernel, LANES, Simd};
 
 use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use x86::{Avx2, Avx512};
-
-/// Lanes of one vector value.
-pub const LANES: usize = 16;
 
 /// Instruction sets with their own code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,104 +86,5 @@ impl Isa {
             Isa::Portable => {}
         }
         kernel.run(Portable)
-    }
-}
-
-/// Code written once for every instruction set. `run` must be `#[inline(always)]`, and so must every generic function it
-/// calls and that touches vectors: only what is inlined below [`Isa::run`] is compiled with the features.
-pub trait Kernel {
-    type Output;
-    fn run<S: Simd>(self, simd: S) -> Self::Output;
-}
-
-/// Sixteen f32 lanes and the operations the kernels need. A word is 32 bits of a weight stream: one f32 or a pair of bf16,
-/// the lower half first.
-pub trait Simd: Copy {
-    /// 16 x f32.
-    type F: Copy;
-    /// 16 x 32-bit words.
-    type W: Copy;
-    /// Whether the register file holds 24 accumulators beside the operands; else twelve.
-    const WIDE: bool;
-    /// Rows of a register tile on bf16 pairs: six, or four where a pair is widened into two operands that need registers too.
-    const BF16_ROWS: usize;
-
-    /// Runs `kernel` as a function of its own, compiled for this set.
-    fn outlined<K: Kernel>(self, kernel: K) -> K::Output;
-
-    fn splat(self, x: f32) -> Self::F;
-    fn load(self, x: &[f32; LANES]) -> Self::F;
-    fn store(self, x: Self::F, to: &mut [f32; LANES]);
-    fn add(self, a: Self::F, b: Self::F) -> Self::F;
-    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
-    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
-    fn div(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a b + c`, fused where the set has it.
-    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// `if a > b { a } else { b }`: a NaN in either place gives `b`.
-    fn max(self, a: Self::F, b: Self::F) -> Self::F;
-    /// Nearest integer, ties to even; |x| < 2^22.
-    fn round(self, x: Self::F) -> Self::F;
-    /// `x 2^n` for integral n in [-126, 127].
-    fn scale(self, x: Self::F, n: Self::F) -> Self::F;
-    /// Lane-wise `if a > b { x } else { y }`.
-    fn select_gt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
-    /// Bit i is set iff lane i has `a >= b`.
-    fn mask_ge(self, a: Self::F, b: Self::F) -> u32;
-    /// Sum of the lanes, in an order fixed by the set.
-    fn sum(self, x: Self::F) -> f32;
-    /// Largest lane; a NaN may or may not win.
-    fn max_lane(self, x: Self::F) -> f32;
-    /// Rounds to bf16, nearest even.
-    fn store_bf16(self, x: Self::F, to: &mut [u16; LANES]);
-    /// Widens bf16.
-    fn load_bf16(self, x: &[u16; LANES]) -> Self::F;
-
-    fn word(self, x: u32) -> Self::W;
-    fn words(self, x: &[u32; LANES]) -> Self::W;
-    /// `acc + a b` on f32 words.
-    fn step_f32(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F;
-    /// `acc + a.low b.low + a.high b.high` on bf16 pairs.
-    fn step_bf16(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F;
-    /// Asks for the line at `address` in L2; any address is allowed.
-    fn prefetch(self, address: usize);
-
-    /// e^x with a relative error of at most 2^-22; below -87.3 it is 0, NaN stays NaN, and above 88.3 the result is meaningless.
-    #[inline(always)]
-    fn exp(self, x: Self::F) -> Self::F {
-        // Cephes expf: x = n ln 2 + r with ln 2 in two parts, a polynomial on |r| <= 0.35, then the scale by 2^n.
-        let low = self.splat(-87.3);
-        // With x second, a NaN passes through `max`.
-        let clamped = self.max(low, x);
-        let n = self.round(self.mul(clamped, self.splat(std::f32::consts::LOG2_E)));
-        let r = self.fma(n, self.splat(-0.693_359_4), clamped);
-        let r = self.fma(n, self.splat(2.121_944_4e-4), r);
-        let mut p = self.splat(1.987_569_1e-4);
-        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-            p = self.fma(p, r, self.splat(c));
-        }
-        let y = self.add(self.fma(p, self.mul(r, r), r), self.splat(1.0));
-        self.select_gt(low, x, self.splat(0.0), self.scale(y, n))
-    }
-
-    /// `v/2 (1 + tanh(sqrt(2/pi) (v + 0.044715 v^3)))`, as `v / (1 + e^(-2u))`: no cancellation on the negative side.
-    #[inline(always)]
-    fn gelu_tanh(self, v: Self::F) -> Self::F {
-        // -2 sqrt(2/pi) and the same times 0.044715.
-        let square = self.mul(v, v);
-        let slope = self.fma(square, self.splat(-0.071_354_82), self.splat(-1.595_769));
-        let u = self.mul(v, slope);
-        // Below -87.3 `exp` is 0 and the quotient is v; above 88 it would overflow and the value is below 1e-36.
-        let quotient = self.div(v, self.add(self.splat(1.0), self.exp(u)));
-        self.select_gt(u, self.splat(88.0), self.splat(-0.0), quotient)
-    }
-
-    /// `v / (1 + e^-v)`.
-    #[inline(always)]
-    fn silu(self, v: Self::F) -> Self::F {
-        let minus = self.mul(v, self.splat(-1.0));
-        let quotient = self.div(v, self.add(self.splat(1.0), self.exp(minus)));
-        // As above: beyond this `exp` would overflow, and the value is below 1e-36.
-        self.select_gt(minus, self.splat(88.0), self.splat(-0.0), quotient)
     }
 }

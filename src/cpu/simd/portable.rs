@@ -1,7 +1,7 @@
 //! Sixteen lanes as an array: correct on any machine, and as fast as the compiler makes it.
 #![forbid(unsafe_code)]
 
-use super::{Kernel, LANES, Simd};
+use crate::cpu::simd::vector::{Kernel, LANES, Simd};
 
 #[derive(Clone, Copy)]
 pub struct Portable;

@@ -4,7 +4,7 @@
 //! or columns share its tile. Closed over words: one f32, or two bf16 of neighbouring k. Each tile is a function of its own,
 //! called with its operands in memory: a call costs a few nanoseconds, and the crate compiles in a third of the time.
 
-use super::{Kernel, LANES, Simd};
+use crate::cpu::simd::vector::{Kernel, LANES, Simd};
 
 /// Some steps of b: vector v of step s is the sixteen words at `s * b_stride` of `b[v]`.
 #[derive(Clone, Copy)]

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Kernel, LANES, Simd};
+use crate::cpu::simd::vector::{Kernel, LANES, Simd};
 
 /// AVX-512 F, BW, DQ, VL and, with `BF16`, `vdpbf16ps`.
 #[derive(Clone, Copy)]
