@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 mod foresee;
+mod forwards;
 mod joint;
 mod report;
 
@@ -29,8 +30,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use foresee::{ForeseenJoint, ForeseenStep};
-pub use joint::JointAsk;
+pub use forwards::{Ask, ForeseenJoint, ForeseenStep, JointAsk};
 pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport, Stop, TextStop, unigram_entropy};
 
 use crate::canvas::{Canvas, State};
@@ -62,15 +62,6 @@ pub struct SessionSpec {
 
 /// Replaces the counter RNG.
 pub type DrawSource = Arc<dyn Fn(&DrawKey) -> Uniforms + Send + Sync>;
-
-/// One row that decides: an index into the step's rows and what is asked of it.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Ask {
-    pub row: usize,
-    pub position: usize,
-    pub draw: Draw,
-    order: f64,
-}
 
 /// One forward of one session.
 #[derive(Clone, Debug, PartialEq)]
@@ -135,7 +126,7 @@ pub struct Session {
     scores: Vec<(usize, f64)>,
     pending: Option<Step>,
     /// What the joint sampler still reveals behind the last forward.
-    round: Option<joint::Round>,
+    round: Option<forwards::Round>,
     reports: Vec<StageReport>,
     stage_start: Instant,
     /// What time it is for stages that end and begin: see [`Session::next_at`].

@@ -1,35 +1,14 @@
 //! Owns foresight: the steps of a session that a device may run and decide by itself, before anybody knows what they reveal.
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
-
-use super::{Session, Stop};
+use super::Session;
 use crate::backend::{RunCanvas, SessionStep};
 use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
 use crate::sampling::{self, Decision, Rank, Reveal, Unmask};
 use crate::schedule::{Eos, KvPolicy, RemaskBy, Stage};
-
-/// A step as far as it is known before the ones in front of it are decided.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ForeseenStep {
-    pub part: SessionStep,
-    /// Positions of its rows, ascending.
-    pub rows: Vec<usize>,
-    pub visibility: Visibility,
-    pub len: usize,
-    /// Where the reveals of the stage are joint.
-    pub joint: Option<ForeseenJoint>,
-}
-
-/// What a joint sampler does behind a foreseen forward.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ForeseenJoint {
-    /// Positions whose states it carries on, all of them among the rows of the forward.
-    pub window: Range<usize>,
-    /// Its passes over them, each of which reveals one token.
-    pub passes: Vec<SessionStep>,
-}
+use crate::session::forwards::{ForeseenJoint, ForeseenStep};
+use crate::session::report::Stop;
 
 impl Session {
     /// The pending step and the ones after it, at most `max`, as far as their rows and counts do not depend on what is revealed. Empty
@@ -155,6 +134,8 @@ fn device_rule(stage: &Stage, progress: sampling::BlockProgress) -> Option<Revea
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::super::{Next, SessionSpec};
     use super::*;
     use crate::schedule::{Defaults, Schedule};

@@ -3,37 +3,17 @@
 
 use std::ops::Range;
 
-use super::{Ask, Event, Session};
+use super::Session;
 use crate::backend::SessionStep;
 use crate::error::Result;
 use crate::plan::{Kind, Visibility};
 use crate::sampling::{self, Candidate, Decision, Reveal, Unmask};
-use crate::schedule::{Bans, Eos, Stage};
+use crate::schedule::Stage;
+use crate::session::forwards::{Ask, JointAsk, Round};
+use crate::session::report::Event;
 
 /// Where a sampler's calls begin among the bits of a draw's step.
 const CALL_BITS: u32 = 20;
-
-/// Reveals that a forward still has to make.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Round {
-    left: usize,
-    /// Calls of the sampler so far.
-    calls: u32,
-}
-
-/// A call of the sampler for one session.
-#[derive(Clone, Debug, PartialEq)]
-pub struct JointAsk {
-    /// (position, token id) of the window, as it is now.
-    pub rows: Vec<(usize, u32)>,
-    /// `row` counts within the window.
-    pub asks: Vec<Ask>,
-    pub visibility: Visibility,
-    /// Sequence length.
-    pub len: usize,
-    pub eos: Eos,
-    pub bans: Bans,
-}
 
 impl Session {
     /// Whether the pending step belongs to a stage whose reveals are joint: all of its rows are wanted.

@@ -1,0 +1,61 @@
+//! What a session asks of a forward: rows to decide, foreseen steps, passes of a joint sampler.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+
+use crate::backend::SessionStep;
+use crate::plan::Visibility;
+use crate::sampling::Draw;
+use crate::schedule::{Bans, Eos};
+
+/// One row that decides: an index into the step's rows and what is asked of it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Ask {
+    pub row: usize,
+    pub position: usize,
+    pub draw: Draw,
+    pub(super) order: f64,
+}
+
+/// A step as far as it is known before the ones in front of it are decided.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ForeseenStep {
+    pub part: SessionStep,
+    /// Positions of its rows, ascending.
+    pub rows: Vec<usize>,
+    pub visibility: Visibility,
+    pub len: usize,
+    /// Where the reveals of the stage are joint.
+    pub joint: Option<ForeseenJoint>,
+}
+
+/// What a joint sampler does behind a foreseen forward.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ForeseenJoint {
+    /// Positions whose states it carries on, all of them among the rows of the forward.
+    pub window: Range<usize>,
+    /// Its passes over them, each of which reveals one token.
+    pub passes: Vec<SessionStep>,
+}
+
+/// Reveals that a forward still has to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Round {
+    pub(super) left: usize,
+    /// Calls of the sampler so far.
+    pub(super) calls: u32,
+}
+
+/// A call of the sampler for one session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JointAsk {
+    /// (position, token id) of the window, as it is now.
+    pub rows: Vec<(usize, u32)>,
+    /// `row` counts within the window.
+    pub asks: Vec<Ask>,
+    pub visibility: Visibility,
+    /// Sequence length.
+    pub len: usize,
+    pub eos: Eos,
+    pub bans: Bans,
+}
