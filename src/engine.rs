@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod joint;
+mod joint_steps;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -83,7 +84,7 @@ pub(crate) struct Loaded<B: Backend> {
     pub(crate) model: Model<B>,
     pub(crate) kv: B::KvCache,
     pub(crate) scratch: Scratch<B>,
-    pub(crate) joint: Option<joint::LoadedJoint<B>>,
+    pub(crate) joint: Option<joint_steps::LoadedJoint<B>>,
 }
 
 impl<B: Backend> Loaded<B> {
@@ -540,7 +541,7 @@ impl<B: Backend> Engine<B> {
         let mut run = self.backend.begin_run(&spec)?;
         let steps = spec.steps;
         let Loaded { model, kv, scratch, joint } = &mut self.models[weights];
-        let sampler = joint.as_mut().map(joint::LoadedJoint::for_runs);
+        let sampler = joint.as_mut().map(joint_steps::LoadedJoint::for_runs);
         let entered = model.run(&self.backend, &mut run, &steps, kv, scratch, sampler)?;
         // Sessions that left the run: finished, failed, or with a draft that ended early.
         let mut over = vec![false; chosen.len()];
@@ -619,7 +620,7 @@ impl<B: Backend> Engine<B> {
                 plan.push(&rows, table.pages(), self.options.page_size, step.visibility, step.len);
             }
             let of: Vec<&ForeseenStep> = foreseen.iter().map(|steps| &steps[index]).collect();
-            let joint = joint::run_joint(&plan, &of, |position| self.models[weights].model.answering(position));
+            let joint = joint_steps::run_joint(&plan, &of, |position| self.models[weights].model.answering(position));
             steps.push(RunStep { plan, sessions: of.iter().map(|step| step.part.clone()).collect(), joint });
         }
         Ok(steps)

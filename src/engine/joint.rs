@@ -4,63 +4,17 @@
 use std::ops::Range;
 use std::path::Path;
 
-use crate::backend::{Backend, RunDecision, RunJoint, RunPass, SessionStep};
+use crate::backend::{Backend, RunDecision};
+use crate::engine::joint_steps::LoadedJoint;
 use crate::engine::{Active, Engine, Loaded};
 use crate::error::{Error, Result};
 use crate::model::joint::{Joint, JointState};
-use crate::model::run::Sampler;
 use crate::model::{Progress, Scratch};
 use crate::pages::PageTable;
 use crate::plan::{Plan, Visibility};
 use crate::sampling::{Decision, Draw};
 use crate::schedule::{Bans, Eos, Schedule};
-use crate::session::{ForeseenJoint, ForeseenStep, JointAsk};
-
-/// A sampler and its states.
-pub(crate) struct LoadedJoint<B: Backend> {
-    sampler: Joint<B>,
-    /// Of the windows.
-    state: JointState<B>,
-    /// Of rows outside them.
-    outside: JointState<B>,
-}
-
-impl<B: Backend> LoadedJoint<B> {
-    /// As the model's runs take it.
-    pub(super) fn for_runs(&mut self) -> Sampler<'_, B> {
-        let LoadedJoint { sampler, state, outside } = self;
-        Sampler { sampler, state, outside }
-    }
-}
-
-/// What the sampler does behind a foreseen forward over `plan`: `None` where no session's reveals are joint. `answering` is the model's.
-pub(super) fn run_joint(plan: &Plan, steps: &[&ForeseenStep], answering: impl Fn(usize) -> usize) -> Option<RunJoint> {
-    if steps.iter().all(|step| step.joint.is_none()) {
-        return None;
-    }
-    let row = |s: usize, position: usize| plan.indptr[s] + steps[s].rows.binary_search(&position).expect("a row of the forward") as u32;
-    let joint = || steps.iter().enumerate().filter_map(|(s, step)| step.joint.as_ref().map(|joint| (s, joint)));
-    let num_passes = joint().map(|(_, joint)| joint.passes.len()).max().unwrap_or(0);
-    let windows = |pass: usize| joint().filter(move |(_, joint)| pass < joint.passes.len()).map(|(s, joint)| (s, joint.window.clone()));
-    let pass = |index: usize| RunPass {
-        rows: windows(index).flat_map(|(s, window)| window.map(move |p| row(s, p))).collect(),
-        sessions: steps
-            .iter()
-            .map(|step| match step.joint.as_ref().and_then(|joint| joint.passes.get(index)) {
-                Some(pass) => pass.clone(),
-                None => SessionStep { remask: None, range: 0..0, asks: 0, ..step.part.clone() },
-            })
-            .collect(),
-    };
-    let outside = |(s, joint): (usize, &ForeseenJoint)| {
-        steps[s].rows.iter().filter(|p| !joint.window.contains(p)).map(|p| row(s, *p)).collect::<Vec<u32>>()
-    };
-    Some(RunJoint {
-        inside: windows(0).flat_map(|(s, window)| window.map(|p| row(s, answering(p))).collect::<Vec<u32>>()).collect(),
-        outside: joint().flat_map(outside).collect(),
-        passes: (0..num_passes).map(pass).collect(),
-    })
-}
+use crate::session::JointAsk;
 
 /// The windows of a forward, one behind the other in the sampler's state.
 pub(super) struct Windows<B: Backend> {
@@ -385,54 +339,5 @@ impl<B: Backend> Engine<B> {
             logits.push(sampler.logits(backend, model, window.len(), state)?);
         }
         Ok(logits)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sampling::{Rank, Reveal, TopPRule};
-
-    fn asking(asks: usize, range: Range<usize>) -> SessionStep {
-        let draw = Draw {
-            u: 0.0,
-            temperature: 1.0,
-            top_p: 1.0,
-            top_p_rule: TopPRule::Within,
-            top_k: None,
-            forced: None,
-            truncated_confidence: false,
-        };
-        let reveal = Reveal::Best { rank: Rank::Entropy, n: 1 };
-        SessionStep { remask: None, stage: 0, block: 0, step: 0, range, asks, shifted: false, draw, reveal }
-    }
-
-    /// A block behind the one before it, a neighbour without a sampler, and a whole canvas of shifted logits that is through after one pass.
-    #[test]
-    fn rows_of_windows_are_rows_of_the_forward() {
-        let step = |rows: Range<usize>, joint: Option<(Range<usize>, usize)>| ForeseenStep {
-            part: asking(3, rows.clone()),
-            rows: rows.clone().collect(),
-            visibility: Visibility::Full,
-            len: 8,
-            joint: joint.map(|(window, passes)| ForeseenJoint {
-                window: window.clone(),
-                passes: (0..passes).map(|pass| asking(2 - pass, window.clone())).collect(),
-            }),
-        };
-        let steps = [step(2..8, Some((4..8, 2))), step(0..3, None), step(0..3, Some((0..3, 1)))];
-        let mut plan = Plan::new();
-        for step in &steps {
-            let rows: Vec<(usize, u32)> = step.rows.iter().map(|p| (*p, 0)).collect();
-            plan.push(&rows, &[0, 1], 4, step.visibility, step.len);
-        }
-        let joint = run_joint(&plan, &steps.each_ref(), |position| position.saturating_sub(1)).expect("two of them are joint");
-        assert_eq!(joint.inside, [1, 2, 3, 4, 9, 9, 10], "position p is answered by p - 1, and 0 by itself");
-        assert_eq!(joint.outside, [0, 1]);
-        let rows: Vec<&[u32]> = joint.passes.iter().map(|pass| pass.rows.as_slice()).collect();
-        assert_eq!(rows, [&[2, 3, 4, 5, 9, 10, 11][..], &[2, 3, 4, 5]]);
-        let asks: Vec<Vec<usize>> = joint.passes.iter().map(|pass| pass.sessions.iter().map(|s| s.asks).collect()).collect();
-        assert_eq!(asks, [[2, 0, 2], [1, 0, 0]]);
-        assert_eq!(run_joint(&plan, &[&steps[1]], |position| position), None);
     }
 }
