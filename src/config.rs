@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
-use crate::model::{bd3lm, dream, fast_dllm, gpt2, llada, llada_moe, llada2, llama, mdlm, qwen3_moe, sdar, stable_diffcoder};
+use crate::model::families::{bd3lm, dream, fast_dllm, gpt2, llada, llada_moe, llada2, llama, mdlm, qwen3_moe, sdar, stable_diffcoder};
 use crate::sampling::{valid_temperature, valid_top_p};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.

@@ -9,23 +9,12 @@
 //! [`crate::config::Switches`], and [`crate::config::Moe`] where experts (`moe.rs`) stand in the place of an MLP. adaLN with a constant condition is folded into the weights at load, so the decoder itself knows nothing of it.
 #![forbid(unsafe_code)]
 
-pub mod bd3lm;
-pub mod dream;
-pub mod fast_dllm;
-pub mod gpt2;
+pub mod families;
 pub mod joint;
-pub mod llada;
-pub mod llada2;
-pub mod llada_moe;
-pub mod llama;
-pub mod mdlm;
 mod moe;
-pub mod qwen3_moe;
 mod reader;
 pub mod run;
-pub mod sdar;
 pub mod shapes;
-pub mod stable_diffcoder;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -155,9 +144,9 @@ impl<B: Backend> Layer<B> {
 /// Everything that keeps a checkpoint from loading: missing and misshapen tensors. Values are not read.
 pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
     let tensors = match config.family {
-        Family::Bd3lm | Family::Mdlm => bd3lm::tensors(config),
-        Family::Gpt2 => gpt2::tensors(config, weights),
-        _ => llama::tensors(config),
+        Family::Bd3lm | Family::Mdlm => families::bd3lm::tensors(config),
+        Family::Gpt2 => families::gpt2::tensors(config, weights),
+        _ => families::llama::tensors(config),
     };
     tensors.iter().filter_map(|(name, shape)| weights.tensor(name, shape).err()).collect()
 }
@@ -239,9 +228,9 @@ impl<B: Backend> Model<B> {
     /// Packs the checkpoint's weights for `backend`.
     pub fn load(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
         match config.family {
-            Family::Bd3lm | Family::Mdlm => bd3lm::load(backend, config, weights, progress),
-            Family::Gpt2 => gpt2::load(backend, config, weights, progress),
-            _ => llama::load(backend, config, weights, progress),
+            Family::Bd3lm | Family::Mdlm => families::bd3lm::load(backend, config, weights, progress),
+            Family::Gpt2 => families::gpt2::load(backend, config, weights, progress),
+            _ => families::llama::load(backend, config, weights, progress),
         }
     }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::backend::{HeadShape, NormKind, Rope};
 use crate::config::{Attention, Family, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::{Error, Result};
-use crate::model::bd3lm;
+use crate::model::families::bd3lm;
 
 /// Names that [`config`] knows.
 pub const NAMES: [&str; 3] = ["bd3lm-owt", "sdar-8b", "tiny"];

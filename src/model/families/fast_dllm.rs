@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::config::{Attention, Family, Keys, ModelConfig};
 use crate::error::Result;
-use crate::model::llama;
+use crate::model::families::llama;
 
 /// MASK as the published sampler has it by default; config.json does not name it.
 const MASK_ID: u32 = 151_665;

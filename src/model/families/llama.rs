@@ -11,8 +11,9 @@ use std::path::Path;
 use crate::backend::{Backend, HeadShape, NormKind, Rope, RopeScaling};
 use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Moe, Sampling, Switches};
 use crate::error::Result;
+use crate::model::families::{llada, llada2};
 use crate::model::reader::Reader;
-use crate::model::{Dense, FeedForward, Layer, Linear, Model, Progress, llada, llada2, moe};
+use crate::model::{Dense, FeedForward, Layer, Linear, Model, Progress, moe};
 use crate::weights::Weights;
 
 /// Where a layout keeps what the decoder reads; names in a layer come behind `{layers}.{i}.`, projections without `.weight` and `.bias`.
@@ -288,7 +289,7 @@ pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
 }
 
 /// Those of one layer, whose names begin with `prefix`.
-pub(super) fn layer_tensors(config: &ModelConfig, prefix: &str, experts: Option<&Moe>) -> Vec<(String, Vec<usize>)> {
+pub(in crate::model) fn layer_tensors(config: &ModelConfig, prefix: &str, experts: Option<&Moe>) -> Vec<(String, Vec<usize>)> {
     let (c, f) = (config.hidden_dim, config.mlp_dim);
     let switches = config.switches;
     let names = names(config.family);
@@ -341,7 +342,12 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
 }
 
 /// Packs what [`layer_tensors`] lists.
-pub(super) fn load_layer<B: Backend>(r: &mut Reader<B>, config: &ModelConfig, prefix: &str, experts: Option<&Moe>) -> Result<Layer<B>> {
+pub(in crate::model) fn load_layer<B: Backend>(
+    r: &mut Reader<B>,
+    config: &ModelConfig,
+    prefix: &str,
+    experts: Option<&Moe>,
+) -> Result<Layer<B>> {
     let (c, f) = (config.hidden_dim, config.mlp_dim);
     let switches = config.switches;
     let names = names(config.family);

@@ -9,7 +9,8 @@ use serde_json::json;
 use crate::backend::{ExpertShape, RouterScore};
 use crate::config::{Attention, Family, Keys, ModelConfig, Moe};
 use crate::error::Result;
-use crate::model::llama::{self, Names, Qkv};
+use crate::model::families::llama;
+use crate::model::families::llama::{Names, Qkv};
 
 pub(crate) const NAMES: Names = Names {
     table: "model.word_embeddings.weight",

@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::backend::{HeadShape, NormKind, Rope};
 use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
-use crate::model::llama::{Names, Qkv};
+use crate::model::families::llama::{Names, Qkv};
 
 /// `ff_proj` is the gate; a layer's `ff_out` is its down-projection, the one beside the layers is the head.
 pub(crate) const NAMES: Names = Names {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::config::{Attention, Family, Keys, ModelConfig};
 use crate::error::Result;
-use crate::model::llama;
+use crate::model::families::llama;
 
 /// Reads the keys of Qwen2, and MASK.
 pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::backend::{ExpertShape, RouterScore};
 use crate::config::{Attention, Family, Keys, ModelConfig, Moe};
 use crate::error::Result;
-use crate::model::{llama, sdar};
+use crate::model::families::{llama, sdar};
 
 /// MASK as RND1's published configuration class has it by default.
 const RND1_MASK: u32 = 151_669;

@@ -122,7 +122,7 @@ pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
 }
 
 /// Those of one layer without its modulation, whose names begin with `prefix`.
-pub(super) fn layer_tensors(config: &ModelConfig, prefix: &str) -> Vec<(String, Vec<usize>)> {
+pub(in crate::model) fn layer_tensors(config: &ModelConfig, prefix: &str) -> Vec<(String, Vec<usize>)> {
     let (c, f) = (config.hidden_dim, config.mlp_dim);
     let leaves: [(&str, &[usize]); 8] = [
         ("mlp.2.bias", &[c]),
@@ -202,7 +202,12 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
 }
 
 /// Packs what [`layer_tensors`] lists, under the modulation of `condition` where there is one.
-pub(super) fn load_layer<B: Backend>(r: &mut Reader<B>, config: &ModelConfig, prefix: &str, condition: Option<&[f64]>) -> Result<Layer<B>> {
+pub(in crate::model) fn load_layer<B: Backend>(
+    r: &mut Reader<B>,
+    config: &ModelConfig,
+    prefix: &str,
+    condition: Option<&[f64]>,
+) -> Result<Layer<B>> {
     let (c, f) = (config.hidden_dim, config.mlp_dim);
     let name = |leaf: &str| format!("{prefix}.{leaf}");
     // Order of the chunks: shift, scale, gate for attention, then for the MLP.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::config::{Attention, Family, Keys, ModelConfig};
 use crate::error::Result;
-use crate::model::bd3lm;
+use crate::model::families::bd3lm;
 
 /// Reads the published keys. MDLM checkpoints have no `block_size` and no `cross_attn`, and always carry adaLN.
 pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {

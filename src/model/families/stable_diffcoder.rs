@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::config::{Attention, Family, Keys, ModelConfig};
 use crate::error::Result;
-use crate::model::llama;
+use crate::model::families::llama;
 
 /// Block length and MASK as the published sampler has them by default; config.json names neither.
 const BLOCK_LEN: usize = 4;

@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::backend::{ExpertShape, RouterScore};
 use crate::config::{Attention, Family, Keys, ModelConfig, Moe};
 use crate::error::Result;
-use crate::model::llama;
+use crate::model::families::llama;
 
 /// Reads the published keys. What the configuration class can say and no published checkpoint uses is refused by key.
 pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {

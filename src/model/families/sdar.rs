@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::config::{Attention, Family, Keys, ModelConfig};
 use crate::error::Result;
-use crate::model::llama;
+use crate::model::families::llama;
 
 /// Block length of the checkpoints whose names give none; it is not in their config.json.
 const BLOCK_LEN: usize = 4;
