@@ -1,7 +1,7 @@
-//! Owns the facts of a checkpoint: `config.json` read into a validated [`ModelConfig`].
+//! Facts of a checkpoint: [`ModelConfig`], and the reader of `config.json` that fills it.
 //!
-//! Which keys a family has, and what they mean, is the family's file under `model/`; this room detects the family, reads
-//! keys with types and ranges, and holds the result. Checkpoints are hostile: every size is bounded before it is used.
+//! Which keys a family has, and what they mean, is the family's file under `model/families/`; this
+//! file knows none of them. Checkpoints are hostile: every size is bounded before it is used.
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
@@ -10,7 +10,6 @@ use serde_json::{Map, Value};
 
 use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
-use crate::model::families::{bd3lm, dream, fast_dllm, gpt2, llada, llada_moe, llada2, llama, mdlm, qwen3_moe, sdar, stable_diffcoder};
 use crate::sampling::{valid_temperature, valid_top_p};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
@@ -19,115 +18,40 @@ pub const MAX_STRETCH: usize = 4;
 /// How tokenizers spell the token that hides another, in the order in which they are looked for.
 const MASK_SPELLINGS: [&str; 6] = ["<|MASK|>", "<|mask|>", "|<MASK>|", "<|mdm_mask|>", "[MASK]", "<mask>"];
 
-/// Checkpoint families.
+/// A family of checkpoints as their configurations name it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Family {
+    /// In reports, and in the configuration of a joint sampler.
+    pub name: &'static str,
+    /// What `model_type` says.
+    pub model_type: &'static str,
+    /// The classes that `architectures` may name, the published one first.
+    pub architectures: &'static [&'static str],
+    pub classes: Classes,
+}
+
+/// What the class of a checkpoint says about its family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    Bd3lm,
-    Mdlm,
-    Llada,
-    LladaMoe,
-    Llada2,
-    Dream,
-    Sdar,
-    SdarMoe,
-    Rnd1,
-    FastDllm,
-    StableDiffcoder,
-    Gpt2,
-    Llama,
-    Mistral,
-    Qwen2,
-    Qwen3,
-    Qwen3Moe,
+pub enum Classes {
+    /// Nothing: the type decides where it is there.
+    Any,
+    /// Diffusion models and classifiers are published under the type of the decoder that they were
+    /// made from: no other class, and no code beside the weights.
+    Published,
+    /// A class and code of its own over the decoder of another family, whose type may stay: the
+    /// class decides.
+    Own,
+    /// As `Own`, but where no class is named, a checkpoint with this key is of a family that shares
+    /// the type.
+    OwnUnless(&'static str),
 }
 
 impl Family {
-    pub fn name(self) -> &'static str {
-        match self {
-            Family::Bd3lm => "bd3lm",
-            Family::Mdlm => "mdlm",
-            Family::Llada => "llada",
-            Family::LladaMoe => "llada-moe",
-            Family::Llada2 => "llada2",
-            Family::Dream => "dream",
-            Family::Sdar => "sdar",
-            Family::SdarMoe => "sdar-moe",
-            Family::Rnd1 => "rnd1",
-            Family::FastDllm => "fast-dllm",
-            Family::StableDiffcoder => "stable-diffcoder",
-            Family::Gpt2 => "gpt2",
-            Family::Llama => "llama",
-            Family::Mistral => "mistral",
-            Family::Qwen2 => "qwen2",
-            Family::Qwen3 => "qwen3",
-            Family::Qwen3Moe => "qwen3-moe",
-        }
+    /// Published under a class of its own over another family's decoder, with its own code beside
+    /// the weights.
+    pub fn is_adapted(&self) -> bool {
+        matches!(self.classes, Classes::Own | Classes::OwnUnless(_))
     }
-
-    /// What `model_type` says.
-    fn model_type(self) -> &'static str {
-        match self {
-            Family::Dream => "Dream",
-            Family::FastDllm => "Fast_dLLM_Qwen",
-            // Llama's and LLaDA's own; the class tells them apart.
-            Family::StableDiffcoder => "llama",
-            Family::LladaMoe => "llada",
-            Family::Llada2 => "llada2_moe",
-            Family::SdarMoe => "sdar_moe",
-            Family::Qwen3Moe => "qwen3_moe",
-            other => other.name(),
-        }
-    }
-
-    /// Published under a class of its own over the decoder of an autoregressive family, with its own code beside the weights.
-    fn is_adapted(self) -> bool {
-        use Family::{Dream, FastDllm, Llada, Llada2, LladaMoe, Rnd1, Sdar, SdarMoe, StableDiffcoder};
-        matches!(self, Llada | LladaMoe | Llada2 | Dream | Sdar | SdarMoe | Rnd1 | FastDllm | StableDiffcoder)
-    }
-
-    /// The classes that `architectures` may name, the published one first.
-    fn architectures(self) -> &'static [&'static str] {
-        match self {
-            Family::Bd3lm => &["BD3LM"],
-            Family::Mdlm => &["MDLM"],
-            Family::Llada => &["LLaDAModelLM"],
-            Family::LladaMoe => &["LLaDAMoEModelLM", "LLaDAMoEModel"],
-            Family::Llada2 => &["LLaDA2MoeModelLM"],
-            Family::Dream => &["DreamModel"],
-            Family::Sdar => &["SDARForCausalLM"],
-            Family::SdarMoe => &["SDARMoeForCausalLM"],
-            Family::Rnd1 => &["RND1LM"],
-            Family::FastDllm => &["Fast_dLLM_QwenForCausalLM"],
-            Family::StableDiffcoder => &["StableDiffcoderForCausalLM"],
-            Family::Gpt2 => &["GPT2LMHeadModel"],
-            Family::Llama => &["LlamaForCausalLM"],
-            Family::Mistral => &["MistralForCausalLM"],
-            Family::Qwen2 => &["Qwen2ForCausalLM"],
-            Family::Qwen3 => &["Qwen3ForCausalLM"],
-            Family::Qwen3Moe => &["Qwen3MoeForCausalLM"],
-        }
-    }
-
-    const ALL: [Family; 17] = [
-        Family::Bd3lm,
-        Family::Mdlm,
-        Family::Llada,
-        Family::Llada2,
-        Family::Dream,
-        Family::Sdar,
-        Family::SdarMoe,
-        Family::Rnd1,
-        Family::FastDllm,
-        Family::Gpt2,
-        Family::Llama,
-        Family::Mistral,
-        Family::Qwen2,
-        Family::Qwen3,
-        Family::Qwen3Moe,
-        // Behind those whose type they share.
-        Family::LladaMoe,
-        Family::StableDiffcoder,
-    ];
 }
 
 /// The visibility a model was trained for.
@@ -186,7 +110,7 @@ pub struct Moe {
 /// One decoder's shape and habits. Field names follow the checkpoint's where they have one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    pub family: Family,
+    pub family: &'static Family,
     /// Directory the checkpoint lies in.
     pub dir: PathBuf,
     pub vocab_size: usize,
@@ -231,32 +155,14 @@ pub struct Sampling {
 }
 
 impl ModelConfig {
-    /// Reads `dir/config.json`.
-    pub fn load(dir: &Path) -> Result<ModelConfig> {
-        Keys::of(dir, |keys| ModelConfig::of(dir, keys))
-    }
-
-    fn of(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
-        let mut config = match keys.family()? {
-            Family::Bd3lm => bd3lm::config(dir, keys),
-            Family::Mdlm => mdlm::config(dir, keys),
-            Family::Llada => llada::config(dir, keys),
-            Family::LladaMoe => llada_moe::config(dir, keys),
-            Family::Llada2 => llada2::config(dir, keys),
-            Family::Dream => dream::config(dir, keys),
-            Family::Sdar => sdar::config(dir, keys),
-            family @ (Family::SdarMoe | Family::Rnd1 | Family::Qwen3Moe) => qwen3_moe::config(dir, keys, family),
-            Family::FastDllm => fast_dllm::config(dir, keys),
-            Family::StableDiffcoder => stable_diffcoder::config(dir, keys),
-            Family::Gpt2 => gpt2::config(dir, keys),
-            family @ (Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3) => llama::config(dir, keys, family),
-        }?;
-        config.stop_ids = config.eos_id.into_iter().collect();
-        config.stop_ids.extend(keys.tokens("eos_token_id", config.vocab_size)?);
-        config.read_generation(dir)?;
-        config.stop_ids.sort_unstable();
-        config.stop_ids.dedup();
-        Ok(config)
+    /// Adds what every family has in common: every id that ends a text, and recommended sampling.
+    pub fn complete(mut self, dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+        self.stop_ids = self.eos_id.into_iter().collect();
+        self.stop_ids.extend(keys.tokens("eos_token_id", self.vocab_size)?);
+        self.read_generation(dir)?;
+        self.stop_ids.sort_unstable();
+        self.stop_ids.dedup();
+        Ok(self)
     }
 
     /// What `dir/generation_config.json` adds, where there is one: chat models name there what ends a turn.
@@ -354,38 +260,20 @@ impl Keys<'_> {
         Error::config(self.path, what)
     }
 
-    fn family(&self) -> Result<Family> {
-        let model_type = self.map.get("model_type").and_then(Value::as_str).unwrap_or_default();
-        let architectures: Vec<&str> = self
-            .map
-            .get("architectures")
-            .and_then(Value::as_array)
-            .map(|a| a.iter().filter_map(Value::as_str).collect())
-            .unwrap_or_default();
-        // Adapted checkpoints may keep the type of the decoder that they were made from: there the class decides.
-        let named = |f: &Family| f.architectures().iter().any(|class| architectures.contains(class));
-        let classed = |f: &Family| named(f) && (f.is_adapted() || model_type.is_empty());
-        // Where no class is named, experts tell LLaDA-MoE from LLaDA.
-        let plain = |f: &Family| *f != Family::Llada || !architectures.is_empty() || !self.has("num_experts");
-        let typed = |f: &Family| model_type == f.model_type() && plain(f);
-        let family = Family::ALL.into_iter().find(classed).or_else(|| Family::ALL.into_iter().find(typed)).ok_or_else(|| {
-            let known = Family::ALL.map(|f| format!("{} ({})", f.model_type(), f.architectures()[0])).join(", ");
-            self.error(format!("model_type `{model_type}`, architectures {architectures:?}: not a supported family; supported: {known}"))
-        })?;
-        if !matches!(family, Family::Bd3lm | Family::Mdlm) {
-            // Diffusion models and classifiers are published under the type of the decoder that they were made from.
-            let expected = family.architectures()[0];
-            if !architectures.is_empty() && !named(&family) {
-                return Err(
-                    self.error(format!("key `architectures`: expected {expected} for model_type {model_type}, found {architectures:?}"))
-                );
-            }
-            if self.get("auto_map").is_some() && !family.is_adapted() {
-                let what = format!("key `auto_map`: the checkpoint brings code of its own; only the published {expected} is supported");
-                return Err(self.error(what));
-            }
-        }
-        Ok(family)
+    /// What `model_type` says, empty where it is absent.
+    pub fn model_type(&self) -> &str {
+        self.map.get("model_type").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The classes that `architectures` names.
+    pub fn architectures(&self) -> Vec<&str> {
+        let list = self.map.get("architectures").and_then(Value::as_array);
+        list.map(|list| list.iter().filter_map(Value::as_str).collect()).unwrap_or_default()
+    }
+
+    /// Whether the checkpoint brings code of its own.
+    pub fn has_code(&self) -> bool {
+        self.get("auto_map").is_some()
     }
 
     /// The key as errors name it.

@@ -22,6 +22,7 @@ use crate::batcher::{self, Budget, Need};
 use crate::canvas::State;
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
+use crate::model::registry;
 use crate::model::{Model, Progress, Scratch};
 use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
 use crate::plan::Plan;
@@ -148,7 +149,7 @@ impl<B: Backend> Engine<B> {
 
     /// [`Engine::load`], reporting bytes of tensors packed and bytes in all.
     pub fn load_with_progress(model_dir: &Path, backend: B, options: EngineOptions, progress: Progress) -> Result<Engine<B>> {
-        let config = ModelConfig::load(model_dir)?;
+        let config = registry::read_config(model_dir)?;
         let tokenizer = match &options.tokenizer {
             Some(tokenizer) => Ok(tokenizer.clone()),
             None => Tokenizer::load(&model_dir.join("tokenizer.json"), config.vocab_size).map(Arc::new),
@@ -170,7 +171,7 @@ impl<B: Backend> Engine<B> {
         options: EngineOptions,
         progress: Progress,
     ) -> Result<Engine<B>> {
-        let model = Model::load(&backend, config, weights, progress)?;
+        let model = registry::load(&backend, config, weights, progress)?;
         let config = model.config();
         if options.page_size == 0 || options.budget.max_rows == 0 || options.budget.max_sessions == 0 {
             return Err(Error::request("page size, row budget and session limit must be at least 1"));
@@ -210,7 +211,7 @@ impl<B: Backend> Engine<B> {
     ///
     /// Errors: as [`Engine::load`], or a vocabulary that differs from the first model's.
     pub fn add_model(&mut self, model_dir: &Path, progress: Progress) -> Result<usize> {
-        let config = ModelConfig::load(model_dir)?;
+        let config = registry::read_config(model_dir)?;
         let first = self.config();
         if (config.vocab_size, config.mask_id) != (first.vocab_size, first.mask_id) {
             let mask = |config: &ModelConfig| config.mask_id.map_or("no MASK".into(), |id| format!("MASK {id}"));
@@ -224,7 +225,7 @@ impl<B: Backend> Engine<B> {
         if config.attention == Attention::Causal {
             return Err(Error::config(&model_dir.join("config.json"), "an autoregressive checkpoint cannot run a stage"));
         }
-        let model = Model::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
+        let model = registry::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
         self.models.push(Loaded::new(&self.backend, model, &self.pool)?);
         Ok(self.models.len() - 1)
     }

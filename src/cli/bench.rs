@@ -19,6 +19,7 @@ use crate::config::{Mlp, ModelConfig};
 use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::model::registry;
 use crate::model::shapes;
 use crate::oneshot::{TimedForward, Timing};
 use crate::plan::Visibility;
@@ -197,7 +198,7 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
         Some(name) => (name.clone(), shapes::config(name)?),
         None => {
             let dir = super::model_dir(flags.model.first().map(PathBuf::as_path))?;
-            (dir.display().to_string(), ModelConfig::load(&dir)?)
+            (dir.display().to_string(), registry::read_config(&dir)?)
         }
     };
     config.masking()?;

@@ -16,6 +16,7 @@ use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::model::registry;
 use crate::request::{Prompt, Request, Segment, StopOptions};
 use crate::sampling::{TopKOrder, top_k_of, valid_temperature, valid_top_p};
 use crate::schedule::{Defaults, Schedule, StageSpec};
@@ -242,7 +243,7 @@ impl Flags {
 
 pub(super) fn run(flags: Flags) -> Result<()> {
     let dir = super::model_dir(flags.model.first().map(PathBuf::as_path))?;
-    let config = ModelConfig::load(&dir)?;
+    let config = registry::read_config(&dir)?;
     config.masking()?;
     let defaults = defaults(&config, flags.temperature, flags.top_p, flags.top_p_rule, flags.top_k)?;
     let schedule =

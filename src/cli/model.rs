@@ -10,6 +10,7 @@ use crate::backend::{NormKind, RopeScaling};
 use crate::config::{Attention, Mlp, ModelConfig, Moe};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::model::registry;
 use crate::plan::Visibility;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -67,7 +68,7 @@ pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
         Some(path) => serde_json::from_str(&super::read_text(path)?)
             .map_err(|e| Error::io(path, &std::io::Error::other(format!("expected a JSON array of token ids: {e}"))))?,
     };
-    let config = ModelConfig::load(&dir)?;
+    let config = registry::read_config(&dir)?;
     Engine::<crate::cpu::Cpu>::check_tokens(&config, &tokens)?;
     let visibility = flags.block_len.map_or(native(config.attention), BlockLen::visibility);
     let mut data = Vec::with_capacity(tokens.len() * config.vocab_size * 4);
@@ -101,10 +102,10 @@ pub(super) enum Format {
 
 pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let dir = super::model_dir(flags.dir.as_deref())?;
-    let config = ModelConfig::load(&dir)?;
+    let config = registry::read_config(&dir)?;
     let weights = Weights::open(&dir)?;
     let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size);
-    let problems = crate::model::check(&config, &weights);
+    let problems = registry::check(&config, &weights);
     let attention = match config.attention {
         Attention::BlockCausal(block_len) => format!("block-causal, published block length {block_len}"),
         Attention::Full => "full".into(),
@@ -131,7 +132,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let id = |id: Option<u32>| id.map_or("none".into(), |id| id.to_string());
     if flags.format == Format::Json {
         let object = json!({
-            "dir": dir.display().to_string(), "family": config.family.name(), "parameters": parameters, "bytes": weights.num_bytes(),
+            "dir": dir.display().to_string(), "family": config.family.name, "parameters": parameters, "bytes": weights.num_bytes(),
             "dtypes": weights.dtypes(), "vocab_size": config.vocab_size, "hidden_dim": config.hidden_dim, "num_layers": config.num_layers,
             "num_heads": config.heads.num_heads, "num_kv_heads": config.heads.num_kv_heads, "head_dim": config.heads.head_dim,
             "mlp_dim": config.mlp_dim, "experts": experts(&config), "model_length": config.model_length, "attention": attention, "adaln": config.cond_dim.is_some(),
@@ -174,7 +175,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     }
     let rows = [
         ("directory", dir.display().to_string()),
-        ("family", config.family.name().into()),
+        ("family", config.family.name.into()),
         ("parameters", format!("{parameters} (buffers included), {} as {}", mib(weights.num_bytes()), weights.dtypes().join(", "))),
         ("layers", layers),
         ("heads", format!("{} (K/V {}) of {}", config.heads.num_heads, config.heads.num_kv_heads, config.heads.head_dim)),

@@ -14,6 +14,7 @@ use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::model::registry;
 use crate::tokenizer::Tokenizer;
 
 /// One line; what else stands in it is not looked at.
@@ -95,7 +96,7 @@ pub(super) fn read(path: &Path, judge: &ModelConfig, tokenizer: &Tokenizer) -> R
 
 /// Whether the generator's tokenizer is there and spells every id as the judge's does.
 fn same_vocabulary(dir: &Path, judge: &Tokenizer) -> bool {
-    let generator = ModelConfig::load(dir).and_then(|config| Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size));
+    let generator = registry::read_config(dir).and_then(|config| Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size));
     generator.is_ok_and(|generator| generator.same_vocabulary(judge))
 }
 

@@ -19,6 +19,7 @@ use crate::backend::Backend;
 use crate::config::{Attention, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::model::registry;
 use crate::plan::Visibility;
 use crate::request::{Prompt, Request};
 use crate::schedule::{Defaults, Schedule};
@@ -63,7 +64,7 @@ fn parse_visibility(text: &str) -> Result<Visibility, String> {
 
 pub(super) fn run(flags: Flags) -> Result<()> {
     let dir = super::model_dir(flags.model.as_deref())?;
-    let config = ModelConfig::load(&dir)?;
+    let config = registry::read_config(&dir)?;
     let visibility = flags.visibility.unwrap_or(native(config.attention));
     if config.attention == Attention::Causal && visibility != Visibility::BlockCausal(1) {
         return Err(Error::request("--visibility: this checkpoint is autoregressive, it scores with `causal` only"));

@@ -14,11 +14,12 @@
 use std::path::Path;
 
 use crate::backend::{self, Activation, Backend, Epilogue, NormKind};
-use crate::config::{Family, Keys, ModelConfig};
+use crate::config::{Keys, ModelConfig};
 use crate::error::{Error, Result};
-use crate::model::families::{bd3lm, llama};
-use crate::model::reader::Reader;
-use crate::model::{Layer, Linear, Model, Progress, Scratch, unique};
+use crate::model::layers::Linear;
+use crate::model::reader::{Progress, Reader};
+use crate::model::registry;
+use crate::model::{Layer, Model, Scratch, unique};
 use crate::plan::Plan;
 use crate::sampling::{Decision, Draw};
 use crate::weights::Weights;
@@ -92,19 +93,13 @@ impl<B: Backend> Joint<B> {
         let weights = Weights::open(dir)?;
         let mut expected = vec![(format!("{DOWN}.weight"), vec![c, 2 * c]), (format!("{DOWN}.bias"), vec![c])];
         expected.extend([EMBED_NORM, HIDDEN_NORM, OUT_NORM].map(|name| (name.to_string(), vec![c])));
-        expected.extend(match base.family {
-            Family::Bd3lm | Family::Mdlm => bd3lm::layer_tensors(base, LAYER),
-            _ => llama::layer_tensors(base, LAYER, None),
-        });
+        expected.extend(registry::layer_tensors(base, LAYER));
         let mut r = Reader::new(backend, &weights, progress, &expected)?;
         let (embed_norm, hidden_norm, out_norm) = (r.vector(EMBED_NORM, c)?, r.vector(HIDDEN_NORM, c)?, r.vector(OUT_NORM, c)?);
         let down = format!("{DOWN}.weight");
         let embed_down = r.columns(&down, c, 2 * c, 0, c)?;
         let hidden_down = Linear { weight: r.columns(&down, c, 2 * c, c, c)?, bias: Some(r.vector(&format!("{DOWN}.bias"), c)?) };
-        let layer = match base.family {
-            Family::Bd3lm | Family::Mdlm => bd3lm::load_layer(&mut r, base, LAYER, None)?,
-            _ => llama::load_layer(&mut r, base, LAYER, None)?,
-        };
+        let layer = registry::load_layer(&mut r, base, LAYER)?;
         Ok(Joint { embed_norm, hidden_norm, out_norm, embed_down, hidden_down, layer })
     }
 
@@ -315,8 +310,8 @@ fn check(keys: &Keys, base: &ModelConfig) -> Result<()> {
         return Err(Error::request("a joint sampler over a model with experts is not supported: its layer would be one of experts"));
     }
     let family = keys.text("base_family")?.unwrap_or_default();
-    if family != base.family.name() {
-        return Err(keys.error(format!("key `base_family`: expected {}, the model's, found `{family}`", base.family.name())));
+    if family != base.family.name {
+        return Err(keys.error(format!("key `base_family`: expected {}, the model's, found `{family}`", base.family.name)));
     }
     for (key, expected) in [
         ("hidden_size", base.hidden_dim),

@@ -4,59 +4,39 @@
 //! ids -> embed (+ positions) -> [ norm -> qkv -> (q/k norm,) rope + K/V append -> attention -> out (+x) -> norm -> up, activation -> down (+x) ] x N
 //!     -> (deciding rows) -> final norm -> head + decide
 //! ```
-//! A family file (`bd3lm.rs`, `mdlm.rs`, `gpt2.rs`, `llama.rs`, `llada.rs`, `llada_moe.rs`, `llada2.rs`, `dream.rs`, `sdar.rs`, `qwen3_moe.rs`,
-//! `fast_dllm.rs`, `stable_diffcoder.rs`) maps config keys and tensor names onto it; what families do differently is
-//! [`crate::config::Switches`], and [`crate::config::Moe`] where experts (`moe.rs`) stand in the place of an MLP. adaLN with a constant condition is folded into the weights at load, so the decoder itself knows nothing of it.
+//! A file under `families/` maps config keys and tensor names onto it, and `registry.rs` finds the
+//! family of a checkpoint; what families do differently is [`crate::config::Switches`], and
+//! [`crate::config::Moe`] where experts (`moe.rs`) are in the place of an MLP. adaLN with a constant
+//! condition is folded into the weights at load, so the decoder itself knows nothing of it.
 #![forbid(unsafe_code)]
 
 pub mod families;
+mod family;
 pub mod joint;
+mod layers;
+mod llama_layout;
 mod moe;
 mod reader;
+pub mod registry;
 pub mod run;
 pub mod shapes;
 
+pub use reader::Progress;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{self, Activation, Backend, Epilogue, HeadNorm, KvShape, Rotation};
-use crate::config::{Family, Mlp, ModelConfig};
-use crate::error::{Error, Result};
+use crate::backend::{Activation, Backend, Epilogue, HeadNorm, KvShape, Rotation};
+use crate::config::{Mlp, ModelConfig};
+use crate::error::Result;
+use crate::model::layers::{Dense, Linear, Norm};
 use crate::plan::Plan;
 use crate::sampling::{Decision, Draw};
-use crate::weights::Weights;
 
 /// Rows whose logits are materialised together by [`Model::logits`].
 const LOGIT_ROWS: usize = 64;
 
-/// Called before each tensor is read: bytes of the tensors before it, bytes in all.
-pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
-
 /// Sees the residual stream (T, C): 0 after the embedding, i after layer i.
 pub type Probe<'a, B> = &'a mut dyn FnMut(&B, usize, &<B as Backend>::Buffer) -> Result<()>;
-
-struct Norm<B: Backend> {
-    weight: B::Vector,
-    bias: Option<B::Vector>,
-}
-
-impl<B: Backend> Norm<B> {
-    /// `out (rows, C) = norm(x)` as the config has it.
-    fn apply(&self, backend: &B, config: &ModelConfig, rows: usize, x: &B::Buffer, out: &mut B::Buffer) -> Result<()> {
-        let (kind, eps) = (config.switches.norm, config.norm_eps);
-        backend.norm(rows, x, &backend::Norm { kind, eps, weight: &self.weight, bias: self.bias.as_ref() }, out)
-    }
-}
-
-struct Linear<B: Backend> {
-    weight: B::Matrix,
-    bias: Option<B::Vector>,
-}
-
-impl<B: Backend> Linear<B> {
-    fn apply(&self, backend: &B, rows: usize, x: &B::Buffer, epilogue: Epilogue, out: &mut B::Buffer) -> Result<()> {
-        backend.linear(rows, x, &self.weight, self.bias.as_ref(), epilogue, out)
-    }
-}
 
 struct Layer<B: Backend> {
     attn_norm: Norm<B>,
@@ -74,30 +54,6 @@ struct Layer<B: Backend> {
 enum FeedForward<B: Backend> {
     Dense(Dense<B>),
     Experts(moe::Experts<B>),
-}
-
-/// An MLP.
-struct Dense<B: Backend> {
-    /// (F, C), or (2F, C) with gate and up in turn.
-    up: Linear<B>,
-    /// (C, F).
-    down: Linear<B>,
-}
-
-impl<B: Backend> Dense<B> {
-    /// `out (rows, C) += down(activation(up x))`; `inner` is room of (rows, F).
-    fn apply(
-        &self,
-        backend: &B,
-        rows: usize,
-        activation: Epilogue,
-        x: &B::Buffer,
-        inner: &mut B::Buffer,
-        out: &mut B::Buffer,
-    ) -> Result<()> {
-        self.up.apply(backend, rows, x, activation, inner)?;
-        self.down.apply(backend, rows, inner, Epilogue::Add, out)
-    }
 }
 
 impl<B: Backend> Layer<B> {
@@ -139,16 +95,6 @@ impl<B: Backend> Layer<B> {
             }
         }
     }
-}
-
-/// Everything that keeps a checkpoint from loading: missing and misshapen tensors. Values are not read.
-pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
-    let tensors = match config.family {
-        Family::Bd3lm | Family::Mdlm => families::bd3lm::tensors(config),
-        Family::Gpt2 => families::gpt2::tensors(config, weights),
-        _ => families::llama::tensors(config),
-    };
-    tensors.iter().filter_map(|(name, shape)| weights.tensor(name, shape).err()).collect()
 }
 
 /// Weights of one checkpoint on a backend.
@@ -225,15 +171,6 @@ impl<B: Backend> Scratch<B> {
 }
 
 impl<B: Backend> Model<B> {
-    /// Packs the checkpoint's weights for `backend`.
-    pub fn load(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
-        match config.family {
-            Family::Bd3lm | Family::Mdlm => families::bd3lm::load(backend, config, weights, progress),
-            Family::Gpt2 => families::gpt2::load(backend, config, weights, progress),
-            _ => families::llama::load(backend, config, weights, progress),
-        }
-    }
-
     fn new(config: ModelConfig, table: Option<B::Matrix>, layers: Vec<Layer<B>>, final_norm: Norm<B>, head: Linear<B>) -> Model<B> {
         Model { id: unique(), config, table, positions: None, layers, final_norm, head }
     }

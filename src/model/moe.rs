@@ -7,8 +7,8 @@
 use crate::backend::{Backend, Epilogue, ExpertShape, Router};
 use crate::config::{ModelConfig, Moe};
 use crate::error::Result;
+use crate::model::layers::{Dense, Linear};
 use crate::model::reader::Reader;
-use crate::model::{Dense, Linear};
 
 /// Names in a layer, projections without `.weight`. All published layouts share them but for the shared expert, which few have.
 const ROUTER: &str = "mlp.gate";

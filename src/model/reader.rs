@@ -4,8 +4,11 @@
 
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::model::{Linear, Norm, Progress};
+use crate::model::layers::{Linear, Norm};
 use crate::weights::{Tensor, Weights};
+
+/// Called before each tensor is read: bytes of the tensors before it, bytes in all.
+pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 
 /// Reads tensors whole and packs matrices, counting the bytes that were read.
 pub(super) struct Reader<'a, B: Backend> {

@@ -4,9 +4,9 @@
 use std::path::PathBuf;
 
 use crate::backend::{HeadShape, NormKind, Rope};
-use crate::config::{Attention, Family, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::{Error, Result};
-use crate::model::families::bd3lm;
+use crate::model::families::{bd3lm, sdar};
 
 /// Names that [`config`] knows.
 pub const NAMES: [&str; 3] = ["bd3lm-owt", "sdar-8b", "tiny"];
@@ -24,7 +24,7 @@ pub fn config(name: &str) -> Result<ModelConfig> {
 
 fn bd3lm_shape(name: &str, vocab_size: usize, hidden_dim: usize, num_layers: usize, num_heads: usize, model_length: usize) -> ModelConfig {
     ModelConfig {
-        family: Family::Bd3lm,
+        family: &bd3lm::FAMILY,
         dir: PathBuf::from(format!("random {name}")),
         vocab_size,
         hidden_dim,
@@ -53,7 +53,7 @@ fn bd3lm_shape(name: &str, vocab_size: usize, hidden_dim: usize, num_layers: usi
 /// bf16.
 fn sdar_8b() -> ModelConfig {
     ModelConfig {
-        family: Family::Sdar,
+        family: &sdar::FAMILY,
         dir: PathBuf::from("random sdar-8b"),
         vocab_size: 151_936,
         hidden_dim: 4096,

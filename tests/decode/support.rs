@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use redraft::batcher::Budget;
-use redraft::config::ModelConfig;
+use redraft::model::registry;
 use redraft::model::shapes;
 use redraft::schedule::Defaults;
 use redraft::session::Forwards;
@@ -19,7 +19,7 @@ pub fn shipped() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
     let entries = std::fs::read_dir(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));
     let generates = |dir: &PathBuf| {
-        let config = ModelConfig::load(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+        let config = registry::read_config(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
         config.masking().is_ok()
     };
     let dirs = entries.map(|e| e.expect("an entry").path()).filter(|p| p.join("config.json").exists());

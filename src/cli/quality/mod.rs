@@ -23,6 +23,7 @@ use crate::backend::Backend;
 use crate::config::{Attention, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::model::registry;
 use crate::quality::bootstrap::Resamples;
 use crate::quality::copied::Training;
 use crate::quality::fitted::{Interpolated, MAX_VOCAB};
@@ -124,7 +125,7 @@ pub(super) fn run(flags: &bench::Flags) -> Result<()> {
 impl<'a> Job<'a> {
     fn resolve(flags: &'a bench::Flags) -> Result<Job<'a>> {
         let asked = &flags.quality;
-        let first = ModelConfig::load(&super::model_dir(flags.model.first().map(PathBuf::as_path))?)?;
+        let first = registry::read_config(&super::model_dir(flags.model.first().map(PathBuf::as_path))?)?;
         let sampling = Sampling { temperature: asked.temperature, top_p: asked.top_p, seed: asked.seed };
         let mut rows = Rows::new(first, flags.model.len(), sampling)?;
         match &asked.rows {
@@ -134,8 +135,8 @@ impl<'a> Job<'a> {
             None => rows.headline()?,
         }
         let more_models = flags.model.get(1..).unwrap_or_default();
-        let more: Vec<ModelConfig> = more_models.iter().map(|dir| ModelConfig::load(dir)).collect::<Result<_>>()?;
-        let judge = ModelConfig::load(&super::judge_dir(asked.judge.as_deref())?)?;
+        let more: Vec<ModelConfig> = more_models.iter().map(|dir| registry::read_config(dir)).collect::<Result<_>>()?;
+        let judge = registry::read_config(&super::judge_dir(asked.judge.as_deref())?)?;
         if judge.attention != Attention::Causal {
             let what = "expected an autoregressive checkpoint as --judge, found one that is trained for diffusion";
             return Err(Error::config(&judge.dir.join("config.json"), what));
@@ -152,7 +153,7 @@ impl<'a> Job<'a> {
         }
         for config in rows.models.iter().chain(&more).chain([&judge]) {
             // Names and shapes only: what takes long to read is read when its row comes.
-            crate::model::check(config, &Weights::open(&config.dir)?).into_iter().next().map_or(Ok(()), Err)?;
+            registry::check(config, &Weights::open(&config.dir)?).into_iter().next().map_or(Ok(()), Err)?;
         }
         let writer = &rows.models[0];
         let end_of_text = writer.eos_id.ok_or_else(|| {

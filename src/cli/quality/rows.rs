@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
+use crate::model::registry;
 use crate::sampling::Score;
 use crate::schedule::{Remask, RemaskBy, Schedule, StageSpec};
 
@@ -146,7 +147,7 @@ impl Rows {
         if let Some(known) = self.models.iter().position(|config| config.dir == dir) {
             return Ok(known);
         }
-        let config = ModelConfig::load(dir)?;
+        let config = registry::read_config(dir)?;
         check_generates(&config)?;
         self.models.push(config);
         Ok(self.models.len() - 1)

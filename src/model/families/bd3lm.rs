@@ -10,11 +10,17 @@
 use std::path::Path;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope};
-use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, Classes, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
-use crate::model::reader::Reader;
-use crate::model::{Dense, FeedForward, Layer, Linear, Model, Norm, Progress};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::layers::{Dense, Linear, Norm};
+use crate::model::reader::{Progress, Reader};
+use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
+
+pub static FAMILY: Family = Family { name: "bd3lm", model_type: "bd3lm", architectures: &["BD3LM"], classes: Classes::Any };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Bd3lm };
 
 /// Width of the sinusoidal timestep embedding, fixed in the published `TimestepEmbedder`.
 const TIMESTEP_DIM: usize = 256;
@@ -33,7 +39,7 @@ pub(crate) const SWITCHES: Switches = Switches {
 };
 
 /// Reads the published keys with the defaults of the published configuration class.
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     let block_size = keys.optional_size("block_size", 1 << 24)?.unwrap_or(1);
     let attention = if keys.flag("causal", false)? {
         Attention::Causal
@@ -42,11 +48,11 @@ pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     } else {
         Attention::Full
     };
-    shared_config(dir, keys, Family::Bd3lm, attention)
+    shared_config(dir, keys, &FAMILY, attention)
 }
 
 /// The keys that BD3-LM and MDLM have in common.
-pub(crate) fn shared_config(dir: &Path, keys: &Keys, family: Family, attention: Attention) -> Result<ModelConfig> {
+pub(in crate::model) fn shared_config(dir: &Path, keys: &Keys, family: &'static Family, attention: Attention) -> Result<ModelConfig> {
     if keys.flag("time_conditioning", false)? {
         return Err(
             keys.error("key `time_conditioning` is true: only models without time conditioning are supported (their adaLN is constant)")

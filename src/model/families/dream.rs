@@ -3,13 +3,19 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
 use crate::error::Result;
-use crate::model::families::llama;
+use crate::model::families::{llama, qwen2};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::NAMES;
+
+pub static FAMILY: Family = Family { name: "dream", model_type: "Dream", architectures: &["DreamModel"], classes: Classes::Own };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
 
 /// Reads the keys of Qwen2, and MASK.
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
-    let base = llama::config(dir, keys, Family::Qwen2)?;
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    let base = llama::read(dir, keys, &FAMILY, &qwen2::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
-    Ok(ModelConfig { family: Family::Dream, attention: Attention::Full, shift: true, mask_id, ..base })
+    Ok(ModelConfig { attention: Attention::Full, shift: true, mask_id, ..base })
 }

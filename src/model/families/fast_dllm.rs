@@ -4,17 +4,24 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
 use crate::error::Result;
-use crate::model::families::llama;
+use crate::model::families::{llama, qwen2};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::NAMES;
+
+pub static FAMILY: Family =
+    Family { name: "fast-dllm", model_type: "Fast_dLLM_Qwen", architectures: &["Fast_dLLM_QwenForCausalLM"], classes: Classes::Own };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
 
 /// MASK as the published sampler has it by default; config.json does not name it.
 const MASK_ID: u32 = 151_665;
 
 /// Reads the keys of Qwen2, MASK, and the block length `bd_size` (32 in the published configuration class).
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
-    let base = llama::config(dir, keys, Family::Qwen2)?;
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    let base = llama::read(dir, keys, &FAMILY, &qwen2::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
     let block_len = keys.optional_size("bd_size", 1 << 24)?.unwrap_or(32);
-    Ok(ModelConfig { family: Family::FastDllm, attention: Attention::BlockCausal(block_len), shift: true, mask_id, ..base })
+    Ok(ModelConfig { attention: Attention::BlockCausal(block_len), shift: true, mask_id, ..base })
 }

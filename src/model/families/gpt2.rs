@@ -10,17 +10,23 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope};
-use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, Classes, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
-use crate::model::reader::Reader;
-use crate::model::{Dense, FeedForward, Layer, Linear, Model, Norm, Progress};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::layers::{Dense, Linear, Norm};
+use crate::model::reader::{Progress, Reader};
+use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
+
+pub static FAMILY: Family = Family { name: "gpt2", model_type: "gpt2", architectures: &["GPT2LMHeadModel"], classes: Classes::Published };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Gpt2 };
 
 /// What `activation_function` may say: both are `v/2 (1 + tanh(sqrt(2/pi) (v + 0.044715 v^3)))`.
 const ACTIVATIONS: [&str; 2] = ["gelu_new", "gelu_pytorch_tanh"];
 
 /// Reads the published keys with the defaults of the published configuration class.
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     for (key, value) in [
         ("scale_attn_weights", json!(true)),
         ("scale_attn_by_inverse_layer_idx", json!(false)),
@@ -40,7 +46,7 @@ pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     }
     let eos_id = keys.first_token("eos_token_id", vocab_size)?;
     Ok(ModelConfig {
-        family: Family::Gpt2,
+        family: &FAMILY,
         dir: dir.to_path_buf(),
         vocab_size,
         hidden_dim,

@@ -9,12 +9,19 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{HeadShape, NormKind, Rope};
-use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, Classes, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
-use crate::model::families::llama::{Names, Qkv};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::{Names, Qkv};
+
+// LLaDA-MoE has the type too: where no class is named, experts tell it apart.
+pub static FAMILY: Family =
+    Family { name: "llada", model_type: "llada", architectures: &["LLaDAModelLM"], classes: Classes::OwnUnless("num_experts") };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
 
 /// `ff_proj` is the gate; a layer's `ff_out` is its down-projection, the one beside the layers is the head.
-pub(crate) const NAMES: Names = Names {
+static NAMES: Names = Names {
     table: "model.transformer.wte.weight",
     layers: "model.transformer.blocks",
     attn_norm: "attn_norm.weight",
@@ -31,7 +38,7 @@ pub(crate) const NAMES: Names = Names {
 };
 
 /// Reads the published keys with the defaults of the published configuration class.
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     if keys.has("num_experts") {
         return Err(keys.error("key `num_experts`: LLaDA-MoE shares LLaDA's model_type but not its class, LLaDAMoEModelLM"));
     }
@@ -72,7 +79,7 @@ pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     };
     let eos_id = keys.first_token("eos_token_id", vocab_size)?;
     Ok(ModelConfig {
-        family: Family::Llada,
+        family: &FAMILY,
         dir: dir.to_path_buf(),
         vocab_size,
         hidden_dim,

@@ -7,18 +7,34 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{ExpertShape, RouterScore};
-use crate::config::{Attention, Family, Keys, ModelConfig, Moe};
+use crate::config::{Attention, Classes, Family, Keys, ModelConfig, Moe};
 use crate::error::Result;
-use crate::model::families::llama;
-use crate::model::families::llama::{Names, Qkv};
+use crate::model::families::llama::{self, Dialect};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::{self, Names, Qkv};
 
-pub(crate) const NAMES: Names = Names {
+pub static FAMILY: Family =
+    Family { name: "llada2", model_type: "llada2_moe", architectures: &["LLaDA2MoeModelLM"], classes: Classes::Own };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+
+static NAMES: Names = Names {
     table: "model.word_embeddings.weight",
     qkv: Qkv::Fused("attention.query_key_value"),
     q_norm: "attention.query_layernorm.weight",
     k_norm: "attention.key_layernorm.weight",
     attn_out: "attention.dense",
-    ..llama::NAMES
+    ..llama_layout::NAMES
+};
+
+const DIALECT: Dialect = Dialect {
+    biases: |keys| Ok((keys.flag("use_qkv_bias", false)?, keys.flag("use_bias", true)?)),
+    qk_norm: |keys| keys.flag("use_qk_norm", true),
+    // Every layer may have experts.
+    mlp_dim: |keys| Ok(keys.optional_size("intermediate_size", 1 << 20)?.unwrap_or(0)),
+    norm_eps: 1e-5,
+    rotary_factor: Some(0.5),
+    ..llama::REQUIRED_KV_HEADS
 };
 
 /// Block length and MASK as the published sampler has them; config.json names neither.
@@ -26,7 +42,7 @@ const BLOCK_LEN: usize = 32;
 const MASK_ID: u32 = 156_895;
 
 /// Reads the published keys with the defaults of the published configuration class.
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     for (key, value) in [
         ("norm_head", json!(false)),
         ("score_function", json!("sigmoid")),
@@ -35,7 +51,7 @@ pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     ] {
         keys.only(key, value)?;
     }
-    let base = llama::config(dir, keys, Family::Llada2)?;
+    let base = llama::read(dir, keys, &FAMILY, &DIALECT)?;
     let num_layers = base.num_layers;
     let num_experts = keys.optional_size("num_experts", 1 << 16)?.unwrap_or(16);
     let top_k = keys.optional_size("num_experts_per_tok", 1 << 16)?.unwrap_or(2);

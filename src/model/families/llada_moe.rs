@@ -7,18 +7,35 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{ExpertShape, RouterScore};
-use crate::config::{Attention, Family, Keys, ModelConfig, Moe};
+use crate::config::{Attention, Classes, Family, Keys, ModelConfig, Moe};
 use crate::error::Result;
-use crate::model::families::llama;
+use crate::model::families::llama::{self, Dialect};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::NAMES;
+
+pub static FAMILY: Family =
+    Family { name: "llada-moe", model_type: "llada", architectures: &["LLaDAMoEModelLM", "LLaDAMoEModel"], classes: Classes::Own };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+
+const DIALECT: Dialect = Dialect {
+    optional_kv_heads: true,
+    qk_norm: |keys| keys.flag("qk_layernorm", false),
+    // Every layer may have experts.
+    mlp_dim: |_| Ok(0),
+    norm_eps: 1e-5,
+    rotary_factor: Some(1.0),
+    ..llama::REQUIRED_KV_HEADS
+};
 
 /// Reads the published keys. What the configuration class can say and no published checkpoint uses is refused by key.
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
     for (key, value) in
         [("clip_qkv", json!(null)), ("shared_expert_intermediate_size", json!(null)), ("moe_router_enable_expert_bias", json!(false))]
     {
         keys.only(key, value)?;
     }
-    let base = llama::config(dir, keys, Family::LladaMoe)?;
+    let base = llama::read(dir, keys, &FAMILY, &DIALECT)?;
     let shape = ExpertShape {
         num_experts: keys.size("num_experts", 1 << 16)?,
         top_k: keys.size("num_experts_per_tok", 1 << 16)?,

@@ -1,101 +1,100 @@
-//! The Llama layout: Llama (arXiv 2302.13971), Mistral (2310.06825), Qwen2 (2407.10671) and Qwen3 (2505.09388) as Hugging Face publishes them.
-//! Config keys, tensor names, and how separate projections become the fused ones of the decoder.
+//! Llama (arXiv 2302.13971), and the config keys that families of its layout share.
 //!
-//! Pre-norm layers with RMS norms, separate q, k and v, SwiGLU of separate gate and up, half-split rotary positions, grouped K/V heads. Qwen2
-//! gives q, k and v biases, Qwen3 norms the heads of q and k, a head may be the embedding table. All are autoregressive: row i predicts token
-//! i + 1, and there is no mask token. Diffusion models made from them, and those with experts in the place of MLPs, load through here.
+//! Pre-norm layers with RMS norms, separate q, k and v, SwiGLU of separate gate and up, half-split
+//! rotary positions, grouped K/V heads. A family says in its [`Dialect`] what it reads differently.
+//! Without more, a model is autoregressive: row i predicts token i + 1, and there is no mask token.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
 
-use crate::backend::{Backend, HeadShape, NormKind, Rope, RopeScaling};
-use crate::config::{Attention, Family, Keys, Mlp, ModelConfig, Moe, Sampling, Switches};
+use crate::backend::{HeadShape, NormKind, Rope, RopeScaling};
+use crate::config::{Attention, Classes, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
 use crate::error::Result;
-use crate::model::families::{llada, llada2};
-use crate::model::reader::Reader;
-use crate::model::{Dense, FeedForward, Layer, Linear, Model, Progress, moe};
-use crate::weights::Weights;
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::NAMES;
 
-/// Where a layout keeps what the decoder reads; names in a layer come behind `{layers}.{i}.`, projections without `.weight` and `.bias`.
-pub(crate) struct Names {
-    pub table: &'static str,
-    pub layers: &'static str,
-    pub attn_norm: &'static str,
-    pub qkv: Qkv,
-    pub q_norm: &'static str,
-    pub k_norm: &'static str,
-    pub attn_out: &'static str,
-    pub mlp_norm: &'static str,
-    pub gate: &'static str,
-    pub up: &'static str,
-    pub down: &'static str,
-    pub final_norm: &'static str,
-    pub head: &'static str,
+pub static FAMILY: Family =
+    Family { name: "llama", model_type: "llama", architectures: &["LlamaForCausalLM"], classes: Classes::Published };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+
+/// What families of the layout read differently.
+pub(in crate::model) struct Dialect {
+    /// `num_key_value_heads` may be absent: then every query head has its own K/V head.
+    pub optional_kv_heads: bool,
+    /// Width of a head where `head_dim` is absent; `None` shares the hidden width among the heads.
+    pub head_dim: Option<usize>,
+    /// Whether q, k and v, and the projection after attention, have biases.
+    pub biases: fn(&Keys) -> Result<(bool, bool)>,
+    /// Whether the heads of q and k are normed.
+    pub qk_norm: fn(&Keys) -> Result<bool>,
+    /// Width of dense MLPs; 0 where every layer may have experts.
+    pub mlp_dim: fn(&Keys) -> Result<usize>,
+    pub mlp_bias: fn(&Keys) -> Result<bool>,
+    /// Epsilon of the norms where `rms_norm_eps` is absent.
+    pub norm_eps: f32,
+    /// The part of each head that is rotated where `partial_rotary_factor` is absent; `None` where
+    /// whole heads are rotated.
+    pub rotary_factor: Option<f32>,
+    pub window: Window,
 }
 
-/// The projections in front of attention.
-pub(crate) enum Qkv {
-    Separate {
-        q: &'static str,
-        k: &'static str,
-        v: &'static str,
-    },
-    /// One, its rows those of q, of k and of v.
-    Fused(&'static str),
+/// Which layers have attention that ends some positions back.
+pub(in crate::model) enum Window {
+    /// None, and `layer_types` is not read.
+    Ignored,
+    /// None.
+    Never,
+    /// All, and the window where `sliding_window` is absent.
+    Always(usize),
+    /// Where `use_sliding_window` says so: those of `layer_types`, or from `max_window_layers` on.
+    Some,
+    /// All, where `use_sliding_window` says so.
+    All,
 }
 
-impl Qkv {
-    /// Each with its rows.
-    fn parts(&self, heads: HeadShape) -> Vec<(&'static str, usize)> {
-        let kv = heads.num_kv_heads * heads.head_dim;
-        match *self {
-            Qkv::Separate { q, k, v } => vec![(q, heads.q_width()), (k, kv), (v, kv)],
-            Qkv::Fused(all) => vec![(all, heads.qkv_width())],
-        }
-    }
-}
-
-/// The names of Hugging Face's own classes.
-pub(crate) const NAMES: Names = Names {
-    table: "model.embed_tokens.weight",
-    layers: "model.layers",
-    attn_norm: "input_layernorm.weight",
-    qkv: Qkv::Separate { q: "self_attn.q_proj", k: "self_attn.k_proj", v: "self_attn.v_proj" },
-    q_norm: "self_attn.q_norm.weight",
-    k_norm: "self_attn.k_norm.weight",
-    attn_out: "self_attn.o_proj",
-    mlp_norm: "post_attention_layernorm.weight",
-    gate: "mlp.gate_proj",
-    up: "mlp.up_proj",
-    down: "mlp.down_proj",
-    final_norm: "model.norm.weight",
-    head: "lm_head.weight",
+/// Llama's own, where others begin.
+pub(in crate::model) const DIALECT: Dialect = Dialect {
+    optional_kv_heads: true,
+    head_dim: None,
+    biases: attention_bias,
+    qk_norm: |_| Ok(false),
+    mlp_dim: |keys| keys.size("intermediate_size", 1 << 20),
+    mlp_bias: |keys| keys.flag("mlp_bias", false),
+    norm_eps: 1e-6,
+    rotary_factor: None,
+    window: Window::Ignored,
 };
 
-/// The layout of a family.
-fn names(family: Family) -> &'static Names {
-    match family {
-        Family::Llada => &llada::NAMES,
-        Family::Llada2 => &llada2::NAMES,
-        _ => &NAMES,
-    }
+/// What other families than Llama have in common.
+pub(in crate::model) const REQUIRED_KV_HEADS: Dialect =
+    Dialect { optional_kv_heads: false, mlp_bias: |_| Ok(false), window: Window::Never, ..DIALECT };
+
+/// One key for all projections of attention.
+pub(in crate::model) fn attention_bias(keys: &Keys) -> Result<(bool, bool)> {
+    let bias = keys.flag("attention_bias", false)?;
+    Ok((bias, bias))
+}
+
+/// Reads the published keys with the defaults of the published configuration class.
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    read(dir, keys, &FAMILY, &DIALECT)
 }
 
 /// Reads the published keys with the defaults of the published configuration classes.
-pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
+pub(in crate::model) fn read(dir: &Path, keys: &Keys, family: &'static Family, dialect: &Dialect) -> Result<ModelConfig> {
     let vocab_size = keys.size("vocab_size", 1 << 24)?;
     let hidden_dim = keys.size("hidden_size", 1 << 16)?;
     let num_layers = keys.size("num_hidden_layers", 1 << 10)?;
     let num_heads = keys.size("num_attention_heads", 1 << 12)?;
-    let num_kv_heads = match family {
-        Family::Llama | Family::LladaMoe => keys.optional_size("num_key_value_heads", 1 << 12)?.unwrap_or(num_heads),
-        _ => keys.size("num_key_value_heads", 1 << 12)?,
+    let num_kv_heads = match dialect.optional_kv_heads {
+        true => keys.optional_size("num_key_value_heads", 1 << 12)?.unwrap_or(num_heads),
+        false => keys.size("num_key_value_heads", 1 << 12)?,
     };
-    let head_dim = match (keys.optional_size("head_dim", 1 << 12)?, family) {
-        (Some(head_dim), _) => head_dim,
-        (None, Family::Qwen3) => 128,
-        (None, _) if hidden_dim.is_multiple_of(num_heads) => hidden_dim / num_heads,
-        (None, _) => {
+    let head_dim = match keys.optional_size("head_dim", 1 << 12)?.or(dialect.head_dim) {
+        Some(head_dim) => head_dim,
+        None if hidden_dim.is_multiple_of(num_heads) => hidden_dim / num_heads,
+        None => {
             return Err(keys.error(format!("hidden_size {hidden_dim} over num_attention_heads {num_heads}: expected a whole head width")));
         }
     };
@@ -112,29 +111,9 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
         return Err(keys.error("key `quantization_config`: quantised weights are not supported, expected f32, bf16 or f16 tensors"));
     }
     let model_length = keys.size("max_position_embeddings", 1 << 24)?;
-    let attention_bias = match family {
-        Family::Llama | Family::LladaMoe | Family::Qwen3 | Family::Qwen3Moe => keys.flag("attention_bias", false)?,
-        _ => false,
-    };
-    let (qkv_bias, attn_out_bias) = match family {
-        Family::Qwen2 => (true, false),
-        Family::Llada2 => (keys.flag("use_qkv_bias", false)?, keys.flag("use_bias", true)?),
-        _ => (attention_bias, attention_bias),
-    };
-    let qk_norm = match family {
-        Family::Qwen3 | Family::Qwen3Moe => true,
-        Family::Llada2 => keys.flag("use_qk_norm", true)?,
-        Family::LladaMoe => keys.flag("qk_layernorm", false)?,
-        _ => false,
-    };
-    let mlp_dim = match family {
-        // Every layer may have experts; their families know.
-        Family::LladaMoe => 0,
-        Family::Llada2 => keys.optional_size("intermediate_size", 1 << 20)?.unwrap_or(0),
-        Family::Qwen3Moe => keys.optional_size("intermediate_size", 1 << 20)?.unwrap_or(6144),
-        _ => keys.size("intermediate_size", 1 << 20)?,
-    };
-    let norm_eps = if matches!(family, Family::Llada2 | Family::LladaMoe) { 1e-5 } else { 1e-6 };
+    let (qkv_bias, attn_out_bias) = (dialect.biases)(keys)?;
+    let qk_norm = (dialect.qk_norm)(keys)?;
+    let mlp_dim = (dialect.mlp_dim)(keys)?;
     let eos_id = keys.first_token("eos_token_id", vocab_size)?;
     Ok(ModelConfig {
         family,
@@ -145,21 +124,21 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
         heads: HeadShape { num_heads, num_kv_heads, head_dim },
         mlp_dim,
         moe: None,
-        norm_eps: keys.number("rms_norm_eps")?.unwrap_or(norm_eps),
-        rope: Rope { width: rotary_dim(keys, family, head_dim)?, ..rope(keys, family, model_length)? },
+        norm_eps: keys.number("rms_norm_eps")?.unwrap_or(dialect.norm_eps),
+        rope: Rope { width: rotary_dim(keys, dialect, head_dim)?, ..rope(keys, dialect, model_length)? },
         switches: Switches {
             norm: NormKind::Rms,
             mlp: Mlp::SwiGlu,
             qkv_bias,
             attn_out_bias,
-            mlp_bias: family == Family::Llama && keys.flag("mlp_bias", false)?,
+            mlp_bias: (dialect.mlp_bias)(keys)?,
             head_bias: false,
             qk_norm,
             tied_head: keys.flag("tie_word_embeddings", false)?,
             learned_positions: false,
         },
         model_length,
-        sliding_window: sliding_window(keys, family, num_layers, model_length)?,
+        sliding_window: sliding_window(keys, dialect, num_layers, model_length)?,
         attention: Attention::Causal,
         shift: false,
         cond_dim: None,
@@ -174,10 +153,10 @@ pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
 }
 
 /// Rotary positions: `rope_parameters` with everything, or `rope_theta` beside an optional `rope_scaling`.
-fn rope(keys: &Keys, family: Family, model_length: usize) -> Result<Rope> {
+fn rope(keys: &Keys, dialect: &Dialect, model_length: usize) -> Result<Rope> {
     let theta = keys.number("rope_theta")?;
     let full = |keys: &Keys| match keys.number("partial_rotary_factor")? {
-        Some(factor) if factor != 1.0 && !rotates_parts(family) => {
+        Some(factor) if factor != 1.0 && dialect.rotary_factor.is_none() => {
             let what =
                 format!("key `partial_rotary_factor`: expected 1, found {factor}; partly rotated heads are LLaDA2's and LLaDA-MoE's alone");
             Err(keys.error(what))
@@ -220,17 +199,9 @@ fn rope(keys: &Keys, family: Family, model_length: usize) -> Result<Rope> {
     Ok(Rope { base, scaling, width: None })
 }
 
-/// Families whose classes rotate the first elements of a head and leave the rest.
-fn rotates_parts(family: Family) -> bool {
-    matches!(family, Family::Llada2 | Family::LladaMoe)
-}
-
 /// Elements of a head that are rotated, where that is not the whole head.
-fn rotary_dim(keys: &Keys, family: Family, head_dim: usize) -> Result<Option<usize>> {
-    if !rotates_parts(family) {
-        return Ok(None);
-    }
-    let default = if family == Family::Llada2 { 0.5 } else { 1.0 };
+fn rotary_dim(keys: &Keys, dialect: &Dialect, head_dim: usize) -> Result<Option<usize>> {
+    let Some(default) = dialect.rotary_factor else { return Ok(None) };
     let factor = keys.number("partial_rotary_factor")?.unwrap_or(default);
     let width = (f64::from(factor) * head_dim as f64) as usize;
     if factor > 1.0 || !width.is_multiple_of(2) {
@@ -242,19 +213,19 @@ fn rotary_dim(keys: &Keys, family: Family, head_dim: usize) -> Result<Option<usi
 }
 
 /// The window of the layers that have one; an error where it is shorter than the model's length, as attention here has none.
-fn sliding_window(keys: &Keys, family: Family, num_layers: usize, model_length: usize) -> Result<Option<usize>> {
+fn sliding_window(keys: &Keys, dialect: &Dialect, num_layers: usize, model_length: usize) -> Result<Option<usize>> {
     const FULL: &str = "full_attention";
     const SLIDING: &str = "sliding_attention";
-    let kinds = if family == Family::Llama { None } else { keys.texts("layer_types")? };
+    let kinds = if matches!(dialect.window, Window::Ignored) { None } else { keys.texts("layer_types")? };
     if let Some(other) = kinds.iter().flatten().find(|kind| ![FULL, SLIDING].contains(*kind)) {
         return Err(keys.error(format!("key `layer_types`: expected {FULL} or {SLIDING}, found {other}")));
     }
     // RND1's is false.
     let window = if keys.is_false("sliding_window") { None } else { keys.optional_size("sliding_window", 1 << 24)? };
-    let window = match family {
-        Family::Mistral if !keys.has("sliding_window") => Some(4096),
-        Family::Mistral => window,
-        Family::Qwen2 | Family::Qwen3 if keys.flag("use_sliding_window", false)? => {
+    let window = match dialect.window {
+        Window::Always(default) if !keys.has("sliding_window") => Some(default),
+        Window::Always(_) => window,
+        Window::Some if keys.flag("use_sliding_window", false)? => {
             let sliding = match kinds {
                 Some(kinds) => kinds.contains(&SLIDING),
                 // Layers before this one see everything.
@@ -262,7 +233,7 @@ fn sliding_window(keys: &Keys, family: Family, num_layers: usize, model_length: 
             };
             window.filter(|_| sliding)
         }
-        Family::Qwen3Moe if keys.flag("use_sliding_window", false)? => window,
+        Window::All if keys.flag("use_sliding_window", false)? => window,
         _ => None,
     };
     match window {
@@ -271,115 +242,4 @@ fn sliding_window(keys: &Keys, family: Family, num_layers: usize, model_length: 
         ))),
         window => Ok(window),
     }
-}
-
-/// Names and shapes of every tensor that [`load`] reads.
-pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let (c, v) = (config.hidden_dim, config.vocab_size);
-    let names = names(config.family);
-    let mut list = vec![(names.table.to_string(), vec![v, c])];
-    for i in 0..config.num_layers {
-        list.extend(layer_tensors(config, &format!("{}.{i}", names.layers), config.experts(i)));
-    }
-    list.push((names.final_norm.to_string(), vec![c]));
-    if !config.switches.tied_head {
-        list.push((names.head.to_string(), vec![v, c]));
-    }
-    list
-}
-
-/// Those of one layer, whose names begin with `prefix`.
-pub(in crate::model) fn layer_tensors(config: &ModelConfig, prefix: &str, experts: Option<&Moe>) -> Vec<(String, Vec<usize>)> {
-    let (c, f) = (config.hidden_dim, config.mlp_dim);
-    let switches = config.switches;
-    let names = names(config.family);
-    let mut list = Vec::new();
-    let mut add = |leaf: &str, shape: &[usize]| list.push((format!("{prefix}.{leaf}"), shape.to_vec()));
-    let mut linear = |name: &str, n: usize, k: usize, with_bias: bool| {
-        add(&format!("{name}.weight"), &[n, k]);
-        if with_bias {
-            add(&format!("{name}.bias"), &[n]);
-        }
-    };
-    for (name, width) in names.qkv.parts(config.heads) {
-        linear(name, width, c, switches.qkv_bias);
-    }
-    linear(names.attn_out, c, config.heads.q_width(), switches.attn_out_bias);
-    if experts.is_none() {
-        for (name, n, k) in [(names.gate, f, c), (names.up, f, c), (names.down, c, f)] {
-            linear(name, n, k, switches.mlp_bias);
-        }
-    }
-    for norm in [names.attn_norm, names.mlp_norm] {
-        add(norm, &[c]);
-    }
-    if switches.qk_norm {
-        for norm in [names.q_norm, names.k_norm] {
-            add(norm, &[config.heads.head_dim]);
-        }
-    }
-    if let Some(experts) = experts {
-        list.extend(moe::tensors(config, experts, prefix));
-    }
-    list
-}
-
-/// Packs a checkpoint. Errors name the missing or misshapen tensor.
-pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
-    let (c, v) = (config.hidden_dim, config.vocab_size);
-    let tied = config.switches.tied_head;
-    let names = names(config.family);
-    let mut r = Reader::new(backend, weights, progress, &tensors(&config))?;
-    // A tied table is the head, and held as that alone: of a small model it is a sixth of all weights.
-    let table = if tied { None } else { Some(r.table(names.table, v, c)?) };
-    let mut layers = Vec::with_capacity(config.num_layers);
-    for i in 0..config.num_layers {
-        layers.push(load_layer(&mut r, &config, &format!("{}.{i}", names.layers), config.experts(i))?);
-    }
-    let final_norm = r.norm(names.final_norm, c)?;
-    let head = r.matrix(if tied { names.table } else { names.head }, v, c, None)?;
-    Ok(Model::new(config, table, layers, final_norm, Linear { weight: head, bias: None }))
-}
-
-/// Packs what [`layer_tensors`] lists.
-pub(in crate::model) fn load_layer<B: Backend>(
-    r: &mut Reader<B>,
-    config: &ModelConfig,
-    prefix: &str,
-    experts: Option<&Moe>,
-) -> Result<Layer<B>> {
-    let (c, f) = (config.hidden_dim, config.mlp_dim);
-    let switches = config.switches;
-    let names = names(config.family);
-    let name = |leaf: &str| format!("{prefix}.{leaf}");
-    let parts: Vec<(String, usize)> = names.qkv.parts(config.heads).into_iter().map(|(part, width)| (name(part), width)).collect();
-    let weights: Vec<(String, usize)> = parts.iter().map(|(part, width)| (format!("{part}.weight"), *width)).collect();
-    let mut qkv = Linear { weight: r.stacked(&weights, c)?, bias: None };
-    if switches.qkv_bias {
-        let mut bias = Vec::with_capacity(config.heads.qkv_width());
-        for (part, width) in &parts {
-            bias.extend(r.values(&format!("{part}.bias"), *width)?);
-        }
-        qkv.bias = Some(r.backend.vector(&bias)?);
-    }
-    let mlp = match experts {
-        Some(experts) => FeedForward::Experts(moe::load(r, experts, prefix)?),
-        None => FeedForward::Dense(Dense {
-            up: r.interleaved_linear(&name(names.gate), &name(names.up), f, c, switches.mlp_bias)?,
-            down: r.linear(&name(names.down), c, f, switches.mlp_bias)?,
-        }),
-    };
-    Ok(Layer {
-        attn_norm: r.norm(&name(names.attn_norm), c)?,
-        qkv,
-        head_norm: if switches.qk_norm {
-            let width = config.heads.head_dim;
-            Some([r.vector(&name(names.q_norm), width)?, r.vector(&name(names.k_norm), width)?])
-        } else {
-            None
-        },
-        attn_out: r.linear(&name(names.attn_out), c, config.heads.q_width(), switches.attn_out_bias)?,
-        mlp_norm: r.norm(&name(names.mlp_norm), c)?,
-        mlp,
-    })
 }

@@ -3,11 +3,16 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
 use crate::error::Result;
 use crate::model::families::bd3lm;
+use crate::model::family::{FamilyEntry, Layout};
+
+pub static FAMILY: Family = Family { name: "mdlm", model_type: "mdlm", architectures: &["MDLM"], classes: Classes::Any };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Bd3lm };
 
 /// Reads the published keys. MDLM checkpoints have no `block_size` and no `cross_attn`, and always carry adaLN.
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
-    bd3lm::shared_config(dir, keys, Family::Mdlm, Attention::Full)
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    bd3lm::shared_config(dir, keys, &FAMILY, Attention::Full)
 }

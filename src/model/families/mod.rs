@@ -1,4 +1,4 @@
-//! Families of checkpoints, one file each.
+//! Families of checkpoints, one file each: names, config keys, and what the tensors are called.
 #![forbid(unsafe_code)]
 
 pub mod bd3lm;
@@ -10,6 +10,11 @@ pub mod llada2;
 pub mod llada_moe;
 pub mod llama;
 pub mod mdlm;
+pub mod mistral;
+pub mod qwen2;
+pub mod qwen3;
 pub mod qwen3_moe;
+pub mod rnd1;
 pub mod sdar;
+pub mod sdar_moe;
 pub mod stable_diffcoder;

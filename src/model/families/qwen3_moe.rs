@@ -1,38 +1,45 @@
-//! Qwen3-MoE (arXiv 2505.09388), and the diffusion models made from it: SDAR's mixture of experts (arXiv 2510.06303; block-causal) and RND1 (Radical
-//! Numerics, 2025; full attention, shifted logits). The Qwen3 layout with softmax-routed experts in the place of MLPs.
+//! Qwen3-MoE (arXiv 2505.09388): the Qwen3 layout with softmax-routed experts in place of MLPs.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
 
 use crate::backend::{ExpertShape, RouterScore};
-use crate::config::{Attention, Family, Keys, ModelConfig, Moe};
+use crate::config::{Classes, Family, Keys, ModelConfig, Moe};
 use crate::error::Result;
-use crate::model::families::{llama, sdar};
+use crate::model::families::llama::{self, Dialect, Window};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::NAMES;
 
-/// MASK as RND1's published configuration class has it by default.
-const RND1_MASK: u32 = 151_669;
+pub static FAMILY: Family =
+    Family { name: "qwen3-moe", model_type: "qwen3_moe", architectures: &["Qwen3MoeForCausalLM"], classes: Classes::Published };
 
-/// Reads the keys of Qwen3-MoE with the defaults of its published configuration class; RND1's own where they differ.
-pub fn config(dir: &Path, keys: &Keys, family: Family) -> Result<ModelConfig> {
-    let base = llama::config(dir, keys, Family::Qwen3Moe)?;
-    let moe = moe(keys, family, &base)?;
-    // A checkpoint whose layers all have experts may still name a width of MLPs.
-    let mlp_dim = if moe.sparse.iter().all(|sparse| *sparse) { 0 } else { base.mlp_dim };
-    let base = ModelConfig { family, mlp_dim, moe: Some(moe), ..base };
-    match family {
-        Family::SdarMoe => sdar::block_causal(dir, keys, base),
-        Family::Rnd1 => {
-            let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(RND1_MASK))?);
-            Ok(ModelConfig { attention: Attention::Full, shift: true, mask_id, ..base })
-        }
-        _ => Ok(base),
-    }
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+
+const DIALECT: Dialect = Dialect {
+    qk_norm: |_| Ok(true),
+    mlp_dim: |keys| Ok(keys.optional_size("intermediate_size", 1 << 20)?.unwrap_or(6144)),
+    window: Window::All,
+    ..llama::REQUIRED_KV_HEADS
+};
+
+/// Reads the keys with the defaults of the published configuration class.
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    read(dir, keys, &FAMILY, false)
 }
 
-fn moe(keys: &Keys, family: Family, base: &ModelConfig) -> Result<Moe> {
+/// Those of the family, and of the ones made from it; `renormalise` is their default.
+pub(in crate::model) fn read(dir: &Path, keys: &Keys, family: &'static Family, renormalise: bool) -> Result<ModelConfig> {
+    let base = llama::read(dir, keys, family, &DIALECT)?;
+    let moe = moe(keys, renormalise, &base)?;
+    // A checkpoint whose layers all have experts may still name a width of MLPs.
+    let mlp_dim = if moe.sparse.iter().all(|sparse| *sparse) { 0 } else { base.mlp_dim };
+    Ok(ModelConfig { mlp_dim, moe: Some(moe), ..base })
+}
+
+fn moe(keys: &Keys, renormalise: bool, base: &ModelConfig) -> Result<Moe> {
     let num_layers = base.num_layers;
     // The class leaves the chosen weights as they are by default; every published checkpoint says otherwise.
-    let score = RouterScore::Softmax { renormalise: keys.flag("norm_topk_prob", family == Family::Rnd1)? };
+    let score = RouterScore::Softmax { renormalise: keys.flag("norm_topk_prob", renormalise)? };
     // transformers 5 writes the second name.
     let num_experts = match keys.optional_size("num_experts", 1 << 16)? {
         Some(number) => number,
@@ -48,9 +55,6 @@ fn moe(keys: &Keys, family: Family, base: &ModelConfig) -> Result<Moe> {
     let mut sparse: Vec<bool> = (1..=num_layers).map(|layer| layer.is_multiple_of(step)).collect();
     for layer in keys.counts("mlp_only_layers", num_layers - 1)?.unwrap_or_default() {
         sparse[layer] = false;
-    }
-    if family == Family::Rnd1 && sparse.contains(&false) {
-        return Err(keys.error("RND1 has experts in every layer: expected no `mlp_only_layers` and a `decoder_sparse_step` of 1"));
     }
     keys.experts(Moe { shape, score, router_bias: false, shared_dim: None, sparse })
 }

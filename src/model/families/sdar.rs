@@ -3,21 +3,26 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
 use crate::error::Result;
-use crate::model::families::llama;
+use crate::model::families::{llama, qwen3};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::NAMES;
+
+pub static FAMILY: Family = Family { name: "sdar", model_type: "sdar", architectures: &["SDARForCausalLM"], classes: Classes::Own };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
 
 /// Block length of the checkpoints whose names give none; it is not in their config.json.
 const BLOCK_LEN: usize = 4;
 
 /// Reads the keys of Qwen3, MASK, and the block length that derivatives add.
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
-    let base = llama::config(dir, keys, Family::Qwen3)?;
-    block_causal(dir, keys, ModelConfig { family: Family::Sdar, ..base })
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    block_causal(dir, keys, llama::read(dir, keys, &FAMILY, &qwen3::DIALECT)?)
 }
 
 /// SDAR over any Qwen3 decoder.
-pub(crate) fn block_causal(dir: &Path, keys: &Keys, base: ModelConfig) -> Result<ModelConfig> {
+pub(in crate::model) fn block_causal(dir: &Path, keys: &Keys, base: ModelConfig) -> Result<ModelConfig> {
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
     let block_len = keys.optional_size("block_size", 1 << 24)?.unwrap_or(BLOCK_LEN);
     Ok(ModelConfig { attention: Attention::BlockCausal(block_len), mask_id, ..base })

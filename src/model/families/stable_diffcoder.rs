@@ -3,17 +3,25 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
 use crate::error::Result;
 use crate::model::families::llama;
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::NAMES;
+
+// Llama's type; the class tells them apart.
+pub static FAMILY: Family =
+    Family { name: "stable-diffcoder", model_type: "llama", architectures: &["StableDiffcoderForCausalLM"], classes: Classes::Own };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
 
 /// Block length and MASK as the published sampler has them by default; config.json names neither.
 const BLOCK_LEN: usize = 4;
 const MASK_ID: u32 = 5;
 
 /// Reads the keys of Llama, and MASK.
-pub fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
-    let base = llama::config(dir, keys, Family::Llama)?;
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    let base = llama::read(dir, keys, &FAMILY, &llama::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
-    Ok(ModelConfig { family: Family::StableDiffcoder, attention: Attention::BlockCausal(BLOCK_LEN), mask_id, ..base })
+    Ok(ModelConfig { attention: Attention::BlockCausal(BLOCK_LEN), mask_id, ..base })
 }

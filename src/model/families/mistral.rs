@@ -1,0 +1,22 @@
+//! Mistral (arXiv 2310.06825): the Llama layout without biases, with a window of attention.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+
+use crate::config::{Classes, Family, Keys, ModelConfig};
+use crate::error::Result;
+use crate::model::families::llama::{self, Dialect, Window};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::NAMES;
+
+pub static FAMILY: Family =
+    Family { name: "mistral", model_type: "mistral", architectures: &["MistralForCausalLM"], classes: Classes::Published };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+
+const DIALECT: Dialect = Dialect { biases: |_| Ok((false, false)), window: Window::Always(4096), ..llama::REQUIRED_KV_HEADS };
+
+/// Reads the published keys with the defaults of the published configuration class.
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    llama::read(dir, keys, &FAMILY, &DIALECT)
+}

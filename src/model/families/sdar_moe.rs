@@ -1,0 +1,20 @@
+//! SDAR's mixture of experts (arXiv 2510.06303): Qwen3-MoE under block-causal attention.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+
+use crate::config::{Classes, Family, Keys, ModelConfig};
+use crate::error::Result;
+use crate::model::families::{qwen3_moe, sdar};
+use crate::model::family::{FamilyEntry, Layout};
+use crate::model::llama_layout::NAMES;
+
+pub static FAMILY: Family =
+    Family { name: "sdar-moe", model_type: "sdar_moe", architectures: &["SDARMoeForCausalLM"], classes: Classes::Own };
+
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+
+/// Reads the keys of Qwen3-MoE, and those that SDAR adds.
+fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    sdar::block_causal(dir, keys, qwen3_moe::read(dir, keys, &FAMILY, false)?)
+}
