@@ -7,14 +7,17 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 
-use super::model::Format;
-use super::quality::QualityFlags;
-use super::{DeviceFlags, Progress};
 use crate::backend::{Backend, Ceilings, DType, ExpertShape};
+use crate::cli::bench_flags::{Flags, Forward};
+use crate::cli::device::on_machine;
+use crate::cli::engine::{attach_joint, drain, load};
+use crate::cli::files::{model_dir, write_atomically};
+use crate::cli::flags::Format;
+use crate::cli::quality;
+use crate::cli::terminal::{Progress, print};
 use crate::config::{Mlp, ModelConfig};
 use crate::cpu::Cpu;
 use crate::engine::Engine;
@@ -24,86 +27,7 @@ use crate::model::shapes;
 use crate::oneshot::{TimedForward, Timing};
 use crate::plan::Visibility;
 use crate::request::{Output, Prompt, Request};
-use crate::sampling::valid_top_p;
-use crate::schedule::{Schedule, StageSpec};
-
-#[derive(Args)]
-pub(super) struct Flags {
-    /// Model directory [default: the model that ships]. With --quality, repeat it for stages with weights=1, 2, ...
-    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
-    pub(super) model: Vec<PathBuf>,
-    /// Random weights of a published shape instead of a checkpoint: bd3lm-owt (170M), sdar-8b or
-    /// tiny
-    #[arg(long, value_name = "NAME", conflicts_with = "quality")]
-    shape: Option<String>,
-    /// Presets to measure, comma separated [default: draft,did,did-fast]
-    #[arg(long, value_delimiter = ',', conflicts_with = "stage")]
-    pub(super) preset: Vec<String>,
-    /// A schedule of its own, as for generate
-    #[arg(long, value_name = "KEY=VAL,...")]
-    pub(super) stage: Vec<StageSpec>,
-    /// Joint sampler of the (first) model, for stages with sampler=joint [default: joint/ in the model's directory, where a stage asks for one]
-    #[arg(long, value_name = "DIR", conflicts_with = "shape")]
-    pub(super) joint: Option<PathBuf>,
-    /// Samples in flight together, comma separated [default: 1; with --quality: 64]
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub(super) batch: Vec<u32>,
-    /// Generated tokens, comma separated [default: what the model was trained for]
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
-    pub(super) length: Vec<u32>,
-    /// Single forwards to time, comma separated: ROWS@POSITION runs ROWS rows from POSITION on over
-    /// cached K/V of the positions before, each sees all positions up to the last row, and all draw
-    /// a token [default: a pass over the whole length, and draft steps]
-    #[arg(long, value_name = "ROWS@POSITION", value_delimiter = ',', conflicts_with = "quality", value_parser = parse_forward)]
-    forward: Vec<Forward>,
-    /// Nuclei to time the single forwards with, comma separated; 1 draws from the whole
-    /// distribution
-    #[arg(long, value_name = "P", value_delimiter = ',', default_values_t = [1.0, 0.9], value_parser = parse_top_p, conflicts_with = "quality")]
-    forward_top_p: Vec<f32>,
-    /// Time single forwards and no schedule
-    #[arg(long, conflicts_with_all = ["quality", "preset", "stage", "batch", "joint", "plot"])]
-    no_schedules: bool,
-    /// Measured runs per row
-    #[arg(long, default_value_t = 3, conflicts_with = "quality", value_parser = clap::value_parser!(u32).range(1..=1000))]
-    runs: u32,
-    /// table or json
-    #[arg(long, value_enum, default_value = "table")]
-    pub(super) format: Format,
-    /// Also draw the stage times as an SVG
-    #[arg(long, value_name = "FILE", conflicts_with = "quality")]
-    plot: Option<PathBuf>,
-    #[command(flatten)]
-    pub(super) quality: QualityFlags,
-    #[command(flatten)]
-    pub(super) device: DeviceFlags,
-}
-
-/// `--forward`.
-#[derive(Clone, Copy)]
-struct Forward {
-    rows: usize,
-    position: usize,
-}
-
-impl Forward {
-    /// Positions of the sequence: its rows are the last.
-    fn len(self) -> usize {
-        self.position + self.rows
-    }
-}
-
-fn parse_forward(text: &str) -> Result<Forward, String> {
-    let number = |text: &str| text.parse::<u32>().ok().map(|n| n as usize);
-    let parts = text.split_once('@').and_then(|(rows, position)| Some((number(rows)?, number(position)?)));
-    match parts {
-        Some((rows @ 1.., position)) => Ok(Forward { rows, position }),
-        _ => Err("expected ROWS@POSITION with at least one row, as in 32@512".into()),
-    }
-}
-
-fn parse_top_p(text: &str) -> Result<f32, String> {
-    text.parse().ok().filter(|p| valid_top_p(*p)).ok_or_else(|| "expected a number above 0, at most 1".into())
-}
+use crate::schedule::Schedule;
 
 /// What is measured without `--preset` and `--stage`.
 const DEFAULT_PRESETS: [&str; 3] = ["draft", "did", "did-fast"];
@@ -183,7 +107,7 @@ fn median(values: &mut [f64]) -> f64 {
 
 pub(super) fn run(mut flags: Flags) -> Result<()> {
     if flags.quality.quality {
-        return super::quality::run(&flags);
+        return quality::run(&flags);
     }
     if let [_, second, ..] = &flags.model[..] {
         return Err(Error::request(format!("--model {}: more than one model goes with --quality only", second.display())));
@@ -197,7 +121,7 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
     let (label, config) = match &flags.shape {
         Some(name) => (name.clone(), shapes::config(name)?),
         None => {
-            let dir = super::model_dir(flags.model.first().map(PathBuf::as_path))?;
+            let dir = model_dir(flags.model.first().map(PathBuf::as_path))?;
             (dir.display().to_string(), registry::read_config(&dir)?)
         }
     };
@@ -222,20 +146,20 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
     options.budget.max_sessions = most;
     options.budget.max_rows = usize::MAX;
     options.kv_pages = Some(longest.div_ceil(options.page_size) * most);
-    let Measured { device, load_ms, ceilings, probes, rows } = super::on_machine!(flags.device.machine()?, |backend| {
+    let Measured { device, load_ms, ceilings, probes, rows } = on_machine!(flags.device.machine()?, |backend| {
         let loading = Instant::now();
         let mut engine = match &flags.shape {
             Some(_) => Engine::random(config.clone(), backend, options)?,
-            None => super::load(&config.dir, backend, options)?,
+            None => load(&config.dir, backend, options)?,
         };
-        super::attach_joint(&mut engine, flags.joint.as_deref(), &config.dir, schedules.iter().map(|(_, schedule)| schedule))?;
+        attach_joint(&mut engine, flags.joint.as_deref(), &config.dir, schedules.iter().map(|(_, schedule)| schedule))?;
         let load_ms = loading.elapsed().as_secs_f64() * 1e3;
         sweep(&mut engine, load_ms, &flags, &schedules, &lengths)?
     });
     let dtype = flags.device.dtype();
     if let Some(path) = &flags.plot {
         let svg = plot(&rows, &format!("{label}, {device}, {}", dtype.name()));
-        super::write_atomically(path, |out| out.write_all(svg.as_bytes()))?;
+        write_atomically(path, |out| out.write_all(svg.as_bytes()))?;
     }
     let text = if flags.format == Format::Json {
         format!(
@@ -246,7 +170,7 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
         let head = format!("{label}, {device}, {}, loaded in {:.1} s, medians of {} runs", dtype.name(), load_ms / 1e3, flags.runs);
         table(&head, &ceilings, &probes, &rows)
     };
-    super::print(&text)?;
+    print(&text)?;
     Ok(())
 }
 
@@ -389,7 +313,7 @@ fn measure<B: Backend>(engine: &mut Engine<B>, name: &str, schedule: &Schedule, 
             request.stop.ignore_eos = true;
             handles.push(engine.submit(request)?);
         }
-        super::drain(engine, &handles)?;
+        drain(engine, &handles)?;
         let wall = start.elapsed().as_secs_f64() * 1e3;
         for (i, handle) in handles.iter().enumerate() {
             let output = handle.take_output().expect("drained")?;

@@ -7,11 +7,15 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 
-use super::output::{self, Run};
-use super::watch::Watch;
-use super::{DeviceFlags, Piped, TopPRuleFlag};
 use crate::backend::Backend;
 use crate::chat::{ChatTemplate, Message};
+use crate::cli::device::{DeviceFlags, on_machine};
+use crate::cli::engine::attach_joint;
+use crate::cli::files::{model_dir, read_text};
+use crate::cli::flags::TopPRuleFlag;
+use crate::cli::output::{self, Run};
+use crate::cli::terminal::{Piped, Progress, print};
+use crate::cli::watch::Watch;
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
@@ -196,8 +200,8 @@ impl Flags {
     fn prompt_text(&self) -> Result<String> {
         match (&self.prompt, &self.prompt_file, &self.stdin) {
             (Some(text), ..) => Ok(text.clone()),
-            (_, Some(path), _) => super::read_text(path),
-            (.., Some(_)) => super::read_text(Path::new("-")),
+            (_, Some(path), _) => read_text(path),
+            (.., Some(_)) => read_text(Path::new("-")),
             _ => Ok(String::new()),
         }
     }
@@ -242,7 +246,7 @@ impl Flags {
 }
 
 pub(super) fn run(flags: Flags) -> Result<()> {
-    let dir = super::model_dir(flags.model.first().map(PathBuf::as_path))?;
+    let dir = model_dir(flags.model.first().map(PathBuf::as_path))?;
     let config = registry::read_config(&dir)?;
     config.masking()?;
     let defaults = defaults(&config, flags.temperature, flags.top_p, flags.top_p_rule, flags.top_k)?;
@@ -259,7 +263,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     // The engine checks this too, but only once everything is loaded.
     config.check_len(len)?;
     let job = Job { flags, dir, config, schedule, tokenizer, prompt, len };
-    super::on_machine!(job.flags.device.machine()?, |backend| generate(backend, &job))
+    on_machine!(job.flags.device.machine()?, |backend| generate(backend, &job))
 }
 
 /// A request, resolved.
@@ -282,7 +286,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
     for other in flags.model.iter().skip(1) {
         engine.add_model(other, &mut |_, _| {})?;
     }
-    super::attach_joint(&mut engine, flags.joint.as_deref(), dir, [schedule])?;
+    attach_joint(&mut engine, flags.joint.as_deref(), dir, [schedule])?;
     let load_ms = loading.elapsed().as_secs_f64() * 1e3;
     let stop = StopOptions { ignore_eos: flags.ignore_eos, texts: flags.stop.clone(), entropy: flags.stop_entropy };
     let run = Run {
@@ -313,7 +317,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
     let mut printed = 0;
     let mut failed = None;
     let mut piped = Piped::Open;
-    let mut progress = super::Progress::new("generating");
+    let mut progress = Progress::new("generating");
     let mut revealed = 0usize;
     loop {
         let busy = engine.tick()?;
@@ -348,7 +352,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
             if let Some(watch) = watch.as_mut().filter(|_| printed == 0) {
                 watch.finish();
             }
-            piped = super::print(&outputs[printed].take().expect("looked at above"))?;
+            piped = print(&outputs[printed].take().expect("looked at above"))?;
             printed += 1;
         }
         if !busy || piped == Piped::Closed {

@@ -6,8 +6,10 @@ use std::time::Instant;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
-use super::model::Format;
-use super::{DTypeFlag, Device, Piped};
+use crate::cli::device::{Device, parse_device};
+use crate::cli::files::read_text;
+use crate::cli::flags::{DTypeFlag, Format};
+use crate::cli::terminal::{Piped, print};
 use crate::cuda;
 use crate::cuda::machine::Machine;
 use crate::error::{Error, Result};
@@ -92,7 +94,7 @@ enum Place {
 }
 
 fn parse_place(text: &str) -> Result<Place, String> {
-    match super::parse_device(text) {
+    match parse_device(text) {
         Ok(Device::Cuda(ordinal)) => Ok(Place::Cuda(ordinal)),
         Ok(Device::Emu(arch)) => Ok(Place::Emu(arch)),
         Ok(_) => Err("expected cuda, cuda:INDEX or emu[:ARCH]".into()),
@@ -105,16 +107,16 @@ pub(super) fn run(command: Command) -> Result<()> {
         Command::List { format } => {
             let kernels = cuda::kernels_list();
             let text = if format == Format::Json { to_json(&kernels) } else { cuda::list_table(&kernels) };
-            super::print(&text)?;
+            print(&text)?;
         }
         Command::Check { arch, report, format } => {
             let reports = cuda::kernels_check(&arch)?;
             if format == Format::Json {
-                super::print(&to_json(&reports))?;
+                print(&to_json(&reports))?;
             } else if report {
-                super::print(&cuda::report_table(&reports))?;
+                print(&cuda::report_table(&reports))?;
             } else {
-                super::print(&format!("{} entries over {} compile\n", reports.len(), arch.join(", ")))?;
+                print(&format!("{} entries over {} compile\n", reports.len(), arch.join(", ")))?;
             }
             let over = cuda::over_budget(&reports);
             if !over.is_empty() {
@@ -134,12 +136,12 @@ fn build(archs: &[String], out: &Path, list: Option<&Path>) -> Result<()> {
     let start = Instant::now();
     let mut builds = cuda::builds();
     if let Some(list) = list {
-        let named = cuda::parse_builds(&super::read_text(list)?).map_err(|error| in_file(list, error))?;
+        let named = cuda::parse_builds(&read_text(list)?).map_err(|error| in_file(list, error))?;
         builds.extend(named.into_iter().filter(|build| !cuda::builds().contains(build)));
     }
     let (files, bytes) = cuda::kernels_build(archs, &builds, out)?;
     let (mib, seconds) = (bytes as f64 / f64::from(1 << 20), start.elapsed().as_secs_f64());
-    super::print(&format!("{}: {} kernels for {}, {mib:.1} MiB, {seconds:.1} s\n", out.display(), files.len(), archs.join(", "))).map(drop)
+    print(&format!("{}: {} kernels for {}, {mib:.1} MiB, {seconds:.1} s\n", out.display(), files.len(), archs.join(", "))).map(drop)
 }
 
 /// The error of a line, with the file in front.
@@ -187,7 +189,7 @@ fn lines_of<'a>(text: &'a str) -> Vec<Line<'a>> {
 ///
 /// Errors: [`Error::Kernel`] at the end, where a line failed.
 fn replay_list(asked: &Run, list: &Path) -> Result<()> {
-    let text = super::read_text(list)?;
+    let text = read_text(list)?;
     let lines = lines_of(&text);
     if lines.is_empty() {
         return Err(Error::request(format!(
@@ -213,7 +215,7 @@ fn replay_list(asked: &Run, list: &Path) -> Result<()> {
                 json!({ "line": line.number, "text": line.text, "error": error.to_string() })
             }
         };
-        if super::print(&format!("{report}\n"))? == Piped::Closed {
+        if print(&format!("{report}\n"))? == Piped::Closed {
             return Ok(());
         }
     }
@@ -240,7 +242,7 @@ fn replay(asked: &Run) -> Result<()> {
              ({repeat} batches of {launches} launches, {sets} sets of buffers)\n"
         )
     };
-    super::print(&text).map(drop)
+    print(&text).map(drop)
 }
 
 fn to_json<T: serde::Serialize>(value: &T) -> String {

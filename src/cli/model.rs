@@ -2,11 +2,14 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::{Value, json};
 
-use super::DeviceFlags;
 use crate::backend::{NormKind, RopeScaling};
+use crate::cli::device::{DeviceFlags, on_machine};
+use crate::cli::files::{model_dir, read_text, write_atomically};
+use crate::cli::flags::Format;
+use crate::cli::terminal::print;
 use crate::config::{Attention, Mlp, ModelConfig, Moe};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -62,17 +65,17 @@ pub(super) fn native(attention: Attention) -> Visibility {
 }
 
 pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
-    let dir = super::model_dir(flags.model.as_deref())?;
+    let dir = model_dir(flags.model.as_deref())?;
     let tokens = match &flags.tokens_file {
         None => flags.tokens.clone(),
-        Some(path) => serde_json::from_str(&super::read_text(path)?)
+        Some(path) => serde_json::from_str(&read_text(path)?)
             .map_err(|e| Error::io(path, &std::io::Error::other(format!("expected a JSON array of token ids: {e}"))))?,
     };
     let config = registry::read_config(&dir)?;
     Engine::<crate::cpu::Cpu>::check_tokens(&config, &tokens)?;
     let visibility = flags.block_len.map_or(native(config.attention), BlockLen::visibility);
     let mut data = Vec::with_capacity(tokens.len() * config.vocab_size * 4);
-    super::on_machine!(flags.device.machine()?, |backend| {
+    on_machine!(flags.device.machine()?, |backend| {
         flags.device.engine(backend, &dir, None, tokens.len(), 1)?.logits(&tokens, visibility, &mut |_, logits| {
             data.extend(logits.iter().flat_map(|l| l.to_le_bytes()));
             Ok(())
@@ -81,7 +84,7 @@ pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
     let shape = vec![tokens.len(), config.vocab_size];
     let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, &data).map_err(|e| Error::kernel(e.to_string()))?;
     let bytes = safetensors::serialize([("logits", view)], None).map_err(|e| Error::kernel(e.to_string()))?;
-    super::write_atomically(&flags.out, |out| out.write_all(&bytes))
+    write_atomically(&flags.out, |out| out.write_all(&bytes))
 }
 
 #[derive(Args)]
@@ -94,14 +97,8 @@ pub(super) struct InspectFlags {
     format: Format,
 }
 
-#[derive(Clone, Copy, PartialEq, ValueEnum)]
-pub(super) enum Format {
-    Table,
-    Json,
-}
-
 pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
-    let dir = super::model_dir(flags.dir.as_deref())?;
+    let dir = model_dir(flags.dir.as_deref())?;
     let config = registry::read_config(&dir)?;
     let weights = Weights::open(&dir)?;
     let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size);
@@ -143,7 +140,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
             "mask_id": config.mask_id, "bos_id": config.bos_id, "eos_id": config.eos_id, "pad_id": config.pad_id,
             "kv_bytes_per_token": {"f32": kv(4), "bf16": kv(2)}, "unsupported": unsupported,
         });
-        super::print(&format!("{object}\n"))?;
+        print(&format!("{object}\n"))?;
         return Ok(());
     }
     let mut inside = vec![
@@ -193,7 +190,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
         ("unsupported", if unsupported.is_empty() { "nothing".into() } else { unsupported.join("; ") }),
     ];
     let table: String = rows.iter().map(|(name, value)| format!("{name:<17} {value}\n")).collect();
-    super::print(&table)?;
+    print(&table)?;
     Ok(())
 }
 

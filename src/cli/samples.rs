@@ -10,6 +10,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::cli::files::read_text;
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine;
@@ -69,7 +70,7 @@ pub(super) struct Sample {
 pub(super) fn read(path: &Path, judge: &ModelConfig, tokenizer: &Tokenizer) -> Result<Vec<Sample>> {
     let mut known = HashMap::new();
     let mut samples = Vec::new();
-    for (number, line) in super::read_text(path)?.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+    for (number, line) in read_text(path)?.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let wrong = |what: String| Error::request(format!("{}: line {}: {what}", path.display(), number + 1));
         let line: Line = serde_json::from_str(line)
             .map_err(|e| wrong(format!("expected a line of `generate --format jsonl` or `bench --quality --save`: {e}")))?;

@@ -12,10 +12,14 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::model::{Format, native};
-use super::samples::{self, ReadAs};
-use super::{DeviceFlags, Progress};
 use crate::backend::Backend;
+use crate::cli::device::{DeviceFlags, on_machine};
+use crate::cli::engine::drain;
+use crate::cli::files::{model_dir, read_text};
+use crate::cli::flags::Format;
+use crate::cli::model::native;
+use crate::cli::samples::{self, ReadAs};
+use crate::cli::terminal::{Progress, print};
 use crate::config::{Attention, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -63,7 +67,7 @@ fn parse_visibility(text: &str) -> Result<Visibility, String> {
 }
 
 pub(super) fn run(flags: Flags) -> Result<()> {
-    let dir = super::model_dir(flags.model.as_deref())?;
+    let dir = model_dir(flags.model.as_deref())?;
     let config = registry::read_config(&dir)?;
     let visibility = flags.visibility.unwrap_or(native(config.attention));
     if config.attention == Attention::Causal && visibility != Visibility::BlockCausal(1) {
@@ -77,7 +81,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
         Some(path) => samples(path, &judge, &flags)?,
         None => text(&judge, &flags)?,
     };
-    super::print(&text)?;
+    print(&text)?;
     Ok(())
 }
 
@@ -95,7 +99,7 @@ impl Judge {
     /// Negative log-likelihood in nats of every token of the windows, in order.
     fn score(&self, device: &DeviceFlags, windows: &[&[u32]]) -> Result<Vec<f64>> {
         let longest = windows.iter().map(|window| window.len()).max().unwrap_or(0);
-        super::on_machine!(device.machine()?, |backend| {
+        on_machine!(device.machine()?, |backend| {
             let mut engine = device.engine(backend, &self.dir, Some(self.tokenizer.clone()), longest + 1, windows.len())?;
             score(&mut engine, windows, self.visibility)
         })
@@ -105,7 +109,7 @@ impl Judge {
 /// `--file`: the tokens of a text.
 fn text(judge: &Judge, flags: &Flags) -> Result<String> {
     let Judge { dir, visibility, tokenizer, window, .. } = judge;
-    let tokens = tokenizer.encode(&super::read_text(&flags.file)?)?;
+    let tokens = tokenizer.encode(&read_text(&flags.file)?)?;
     if tokens.is_empty() {
         return Err(Error::request(format!("{}: no text to score", flags.file.display())));
     }
@@ -214,7 +218,7 @@ fn score<B: Backend>(engine: &mut Engine<B>, windows: &[&[u32]], visibility: Vis
             request.forced = std::iter::once(bos_id).chain(window.iter().copied()).collect();
             handles.push(engine.submit(request)?);
         }
-        super::drain(engine, &handles)?;
+        drain(engine, &handles)?;
         for handle in &handles {
             let output = handle.take_output().expect("drained")?;
             nll.extend(output.confidence.iter().map(|p| -f64::from(*p).ln()));

@@ -12,14 +12,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use clap::Args;
 use serde::Serialize;
 
 use self::report::{Cost, Human, PairedRow, Report};
 use self::rows::{Row, Rows, Sampling};
-use super::model::Format;
-use super::{DTypeFlag, DeviceFlags, Progress, bench};
 use crate::backend::Backend;
+use crate::cli::bench_flags::Flags;
+use crate::cli::device::{DeviceFlags, on_machine};
+use crate::cli::engine::{attach_joint, drain, load};
+use crate::cli::files::{judge_dir, model_dir, read_text};
+use crate::cli::flags::{DTypeFlag, Format};
+use crate::cli::terminal::{Progress, print};
 use crate::config::{Attention, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -50,48 +53,9 @@ const ENOUGH_SAMPLES: u32 = 200;
 /// Documents encoded between two looks at the clock.
 const DOCUMENTS_AT_ONCE: usize = 256;
 
-/// Flags of `bench` that go with `--quality`.
-#[derive(Args)]
-pub(super) struct QualityFlags {
-    /// Measure text instead of time: generate samples of several schedules, and report quality, variety, coherence and cost
-    #[arg(long)]
-    pub(super) quality: bool,
-    /// Autoregressive checkpoint with the model's vocabulary that scores the samples [default: the judge that ships]
-    #[arg(long, value_name = "DIR", requires = "quality")]
-    judge: Option<PathBuf>,
-    /// Human text to measure the same way: documents with a line <|endoftext|> between them
-    #[arg(long, value_name = "FILE", requires = "quality")]
-    human: Option<PathBuf>,
-    /// The model's training text, in the same form: for the trigram judge and the copied runs; may be repeated
-    #[arg(long, value_name = "FILE", requires = "quality")]
-    train: Vec<PathBuf>,
-    /// Samples a row
-    #[arg(long, default_value_t = 256, requires = "quality", value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    samples: u32,
-    /// Seed of rows that do not name one
-    #[arg(long, default_value_t = 0, requires = "quality")]
-    seed: u64,
-    /// JSON lines, a row each: {"name", "stages": [..] or "preset", and "temperature", "top_p", "seed", "model" where wanted}
-    /// [default: draft, a full refine by snapshot, random, post-hoc and held-out:4, and did-lift]
-    #[arg(long, value_name = "FILE", requires = "quality", conflicts_with_all = ["preset", "stage"])]
-    rows: Option<PathBuf>,
-    /// Softmax temperature of stages that do not name one
-    #[arg(long, value_name = "T", requires = "quality", allow_negative_numbers = true)]
-    temperature: Option<f32>,
-    /// Nucleus of stages that do not name one
-    #[arg(long, value_name = "P", requires = "quality", allow_negative_numbers = true)]
-    top_p: Option<f32>,
-    /// Write every sample with its draft as JSON lines
-    #[arg(long, value_name = "FILE", requires = "quality")]
-    save: Option<PathBuf>,
-    /// Also report the values of single samples (json)
-    #[arg(long, requires = "quality")]
-    per_sample: bool,
-}
-
 /// Everything that is known before the first sample.
 struct Job<'a> {
-    flags: &'a bench::Flags,
+    flags: &'a Flags,
     /// Of `--model`: further ones are for stages that name them.
     more_models: &'a [PathBuf],
     rows: Rows,
@@ -106,7 +70,7 @@ struct Job<'a> {
     trigram: Option<Interpolated>,
 }
 
-pub(super) fn run(flags: &bench::Flags) -> Result<()> {
+pub(super) fn run(flags: &Flags) -> Result<()> {
     let job = Job::resolve(flags)?;
     let mut save = flags.quality.save.as_deref().map(Save::create).transpose()?;
     let mut report = job.report();
@@ -117,15 +81,15 @@ pub(super) fn run(flags: &bench::Flags) -> Result<()> {
             Format::Json => serde_json::to_string(&report).expect("plain data") + "\n",
             Format::Table => report::table(&report),
         };
-        super::print(&text)?;
+        print(&text)?;
     }
     outcome
 }
 
 impl<'a> Job<'a> {
-    fn resolve(flags: &'a bench::Flags) -> Result<Job<'a>> {
+    fn resolve(flags: &'a Flags) -> Result<Job<'a>> {
         let asked = &flags.quality;
-        let first = registry::read_config(&super::model_dir(flags.model.first().map(PathBuf::as_path))?)?;
+        let first = registry::read_config(&model_dir(flags.model.first().map(PathBuf::as_path))?)?;
         let sampling = Sampling { temperature: asked.temperature, top_p: asked.top_p, seed: asked.seed };
         let mut rows = Rows::new(first, flags.model.len(), sampling)?;
         match &asked.rows {
@@ -136,7 +100,7 @@ impl<'a> Job<'a> {
         }
         let more_models = flags.model.get(1..).unwrap_or_default();
         let more: Vec<ModelConfig> = more_models.iter().map(|dir| registry::read_config(dir)).collect::<Result<_>>()?;
-        let judge = registry::read_config(&super::judge_dir(asked.judge.as_deref())?)?;
+        let judge = registry::read_config(&judge_dir(asked.judge.as_deref())?)?;
         if judge.attention != Attention::Causal {
             let what = "expected an autoregressive checkpoint as --judge, found one that is trained for diffusion";
             return Err(Error::config(&judge.dir.join("config.json"), what));
@@ -201,7 +165,7 @@ impl<'a> Job<'a> {
         let mut progress = Progress::new("encoding");
         let mut ids = Vec::new();
         for path in paths {
-            let text = super::read_text(path)?;
+            let text = read_text(path)?;
             let documents = human::documents(&text);
             if documents.is_empty() {
                 return Err(Error::request(format!("{}: expected text, found none", path.display())));
@@ -381,13 +345,13 @@ impl<'a> Job<'a> {
         options.kv_pages = Some((self.length + 1).div_ceil(options.page_size) * self.batch);
         options.tokenizer = Some(self.tokenizer.clone());
         let dir = &self.rows.models[model].dir;
-        super::on_machine!(flags.machine()?, |backend| {
-            let mut engine = super::load(dir, backend, options)?;
+        on_machine!(flags.machine()?, |backend| {
+            let mut engine = load(dir, backend, options)?;
             for other in self.more_models {
                 engine.add_model(other, &mut |_, _| {})?;
             }
             let schedules = self.rows.rows.iter().filter(|row| row.model == model).map(|row| &row.schedule);
-            super::attach_joint(&mut engine, self.flags.joint.as_deref().filter(|_| model == 0), dir, schedules)?;
+            attach_joint(&mut engine, self.flags.joint.as_deref().filter(|_| model == 0), dir, schedules)?;
             Ok(Box::new(engine))
         })
     }
@@ -395,7 +359,7 @@ impl<'a> Job<'a> {
     /// The judge computes in f32 whatever the generator does: its figures are for comparing.
     fn load_judge(&self) -> Result<Box<dyn Judge>> {
         let flags = DeviceFlags { dtype: DTypeFlag::F32, ..self.flags.device.clone() };
-        super::on_machine!(flags.machine()?, |backend| {
+        on_machine!(flags.machine()?, |backend| {
             Ok(Box::new(flags.engine(backend, &self.judge.dir, Some(self.tokenizer.clone()), self.length + 1, JUDGED_AT_ONCE)?))
         })
     }
@@ -416,7 +380,7 @@ impl<B: Backend> Writer for Engine<B> {
             request.stop.ignore_eos = true;
             handles.push(self.submit(request)?);
         }
-        super::drain(self, &handles)?;
+        drain(self, &handles)?;
         handles.iter().map(|handle| handle.take_output().expect("drained")).collect()
     }
 }

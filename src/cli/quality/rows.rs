@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::cli::files::read_text;
+use crate::cli::generate;
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::registry;
@@ -70,7 +72,7 @@ impl Rows {
 
     /// JSON lines. Errors name the file, the line and the row.
     pub(super) fn read(&mut self, path: &Path) -> Result<()> {
-        let text = super::super::read_text(path)?;
+        let text = read_text(path)?;
         for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let place = format!("{}:{}", path.display(), number + 1);
             let parsed: Line = serde_json::from_str(line).map_err(|e| Error::request(format!("{place}: {e}")))?;
@@ -112,7 +114,7 @@ impl Rows {
 
     fn defaults(&self, model: usize, line: &Line) -> Result<crate::schedule::Defaults> {
         let temperature = line.temperature.or(self.sampling.temperature);
-        super::super::generate::defaults(&self.models[model], temperature, line.top_p.or(self.sampling.top_p), None, None)
+        generate::defaults(&self.models[model], temperature, line.top_p.or(self.sampling.top_p), None, None)
     }
 
     fn add(&mut self, line: &Line) -> Result<()> {

@@ -1,0 +1,66 @@
+//! Terminal of the commands: text on stdout, progress on stderr.
+#![forbid(unsafe_code)]
+
+use std::io::{IsTerminal, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+
+/// A closed pipe ends the output and is no failure; any other trouble with stdout is.
+pub(crate) fn print(text: &str) -> Result<Piped> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(Piped::Open),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(Piped::Closed),
+        Err(e) => Err(Error::io(Path::new("stdout"), &e)),
+    }
+}
+
+/// Whether stdout still has a reader.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Piped {
+    Open,
+    Closed,
+}
+
+/// A line on stderr for work that takes long: rewritten in place on a terminal, every ten seconds elsewhere.
+pub(crate) struct Progress {
+    what: &'static str,
+    start: Instant,
+    last: Option<Instant>,
+    terminal: bool,
+    /// Nothing where there is no terminal.
+    silent: bool,
+}
+
+impl Progress {
+    pub(crate) fn new(what: &'static str) -> Self {
+        Progress { what, start: Instant::now(), last: None, terminal: std::io::stderr().is_terminal(), silent: false }
+    }
+
+    /// For loading, which logs need no lines of.
+    pub(crate) fn on_terminal(what: &'static str) -> Self {
+        let progress = Progress::new(what);
+        Progress { silent: !progress.terminal, ..progress }
+    }
+
+    pub(crate) fn show(&mut self, state: impl FnOnce() -> String) {
+        let (patience, interval) = if self.terminal { (1.0, 0.1) } else { (10.0, 10.0) };
+        let due =
+            self.last.map_or_else(|| self.start.elapsed().as_secs_f64() > patience, |l| l.elapsed() > Duration::from_secs_f64(interval));
+        if due && !self.silent {
+            self.last = Some(Instant::now());
+            let end = if self.terminal { '\r' } else { '\n' };
+            eprint!("redraft: {} {}          {end}", self.what, state());
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if self.terminal && self.last.is_some() {
+            eprintln!();
+        }
+    }
+}
