@@ -176,14 +176,6 @@ impl Cuda {
         self.runs.set(on);
     }
 
-    /// Whether products of more than 64 rows may be cuBLASLt's where it is there and was measured faster (`REDRAFT_CUBLASLT=1` says so from
-    /// the start). It waives the law that a result depends on the request alone: bits then depend on how many rows share a forward.
-    pub fn set_cublaslt(&self, on: bool) {
-        self.machine.products.ask(on);
-        // What is recorded holds products of the other kind.
-        self.machine.moved();
-    }
-
     /// The dtype of weights, K/V and products' inputs.
     pub(super) fn weight_dtype(&self) -> DType {
         self.dtype
@@ -301,7 +293,7 @@ impl Backend for Cuda {
     type Routes = Routes;
 
     fn name(&self) -> String {
-        self.machine.driver.name() + &self.machine.products.describe()
+        self.machine.driver.name()
     }
 
     fn dtype(&self) -> DType {

@@ -1,13 +1,18 @@
 //! What a device does at best: a large copy and a large product, which bound the time of any
 //! forward.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 use std::time::Instant;
+
+#[allow(unsafe_code)]
+mod cublaslt;
+
+use cublaslt::{SquareProduct, WORKSPACE_BYTES};
 
 use super::backend::{Cuda, Matrix};
 use super::linear::{self, Linear};
 use crate::backend::{Backend, Ceilings, DType, Epilogue, product_rate};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Bytes of a copy. Smaller ones partly stay in the L2 cache, 50 MB on an H100: a copy as large as
 /// the weights of a 170M model reports eight times the bandwidth of the memory.
@@ -95,22 +100,23 @@ fn large_product(cuda: &Cuda) -> Result<(f64, String)> {
         out_dtype: dtype,
     };
     let flop = 2.0 * (SIDE * SIDE * SIDE) as f64;
-    let library = || -> std::result::Result<f64, String> {
+    let library = || -> Result<f64, String> {
         if dtype != DType::Bf16 {
             return Err("it is used for bf16".to_owned());
         }
-        let blas = cuda.machine.driver.blas()?;
-        let product = || match blas.product(&op) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(crate::error::Error::device("it has no such product")),
-            Err(reason) => Err(crate::error::Error::device(reason)),
+        let stream = cuda.machine.driver.stream()?;
+        let product = SquareProduct::open(side)?;
+        let workspace = cuda.machine.memory(WORKSPACE_BYTES).map_err(|error| error.to_string())?;
+        let enqueue = || {
+            let enqueued = product.enqueue(op.x, op.weight, op.out, workspace.address(), stream);
+            enqueued.map_err(Error::device)
         };
-        seconds(cuda, PRODUCTS, &product).map_err(|error| error.to_string())
+        seconds(cuda, PRODUCTS, &enqueue).map_err(|error| error.to_string())
     };
     match library() {
         Ok(one) => Ok((flop / one, "cuBLASLt".to_owned())),
         Err(reason) => {
-            let one = seconds(cuda, PRODUCTS, &|| linear::ours(&cuda.machine, &op))?;
+            let one = seconds(cuda, PRODUCTS, &|| linear::linear(&cuda.machine, &op))?;
             Ok((flop / one, format!("our kernel, no cuBLASLt: {reason}")))
         }
     }

@@ -8,7 +8,6 @@
 //! `read` and `synchronize` wait, and report what went wrong in anything enqueued before.
 #![forbid(unsafe_code)]
 
-use super::linear::Linear;
 use crate::error::Result;
 
 /// An address in device memory. 0 is "none" where a params struct allows it.
@@ -63,15 +62,6 @@ pub struct Limits {
     pub free_bytes: u64,
 }
 
-/// A vendor's library of products, on the machine's one stream. Its failures are sentences, since every product can be computed without it.
-pub trait Blas {
-    /// Device, driver and library: what measured times are valid for.
-    fn identity(&self) -> String;
-    /// Enqueues one product, also between [`Driver::begin_capture`] and [`Driver::end_capture`]. False where the library has none of this
-    /// kind; the output is then untouched.
-    fn product(&self, op: &Linear) -> std::result::Result<bool, String>;
-}
-
 /// A machine that runs kernels. Addresses, functions and graphs belong to the driver that made them.
 pub trait Driver: Send {
     /// For reports: `cuda:0 NVIDIA H200 (sm_90, 139.8 GiB)`, or `emu sm_90a (2 threads)`.
@@ -117,8 +107,9 @@ pub trait Driver: Send {
     /// Forgets a graph.
     fn drop_graph(&self, graph: Graph);
 
-    /// The library of products, opened at the first call, which is not between `begin_capture` and `end_capture`; or why there is none.
-    fn blas(&self) -> std::result::Result<&dyn Blas, String> {
+    /// The stream, with its context current on this thread, for a call of a vendor's library; or why
+    /// there is none.
+    fn stream(&self) -> std::result::Result<usize, String> {
         Err("this machine has none".to_owned())
     }
 

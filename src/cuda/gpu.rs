@@ -7,7 +7,7 @@
 //! Machine code is for the one architecture of this device. It comes from `REDRAFT_KERNELS_DIR`, else from the cache on disk, else from
 //! NVRTC, which is opened when the first kernel needs it.
 
-use std::cell::{Cell, OnceCell, RefCell};
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_uint, c_void};
 
@@ -15,12 +15,10 @@ use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult, CU
 
 use super::cache::Cache;
 use super::compile::compiler;
-use super::cublaslt::{self, CublasLt};
 use super::device::{DeviceInfo, describe, probe};
-use super::driver::{Address, Blas, Build, Driver, Function, Graph, Launch, Limits};
+use super::driver::{Address, Build, Driver, Function, Graph, Launch, Limits};
 use super::kernels::{identity, kernel, portable_identity};
 use super::libcuda::{Functions, Handle, functions};
-use super::linear::Linear;
 use super::prebuilt::{self, Prebuilt};
 use super::staging::Staging;
 use super::{nvtx, trouble};
@@ -53,8 +51,6 @@ pub struct Gpu {
     freed_late: RefCell<Vec<Address>>,
     /// Graphs dropped then, likewise.
     dropped_late: RefCell<Vec<Graph>>,
-    /// Opened when it is first wanted.
-    blas: OnceCell<std::result::Result<CublasLt, String>>,
     /// The first failure that ended the context.
     lost: RefCell<Option<String>>,
 }
@@ -123,7 +119,6 @@ impl Gpu {
             capturing: Cell::new(false),
             freed_late: RefCell::default(),
             dropped_late: RefCell::default(),
-            blas: OnceCell::new(),
             lost: RefCell::default(),
         };
         (gpu.limits.free_bytes, gpu.limits.memory_bytes) = gpu.memory()?;
@@ -222,14 +217,6 @@ impl Gpu {
         Ok(module)
     }
 
-    fn opened_blas(&self) -> std::result::Result<&CublasLt, String> {
-        let open = || {
-            self.enter_outside_capture("the first product by cuBLASLt").map_err(|error| error.to_string())?;
-            CublasLt::open(|| self.alloc(cublaslt::WORKSPACE_BYTES).map_err(|error| error.to_string()))
-        };
-        self.blas.get_or_init(open).as_ref().map_err(String::clone)
-    }
-
     /// Destroys a graph once no launch of it is under way: what the driver promises for one that
     /// still runs differs between versions.
     fn destroy(&self, graph: Graph) {
@@ -272,18 +259,6 @@ fn arch_for(info: &DeviceInfo, known: &[u32], nvrtc: (u32, u32)) -> Result<Strin
             nvrtc.1,
             known.last().copied().unwrap_or(0)
         ))),
-    }
-}
-
-impl Blas for Gpu {
-    fn identity(&self) -> String {
-        let version = self.opened_blas().map_or(0, CublasLt::version);
-        format!("cublaslt{version}-{}-driver{}.{}", self.info.name, self.driver_version.0, self.driver_version.1)
-    }
-
-    fn product(&self, op: &Linear) -> std::result::Result<bool, String> {
-        self.enter().map_err(|error| error.to_string())?;
-        self.opened_blas()?.product(op, self.stream)
     }
 }
 
@@ -465,8 +440,9 @@ impl Driver for Gpu {
         }
     }
 
-    fn blas(&self) -> std::result::Result<&dyn Blas, String> {
-        self.opened_blas().map(|_| self as &dyn Blas)
+    fn stream(&self) -> std::result::Result<usize, String> {
+        self.enter_outside_capture("a library's call").map_err(|error| error.to_string())?;
+        Ok(self.stream)
     }
 
     fn push_range(&self, name: &str) {
@@ -494,9 +470,6 @@ impl Drop for Gpu {
             }
             if let Some(staging) = self.staging.take() {
                 staging.release(f);
-            }
-            if let Some(Ok(blas)) = self.blas.take() {
-                (f.mem_free)(blas.workspace());
             }
             (f.stream_destroy)(self.stream);
             (f.primary_context_release)(self.device);

@@ -2,7 +2,6 @@
 //! of `kernels/gemm.cuh`), so the choice may follow the machine.
 #![forbid(unsafe_code)]
 
-use super::autotune;
 use super::driver::{Address, Build, Launch};
 use super::machine::{COUNTERS, Machine};
 use super::params::params;
@@ -152,13 +151,8 @@ pub struct Linear {
     pub out_dtype: DType,
 }
 
-/// The product by our kernel, or by a library where the caller waived the law for that.
+/// The product, cut as its shape and the machine ask for.
 pub fn linear(machine: &Machine, op: &Linear) -> Result<()> {
-    if autotune::by_library(machine, op)? { Ok(()) } else { ours(machine, op) }
-}
-
-/// [`linear`] by our kernel.
-pub(super) fn ours(machine: &Machine, op: &Linear) -> Result<()> {
     linear_as(machine, op, &shape(op.rows, op.n, op.k, machine.driver.limits().num_sms))
 }
 

@@ -10,7 +10,6 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use super::autotune::Products;
 use super::driver::{Address, Build, Driver, Function, Graph, Launch};
 use super::params::Params;
 use crate::error::Result;
@@ -53,8 +52,6 @@ impl Drop for Memory {
 /// A driver with its loaded functions and shared memory areas.
 pub struct Machine {
     pub driver: Box<dyn Driver>,
-    /// Which way products are computed.
-    pub(super) products: Products,
     returned: (Sender<Returned>, Receiver<Returned>),
     kept: RefCell<HashMap<usize, Vec<Address>>>,
     functions: RefCell<HashMap<(Build, &'static str), Function>>,
@@ -69,7 +66,6 @@ impl Machine {
         driver.fill(counters, 0, COUNTERS)?;
         Ok(Machine {
             driver,
-            products: Products::new(),
             returned: channel(),
             kept: RefCell::default(),
             functions: RefCell::new(HashMap::new()),

@@ -9,8 +9,7 @@
 //! | `kernels`, `compile`, `cubin`, [`cache`] | the embedded sources, NVRTC, and built code kept on disk |
 //! | [`tensor_core`] | how bf16 products round, by architecture |
 //! | `prebuilt` | kernels built on one machine for another that has no NVRTC |
-//! | `autotune`, `cublaslt` | opt-in: products by cuBLASLt where it was measured faster |
-//! | `ceilings` | a large copy and a large product, which bound every forward |
+//! | `ceilings` | a large copy and a large product, by cuBLASLt where it is there, which bound every forward |
 //! | `device`, `trouble`, `nvtx`, `staging`, `libcuda` | the conversation with the driver |
 //!
 //! Libraries are opened at run time and their absence is an [`Error`] with the next move. docs/cuda.md tells the story.
@@ -18,18 +17,16 @@
 //! cudarc supplies the search for the libraries and the numbers of the driver's interface. Its own entry points panic when a library
 //! or a symbol is absent and read foreign codes as enums; symbols are therefore looked up one by one, as functions that return plain
 //! integers. `unsafe` is in this file and in those that call foreign functions: `device.rs`, `compile.rs`, `libcuda.rs`, `gpu.rs`,
-//! `staging.rs`, `nvtx.rs`, `cublaslt.rs`.
+//! `staging.rs`, `nvtx.rs`, `ceilings/cublaslt.rs`.
 
 pub mod ask;
 pub mod attention;
-mod autotune;
 mod backend;
 pub mod blend;
 pub mod cache;
 mod ceilings;
 mod compile;
 mod cubin;
-mod cublaslt;
 pub mod decide;
 mod device;
 pub mod driver;

@@ -17,7 +17,6 @@ mod support;
 mod laws;
 mod parity;
 mod passes;
-mod products;
 mod tokens;
 
 use redraft::DType;

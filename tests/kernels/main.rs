@@ -8,7 +8,7 @@ mod ask;
 mod attention;
 mod barriers;
 mod blend;
-mod cublaslt;
+mod ceilings;
 mod decide;
 mod door;
 mod embed;
