@@ -14,25 +14,24 @@ use std::thread;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use super::attention::{self, Attention, Regime};
-use super::blend;
-use super::decide::{self, Decide};
-use super::driver::{Address, Driver, Graph};
-use super::embed::{self, Embed};
-use super::experts::Routes;
-use super::gather::{self, Gather};
 use super::layout::{BatchShape, Signature};
-use super::linear::{self, Linear};
 use super::machine::{Machine, Memory};
-use super::norm;
-use super::rope_append::{self, HeadNorm, RopeAppend};
 use super::run::{Current, Run};
-use super::shortlist::{self, Lists};
 use super::words::{Arrays, Words};
 use crate::backend::{
     Activation, Backend, Ceilings, Choice, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router, RowSource,
     RunSpec, StepDecisions,
 };
+use crate::cuda::driver::interface::{Address, Driver, Graph};
+use crate::cuda::ops::attention::{Attention, Regime};
+use crate::cuda::ops::decide::Decide;
+use crate::cuda::ops::embed::Embed;
+use crate::cuda::ops::experts::Routes;
+use crate::cuda::ops::gather::Gather;
+use crate::cuda::ops::linear::Linear;
+use crate::cuda::ops::rope_append::{HeadNorm, RopeAppend};
+use crate::cuda::ops::shortlist::Lists;
+use crate::cuda::ops::{attention, blend, decide, embed, gather, linear, norm, rope_append, shortlist};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::sampling::{Decision, Draw};

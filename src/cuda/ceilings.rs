@@ -10,8 +10,9 @@ mod cublaslt;
 use cublaslt::{SquareProduct, WORKSPACE_BYTES};
 
 use super::backend::{Cuda, Matrix};
-use super::linear::{self, Linear};
 use crate::backend::{Backend, Ceilings, DType, Epilogue, product_rate};
+use crate::cuda::ops::linear;
+use crate::cuda::ops::linear::Linear;
 use crate::error::{Error, Result};
 
 /// Bytes of a copy. Smaller ones partly stay in the L2 cache, 50 MB on an H100: a copy as large as

@@ -13,11 +13,11 @@ use std::iter::repeat_n;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::ask;
 use super::backend::{Cuda, TileShape};
-use super::decide::{self, DrawRecord};
 use super::words::{Places, Words};
 use crate::backend::{RunJoint, RunPass, RunSpec, RunStep, SessionStep};
+use crate::cuda::ops::decide::DrawRecord;
+use crate::cuda::ops::{ask, decide};
 use crate::plan::Plan;
 
 /// Rows of a step, rounded up so that few graphs serve many lengths: exact where a step is small, as a draft's always are.

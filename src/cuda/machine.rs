@@ -10,8 +10,8 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use super::driver::{Address, Build, Driver, Function, Graph, Launch};
 use super::params::Params;
+use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch};
 use crate::error::Result;
 
 /// 32-bit counters that are zero before and after every op, for CTAs that agree on who comes last.

@@ -19,71 +19,26 @@
 //! integers. `unsafe` is in this file and in those that call foreign functions: `device.rs`, `compile.rs`, `libcuda.rs`, `gpu.rs`,
 //! `staging.rs`, `nvtx.rs`, `ceilings/cublaslt.rs`.
 
-pub mod ask;
-pub mod attention;
 mod backend;
-pub mod blend;
-pub mod cache;
 mod ceilings;
-mod compile;
-mod cubin;
-pub mod decide;
-mod device;
 pub mod driver;
-pub mod embed;
-mod emu;
-pub mod experts;
-pub mod gather;
-mod gpu;
 mod kernels;
 mod layout;
-mod libcuda;
-pub mod linear;
 pub mod machine;
-pub mod norm;
-mod nvtx;
+pub mod ops;
 pub mod params;
-mod prebuilt;
-pub mod remask;
-mod replay;
-mod replays;
-pub mod reveal;
-pub mod rope_append;
-pub mod route;
 mod run;
-pub mod shortlist;
-mod staging;
 pub mod tensor_core;
-mod trouble;
 mod words;
 
 pub use backend::{Batch, Buffer, Cuda, KvCache, Matrix, Rows, Vector};
-pub use compile::{Compiled, Compiler, EntryUse, compiler};
-pub use device::{DeviceInfo, device_count, probe};
-pub use driver::{Build, Driver};
-pub use emu::{Copies, Edit, Emulator, EmulatorOptions, Schedule};
-pub use gpu::Gpu;
-pub use kernels::{
+pub use driver::compile::{Compiled, Compiler, EntryUse, compiler};
+pub use driver::device::{DeviceInfo, device_count, probe};
+pub use driver::emu::{Copies, Edit, Emulator, EmulatorOptions, Schedule};
+pub use driver::gpu::Gpu;
+pub use driver::interface::{Build, Driver};
+pub use driver::prebuilt::{kernels_build, line_of, parse_builds};
+pub use kernels::replay::{Asked, Report, replay};
+pub use kernels::report::{
     Kernel, KernelInfo, KernelReport, builds, headers, kernels, kernels_check, kernels_list, list_table, over_budget, report_table,
 };
-pub use prebuilt::{kernels_build, line_of, parse_builds};
-pub use replay::{Asked, Report, replay};
-
-use libloading::Library;
-
-use crate::error::{Error, Result};
-
-/// One function of an opened library.
-///
-/// # Safety
-/// `F` must be the C signature of `name`, and `library` must stay open as long as the function is used.
-unsafe fn symbol<F: Copy>(library: &Library, name: &str) -> Result<F> {
-    // SAFETY: the caller vouches for the signature and the lifetime.
-    let found = unsafe { library.get::<F>(name) };
-    found.map(|f| *f).map_err(|e| Error::device(format!("{}; the library is too old or is not NVIDIA's", loader_words(&e))))
-}
-
-/// What the dynamic loader itself says, which libloading keeps one level below its own sentence.
-fn loader_words(error: &libloading::Error) -> String {
-    std::error::Error::source(error).map_or_else(|| error.to_string(), |source| source.to_string())
-}

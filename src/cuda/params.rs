@@ -2,7 +2,7 @@
 //!
 //! Each struct lives with its launcher in `cuda/<stem>.rs` and is the twin of the one at the head of `kernels/<stem>.cu`. Its fields and
 //! offsets are stated once here and once there; each compiler checks its own side, and `tests/kernels` compares the two lists.
-//! Pointers are device addresses ([`super::driver::Address`]).
+//! Pointers are device addresses ([`crate::cuda::driver::interface::Address`]).
 #![forbid(unsafe_code)]
 
 /// What a kernel is told: plain bytes without padding.

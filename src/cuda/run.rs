@@ -14,18 +14,19 @@
 //! memory: a replay never repeats numbers.
 #![forbid(unsafe_code)]
 
-use super::ask::{self, Ask, SessionSummary, trouble};
-use super::attention::Regime;
 use super::backend::{Batch, Cuda, Matrix, Rows, RunForward, TileShape, Vector};
-use super::decide::{self, Decide, DecisionRecord, DrawRecord};
-use super::driver::Address;
 use super::layout::{Part, StepPlan, lay_out};
 use super::machine::{Machine, Memory};
-use super::remask::{self, RemaskParams, state};
-use super::reveal::{self, RevealParams};
 use super::words::{Arrays, Places, Words};
 use crate::backend::{PassBatch, RunDecision, RunSpec, StepDecisions};
 use crate::canvas::{Canvas, State};
+use crate::cuda::driver::interface::Address;
+use crate::cuda::ops::ask::{Ask, SessionSummary, trouble};
+use crate::cuda::ops::attention::Regime;
+use crate::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord};
+use crate::cuda::ops::remask::{RemaskParams, state};
+use crate::cuda::ops::reveal::RevealParams;
+use crate::cuda::ops::{ask, decide, remask, reveal};
 use crate::error::{Error, Result};
 
 /// The fixed places of a run's current step. Each grows when it must, which outdates every recorded graph.

@@ -1,8 +1,8 @@
 //! The arrays of a plan as words on their way to the device: where each begins, and how padding is spelled.
 #![forbid(unsafe_code)]
 
-use super::driver::Address;
-use super::rope_append;
+use crate::cuda::driver::interface::Address;
+use crate::cuda::ops::rope_append;
 use crate::plan::Plan;
 
 /// Where the arrays of a batch lie.

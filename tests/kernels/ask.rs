@@ -1,9 +1,9 @@
 //! `ask` lists what `session.rs` would ask: masked positions ascending, with the uniforms of their keys.
 
-use redraft::cuda::ask::{Ask, SessionStep, SessionSummary, ask, trouble};
-use redraft::cuda::decide::{DrawRecord, flag};
 use redraft::cuda::machine::Machine;
-use redraft::cuda::remask::state;
+use redraft::cuda::ops::ask::{Ask, SessionStep, SessionSummary, ask, trouble};
+use redraft::cuda::ops::decide::{DrawRecord, flag};
+use redraft::cuda::ops::remask::state;
 use redraft::rng::{DrawKey, uniforms};
 
 use crate::emulator::{Array, machines, noise, words};

@@ -2,8 +2,8 @@
 
 use redraft::backend::{DType, HeadShape};
 use redraft::cpu::oracle;
-use redraft::cuda::attention::{Attention, Regime, attention, tiles};
 use redraft::cuda::machine::{COUNTERS, Machine};
+use redraft::cuda::ops::attention::{Attention, Regime, attention, tiles};
 use redraft::plan::{Plan, Visibility};
 
 use crate::emulator::{Array, any_machine, machines, noise};

@@ -1,7 +1,7 @@
 //! `blend` goes from the base through `out`, and beyond it where the scale is above 1.
 
-use redraft::cuda::blend::blend;
 use redraft::cuda::machine::Machine;
+use redraft::cuda::ops::blend::blend;
 
 use crate::emulator::{Array, machines, noise, words};
 

@@ -6,8 +6,8 @@
 use half::bf16;
 use redraft::backend::DType;
 use redraft::cuda::Edit;
-use redraft::cuda::decide::{Decide, DecisionRecord, DrawRecord, decide_in, flag, needs_nucleus, status};
 use redraft::cuda::machine::Machine;
+use redraft::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord, decide_in, flag, needs_nucleus, status};
 use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
 
 use crate::emulator::{Array, edited_machines, gemm_dot, machines, noise, words};

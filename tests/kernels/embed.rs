@@ -2,8 +2,8 @@
 
 use half::bf16;
 use redraft::DType;
-use redraft::cuda::embed::{Embed, embed};
 use redraft::cuda::machine::Machine;
+use redraft::cuda::ops::embed::{Embed, embed};
 
 use crate::emulator::{Array, machines, noise, same_bits, words};
 

@@ -3,8 +3,8 @@
 
 use redraft::backend::DType;
 use redraft::cpu::oracle;
-use redraft::cuda::experts::{Combine, Grouped, combine, every_tile_rows, grouped};
 use redraft::cuda::machine::Machine;
+use redraft::cuda::ops::experts::{Combine, Grouped, combine, every_tile_rows, grouped};
 
 use crate::emulator::{Array, Operand, gemm_dot, machines, noise, same_bits, words};
 

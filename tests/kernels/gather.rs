@@ -3,8 +3,8 @@
 use half::bf16;
 use redraft::backend::DType;
 use redraft::cuda::driver::Address;
-use redraft::cuda::gather::{Gather, gather};
 use redraft::cuda::machine::Machine;
+use redraft::cuda::ops::gather::{Gather, gather};
 
 use crate::emulator::{Array, machines, noise, words};
 

@@ -3,8 +3,9 @@
 
 use redraft::backend::{DType, Epilogue};
 use redraft::cpu::oracle;
-use redraft::cuda::linear::{self, Linear};
 use redraft::cuda::machine::{COUNTERS, Machine};
+use redraft::cuda::ops::linear;
+use redraft::cuda::ops::linear::Linear;
 
 use crate::emulator::{Array, Operand, any_machine, gemm_dot, machines, noise, same_bits, words};
 

@@ -5,9 +5,9 @@
 
 use half::bf16;
 use redraft::backend::DType;
-use redraft::cuda::decide::{DecisionRecord, DrawRecord, status};
 use redraft::cuda::machine::Machine;
-use redraft::cuda::shortlist::{Listed, NO_ID, listed};
+use redraft::cuda::ops::decide::{DecisionRecord, DrawRecord, status};
+use redraft::cuda::ops::shortlist::{Listed, NO_ID, listed};
 use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule, decide_row};
 
 use crate::decide::{PLAIN, agree, is_clear, kinds};

@@ -5,7 +5,7 @@ use half::bf16;
 use redraft::backend::{self, DType, NormKind as Kind};
 use redraft::cpu::oracle;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::norm::{Norm, add_norm};
+use redraft::cuda::ops::norm::{Norm, add_norm};
 
 use crate::emulator::{Array, machines, noise, same_bits, words};
 

@@ -1,22 +1,22 @@
 //! The params structs have the same fields at the same offsets on both sides. Each compiler asserts its own numbers; here the two
 //! lists of numbers are compared.
 
-use redraft::cuda::ask::{AskParams, SessionStep, SessionSummary};
-use redraft::cuda::attention::AttentionParams;
-use redraft::cuda::blend::BlendParams;
-use redraft::cuda::decide::{DecideDrawParams, DecideNucleusParams, DecideTilesParams, DecisionRecord, DrawRecord};
-use redraft::cuda::embed::EmbedParams;
-use redraft::cuda::experts::{ExpertsCombineParams, ExpertsParams};
-use redraft::cuda::gather::GatherParams;
 use redraft::cuda::kernels;
-use redraft::cuda::linear::LinearParams;
-use redraft::cuda::norm::NormParams;
+use redraft::cuda::ops::ask::{AskParams, SessionStep, SessionSummary};
+use redraft::cuda::ops::attention::AttentionParams;
+use redraft::cuda::ops::blend::BlendParams;
+use redraft::cuda::ops::decide::{DecideDrawParams, DecideNucleusParams, DecideTilesParams, DecisionRecord, DrawRecord};
+use redraft::cuda::ops::embed::EmbedParams;
+use redraft::cuda::ops::experts::{ExpertsCombineParams, ExpertsParams};
+use redraft::cuda::ops::gather::GatherParams;
+use redraft::cuda::ops::linear::LinearParams;
+use redraft::cuda::ops::norm::NormParams;
+use redraft::cuda::ops::remask::RemaskParams;
+use redraft::cuda::ops::reveal::RevealParams;
+use redraft::cuda::ops::rope_append::RopeAppendParams;
+use redraft::cuda::ops::route::RouteParams;
+use redraft::cuda::ops::shortlist::{ListedParams, ShortlistParams};
 use redraft::cuda::params::Params;
-use redraft::cuda::remask::RemaskParams;
-use redraft::cuda::reveal::RevealParams;
-use redraft::cuda::rope_append::RopeAppendParams;
-use redraft::cuda::route::RouteParams;
-use redraft::cuda::shortlist::{ListedParams, ShortlistParams};
 
 /// What each side says about one struct.
 fn twin<P: Params>(name: &'static str) -> (&'static str, Vec<String>) {

@@ -2,7 +2,7 @@
 
 use redraft::canvas::{Canvas, State};
 use redraft::cuda::machine::Machine;
-use redraft::cuda::remask::{RemaskParams, remask, state};
+use redraft::cuda::ops::remask::{RemaskParams, remask, state};
 use redraft::sampling;
 
 use crate::emulator::{Array, machines, noise, words};

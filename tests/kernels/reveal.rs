@@ -1,10 +1,10 @@
 //! `reveal` takes what `sampling::select` takes and leaves the canvas as `session.rs` leaves it.
 
-use redraft::cuda::ask::{SessionStep, SessionSummary, trouble};
-use redraft::cuda::decide::{DecisionRecord, status};
 use redraft::cuda::machine::Machine;
-use redraft::cuda::remask::state;
-use redraft::cuda::reveal::{RevealParams, reveal};
+use redraft::cuda::ops::ask::{SessionStep, SessionSummary, trouble};
+use redraft::cuda::ops::decide::{DecisionRecord, status};
+use redraft::cuda::ops::remask::state;
+use redraft::cuda::ops::reveal::{RevealParams, reveal};
 use redraft::rng::{DrawKey, uniforms};
 use redraft::sampling::{BlockProgress, Candidate, Decision, Rank, Reveal, Unmask, select};
 
@@ -124,7 +124,7 @@ fn check(machine: &Machine, mut sessions: Vec<Session>) -> Result<(), String> {
             let at = (session.step.canvas_first + record.position) as usize;
             expected.token[at] = record.token;
             expected.confidence[at] = record.confidence.clamp(f32::MIN_POSITIVE, 1.0).to_bits();
-            expected.state[at] = redraft::cuda::remask::state::REVEALED;
+            expected.state[at] = redraft::cuda::ops::remask::state::REVEALED;
             expected.stage[at] = session.step.stage as u8;
             expected.step[at] = session.step.step;
         }

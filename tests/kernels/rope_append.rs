@@ -4,7 +4,7 @@ use redraft::backend::rope::extend_rotations;
 use redraft::backend::{DType, HeadShape, Rope, Rotation};
 use redraft::cpu::oracle;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::rope_append::{HeadNorm, NO_SLOT, RopeAppend, rope_append};
+use redraft::cuda::ops::rope_append::{HeadNorm, NO_SLOT, RopeAppend, rope_append};
 use redraft::plan::Plan;
 
 use crate::emulator::{Array, any_machine, machines, noise};

@@ -3,7 +3,8 @@
 use redraft::backend::{ExpertShape, Router, RouterScore};
 use redraft::cpu::oracle;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::route::{self, Route};
+use redraft::cuda::ops::route;
+use redraft::cuda::ops::route::Route;
 
 use crate::emulator::{Array, machines, noise, words};
 

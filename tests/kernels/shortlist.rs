@@ -3,7 +3,7 @@
 use half::bf16;
 use redraft::backend::DType;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::shortlist::{NO_ID, Shortlist, shortlist_in};
+use redraft::cuda::ops::shortlist::{NO_ID, Shortlist, shortlist_in};
 
 use crate::emulator::{Array, machines, noise, words};
 

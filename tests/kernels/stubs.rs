@@ -7,8 +7,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use redraft::backend::DType;
-use redraft::cuda::embed::{Embed, EmbedParams, embed};
 use redraft::cuda::machine::Machine;
+use redraft::cuda::ops::embed::{Embed, EmbedParams, embed};
 use redraft::cuda::params::Params;
 use redraft::cuda::{Driver, Gpu};
 use redraft::error::Result;
@@ -210,7 +210,7 @@ fn built_code_is_found_again() {
     std::fs::write(entry(), "damaged").unwrap();
     assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
     // Whole by its checksum, and still not machine code.
-    redraft::cuda::cache::Cache::at(&cache).put(name.trim_end_matches(".cubin"), "cubin", b"not an image").unwrap();
+    redraft::cuda::driver::cache::Cache::at(&cache).put(name.trim_end_matches(".cubin"), "cubin", b"not an image").unwrap();
     assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
 }
 

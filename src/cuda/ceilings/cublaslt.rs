@@ -10,9 +10,9 @@ use std::ffi::{c_int, c_void};
 use cudarc::cublaslt::sys;
 use libloading::Library;
 
-use crate::cuda::driver::Address;
-use crate::cuda::libcuda::Handle;
-use crate::cuda::{loader_words, symbol};
+use crate::cuda::driver::interface::Address;
+use crate::cuda::driver::libcuda::Handle;
+use crate::cuda::driver::library::{loader_words, symbol};
 
 /// The newest toolkit first; the bare name exists where development files are installed.
 const NAMES: [&str; 3] = ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];

@@ -1,23 +1,24 @@
 //! The table of what `redraft kernels run` can run: for each launcher, the numbers of its shape, its inputs, and what it must move.
 #![forbid(unsafe_code)]
 
-use super::ask::{self, Ask, SessionStep, SessionSummary};
-use super::attention::{self, Attention, Regime};
-use super::blend;
-use super::decide::{self, Decide, DecisionRecord, DrawRecord};
-use super::driver::Address;
-use super::embed::{self, Embed};
-use super::experts::{self, Places};
-use super::gather::{self, Gather};
-use super::linear::{self, Linear};
-use super::norm::{self, Norm};
-use super::remask::{self, RemaskParams, state};
-use super::replay::{Inputs, Key, Op, Replay, Shape};
-use super::reveal::{self, RevealParams};
-use super::rope_append::{self, RopeAppend};
-use super::route;
-use super::shortlist::{self, Listed, Shortlist};
 use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Rope, RouterScore};
+use crate::cuda::driver::interface::Address;
+use crate::cuda::kernels::replay::{Inputs, Key, Op, Replay, Shape};
+use crate::cuda::ops::ask::{Ask, SessionStep, SessionSummary};
+use crate::cuda::ops::attention::{Attention, Regime};
+use crate::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord};
+use crate::cuda::ops::embed::Embed;
+use crate::cuda::ops::experts::Places;
+use crate::cuda::ops::gather::Gather;
+use crate::cuda::ops::linear::Linear;
+use crate::cuda::ops::norm::Norm;
+use crate::cuda::ops::remask::{RemaskParams, state};
+use crate::cuda::ops::reveal::RevealParams;
+use crate::cuda::ops::rope_append::RopeAppend;
+use crate::cuda::ops::shortlist::{Listed, Shortlist};
+use crate::cuda::ops::{
+    ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, shortlist,
+};
 use crate::error::{Error, Result};
 use crate::sampling::{Rank, Reveal};
 

@@ -9,16 +9,16 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 use libloading::Library;
 
-use super::symbol;
+use crate::cuda::driver::library::symbol;
 use crate::error::{Error, Result};
 
 /// A context, stream, module, function, graph or event of the driver: an opaque pointer, 0 for none.
-pub(super) type Handle = usize;
+pub(in crate::cuda) type Handle = usize;
 
 macro_rules! functions {
     ($($(#[$doc:meta])* $field:ident = $symbol:literal ($($arg:ty),*);)*) => {
         /// Signatures from cuda.h; CUresult and CUdevice are int.
-        pub(super) struct Functions {
+        pub(in crate::cuda) struct Functions {
             $($(#[$doc])* pub $field: unsafe extern "C" fn($($arg),*) -> c_int,)*
         }
 
@@ -73,7 +73,7 @@ functions! {
 }
 
 /// The library, opened once.
-pub(super) fn library() -> Result<&'static Library> {
+pub(in crate::cuda) fn library() -> Result<&'static Library> {
     // SAFETY: opens and closes the library by name; the driver's initialisers may run at any time before use.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::device("no CUDA driver: libcuda cannot be opened; install the NVIDIA driver, or use --device cpu"));
@@ -83,7 +83,7 @@ pub(super) fn library() -> Result<&'static Library> {
 }
 
 /// The table, looked up once.
-pub(super) fn functions() -> Result<&'static Functions> {
+pub(in crate::cuda) fn functions() -> Result<&'static Functions> {
     static FUNCTIONS: OnceLock<Result<Functions>> = OnceLock::new();
     FUNCTIONS.get_or_init(|| Functions::of(library()?)).as_ref().map_err(Error::clone)
 }

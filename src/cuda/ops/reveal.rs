@@ -1,9 +1,9 @@
 //! Launcher of `reveal`: which asked positions take their token now, and their new place on the canvas.
 #![forbid(unsafe_code)]
 
-use super::driver::{Build, Launch};
-use super::machine::Machine;
-use super::params::params;
+use crate::cuda::driver::interface::{Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::params::params;
 use crate::error::Result;
 
 /// One histogram bin per thread.
@@ -32,7 +32,7 @@ params! {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     vec![build()]
 }
 

@@ -1,10 +1,10 @@
 //! Launcher of `embed`: table rows of token ids, and of positions where those are learned, widened to f32.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch};
-use super::machine::Machine;
-use super::params::params;
 use crate::backend::DType;
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::params::params;
 use crate::error::Result;
 
 const THREADS: u32 = 128;
@@ -32,7 +32,7 @@ params! {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     vec![build()]
 }
 

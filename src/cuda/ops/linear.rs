@@ -2,10 +2,10 @@
 //! of `kernels/gemm.cuh`), so the choice may follow the machine.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch};
-use super::machine::{COUNTERS, Machine};
-use super::params::params;
 use crate::backend::{DType, Epilogue};
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::{COUNTERS, Machine};
+use crate::cuda::params::params;
 use crate::error::Result;
 
 /// k of a segment: sums of segments are added in order, wherever they were made.
@@ -38,10 +38,10 @@ params! {
 
 /// One build: the part of the output that a CTA computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Tile {
-    pub(super) rows: u32,
-    pub(super) cols: u32,
-    pub(super) threads: u32,
+pub(in crate::cuda) struct Tile {
+    pub(in crate::cuda) rows: u32,
+    pub(in crate::cuda) cols: u32,
+    pub(in crate::cuda) threads: u32,
     /// Warps side by side along the columns.
     col_warps: u32,
     stages: u32,
@@ -51,7 +51,7 @@ pub(super) struct Tile {
 
 /// By rows. The first three stream the weight: a CTA has most of a segment in flight (8 x 32: 20 of 20 KiB and 6 CTAs, so that 132
 /// multiprocessors ask for 16 MB at once). The last fills 96 of the 99 KiB that every machine has.
-pub(super) const TILES: [Tile; 5] = [
+pub(in crate::cuda) const TILES: [Tile; 5] = [
     Tile { rows: 8, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 6 },
     Tile { rows: 16, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 5 },
     Tile { rows: 32, cols: 64, threads: 128, col_warps: 4, stages: 4, resident: 4 },
@@ -61,11 +61,11 @@ pub(super) const TILES: [Tile; 5] = [
 
 impl Tile {
     /// A stage is 128 bytes of K for every row of both operands.
-    pub(super) fn shared_bytes(&self) -> u32 {
+    pub(in crate::cuda) fn shared_bytes(&self) -> u32 {
         self.stages * (self.rows + self.cols) * 128
     }
 
-    pub(super) fn build(&self) -> Build {
+    pub(in crate::cuda) fn build(&self) -> Build {
         let defines = vec![
             ("THREADS", self.threads),
             ("TILE_ROWS", self.rows),
@@ -79,7 +79,7 @@ impl Tile {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     TILES.iter().map(Tile::build).collect()
 }
 
@@ -157,7 +157,7 @@ pub fn linear(machine: &Machine, op: &Linear) -> Result<()> {
 }
 
 /// What [`linear`] takes of the workspace, from its front, for a product of this shape.
-pub(super) fn workspace_bytes(machine: &Machine, rows: u32, n: u32, k: u32) -> usize {
+pub(in crate::cuda) fn workspace_bytes(machine: &Machine, rows: u32, n: u32, k: u32) -> usize {
     shape(rows, n, k, machine.driver.limits().num_sms).partial_bytes()
 }
 

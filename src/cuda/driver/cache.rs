@@ -89,7 +89,7 @@ fn trailer(key: &str, payload: &[u8]) -> [u8; TRAILER] {
 }
 
 /// FNV-1a, 64 bits: finds damage, not forgery; whoever can write the directory can run code as its owner anyway.
-pub(super) fn fnv1a<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
+pub(in crate::cuda) fn fnv1a<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 

@@ -3,13 +3,14 @@
 //! Lists stay on the device. Every one has room for the same number of ids; a shorter one ends with [`NO_ID`].
 #![forbid(unsafe_code)]
 
-use super::backend::{Buffer, Cuda, Matrix, Vector};
-use super::decide::{CHUNK_BYTES, DecisionRecord, chunk_rows, status};
-use super::driver::{Address, Build, Launch};
-use super::linear::{self, Linear};
-use super::machine::{Machine, Memory};
-use super::params::params;
 use crate::backend::{DType, Epilogue, not_listed};
+use crate::cuda::backend::{Buffer, Cuda, Matrix, Vector};
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::{Machine, Memory};
+use crate::cuda::ops::decide::{CHUNK_BYTES, DecisionRecord, chunk_rows, status};
+use crate::cuda::ops::linear;
+use crate::cuda::ops::linear::Linear;
+use crate::cuda::params::params;
 use crate::error::Result;
 use crate::sampling::{Decision, Draw};
 
@@ -47,7 +48,7 @@ params! {
         ids: u64 = 24,
         /// (rows) u32.
         which: u64 = 32,
-        /// (rows) [`DrawRecord`](super::decide::DrawRecord).
+        /// (rows) [`DrawRecord`](crate::cuda::ops::decide::DrawRecord).
         draws: u64 = 40,
         /// (rows) [`DecisionRecord`].
         decisions: u64 = 48,
@@ -65,7 +66,7 @@ fn listed_build() -> Build {
 }
 
 /// The builds of these kernels.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     vec![shortlist_build(), listed_build()]
 }
 
@@ -135,7 +136,7 @@ pub struct Listed {
     pub ids: Address,
     /// (rows) u32.
     pub which: Address,
-    /// (rows) [`DrawRecord`](super::decide::DrawRecord).
+    /// (rows) [`DrawRecord`](crate::cuda::ops::decide::DrawRecord).
     pub draws: Address,
     /// (rows) [`DecisionRecord`] out.
     pub decisions: Address,
@@ -161,7 +162,7 @@ pub struct Lists {
 
 /// The contracts of the backend.
 impl Cuda {
-    pub(super) fn make_lists(
+    pub(in crate::cuda) fn make_lists(
         &self,
         rows: usize,
         hidden: &Buffer,
@@ -190,13 +191,13 @@ impl Cuda {
         Ok(Lists { memory, rows, count })
     }
 
-    pub(super) fn read_lists(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
+    pub(in crate::cuda) fn read_lists(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
         let mut ids = vec![0u32; lists.rows * lists.count];
         self.machine.driver.read(lists.memory.address(), bytemuck::cast_slice_mut(&mut ids))?;
         Ok(ids.chunks_exact(lists.count).map(|ids| ids.iter().copied().take_while(|id| *id != NO_ID).collect()).collect())
     }
 
-    pub(super) fn decide_lists(
+    pub(in crate::cuda) fn decide_lists(
         &self,
         hidden: &Buffer,
         head: &Matrix,

@@ -1,10 +1,10 @@
 //! Launcher of `norm`: LayerNorm and RMSNorm over rows, with a residual added first.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch};
-use super::machine::Machine;
-use super::params::params;
 use crate::backend::{DType, NormKind};
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::params::params;
 use crate::error::Result;
 
 const THREADS: u32 = 256;
@@ -28,7 +28,7 @@ params! {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     vec![build()]
 }
 

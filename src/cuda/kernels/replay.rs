@@ -11,10 +11,10 @@ use std::time::Instant;
 use half::bf16;
 use serde::Serialize;
 
-use super::driver::{Address, Driver, Graph, Limits};
-use super::machine::Machine;
-use super::replays::REPLAYS;
 use crate::backend::DType;
+use crate::cuda::driver::interface::{Address, Driver, Graph, Limits};
+use crate::cuda::kernels::replays::REPLAYS;
+use crate::cuda::machine::Machine;
 use crate::error::{Error, Result};
 
 /// One number of a shape.
@@ -30,7 +30,7 @@ pub struct Key {
 pub struct Replay {
     pub name: &'static str,
     pub keys: &'static [Key],
-    pub(super) prepare: fn(&Inputs, &Shape) -> Result<Op>,
+    pub(in crate::cuda) prepare: fn(&Inputs, &Shape) -> Result<Op>,
 }
 
 impl Replay {
@@ -60,19 +60,19 @@ pub struct Op {
 }
 
 impl Op {
-    pub(super) fn new(bytes: u64, launch: impl Fn(&Machine) -> Result<()> + 'static) -> Op {
+    pub(in crate::cuda) fn new(bytes: u64, launch: impl Fn(&Machine) -> Result<()> + 'static) -> Op {
         Op { launch: Box::new(launch), recordable: true, out: None, bytes, flop: 0 }
     }
 
-    pub(super) fn unrecorded(self) -> Op {
+    pub(in crate::cuda) fn unrecorded(self) -> Op {
         Op { recordable: false, ..self }
     }
 
-    pub(super) fn flop(self, flop: u64) -> Op {
+    pub(in crate::cuda) fn flop(self, flop: u64) -> Op {
         Op { flop, ..self }
     }
 
-    pub(super) fn result(self, address: Address, len: u64, dtype: DType) -> Op {
+    pub(in crate::cuda) fn result(self, address: Address, len: u64, dtype: DType) -> Op {
         Op { out: Some((address, len, dtype)), ..self }
     }
 }
@@ -81,7 +81,7 @@ impl Op {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Shape {
     #[serde(serialize_with = "name_of")]
-    pub(super) dtype: DType,
+    pub(in crate::cuda) dtype: DType,
     #[serde(flatten)]
     values: serde_json::Map<String, serde_json::Value>,
 }
@@ -110,7 +110,7 @@ impl Shape {
         Ok(Shape { dtype, values })
     }
 
-    pub(super) fn get(&self, name: &str) -> u32 {
+    pub(in crate::cuda) fn get(&self, name: &str) -> u32 {
         let value = self.values.get(name).and_then(serde_json::Value::as_u64);
         value.and_then(|value| u32::try_from(value).ok()).unwrap_or_else(|| panic!("{name} is no key of this kernel"))
     }
@@ -140,7 +140,7 @@ impl<'a> Inputs<'a> {
     }
 
     /// splitmix64: the upper half of its output.
-    pub(super) fn next(&self) -> u32 {
+    pub(in crate::cuda) fn next(&self) -> u32 {
         let mut state = self.random.borrow_mut();
         *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let z = (*state ^ (*state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -148,7 +148,7 @@ impl<'a> Inputs<'a> {
         ((z ^ (z >> 31)) >> 32) as u32
     }
 
-    pub(super) fn limits(&self) -> Limits {
+    pub(in crate::cuda) fn limits(&self) -> Limits {
         self.driver.limits()
     }
 
@@ -166,12 +166,12 @@ impl<'a> Inputs<'a> {
     }
 
     /// (rows, width) of nothing in particular.
-    pub(super) fn space(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
+    pub(in crate::cuda) fn space(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
         self.alloc(elements(rows, width) * dtype.bytes())
     }
 
     /// (rows, width) numbers in [-1, 1).
-    pub(super) fn noise(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
+    pub(in crate::cuda) fn noise(&self, rows: u32, width: u32, dtype: DType) -> Result<Address> {
         let (bytes, tile_bytes) = (elements(rows, width) * dtype.bytes(), TILE * dtype.bytes());
         let address = self.alloc(bytes)?;
         let tile = self.tile[usize::from(dtype == DType::Bf16)];
@@ -182,12 +182,12 @@ impl<'a> Inputs<'a> {
     }
 
     /// Records as they are.
-    pub(super) fn records<T: bytemuck::NoUninit>(&self, records: &[T]) -> Result<Address> {
+    pub(in crate::cuda) fn records<T: bytemuck::NoUninit>(&self, records: &[T]) -> Result<Address> {
         self.upload(bytemuck::cast_slice(records))
     }
 
     /// `len` 32-bit words, each made of its index and a random one.
-    pub(super) fn words(&self, len: u32, word: impl Fn(u32, u32) -> u32) -> Result<Address> {
+    pub(in crate::cuda) fn words(&self, len: u32, word: impl Fn(u32, u32) -> u32) -> Result<Address> {
         let words: Vec<u32> = (0..len).map(|index| word(index, self.next())).collect();
         self.upload(bytemuck::cast_slice(&words))
     }
@@ -347,7 +347,7 @@ fn check(driver: &dyn Driver, name: &str, op: &Op) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::cuda::kernels::replay::*;
 
     #[test]
     fn shapes_are_defaults_with_changes() {

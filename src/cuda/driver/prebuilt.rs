@@ -20,10 +20,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::{env, io};
 
-use super::cache::Cache;
-use super::compile::{arch_number, compiler};
-use super::driver::Build;
-use super::kernels::{CompiledBuild, Kernel, builds, compile_all, constants, kernels, portable_identity};
+use crate::cuda::driver::cache::Cache;
+use crate::cuda::driver::compile::{arch_number, compiler};
+use crate::cuda::driver::interface::Build;
+use crate::cuda::kernels::report::{CompiledBuild, Kernel, builds, compile_all, constants, kernels, portable_identity};
 use crate::error::{Error, Result};
 
 const EXTENSION: &str = "cubin";
@@ -78,7 +78,7 @@ fn parse_build(line: &str) -> Result<Build, String> {
 /// Appends a build that a machine loads to the file that `REDRAFT_KERNEL_LOG` names, once.
 ///
 /// Errors: [`Error::Io`] where the file cannot be read or written.
-pub(super) fn log(build: &Build) -> Result<()> {
+pub(in crate::cuda) fn log(build: &Build) -> Result<()> {
     static LOGGED: Mutex<Option<BTreeSet<String>>> = Mutex::new(None);
     let Some(path) = variable("REDRAFT_KERNEL_LOG").map(PathBuf::from) else { return Ok(()) };
     let failed = |error: io::Error| Error::io(&path, &error);
@@ -103,7 +103,7 @@ pub(super) fn log(build: &Build) -> Result<()> {
 // ---- the directory ----
 
 /// A directory of cubins.
-pub(super) struct Prebuilt {
+pub(in crate::cuda) struct Prebuilt {
     dir: PathBuf,
     files: Cache,
     /// Architectures that its files name, such as `sm_90a`.

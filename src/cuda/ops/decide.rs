@@ -5,11 +5,12 @@
 //! (`truncated_confidence`), take B: the logits of a chunk of rows are written by `linear`, and `decide_nucleus` reads them. Where both routes run, both compute all rows and each answers its own.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch};
-use super::linear::{self, Linear};
-use super::machine::Machine;
-use super::params::params;
 use crate::backend::{DType, Epilogue};
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::ops::linear;
+use crate::cuda::ops::linear::Linear;
+use crate::cuda::params::params;
 use crate::error::{Error, Result};
 use crate::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule};
 
@@ -183,7 +184,7 @@ const MAX_GROUPS: u32 = 1024;
 const NUCLEUS_THREADS: u32 = 512;
 /// Workspace that tile records or logits may take; beyond it rows go through in chunks. 64 MiB are 333 rows of 50,258 logits, or 5,336 rows of
 /// their tiles.
-pub(super) const CHUNK_BYTES: usize = 64 << 20;
+pub(in crate::cuda) const CHUNK_BYTES: usize = 64 << 20;
 
 /// One build of `decide_tiles`: `rows` rows of IDS ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,12 +244,12 @@ fn nucleus_build() -> Build {
 }
 
 /// The builds of these kernels.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     TILES.iter().map(Tile::build).chain([draw_build(), nucleus_build()]).collect()
 }
 
 /// Rows of a chunk: as many as `bytes` hold at `row_bytes` each, in whole tiles of 128 where there are several chunks.
-pub(super) fn chunk_rows(rows: u32, row_bytes: usize, bytes: usize) -> u32 {
+pub(in crate::cuda) fn chunk_rows(rows: u32, row_bytes: usize, bytes: usize) -> u32 {
     let fit = u32::try_from(bytes / row_bytes.max(1)).unwrap_or(u32::MAX);
     if rows <= fit { rows } else { (fit / 128 * 128).max(128) }
 }

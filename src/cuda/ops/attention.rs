@@ -2,10 +2,10 @@
 //! (the law of `kernels/attention.cu`), so both may follow the machine.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch, Limits};
-use super::machine::{COUNTERS, Machine};
-use super::params::params;
 use crate::backend::{DType, HeadShape};
+use crate::cuda::driver::interface::{Address, Build, Launch, Limits};
+use crate::cuda::machine::{COUNTERS, Machine};
+use crate::cuda::params::params;
 use crate::error::{Error, Result};
 
 const THREADS: u32 = 128;
@@ -47,7 +47,7 @@ params! {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     [32, 64, 96, 128].map(|head_dim| build(head_dim, 16)).to_vec()
 }
 

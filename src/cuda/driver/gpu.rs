@@ -13,15 +13,15 @@ use std::ffi::{CString, c_int, c_uint, c_void};
 
 use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult, CUstream_flags, CUstreamCaptureMode};
 
-use super::cache::Cache;
-use super::compile::compiler;
-use super::device::{DeviceInfo, describe, probe};
-use super::driver::{Address, Build, Driver, Function, Graph, Launch, Limits};
-use super::kernels::{identity, kernel, portable_identity};
-use super::libcuda::{Functions, Handle, functions};
-use super::prebuilt::{self, Prebuilt};
-use super::staging::Staging;
-use super::{nvtx, trouble};
+use crate::cuda::driver::cache::Cache;
+use crate::cuda::driver::compile::compiler;
+use crate::cuda::driver::device::{DeviceInfo, describe, probe};
+use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch, Limits};
+use crate::cuda::driver::libcuda::{Functions, Handle, functions};
+use crate::cuda::driver::prebuilt::Prebuilt;
+use crate::cuda::driver::staging::Staging;
+use crate::cuda::driver::{nvtx, prebuilt, trouble};
+use crate::cuda::kernels::report::{identity, kernel, portable_identity};
 use crate::error::{Error, Result};
 
 /// The driver's limit on the bytes of all parameters of a kernel.

@@ -1,9 +1,9 @@
 //! Launcher of `blend`: what guidance makes of two rows.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch};
-use super::machine::Machine;
-use super::params::params;
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::params::params;
 use crate::error::Result;
 
 const THREADS: u32 = 256;
@@ -21,7 +21,7 @@ params! {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     vec![build()]
 }
 

@@ -15,11 +15,11 @@ use std::time::{Instant, UNIX_EPOCH};
 use cudarc::nvrtc::sys;
 use libloading::Library;
 
-use super::cache::fnv1a;
-use super::cubin::{build_id, max_threads};
-use super::driver::Build;
-use super::kernels::{Kernel, headers, identity, options};
-use super::{loader_words, symbol};
+use crate::cuda::driver::cache::fnv1a;
+use crate::cuda::driver::elf::{build_id, max_threads};
+use crate::cuda::driver::interface::Build;
+use crate::cuda::driver::library::{loader_words, symbol};
+use crate::cuda::kernels::report::{Kernel, headers, identity, options};
 use crate::error::{Error, Result};
 
 /// The oldest architecture that the kernels are written for.
@@ -194,7 +194,7 @@ fn library_file(_address: *const c_void) -> Option<PathBuf> {
 }
 
 /// 90 of `sm_90a`.
-pub(super) fn arch_number(arch: &str) -> Option<u32> {
+pub(in crate::cuda) fn arch_number(arch: &str) -> Option<u32> {
     let rest = arch.strip_prefix("sm_")?;
     let digits = rest.strip_suffix(['a', 'f']).unwrap_or(rest);
     if !digits.bytes().all(|byte| byte.is_ascii_digit()) {

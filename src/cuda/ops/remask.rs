@@ -1,9 +1,9 @@
 //! Launcher of `remask`: the lowest snapshot confidences of each sequence are masked again, on the device.
 #![forbid(unsafe_code)]
 
-use super::driver::{Build, Launch};
-use super::machine::Machine;
-use super::params::params;
+use crate::cuda::driver::interface::{Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::params::params;
 use crate::error::Result;
 
 const THREADS: u32 = 256;
@@ -42,7 +42,7 @@ pub mod state {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     vec![build()]
 }
 

@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::Serialize;
 
-use super::cache::fnv1a;
-use super::compile::{Compiled, compiler};
-use super::driver::Build;
-use super::replay::Replay;
-use super::replays::REPLAYS;
-use super::{ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, shortlist};
+use crate::cuda::driver::cache::fnv1a;
+use crate::cuda::driver::compile::{Compiled, compiler};
+use crate::cuda::driver::interface::Build;
+use crate::cuda::kernels::replay::Replay;
+use crate::cuda::kernels::replays::REPLAYS;
+use crate::cuda::ops::{
+    ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, shortlist,
+};
 use crate::error::Result;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -33,25 +35,25 @@ impl Kernel {
 }
 
 /// `-DNAME=VALUE` of a build's constants, in its order.
-pub(super) fn define_options(build: &Build) -> impl Iterator<Item = String> {
+pub(in crate::cuda) fn define_options(build: &Build) -> impl Iterator<Item = String> {
     build.defines.iter().map(|(name, value)| format!("-D{name}={value}"))
 }
 
 /// Compiler options of a build for `arch`, word for word.
-pub(super) fn options(build: &Build, arch: &str) -> Vec<String> {
+pub(in crate::cuda) fn options(build: &Build, arch: &str) -> Vec<String> {
     let fixed = ["--std=c++17", "--ptxas-options=-v"].map(str::to_owned);
     std::iter::once(format!("--gpu-architecture={arch}")).chain(fixed).chain(define_options(build)).collect()
 }
 
 /// Identity of a build: stem, defines, architecture, compiler, hash of the options, hash of the
 /// source. It keys the cache and starts every compile error. `compiler` is
-/// [`super::Compiler::identity`].
-pub(super) fn identity(kernel: &Kernel, build: &Build, arch: &str, compiler: &str) -> String {
+/// [`crate::cuda::Compiler::identity`].
+pub(in crate::cuda) fn identity(kernel: &Kernel, build: &Build, arch: &str, compiler: &str) -> String {
     format!("{}-{compiler}-{}", build_and_arch(kernel, build, arch), hashes(kernel, &options(build, arch)))
 }
 
 /// [`identity`] without the compiler, for machine code that one machine builds and another loads.
-pub(super) fn portable_identity(kernel: &Kernel, build: &Build, arch: &str) -> String {
+pub(in crate::cuda) fn portable_identity(kernel: &Kernel, build: &Build, arch: &str) -> String {
     format!("{}-{}", build_and_arch(kernel, build, arch), hashes(kernel, &options(build, arch)))
 }
 
@@ -91,7 +93,7 @@ pub fn builds() -> Vec<Build> {
 }
 
 /// The kernel of a stem.
-pub(super) fn kernel(stem: &str) -> Kernel {
+pub(in crate::cuda) fn kernel(stem: &str) -> Kernel {
     kernels().into_iter().find(|kernel| kernel.stem == stem).unwrap_or_else(|| panic!("no kernels/{stem}.cu"))
 }
 
@@ -137,7 +139,7 @@ pub fn kernels_list() -> Vec<KernelInfo> {
 }
 
 /// `NAME=VALUE NAME=VALUE`.
-pub(super) fn constants(build: &Build) -> String {
+pub(in crate::cuda) fn constants(build: &Build) -> String {
     build.defines.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
 }
 
@@ -162,7 +164,7 @@ pub struct KernelReport {
 }
 
 /// One build, compiled for one architecture.
-pub(super) struct CompiledBuild<'a> {
+pub(in crate::cuda) struct CompiledBuild<'a> {
     pub arch: &'a str,
     pub build: &'a Build,
     pub compiled: Compiled,
@@ -170,7 +172,7 @@ pub(super) struct CompiledBuild<'a> {
 
 /// Compiles each build for each architecture, and returns all in that order. All architectures are
 /// checked before the first compilation.
-pub(super) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build]) -> Result<Vec<CompiledBuild<'a>>> {
+pub(in crate::cuda) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build]) -> Result<Vec<CompiledBuild<'a>>> {
     let compiler = compiler()?;
     archs.iter().try_for_each(|arch| compiler.check_arch(arch))?;
     let jobs: Vec<(&str, &Build)> = archs.iter().flat_map(|arch| builds.iter().map(move |build| (arch.as_str(), build))).collect();

@@ -1,10 +1,10 @@
 //! Launcher of `gather`: chosen rows, or all of them, from and to f32 or bf16.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch};
-use super::machine::Machine;
-use super::params::params;
 use crate::backend::DType;
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::params::params;
 use crate::error::Result;
 
 const THREADS: u32 = 256;
@@ -24,7 +24,7 @@ params! {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     vec![build()]
 }
 
@@ -64,7 +64,7 @@ fn ctas(count: u32, width: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::ctas;
+    use crate::cuda::ops::gather::ctas;
 
     #[test]
     fn every_quad_has_a_thread() {

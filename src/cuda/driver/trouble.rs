@@ -11,7 +11,7 @@ use crate::error::Error;
 
 /// What a failing code means for the calls after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Trouble {
+pub(in crate::cuda) enum Trouble {
     /// Device memory is short. The context lives on.
     OutOfMemory,
     /// A kernel did what it must not; the context is gone with all its memory.
@@ -27,7 +27,7 @@ pub(super) enum Trouble {
 }
 
 impl Trouble {
-    pub(super) fn of(code: c_int) -> Trouble {
+    pub(in crate::cuda) fn of(code: c_int) -> Trouble {
         // By number: a driver may answer with codes that this list of names does not have.
         const OUT_OF_MEMORY: c_int = CUresult::CUDA_ERROR_OUT_OF_MEMORY as c_int;
         const UNAVAILABLE: c_int = CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE as c_int;
@@ -46,7 +46,7 @@ impl Trouble {
     }
 
     /// True if the context does not survive it: every later call fails too.
-    pub(super) fn is_sticky(self) -> bool {
+    pub(in crate::cuda) fn is_sticky(self) -> bool {
         matches!(self, Trouble::Fault | Trouble::Lost)
     }
 
@@ -67,17 +67,17 @@ impl Trouble {
 
 /// The error of one call: `cuda:0: cuLaunchKernel of embed_f32 failed: CUDA_ERROR_LAUNCH_FAILED, unspecified launch failure; ...`.
 /// `what` is the driver's own description of the code.
-pub(super) fn failed(ordinal: usize, call: &str, what: &str, code: c_int) -> Error {
+pub(in crate::cuda) fn failed(ordinal: usize, call: &str, what: &str, code: c_int) -> Error {
     Error::device(format!("cuda:{ordinal}: {call} failed: {what}; {}", Trouble::of(code).next_move()))
 }
 
 /// The error of every call after a sticky one.
-pub(super) fn lost(first: &str) -> Error {
+pub(in crate::cuda) fn lost(first: &str) -> Error {
     Error::device(format!("the device failed earlier, and this process cannot use it again: {first}"))
 }
 
 /// Not enough device memory for one buffer.
-pub(super) fn out_of_memory(ordinal: usize, asked: usize, free: u64, total: u64) -> Error {
+pub(in crate::cuda) fn out_of_memory(ordinal: usize, asked: usize, free: u64, total: u64) -> Error {
     Error::device(format!(
         "cuda:{ordinal}: out of device memory: {} asked for, {} of {} free; {}",
         bytes(asked as u64),
@@ -88,7 +88,7 @@ pub(super) fn out_of_memory(ordinal: usize, asked: usize, free: u64, total: u64)
 }
 
 /// A module that the driver cannot use. Versions are those of CUDA: what the driver speaks and what NVRTC wrote.
-pub(super) fn unusable_code(ordinal: usize, identity: &str, what: &str, driver: (u32, u32), nvrtc: (u32, u32)) -> Error {
+pub(in crate::cuda) fn unusable_code(ordinal: usize, identity: &str, what: &str, driver: (u32, u32), nvrtc: (u32, u32)) -> Error {
     // The first driver branch of each CUDA generation on Linux.
     let branch = match nvrtc.0 {
         ..=11 => 450,

@@ -2,9 +2,9 @@
 //! `reveal` reads as well.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch};
-use super::machine::Machine;
-use super::params::params;
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::params::params;
 use crate::error::Result;
 use crate::sampling::{Rank, Reveal};
 
@@ -110,7 +110,7 @@ params! {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     vec![build()]
 }
 

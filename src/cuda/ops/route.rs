@@ -1,10 +1,10 @@
 //! Launcher of `route`: experts of rows, and the list of tiles that their products take.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch};
-use super::machine::Machine;
-use super::params::params;
 use crate::backend::{ExpertShape, RouterScore};
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::params::params;
 use crate::error::Result;
 
 /// Four warps: as many rows, or experts, of a CTA.
@@ -44,7 +44,7 @@ params! {
 }
 
 /// Up to 64, 128 and 256 experts (LLaDA-MoE, Qwen3-MoE, LLaDA2); other numbers are built when they are met.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     [64, 128, 256].map(build).into()
 }
 

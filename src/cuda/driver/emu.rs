@@ -15,10 +15,10 @@ use std::{env, fs, process, thread};
 
 use libloading::Library;
 
-use super::cache::Cache;
-use super::driver::{Address, Build, Driver, Function, Graph, Launch, Limits};
-use super::kernels::{EMULATION, define_options, headers, kernel};
-use super::tensor_core::TensorCore;
+use crate::cuda::driver::cache::Cache;
+use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch, Limits};
+use crate::cuda::kernels::report::{EMULATION, define_options, headers, kernel};
+use crate::cuda::tensor_core::TensorCore;
 use crate::error::{Error, Result};
 
 /// The order in which the runtime resumes the threads of a CTA. A missing barrier shows under at least one of them.
@@ -95,9 +95,9 @@ impl Runtime {
             // SAFETY: signatures as in emulate.cpp; the library is kept beside them.
             let (map, unmap, catch_faults) = unsafe {
                 (
-                    super::symbol(&library, "redraft_map")?,
-                    super::symbol(&library, "redraft_unmap")?,
-                    super::symbol(&library, "redraft_catch_faults")?,
+                    crate::cuda::driver::library::symbol(&library, "redraft_map")?,
+                    crate::cuda::driver::library::symbol(&library, "redraft_unmap")?,
+                    crate::cuda::driver::library::symbol(&library, "redraft_catch_faults")?,
                 )
             };
             Ok(Runtime { map, unmap, catch_faults, _library: library })
@@ -196,7 +196,7 @@ impl Emulator {
         if let Some(module) = locked(&self.modules).get(build) {
             return Ok(module.clone());
         }
-        super::prebuilt::log(build)?;
+        crate::cuda::driver::prebuilt::log(build)?;
         let file = format!("{}.cu", build.stem);
         let options: Vec<String> = define_options(build).collect();
         let code =
@@ -210,7 +210,12 @@ impl Emulator {
         let find = |library: &Library| -> Result<(LaunchFn, Entry)> {
             // SAFETY: signatures as in emulate.cpp, where an entry takes its params struct by reference; the entry point keeps the
             // module and so the library.
-            unsafe { Ok((super::symbol(library, "redraft_launch")?, super::symbol(library, entry)?)) }
+            unsafe {
+                Ok((
+                    crate::cuda::driver::library::symbol(library, "redraft_launch")?,
+                    crate::cuda::driver::library::symbol(library, entry)?,
+                ))
+            }
         };
         let copies = module.copies.iter().map(find).collect::<Result<Vec<_>>>()?;
         let name = CString::new(entry).map_err(|_| Error::kernel(format!("{entry:?} is no entry")))?;
@@ -639,5 +644,6 @@ fn load(code: &[u8]) -> Result<Library> {
     let scratch = Scratch::new()?;
     let path = scratch.write("kernel.so", code)?;
     // SAFETY: the library was built from the project's sources; it has no initialisers of its own beyond those of its static vectors.
-    unsafe { Library::new(&path) }.map_err(|e| Error::device(format!("an emulated kernel cannot be loaded: {}", super::loader_words(&e))))
+    unsafe { Library::new(&path) }
+        .map_err(|e| Error::device(format!("an emulated kernel cannot be loaded: {}", crate::cuda::driver::library::loader_words(&e))))
 }

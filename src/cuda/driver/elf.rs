@@ -9,7 +9,7 @@ const EIFMT_SVAL: u8 = 4;
 const EIATTR_MAX_THREADS: u8 = 5;
 
 /// None for an entry without launch bounds, and for bytes that are no such image.
-pub(super) fn max_threads(cubin: &[u8], entry: &str) -> Option<u32> {
+pub(in crate::cuda) fn max_threads(cubin: &[u8], entry: &str) -> Option<u32> {
     let mut info = section(cubin, &format!(".nv.info.{entry}"))?;
     while let Some(&[format, attribute, low, high]) = info.first_chunk() {
         let bytes = if format == EIFMT_SVAL { usize::from(u16::from_le_bytes([low, high])) } else { 0 };
@@ -28,7 +28,7 @@ const NT_GNU_BUILD_ID: u32 = 3;
 
 /// The first sixteen hexadecimal digits of the GNU build ID of a 64-bit image, of which `head` are
 /// the first bytes. None for an image without one, and for bytes that are no such image.
-pub(super) fn build_id(head: &[u8]) -> Option<String> {
+pub(in crate::cuda) fn build_id(head: &[u8]) -> Option<String> {
     let (headers, size, count) = (usize::try_from(long(head, 0x20)?).ok()?, half(head, 0x36)?, half(head, 0x38)?);
     let header = |index: usize| head.get(headers.checked_add(index * size)?..);
     let notes = (0..count).filter_map(header).filter(|header| word(header, 0) == Some(PT_NOTE)).filter_map(|header| {

@@ -1,10 +1,10 @@
 //! Launcher of `rope_append`: norm and rotation of q and k, and where k and v are kept.
 #![forbid(unsafe_code)]
 
-use super::driver::{Address, Build, Launch};
-use super::machine::Machine;
-use super::params::params;
 use crate::backend::{DType, HeadShape};
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::Machine;
+use crate::cuda::params::params;
 use crate::error::Result;
 
 const THREADS: u32 = 128;
@@ -39,7 +39,7 @@ params! {
 }
 
 /// The builds of this kernel.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     // Whole heads, and the half heads of LLaDA2.
     let whole = [32, 64, 96, 128].map(|head_dim| build(head_dim, head_dim, 16));
     let half = [64, 128].map(|head_dim| build(head_dim, head_dim / 2, 16));

@@ -4,13 +4,14 @@
 
 use bytemuck::cast_slice_mut;
 
-use super::driver::{Address, Build, Launch};
-use super::gather::{self, Gather};
-use super::linear::{TILES, Tile};
-use super::machine::{Machine, Memory};
-use super::params::params;
-use super::route::{self, Route};
 use crate::backend::{Choice, DType, ExpertShape, RouterScore};
+use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::machine::{Machine, Memory};
+use crate::cuda::ops::gather::Gather;
+use crate::cuda::ops::linear::{TILES, Tile};
+use crate::cuda::ops::route::Route;
+use crate::cuda::ops::{gather, route};
+use crate::cuda::params::params;
 use crate::error::Result;
 
 params! {
@@ -68,7 +69,7 @@ fn combine_build() -> Build {
 }
 
 /// The builds of these kernels.
-pub(super) fn builds() -> Vec<Build> {
+pub(in crate::cuda) fn builds() -> Vec<Build> {
     GROUPED.iter().map(|i| build(&TILES[*i])).chain([combine_build()]).collect()
 }
 
@@ -84,7 +85,7 @@ fn tile_of(tile_rows: u32) -> &'static Tile {
 
 /// Rows of a tile for `rows` rows: the smallest that holds twice an expert's share, since routing is uneven and a second tile reads the weight
 /// again; the largest where none does. No choice changes a bit of the result.
-pub(super) fn tile_rows(shape: ExpertShape, rows: u32) -> u32 {
+pub(in crate::cuda) fn tile_rows(shape: ExpertShape, rows: u32) -> u32 {
     let share = (rows as usize * shape.top_k).div_ceil(shape.num_experts) as u32;
     let all = every_tile_rows();
     all.into_iter().find(|tile| 2 * share <= *tile).unwrap_or(all[3])
@@ -147,7 +148,7 @@ pub fn combine(machine: &Machine, op: &Combine) -> Result<()> {
 
 /// Where a routing lies, and room for its rows between the products.
 #[derive(Clone, Copy)]
-pub(super) struct Places {
+pub(in crate::cuda) struct Places {
     /// Of the weights, and so of what enters a product.
     pub dtype: DType,
     pub shape: ExpertShape,
@@ -231,18 +232,18 @@ pub struct Routes {
     capacity: usize,
     _memory: Memory,
     /// `rows` of the last routing.
-    pub(super) places: Places,
+    pub(in crate::cuda) places: Places,
 }
 
 impl Routes {
     /// Room for `rows` rows.
-    pub(super) fn new(machine: &Machine, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routes> {
+    pub(in crate::cuda) fn new(machine: &Machine, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routes> {
         let memory = machine.memory(Places::at(0, dtype, rows, shape).1)?;
         let (places, _) = Places::at(memory.address(), dtype, rows, shape);
         Ok(Routes { capacity: rows, _memory: memory, places: Places { rows: 0, ..places } })
     }
 
-    pub(super) fn route(
+    pub(in crate::cuda) fn route(
         &mut self,
         machine: &Machine,
         rows: usize,
@@ -255,7 +256,7 @@ impl Routes {
         self.places.route(machine, logits, score, bias)
     }
 
-    pub(super) fn choices(&self, machine: &Machine) -> Result<Vec<Choice>> {
+    pub(in crate::cuda) fn choices(&self, machine: &Machine) -> Result<Vec<Choice>> {
         let len = self.places.rows as usize * self.places.shape.top_k;
         let (mut experts, mut weights) = (vec![0u32; len], vec![0.0f32; len]);
         machine.driver.read(self.places.expert, cast_slice_mut(&mut experts))?;

@@ -29,7 +29,7 @@ fn open(name: &str) -> Option<Nvtx> {
 }
 
 /// Opens a range on this thread.
-pub(super) fn push(name: &str) {
+pub(in crate::cuda) fn push(name: &str) {
     if let Some(nvtx) = nvtx() {
         // A name with a NUL byte still opens a range, so that pops match.
         let name = CString::new(name).unwrap_or_default();
@@ -39,7 +39,7 @@ pub(super) fn push(name: &str) {
 }
 
 /// Closes the innermost range of this thread.
-pub(super) fn pop() {
+pub(in crate::cuda) fn pop() {
     if let Some(nvtx) = nvtx() {
         // SAFETY: takes nothing; without an open range it answers a negative number.
         unsafe { (nvtx.pop)() };

@@ -7,8 +7,8 @@
 
 use std::ffi::{c_int, c_uint};
 
-use super::driver::Address;
-use super::libcuda::{Functions, Handle};
+use crate::cuda::driver::interface::Address;
+use crate::cuda::driver::libcuda::{Functions, Handle};
 use crate::error::Result;
 
 /// Four of 4 MiB: while one is copied out the next is filled, and PCIe at 50 GB/s empties one in 80 us.
@@ -19,9 +19,9 @@ const READBACK_BYTES: usize = 64 << 10;
 const EVENT_DISABLE_TIMING: c_uint = 2;
 
 /// What is done with the code of a call.
-pub(super) type Check<'a> = dyn Fn(&str, c_int) -> Result<()> + 'a;
+pub(in crate::cuda) type Check<'a> = dyn Fn(&str, c_int) -> Result<()> + 'a;
 
-pub(super) struct Staging {
+pub(in crate::cuda) struct Staging {
     /// SEGMENTS * SEGMENT_BYTES for writes, then READBACK_BYTES for reads.
     memory: Handle,
     /// Behind the last copy out of each segment; not recorded before the first.
@@ -34,7 +34,7 @@ pub(super) struct Staging {
 
 impl Staging {
     /// None where the machine gives no page-locked memory; writes then take the slow way.
-    pub(super) fn new(f: &Functions) -> Option<Staging> {
+    pub(in crate::cuda) fn new(f: &Functions) -> Option<Staging> {
         let mut staging = Staging { memory: 0, events: [0; SEGMENTS], busy: [false; SEGMENTS], segment: 0, taken: 0 };
         // SAFETY: the result is writable and the context is current.
         let mut good = unsafe { (f.mem_host_alloc)(&mut staging.memory, SEGMENTS * SEGMENT_BYTES + READBACK_BYTES, 0) } == 0;
@@ -50,7 +50,7 @@ impl Staging {
     }
 
     /// Enqueues a copy of `src` to `dst`.
-    pub(super) fn write(&mut self, f: &Functions, stream: Handle, dst: Address, src: &[u8], check: &Check) -> Result<()> {
+    pub(in crate::cuda) fn write(&mut self, f: &Functions, stream: Handle, dst: Address, src: &[u8], check: &Check) -> Result<()> {
         let mut done = 0;
         while done < src.len() {
             if self.taken == SEGMENT_BYTES {
@@ -89,7 +89,7 @@ impl Staging {
     }
 
     /// Room for a small read, if it is small.
-    pub(super) fn readback(&mut self, bytes: usize) -> Option<&mut [u8]> {
+    pub(in crate::cuda) fn readback(&mut self, bytes: usize) -> Option<&mut [u8]> {
         // SAFETY: the area behind the segments holds READBACK_BYTES that the driver has mapped and, as zeros or by a copy, initialised; only one
         // borrow of it exists.
         (bytes <= READBACK_BYTES)
@@ -97,7 +97,7 @@ impl Staging {
     }
 
     /// Gives everything back. The stream must be done with it.
-    pub(super) fn release(self, f: &Functions) {
+    pub(in crate::cuda) fn release(self, f: &Functions) {
         for event in self.events.into_iter().filter(|event| *event != 0) {
             // SAFETY: created in `new`, destroyed once.
             unsafe { (f.event_destroy)(event) };

@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 use cudarc::driver::sys;
 use serde::Serialize;
 
-use super::libcuda::library;
-use super::symbol;
+use crate::cuda::driver::libcuda::library;
+use crate::cuda::driver::library::symbol;
 use crate::error::{Error, Result};
 
 /// One CUDA device, as the driver describes it.
@@ -76,7 +76,7 @@ fn no_device(reason: &str) -> Error {
 }
 
 /// What the driver says about a code: `CUDA_ERROR_NO_DEVICE, no CUDA-capable device is detected`, or the bare number.
-pub(super) fn describe(code: c_int) -> String {
+pub(in crate::cuda) fn describe(code: c_int) -> String {
     driver().map_or_else(|_| format!("driver error {code}"), |driver| driver.describe(code))
 }
 

@@ -1,0 +1,17 @@
+//! Machines that run kernels: the interface, the GPU behind libcuda, and the emulation on the host.
+
+pub mod cache;
+pub(super) mod compile;
+pub(super) mod device;
+mod elf;
+pub(super) mod emu;
+pub(super) mod gpu;
+pub(super) mod interface;
+pub(super) mod libcuda;
+pub(super) mod library;
+mod nvtx;
+pub(super) mod prebuilt;
+mod staging;
+mod trouble;
+
+pub use interface::{Address, Build, Driver, Function, Graph, Launch, Limits};

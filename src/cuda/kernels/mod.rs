@@ -1,0 +1,6 @@
+//! The kernels of this binary: lists and reports, and runs of one kernel alone.
+#![forbid(unsafe_code)]
+
+pub(super) mod replay;
+pub(super) mod replays;
+pub(super) mod report;

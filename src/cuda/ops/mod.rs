@@ -1,0 +1,17 @@
+//! Launchers, one for each kernel: params struct, grid, launch.
+#![forbid(unsafe_code)]
+
+pub mod ask;
+pub mod attention;
+pub mod blend;
+pub mod decide;
+pub mod embed;
+pub mod experts;
+pub mod gather;
+pub mod linear;
+pub mod norm;
+pub mod remask;
+pub mod reveal;
+pub mod rope_append;
+pub mod route;
+pub mod shortlist;
