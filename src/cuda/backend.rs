@@ -5,278 +5,36 @@
 //! attention output, MLP) is in the weight dtype. K/V: `[layer][page][kv head][offset][head_dim]`, keys and values apart.
 #![forbid(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::cell::RefCell;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
-use std::thread;
 
 use half::bf16;
-use half::slice::HalfFloatSliceExt;
 
-use super::layout::{BatchShape, Signature};
-use super::machine::{Machine, Memory};
-use super::run::{Current, Run};
+use super::context::{Batch, Buffer, Cuda, KvCache, Matrix, Origin, Recorded, Rows, RunForward, Vector};
+use super::lists::Lists;
+use super::run::Run;
+use super::signature::{BatchShape, TileShape, padded};
 use super::words::{Arrays, Words};
 use crate::backend::{
     Activation, Backend, Ceilings, Choice, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router, RowSource,
     RunSpec, StepDecisions,
 };
-use crate::cuda::driver::interface::{Address, Driver, Graph};
-use crate::cuda::ops::attention::{Attention, Regime};
+use crate::cuda::driver::interface::Address;
+use crate::cuda::ops::attention::Attention;
 use crate::cuda::ops::decide::Decide;
 use crate::cuda::ops::embed::Embed;
 use crate::cuda::ops::experts::Routes;
 use crate::cuda::ops::gather::Gather;
 use crate::cuda::ops::linear::Linear;
 use crate::cuda::ops::rope_append::{HeadNorm, RopeAppend};
-use crate::cuda::ops::shortlist::Lists;
 use crate::cuda::ops::{attention, blend, decide, embed, gather, linear, norm, rope_append, shortlist};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::sampling::{Decision, Draw};
 
-/// Bytes of f32 that one thread reads and rounds at a time.
-const UPLOAD_BYTES: usize = 4 << 20;
-
 /// Recorded graphs kept at most. A did schedule with uniform quotas needs about twenty; beyond this many, shapes do not repeat.
 const MAX_GRAPHS: usize = 256;
-
-/// Tables by (head_dim, bits of the rope), with the positions they reach.
-type Rotations = HashMap<(usize, [u32; 7]), (usize, Memory)>;
-
-/// The engine's CUDA backend, on a driver.
-pub struct Cuda {
-    pub(super) machine: Machine,
-    dtype: DType,
-    /// The bit mask of the last list of banned ids.
-    banned: RefCell<Option<(Vec<u32>, usize, Memory)>>,
-    rotations: RefCell<Rotations>,
-    /// How often a step was seen, and its graph once that was twice.
-    graphs: RefCell<HashMap<Recorded, Option<Graph>>>,
-    replays: Cell<bool>,
-    runs: Cell<bool>,
-    /// The fixed places that the steps of a run use.
-    pub(super) current: RefCell<Current>,
-}
-
-/// A step with everything that its launches depend on beside the contents of memory.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Recorded {
-    key: [u64; 3],
-    generation: u64,
-    signature: Arc<Signature>,
-}
-
-/// Attention's work list for a batch under some heads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct TileShape {
-    pub regime: Regime,
-    pub num_tiles: u32,
-}
-
-/// Activations.
-pub struct Buffer {
-    /// Shared by the parts of an arena.
-    _memory: Arc<Memory>,
-    address: Address,
-    pub(super) len: usize,
-    pub(super) dtype: DType,
-}
-
-/// A weight (n, k), row-major.
-pub struct Matrix {
-    pub(super) memory: Memory,
-    pub(super) n: usize,
-    pub(super) k: usize,
-}
-
-/// A small f32 vector.
-pub struct Vector {
-    pub(super) memory: Memory,
-    len: usize,
-}
-
-impl Vector {
-    pub(super) fn address(&self) -> Address {
-        self.memory.address()
-    }
-}
-
-/// Keys and values of all layers.
-pub struct KvCache {
-    keys: Memory,
-    values: Memory,
-    shape: KvShape,
-}
-
-impl KvCache {
-    fn layer_bytes(&self, dtype: DType) -> usize {
-        self.shape.num_pages * self.page_bytes(dtype)
-    }
-    fn page_bytes(&self, dtype: DType) -> usize {
-        self.shape.num_kv_heads * self.shape.page_size * self.shape.head_dim * dtype.bytes()
-    }
-}
-
-/// A plan on the device.
-pub struct Batch {
-    pub(super) arrays: Arrays,
-    pub(super) shape: BatchShape,
-    origin: Origin,
-}
-
-enum Origin {
-    /// Uploaded from a plan, in memory of its own; the work list of attention follows when its heads are known.
-    Host { plan: Box<Plan>, _memory: Memory, tiles: RefCell<Option<(HeadShape, TileShape, Memory)>> },
-    /// At the fixed places of a run's current step: its forward, or a part of it.
-    Run { tiles: (TileShape, Address), forward: Option<RunForward> },
-}
-
-/// A whole step of a run, and where the rows that it asks keep what they differ in.
-#[derive(Clone, Debug)]
-pub(super) struct RunForward {
-    pub signature: Arc<Signature>,
-    pub selected_tiles: Address,
-    /// How far the asked rows see.
-    pub selected_visible: Address,
-}
-
-/// Row indices on the device.
-pub struct Rows {
-    pub(super) address: Address,
-    len: usize,
-    /// As the host knows them, and their memory; none in a run, whose rows the device finds.
-    host: Option<(Vec<u32>, Memory)>,
-}
-
-impl Cuda {
-    /// A backend on `driver` with weights and K/V in `dtype`.
-    pub fn new(driver: Box<dyn Driver>, dtype: DType) -> Result<Cuda> {
-        Ok(Cuda {
-            machine: Machine::new(driver)?,
-            dtype,
-            banned: RefCell::default(),
-            rotations: RefCell::default(),
-            graphs: RefCell::default(),
-            replays: Cell::new(true),
-            runs: Cell::new(true),
-            current: RefCell::default(),
-        })
-    }
-
-    /// Whether repeated steps are recorded and replayed as graphs (they are, unless a test compares).
-    pub fn set_replays(&self, on: bool) {
-        self.replays.set(on);
-    }
-
-    /// Whether steps are decided on the device where the engine allows it (they are, unless a test compares).
-    pub fn set_runs(&self, on: bool) {
-        self.runs.set(on);
-    }
-
-    /// The dtype of weights, K/V and products' inputs.
-    pub(super) fn weight_dtype(&self) -> DType {
-        self.dtype
-    }
-
-    /// Graphs recorded so far, for tests and reports.
-    pub fn num_graphs(&self) -> usize {
-        self.graphs.borrow().values().flatten().count()
-    }
-
-    /// An f32 buffer with the given values, for tests and benches.
-    pub fn buffer_of(&self, src: &[f32]) -> Result<Buffer> {
-        let memory = self.machine.memory(4 * src.len())?;
-        self.machine.driver.write(memory.address(), bytemuck::cast_slice(src))?;
-        Ok(Buffer { address: memory.address(), _memory: Arc::new(memory), len: src.len(), dtype: DType::F32 })
-    }
-
-    pub(super) fn upload_words(&self, words: &[u32]) -> Result<Memory> {
-        let memory = self.machine.memory(4 * words.len())?;
-        if !words.is_empty() {
-            self.machine.driver.write(memory.address(), bytemuck::cast_slice(words))?;
-        }
-        Ok(memory)
-    }
-
-    /// The (n, k) values of `source`, in the weight dtype. Threads read and round the rows of a
-    /// panel, and one copies it to the device.
-    fn upload_matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
-        assert!(n > 0 && k > 0, "a weight of {n} x {k}");
-        let row_bytes = k * self.dtype.bytes();
-        let memory = self.machine.memory(n * row_bytes)?;
-        let threads = thread::available_parallelism().map_or(1, |cores| cores.get());
-        let part = (UPLOAD_BYTES / (k * 4)).clamp(1, n);
-        let panel = (part * threads).min(n);
-        let mut bytes = vec![0u64; (panel * row_bytes).div_ceil(8)];
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut bytes);
-        for first in (0..n).step_by(panel) {
-            let bytes = &mut bytes[..panel.min(n - first) * row_bytes];
-            let parts: Vec<(usize, &mut [u8])> = (first..n).step_by(part).zip(bytes.chunks_mut(part * row_bytes)).collect();
-            read_parts(self.dtype, k, source, parts)?;
-            self.machine.driver.write(memory.address() + (first * row_bytes) as u64, bytes)?;
-        }
-        Ok(Matrix { memory, n, k })
-    }
-
-    /// The bit mask over `vocab` ids of the banned ones.
-    pub(super) fn banned_mask(&self, banned: &[u32], vocab: usize) -> Result<Option<Address>> {
-        if banned.is_empty() {
-            return Ok(None);
-        }
-        let mut known = self.banned.borrow_mut();
-        if !known.as_ref().is_some_and(|(ids, size, _)| ids == banned && *size == vocab) {
-            let mut mask = vec![0u32; vocab.div_ceil(32)];
-            banned.iter().filter(|id| (**id as usize) < vocab).for_each(|id| mask[*id as usize / 32] |= 1 << (id % 32));
-            *known = Some((banned.to_vec(), vocab, self.upload_words(&mask)?));
-            self.machine.moved();
-        }
-        Ok(known.as_ref().map(|(.., memory)| memory.address()))
-    }
-
-    /// x as the element type of the weights: itself, or a rounded copy that lives as long as the answer.
-    pub(super) fn as_input(&self, x: &Buffer, elements: usize) -> Result<(Address, Option<Memory>)> {
-        if x.dtype == self.dtype {
-            return Ok((x.address, None));
-        }
-        let copy = self.machine.memory(elements * self.dtype.bytes())?;
-        let cast = Gather {
-            count: 1,
-            width: elements as u32,
-            rows: None,
-            x: x.address,
-            x_dtype: x.dtype,
-            out: copy.address(),
-            out_dtype: self.dtype,
-        };
-        gather::gather(&self.machine, &cast)?;
-        Ok((copy.address(), Some(copy)))
-    }
-
-    /// What the launches of a batch depend on.
-    pub(super) fn shape_of(plan: &Plan, rows: u32) -> BatchShape {
-        let longest = plan.visible.iter().max().copied().unwrap_or(0);
-        BatchShape { rows, num_sequences: plan.num_sequences() as u32, max_visible: longest.next_multiple_of(256) }
-    }
-
-    /// Attention's work list for rows with these offsets.
-    pub(super) fn tiles_of(&self, heads: HeadShape, indptr: &[u32]) -> (TileShape, Vec<[u32; 4]>) {
-        let regime = Regime::of(&self.machine.driver.limits(), self.dtype, heads, indptr);
-        let tiles = attention::tiles(indptr, heads, regime.tile_queries(self.dtype, heads));
-        (TileShape { regime, num_tiles: tiles.len() as u32 }, tiles)
-    }
-
-    /// A batch of a run's current step.
-    pub(super) fn run_batch(arrays: Arrays, shape: BatchShape, tiles: (TileShape, Address), forward: Option<RunForward>) -> Batch {
-        Batch { arrays, shape, origin: Origin::Run { tiles, forward } }
-    }
-
-    /// Rows of a run's current step.
-    pub(super) fn run_rows(address: Address, len: u32) -> Rows {
-        Rows { address, len: len as usize, host: None }
-    }
-}
 
 impl Backend for Cuda {
     type Buffer = Buffer;
@@ -407,7 +165,7 @@ impl Backend for Cuda {
         let memory = self.upload_words(&words.0)?;
         Ok(Batch {
             arrays: places.at(memory.address()),
-            shape: Cuda::shape_of(plan, plan.num_rows() as u32),
+            shape: BatchShape::of(plan, plan.num_rows() as u32),
             origin: Origin::Host { plan: Box::new(plan.clone()), _memory: memory, tiles: RefCell::new(None) },
         })
     }
@@ -675,7 +433,7 @@ impl Backend for Cuda {
     }
 
     fn padded_rows(&self, rows: usize) -> usize {
-        super::layout::padded(rows)
+        padded(rows)
     }
 
     fn step_run(&self, run: &mut Run, step: usize) -> Result<(Batch, Rows)> {
@@ -739,19 +497,6 @@ impl Backend for Cuda {
 }
 
 impl Cuda {
-    /// What is asked of rows, for the kernels that decide.
-    pub(super) fn upload_draws(&self, draws: &[Draw]) -> Result<Memory> {
-        let records: Vec<decide::DrawRecord> = draws.iter().map(decide::DrawRecord::from).collect();
-        self.upload_words(bytemuck::cast_slice(&records))
-    }
-
-    /// Their answers to `rows` rows. Waits.
-    pub(super) fn read_decisions(&self, answers: &Memory, rows: usize) -> Result<Vec<decide::DecisionRecord>> {
-        let mut records = vec![decide::DecisionRecord::default(); rows];
-        self.machine.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
-        Ok(records)
-    }
-
     /// The norm, of the sum with a residual where there is one.
     fn norm_rows(&self, rows: usize, x: &Buffer, residual: Option<&Buffer>, norm: &Norm<Vector>, out: &mut Buffer) -> Result<()> {
         let Norm { kind, eps, weight, bias } = *norm;
@@ -796,29 +541,6 @@ impl Cuda {
         assert!(layer < shape.num_layers, "layer {layer} of {}", shape.num_layers);
         assert!((heads.num_kv_heads, heads.head_dim) == (shape.num_kv_heads, shape.head_dim), "{heads:?} in a store of {shape:?}");
     }
-}
-
-/// Rows of `source` in `dtype`: each part from its first row on, on a thread of its own. Bytes are
-/// aligned for either type.
-fn read_parts(dtype: DType, k: usize, source: &RowSource, parts: Vec<(usize, &mut [u8])>) -> Result<()> {
-    let read = |(first, bytes): (usize, &mut [u8])| match dtype {
-        DType::F32 => source(first, bytemuck::cast_slice_mut(bytes)),
-        DType::Bf16 => {
-            let rounded: &mut [bf16] = bytemuck::cast_slice_mut(bytes);
-            let mut values = vec![0.0f32; rounded.len()];
-            debug_assert_eq!(values.len() % k, 0, "whole rows");
-            source(first, &mut values)?;
-            rounded.convert_from_f32_slice(&values);
-            Ok(())
-        }
-    };
-    if parts.len() == 1 {
-        return parts.into_iter().try_for_each(read);
-    }
-    thread::scope(|scope| {
-        let threads: Vec<_> = parts.into_iter().map(|part| scope.spawn(|| read(part))).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().expect("reading does not panic"))
-    })
 }
 
 /// NaN in every element of a word.

@@ -9,7 +9,7 @@ mod cublaslt;
 
 use cublaslt::{SquareProduct, WORKSPACE_BYTES};
 
-use super::backend::{Cuda, Matrix};
+use super::context::{Cuda, Matrix};
 use crate::backend::{Backend, Ceilings, DType, Epilogue, product_rate};
 use crate::cuda::ops::linear;
 use crate::cuda::ops::linear::Linear;

@@ -13,65 +13,13 @@ use std::iter::repeat_n;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::backend::{Cuda, TileShape};
+use super::context::Cuda;
+use super::signature::{BatchShape, JointShape, PartShape, Signature, padded};
 use super::words::{Places, Words};
 use crate::backend::{RunJoint, RunPass, RunSpec, RunStep, SessionStep};
 use crate::cuda::ops::decide::DrawRecord;
 use crate::cuda::ops::{ask, decide};
 use crate::plan::Plan;
-
-/// Rows of a step, rounded up so that few graphs serve many lengths: exact where a step is small, as a draft's always are.
-pub(super) fn padded(rows: usize) -> usize {
-    match rows {
-        0..=16 => rows,
-        17..=128 => rows.next_multiple_of(8),
-        _ => rows.next_multiple_of(32),
-    }
-}
-
-/// Everything that the launches of a step depend on beside the contents of memory.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Signature {
-    pub forward: PartShape,
-    /// The asked rows alone.
-    pub selected: BatchShape,
-    pub selected_tiles: TileShape,
-    /// Every row is asked, so none is picked.
-    pub all: bool,
-    pub joint: Option<JointShape>,
-}
-
-/// What a batch asks of the grids.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub(super) struct BatchShape {
-    /// Rows that are computed, padding included.
-    pub rows: u32,
-    pub num_sequences: u32,
-    /// How far the longest row sees, in whole chunks of keys.
-    pub max_visible: u32,
-}
-
-/// A forward, or a pass of a sampler.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct PartShape {
-    pub batch: BatchShape,
-    pub tiles: TileShape,
-    /// Padded.
-    pub asks: u32,
-    pub any_fused: bool,
-    pub any_nucleus: bool,
-    /// Rows of the part before it that it keeps, padded, where it does not keep all.
-    pub kept: Option<u32>,
-}
-
-/// What a joint sampler does behind a forward.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct JointShape {
-    /// Padded.
-    pub inside: u32,
-    pub outside: BatchShape,
-    pub passes: Vec<PartShape>,
-}
 
 /// A forward or a pass: where it lies within its step's arrays, and who asks how much.
 pub(super) struct Part {
@@ -210,7 +158,7 @@ impl Layout<'_> {
         let nucleus = |s: &SessionStep| decide::needs_nucleus(&s.draw);
         let mut asking = sessions.iter().filter(|s| s.asks > 0);
         let shape = PartShape {
-            batch: Cuda::shape_of(plan, rows as u32),
+            batch: BatchShape::of(plan, rows as u32),
             tiles,
             asks: asks as u32,
             any_fused: asking.clone().any(|s| !nucleus(s)),
@@ -237,7 +185,7 @@ impl Layout<'_> {
             inside: self.rows(&joint.inside),
             inside_rows: padded(joint.inside.len()) as u32,
             outside: self.rows(&joint.outside),
-            outside_shape: Cuda::shape_of(&selected, outside_rows as u32),
+            outside_shape: BatchShape::of(&selected, outside_rows as u32),
             outside_index: self.index(&selected, outside_rows),
             outside_places: self.words.rows(&selected, outside_rows),
         };

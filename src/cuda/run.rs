@@ -10,13 +10,14 @@
 //! ```
 //! What a step needs from the host is known before the first one runs (`Session::foresee`). A graph holds addresses, so whatever it
 //! reads or writes lies where it lay when it was recorded: canvases, the current step's arrays, draws and decisions have fixed places
-//! ([`Current`]), laid out by nothing but the signature. The counters of the random generator are part of those arrays, in device
+//! ([`Current`](super::current::Current)), laid out by nothing but the signature. The counters of the random generator are part of those arrays, in device
 //! memory: a replay never repeats numbers.
 #![forbid(unsafe_code)]
 
-use super::backend::{Batch, Cuda, Matrix, Rows, RunForward, TileShape, Vector};
+use super::context::{Batch, Cuda, Matrix, Rows, RunForward, Vector};
 use super::layout::{Part, StepPlan, lay_out};
 use super::machine::{Machine, Memory};
+use super::signature::TileShape;
 use super::words::{Arrays, Places, Words};
 use crate::backend::{PassBatch, RunDecision, RunSpec, StepDecisions};
 use crate::canvas::{Canvas, State};
@@ -28,31 +29,6 @@ use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::reveal::RevealParams;
 use crate::cuda::ops::{ask, decide, remask, reveal};
 use crate::error::{Error, Result};
-
-/// The fixed places of a run's current step. Each grows when it must, which outdates every recorded graph.
-#[derive(Default)]
-pub(super) struct Current {
-    canvas: Place,
-    arrays: Place,
-    draws: Place,
-    decisions: Place,
-    summaries: Place,
-}
-
-#[derive(Default)]
-struct Place(Option<Memory>);
-
-impl Place {
-    /// Its address, with room for `bytes`.
-    fn reserve(&mut self, machine: &Machine, bytes: usize) -> Result<Address> {
-        if self.0.as_ref().is_none_or(|memory| memory.bytes() < bytes) {
-            self.0 = None;
-            self.0 = Some(machine.memory(bytes.next_power_of_two().max(1 << 14))?);
-            machine.moved();
-        }
-        Ok(self.0.as_ref().expect("just made").address())
-    }
-}
 
 /// The canvases of a run, one after the other, as arrays over N positions of which there is room for more.
 #[derive(Clone, Copy)]

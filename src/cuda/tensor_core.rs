@@ -37,7 +37,7 @@ impl TensorCore {
     ///
     /// Errors: [`Error::Request`] for a name that is no architecture from sm_80 on.
     pub fn of(arch: &str) -> Result<TensorCore> {
-        match crate::cuda::driver::compile::arch_number(arch) {
+        match crate::cuda::driver::source::arch_number(arch) {
             Some(80..90) => Ok(TensorCore::Ampere),
             Some(90..) => Ok(TensorCore::Hopper),
             _ => Err(Error::request(format!("architecture {arch}: expected sm_80 or later, such as sm_90a"))),

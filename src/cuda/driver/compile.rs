@@ -19,7 +19,7 @@ use crate::cuda::driver::cache::fnv1a;
 use crate::cuda::driver::elf::{build_id, max_threads};
 use crate::cuda::driver::interface::Build;
 use crate::cuda::driver::library::{loader_words, symbol};
-use crate::cuda::kernels::report::{Kernel, headers, identity, options};
+use crate::cuda::driver::source::{Kernel, arch_number, headers, identity, options};
 use crate::error::{Error, Result};
 
 /// The oldest architecture that the kernels are written for.
@@ -191,16 +191,6 @@ fn library_file(address: *const c_void) -> Option<PathBuf> {
 #[cfg(not(unix))]
 fn library_file(_address: *const c_void) -> Option<PathBuf> {
     None
-}
-
-/// 90 of `sm_90a`.
-pub(in crate::cuda) fn arch_number(arch: &str) -> Option<u32> {
-    let rest = arch.strip_prefix("sm_")?;
-    let digits = rest.strip_suffix(['a', 'f']).unwrap_or(rest);
-    if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    digits.parse().ok()
 }
 
 // ---- finding the library ----
@@ -410,15 +400,6 @@ fn entries_in(log: &str) -> Vec<EntryUse> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn arch_names() {
-        let cases =
-            [("sm_80", Some(80)), ("sm_90a", Some(90)), ("sm_100f", Some(100)), ("sm_", None), ("sm_+8", None), ("compute_80", None)];
-        for (name, number) in cases {
-            assert_eq!(arch_number(name), number, "{name}");
-        }
-    }
 
     #[test]
     fn newest_library_of_a_directory() {

@@ -17,7 +17,7 @@ use libloading::Library;
 
 use crate::cuda::driver::cache::Cache;
 use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch, Limits};
-use crate::cuda::kernels::report::{EMULATION, define_options, headers, kernel};
+use crate::cuda::driver::source::{EMULATION, define_options, headers, kernel};
 use crate::cuda::tensor_core::TensorCore;
 use crate::error::{Error, Result};
 

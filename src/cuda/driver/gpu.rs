@@ -19,9 +19,9 @@ use crate::cuda::driver::device::{DeviceInfo, describe, probe};
 use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch, Limits};
 use crate::cuda::driver::libcuda::{Functions, Handle, functions};
 use crate::cuda::driver::prebuilt::Prebuilt;
+use crate::cuda::driver::source::{identity, kernel, portable_identity};
 use crate::cuda::driver::staging::Staging;
 use crate::cuda::driver::{nvtx, prebuilt, trouble};
-use crate::cuda::kernels::report::{identity, kernel, portable_identity};
 use crate::error::{Error, Result};
 
 /// The driver's limit on the bytes of all parameters of a kernel.

@@ -11,6 +11,7 @@ pub(super) mod libcuda;
 pub(super) mod library;
 mod nvtx;
 pub(super) mod prebuilt;
+pub(super) mod source;
 mod staging;
 mod trouble;
 

@@ -21,12 +21,12 @@ use std::sync::{Mutex, PoisonError};
 use std::{env, io};
 
 use crate::cuda::driver::cache::Cache;
-use crate::cuda::driver::compile::{arch_number, compiler};
 use crate::cuda::driver::interface::Build;
-use crate::cuda::kernels::report::{CompiledBuild, Kernel, builds, compile_all, constants, kernels, portable_identity};
+use crate::cuda::driver::source::{Kernel, arch_number, constants, portable_identity};
 use crate::error::{Error, Result};
 
-const EXTENSION: &str = "cubin";
+/// Of a file of machine code.
+pub(in crate::cuda) const EXTENSION: &str = "cubin";
 
 fn variable(name: &str) -> Option<OsString> {
     env::var_os(name).filter(|value| !value.is_empty())
@@ -37,42 +37,6 @@ fn variable(name: &str) -> Option<OsString> {
 /// `STEM NAME=VALUE NAME=VALUE`, constants in the order in which the compiler gets them.
 pub fn line_of(build: &Build) -> String {
     format!("{} {}", build.stem, constants(build)).trim_end().to_owned()
-}
-
-/// The builds of a list, each once, in its order. `#` starts a comment.
-///
-/// Errors: [`Error::Request`] with the number of a line that names no build of this program.
-pub fn parse_builds(text: &str) -> Result<Vec<Build>> {
-    let mut found: Vec<Build> = Vec::new();
-    for (number, line) in text.lines().enumerate() {
-        let line = line.split('#').next().unwrap_or_default().trim();
-        if !line.is_empty() {
-            let build = parse_build(line).map_err(|what| Error::request(format!("line {}: {what}", number + 1)))?;
-            found.extend((!found.contains(&build)).then_some(build));
-        }
-    }
-    Ok(found)
-}
-
-fn parse_build(line: &str) -> Result<Build, String> {
-    let mut words = line.split_whitespace();
-    let stem = words.next().unwrap_or_default();
-    let known = builds();
-    let Some(like) = known.iter().find(|build| build.stem == stem) else {
-        let stems: BTreeSet<&str> = known.iter().map(|build| build.stem).collect();
-        return Err(format!("kernel {stem:?}: expected one of {}", stems.into_iter().collect::<Vec<_>>().join(", ")));
-    };
-    // A kernel's constants have the same names and order in every build.
-    let mut defines = Vec::new();
-    for ((name, _), word) in like.defines.iter().zip(words.by_ref()) {
-        let value = word.strip_prefix(name).and_then(|rest| rest.strip_prefix('=')).and_then(|value| value.parse().ok());
-        defines.push((*name, value.ok_or_else(|| format!("{stem}: expected {name}=NUMBER, found {word:?}"))?));
-    }
-    if defines.len() < like.defines.len() || words.next().is_some() {
-        let names: Vec<&str> = like.defines.iter().map(|(name, _)| *name).collect();
-        return Err(format!("{stem}: expected {} constants: {}", names.len(), names.join(", ")));
-    }
-    Ok(Build { stem: like.stem, defines })
 }
 
 /// Appends a build that a machine loads to the file that `REDRAFT_KERNEL_LOG` names, once.
@@ -157,59 +121,9 @@ impl Prebuilt {
     }
 }
 
-/// Compiles each of `builds` for each of `archs` into `dir`, and returns the files and their bytes
-/// in all. All architectures are checked before the first compilation.
-///
-/// Errors: [`Error::Device`] without NVRTC, [`Error::Kernel`] with its log, [`Error::Io`] for a
-/// file that cannot be written.
-pub fn kernels_build(archs: &[String], builds: &[Build], dir: &Path) -> Result<(Vec<PathBuf>, u64)> {
-    compiler()?;
-    fs::create_dir_all(dir).map_err(|error| Error::io(dir, &error))?;
-    let (files, kernels) = (Cache::at(dir), kernels());
-    let mut bytes = 0;
-    let compiled = compile_all(archs, builds)?;
-    let paths = compiled.into_iter().map(|CompiledBuild { arch, build, compiled }| {
-        let kernel = kernels.iter().find(|kernel| kernel.stem == build.stem).expect("compiled from it");
-        let key = portable_identity(kernel, build, arch);
-        bytes += compiled.cubin.len() as u64;
-        files.put(&key, EXTENSION, &compiled.cubin).ok_or_else(|| {
-            let path = files.path(&key, EXTENSION).unwrap_or_default();
-            Error::io(&path, &io::Error::other("cannot be written; is there room, and may this user write there?"))
-        })
-    });
-    let paths = paths.collect::<Result<Vec<PathBuf>>>()?;
-    Ok((paths, bytes))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_build_is_a_line_and_back() {
-        let all = builds();
-        let text: String = all.iter().map(|build| line_of(build) + "\n").collect();
-        assert_eq!(parse_builds(&text).unwrap(), all);
-        let other = parse_builds(
-            "# of a workload\n\nattention THREADS=128 HEAD_DIM=32 PAGE_SIZE=8 # twice\nattention THREADS=128 HEAD_DIM=32 PAGE_SIZE=8\n",
-        );
-        assert_eq!(other.unwrap().iter().map(line_of).collect::<Vec<_>>(), ["attention THREADS=128 HEAD_DIM=32 PAGE_SIZE=8"]);
-    }
-
-    #[test]
-    fn lines_that_name_no_build() {
-        for (line, part) in [
-            ("\nattend THREADS=1", "line 2: kernel \"attend\": expected one of ask, attention, blend, "),
-            ("embed", "line 1: embed: expected 1 constants: THREADS"),
-            ("embed THREADS=128 MORE=1", "embed: expected 1 constants: THREADS"),
-            ("embed THREAD=128", "embed: expected THREADS=NUMBER, found \"THREAD=128\""),
-            ("embed THREADS=-1", "expected THREADS=NUMBER"),
-            ("embed THREADS=4294967296", "expected THREADS=NUMBER"),
-        ] {
-            let text = parse_builds(line).unwrap_err().to_string();
-            assert!(text.contains(part), "{text}");
-        }
-    }
 
     #[test]
     fn an_architecture_of_the_directory_runs_on_the_device() {

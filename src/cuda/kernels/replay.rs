@@ -13,7 +13,6 @@ use serde::Serialize;
 
 use crate::backend::DType;
 use crate::cuda::driver::interface::{Address, Driver, Graph, Limits};
-use crate::cuda::kernels::replays::REPLAYS;
 use crate::cuda::machine::Machine;
 use crate::error::{Error, Result};
 
@@ -92,7 +91,7 @@ fn name_of<S: serde::Serializer>(dtype: &DType, serializer: S) -> std::result::R
 
 impl Shape {
     /// Defaults, with `given` ("KEY=VALUE") in their place.
-    fn resolve(replay: &Replay, given: &[String], dtype: DType, small: bool) -> Result<Shape> {
+    pub(super) fn resolve(replay: &Replay, given: &[String], dtype: DType, small: bool) -> Result<Shape> {
         let default = |key: &Key| (key.name.to_owned(), if small { key.small } else { key.device }.into());
         let mut values: serde_json::Map<_, _> = replay.keys.iter().map(default).collect();
         for pair in given {
@@ -213,13 +212,6 @@ pub struct Asked<'a> {
     pub small: bool,
 }
 
-impl Asked<'_> {
-    /// Refuses names and shapes that are not there, before any machine is opened.
-    pub fn check(&self) -> Result<()> {
-        Shape::resolve(replay_named(self.name)?, self.shape, self.dtype, self.small).map(drop)
-    }
-}
-
 /// What came of it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -250,18 +242,10 @@ const MAX_HELD_BYTES: u64 = 3 << 30;
 const BATCH_SECONDS: f64 = 2e-3;
 const MAX_LAUNCHES: usize = 512;
 
-/// The entry of a name.
-fn replay_named(name: &str) -> Result<&'static Replay> {
-    let names = || REPLAYS.iter().map(|replay| replay.name).collect::<Vec<_>>().join(", ");
-    let found = REPLAYS.iter().find(|replay| replay.name == name);
-    found.ok_or_else(|| Error::request(format!("kernel {name:?}: there are {}", names())))
-}
-
 /// Runs one kernel on a machine and times it.
-pub fn replay(machine: &Machine, asked: &Asked) -> Result<Report> {
+pub(in crate::cuda) fn run(machine: &Machine, replay: &Replay, asked: &Asked) -> Result<Report> {
     let driver = machine.driver.as_ref();
     let small = asked.small || driver.is_emulated();
-    let replay = replay_named(asked.name)?;
     let shape = Shape::resolve(replay, asked.shape, asked.dtype, small)?;
     let inputs = Inputs::new(driver)?;
     let before = inputs.lent_bytes.get();
@@ -347,7 +331,8 @@ fn check(driver: &dyn Driver, name: &str, op: &Op) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use crate::cuda::kernels::replay::*;
+    use super::*;
+    use crate::cuda::kernels::replays::replay_named;
 
     #[test]
     fn shapes_are_defaults_with_changes() {

@@ -3,7 +3,8 @@
 
 use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::cuda::driver::interface::Address;
-use crate::cuda::kernels::replay::{Inputs, Key, Op, Replay, Shape};
+use crate::cuda::kernels::replay::{self, Asked, Inputs, Key, Op, Replay, Report, Shape};
+use crate::cuda::machine::Machine;
 use crate::cuda::ops::ask::{Ask, SessionStep, SessionSummary};
 use crate::cuda::ops::attention::{Attention, Regime};
 use crate::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord};
@@ -79,6 +80,25 @@ pub static REPLAYS: &[Replay] = &[
     },
     Replay { name: "reveal", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: reveal },
 ];
+
+/// The entry of a name.
+pub(super) fn replay_named(name: &str) -> Result<&'static Replay> {
+    let names = || REPLAYS.iter().map(|replay| replay.name).collect::<Vec<_>>().join(", ");
+    let found = REPLAYS.iter().find(|replay| replay.name == name);
+    found.ok_or_else(|| Error::request(format!("kernel {name:?}: there are {}", names())))
+}
+
+impl Asked<'_> {
+    /// Refuses names and shapes that are not there, before any machine is opened.
+    pub fn check(&self) -> Result<()> {
+        Shape::resolve(replay_named(self.name)?, self.shape, self.dtype, self.small).map(drop)
+    }
+}
+
+/// Runs one kernel on a machine and times it.
+pub fn replay(machine: &Machine, asked: &Asked) -> Result<Report> {
+    replay::run(machine, replay_named(asked.name)?, asked)
+}
 
 fn count(rows: u32, width: u32) -> u64 {
     u64::from(rows) * u64::from(width)

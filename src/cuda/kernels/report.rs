@@ -1,111 +1,14 @@
-//! Owns the table of kernels that `build.rs` embeds, and the two reports about it: what there is, and what compiling it costs.
+//! Reports about the kernels: what there is, and what compiling it costs.
 #![forbid(unsafe_code)]
-
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::Serialize;
 
-use crate::cuda::driver::cache::fnv1a;
-use crate::cuda::driver::compile::{Compiled, compiler};
-use crate::cuda::driver::interface::Build;
+use crate::cuda::driver::compile::Compiled;
+use crate::cuda::driver::source::{Kernel, constants, kernels};
+use crate::cuda::kernels::builds::{CompiledBuild, builds, compile_all};
 use crate::cuda::kernels::replay::Replay;
 use crate::cuda::kernels::replays::REPLAYS;
-use crate::cuda::ops::{
-    ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, shortlist,
-};
 use crate::error::Result;
-
-include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
-
-/// One `kernels/<stem>.cu`.
-#[derive(Clone, Copy, Debug)]
-pub struct Kernel {
-    pub stem: &'static str,
-    pub source: &'static str,
-    /// FNV-1a of all headers and the source.
-    pub hash: u64,
-}
-
-impl Kernel {
-    /// The `extern "C"` entries, in the order of the source.
-    pub fn entries(&self) -> Vec<&'static str> {
-        let declared = self.source.lines().filter_map(|line| line.strip_prefix("KERNEL(").or_else(|| line.strip_prefix("KERNEL_BOUNDS(")));
-        declared.filter_map(|rest| rest.split(',').next()).map(str::trim).collect()
-    }
-}
-
-/// `-DNAME=VALUE` of a build's constants, in its order.
-pub(in crate::cuda) fn define_options(build: &Build) -> impl Iterator<Item = String> {
-    build.defines.iter().map(|(name, value)| format!("-D{name}={value}"))
-}
-
-/// Compiler options of a build for `arch`, word for word.
-pub(in crate::cuda) fn options(build: &Build, arch: &str) -> Vec<String> {
-    let fixed = ["--std=c++17", "--ptxas-options=-v"].map(str::to_owned);
-    std::iter::once(format!("--gpu-architecture={arch}")).chain(fixed).chain(define_options(build)).collect()
-}
-
-/// Identity of a build: stem, defines, architecture, compiler, hash of the options, hash of the
-/// source. It keys the cache and starts every compile error. `compiler` is
-/// [`crate::cuda::Compiler::identity`].
-pub(in crate::cuda) fn identity(kernel: &Kernel, build: &Build, arch: &str, compiler: &str) -> String {
-    format!("{}-{compiler}-{}", build_and_arch(kernel, build, arch), hashes(kernel, &options(build, arch)))
-}
-
-/// [`identity`] without the compiler, for machine code that one machine builds and another loads.
-pub(in crate::cuda) fn portable_identity(kernel: &Kernel, build: &Build, arch: &str) -> String {
-    format!("{}-{}", build_and_arch(kernel, build, arch), hashes(kernel, &options(build, arch)))
-}
-
-/// `embed-THREADS=128-sm_90a`.
-fn build_and_arch(kernel: &Kernel, build: &Build, arch: &str) -> String {
-    let defines = build.defines.iter().map(|(name, value)| format!("{name}={value}"));
-    std::iter::once(kernel.stem.to_owned()).chain(defines).chain([arch.to_owned()]).collect::<Vec<_>>().join("-")
-}
-
-/// Hash of the compiler options word for word, then hash of the source. The same source under other
-/// options is other machine code.
-fn hashes(kernel: &Kernel, options: &[String]) -> String {
-    let words = options.iter().flat_map(|option| option.as_bytes().iter().chain(b" "));
-    format!("{:016x}-{:016x}", fnv1a(words), kernel.hash)
-}
-
-/// The builds that are checked and measured: every kernel with the constants that the supported models ask for. A launcher may ask for
-/// others at load, such as an unusual page size.
-pub fn builds() -> Vec<Build> {
-    [
-        ask::builds(),
-        attention::builds(),
-        blend::builds(),
-        decide::builds(),
-        embed::builds(),
-        experts::builds(),
-        gather::builds(),
-        linear::builds(),
-        norm::builds(),
-        remask::builds(),
-        reveal::builds(),
-        rope_append::builds(),
-        route::builds(),
-        shortlist::builds(),
-    ]
-    .concat()
-}
-
-/// The kernel of a stem.
-pub(in crate::cuda) fn kernel(stem: &str) -> Kernel {
-    kernels().into_iter().find(|kernel| kernel.stem == stem).unwrap_or_else(|| panic!("no kernels/{stem}.cu"))
-}
-
-/// All kernels, by stem.
-pub fn kernels() -> Vec<Kernel> {
-    SOURCES.iter().map(|&(stem, source, hash)| Kernel { stem, source, hash }).collect()
-}
-
-/// Headers of all kernels as (name, text).
-pub fn headers() -> &'static [(&'static str, &'static str)] {
-    HEADERS
-}
 
 /// What `redraft kernels list` prints about one kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -138,11 +41,6 @@ pub fn kernels_list() -> Vec<KernelInfo> {
     kernels().into_iter().map(info).collect()
 }
 
-/// `NAME=VALUE NAME=VALUE`.
-pub(in crate::cuda) fn constants(build: &Build) -> String {
-    build.defines.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join(" ")
-}
-
 /// What `redraft kernels check` prints about one entry of one build on one architecture.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct KernelReport {
@@ -161,37 +59,6 @@ pub struct KernelReport {
     /// Of the whole file, which all its entries share.
     pub cubin_bytes: usize,
     pub compile_ms: f64,
-}
-
-/// One build, compiled for one architecture.
-pub(in crate::cuda) struct CompiledBuild<'a> {
-    pub arch: &'a str,
-    pub build: &'a Build,
-    pub compiled: Compiled,
-}
-
-/// Compiles each build for each architecture, and returns all in that order. All architectures are
-/// checked before the first compilation.
-pub(in crate::cuda) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build]) -> Result<Vec<CompiledBuild<'a>>> {
-    let compiler = compiler()?;
-    archs.iter().try_for_each(|arch| compiler.check_arch(arch))?;
-    let jobs: Vec<(&str, &Build)> = archs.iter().flat_map(|arch| builds.iter().map(move |build| (arch.as_str(), build))).collect();
-    let compile = |&(arch, build): &(&'a str, &'a Build)| -> Result<CompiledBuild<'a>> {
-        Ok(CompiledBuild { arch, build, compiled: compiler.compile(&kernel(build.stem), build, arch)? })
-    };
-    // NVRTC compiles different programs on different threads at once.
-    let next = AtomicUsize::new(0);
-    let worker = || -> Vec<(usize, Result<CompiledBuild>)> {
-        let take = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|job| *job < jobs.len());
-        std::iter::from_fn(take).map(|job| (job, compile(&jobs[job]))).collect()
-    };
-    let mut outcomes = std::thread::scope(|scope| {
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(jobs.len());
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
-        workers.into_iter().flat_map(|worker| worker.join().expect("compiling does not panic")).collect::<Vec<_>>()
-    });
-    outcomes.sort_by_key(|(job, _)| *job);
-    outcomes.into_iter().map(|(_, outcome)| outcome).collect()
 }
 
 /// Compiles every build for every architecture named, and reports in that order. All names are
@@ -357,15 +224,6 @@ mod tests {
         assert_eq!(norm.entries, ["norm_layer_f32", "norm_layer_bf16", "norm_rms_f32", "norm_rms_bf16"]);
     }
 
-    /// Device code that is not portable C++ has one home, beside its host twin.
-    #[test]
-    fn inline_assembly_stays_in_the_header() {
-        for kernel in kernels() {
-            assert!(!kernel.source.contains("asm"), "{}", kernel.stem);
-            assert!(!kernel.source.contains("REDRAFT_EMULATE"), "{}", kernel.stem);
-        }
-    }
-
     fn report() -> KernelReport {
         KernelReport {
             stem: "remask",
@@ -391,24 +249,6 @@ mod tests {
              remask  THREADS=256  sm_90a      256         32        0      1064        0     9000          31\n"
         );
         assert!(list_table(&kernels_list()).lines().count() == kernels().len() + 1);
-    }
-
-    #[test]
-    fn an_identity_holds_options_and_compiler() {
-        let (kernel, build) = (kernel("embed"), Build { stem: "embed", defines: vec![("THREADS", 128)] });
-        let found = identity(&kernel, &build, "sm_90a", "nvrtc13.0-0123456789abcdef");
-        assert!(found.starts_with("embed-THREADS=128-sm_90a-nvrtc13.0-0123456789abcdef-"), "{found}");
-        assert!(found.ends_with(&format!("-{:016x}", kernel.hash)), "{found}");
-        assert_ne!(found, identity(&kernel, &build, "sm_90a", "nvrtc13.0-0123456789abcdee"));
-
-        // One option more, one changed, and two that differ in where a word ends.
-        let usual = options(&build, "sm_90a");
-        let changed = |options: Vec<&str>| hashes(&kernel, &options.into_iter().map(String::from).collect::<Vec<_>>());
-        let words: Vec<&str> = usual.iter().map(String::as_str).collect();
-        assert!(found.ends_with(&changed(words.clone())));
-        assert_ne!(changed(words.clone()), changed([&words[..], &["--use_fast_math"]].concat()));
-        assert_ne!(changed(vec!["-DA=1", "-DB=2"]), changed(vec!["-DA=1", "-DB=3"]));
-        assert_ne!(changed(vec!["-DA=1", "2"]), changed(vec!["-DA=12"]));
     }
 
     #[test]

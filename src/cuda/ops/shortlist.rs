@@ -3,16 +3,14 @@
 //! Lists stay on the device. Every one has room for the same number of ids; a shorter one ends with [`NO_ID`].
 #![forbid(unsafe_code)]
 
-use crate::backend::{DType, Epilogue, not_listed};
-use crate::cuda::backend::{Buffer, Cuda, Matrix, Vector};
+use crate::backend::{DType, Epilogue};
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::{Machine, Memory};
-use crate::cuda::ops::decide::{CHUNK_BYTES, DecisionRecord, chunk_rows, status};
+use crate::cuda::machine::Machine;
+use crate::cuda::ops::decide::{CHUNK_BYTES, chunk_rows};
 use crate::cuda::ops::linear;
 use crate::cuda::ops::linear::Linear;
 use crate::cuda::params::params;
 use crate::error::Result;
-use crate::sampling::{Decision, Draw};
 
 /// An id that no vocabulary has: the rest of a list, the `NO_ID` of `kernels/decide.cuh`.
 pub const NO_ID: u32 = u32::MAX;
@@ -151,90 +149,4 @@ pub fn listed(machine: &Machine, op: &Listed) -> Result<()> {
     };
     let params = ListedParams { hidden, head, bias: bias.unwrap_or(0), ids, which, draws, decisions, count, k };
     machine.launch(listed_build(), entry, Launch::line(rows, THREADS), &params)
-}
-
-/// Lists on the device.
-pub struct Lists {
-    memory: Memory,
-    rows: usize,
-    count: usize,
-}
-
-/// The contracts of the backend.
-impl Cuda {
-    pub(in crate::cuda) fn make_lists(
-        &self,
-        rows: usize,
-        hidden: &Buffer,
-        head: &Matrix,
-        bias: Option<&Vector>,
-        banned: &[u32],
-        count: usize,
-    ) -> Result<Lists> {
-        let Matrix { n, k, .. } = *head;
-        assert!(hidden.len >= rows * k, "hidden of {} for {rows} rows of {k}", hidden.len);
-        let memory = self.machine.memory(4 * rows * count)?;
-        let (hidden, _copy) = self.as_input(hidden, rows * k)?;
-        let op = Shortlist {
-            rows: rows as u32,
-            k: k as u32,
-            vocab: n as u32,
-            hidden,
-            dtype: self.weight_dtype(),
-            head: head.memory.address(),
-            bias: bias.map(Vector::address),
-            banned: self.banned_mask(banned, n)?,
-            count: count as u32,
-            ids: memory.address(),
-        };
-        shortlist(&self.machine, &op)?;
-        Ok(Lists { memory, rows, count })
-    }
-
-    pub(in crate::cuda) fn read_lists(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
-        let mut ids = vec![0u32; lists.rows * lists.count];
-        self.machine.driver.read(lists.memory.address(), bytemuck::cast_slice_mut(&mut ids))?;
-        Ok(ids.chunks_exact(lists.count).map(|ids| ids.iter().copied().take_while(|id| *id != NO_ID).collect()).collect())
-    }
-
-    pub(in crate::cuda) fn decide_lists(
-        &self,
-        hidden: &Buffer,
-        head: &Matrix,
-        bias: Option<&Vector>,
-        lists: &Lists,
-        which: &[u32],
-        draws: &[Draw],
-    ) -> Result<Vec<Decision>> {
-        if draws.is_empty() {
-            return Ok(Vec::new());
-        }
-        let (k, rows) = (head.k, draws.len());
-        assert!(which.len() == rows && hidden.len >= rows * k, "{} lists, hidden of {} for {rows} rows of {k}", which.len(), hidden.len);
-        assert!(which.iter().all(|list| (*list as usize) < lists.rows), "{which:?} of {} lists", lists.rows);
-        let draws = self.upload_draws(draws)?;
-        let which = self.upload_words(which)?;
-        let answers = self.machine.memory(rows * size_of::<DecisionRecord>())?;
-        let (hidden, _copy) = self.as_input(hidden, rows * k)?;
-        let op = Listed {
-            rows: rows as u32,
-            k: k as u32,
-            hidden,
-            dtype: self.weight_dtype(),
-            head: head.memory.address(),
-            bias: bias.map(Vector::address),
-            count: lists.count as u32,
-            ids: lists.memory.address(),
-            which: which.address(),
-            draws: draws.address(),
-            decisions: answers.address(),
-        };
-        listed(&self.machine, &op)?;
-        let records = self.read_decisions(&answers, rows)?;
-        let decision = |(row, record): (usize, &DecisionRecord)| match record.status {
-            status::FORCED => Err(not_listed(row, record.token)),
-            _ => record.decision(row),
-        };
-        records.iter().enumerate().map(decision).collect()
-    }
 }

@@ -1,0 +1,96 @@
+//! Lists of ids on the device: the backend's shortlists, and decisions among them.
+#![forbid(unsafe_code)]
+
+use crate::backend::not_listed;
+use crate::cuda::context::{Buffer, Cuda, Matrix, Vector};
+use crate::cuda::machine::Memory;
+use crate::cuda::ops::decide::{DecisionRecord, status};
+use crate::cuda::ops::shortlist::{Listed, NO_ID, Shortlist, listed, shortlist};
+use crate::error::Result;
+use crate::sampling::{Decision, Draw};
+
+/// Lists on the device.
+pub struct Lists {
+    memory: Memory,
+    rows: usize,
+    count: usize,
+}
+
+/// The contracts of the backend.
+impl Cuda {
+    pub(super) fn make_lists(
+        &self,
+        rows: usize,
+        hidden: &Buffer,
+        head: &Matrix,
+        bias: Option<&Vector>,
+        banned: &[u32],
+        count: usize,
+    ) -> Result<Lists> {
+        let Matrix { n, k, .. } = *head;
+        assert!(hidden.len >= rows * k, "hidden of {} for {rows} rows of {k}", hidden.len);
+        let memory = self.machine.memory(4 * rows * count)?;
+        let (hidden, _copy) = self.as_input(hidden, rows * k)?;
+        let op = Shortlist {
+            rows: rows as u32,
+            k: k as u32,
+            vocab: n as u32,
+            hidden,
+            dtype: self.weight_dtype(),
+            head: head.memory.address(),
+            bias: bias.map(Vector::address),
+            banned: self.banned_mask(banned, n)?,
+            count: count as u32,
+            ids: memory.address(),
+        };
+        shortlist(&self.machine, &op)?;
+        Ok(Lists { memory, rows, count })
+    }
+
+    pub(super) fn read_lists(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
+        let mut ids = vec![0u32; lists.rows * lists.count];
+        self.machine.driver.read(lists.memory.address(), bytemuck::cast_slice_mut(&mut ids))?;
+        Ok(ids.chunks_exact(lists.count).map(|ids| ids.iter().copied().take_while(|id| *id != NO_ID).collect()).collect())
+    }
+
+    pub(super) fn decide_lists(
+        &self,
+        hidden: &Buffer,
+        head: &Matrix,
+        bias: Option<&Vector>,
+        lists: &Lists,
+        which: &[u32],
+        draws: &[Draw],
+    ) -> Result<Vec<Decision>> {
+        if draws.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (k, rows) = (head.k, draws.len());
+        assert!(which.len() == rows && hidden.len >= rows * k, "{} lists, hidden of {} for {rows} rows of {k}", which.len(), hidden.len);
+        assert!(which.iter().all(|list| (*list as usize) < lists.rows), "{which:?} of {} lists", lists.rows);
+        let draws = self.upload_draws(draws)?;
+        let which = self.upload_words(which)?;
+        let answers = self.machine.memory(rows * size_of::<DecisionRecord>())?;
+        let (hidden, _copy) = self.as_input(hidden, rows * k)?;
+        let op = Listed {
+            rows: rows as u32,
+            k: k as u32,
+            hidden,
+            dtype: self.weight_dtype(),
+            head: head.memory.address(),
+            bias: bias.map(Vector::address),
+            count: lists.count as u32,
+            ids: lists.memory.address(),
+            which: which.address(),
+            draws: draws.address(),
+            decisions: answers.address(),
+        };
+        listed(&self.machine, &op)?;
+        let records = self.read_decisions(&answers, rows)?;
+        let decision = |(row, record): (usize, &DecisionRecord)| match record.status {
+            status::FORCED => Err(not_listed(row, record.token)),
+            _ => record.decision(row),
+        };
+        records.iter().enumerate().map(decision).collect()
+    }
+}
