@@ -38,10 +38,16 @@ from plot import plot_log
 
 # ---- evaluation --------------------------------------------------------------------------------------------------
 
+def changed(args, **values):
+    return argparse.Namespace(**(vars(args) | values))
+
+
 @torch.no_grad()
 def evaluate(objective, data, args, rank, world, count):
     """Held-out loss of every column, in nats per token; the workers share the sequences. Fixed seed: comparable."""
     # Drawn on the CPU, so the sequences and their masks are the same ones on every device.
+    if args.heldout_parts:
+        args = changed(args, main_parts=args.heldout_parts, main_share=1)
     sampler = corpus.Sampler(data, args, True, corpus.seeded("cpu", args.seed + 1000))
     sequences = sampler.batch(count, args.length)[rank::world]
     generator = corpus.seeded("cpu", args.seed + 2000 + rank)
@@ -154,7 +160,10 @@ def worker(rank, world, port, args):
         args._reports, best = saved["reports"], saved["best"]
     # With the step in the seed a continued run makes new draws, not the first ones again.
     rng = np.random.default_rng([args.seed, rank, step])
-    sampler = corpus.Sampler(data, args, False, corpus.seeded(args.device, args.seed, rank, step))
+    # While the main parts are still being made (`--then`), the others stand in for them.
+    alone = changed(args, main_parts=args.other_parts, main_share=1)
+    seeds = args.device, args.seed, rank, step
+    sampler = corpus.Sampler(data, alone if args.then else args, False, corpus.seeded(*seeds))
 
     def choose(shares):
         keys, weights = list(shares), np.array(list(shares.values()))
@@ -254,6 +263,9 @@ def worker(rank, world, port, args):
     if math.isfinite(clock.end):
         # Shows that everything can be written before time is spent on it, and how long that takes.
         report(opening=True)
+    if args.then:
+        data, whole = awaited(args, data)
+        sampler = corpus.Sampler(data, args if whole else alone, False, corpus.seeded(*seeds))
     clock.skip()
     progress, next_log = clock.progress(step), 0
     if progress >= 1 and math.isfinite(clock.end) and not step:
@@ -312,6 +324,22 @@ def worker(rank, world, port, args):
         dist.destroy_process_group()
 
 
+def awaited(args, data):
+    """The data of `--then` once it is there; -> (data, whether it has the main parts)."""
+    path = os.path.join(args.then, "data.npz")
+    until = args.started + args.then_within
+    while not os.path.exists(path) and time.time() < until:
+        time.sleep(0.1)
+    if not os.path.exists(path):
+        print(f"no {path} in time: training on {args.other_parts} alone", flush=True)
+        return data, False
+    data, _ = corpus.load(args.then)
+    index = [data["parts"].tolist().index(p) for p in args.main_parts.split(",")]
+    size = int(np.diff(data["doc_start"])[np.isin(data["doc_part"], index)].sum())
+    print(f"{args.main_parts}: {size} tokens, {time.time() - args.started:.0f} s after the start", flush=True)
+    return data, size >= 64 * args.length
+
+
 def load_into(model, folder):
     """Start from the weights of an exported directory of the same kind."""
     from sample import load_exported, load_judge
@@ -350,9 +378,14 @@ def main():
     ap.add_argument("--mix", default="full:0.55,4:0.37,16:0.08", help="block sizes and their shares of the tokens")
     ap.add_argument("--full-range", default="0.05-0.6:0.75,0.6-1:0.25", help="mask rates of full attention")
     ap.add_argument("--small-range", default="0-1", help="mask rates of small blocks (clipped to whole counts)")
+    ap.add_argument("--then", metavar="DIR", help="folder whose data.npz is still being made: compile and evaluate "
+                    "with --data, then wait for it and train on it")
+    ap.add_argument("--then-within", type=float, default=600, metavar="SECONDS",
+                    help="wait so long after the start; then train on the --other-parts of --data alone")
     ap.add_argument("--main-parts", default="stories")
     ap.add_argument("--other-parts", default="tales,children")
     ap.add_argument("--main-share", type=float, default=0.8)
+    ap.add_argument("--heldout-parts", help="parts of the held-out table; default: those that train, in their shares")
     ap.add_argument("--doc-start-share", type=float, default=0.6)
     ap.add_argument("--batch-tokens", type=int, default=5632, help="tokens per step, all workers together")
     ap.add_argument("--minutes", type=float, help="training time (stopped time does not count); "
