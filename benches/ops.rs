@@ -8,7 +8,10 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use redraft::backend::{Backend, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, NormKind, Rotation, Router, RouterScore};
+use redraft::backend::{
+    Activation, Backend, Candidates, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, NormKind, Rotation, Router, RouterScore,
+    WeightShape,
+};
 use redraft::cpu::simd::{Isa, Kernel, Simd};
 use redraft::cpu::{Buffer, Cpu, oracle};
 use redraft::plan::{Plan, Visibility};
@@ -61,8 +64,8 @@ fn noise(len: usize, seed: u64) -> Vec<f32> {
         .collect()
 }
 
-fn pack(cpu: &Cpu, weight: &[f32], n: usize, k: usize) -> redraft::cpu::Matrix {
-    cpu.matrix(n, k, &|first, dst| {
+fn pack(cpu: &Cpu, weight: &[f32], n: usize, k: usize) -> redraft::cpu::Weight {
+    cpu.weight(WeightShape::Matrix { n, k }, &|first, dst| {
         dst.copy_from_slice(&weight[first * k..][..dst.len()]);
         Ok(())
     })
@@ -98,7 +101,7 @@ fn linear(c: &mut Criterion) {
             for &rows in all_rows {
                 let host = noise(rows * k, 2);
                 let x = Buffer::from(&host[..]);
-                let mut out = cpu.alloc(rows * n).expect("memory");
+                let [mut out] = cpu.alloc([Activation::F32(rows * n)]).expect("memory");
                 cpu.linear(rows, &x, &packed, None, Epilogue::Store, &mut out).expect("product");
                 let columns = 8.min(n);
                 let want = oracle::linear(cpu.dtype(), &host[..k], &weight[..columns * k], k, None, Epilogue::Store, &[0.0; 8][..columns]);
@@ -156,7 +159,7 @@ fn attention(c: &mut Criterion) {
             oracle::rope_append(cpu.dtype(), &all, heads, &Rotation::plain(1e4), &mut rotated, &mut keys, &mut values);
             let one = plan(0..1, Visibility::Full);
             let want = oracle::attention(&one, heads, 16, &rotated, &keys, &values);
-            let mut out = cpu.alloc(rows * heads.q_width()).expect("memory");
+            let [mut out] = cpu.alloc([Activation::F32(rows * heads.q_width())]).expect("memory");
             for (name, visibility) in [("full", Visibility::Full), ("block4", Visibility::BlockCausal(4))] {
                 cpu.attention(&cpu.batch(&one).expect("plan"), heads, &qkv, 0, &kv, &mut out).expect("attention");
                 let mut got = vec![0.0; heads.q_width()];
@@ -191,7 +194,7 @@ fn experts(c: &mut Criterion) {
     for cpu in cpus() {
         let weights: Vec<f32> = noise(num_experts * 2 * inner * width, 7).iter().map(|w| w * 0.1).collect();
         let stack = |n: usize, k: usize| {
-            cpu.stack(num_experts, n, k, &|first, dst| {
+            cpu.weight(WeightShape::Experts { num: num_experts, n, k }, &|first, dst| {
                 dst.copy_from_slice(&weights[first * k..][..dst.len()]);
                 Ok(())
             })
@@ -200,7 +203,7 @@ fn experts(c: &mut Criterion) {
         for rows in [1, 4, 32, 128, 1024] {
             let (host, scores) = (noise(rows * width, 8), noise(rows * num_experts, 9));
             let (x, logits) = (Buffer::from(&host[..]), Buffer::from(&scores[..]));
-            let mut out = cpu.alloc(rows * width).expect("memory");
+            let [mut out] = cpu.alloc([Activation::F32(rows * width)]).expect("memory");
             let mut routes = cpu.routes(rows, shape).expect("memory");
             let by = Router { score: router, bias: None };
             cpu.route(rows, &logits, &by, &mut routes).expect("routes");
@@ -232,17 +235,17 @@ fn norm(c: &mut Criterion) {
     let shapes = [(4, 192), (128, 768), (1024, 768)];
     for ((rows, width), kind) in shapes.into_iter().flat_map(|shape| [(shape, NormKind::Layer), (shape, NormKind::Rms)]) {
         let host = noise(rows * width, 4);
-        let (x, weight) = (Buffer::from(&host[..]), cpu.vector(&vec![1.0; width]).expect("memory"));
-        let mut out = cpu.alloc(rows * width).expect("memory");
+        let (mut x, weight) = (Buffer::from(&host[..]), cpu.upload(&vec![1.0; width]).expect("memory"));
+        let [mut out] = cpu.alloc([Activation::F32(rows * width)]).expect("memory");
         let norm = Norm { kind, eps: 1e-5, weight: &weight, bias: None };
-        cpu.norm(rows, &x, &norm, &mut out).expect("norm");
+        cpu.norm(rows, &mut x, None, &norm, &mut out).expect("norm");
         let mut got = vec![0.0; rows * width];
         cpu.download(&out, 0, &mut got).expect("download");
         let want = oracle::norm(&host, &Norm { kind, eps: 1e-5, weight: &vec![1.0; width][..], bias: None });
         assert!(got.iter().zip(&want).all(|(g, w)| (f64::from(*g) - w).abs() < 1e-5));
         group.throughput(Throughput::Bytes((rows * width * 8) as u64));
         group.bench_function(id(cpu, format!("{kind:?}-{rows}x{width}")), |b| {
-            b.iter(|| cpu.norm(rows, &x, &norm, &mut out).expect("norm"));
+            b.iter(|| cpu.norm(rows, &mut x, None, &norm, &mut out).expect("norm"));
         });
     }
     group.finish();
@@ -257,7 +260,7 @@ fn decide(c: &mut Criterion) {
     let head = pack(cpu, &weight, vocab, k);
     for rows in [1, 4, 64] {
         let hidden = Buffer::from(&noise(rows * k, 6)[..]);
-        let mut logits = cpu.alloc(rows * vocab).expect("memory");
+        let [mut logits] = cpu.alloc([Activation::F32(rows * vocab)]).expect("memory");
         // Below, decisions are held to these, also where a filter leaves out the product's own row.
         cpu.linear(rows, &hidden, &head, None, Epilogue::Store, &mut logits).expect("product");
         group.throughput(Throughput::Elements(rows as u64));
@@ -279,11 +282,11 @@ fn decide(c: &mut Criterion) {
                 truncated_confidence: false,
             };
             let draws: Vec<Draw> = (0..rows).map(draw).collect();
-            let got = cpu.decide(&hidden, &head, None, &[], &draws).expect("decisions")[0];
+            let got = cpu.decide(&hidden, &head, None, Candidates::AllBut(&[]), &draws).expect("decisions")[0];
             let want = redraft::sampling::decide_row(&host, &[], &draws[0]).expect("decision");
             assert_eq!(got.token, want.token, "{name}");
             group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-{name}")), |b| {
-                b.iter(|| cpu.decide(&hidden, &head, None, &[], &draws).expect("decisions"));
+                b.iter(|| cpu.decide(&hidden, &head, None, Candidates::AllBut(&[]), &draws).expect("decisions"));
             });
         }
     }
@@ -296,7 +299,7 @@ fn shortlist(c: &mut Criterion) {
     let cpu = &cpus()[0];
     for (vocab, k) in [(4096, 256), (152_064, 3584)] {
         // Made row by row: the larger head is 2.2 GB in f32.
-        let head = cpu.matrix(vocab, k, &|first, dst| {
+        let head = cpu.weight(WeightShape::Matrix { n: vocab, k }, &|first, dst| {
             dst.copy_from_slice(&noise(dst.len(), first as u64));
             Ok(())
         });
@@ -316,23 +319,27 @@ fn shortlist(c: &mut Criterion) {
             let which: Vec<u32> = (0..rows as u32).collect();
             group.throughput(Throughput::Elements(rows as u64));
             group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-all")), |b| {
-                b.iter(|| cpu.decide(&hidden, &head, None, &[], &draws).expect("decisions"));
+                b.iter(|| cpu.decide(&hidden, &head, None, Candidates::AllBut(&[]), &draws).expect("decisions"));
             });
             for n in [64, 256] {
                 let lists = cpu.shortlist(rows, &hidden, &head, None, &[], n).expect("lists");
                 let greedy: Vec<Draw> = draws.iter().map(|draw| Draw { temperature: 0.0, ..*draw }).collect();
                 let tokens = |decisions: Vec<redraft::sampling::Decision>| decisions.iter().map(|d| d.token).collect::<Vec<_>>();
-                let among = tokens(cpu.decide_listed(&hidden, &head, None, &lists, &which, &greedy).expect("decisions"));
+                let among = tokens(
+                    cpu.decide(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &which }, &greedy).expect("decisions"),
+                );
                 assert_eq!(
                     among,
-                    tokens(cpu.decide(&hidden, &head, None, &[], &greedy).expect("decisions")),
+                    tokens(cpu.decide(&hidden, &head, None, Candidates::AllBut(&[]), &greedy).expect("decisions")),
                     "the most probable are listed"
                 );
                 group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-lists-of-{n}")), |b| {
                     b.iter(|| cpu.shortlist(rows, &hidden, &head, None, &[], n).expect("lists"));
                 });
                 group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-among-{n}")), |b| {
-                    b.iter(|| cpu.decide_listed(&hidden, &head, None, &lists, &which, &draws).expect("decisions"));
+                    b.iter(|| {
+                        cpu.decide(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &which }, &draws).expect("decisions")
+                    });
                 });
             }
         }

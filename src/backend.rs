@@ -7,12 +7,12 @@
 //! never by the number of rows beside it or the number of threads (docs/architecture.md, determinism).
 #![forbid(unsafe_code)]
 
+pub mod measure;
 pub mod rope;
 
 pub use rope::{Rope, RopeScaling};
 
 use std::ops::Range;
-use std::time::Instant;
 
 use crate::canvas::Canvas;
 use crate::error::{Error, Result};
@@ -300,124 +300,109 @@ pub enum Activation {
     Input(usize),
 }
 
-/// The rates of a machine that bound a forward.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Ceilings {
-    /// Multiplications and additions per second in one large product.
-    pub matrix_flop_per_s: f64,
-    /// Its size and what computed it: `4096 x 4096 x 4096 by cuBLASLt`.
-    pub matrix: String,
-    /// Bytes per second of plain memory traffic: read, or copied with read and written bytes
-    /// counted.
-    pub bytes_per_s: f64,
-    /// What moved them: `copy of 1024 MiB`.
-    pub traffic: String,
-}
-
-/// Operations per second of `x (rows, k) weight (n, k)^T` on a backend, the best of `runs` products
-/// of numbers that are not zero.
-pub fn product_rate<B: Backend>(backend: &B, [rows, n, k]: [usize; 3], runs: usize) -> Result<f64> {
-    let value = |i: usize| (i % 17) as f32 / 17.0 - 0.5;
-    let source = |first: usize, dst: &mut [f32]| {
-        dst.iter_mut().enumerate().for_each(|(i, v)| *v = value(first + i));
-        Ok(())
-    };
-    let (square, weight) = (backend.matrix(k, k, &source)?, backend.matrix(n, k, &source)?);
-    // Rows that are not zero: a product of zeros with a bias.
-    let bias = backend.vector(&(0..k).map(value).collect::<Vec<_>>())?;
-    let (zeros, mut x, mut out) = (backend.alloc(rows * k)?, backend.alloc(rows * k)?, backend.alloc(rows * n)?);
-    backend.linear(rows, &zeros, &square, Some(&bias), Epilogue::Store, &mut x)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..runs {
-        let start = Instant::now();
-        backend.linear(rows, &x, &weight, None, Epilogue::Store, &mut out)?;
-        backend.synchronize()?;
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    Ok(2.0 * (rows * n * k) as f64 / best)
-}
-
 /// Reads rows of a weight on demand, for several threads at once: `fill(first_row, dst)` writes `dst.len() / k` rows of k f32 values.
 pub type RowSource<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
 
-/// What `decide_listed` says about a forced token that it cannot choose.
+/// How a weight lies in memory, which follows from the ops that read it. Row-major at the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightShape {
+    /// (n, k) for `linear`, `decide`, `shortlist` and `embed`.
+    Matrix { n: usize, k: usize },
+    /// (n, k) for `embed` alone.
+    Table { n: usize, k: usize },
+    /// `num` weights of (n, k) for `experts`. Row r of the source is row `r % n` of weight `r / n`.
+    Experts { num: usize, n: usize, k: usize },
+}
+
+/// Ids that `decide` may choose.
+#[derive(Debug)]
+pub enum Candidates<'a, L> {
+    /// All ids but these.
+    AllBut(&'a [u32]),
+    /// Those of list `which[i]` for row i.
+    Listed { lists: &'a L, which: &'a [u32] },
+}
+
+/// A list whose length the host knows.
+pub trait RowList {
+    /// Number of rows, padding included.
+    fn num_rows(&self) -> usize;
+}
+
+impl RowList for Vec<u32> {
+    fn num_rows(&self) -> usize {
+        self.len()
+    }
+}
+
+/// What `decide` says about a forced token that it cannot choose.
 pub(crate) fn not_listed(row: usize, token: u32) -> Error {
     Error::request(format!("row {row}: token {token} is not on the shortlist of the row: it cannot be chosen there (shortlist=all)"))
 }
 
-/// A machine that can run the network.
+/// A machine that can run the network: memory, and one method for each op.
 pub trait Backend {
-    /// Activations, f32 elements.
+    /// f32 elements: activations and small parameters (norm weights, biases).
     type Buffer;
-    /// A packed (n, k) weight in the backend's weight dtype.
-    type Matrix;
-    /// A small f32 parameter vector (norm weights, biases).
-    type Vector;
+    /// A weight in the backend's weight dtype, or one for each expert.
+    type Weight;
     /// All layers' pages.
     type KvCache;
     /// A plan where the kernels can read it.
     type Batch;
     /// A list of row indices where the kernels can read it.
-    type Rows;
+    type Rows: RowList;
     /// Some ids for each of some rows, where the kernels can read them.
     type Lists;
     /// A run in progress, where this backend decides steps by itself.
     type Run;
-    /// Packed weights of one shape, one for each expert.
-    type Stack;
     /// The experts of every row, in the order of the experts, and room for the rows on their way through them.
     type Routes;
+
+    /// Maximum number of ids that a list of `shortlist` may hold.
+    const MAX_SHORTLIST: usize;
 
     /// Device name for reports, e.g. `cpu (avx512-bf16, 2 threads)`.
     fn name(&self) -> String;
     /// Weight and K/V dtype.
     fn dtype(&self) -> DType;
 
-    /// `len` f32 zeros.
-    fn alloc(&self, len: usize) -> Result<Self::Buffer>;
-    /// Zeros for the activations of a forward, from one allocation where the backend can.
-    fn arena<const N: usize>(&self, parts: [Activation; N]) -> Result<[Self::Buffer; N]>;
+    /// Zeros for activations, from one allocation where the backend can.
+    fn alloc<const N: usize>(&self, parts: [Activation; N]) -> Result<[Self::Buffer; N]>;
+    /// A buffer of f32 elements with these values.
+    fn upload(&self, src: &[f32]) -> Result<Self::Buffer>;
     /// Copies `dst.len()` elements starting at `offset`. Waits.
     fn download(&self, src: &Self::Buffer, offset: usize, dst: &mut [f32]) -> Result<()>;
     /// Waits for everything enqueued.
     fn synchronize(&self) -> Result<()>;
-    /// Uploads a parameter vector.
-    fn vector(&self, src: &[f32]) -> Result<Self::Vector>;
-    /// Packs an (n, k) row-major weight for `linear`, reading it some rows at a time so that no second full copy exists.
-    fn matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Self::Matrix>;
-    /// Packs `num` weights of (n, k) for `experts`; row r of `source` is row `r % n` of weight `r / n`.
-    fn stack(&self, num: usize, n: usize, k: usize, source: &RowSource) -> Result<Self::Stack>;
+    /// Packs a weight, reading it some rows at a time so that no second full copy exists.
+    fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Self::Weight>;
     /// Room for the routes of up to `rows` rows through experts of this shape.
     fn routes(&self, rows: usize, shape: ExpertShape) -> Result<Self::Routes>;
-    /// Stores an (n, k) table for `embed` in the weight dtype, row-major.
-    fn table(&self, n: usize, k: usize, source: &RowSource) -> Result<Self::Matrix>;
     /// Pages filled with NaN: a slot that is read before it is written poisons the result instead of looking plausible.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
     /// Copies all layers of page `src` to page `dst` (copy on write).
     fn copy_page(&self, kv: &mut Self::KvCache, src: u32, dst: u32) -> Result<()>;
-    /// Fills all layers of a freed page with NaN (tests of the page laws).
-    fn poison_page(&self, kv: &mut Self::KvCache, page: u32) -> Result<()>;
     /// Makes a plan readable by the kernels; done once per forward.
     fn batch(&self, plan: &Plan) -> Result<Self::Batch>;
     /// Makes row indices readable by the kernels.
     fn rows(&self, rows: &[u32]) -> Result<Self::Rows>;
-    /// How many rows a list holds.
-    fn num_rows(&self, rows: &Self::Rows) -> usize;
     /// The batch of the given rows alone (ascending), over the same pages: [`Plan::select`]. For `attention` only.
     fn select(&self, batch: &Self::Batch, rows: &Self::Rows) -> Result<Self::Batch>;
 
-    /// `out[t, :] = table[ids[t], :]`, `+ positions[position of t, :]` where positions are learned; a table is from `table` or, where it is also the
-    /// head, from `matrix`. T from the batch; `out` holds at least T * k.
-    fn embed(&self, batch: &Self::Batch, table: &Self::Matrix, positions: Option<&Self::Matrix>, out: &mut Self::Buffer) -> Result<()>;
-    /// `out (rows, C) = norm(x (rows, C))` row by row, C the width of the norm's weight; statistics in f32 or wider.
-    fn norm(&self, rows: usize, x: &Self::Buffer, norm: &Norm<Self::Vector>, out: &mut Self::Buffer) -> Result<()>;
-    /// `x (rows, C) += residual (rows, C)`, then `out = norm(x)`.
-    fn add_norm(
+    /// `out[t, :] = table[ids[t], :]`, `+ positions[position of t, :]` where positions are learned;
+    /// weights are tables, or matrices where they are also the head. T from the batch; `out` holds
+    /// at least T * k.
+    fn embed(&self, batch: &Self::Batch, table: &Self::Weight, positions: Option<&Self::Weight>, out: &mut Self::Buffer) -> Result<()>;
+    /// `out (rows, C) = norm(x (rows, C))` row by row, C the width of the norm's weight; statistics
+    /// in f32 or wider. With a residual (rows, C) first `x += residual`; without one x stays as it
+    /// is.
+    fn norm(
         &self,
         rows: usize,
         x: &mut Self::Buffer,
-        residual: &Self::Buffer,
-        norm: &Norm<Self::Vector>,
+        residual: Option<&Self::Buffer>,
+        norm: &Norm<Self::Buffer>,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`, n halved by [`Epilogue::SwiGlu`]. With bf16 weights x is rounded to bf16 (nearest even) first; f32 accumulation over k in a fixed order.
@@ -425,16 +410,14 @@ pub trait Backend {
         &self,
         rows: usize,
         x: &Self::Buffer,
-        weight: &Self::Matrix,
-        bias: Option<&Self::Vector>,
+        weight: &Self::Weight,
+        bias: Option<&Self::Buffer>,
         epilogue: Epilogue,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// The experts of each row from the router's `logits (rows, E)`, f32: k of them by the rule of `router`, ties to the lower expert, kept in
     /// ascending order. A NaN logit ranks below every number.
-    fn route(&self, rows: usize, logits: &Self::Buffer, router: &Router<Self::Vector>, routes: &mut Self::Routes) -> Result<()>;
-    /// What the last `route` chose, (rows, k). Waits.
-    fn choices(&self, routes: &Self::Routes) -> Result<Vec<Choice>>;
+    fn route(&self, rows: usize, logits: &Self::Buffer, router: &Router<Self::Buffer>, routes: &mut Self::Routes) -> Result<()>;
     /// `out (rows, C) += sum over the row's experts e, ascending, of weight_e * down_e(silu(gate_e x) * up_e x)` for the rows of the last `route`:
     /// `up` is E x (2F, C) with gate and up of a column in neighbouring rows, `down` E x (C, F). Products as in `linear`, over the rows of an expert
     /// together; the sum starts from zero and is added to `out` at its end. A row's result does not depend on who shares its experts.
@@ -442,8 +425,8 @@ pub trait Backend {
         &self,
         routes: &mut Self::Routes,
         x: &Self::Buffer,
-        up: &Self::Stack,
-        down: &Self::Stack,
+        up: &Self::Weight,
+        down: &Self::Weight,
         out: &mut Self::Buffer,
     ) -> Result<()>;
     /// Norms the heads of q and k of each fused QKV row where the rotation says so, rotates the first R elements of q (in place) and k by the
@@ -453,7 +436,7 @@ pub trait Backend {
         &self,
         batch: &Self::Batch,
         heads: HeadShape,
-        rotation: &Rotation<Self::Vector>,
+        rotation: &Rotation<Self::Buffer>,
         qkv: &mut Self::Buffer,
         layer: usize,
         kv: &mut Self::KvCache,
@@ -475,43 +458,34 @@ pub trait Backend {
     fn blend(&self, len: usize, scale: f32, base: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// Copies the first `len` elements of an f32 buffer.
     fn copy(&self, len: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
-    /// LM head and token choice for `draws.len()` rows of `hidden` (width k of `head`): logits = hidden head^T + bias, banned ids excluded, then the law of
-    /// `sampling::decide_row`. Logits of all rows never exist at once. NaN logits are an error naming the row. Waits.
+    /// LM head and token choice for `draws.len()` rows of `hidden` (width k of `head`): logits =
+    /// hidden head^T + bias, those of ids that are no candidates -inf, then the law of
+    /// `sampling::decide_row`. Logits of all rows never exist at once. NaN logits are an error
+    /// naming the row. Waits.
+    ///
+    /// Logits of listed ids alone are products over k in a fixed order that may be another than
+    /// that of all ids. A forced token that is not on the list is an error.
     fn decide(
         &self,
         hidden: &Self::Buffer,
-        head: &Self::Matrix,
-        bias: Option<&Self::Vector>,
-        banned: &[u32],
+        head: &Self::Weight,
+        bias: Option<&Self::Buffer>,
+        candidates: Candidates<Self::Lists>,
         draws: &[Draw],
     ) -> Result<Vec<Decision>>;
-
-    /// Ids that a list of `shortlist` may hold at most.
-    fn longest_list(&self) -> usize;
-    /// The ids of the `n` largest logits of each of the first `rows` rows of `hidden`, as `decide` sees them: banned ids and logits of -inf excluded, ties to the
-    /// lower id, fewer where there are fewer. Of a row with a NaN, which `decide` refuses, the list is any list. `n` is at most `longest_list`.
+    /// The ids of the `n` largest logits of each of the first `rows` rows of `hidden`, as `decide`
+    /// sees them: banned ids and logits of -inf excluded, ties to the lower id, fewer where there
+    /// are fewer. Of a row with a NaN, which `decide` refuses, the list is any list. `n` is at most
+    /// `MAX_SHORTLIST`.
     fn shortlist(
         &self,
         rows: usize,
         hidden: &Self::Buffer,
-        head: &Self::Matrix,
-        bias: Option<&Self::Vector>,
+        head: &Self::Weight,
+        bias: Option<&Self::Buffer>,
         banned: &[u32],
         n: usize,
     ) -> Result<Self::Lists>;
-    /// The ids of each list, ascending. Waits.
-    fn listed(&self, lists: &Self::Lists) -> Result<Vec<Vec<u32>>>;
-    /// [`Backend::decide`] where logits other than those of list `which[i]` are -inf for row i, and are not computed: products over k in a fixed order that may be
-    /// another than that of `decide`. A forced token that is not on the list is an error. Waits.
-    fn decide_listed(
-        &self,
-        hidden: &Self::Buffer,
-        head: &Self::Matrix,
-        bias: Option<&Self::Vector>,
-        lists: &Self::Lists,
-        which: &[u32],
-        draws: &[Draw],
-    ) -> Result<Vec<Decision>>;
 
     /// Whether this backend runs several steps by itself ([`Backend::begin_run`]); otherwise every decision is the host's, step by step.
     fn decides(&self) -> bool;
@@ -525,7 +499,7 @@ pub trait Backend {
     fn step_run(&self, run: &mut Self::Run, step: usize) -> Result<(Self::Batch, Self::Rows)>;
     /// [`Backend::decide`] for the asked rows of the current step, whose hidden states are `hidden`, then the step's reveals on the
     /// device's canvas.
-    fn decide_run(&self, run: &mut Self::Run, hidden: &Self::Buffer, head: &Self::Matrix, bias: Option<&Self::Vector>) -> Result<()>;
+    fn decide_run(&self, run: &mut Self::Run, hidden: &Self::Buffer, head: &Self::Weight, bias: Option<&Self::Buffer>) -> Result<()>;
     /// What a joint sampler takes from the forward of the current step: rows of it where the windows begin, rows of it outside of them, and these
     /// as a batch of their own, without a work list for `attention`.
     fn joint_run(&self, run: &Self::Run) -> Result<(Self::Rows, Self::Rows, Self::Batch)>;
@@ -537,12 +511,17 @@ pub trait Backend {
     /// Enqueues what `body` enqueues, which belongs to the step of `batch`. A backend may record it and replay the recording wherever the step and
     /// `key`, which names the weights and buffers that `body` uses, say that it would enqueue the same again.
     fn replay(&self, batch: &Self::Batch, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
-    /// What this machine does at best, measured: benches print it beside what they measure.
-    /// `weight_bytes`: what one forward reads.
-    fn ceilings(&self, weight_bytes: usize) -> Result<Ceilings>;
     /// Names what is enqueued inside for profilers.
     fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
         let _ = name;
         body()
     }
+}
+
+/// What tests read back of a backend beside its buffers.
+pub trait Inspect: Backend {
+    /// What the last `route` chose, (rows, k). Waits.
+    fn choices(&self, routes: &Self::Routes) -> Result<Vec<Choice>>;
+    /// The ids of each list, ascending. Waits.
+    fn listed(&self, lists: &Self::Lists) -> Result<Vec<Vec<u32>>>;
 }

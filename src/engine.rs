@@ -66,6 +66,14 @@ impl Default for EngineOptions {
     }
 }
 
+impl EngineOptions {
+    /// Pages of a K/V store beyond those of the pool: one that is never written, and so holds NaN,
+    /// where freed pages take its place.
+    fn spare_pages(&self) -> usize {
+        usize::from(self.poison_freed_pages)
+    }
+}
+
 struct Active {
     id: u64,
     session: Session,
@@ -89,13 +97,13 @@ pub(crate) struct Loaded<B: Backend> {
 }
 
 impl<B: Backend> Loaded<B> {
-    fn new(backend: &B, model: Model<B>, pool: &PagePool) -> Result<Loaded<B>> {
+    fn new(backend: &B, model: Model<B>, pool: &PagePool, options: &EngineOptions) -> Result<Loaded<B>> {
         let (num_pages, page_size) = (pool.capacity(), pool.page_size());
         let bytes = model.config().kv_bytes_per_token(backend.dtype().bytes()).checked_mul(num_pages * page_size);
         if bytes.is_none_or(|bytes| bytes > isize::MAX as usize / 4) {
             return Err(Error::request(format!("{num_pages} K/V pages of {page_size} positions are more than can be addressed")));
         }
-        let kv = backend.kv_cache(model.kv_shape(num_pages, page_size, 0))?;
+        let kv = backend.kv_cache(model.kv_shape(num_pages + options.spare_pages(), page_size, 0))?;
         let scratch = Scratch::new(backend, model.config(), 16)?;
         Ok(Loaded { model, kv, scratch, joint: None })
     }
@@ -191,7 +199,7 @@ impl<B: Backend> Engine<B> {
         let mut ends = Ends { never: config.eos_id.into_iter().collect(), last: config.stop_ids.clone() };
         ends.last.extend(tokenizer.as_ref().ok().and_then(|tokenizer| tokenizer.id(END_OF_TURN)));
         let pool = PagePool::new(num_pages, options.page_size);
-        let models = vec![Loaded::new(&backend, model, &pool)?];
+        let models = vec![Loaded::new(&backend, model, &pool, &options)?];
         Ok(Engine {
             backend,
             models,
@@ -226,7 +234,7 @@ impl<B: Backend> Engine<B> {
             return Err(Error::config(&model_dir.join("config.json"), "an autoregressive checkpoint cannot run a stage"));
         }
         let model = registry::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
-        self.models.push(Loaded::new(&self.backend, model, &self.pool)?);
+        self.models.push(Loaded::new(&self.backend, model, &self.pool, &self.options)?);
         Ok(self.models.len() - 1)
     }
 
@@ -771,9 +779,10 @@ impl<B: Backend> Engine<B> {
 
     pub(crate) fn poison(&mut self, pages: &[u32]) {
         if self.options.poison_freed_pages {
+            let never_written = self.pool.capacity() as u32;
             for &page in pages {
                 for loaded in &mut self.models {
-                    self.backend.poison_page(&mut loaded.kv, page).expect("poisoning is for tests on the CPU");
+                    self.backend.copy_page(&mut loaded.kv, never_written, page).expect("poisoning is for tests");
                 }
             }
         }

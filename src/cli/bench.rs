@@ -10,7 +10,8 @@ use std::time::Instant;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::backend::{Backend, Ceilings, DType, ExpertShape};
+use crate::backend::measure::{Ceilings, Measure};
+use crate::backend::{Backend, DType, ExpertShape};
 use crate::cli::bench_flags::{Flags, Forward};
 use crate::cli::device::on_machine;
 use crate::cli::engine::{attach_joint, drain, load};
@@ -183,7 +184,7 @@ struct Measured {
     rows: Vec<Row>,
 }
 
-fn sweep<B: Backend>(
+fn sweep<B: Measure>(
     engine: &mut Engine<B>,
     load_ms: f64,
     flags: &Flags,

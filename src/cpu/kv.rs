@@ -125,15 +125,6 @@ impl KvCache {
         }
     }
 
-    pub fn poison_page(&mut self, page: usize) {
-        let (keys, values, poison) = (self.layout.key_page(), self.layout.value_page(), self.poison());
-        for head in 0..self.shape.num_layers * self.shape.num_kv_heads {
-            let at = head * self.shape.num_pages + page;
-            self.keys[at * keys..(at + 1) * keys].fill(poison);
-            self.values[at * values..(at + 1) * values].fill(poison);
-        }
-    }
-
     /// Head `head` of `layer`.
     pub fn head(&self, layer: usize, head: usize) -> Head<'_> {
         let at = (layer * self.shape.num_kv_heads + head) * self.shape.num_pages;

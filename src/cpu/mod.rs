@@ -13,6 +13,7 @@ mod experts;
 mod kv;
 mod linear;
 mod machine;
+mod measure;
 mod memory;
 mod norm;
 pub mod oracle;
@@ -25,11 +26,10 @@ mod shortlist;
 pub mod simd;
 
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use crate::backend::{
-    Activation, Backend, Ceilings, Choice, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router, RowSource,
-    RunSpec, StepDecisions, product_rate,
+    Activation, Backend, Candidates, Choice, DType, Epilogue, ExpertShape, HeadNorm, HeadShape, Inspect, KvShape, Norm, PassBatch,
+    Rotation, Router, RowSource, RunSpec, StepDecisions, WeightShape,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -86,42 +86,52 @@ impl From<&[f32]> for Buffer {
     }
 }
 
-/// A weight, packed for products or kept as a table for lookups.
-pub struct Matrix(Weight);
+/// A weight, packed for products, kept as a table for lookups, or one for each expert.
+pub struct Weight(Layout);
 
-enum Weight {
+enum Layout {
     Packed(linear::Packed),
     Table(embed::Table),
+    Experts(experts::Stack),
 }
 
-impl Matrix {
+impl Weight {
     fn packed(&self) -> &linear::Packed {
         match &self.0 {
-            Weight::Packed(packed) => packed,
-            Weight::Table(_) => panic!("a product needs a weight from `matrix`, this one is from `table`"),
+            Layout::Packed(packed) => packed,
+            Layout::Table(_) => panic!("a product needs a matrix, this weight is a table"),
+            Layout::Experts(_) => panic!("a product needs a matrix, this weight is one of experts"),
+        }
+    }
+
+    fn stack(&self) -> &experts::Stack {
+        match &self.0 {
+            Layout::Experts(stack) => stack,
+            _ => panic!("experts need a weight of experts"),
         }
     }
 
     fn width(&self) -> usize {
         match &self.0 {
-            Weight::Packed(packed) => packed.k,
-            Weight::Table(table) => table.width(),
+            Layout::Table(table) => table.width(),
+            _ => self.packed().k,
         }
     }
 
     /// Rows by their index, as f32.
     fn rows(&self, ids: &[u32], out: &mut [f32]) {
         match &self.0 {
-            Weight::Packed(packed) => packed.rows(ids, out),
-            Weight::Table(table) => embed::embed(ids, table, out),
+            Layout::Table(table) => embed::embed(ids, table, out),
+            _ => self.packed().rows(ids, out),
         }
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.0 {
-            Weight::Packed(packed) => packed.bytes(),
-            Weight::Table(table) => table.bytes(),
+            Layout::Packed(packed) => packed.bytes(),
+            Layout::Table(table) => table.bytes(),
+            Layout::Experts(stack) => stack.0.iter().map(linear::Packed::bytes).sum(),
         }
     }
 }
@@ -131,9 +141,6 @@ pub struct KvCache(kv::KvCache);
 
 /// A plan whose arrays were checked against each other.
 pub struct Batch(Plan);
-
-/// Packed weights of a layer's experts.
-pub struct Stack(experts::Stack);
 
 /// Lists of ids.
 pub struct Lists(shortlist::Lists);
@@ -161,15 +168,15 @@ impl Batch {
 
 impl Backend for Cpu {
     type Buffer = Buffer;
-    type Matrix = Matrix;
-    type Vector = Aligned<f32>;
+    type Weight = Weight;
     type KvCache = KvCache;
     type Batch = Batch;
     type Rows = Vec<u32>;
     type Lists = Lists;
     type Run = NoRun;
-    type Stack = Stack;
     type Routes = Routes;
+
+    const MAX_SHORTLIST: usize = usize::MAX;
 
     fn name(&self) -> String {
         let threads = self.machine.pool.threads();
@@ -180,17 +187,14 @@ impl Backend for Cpu {
         self.dtype
     }
 
-    fn alloc(&self, len: usize) -> Result<Buffer> {
-        Ok(Buffer(Aligned::zeroed(len)))
+    fn alloc<const N: usize>(&self, parts: [Activation; N]) -> Result<[Buffer; N]> {
+        // Inputs are f32 as well: the product rounds what it reads. Parts of their own begin at
+        // cache lines.
+        Ok(parts.map(|(Activation::F32(len) | Activation::Input(len))| Buffer(Aligned::zeroed(len))))
     }
 
-    fn arena<const N: usize>(&self, parts: [Activation; N]) -> Result<[Buffer; N]> {
-        // Inputs are f32 as well: the product rounds what it reads. Parts of their own begin at cache lines.
-        let mut buffers = Vec::with_capacity(N);
-        for Activation::F32(len) | Activation::Input(len) in parts {
-            buffers.push(self.alloc(len)?);
-        }
-        Ok(buffers.try_into().unwrap_or_else(|_| unreachable!("one buffer for each part")))
+    fn upload(&self, src: &[f32]) -> Result<Buffer> {
+        Ok(src.into())
     }
 
     fn download(&self, src: &Buffer, offset: usize, dst: &mut [f32]) -> Result<()> {
@@ -202,23 +206,18 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn vector(&self, src: &[f32]) -> Result<Aligned<f32>> {
-        Ok(src.into())
-    }
-
-    fn matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
+    fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Weight> {
+        let (WeightShape::Matrix { n, k } | WeightShape::Table { n, k } | WeightShape::Experts { n, k, .. }) = shape;
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
-        Ok(Matrix(Weight::Packed(linear::Packed::new(&self.machine, self.dtype, n, k, source)?)))
-    }
-
-    fn table(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
-        assert!(n > 0 && k > 0, "a table of {n} x {k}");
-        Ok(Matrix(Weight::Table(embed::Table::new(&self.machine, self.dtype, n, k, source)?)))
-    }
-
-    fn stack(&self, num: usize, n: usize, k: usize, source: &RowSource) -> Result<Stack> {
-        assert!(num > 0 && n > 0 && k > 0, "{num} weights of {n} x {k}");
-        Ok(Stack(experts::Stack::new(&self.machine, self.dtype, num, n, k, source)?))
+        let (machine, dtype) = (&self.machine, self.dtype);
+        Ok(Weight(match shape {
+            WeightShape::Matrix { .. } => Layout::Packed(linear::Packed::new(machine, dtype, n, k, source)?),
+            WeightShape::Table { .. } => Layout::Table(embed::Table::new(machine, dtype, n, k, source)?),
+            WeightShape::Experts { num, .. } => {
+                assert!(num > 0, "{num} weights of {n} x {k}");
+                Layout::Experts(experts::Stack::new(machine, dtype, num, n, k, source)?)
+            }
+        }))
     }
 
     fn routes(&self, _rows: usize, shape: ExpertShape) -> Result<Routes> {
@@ -233,13 +232,6 @@ impl Backend for Cpu {
         let pages = kv.0.shape.num_pages;
         assert!((src as usize) < pages && (dst as usize) < pages, "copy of page {src} to {dst} of {pages}");
         kv.0.copy_page(src as usize, dst as usize);
-        Ok(())
-    }
-
-    fn poison_page(&self, kv: &mut KvCache, page: u32) -> Result<()> {
-        let pages = kv.0.shape.num_pages;
-        assert!((page as usize) < pages, "page {page} of {pages}");
-        kv.0.poison_page(page as usize);
         Ok(())
     }
 
@@ -260,7 +252,7 @@ impl Backend for Cpu {
         Ok(Batch(plan.clone()))
     }
 
-    fn embed(&self, batch: &Batch, table: &Matrix, positions: Option<&Matrix>, out: &mut Buffer) -> Result<()> {
+    fn embed(&self, batch: &Batch, table: &Weight, positions: Option<&Weight>, out: &mut Buffer) -> Result<()> {
         let (ids, width) = (&batch.0.ids, table.width());
         let out = &mut out.0[..ids.len() * width];
         table.rows(ids, out);
@@ -273,30 +265,21 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn norm(&self, rows: usize, x: &Buffer, norm: &Norm<Aligned<f32>>, out: &mut Buffer) -> Result<()> {
-        let (width, bias) = (norm.weight.len(), norm.bias.map(|b| b.len()));
+    fn norm(&self, rows: usize, x: &mut Buffer, residual: Option<&Buffer>, norm: &Norm<Buffer>, out: &mut Buffer) -> Result<()> {
+        let (width, bias) = (norm.weight.0.len(), norm.bias.map(|b| b.0.len()));
+        let len = rows * width;
         assert!(width > 0 && bias.is_none_or(|b| b == width), "weight of {width}, bias of {bias:?}");
-        assert!(x.0.len().min(out.0.len()) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.0.len(), out.0.len());
-        norm::norm(&self.machine, &x.0[..rows * width], norm, &mut out.0[..rows * width]);
+        assert!(x.0.len().min(out.0.len()) >= len, "x of {}, out of {} for {rows} rows of {width}", x.0.len(), out.0.len());
+        if let Some(residual) = residual {
+            assert!(residual.0.len() >= len, "residual of {} for {len} elements", residual.0.len());
+            x.0[..len].iter_mut().zip(&residual.0[..len]).for_each(|(x, more)| *x += more);
+        }
+        let norm = Norm { kind: norm.kind, eps: norm.eps, weight: &norm.weight.0[..], bias: norm.bias.map(|b| &b.0[..]) };
+        norm::norm(&self.machine, &x.0[..len], &norm, &mut out.0[..len]);
         Ok(())
     }
 
-    fn add_norm(&self, rows: usize, x: &mut Buffer, residual: &Buffer, norm: &Norm<Aligned<f32>>, out: &mut Buffer) -> Result<()> {
-        let len = rows * norm.weight.len();
-        assert!(residual.0.len().min(x.0.len()) >= len, "x of {}, residual of {} for {len} elements", x.0.len(), residual.0.len());
-        x.0[..len].iter_mut().zip(&residual.0[..len]).for_each(|(x, more)| *x += more);
-        self.norm(rows, x, norm, out)
-    }
-
-    fn linear(
-        &self,
-        rows: usize,
-        x: &Buffer,
-        weight: &Matrix,
-        bias: Option<&Aligned<f32>>,
-        epilogue: Epilogue,
-        out: &mut Buffer,
-    ) -> Result<()> {
+    fn linear(&self, rows: usize, x: &Buffer, weight: &Weight, bias: Option<&Buffer>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
         let weight = weight.packed();
         let (n, k) = (weight.n, weight.k);
         let width = epilogue.out_width(n);
@@ -306,35 +289,33 @@ impl Backend for Cpu {
             x.0.len(),
             out.0.len()
         );
-        assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(|b| b.len()));
+        let bias = bias.map(|b| &b.0[..]);
+        assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(<[f32]>::len));
         assert!(epilogue != Epilogue::SwiGlu || n % 2 == 0, "gate and up in pairs of {n} rows");
-        linear::linear(&self.machine, rows, &x.0, weight, bias.map(|b| &b[..]), epilogue, &mut out.0);
+        linear::linear(&self.machine, rows, &x.0, weight, bias, epilogue, &mut out.0);
         Ok(())
     }
 
-    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Aligned<f32>>, routes: &mut Routes) -> Result<()> {
+    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Buffer>, routes: &mut Routes) -> Result<()> {
         let shape = routes.0.shape;
         shape.check(router.score).unwrap_or_else(|what| panic!("{what}"));
-        let bias = router.bias.map(|bias| &bias[..]);
+        let bias = router.bias.map(|bias| &bias.0[..]);
         assert!(bias.is_none_or(|b| b.len() == shape.num_experts), "bias of {:?} for {shape:?}", bias.map(<[f32]>::len));
         assert!(logits.0.len() >= rows * shape.num_experts, "logits of {} for {rows} rows of {shape:?}", logits.0.len());
         route::route(&self.machine, rows, &logits.0, &Router { score: router.score, bias }, &mut routes.0);
         Ok(())
     }
 
-    fn choices(&self, routes: &Routes) -> Result<Vec<Choice>> {
-        Ok(routes.0.choices.clone())
-    }
-
-    fn experts(&self, routes: &mut Routes, x: &Buffer, up: &Stack, down: &Stack, out: &mut Buffer) -> Result<()> {
+    fn experts(&self, routes: &mut Routes, x: &Buffer, up: &Weight, down: &Weight, out: &mut Buffer) -> Result<()> {
         let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = routes.0.shape;
+        let (up, down) = (up.stack(), down.stack());
         for (stack, n, k) in [(up, 2 * expert_dim, hidden_dim), (down, hidden_dim, expert_dim)] {
-            let fits = stack.0.0.len() == num_experts && stack.0.0.iter().all(|weight| (weight.n, weight.k) == (n, k));
+            let fits = stack.0.len() == num_experts && stack.0.iter().all(|weight| (weight.n, weight.k) == (n, k));
             assert!(fits, "weights for {:?}", routes.0.shape);
         }
         let len = routes.0.choices.len() / top_k * hidden_dim;
         assert!(x.0.len().min(out.0.len()) >= len, "x of {}, out of {} for {len} elements", x.0.len(), out.0.len());
-        experts::experts(&self.machine, &mut routes.0, &x.0, &up.0, &down.0, &mut out.0);
+        experts::experts(&self.machine, &mut routes.0, &x.0, up, down, &mut out.0);
         Ok(())
     }
 
@@ -342,15 +323,16 @@ impl Backend for Cpu {
         &self,
         batch: &Batch,
         heads: HeadShape,
-        rotation: &Rotation<Aligned<f32>>,
+        rotation: &Rotation<Buffer>,
         qkv: &mut Buffer,
         layer: usize,
         kv: &mut KvCache,
     ) -> Result<()> {
         batch.check(heads, qkv, layer, kv);
-        let widths = rotation.norm.as_ref().map(|norm| (norm.q.len(), norm.k.len()));
+        let norm = rotation.norm.as_ref().map(|norm| HeadNorm { q: &norm.q.0[..], k: &norm.k.0[..], eps: norm.eps });
+        let widths = norm.as_ref().map(|norm| (norm.q.len(), norm.k.len()));
         assert!(widths.is_none_or(|w| w == (heads.head_dim, heads.head_dim)), "norms of {widths:?} for {heads:?}");
-        rope::rope_append(&self.machine, &batch.0, heads, rotation, &mut qkv.0, layer, &mut kv.0);
+        rope::rope_append(&self.machine, &batch.0, heads, &Rotation { rope: rotation.rope, norm }, &mut qkv.0, layer, &mut kv.0);
         Ok(())
     }
 
@@ -364,10 +346,6 @@ impl Backend for Cpu {
 
     fn rows(&self, rows: &[u32]) -> Result<Vec<u32>> {
         Ok(rows.to_vec())
-    }
-
-    fn num_rows(&self, rows: &Vec<u32>) -> usize {
-        rows.len()
     }
 
     fn select(&self, batch: &Batch, rows: &Vec<u32>) -> Result<Batch> {
@@ -391,55 +369,33 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn decide(&self, hidden: &Buffer, head: &Matrix, bias: Option<&Aligned<f32>>, banned: &[u32], draws: &[Draw]) -> Result<Vec<Decision>> {
-        let head = head.packed();
-        let (n, k) = (head.n, head.k);
-        assert!(hidden.0.len() >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.0.len(), draws.len());
-        assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(|b| b.len()));
-        decide::decide(&self.machine, &hidden.0, head, bias.map(|b| &b[..]), banned, draws)
-    }
-
-    fn longest_list(&self) -> usize {
-        usize::MAX
-    }
-
-    fn shortlist(
-        &self,
-        rows: usize,
-        hidden: &Buffer,
-        head: &Matrix,
-        bias: Option<&Aligned<f32>>,
-        banned: &[u32],
-        n: usize,
-    ) -> Result<Lists> {
-        let head = head.packed();
-        assert!(n > 0 && hidden.0.len() >= rows * head.k, "lists of {n}, hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
-        assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(|b| b.len()), head.n);
-        Ok(Lists(shortlist::shortlist(&self.machine, rows, &hidden.0, head, bias.map(|b| &b[..]), banned, n)))
-    }
-
-    fn listed(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
-        Ok(lists.0.ids().to_vec())
-    }
-
-    fn decide_listed(
+    fn decide(
         &self,
         hidden: &Buffer,
-        head: &Matrix,
-        bias: Option<&Aligned<f32>>,
-        lists: &Lists,
-        which: &[u32],
+        head: &Weight,
+        bias: Option<&Buffer>,
+        candidates: Candidates<Lists>,
         draws: &[Draw],
     ) -> Result<Vec<Decision>> {
-        let (head, rows) = (head.packed(), draws.len());
-        assert!(
-            which.len() == rows && hidden.0.len() >= rows * head.k,
-            "{} lists, hidden of {} for {rows} rows",
-            which.len(),
-            hidden.0.len()
-        );
-        assert!(which.iter().all(|list| (*list as usize) < lists.0.ids().len()), "{which:?} of {} lists", lists.0.ids().len());
-        shortlist::decide_listed(&self.machine, &hidden.0, head, bias.map(|b| &b[..]), &lists.0, which, draws)
+        let (head, bias, rows) = (head.packed(), bias.map(|b| &b.0[..]), draws.len());
+        assert!(hidden.0.len() >= rows * head.k, "hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
+        assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
+        match candidates {
+            Candidates::AllBut(banned) => decide::decide(&self.machine, &hidden.0, head, bias, banned, draws),
+            Candidates::Listed { lists, which } => {
+                let num_lists = lists.0.ids().len();
+                assert!(which.len() == rows, "{} lists for {rows} rows", which.len());
+                assert!(which.iter().all(|list| (*list as usize) < num_lists), "{which:?} of {num_lists} lists");
+                shortlist::decide_listed(&self.machine, &hidden.0, head, bias, &lists.0, which, draws)
+            }
+        }
+    }
+
+    fn shortlist(&self, rows: usize, hidden: &Buffer, head: &Weight, bias: Option<&Buffer>, banned: &[u32], n: usize) -> Result<Lists> {
+        let (head, bias) = (head.packed(), bias.map(|b| &b.0[..]));
+        assert!(n > 0 && hidden.0.len() >= rows * head.k, "lists of {n}, hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
+        assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
+        Ok(Lists(shortlist::shortlist(&self.machine, rows, &hidden.0, head, bias, banned, n)))
     }
 
     /// The host is where the network runs: nothing is saved by deciding elsewhere.
@@ -455,7 +411,7 @@ impl Backend for Cpu {
         match *run {}
     }
 
-    fn decide_run(&self, run: &mut NoRun, _hidden: &Buffer, _head: &Matrix, _bias: Option<&Aligned<f32>>) -> Result<()> {
+    fn decide_run(&self, run: &mut NoRun, _hidden: &Buffer, _head: &Weight, _bias: Option<&Buffer>) -> Result<()> {
         match *run {}
     }
 
@@ -471,34 +427,17 @@ impl Backend for Cpu {
         match run {}
     }
 
-    /// All threads read their part, often enough that starting them does not count.
-    fn ceilings(&self, weight_bytes: usize) -> Result<Ceilings> {
-        const PRODUCT: [usize; 3] = [512, 3072, 768];
-        // Up to 512 MiB: beyond that the rate no longer depends on the size.
-        let bytes = weight_bytes.clamp(1 << 20, 1 << 29);
-        let words = vec![1u64; bytes.div_ceil(8).max(1)];
-        let threads = self.machine.pool.threads();
-        let repeats = ((1usize << 27) / words.len()).max(1);
-        let mut best = f64::INFINITY;
-        for _ in 0..4 {
-            let start = Instant::now();
-            let sum: u64 = std::thread::scope(|scope| {
-                let read = |part: &[u64]| (0..repeats).map(|_| std::hint::black_box(part).iter().sum::<u64>()).sum::<u64>();
-                let parts: Vec<_> = words.chunks(words.len().div_ceil(threads)).map(|part| scope.spawn(move || read(part))).collect();
-                parts.into_iter().map(|part| part.join().expect("summing does not panic")).sum()
-            });
-            best = best.min(start.elapsed().as_secs_f64() / repeats as f64);
-            assert_eq!(sum, (words.len() * repeats) as u64);
-        }
-        Ok(Ceilings {
-            matrix_flop_per_s: product_rate(self, PRODUCT, 8)?,
-            matrix: "512 x 768 x 3072".into(),
-            bytes_per_s: 8.0 * words.len() as f64 / best,
-            traffic: format!("{} MiB read", bytes >> 20),
-        })
-    }
-
     fn replay(&self, _batch: &Batch, _key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         body()
+    }
+}
+
+impl Inspect for Cpu {
+    fn choices(&self, routes: &Routes) -> Result<Vec<Choice>> {
+        Ok(routes.0.choices.clone())
+    }
+
+    fn listed(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
+        Ok(lists.0.ids().to_vec())
     }
 }

@@ -6,7 +6,6 @@
 use crate::backend::{HeadNorm, HeadShape, Rotation};
 use crate::cpu::kv::{Append, Kind, KvCache};
 use crate::cpu::machine::Machine;
-use crate::cpu::memory::Aligned;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::plan::Plan;
 
@@ -18,7 +17,7 @@ pub fn rope_append(
     machine: &Machine,
     plan: &Plan,
     heads: HeadShape,
-    rotation: &Rotation<Aligned<f32>>,
+    rotation: &Rotation<[f32]>,
     qkv: &mut [f32],
     layer: usize,
     kv: &mut KvCache,
@@ -62,7 +61,7 @@ struct Rotate<'a> {
     rows: &'a mut [f32],
     width: usize,
     heads: HeadShape,
-    norm: Option<&'a HeadNorm<'a, Aligned<f32>>>,
+    norm: Option<&'a HeadNorm<'a, [f32]>>,
     /// R / 2.
     half: usize,
     positions: &'a [u32],

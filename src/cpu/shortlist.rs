@@ -96,7 +96,7 @@ impl Kernel for Maxima<'_> {
     }
 }
 
-/// See [`crate::backend::Backend::decide_listed`].
+/// See [`crate::backend::Backend::decide`] with a list for each row.
 pub fn decide_listed(
     machine: &Machine,
     hidden: &[f32],

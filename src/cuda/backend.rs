@@ -11,14 +11,15 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::context::{Batch, Buffer, Cuda, KvCache, Matrix, Origin, Recorded, Rows, RunForward, Vector};
+use super::context::{Batch, Buffer, Cuda, KvCache, Origin, Recorded, Rows, RunForward, Weight};
 use super::lists::Lists;
 use super::run::Run;
 use super::signature::{BatchShape, TileShape, padded};
 use super::words::{Arrays, Words};
+use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{
-    Activation, Backend, Ceilings, Choice, DType, Epilogue, ExpertShape, HeadShape, KvShape, Norm, PassBatch, Rotation, Router, RowSource,
-    RunSpec, StepDecisions,
+    Activation, Backend, Candidates, Choice, DType, Epilogue, ExpertShape, HeadShape, Inspect, KvShape, Norm, PassBatch, Rotation, Router,
+    RowList, RowSource, RunSpec, StepDecisions, WeightShape,
 };
 use crate::cuda::driver::interface::Address;
 use crate::cuda::ops::attention::Attention;
@@ -38,16 +39,15 @@ const MAX_GRAPHS: usize = 256;
 
 impl Backend for Cuda {
     type Buffer = Buffer;
-    type Matrix = Matrix;
-    type Vector = Vector;
+    type Weight = Weight;
     type KvCache = KvCache;
     type Batch = Batch;
     type Rows = Rows;
     type Lists = Lists;
     type Run = Run;
-    /// The weights of all experts, one below the other.
-    type Stack = Matrix;
     type Routes = Routes;
+
+    const MAX_SHORTLIST: usize = shortlist::LONGEST as usize;
 
     fn name(&self) -> String {
         self.machine.driver.name()
@@ -57,12 +57,7 @@ impl Backend for Cuda {
         self.dtype
     }
 
-    fn alloc(&self, len: usize) -> Result<Buffer> {
-        let [buffer] = self.arena([Activation::F32(len)])?;
-        Ok(buffer)
-    }
-
-    fn arena<const N: usize>(&self, parts: [Activation; N]) -> Result<[Buffer; N]> {
+    fn alloc<const N: usize>(&self, parts: [Activation; N]) -> Result<[Buffer; N]> {
         let shapes = parts.map(|part| match part {
             Activation::F32(len) => (len, DType::F32),
             Activation::Input(len) => (len, self.dtype),
@@ -78,6 +73,12 @@ impl Backend for Cuda {
             next += bytes[i] as u64;
             Buffer { _memory: memory.clone(), address: next - bytes[i] as u64, len, dtype }
         }))
+    }
+
+    fn upload(&self, src: &[f32]) -> Result<Buffer> {
+        let memory = self.machine.memory(4 * src.len())?;
+        self.machine.driver.write(memory.address(), bytemuck::cast_slice(src))?;
+        Ok(Buffer { address: memory.address(), _memory: Arc::new(memory), len: src.len(), dtype: DType::F32 })
     }
 
     fn download(&self, src: &Buffer, offset: usize, dst: &mut [f32]) -> Result<()> {
@@ -98,22 +99,11 @@ impl Backend for Cuda {
         self.machine.driver.synchronize()
     }
 
-    fn vector(&self, src: &[f32]) -> Result<Vector> {
-        let memory = self.machine.memory(4 * src.len())?;
-        self.machine.driver.write(memory.address(), bytemuck::cast_slice(src))?;
-        Ok(Vector { memory, len: src.len() })
-    }
-
-    fn matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
-        self.upload_matrix(n, k, source)
-    }
-
-    fn table(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
-        self.upload_matrix(n, k, source)
-    }
-
-    fn stack(&self, num: usize, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
-        self.upload_matrix(num * n, k, source)
+    fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Weight> {
+        match shape {
+            WeightShape::Matrix { n, k } | WeightShape::Table { n, k } => self.upload_rows(n, k, source),
+            WeightShape::Experts { num, n, k } => self.upload_rows(num * n, k, source),
+        }
     }
 
     fn routes(&self, rows: usize, shape: ExpertShape) -> Result<Routes> {
@@ -145,20 +135,6 @@ impl Backend for Cuda {
         Ok(())
     }
 
-    fn poison_page(&self, kv: &mut KvCache, page: u32) -> Result<()> {
-        let (pages, bytes, layer) = (kv.shape.num_pages, kv.page_bytes(self.dtype), kv.layer_bytes(self.dtype));
-        assert!((page as usize) < pages, "page {page} of {pages}");
-        if bytes % 4 != 0 {
-            return Err(Error::request(format!("a page of {bytes} bytes cannot be filled by words")));
-        }
-        for memory in [&kv.keys, &kv.values] {
-            for base in (0..kv.shape.num_layers).map(|l| memory.address() + (l * layer) as u64) {
-                self.machine.driver.fill(base + u64::from(page) * bytes as u64, poison(self.dtype), bytes / 4)?;
-            }
-        }
-        Ok(())
-    }
-
     fn batch(&self, plan: &Plan) -> Result<Batch> {
         let mut words = Words::default();
         let places = words.plan(plan, plan.num_rows());
@@ -173,10 +149,6 @@ impl Backend for Cuda {
     fn rows(&self, rows: &[u32]) -> Result<Rows> {
         let memory = self.upload_words(rows)?;
         Ok(Rows { address: memory.address(), len: rows.len(), host: Some((rows.to_vec(), memory)) })
-    }
-
-    fn num_rows(&self, rows: &Rows) -> usize {
-        rows.len
     }
 
     fn select(&self, batch: &Batch, rows: &Rows) -> Result<Batch> {
@@ -202,7 +174,7 @@ impl Backend for Cuda {
         }
     }
 
-    fn embed(&self, batch: &Batch, table: &Matrix, positions: Option<&Matrix>, out: &mut Buffer) -> Result<()> {
+    fn embed(&self, batch: &Batch, table: &Weight, positions: Option<&Weight>, out: &mut Buffer) -> Result<()> {
         let rows = batch.shape.rows;
         assert!(positions.is_none_or(|p| p.k == table.k), "tables of widths {} and {:?}", table.k, positions.map(|p| p.k));
         assert!(out.dtype == DType::F32 && out.len >= rows as usize * table.k, "out of {} for {rows} rows of {}", out.len, table.k);
@@ -220,16 +192,27 @@ impl Backend for Cuda {
         embed::embed(&self.machine, &op)
     }
 
-    fn norm(&self, rows: usize, x: &Buffer, norm: &Norm<Vector>, out: &mut Buffer) -> Result<()> {
-        self.norm_rows(rows, x, None, norm, out)
+    fn norm(&self, rows: usize, x: &mut Buffer, residual: Option<&Buffer>, norm: &Norm<Buffer>, out: &mut Buffer) -> Result<()> {
+        let Norm { kind, eps, weight, bias } = *norm;
+        let width = weight.len;
+        assert!(x.dtype == DType::F32 && width > 0 && bias.is_none_or(|b| b.len == width), "weight of {width}");
+        assert!(x.len.min(out.len) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.len, out.len);
+        assert!(residual.is_none_or(|r| r.dtype == DType::F32 && r.len >= rows * width), "residual for {rows} rows of {width}");
+        let op = norm::Norm {
+            rows: rows as u32,
+            width: width as u32,
+            eps,
+            x: x.address,
+            weight: weight.address(),
+            bias: bias.map(Buffer::address),
+            out: out.address,
+            out_dtype: out.dtype,
+        };
+        norm::add_norm(&self.machine, &op, kind, residual.map(|r| r.address))
     }
 
-    fn add_norm(&self, rows: usize, x: &mut Buffer, residual: &Buffer, norm: &Norm<Vector>, out: &mut Buffer) -> Result<()> {
-        self.norm_rows(rows, x, Some(residual), norm, out)
-    }
-
-    fn linear(&self, rows: usize, x: &Buffer, weight: &Matrix, bias: Option<&Vector>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
-        let Matrix { n, k, .. } = *weight;
+    fn linear(&self, rows: usize, x: &Buffer, weight: &Weight, bias: Option<&Buffer>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
+        let Weight { n, k, .. } = *weight;
         let width = if epilogue == Epilogue::SwiGlu { n / 2 } else { n };
         assert!(x.len >= rows * k && out.len >= rows * width, "x of {}, out of {} for {rows} rows, {n} x {k}", x.len, out.len);
         assert!(bias.is_none_or(|b| b.len == n), "bias for {n} columns");
@@ -241,7 +224,7 @@ impl Backend for Cuda {
             x,
             weight: weight.memory.address(),
             dtype: self.dtype,
-            bias: bias.map(|b| b.memory.address()),
+            bias: bias.map(Buffer::address),
             epilogue,
             out: out.address,
             out_dtype: out.dtype,
@@ -249,20 +232,16 @@ impl Backend for Cuda {
         linear::linear(&self.machine, &op)
     }
 
-    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Vector>, routes: &mut Routes) -> Result<()> {
+    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Buffer>, routes: &mut Routes) -> Result<()> {
         let num_experts = routes.places.shape.num_experts;
         assert!(logits.dtype == DType::F32 && logits.len >= rows * num_experts, "logits of {} for {rows} rows", logits.len);
         assert!(router.bias.is_none_or(|b| b.len == num_experts), "bias for {num_experts} experts");
-        routes.route(&self.machine, rows, logits.address, router.score, router.bias.map(Vector::address))
+        routes.route(&self.machine, rows, logits.address, router.score, router.bias.map(Buffer::address))
     }
 
-    fn choices(&self, routes: &Routes) -> Result<Vec<Choice>> {
-        routes.choices(&self.machine)
-    }
-
-    fn experts(&self, routes: &mut Routes, x: &Buffer, up: &Matrix, down: &Matrix, out: &mut Buffer) -> Result<()> {
+    fn experts(&self, routes: &mut Routes, x: &Buffer, up: &Weight, down: &Weight, out: &mut Buffer) -> Result<()> {
         let ExpertShape { num_experts, hidden_dim, expert_dim, .. } = routes.places.shape;
-        let fits = |weight: &Matrix, n: usize, k: usize| (weight.n, weight.k) == (num_experts * n, k);
+        let fits = |weight: &Weight, n: usize, k: usize| (weight.n, weight.k) == (num_experts * n, k);
         assert!(fits(up, 2 * expert_dim, hidden_dim) && fits(down, hidden_dim, expert_dim), "weights for {:?}", routes.places.shape);
         let len = routes.places.rows as usize * hidden_dim;
         assert!(out.dtype == DType::F32 && x.len.min(out.len) >= len, "x of {}, out of {} for {len} elements", x.len, out.len);
@@ -274,7 +253,7 @@ impl Backend for Cuda {
         &self,
         batch: &Batch,
         heads: HeadShape,
-        rotation: &Rotation<Vector>,
+        rotation: &Rotation<Buffer>,
         qkv: &mut Buffer,
         layer: usize,
         kv: &mut KvCache,
@@ -372,11 +351,22 @@ impl Backend for Cuda {
         gather::gather(&self.machine, &op)
     }
 
-    fn decide(&self, hidden: &Buffer, head: &Matrix, bias: Option<&Vector>, banned: &[u32], draws: &[Draw]) -> Result<Vec<Decision>> {
+    fn decide(
+        &self,
+        hidden: &Buffer,
+        head: &Weight,
+        bias: Option<&Buffer>,
+        candidates: Candidates<Lists>,
+        draws: &[Draw],
+    ) -> Result<Vec<Decision>> {
         if draws.is_empty() {
             return Ok(Vec::new());
         }
-        let Matrix { n, k, .. } = *head;
+        let banned = match candidates {
+            Candidates::AllBut(banned) => banned,
+            Candidates::Listed { lists, which } => return self.decide_lists(hidden, head, bias, lists, which, draws),
+        };
+        let Weight { n, k, .. } = *head;
         assert!(hidden.len >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.len, draws.len());
         let draws_memory = self.upload_draws(draws)?;
         let answers = self.machine.memory(draws.len() * size_of::<decide::DecisionRecord>())?;
@@ -388,7 +378,7 @@ impl Backend for Cuda {
             hidden,
             dtype: self.dtype,
             head: head.memory.address(),
-            bias: bias.map(|b| b.memory.address()),
+            bias: bias.map(Buffer::address),
             banned: self.banned_mask(banned, n)?,
             draws: draws_memory.address(),
             decisions: answers.address(),
@@ -400,28 +390,8 @@ impl Backend for Cuda {
         records.iter().enumerate().map(|(row, record)| record.decision(row)).collect()
     }
 
-    fn longest_list(&self) -> usize {
-        shortlist::LONGEST as usize
-    }
-
-    fn shortlist(&self, rows: usize, hidden: &Buffer, head: &Matrix, bias: Option<&Vector>, banned: &[u32], n: usize) -> Result<Lists> {
+    fn shortlist(&self, rows: usize, hidden: &Buffer, head: &Weight, bias: Option<&Buffer>, banned: &[u32], n: usize) -> Result<Lists> {
         self.make_lists(rows, hidden, head, bias, banned, n)
-    }
-
-    fn listed(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
-        self.read_lists(lists)
-    }
-
-    fn decide_listed(
-        &self,
-        hidden: &Buffer,
-        head: &Matrix,
-        bias: Option<&Vector>,
-        lists: &Lists,
-        which: &[u32],
-        draws: &[Draw],
-    ) -> Result<Vec<Decision>> {
-        self.decide_lists(hidden, head, bias, lists, which, draws)
     }
 
     fn decides(&self) -> bool {
@@ -440,7 +410,7 @@ impl Backend for Cuda {
         run.step(self, step)
     }
 
-    fn decide_run(&self, run: &mut Run, hidden: &Buffer, head: &Matrix, bias: Option<&Vector>) -> Result<()> {
+    fn decide_run(&self, run: &mut Run, hidden: &Buffer, head: &Weight, bias: Option<&Buffer>) -> Result<()> {
         assert!(hidden.dtype == self.dtype, "hidden states of a run are inputs of a product");
         run.decide(self, hidden.address, head, bias)
     }
@@ -484,10 +454,6 @@ impl Backend for Cuda {
         }
     }
 
-    fn ceilings(&self, _weight_bytes: usize) -> Result<Ceilings> {
-        super::ceilings::measure(self)
-    }
-
     fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
         self.machine.driver.push_range(name);
         let outcome = body();
@@ -496,27 +462,29 @@ impl Backend for Cuda {
     }
 }
 
-impl Cuda {
-    /// The norm, of the sum with a residual where there is one.
-    fn norm_rows(&self, rows: usize, x: &Buffer, residual: Option<&Buffer>, norm: &Norm<Vector>, out: &mut Buffer) -> Result<()> {
-        let Norm { kind, eps, weight, bias } = *norm;
-        let width = weight.len;
-        assert!(x.dtype == DType::F32 && width > 0 && bias.is_none_or(|b| b.len == width), "weight of {width}");
-        assert!(x.len.min(out.len) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.len, out.len);
-        assert!(residual.is_none_or(|r| r.dtype == DType::F32 && r.len >= rows * width), "residual for {rows} rows of {width}");
-        let op = norm::Norm {
-            rows: rows as u32,
-            width: width as u32,
-            eps,
-            x: x.address,
-            weight: weight.memory.address(),
-            bias: bias.map(|b| b.memory.address()),
-            out: out.address,
-            out_dtype: out.dtype,
-        };
-        norm::add_norm(&self.machine, &op, kind, residual.map(|r| r.address))
+impl Inspect for Cuda {
+    fn choices(&self, routes: &Routes) -> Result<Vec<Choice>> {
+        routes.choices(&self.machine)
     }
 
+    fn listed(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
+        self.read_lists(lists)
+    }
+}
+
+impl Measure for Cuda {
+    fn ceilings(&self, _weight_bytes: usize) -> Result<Ceilings> {
+        super::ceilings::measure(self)
+    }
+}
+
+impl RowList for Rows {
+    fn num_rows(&self) -> usize {
+        self.len
+    }
+}
+
+impl Cuda {
     /// The work list of a batch and where it lies.
     fn work_list(&self, batch: &Batch, heads: HeadShape) -> Result<(TileShape, Address)> {
         match &batch.origin {

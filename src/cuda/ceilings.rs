@@ -9,8 +9,9 @@ mod cublaslt;
 
 use cublaslt::{SquareProduct, WORKSPACE_BYTES};
 
-use super::context::{Cuda, Matrix};
-use crate::backend::{Backend, Ceilings, DType, Epilogue, product_rate};
+use super::context::{Cuda, Weight};
+use crate::backend::measure::{Ceilings, product_rate};
+use crate::backend::{Backend, DType, Epilogue, WeightShape};
 use crate::cuda::ops::linear;
 use crate::cuda::ops::linear::Linear;
 use crate::error::{Error, Result};
@@ -84,10 +85,11 @@ fn large_product(cuda: &Cuda) -> Result<(f64, String)> {
         dst.iter_mut().enumerate().for_each(|(i, value)| *value = hash(first * SIDE + i) as f32 / u32::MAX as f32 - 0.5);
         Ok(())
     };
-    let [x, weight] = [cuda.matrix(SIDE, SIDE, &noise)?, cuda.matrix(SIDE, SIDE, &noise)?];
+    let square = WeightShape::Matrix { n: SIDE, k: SIDE };
+    let [x, weight] = [cuda.weight(square, &noise)?, cuda.weight(square, &noise)?];
     let (dtype, side) = (cuda.weight_dtype(), SIDE as u32);
     let out = cuda.machine.memory(SIDE * SIDE * dtype.bytes())?;
-    let address = |matrix: &Matrix| matrix.memory.address();
+    let address = |weight: &Weight| weight.memory.address();
     let op = Linear {
         rows: side,
         n: side,

@@ -51,7 +51,7 @@ pub(super) struct Recorded {
     pub(super) signature: Arc<Signature>,
 }
 
-/// Activations.
+/// Activations and small parameters.
 pub struct Buffer {
     /// Shared by the parts of an arena.
     pub(super) _memory: Arc<Memory>,
@@ -60,23 +60,17 @@ pub struct Buffer {
     pub(super) dtype: DType,
 }
 
-/// A weight (n, k), row-major.
-pub struct Matrix {
+impl Buffer {
+    pub(super) fn address(&self) -> Address {
+        self.address
+    }
+}
+
+/// A weight (n, k), row-major; of experts, those of all of them one below the other.
+pub struct Weight {
     pub(super) memory: Memory,
     pub(super) n: usize,
     pub(super) k: usize,
-}
-
-/// A small f32 vector.
-pub struct Vector {
-    pub(super) memory: Memory,
-    pub(super) len: usize,
-}
-
-impl Vector {
-    pub(super) fn address(&self) -> Address {
-        self.memory.address()
-    }
 }
 
 /// Keys and values of all layers.
@@ -161,13 +155,6 @@ impl Cuda {
         self.graphs.borrow().values().flatten().count()
     }
 
-    /// An f32 buffer with the given values, for tests and benches.
-    pub fn buffer_of(&self, src: &[f32]) -> Result<Buffer> {
-        let memory = self.machine.memory(4 * src.len())?;
-        self.machine.driver.write(memory.address(), bytemuck::cast_slice(src))?;
-        Ok(Buffer { address: memory.address(), _memory: Arc::new(memory), len: src.len(), dtype: DType::F32 })
-    }
-
     pub(super) fn upload_words(&self, words: &[u32]) -> Result<Memory> {
         let memory = self.machine.memory(4 * words.len())?;
         if !words.is_empty() {
@@ -178,7 +165,7 @@ impl Cuda {
 
     /// The (n, k) values of `source`, in the weight dtype. Threads read and round the rows of a
     /// panel, and one copies it to the device.
-    pub(super) fn upload_matrix(&self, n: usize, k: usize, source: &RowSource) -> Result<Matrix> {
+    pub(super) fn upload_rows(&self, n: usize, k: usize, source: &RowSource) -> Result<Weight> {
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
         let row_bytes = k * self.dtype.bytes();
         let memory = self.machine.memory(n * row_bytes)?;
@@ -193,7 +180,7 @@ impl Cuda {
             read_parts(self.dtype, k, source, parts)?;
             self.machine.driver.write(memory.address() + (first * row_bytes) as u64, bytes)?;
         }
-        Ok(Matrix { memory, n, k })
+        Ok(Weight { memory, n, k })
     }
 
     /// The bit mask over `vocab` ids of the banned ones.

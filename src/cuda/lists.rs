@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::not_listed;
-use crate::cuda::context::{Buffer, Cuda, Matrix, Vector};
+use crate::cuda::context::{Buffer, Cuda, Weight};
 use crate::cuda::machine::Memory;
 use crate::cuda::ops::decide::{DecisionRecord, status};
 use crate::cuda::ops::shortlist::{Listed, NO_ID, Shortlist, listed, shortlist};
@@ -22,12 +22,12 @@ impl Cuda {
         &self,
         rows: usize,
         hidden: &Buffer,
-        head: &Matrix,
-        bias: Option<&Vector>,
+        head: &Weight,
+        bias: Option<&Buffer>,
         banned: &[u32],
         count: usize,
     ) -> Result<Lists> {
-        let Matrix { n, k, .. } = *head;
+        let Weight { n, k, .. } = *head;
         assert!(hidden.len >= rows * k, "hidden of {} for {rows} rows of {k}", hidden.len);
         let memory = self.machine.memory(4 * rows * count)?;
         let (hidden, _copy) = self.as_input(hidden, rows * k)?;
@@ -38,7 +38,7 @@ impl Cuda {
             hidden,
             dtype: self.weight_dtype(),
             head: head.memory.address(),
-            bias: bias.map(Vector::address),
+            bias: bias.map(Buffer::address),
             banned: self.banned_mask(banned, n)?,
             count: count as u32,
             ids: memory.address(),
@@ -56,8 +56,8 @@ impl Cuda {
     pub(super) fn decide_lists(
         &self,
         hidden: &Buffer,
-        head: &Matrix,
-        bias: Option<&Vector>,
+        head: &Weight,
+        bias: Option<&Buffer>,
         lists: &Lists,
         which: &[u32],
         draws: &[Draw],
@@ -78,7 +78,7 @@ impl Cuda {
             hidden,
             dtype: self.weight_dtype(),
             head: head.memory.address(),
-            bias: bias.map(Vector::address),
+            bias: bias.map(Buffer::address),
             count: lists.count as u32,
             ids: lists.memory.address(),
             which: which.address(),

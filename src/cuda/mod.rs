@@ -35,7 +35,7 @@ mod signature;
 pub mod tensor_core;
 mod words;
 
-pub use context::{Batch, Buffer, Cuda, KvCache, Matrix, Rows, Vector};
+pub use context::{Batch, Buffer, Cuda, KvCache, Rows, Weight};
 pub use driver::compile::{Compiled, Compiler, EntryUse, compiler};
 pub use driver::device::{DeviceInfo, device_count, probe};
 pub use driver::emu::{Copies, Edit, Emulator, EmulatorOptions, Schedule};

@@ -14,7 +14,7 @@
 //! memory: a replay never repeats numbers.
 #![forbid(unsafe_code)]
 
-use super::context::{Batch, Cuda, Matrix, Rows, RunForward, Vector};
+use super::context::{Batch, Buffer, Cuda, Rows, RunForward, Weight};
 use super::layout::{Part, StepPlan, lay_out};
 use super::machine::{Machine, Memory};
 use super::signature::TileShape;
@@ -211,7 +211,7 @@ impl Run {
         ask::ask(machine, &op)
     }
 
-    pub(super) fn decide(&mut self, cuda: &Cuda, hidden: Address, head: &Matrix, bias: Option<&Vector>) -> Result<()> {
+    pub(super) fn decide(&mut self, cuda: &Cuda, hidden: Address, head: &Weight, bias: Option<&Buffer>) -> Result<()> {
         let part = &self.steps[self.current].parts[self.part];
         let decisions = self.decisions + (part.first_ask * size_of::<DecisionRecord>()) as u64;
         let op = Decide {
@@ -221,7 +221,7 @@ impl Run {
             hidden,
             dtype: cuda.weight_dtype(),
             head: head.memory.address(),
-            bias: bias.map(Vector::address),
+            bias: bias.map(Buffer::address),
             banned: cuda.banned_mask(&self.banned, head.n)?,
             draws: self.draws + (part.first_ask * size_of::<DrawRecord>()) as u64,
             decisions,

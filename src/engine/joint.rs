@@ -61,7 +61,7 @@ impl<B: Backend> Engine<B> {
     pub(super) fn check_joint(&self, schedule: &Schedule) -> Result<bool> {
         for (index, stage) in schedule.stages.iter().enumerate().filter(|(_, stage)| stage.joint) {
             let loaded = &self.models[stage.weights];
-            let longest = self.backend.longest_list();
+            let longest = B::MAX_SHORTLIST;
             if let Some(n) = stage.shortlist.filter(|n| *n > longest && *n < loaded.model.config().vocab_size) {
                 return Err(Error::request(format!(
                     "stage {index}: shortlist={n}: {} lists at most {longest} ids, or all of them (shortlist=all)",
@@ -278,7 +278,7 @@ impl<B: Backend> Engine<B> {
         let (backend, config) = (&self.backend, model.config());
         let sampler = Joint::load(backend, config, dir, progress)?;
         let state = |rows| JointState::new(backend, config, rows);
-        *kv = backend.kv_cache(model.kv_shape(num_pages, page_size, 1))?;
+        *kv = backend.kv_cache(model.kv_shape(num_pages + self.options.spare_pages(), page_size, 1))?;
         // Recordings are known by the scratch that they use, and those made before name the store that is gone.
         *scratch = Scratch::new(backend, config, 16)?;
         *joint = Some(LoadedJoint { sampler, state: state(16)?, outside: state(0)? });

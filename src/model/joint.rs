@@ -13,7 +13,7 @@
 
 use std::path::Path;
 
-use crate::backend::{self, Activation, Backend, Epilogue, NormKind};
+use crate::backend::{self, Activation, Backend, Candidates, Epilogue, NormKind, RowList};
 use crate::config::{Keys, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::layers::Linear;
@@ -33,11 +33,11 @@ const LAYER: &str = "layers.0.0";
 
 /// Weights of a sampler on a backend.
 pub struct Joint<B: Backend> {
-    embed_norm: B::Vector,
-    hidden_norm: B::Vector,
-    out_norm: B::Vector,
+    embed_norm: B::Buffer,
+    hidden_norm: B::Buffer,
+    out_norm: B::Buffer,
     /// W_d's columns for the embedding, (C, C).
-    embed_down: B::Matrix,
+    embed_down: B::Weight,
     /// Those for the state, and b_d.
     hidden_down: Linear<B>,
     layer: Layer<B>,
@@ -58,7 +58,7 @@ impl<B: Backend> JointState<B> {
     /// Room for `rows` rows.
     pub fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self> {
         let len = rows * config.hidden_dim;
-        let [hidden, normed] = backend.arena([Activation::F32(len), Activation::Input(len)])?;
+        let [hidden, normed] = backend.alloc([Activation::F32(len), Activation::Input(len)])?;
         Ok(JointState { id: unique(), rows, hidden, normed })
     }
 
@@ -119,7 +119,7 @@ impl<B: Backend> Joint<B> {
         scratch: &mut Scratch<B>,
         state: &mut JointState<B>,
     ) -> Result<()> {
-        let (config, count) = (&model.config, backend.num_rows(rows));
+        let (config, count) = (&model.config, rows.num_rows());
         if count == 0 {
             return Ok(());
         }
@@ -127,7 +127,7 @@ impl<B: Backend> Joint<B> {
         let Scratch { x, qkv, .. } = scratch;
         backend.gather(rows, config.hidden_dim, x, qkv)?;
         model.final_norm.apply(backend, config, count, qkv, &mut state.hidden)?;
-        backend.norm(count, &state.hidden, &rms(config, &self.hidden_norm), &mut state.normed)
+        backend.norm(count, &mut state.hidden, None, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
     /// Writes the K/V of the plan's rows, whose state is `state`, and changes nothing else: for positions outside any window.
@@ -174,8 +174,8 @@ impl<B: Backend> Joint<B> {
         backend.attention(batch, config.heads, qkv, layer_index(config), kv, h)?;
         self.layer.rest(backend, config, rows, scratch)?;
         let Scratch { x, qkv, .. } = &mut *scratch;
-        backend.norm(rows, x, &rms(config, &self.out_norm), qkv)?;
-        backend.add_norm(rows, &mut state.hidden, qkv, &rms(config, &self.hidden_norm), &mut state.normed)
+        backend.norm(rows, x, None, &rms(config, &self.out_norm), qkv)?;
+        backend.norm(rows, &mut state.hidden, Some(qkv), &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
     /// The layer up to its K/V.
@@ -195,7 +195,7 @@ impl<B: Backend> Joint<B> {
         scratch.reserve(backend, config, rows)?;
         let Scratch { x, h, .. } = &mut *scratch;
         backend.embed(batch, model.embedding(), None, x)?;
-        backend.norm(rows, x, &rms(config, &self.embed_norm), h)?;
+        backend.norm(rows, x, None, &rms(config, &self.embed_norm), h)?;
         backend.linear(rows, h, &self.embed_down, None, Epilogue::Store, x)?;
         self.hidden_down.apply(backend, rows, &state.normed, Epilogue::Add, x)?;
         self.layer.keys(backend, config, rows, batch, layer_index(config), kv, scratch)
@@ -215,10 +215,10 @@ impl<B: Backend> Joint<B> {
         scratch: &mut Scratch<B>,
         state: &mut JointState<B>,
     ) -> Result<()> {
-        let (config, count) = (&model.config, backend.num_rows(rows));
+        let (config, count) = (&model.config, rows.num_rows());
         backend.gather(rows, config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
         backend.copy(count * config.hidden_dim, &scratch.qkv, &mut state.hidden)?;
-        backend.norm(count, &state.hidden, &rms(config, &self.hidden_norm), &mut state.normed)
+        backend.norm(count, &mut state.hidden, None, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
     /// Decides the asked rows of a run's current pass by their states, where the backend runs.
@@ -252,7 +252,7 @@ impl<B: Backend> Joint<B> {
             return Ok(Vec::new());
         }
         backend.gather(&backend.rows(rows)?, model.config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
-        backend.decide(&scratch.qkv, &model.head.weight, model.head.bias.as_ref(), banned, draws)
+        backend.decide(&scratch.qkv, &model.head.weight, model.head.bias.as_ref(), Candidates::AllBut(banned), draws)
     }
 
     /// For rows of the window, the `n` most probable ids by their states as they are now: what [`Joint::decide_listed`] then chooses among.
@@ -287,13 +287,14 @@ impl<B: Backend> Joint<B> {
             return Ok(Vec::new());
         }
         backend.gather(&backend.rows(rows)?, model.config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
-        backend.decide_listed(&scratch.qkv, &model.head.weight, model.head.bias.as_ref(), lists, which, draws)
+        let candidates = Candidates::Listed { lists, which };
+        backend.decide(&scratch.qkv, &model.head.weight, model.head.bias.as_ref(), candidates, draws)
     }
 
     /// Logits (rows, V) of the first `rows` rows of the window, before any ban; for checks.
     pub fn logits(&self, backend: &B, model: &Model<B>, rows: usize, state: &JointState<B>) -> Result<Vec<f32>> {
         let vocab_size = model.config.vocab_size;
-        let (mut out, mut host) = (backend.alloc(rows * vocab_size)?, vec![0.0; rows * vocab_size]);
+        let ([mut out], mut host) = (backend.alloc([Activation::F32(rows * vocab_size)])?, vec![0.0; rows * vocab_size]);
         model.head.apply(backend, rows, &state.hidden, Epilogue::Store, &mut out)?;
         backend.download(&out, 0, &mut host)?;
         Ok(host)

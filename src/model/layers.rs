@@ -6,21 +6,21 @@ use crate::config::ModelConfig;
 use crate::error::Result;
 
 pub(super) struct Norm<B: Backend> {
-    pub(super) weight: B::Vector,
-    pub(super) bias: Option<B::Vector>,
+    pub(super) weight: B::Buffer,
+    pub(super) bias: Option<B::Buffer>,
 }
 
 impl<B: Backend> Norm<B> {
     /// `out (rows, C) = norm(x)` as the config has it.
-    pub(super) fn apply(&self, backend: &B, config: &ModelConfig, rows: usize, x: &B::Buffer, out: &mut B::Buffer) -> Result<()> {
+    pub(super) fn apply(&self, backend: &B, config: &ModelConfig, rows: usize, x: &mut B::Buffer, out: &mut B::Buffer) -> Result<()> {
         let (kind, eps) = (config.switches.norm, config.norm_eps);
-        backend.norm(rows, x, &backend::Norm { kind, eps, weight: &self.weight, bias: self.bias.as_ref() }, out)
+        backend.norm(rows, x, None, &backend::Norm { kind, eps, weight: &self.weight, bias: self.bias.as_ref() }, out)
     }
 }
 
 pub(super) struct Linear<B: Backend> {
-    pub(super) weight: B::Matrix,
-    pub(super) bias: Option<B::Vector>,
+    pub(super) weight: B::Weight,
+    pub(super) bias: Option<B::Buffer>,
 }
 
 impl<B: Backend> Linear<B> {

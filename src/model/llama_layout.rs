@@ -153,7 +153,7 @@ pub(super) fn load_layer<B: Backend>(
         for (part, width) in &parts {
             bias.extend(r.values(&format!("{part}.bias"), *width)?);
         }
-        qkv.bias = Some(r.backend.vector(&bias)?);
+        qkv.bias = Some(r.backend.upload(&bias)?);
     }
     let mlp = match experts {
         Some(experts) => FeedForward::Experts(moe::load(r, experts, prefix)?),

@@ -25,7 +25,7 @@ pub use reader::Progress;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Activation, Backend, Epilogue, HeadNorm, KvShape, Rotation};
+use crate::backend::{Activation, Backend, Candidates, Epilogue, HeadNorm, KvShape, Rotation, RowList};
 use crate::config::{Mlp, ModelConfig};
 use crate::error::Result;
 use crate::model::layers::{Dense, Linear, Norm};
@@ -43,7 +43,7 @@ struct Layer<B: Backend> {
     /// ((H + 2K) D, C): queries, keys, values.
     qkv: Linear<B>,
     /// Weights (D) of the norms of q and of k.
-    head_norm: Option<[B::Vector; 2]>,
+    head_norm: Option<[B::Buffer; 2]>,
     /// (C, H D).
     attn_out: Linear<B>,
     mlp_norm: Norm<B>,
@@ -103,9 +103,9 @@ pub struct Model<B: Backend> {
     id: u64,
     config: ModelConfig,
     /// (V, C); none where the head is the table, which is then held once.
-    table: Option<B::Matrix>,
+    table: Option<B::Weight>,
     /// (positions, C) where positions are learned.
-    positions: Option<B::Matrix>,
+    positions: Option<B::Weight>,
     layers: Vec<Layer<B>>,
     final_norm: Norm<B>,
     /// (V, C).
@@ -145,7 +145,7 @@ impl<B: Backend> Scratch<B> {
         let width = config.hidden_dim.max(config.heads.q_width());
         let num_experts = config.moe.as_ref().map_or(0, |moe| moe.shape.num_experts);
         let wide = config.heads.qkv_width().max(config.hidden_dim).max(num_experts);
-        let [x, h, qkv, picked, mlp] = backend.arena([
+        let [x, h, qkv, picked, mlp] = backend.alloc([
             Activation::F32(rows * width),
             Activation::Input(rows * width),
             Activation::F32(rows * wide),
@@ -171,12 +171,12 @@ impl<B: Backend> Scratch<B> {
 }
 
 impl<B: Backend> Model<B> {
-    fn new(config: ModelConfig, table: Option<B::Matrix>, layers: Vec<Layer<B>>, final_norm: Norm<B>, head: Linear<B>) -> Model<B> {
+    fn new(config: ModelConfig, table: Option<B::Weight>, layers: Vec<Layer<B>>, final_norm: Norm<B>, head: Linear<B>) -> Model<B> {
         Model { id: unique(), config, table, positions: None, layers, final_norm, head }
     }
 
     /// (V, C) for lookups.
-    fn embedding(&self) -> &B::Matrix {
+    fn embedding(&self) -> &B::Weight {
         self.table.as_ref().unwrap_or(&self.head.weight)
     }
 
@@ -244,7 +244,7 @@ impl<B: Backend> Model<B> {
             match wanted {
                 Some(wanted) if i + 1 == self.layers.len() => {
                     // Queries and residuals of the wanted rows move up; their K/V are in the pages like everyone's.
-                    rows = backend.num_rows(wanted);
+                    rows = wanted.num_rows();
                     if rows == 0 {
                         return Ok(());
                     }
@@ -264,7 +264,7 @@ impl<B: Backend> Model<B> {
     /// Final norm of the given rows, counted among the wanted ones of the last forward, into `scratch.h`.
     fn final_rows(&self, backend: &B, rows: &[u32], scratch: &mut Scratch<B>) -> Result<()> {
         backend.gather(&backend.rows(rows)?, self.config.hidden_dim, &scratch.x, &mut scratch.qkv)?;
-        self.final_norm.apply(backend, &self.config, rows.len(), &scratch.qkv, &mut scratch.h)
+        self.final_norm.apply(backend, &self.config, rows.len(), &mut scratch.qkv, &mut scratch.h)
     }
 
     /// Decides rows, counted among the wanted ones of the last forward: `rows[i]` is answered by `draws[i]`.
@@ -274,17 +274,18 @@ impl<B: Backend> Model<B> {
             return Ok(Vec::new());
         }
         self.final_rows(backend, rows, scratch)?;
-        backend.decide(&scratch.h, &self.head.weight, self.head.bias.as_ref(), banned, draws)
+        backend.decide(&scratch.h, &self.head.weight, self.head.bias.as_ref(), Candidates::AllBut(banned), draws)
     }
 
     /// Keeps the final rows of all `num_rows` wanted rows of the last forward for [`Model::decide_guided`].
     pub fn keep_guide(&self, backend: &B, num_rows: usize, scratch: &mut Scratch<B>) -> Result<()> {
         let room = num_rows * self.config.hidden_dim;
         if scratch.guide.as_ref().is_none_or(|(rows, _)| *rows < num_rows) {
-            scratch.guide = Some((num_rows, backend.alloc(room)?));
+            let [guide] = backend.alloc([Activation::F32(room)])?;
+            scratch.guide = Some((num_rows, guide));
         }
         let (_, guide) = scratch.guide.as_mut().expect("made above");
-        self.final_norm.apply(backend, &self.config, num_rows, &scratch.x, guide)
+        self.final_norm.apply(backend, &self.config, num_rows, &mut scratch.x, guide)
     }
 
     /// [`Model::decide`] under guidance: `rows[i]` is led away from row `guides[i]` of the kept ones, as if its logits l were `u + scale (l - u)`,
@@ -312,7 +313,7 @@ impl<B: Backend> Model<B> {
         self.final_norm.apply(backend, &self.config, rows.len(), picked, qkv)?;
         backend.gather(&backend.rows(guides)?, width, guide, picked)?;
         backend.blend(rows.len() * width, scale, picked, qkv)?;
-        backend.decide(qkv, &self.head.weight, self.head.bias.as_ref(), banned, draws)
+        backend.decide(qkv, &self.head.weight, self.head.bias.as_ref(), Candidates::AllBut(banned), draws)
     }
 
     /// Logits of all `num_rows` wanted rows of the last forward, before any ban or shift, a few rows at a time: `sink(first_row, logits)`.
@@ -324,7 +325,7 @@ impl<B: Backend> Model<B> {
         sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
         let vocab_size = self.config.vocab_size;
-        let mut out = backend.alloc(LOGIT_ROWS.min(num_rows) * vocab_size)?;
+        let [mut out] = backend.alloc([Activation::F32(LOGIT_ROWS.min(num_rows) * vocab_size)])?;
         let mut host = vec![0.0; LOGIT_ROWS.min(num_rows) * vocab_size];
         for first in (0..num_rows).step_by(LOGIT_ROWS) {
             let rows: Vec<u32> = (first..num_rows.min(first + LOGIT_ROWS)).map(|r| r as u32).collect();

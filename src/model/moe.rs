@@ -24,11 +24,11 @@ pub(super) struct Experts<B: Backend> {
     /// (E, C).
     router: Linear<B>,
     /// (E), for the choice alone.
-    bias: Option<B::Vector>,
+    bias: Option<B::Buffer>,
     /// E of (2F, C), gate and up in turn.
-    up: B::Stack,
+    up: B::Weight,
     /// E of (C, F).
-    down: B::Stack,
+    down: B::Weight,
     shared: Option<Dense<B>>,
 }
 

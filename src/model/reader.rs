@@ -2,7 +2,7 @@
 //! loading is. Which tensors there are is a family's business.
 #![forbid(unsafe_code)]
 
-use crate::backend::Backend;
+use crate::backend::{Backend, WeightShape};
 use crate::error::Result;
 use crate::model::layers::{Linear, Norm};
 use crate::weights::{Tensor, Weights};
@@ -41,15 +41,15 @@ impl<'a, B: Backend> Reader<'a, B> {
     }
 
     /// An (n, k) table for lookups.
-    pub fn table(&mut self, name: &str, n: usize, k: usize) -> Result<B::Matrix> {
+    pub fn table(&mut self, name: &str, n: usize, k: usize) -> Result<B::Weight> {
         let tensor = self.tensor(name, &[n, k])?;
-        self.backend.table(n, k, &|first, dst| tensor.read(first * k, dst))
+        self.backend.weight(WeightShape::Table { n, k }, &|first, dst| tensor.read(first * k, dst))
     }
 
     /// Packs an (n, k) weight, each row multiplied by its gate.
-    pub fn matrix(&mut self, name: &str, n: usize, k: usize, gate: Option<&[f32]>) -> Result<B::Matrix> {
+    pub fn matrix(&mut self, name: &str, n: usize, k: usize, gate: Option<&[f32]>) -> Result<B::Weight> {
         let tensor = self.tensor(name, &[n, k])?;
-        self.backend.matrix(n, k, &|first, dst| {
+        self.backend.weight(WeightShape::Matrix { n, k }, &|first, dst| {
             tensor.read(first * k, dst)?;
             if let Some(gate) = gate {
                 for (row, gate) in dst.chunks_exact_mut(k).zip(&gate[first..]) {
@@ -61,18 +61,18 @@ impl<'a, B: Backend> Reader<'a, B> {
     }
 
     /// Packs `k` columns from `first_column` on of an (n, width) weight.
-    pub fn columns(&mut self, name: &str, n: usize, width: usize, first_column: usize, k: usize) -> Result<B::Matrix> {
+    pub fn columns(&mut self, name: &str, n: usize, width: usize, first_column: usize, k: usize) -> Result<B::Weight> {
         let tensor = self.tensor(name, &[n, width])?;
-        self.backend.matrix(n, k, &|first, dst| {
+        self.backend.weight(WeightShape::Matrix { n, k }, &|first, dst| {
             let mut rows = dst.chunks_exact_mut(k).enumerate();
             rows.try_for_each(|(i, row)| tensor.read((first + i) * width + first_column, row))
         })
     }
 
     /// Packs an (n, k) weight that is stored as (k, n).
-    pub fn transposed(&mut self, name: &str, n: usize, k: usize) -> Result<B::Matrix> {
+    pub fn transposed(&mut self, name: &str, n: usize, k: usize) -> Result<B::Weight> {
         let values = self.tensor(name, &[k, n])?.to_vec()?;
-        self.backend.matrix(n, k, &|first, dst| {
+        self.backend.weight(WeightShape::Matrix { n, k }, &|first, dst| {
             // Of each stored row, the stretch that belongs to the asked ones.
             let height = dst.len() / k;
             for (i, stored) in values.chunks_exact(n).enumerate() {
@@ -85,14 +85,14 @@ impl<'a, B: Backend> Reader<'a, B> {
     }
 
     /// Packs weights of (rows, k) each as one matrix, one below the other.
-    pub fn stacked(&mut self, parts: &[(String, usize)], k: usize) -> Result<B::Matrix> {
+    pub fn stacked(&mut self, parts: &[(String, usize)], k: usize) -> Result<B::Weight> {
         let mut tensors = Vec::with_capacity(parts.len());
         let mut n = 0;
         for (name, rows) in parts {
             tensors.push((n..n + rows, self.tensor(name, &[*rows, k])?));
             n += rows;
         }
-        self.backend.matrix(n, k, &|first, dst| {
+        self.backend.weight(WeightShape::Matrix { n, k }, &|first, dst| {
             let end = first + dst.len() / k;
             for (rows, tensor) in &tensors {
                 let shared = rows.start.max(first)..rows.end.min(end);
@@ -105,25 +105,25 @@ impl<'a, B: Backend> Reader<'a, B> {
     }
 
     /// Packs two (n, k) weights as one of (2n, k): row 2j is row j of `even`, row 2j + 1 is row j of `odd`.
-    pub fn interleaved(&mut self, even: &str, odd: &str, n: usize, k: usize) -> Result<B::Matrix> {
+    pub fn interleaved(&mut self, even: &str, odd: &str, n: usize, k: usize) -> Result<B::Weight> {
         let tensors = [self.tensor(even, &[n, k])?, self.tensor(odd, &[n, k])?];
-        self.backend.matrix(2 * n, k, &|first, dst| read_interleaved(&tensors, first, k, dst))
+        self.backend.weight(WeightShape::Matrix { n: 2 * n, k }, &|first, dst| read_interleaved(&tensors, first, k, dst))
     }
 
     /// Packs (n, k) weights, one of each expert.
-    pub fn stack(&mut self, names: &[String], n: usize, k: usize) -> Result<B::Stack> {
+    pub fn stack(&mut self, names: &[String], n: usize, k: usize) -> Result<B::Weight> {
         let tensors = names.iter().map(|name| self.tensor(name, &[n, k])).collect::<Result<Vec<_>>>()?;
-        self.backend
-            .stack(names.len(), n, k, &|first, dst| by_expert(first, n, k, dst, |expert, row, dst| tensors[expert].read(row * k, dst)))
+        let read = |expert: usize, row: usize, dst: &mut [f32]| tensors[expert].read(row * k, dst);
+        self.backend.weight(WeightShape::Experts { num: names.len(), n, k }, &|first, dst| by_expert(first, n, k, dst, read))
     }
 
     /// Packs two (n, k) weights of each expert as one of (2n, k), as [`Reader::interleaved`] does.
-    pub fn interleaved_stack(&mut self, even: &[String], odd: &[String], n: usize, k: usize) -> Result<B::Stack> {
+    pub fn interleaved_stack(&mut self, even: &[String], odd: &[String], n: usize, k: usize) -> Result<B::Weight> {
         let mut pairs = Vec::with_capacity(even.len());
         for (even, odd) in even.iter().zip(odd) {
             pairs.push([self.tensor(even, &[n, k])?, self.tensor(odd, &[n, k])?]);
         }
-        self.backend.stack(even.len(), 2 * n, k, &|first, dst| {
+        self.backend.weight(WeightShape::Experts { num: even.len(), n: 2 * n, k }, &|first, dst| {
             by_expert(first, 2 * n, k, dst, |expert, row, dst| read_interleaved(&pairs[expert], row, k, dst))
         })
     }
@@ -136,13 +136,13 @@ impl<'a, B: Backend> Reader<'a, B> {
         }
         let (even, odd) = (self.values(&format!("{even}.bias"), n)?, self.values(&format!("{odd}.bias"), n)?);
         let bias: Vec<f32> = even.into_iter().zip(odd).flat_map(|(even, odd)| [even, odd]).collect();
-        Ok(Linear { weight, bias: Some(self.backend.vector(&bias)?) })
+        Ok(Linear { weight, bias: Some(self.backend.upload(&bias)?) })
     }
 
     /// A small parameter vector.
-    pub fn vector(&mut self, name: &str, len: usize) -> Result<B::Vector> {
+    pub fn vector(&mut self, name: &str, len: usize) -> Result<B::Buffer> {
         let values = self.values(name, len)?;
-        self.backend.vector(&values)
+        self.backend.upload(&values)
     }
 
     /// A norm without bias.

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use super::joint::{Joint, JointState};
 use super::{Model, Scratch};
-use crate::backend::{Backend, PassBatch, RunJoint, RunStep};
+use crate::backend::{Backend, PassBatch, RowList, RunJoint, RunStep};
 use crate::error::Result;
 
 /// A timed run: long enough that one wait of 10 us is below a thousandth.
@@ -124,7 +124,7 @@ impl<B: Backend> Model<B> {
         let rows = backend.padded_rows(step.plan.num_rows());
         self.layers(backend, rows, batch, (!asks_all(step)).then_some(asked), kv, scratch, None)?;
         let Scratch { x, h, .. } = &mut *scratch;
-        self.final_norm.apply(backend, &self.config, backend.num_rows(asked), x, h)?;
+        self.final_norm.apply(backend, &self.config, asked.num_rows(), x, h)?;
         backend.decide_run(run, h, &self.head.weight, self.head.bias.as_ref())
     }
 
@@ -147,7 +147,7 @@ impl<B: Backend> Model<B> {
         let (inside_rows, outside_rows, outside_batch) = backend.joint_run(run)?;
         sampler.start_rows(backend, self, &inside_rows, scratch, state)?;
         sampler.start_rows(backend, self, &outside_rows, scratch, outside)?;
-        let (Scratch { x, h, qkv, .. }, asks) = (&mut *scratch, backend.num_rows(asked));
+        let (Scratch { x, h, qkv, .. }, asks) = (&mut *scratch, asked.num_rows());
         if asks_all(step) {
             self.final_norm.apply(backend, &self.config, asks, x, h)?;
         } else {
@@ -156,7 +156,7 @@ impl<B: Backend> Model<B> {
         }
         backend.decide_run(run, h, &self.head.weight, self.head.bias.as_ref())?;
         if !joint.outside.is_empty() {
-            sampler.keys(backend, self, backend.num_rows(&outside_rows), &outside_batch, kv, scratch, outside)?;
+            sampler.keys(backend, self, outside_rows.num_rows(), &outside_batch, kv, scratch, outside)?;
         }
         for (index, pass) in joint.passes.iter().enumerate() {
             backend.range("joint", || {

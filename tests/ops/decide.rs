@@ -1,6 +1,6 @@
 //! `decide` against `sampling::decide_row`. The head is an identity, so hidden rows are the logits.
 
-use redraft::backend::{Backend, DType, Epilogue};
+use redraft::backend::{Backend, Candidates, DType, Epilogue};
 use redraft::cpu::{Cpu, oracle};
 use redraft::error::Error;
 use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
@@ -22,7 +22,7 @@ fn decide<B: TestBackend>(b: &B, rows: &[Vec<f32>], banned: &[u32], draws: &[Dra
     }
     let mut hidden = vec![0.0; k * k];
     (0..k).for_each(|i| hidden[i * k + i] = 1.0);
-    b.decide(&b.upload(&hidden), &b.pack(&weight, vocab, k), None, banned, draws)
+    b.decide(&b.put(&hidden), &b.pack(&weight, vocab, k), None, Candidates::AllBut(banned), draws)
 }
 
 /// The logits as the backend sees them.
@@ -119,8 +119,8 @@ fn draws_walk_the_whole_distribution() {
         let draws: Vec<Draw> = (0..1000).map(|i| Draw { u: (f64::from(i) + 0.5) / 1000.0, ..PLAIN }).collect();
         let rows = vec![row.clone(); 1];
         for draws in draws.chunks(100) {
-            let hidden = b.upload(&vec![1.0; draws.len()]);
-            let got = b.decide(&hidden, &b.pack(&rows[0], 5000, 1), None, &[], draws).unwrap();
+            let hidden = b.put(&vec![1.0; draws.len()]);
+            let got = b.decide(&hidden, &b.pack(&rows[0], 5000, 1), None, Candidates::AllBut(&[]), draws).unwrap();
             assert!(got.is_sorted_by_key(|d| d.token));
             for (draw, got) in draws.iter().zip(&got).filter(|(draw, _)| is_clear(&row, &[], draw)) {
                 assert_decision(&b.name(), got, &decide_row(&row, &[], draw).unwrap());
@@ -226,9 +226,9 @@ fn all_equal_huge_and_infinitely_small_logits() {
         for draw in [PLAIN, Draw { temperature: 0.0, ..PLAIN }, Draw { top_p: 0.5003, temperature: 0.8, ..PLAIN }] {
             for (row, u) in rows.iter().zip([0.3001, 0.60011, 0.9999, 0.5, 0.5]) {
                 // -inf cannot come out of a product with zeros beside it: one row at a time, so nothing multiplies it by 0.
-                let hidden = b.upload(&[1.0]);
+                let hidden = b.put(&[1.0]);
                 let draw = Draw { u, ..draw };
-                let got = b.decide(&hidden, &b.pack(row, 3000, 1), None, &[], &[draw]).unwrap()[0];
+                let got = b.decide(&hidden, &b.pack(row, 3000, 1), None, Candidates::AllBut(&[]), &[draw]).unwrap()[0];
                 assert_decision(&format!("{} {draw:?}", b.name()), &got, &decide_row(&stored(b.dtype(), row), &[], &draw).unwrap());
             }
         }
@@ -244,7 +244,7 @@ fn banned_ids_are_never_chosen_and_take_no_mass() {
         let banned = [3, 2100, 9999];
         for u in [0.0, 0.4, 0.999_999_9] {
             let draw = Draw { u, ..PLAIN };
-            let got = b.decide(&b.upload(&[1.0]), &b.pack(&row, 4000, 1), None, &banned, &[draw]).unwrap()[0];
+            let got = b.decide(&b.put(&[1.0]), &b.pack(&row, 4000, 1), None, Candidates::AllBut(&banned), &[draw]).unwrap()[0];
             assert!(!banned.contains(&got.token));
             let want = decide_row(&stored(b.dtype(), &row), &banned, &draw).unwrap();
             assert!((got.entropy - want.entropy).abs() < 2e-5);
@@ -279,21 +279,21 @@ fn logits_that_are_not_finite_are_an_error_that_names_the_row() {
                     // Only row 66 meets the weight; elsewhere 0 * NaN would spread it, so logits come in by the bias.
                     let mut hidden = vec![0.0; 70];
                     hidden[66] = 1.0;
-                    let one = b.decide(&b.upload(&[1.0]), &b.pack(&weight, 3000, 1), None, &[], &[PLAIN]);
+                    let one = b.decide(&b.put(&[1.0]), &b.pack(&weight, 3000, 1), None, Candidates::AllBut(&[]), &[PLAIN]);
                     assert!(
                         matches!(&one, Err(Error::Kernel { what }) if what.contains("row 0") && what.contains(&at.to_string())),
                         "{one:?}"
                     );
                     hidden.fill(1.0);
                     hidden[66] = f32::NAN;
-                    let many = b.decide(&b.upload(&hidden), &b.pack(&vec![1.0; 3000], 3000, 1), None, &[], &draws);
+                    let many = b.decide(&b.put(&hidden), &b.pack(&vec![1.0; 3000], 3000, 1), None, Candidates::AllBut(&[]), &draws);
                     assert!(matches!(&many, Err(Error::Kernel { what }) if what.contains("row 66")), "{many:?}");
                 }
             }
         }
-        let nothing = b.decide(&b.upload(&[1.0]), &b.pack(&[f32::NEG_INFINITY; 20], 20, 1), None, &[], &[PLAIN]);
+        let nothing = b.decide(&b.put(&[1.0]), &b.pack(&[f32::NEG_INFINITY; 20], 20, 1), None, Candidates::AllBut(&[]), &[PLAIN]);
         assert!(matches!(nothing, Err(Error::Kernel { .. })));
-        let banned = b.decide(&b.upload(&[1.0]), &b.pack(&[1.0, 2.0], 2, 1), None, &[0, 1], &[PLAIN]);
+        let banned = b.decide(&b.put(&[1.0]), &b.pack(&[1.0, 2.0], 2, 1), None, Candidates::AllBut(&[0, 1]), &[PLAIN]);
         assert!(matches!(banned, Err(Error::Kernel { .. })));
     });
 }
@@ -309,9 +309,9 @@ fn a_decision_does_not_depend_on_its_neighbours_or_on_threads() {
         .collect();
     for (one, two) in cpus(1).iter().zip(&cpus(2)) {
         let run = |b: &Cpu, rows: std::ops::Range<usize>| {
-            let bias = b.vector(&bias).unwrap();
-            let hidden = b.upload(&hidden[rows.start * k..rows.end * k]);
-            b.decide(&hidden, &b.pack(&weight, vocab, k), Some(&bias), &[7], &draws[rows]).unwrap()
+            let bias = b.put(&bias);
+            let hidden = b.put(&hidden[rows.start * k..rows.end * k]);
+            b.decide(&hidden, &b.pack(&weight, vocab, k), Some(&bias), Candidates::AllBut(&[7]), &draws[rows]).unwrap()
         };
         let all = run(one, 0..rows);
         assert_eq!(all, run(two, 0..rows));
@@ -326,12 +326,12 @@ fn the_head_is_the_product_of_linear() {
     let (vocab, k) = (200, 30);
     each!(b in cpus(2), {
         let (weight, hidden, bias) = (noise(vocab * k, 18), noise(3 * k, 19), noise(vocab, 20));
-        let (packed, hidden, bias) = (b.pack(&weight, vocab, k), b.upload(&hidden), b.vector(&bias).unwrap());
-        let mut logits = b.alloc(3 * vocab).unwrap();
+        let (packed, hidden, bias) = (b.pack(&weight, vocab, k), b.put(&hidden), b.put(&bias));
+        let mut logits = b.zeros(3 * vocab);
         b.linear(3, &hidden, &packed, Some(&bias), Epilogue::Store, &mut logits).unwrap();
         let logits = b.read(&logits, 3 * vocab);
         let greedy = Draw { temperature: 0.0, ..PLAIN };
-        for (row, got) in logits.chunks(vocab).zip(b.decide(&hidden, &packed, Some(&bias), &[], &[greedy; 3]).unwrap()) {
+        for (row, got) in logits.chunks(vocab).zip(b.decide(&hidden, &packed, Some(&bias), Candidates::AllBut(&[]), &[greedy; 3]).unwrap()) {
             assert_decision(&b.name(), &got, &decide_row(row, &[], &greedy).unwrap());
         }
     });
@@ -356,7 +356,7 @@ fn the_edge_of_a_nucleus_among_ties_and_clusters() {
                     for temperature in [0.5, 1.0, 2.0] {
                         let u = 0.137 * (i + 1) as f64;
                         let draw = Draw { u, temperature, top_p, top_p_rule, truncated_confidence: true, ..PLAIN };
-                        let got = b.decide(&b.upload(&[1.0]), &packed, None, &[], &[draw]).unwrap()[0];
+                        let got = b.decide(&b.put(&[1.0]), &packed, None, Candidates::AllBut(&[]), &[draw]).unwrap()[0];
                         if is_clear(row, &[], &draw) {
                             clear += 1;
                             assert_decision(&format!("{} {draw:?}", b.name()), &got, &decide_row(row, &[], &draw).unwrap());

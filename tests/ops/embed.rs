@@ -1,6 +1,6 @@
 //! `embed`, `gather` and the memory methods.
 
-use redraft::backend::{Backend, DType};
+use redraft::backend::{Backend, DType, WeightShape};
 use redraft::cpu::{Cpu, oracle};
 use redraft::error::Error;
 use redraft::plan::{Plan, Visibility};
@@ -21,8 +21,9 @@ fn embed_reads_rows_as_stored() {
             let mut plan = Plan::new();
             plan.push(&rows, &[0], 16, Visibility::Full, 9);
             // A tied table is packed as the head is.
-            for table in [b.table(n, k, &source).unwrap(), b.matrix(n, k, &source).unwrap()] {
-                let mut out = b.alloc(9 * k).unwrap();
+            for shape in [WeightShape::Table { n, k }, WeightShape::Matrix { n, k }] {
+                let table = b.weight(shape, &source).unwrap();
+                let mut out = b.zeros(9 * k);
                 b.embed(&b.batch(&plan).unwrap(), &table, None, &mut out).unwrap();
                 assert_same(&b.name(), &b.read(&out, 9 * k), &oracle::embed(b.dtype(), &ids, &values, k));
             }
@@ -40,12 +41,12 @@ fn learned_positions_are_added() {
             dst.copy_from_slice(&values[first * k..][..dst.len()]);
             Ok(())
         };
-        let table = b.matrix(n, k, &|first, dst: &mut [f32]| source(&values, first, dst)).unwrap();
-        let second = b.table(num, k, &|first, dst: &mut [f32]| source(&places, first, dst)).unwrap();
+        let table = b.weight(WeightShape::Matrix { n, k }, &|first, dst: &mut [f32]| source(&values, first, dst)).unwrap();
+        let second = b.weight(WeightShape::Table { n: num, k }, &|first, dst: &mut [f32]| source(&places, first, dst)).unwrap();
         let rows: [(usize, u32); 4] = [(3, 10), (4, 0), (9, 7), (19, 7)];
         let mut plan = Plan::new();
         plan.push(&rows, &[0, 1], 16, Visibility::Full, 20);
-        let mut out = b.alloc(4 * k).unwrap();
+        let mut out = b.zeros(4 * k);
         b.embed(&b.batch(&plan).unwrap(), &table, Some(&second), &mut out).unwrap();
         let tokens = oracle::embed(b.dtype(), &rows.map(|(_, id)| id), &values, k);
         let positions = oracle::embed(b.dtype(), &rows.map(|(position, _)| position as u32), &places, k);
@@ -58,8 +59,8 @@ fn learned_positions_are_added() {
 fn gather_copies_rows() {
     each!(b in cpus(1), {
         let x = noise(10 * 7, 2);
-        let mut out = b.alloc(3 * 7).unwrap();
-        b.gather(&b.rows(&[9, 0, 9]).unwrap(), 7, &b.upload(&x), &mut out).unwrap();
+        let mut out = b.zeros(3 * 7);
+        b.gather(&b.rows(&[9, 0, 9]).unwrap(), 7, &b.put(&x), &mut out).unwrap();
         assert_same(&b.name(), &b.read(&out, 21), &[&x[63..], &x[..7], &x[63..]].concat());
     });
 }
@@ -68,8 +69,8 @@ fn gather_copies_rows() {
 fn blend_leads_away_from_the_base() {
     each!(b in cpus(1), {
         let (base, x) = (noise(300, 3), noise(300, 4));
-        let mut out = b.upload(&x);
-        b.blend(299, 2.5, &b.upload(&base), &mut out).unwrap();
+        let mut out = b.put(&x);
+        b.blend(299, 2.5, &b.put(&base), &mut out).unwrap();
         let got = b.read(&out, 300);
         for i in 0..299 {
             let want = base[i] + 2.5 * (x[i] - base[i]);
@@ -89,16 +90,18 @@ fn a_failing_source_is_passed_on() {
             let end = first + dst.len() / 3000;
             if end > 1000 { Err(Error::kernel(format!("truncated before {}", end / 1000))) } else { Ok(()) }
         };
-        assert_eq!(b.matrix(9000, 3000, &fail).err(), Some(Error::kernel("truncated before 1")));
-        assert_eq!(b.table(9000, 3000, &fail).err(), Some(Error::kernel("truncated before 1")));
+        let (n, k) = (9000, 3000);
+        for shape in [WeightShape::Matrix { n, k }, WeightShape::Table { n, k }] {
+            assert_eq!(b.weight(shape, &fail).err(), Some(Error::kernel("truncated before 1")));
+        }
     }
 }
 
 #[test]
 fn buffers_begin_at_zero_and_download_from_an_offset() {
     let b = Cpu::new(1, DType::F32).unwrap();
-    assert_same("alloc", &b.read(&b.alloc(5).unwrap(), 5), &[0.0; 5]);
+    assert_same("alloc", &b.read(&b.zeros(5), 5), &[0.0; 5]);
     let mut two = [0.0; 2];
-    b.download(&b.upload(&[1.0, 2.0, 3.0]), 1, &mut two).unwrap();
+    b.download(&b.put(&[1.0, 2.0, 3.0]), 1, &mut two).unwrap();
     assert_eq!(two, [2.0, 3.0]);
 }

@@ -1,6 +1,6 @@
 //! `experts`: rows through the experts that were chosen for them.
 
-use redraft::backend::{Backend, DType, ExpertShape, Router, RouterScore};
+use redraft::backend::{Backend, DType, ExpertShape, Router, RouterScore, WeightShape};
 use redraft::cpu::oracle;
 
 use crate::{TestBackend, assert_close, assert_same, cpus, each, noise};
@@ -36,7 +36,7 @@ impl Layer {
     fn run<B: TestBackend>(&self, b: &B, first: usize, rows: usize, room: usize) -> Vec<f32> {
         let ExpertShape { num_experts, hidden_dim: c, expert_dim: f, .. } = self.shape;
         let stack = |weights: &[f32], n: usize, k: usize| {
-            b.stack(num_experts, n, k, &|first, dst| {
+            b.weight(WeightShape::Experts { num: num_experts, n, k }, &|first, dst| {
                 dst.copy_from_slice(&weights[first * k..][..dst.len()]);
                 Ok(())
             })
@@ -44,11 +44,11 @@ impl Layer {
         };
         let (up, down) = (stack(&self.up, 2 * f, c), stack(&self.down, c, f));
         let mut routes = b.routes(room, self.shape).unwrap();
-        let logits = b.upload(&self.logits[first * num_experts..][..rows * num_experts]);
+        let logits = b.put(&self.logits[first * num_experts..][..rows * num_experts]);
         b.route(rows, &logits, &Router { score: SCORE, bias: None }, &mut routes).unwrap();
         // Behind the rows: what nobody may read, and what nobody may write.
-        let x = b.upload(&[&self.x[first * c..][..rows * c], &vec![f32::NAN; c]].concat());
-        let mut out = b.upload(&[&self.before[first * c..][..rows * c], &vec![7.0; c]].concat());
+        let x = b.put(&[&self.x[first * c..][..rows * c], &vec![f32::NAN; c]].concat());
+        let mut out = b.put(&[&self.before[first * c..][..rows * c], &vec![7.0; c]].concat());
         b.experts(&mut routes, &x, &up, &down, &mut out).unwrap();
         let mut out = b.read(&out, (rows + 1) * c);
         let behind = out.split_off(rows * c);

@@ -1,6 +1,6 @@
 //! `linear`: packed products with their epilogues.
 
-use redraft::backend::{Backend, DType, Epilogue};
+use redraft::backend::{Backend, DType, Epilogue, WeightShape};
 use redraft::cpu::{Cpu, oracle};
 
 use crate::{TestBackend, assert_close, assert_same, cpus, each, noise};
@@ -13,9 +13,9 @@ fn agrees<B: TestBackend>(b: &B, rows: usize, n: usize, k: usize, with_bias: boo
     let width = epilogue.out_width(n);
     let (bias, before) = (noise(n, 3), noise(rows * width, 4));
     let packed = b.pack(&w, n, k);
-    let device_bias = b.vector(&bias).unwrap();
-    let mut out = b.upload(&before);
-    b.linear(rows, &b.upload(&x), &packed, with_bias.then_some(&device_bias), epilogue, &mut out).unwrap();
+    let device_bias = b.put(&bias);
+    let mut out = b.put(&before);
+    b.linear(rows, &b.put(&x), &packed, with_bias.then_some(&device_bias), epilogue, &mut out).unwrap();
     let got = b.read(&out, rows * width);
     let want = oracle::linear(dtype, &x, &w, k, with_bias.then_some(&bias[..]), epilogue, &before);
     // A sequential f32 sum of k products errs by at most k eps/2 sum |a b|, typically sqrt(k) of it; |a b| averages 1/4.
@@ -53,9 +53,9 @@ fn long_rows_are_summed_in_parts() {
 }
 
 /// Runs `rows` rows of the same x.
-fn product<B: TestBackend>(b: &B, x: &[f32], packed: &B::Matrix, rows: usize, n: usize, epilogue: Epilogue) -> Vec<f32> {
-    let mut out = b.upload(&noise(rows * n, 9));
-    b.linear(rows, &b.upload(x), packed, None, epilogue, &mut out).unwrap();
+fn product<B: TestBackend>(b: &B, x: &[f32], packed: &B::Weight, rows: usize, n: usize, epilogue: Epilogue) -> Vec<f32> {
+    let mut out = b.put(&noise(rows * n, 9));
+    b.linear(rows, &b.put(x), packed, None, epilogue, &mut out).unwrap();
     b.read(&out, rows * n)
 }
 
@@ -89,8 +89,8 @@ fn rows_and_columns_that_are_not_asked_for_are_neither_read_nor_written() {
         let mut x = noise((rows + 1) * k, 7);
         x[rows * k..].fill(f32::NAN);
         let packed = b.pack(&noise(n * k, 8), n, k);
-        let mut out = b.upload(&vec![7.0; rows * n + 64]);
-        b.linear(rows, &b.upload(&x), &packed, None, Epilogue::Store, &mut out).unwrap();
+        let mut out = b.put(&vec![7.0; rows * n + 64]);
+        b.linear(rows, &b.put(&x), &packed, None, Epilogue::Store, &mut out).unwrap();
         let got = b.read(&out, rows * n + 64);
         assert!(got[..rows * n].iter().all(|v| v.is_finite()));
         assert!(got[rows * n..].iter().all(|v| *v == 7.0));
@@ -106,8 +106,8 @@ fn gelu_is_accurate_over_its_whole_range() {
         }
         let packed = b.pack(&[1.0], 1, 1);
         let v: Vec<f32> = (-4000..4000).map(|i| i as f32 * 0.01).chain([0.0, -0.0, 1e-30, 1e4, -1e4, 1e30, -1e30]).collect();
-        let mut out = b.alloc(v.len()).unwrap();
-        b.linear(v.len(), &b.upload(&v), &packed, None, Epilogue::Gelu, &mut out).unwrap();
+        let mut out = b.zeros(v.len());
+        b.linear(v.len(), &b.put(&v), &packed, None, Epilogue::Gelu, &mut out).unwrap();
         let want: Vec<f64> = v.iter().map(|&v| oracle::gelu_tanh(f64::from(v))).collect();
         // Half a dozen roundings relative to the value, and the absolute size of a rounding near 0 on the far negative side.
         assert_close(&b.name(), &b.read(&out, v.len()), &want, |i| 1e-6 * want[i].abs() + 1e-9);
@@ -115,9 +115,9 @@ fn gelu_is_accurate_over_its_whole_range() {
 }
 
 #[test]
-#[should_panic(expected = "a product needs a weight from `matrix`")]
+#[should_panic(expected = "a product needs a matrix")]
 fn a_table_is_not_a_weight() {
     let b = Cpu::new(1, DType::F32).unwrap();
-    let table = b.table(1, 1, &|_, _| Ok(())).unwrap();
-    let _ = b.linear(1, &b.upload(&[0.0]), &table, None, Epilogue::Store, &mut b.upload(&[0.0]));
+    let table = b.weight(WeightShape::Table { n: 1, k: 1 }, &|_, _| Ok(())).unwrap();
+    let _ = b.linear(1, &b.put(&[0.0]), &table, None, Epilogue::Store, &mut b.put(&[0.0]));
 }

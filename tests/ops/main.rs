@@ -17,13 +17,20 @@ mod route;
 mod shortlist;
 mod simd;
 
-use redraft::backend::{Backend, DType, HeadShape};
+use redraft::backend::{Activation, DType, HeadShape, Inspect, WeightShape};
+use redraft::cpu::Cpu;
 use redraft::cpu::simd::Isa;
-use redraft::cpu::{Buffer, Cpu};
 
 /// A backend that a test can hand numbers to.
-pub trait TestBackend: Backend {
-    fn upload(&self, src: &[f32]) -> Self::Buffer;
+pub trait TestBackend: Inspect {
+    fn put(&self, src: &[f32]) -> Self::Buffer {
+        self.upload(src).unwrap()
+    }
+
+    fn zeros(&self, len: usize) -> Self::Buffer {
+        let [buffer] = self.alloc([Activation::F32(len)]).unwrap();
+        buffer
+    }
 
     /// Whether attention over such heads is supported.
     fn runs(&self, _heads: HeadShape) -> bool {
@@ -42,8 +49,8 @@ pub trait TestBackend: Backend {
     }
 
     /// Packs an (n, k) weight that lies in memory.
-    fn pack(&self, weight: &[f32], n: usize, k: usize) -> Self::Matrix {
-        self.matrix(n, k, &|first, dst| {
+    fn pack(&self, weight: &[f32], n: usize, k: usize) -> Self::Weight {
+        self.weight(WeightShape::Matrix { n, k }, &|first, dst| {
             dst.copy_from_slice(&weight[first * k..][..dst.len()]);
             Ok(())
         })
@@ -51,11 +58,7 @@ pub trait TestBackend: Backend {
     }
 }
 
-impl TestBackend for Cpu {
-    fn upload(&self, src: &[f32]) -> Buffer {
-        src.into()
-    }
-}
+impl TestBackend for Cpu {}
 
 /// The CPU in every instruction set of this machine and both dtypes, with `threads` threads.
 pub fn cpus(threads: usize) -> Vec<Cpu> {
@@ -65,17 +68,13 @@ pub fn cpus(threads: usize) -> Vec<Cpu> {
 
 #[cfg(feature = "cuda")]
 impl TestBackend for redraft::cuda::Cuda {
-    fn upload(&self, src: &[f32]) -> redraft::cuda::Buffer {
-        self.buffer_of(src).unwrap()
-    }
-
     fn rotates_keys_in_place(&self) -> bool {
         false
     }
 
     /// The matrix units multiply bf16 heads in steps of sixteen.
     fn runs(&self, heads: HeadShape) -> bool {
-        self.dtype() == DType::F32 || heads.head_dim.is_multiple_of(16)
+        redraft::Backend::dtype(self) == DType::F32 || heads.head_dim.is_multiple_of(16)
     }
 }
 

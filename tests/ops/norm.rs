@@ -9,9 +9,9 @@ const KINDS: [NormKind; 2] = [NormKind::Layer, NormKind::Rms];
 
 fn run<B: TestBackend>(b: &B, kind: NormKind, rows: usize, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     let len = rows * weight.len();
-    let mut out = b.alloc(len).unwrap();
-    let (weight, bias) = (b.vector(weight).unwrap(), bias.map(|bias| b.vector(bias).unwrap()));
-    b.norm(rows, &b.upload(x), &Norm { kind, eps: 1e-5, weight: &weight, bias: bias.as_ref() }, &mut out).unwrap();
+    let mut out = b.zeros(len);
+    let (weight, bias) = (b.put(weight), bias.map(|bias| b.put(bias)));
+    b.norm(rows, &mut b.put(x), None, &Norm { kind, eps: 1e-5, weight: &weight, bias: bias.as_ref() }, &mut out).unwrap();
     b.read(&out, len)
 }
 
@@ -41,9 +41,9 @@ fn a_residual_is_added_before_the_norm() {
             let (x, more, weight) = (noise(rows * width, 1), noise(rows * width, 2), noise(width, 3));
             let sums: Vec<f32> = x.iter().zip(&more).map(|(x, more)| x + more).collect();
             for kind in KINDS {
-                let (mut buffer, mut out, vector) = (b.upload(&x), b.alloc(rows * width).unwrap(), b.vector(&weight).unwrap());
+                let (mut buffer, mut out, vector) = (b.put(&x), b.zeros(rows * width), b.put(&weight));
                 let norm = Norm { kind, eps: 1e-5, weight: &vector, bias: None };
-                b.add_norm(rows, &mut buffer, &b.upload(&more), &norm, &mut out).unwrap();
+                b.norm(rows, &mut buffer, Some(&b.put(&more)), &norm, &mut out).unwrap();
                 assert_same(&b.name(), &b.read(&buffer, rows * width), &sums);
                 assert_same(&b.name(), &b.read(&out, rows * width), &run(b, kind, rows, &sums, &weight, None));
             }

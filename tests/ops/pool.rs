@@ -104,7 +104,7 @@ fn drop_ends_sleeping_and_polling_workers() {
 
 #[test]
 fn everything_can_move_to_another_thread() {
-    use redraft::cpu::{Batch, Buffer, Cpu, KvCache, Matrix};
+    use redraft::cpu::{Batch, Buffer, Cpu, KvCache, Weight};
     fn moves<T: Send + Sync>() {}
-    moves::<(Pool, Cpu, Buffer, Matrix, KvCache, Batch)>();
+    moves::<(Pool, Cpu, Buffer, Weight, KvCache, Batch)>();
 }

@@ -26,8 +26,8 @@ fn plan(rows: usize) -> Plan {
 fn rotate<B: TestBackend>(b: &B, plan: &Plan, heads: HeadShape, rotation: &Rotation<[f32]>, qkv: &[f32]) -> Vec<f32> {
     let HeadShape { num_kv_heads, head_dim, .. } = heads;
     let mut kv = b.kv_cache(KvShape { num_layers: 2, num_pages: 80, page_size: 16, num_kv_heads, head_dim }).unwrap();
-    let mut buffer = b.upload(qkv);
-    let weights = rotation.norm.as_ref().map(|norm| (b.vector(norm.q).unwrap(), b.vector(norm.k).unwrap(), norm.eps));
+    let mut buffer = b.put(qkv);
+    let weights = rotation.norm.as_ref().map(|norm| (b.put(norm.q), b.put(norm.k), norm.eps));
     let norm = weights.as_ref().map(|(q, k, eps)| HeadNorm { q, k, eps: *eps });
     b.rope_append(&b.batch(plan).unwrap(), heads, &Rotation { rope: rotation.rope, norm }, &mut buffer, 1, &mut kv).unwrap();
     let mut rows = b.read(&buffer, qkv.len());

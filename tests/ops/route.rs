@@ -12,9 +12,9 @@ pub fn shape(num_experts: usize, top_k: usize) -> ExpertShape {
 /// What a backend chooses for all rows of `logits`.
 pub fn choices<B: TestBackend>(b: &B, shape: ExpertShape, score: RouterScore, bias: Option<&[f32]>, logits: &[f32]) -> Vec<Choice> {
     let rows = logits.len() / shape.num_experts;
-    let bias = bias.map(|bias| b.vector(bias).unwrap());
+    let bias = bias.map(|bias| b.put(bias));
     let mut routes = b.routes(rows, shape).unwrap();
-    b.route(rows, &b.upload(logits), &Router { score, bias: bias.as_ref() }, &mut routes).unwrap();
+    b.route(rows, &b.put(logits), &Router { score, bias: bias.as_ref() }, &mut routes).unwrap();
     b.choices(&routes).unwrap()
 }
 

@@ -1,6 +1,7 @@
-//! `shortlist` against a sort, and `decide_listed` against `sampling::decide_row` over the listed logits alone.
+//! `shortlist` against a sort, and `decide` among listed ids against `sampling::decide_row` over the
+//! listed logits alone.
 
-use redraft::backend::{Backend, Epilogue};
+use redraft::backend::{Backend, Candidates, Epilogue, Inspect};
 use redraft::cpu::{Cpu, oracle};
 use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
 
@@ -8,11 +9,11 @@ use crate::decide::{PLAIN, assert_decision, is_clear, stored};
 use crate::{TestBackend, cpus, each, noise};
 
 /// Hidden states and a head whose products are these rows: a one-hot state for each, so that they are exact.
-fn exact<B: TestBackend>(b: &B, rows: &[Vec<f32>]) -> (B::Buffer, B::Matrix) {
+fn exact<B: TestBackend>(b: &B, rows: &[Vec<f32>]) -> (B::Buffer, B::Weight) {
     let (k, vocab) = (rows.len(), rows[0].len());
     let weight: Vec<f32> = (0..vocab * k).map(|i| rows[i % k][i / k]).collect();
     let hidden: Vec<f32> = (0..k * k).map(|i| f32::from(i / k == i % k)).collect();
-    (b.upload(&hidden), b.pack(&weight, vocab, k))
+    (b.put(&hidden), b.pack(&weight, vocab, k))
 }
 
 /// Ids of the largest finite logits, ties to the lower id, ascending.
@@ -47,9 +48,9 @@ fn lists_hold_the_largest_in_the_order_of_the_ids() {
         let mut row = vec![f32::NEG_INFINITY; 300];
         row[299] = -3.0;
         row[7] = -9.0;
-        let lists = b.shortlist(1, &b.upload(&[1.0]), &b.pack(&row, 300, 1), None, &[], 5).unwrap();
+        let lists = b.shortlist(1, &b.put(&[1.0]), &b.pack(&row, 300, 1), None, &[], 5).unwrap();
         assert_eq!(b.listed(&lists).unwrap(), [[7, 299]], "{}", b.name());
-        assert!(b.listed(&b.shortlist(0, &b.upload(&[1.0]), &b.pack(&row, 300, 1), None, &[], 5).unwrap()).unwrap().is_empty());
+        assert!(b.listed(&b.shortlist(0, &b.put(&[1.0]), &b.pack(&row, 300, 1), None, &[], 5).unwrap()).unwrap().is_empty());
     });
 }
 
@@ -64,7 +65,7 @@ fn decisions_obey_the_law_over_what_is_listed() {
             let rows: Vec<Vec<f32>> = (0..24).map(spread).collect();
             let (hidden, head) = exact(b, &rows);
             let bias: Vec<f32> = noise(vocab, 79).iter().map(|v| v.round() * 0.5).collect();
-            let lists = b.shortlist(rows.len(), &hidden, &head, Some(&b.vector(&bias).unwrap()), &[2], n).unwrap();
+            let lists = b.shortlist(rows.len(), &hidden, &head, Some(&b.put(&bias)), &[2], n).unwrap();
             let ids = b.listed(&lists).unwrap();
             // Lists of other rows.
             let which: Vec<u32> = (0..24).map(|i| (i * 7 + 3) % 24).collect();
@@ -79,7 +80,7 @@ fn decisions_obey_the_law_over_what_is_listed() {
                 truncated_confidence: !i.is_multiple_of(3),
             };
             let draws: Vec<Draw> = (0..24).map(draw).collect();
-            let got = b.decide_listed(&hidden, &head, Some(&b.vector(&bias).unwrap()), &lists, &which, &draws).unwrap();
+            let got = b.decide(&hidden, &head, Some(&b.put(&bias)), Candidates::Listed { lists: &lists, which: &which }, &draws).unwrap();
             for i in 0..24 {
                 let (ids, row) = (&ids[which[i] as usize], stored(b.dtype(), &rows[i]));
                 let logits: Vec<f32> = ids.iter().map(|id| row[*id as usize] + bias[*id as usize]).collect();
@@ -104,12 +105,12 @@ fn products_are_close_and_rows_do_not_see_each_other() {
     each!(b in cpus(3), {
         for (vocab, k) in [(90, 1), (90, 7), (300, 33), (1500, 300)] {
             let (host, weight, bias) = (noise(6 * k, 4), noise(vocab * k, 5), noise(vocab, 6));
-            let (hidden, head, bias_there) = (b.upload(&host), b.pack(&weight, vocab, k), b.vector(&bias).unwrap());
+            let (hidden, head, bias_there) = (b.put(&host), b.pack(&weight, vocab, k), b.put(&bias));
             let lists = b.shortlist(6, &hidden, &head, Some(&bias_there), &[], 20).unwrap();
             let ids = b.listed(&lists).unwrap();
             let which: Vec<u32> = (0..6).collect();
             let draws = vec![Draw { u: 0.3, ..PLAIN }; 6];
-            let got = b.decide_listed(&hidden, &head, Some(&bias_there), &lists, &which, &draws).unwrap();
+            let got = b.decide(&hidden, &head, Some(&bias_there), Candidates::Listed { lists: &lists, which: &which }, &draws).unwrap();
             for row in 0..6 {
                 let x = &host[row * k..][..k];
                 let logits = oracle::linear(b.dtype(), x, &weight, k, Some(&bias), Epilogue::Store, &vec![0.0; vocab]);
@@ -121,9 +122,9 @@ fn products_are_close_and_rows_do_not_see_each_other() {
                 let want = decide_row(&listed, &[], &Draw { forced: Some(place), ..PLAIN }).unwrap();
                 let off = [(got[row].log_prob, want.log_prob), (got[row].entropy, want.entropy), (got[row].margin, want.margin)];
                 assert!(off.iter().all(|(got, want)| (got - want).abs() < 1e-4), "{}: V {vocab}, k {k}, row {row}: {off:?}", b.name());
-                let alone = b.upload(x);
+                let alone = b.put(x);
                 assert_eq!(b.listed(&b.shortlist(1, &alone, &head, Some(&bias_there), &[], 20).unwrap()).unwrap()[0], ids[row], "{}", b.name());
-                let again = b.decide_listed(&alone, &head, Some(&bias_there), &lists, &[row as u32], &draws[..1]).unwrap();
+                let again = b.decide(&alone, &head, Some(&bias_there), Candidates::Listed { lists: &lists, which: &[row as u32] }, &draws[..1]).unwrap();
                 assert_eq!(again, got[row..row + 1], "{}: V {vocab}, k {k}, row {row}", b.name());
             }
         }
@@ -139,7 +140,7 @@ fn what_cannot_be_decided_among_a_list_is_named() {
         let ids = b.listed(&lists).unwrap();
         let off = (0..50).find(|id| !ids[1].contains(id)).expect("eight of fifty are listed");
         let forced = |token| Draw { forced: Some(token), ..PLAIN };
-        let ask = |draws: &[Draw]| b.decide_listed(&hidden, &head, None, &lists, &[0, 1, 2], draws);
+        let ask = |draws: &[Draw]| b.decide(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &[0, 1, 2] }, draws);
         for bad in [off, 50, u32::MAX] {
             let error = ask(&[PLAIN, forced(bad), PLAIN]).unwrap_err().to_string();
             assert!(["row 1", "shortlist", &bad.to_string()].iter().all(|word| error.contains(word)), "{}: {error}", b.name());
@@ -147,24 +148,28 @@ fn what_cannot_be_decided_among_a_list_is_named() {
         assert_eq!(ask(&[PLAIN, forced(ids[1][3]), PLAIN]).unwrap()[1].token, ids[1][3]);
         // One feature: a NaN in the head is seen by the rows that list it, and by no others.
         let broken = b.pack(&[0.1, f32::NAN, 0.3, 0.2], 4, 1);
-        let one = b.upload(&[1.0, 1.0]);
-        let lists = |ids: [f32; 4]| b.shortlist(1, &b.upload(&[1.0]), &b.pack(&ids, 4, 1), None, &[], 2).unwrap();
-        let error = b.decide_listed(&one, &broken, None, &lists([9.0, 8.0, 0.0, 0.0]), &[0], &[PLAIN]).unwrap_err().to_string();
+        let one = b.put(&[1.0, 1.0]);
+        let lists = |ids: [f32; 4]| b.shortlist(1, &b.put(&[1.0]), &b.pack(&ids, 4, 1), None, &[], 2).unwrap();
+        let error = b.decide(&one, &broken, None, Candidates::Listed { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
         assert!(error.contains("row 0") && error.contains("token 1") && error.contains("NaN"), "{}: {error}", b.name());
-        let fine = b.decide_listed(&one, &broken, None, &lists([9.0, 0.0, 8.0, 0.0]), &[0, 0], &[PLAIN, Draw { u: 0.0, ..PLAIN }]).unwrap();
+        let fine = b.decide(&one, &broken, None, Candidates::Listed { lists: &lists([9.0, 0.0, 8.0, 0.0]), which: &[0, 0] }, &[PLAIN, Draw { u: 0.0, ..PLAIN }]).unwrap();
         assert!([0, 2].contains(&fine[0].token) && fine[1].token == 0, "{}: {fine:?}", b.name());
         let nothing = b.pack(&[f32::NEG_INFINITY; 4], 4, 1);
-        let error = b.decide_listed(&one, &nothing, None, &lists([9.0, 8.0, 0.0, 0.0]), &[0], &[PLAIN]).unwrap_err().to_string();
+        let error = b.decide(&one, &nothing, None, Candidates::Listed { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
         assert!(error.contains("row 0") && error.contains("finite"), "{}: {error}", b.name());
     });
+}
+
+fn longest_list_of<B: Backend>(_: &B) -> usize {
+    B::MAX_SHORTLIST
 }
 
 #[test]
 fn a_list_has_a_longest_length_where_the_machine_needs_one() {
     let cpu = Cpu::new(1, redraft::DType::F32).expect("the CPU is always there");
-    assert_eq!(cpu.longest_list(), usize::MAX);
+    assert_eq!(longest_list_of(&cpu), usize::MAX);
     #[cfg(feature = "cuda")]
     for device in crate::devices() {
-        assert_eq!(device.longest_list(), 1024);
+        assert_eq!(longest_list_of(&device), 1024);
     }
 }

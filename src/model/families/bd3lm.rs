@@ -148,7 +148,7 @@ fn norm<B: Backend>(r: &mut Reader<B>, name: &str, width: usize, modulation: Opt
     let Some((shift, scale)) = modulation else { return r.norm(name, width) };
     let mut weight = r.values(name, width)?;
     weight.iter_mut().zip(scale).for_each(|(w, s)| *w *= 1.0 + s);
-    Ok(Norm { weight: r.backend.vector(&weight)?, bias: Some(r.backend.vector(shift)?) })
+    Ok(Norm { weight: r.backend.upload(&weight)?, bias: Some(r.backend.upload(shift)?) })
 }
 
 /// `W c + b` for a modulation of `parts` vectors of `width`.
@@ -235,7 +235,7 @@ pub(in crate::model) fn load_layer<B: Backend>(
         mlp_norm: norm(r, &name("norm2.weight"), c, pair(3))?,
         mlp: FeedForward::Dense(Dense {
             up: r.linear(&name("mlp.0"), f, c, true)?,
-            down: Linear { weight: r.matrix(&name("mlp.2.weight"), c, f, part(5))?, bias: Some(r.backend.vector(&down_bias)?) },
+            down: Linear { weight: r.matrix(&name("mlp.2.weight"), c, f, part(5))?, bias: Some(r.backend.upload(&down_bias)?) },
         }),
     })
 }
