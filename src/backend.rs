@@ -1,23 +1,37 @@
 //! The seam between the model and the machine: each method is a contract, and every backend is tested against the
 //! plain loops in `cpu/oracle.rs` with the same test bodies.
 //!
-//! Buffers are contiguous, row-major and owned by the caller; inputs are `&`, outputs `&mut`; shapes travel as small
-//! structs with named fields. Methods enqueue work; `download`, `synchronize`, `decide` and `end_run` wait for it. The result of a
-//! row depends on that row and its own sequence alone: every reduction has an order fixed by the row's own length,
-//! never by the number of rows beside it or the number of threads (docs/architecture.md, determinism).
+//! Buffers are contiguous, row-major and owned by the caller; inputs are `&`, outputs `&mut`;
+//! shapes travel as small structs with named fields. Methods enqueue work; `download`,
+//! `synchronize` and `decide` wait for it. The result of a row depends on that row and its own
+//! sequence alone: every reduction has an order fixed by the row's own length, never by the number
+//! of rows beside it or the number of threads (docs/architecture.md, determinism).
+//!
+//! Steps of a model over these ops have a protocol of their own:
+//! ```text
+//! engine    plans steps (PlannedStep), hands them to a runner, applies each StepOutcome
+//! runner    makes a step's arrays and decides its rows (StepParts): on the host, or on a device
+//!           that returns after the last step
+//! network   a model and its K/V (Network): runs the layers over the runner's arrays and asks it
+//!           to decide, once for the forward and once for each pass of a joint sampler
+//! ```
+//! Whoever decides, the network runs the same ops in the same order.
 #![forbid(unsafe_code)]
 
+pub mod host;
 pub mod measure;
 pub mod rope;
+mod steps;
 
 pub use rope::{Rope, RopeScaling};
+pub use steps::{
+    BannedIds, BannedSet, HostAsks, HostPass, HostReason, HostRule, HostSampling, HostWindow, PlannedJoint, PlannedPass, PlannedRun,
+    PlannedStep, RowOutcome, RuleSampling, RunCanvas, Sampling, Sequences, SessionStep, StepOutcome, StepRows, Timing, WindowShortlist,
+};
 
-use std::ops::Range;
-
-use crate::canvas::Canvas;
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::sampling::{Decision, Draw, Reveal};
+use crate::sampling::{Decision, Draw};
 
 /// Element type of weights and K/V. The residual stream is f32 everywhere, and so is accumulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,96 +216,6 @@ pub struct Choice {
     pub weight: f32,
 }
 
-/// One session's part of a step that is decided on the device: which masked positions are asked, and how they are revealed.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SessionStep {
-    /// Positions masked again before the step: the lowest snapshot confidences of the whole sequence.
-    pub remask: Option<usize>,
-    pub stage: u8,
-    pub block: u32,
-    /// Denoising forward within the stage.
-    pub step: u32,
-    /// Every position of it that is masked then is asked.
-    pub range: Range<usize>,
-    /// How many those are.
-    pub asks: usize,
-    /// A position is answered by the row before it; position 0, which no row is before, is not among those asked.
-    pub shifted: bool,
-    /// Without `u`, which the device takes from the counter RNG, and `forced`.
-    pub draw: Draw,
-    pub reveal: Reveal,
-}
-
-/// One step of a run: a forward and what is decided by it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RunStep {
-    /// Token ids are ignored: the device reads its canvas. The rows of a sequence are consecutive positions.
-    pub plan: Plan,
-    /// One for each sequence of the plan.
-    pub sessions: Vec<SessionStep>,
-    /// Where the reveals of a sequence are joint.
-    pub joint: Option<RunJoint>,
-}
-
-/// What a joint sampler does behind the forward of a step. Rows are those of the forward's plan.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RunJoint {
-    /// For each row of the first pass, the one whose final row its state begins as.
-    pub inside: Vec<u32>,
-    /// Rows outside of their sequence's window, ascending: they append the sampler's K/V.
-    pub outside: Vec<u32>,
-    pub passes: Vec<RunPass>,
-}
-
-/// One pass of a joint sampler, and what is decided by it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct RunPass {
-    /// The windows of the sequences that still reveal something, ascending; all of them are among those of the pass before.
-    pub rows: Vec<u32>,
-    /// One for each sequence of the plan; those that are through ask nothing.
-    pub sessions: Vec<SessionStep>,
-}
-
-/// A pass where the kernels can read it.
-pub struct PassBatch<Batch, Rows> {
-    pub batch: Batch,
-    /// Rows of it that are asked.
-    pub asked: Rows,
-    /// Which rows of the pass before it are its own, where not all are.
-    pub kept: Option<Rows>,
-}
-
-/// A sequence at the start of a run.
-#[derive(Clone, Copy, Debug)]
-pub struct RunCanvas<'a> {
-    pub canvas: &'a Canvas,
-    pub seed: u64,
-    pub sample: u32,
-}
-
-/// Several denoising steps of the same sequences, known in advance but for what they reveal.
-#[derive(Clone, Debug)]
-pub struct RunSpec<'a> {
-    pub sequences: Vec<RunCanvas<'a>>,
-    pub steps: Vec<RunStep>,
-    pub banned: &'a [u32],
-    pub mask_id: u32,
-    /// Of the model that runs.
-    pub heads: HeadShape,
-}
-
-/// What a run decided about one asked position.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RunDecision {
-    pub position: usize,
-    pub decision: Decision,
-    /// It was revealed in this step.
-    pub chosen: bool,
-}
-
-/// The decisions of one step, for each of its sequences.
-pub type StepDecisions = Vec<Result<Vec<RunDecision>>>;
-
 /// Activations of one kind, by their number of elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
@@ -341,7 +265,7 @@ pub(crate) fn not_listed(row: usize, token: u32) -> Error {
 }
 
 /// A machine that can run the network: memory, and one method for each op.
-pub trait Backend {
+pub trait Backend: Sized {
     /// f32 elements: activations and small parameters (norm weights, biases).
     type Buffer;
     /// A weight in the backend's weight dtype, or one for each expert.
@@ -354,10 +278,10 @@ pub trait Backend {
     type Rows: RowList;
     /// Some ids for each of some rows, where the kernels can read them.
     type Lists;
-    /// A run in progress, where this backend decides steps by itself.
-    type Run;
     /// The experts of every row, in the order of the experts, and room for the rows on their way through them.
     type Routes;
+    /// Runs planned steps, on the host or on a device that decides by itself.
+    type Runner: StepRunner<Self> + Default;
 
     /// Maximum number of ids that a list of `shortlist` may hold.
     const MAX_SHORTLIST: usize;
@@ -387,8 +311,6 @@ pub trait Backend {
     fn batch(&self, plan: &Plan) -> Result<Self::Batch>;
     /// Makes row indices readable by the kernels.
     fn rows(&self, rows: &[u32]) -> Result<Self::Rows>;
-    /// The batch of the given rows alone (ascending), over the same pages: [`Plan::select`]. For `attention` only.
-    fn select(&self, batch: &Self::Batch, rows: &Self::Rows) -> Result<Self::Batch>;
 
     /// `out[t, :] = table[ids[t], :]`, `+ positions[position of t, :]` where positions are learned;
     /// weights are tables, or matrices where they are also the head. T from the batch; `out` holds
@@ -486,36 +408,6 @@ pub trait Backend {
         banned: &[u32],
         n: usize,
     ) -> Result<Self::Lists>;
-
-    /// Whether this backend runs several steps by itself ([`Backend::begin_run`]); otherwise every decision is the host's, step by step.
-    fn decides(&self) -> bool;
-    /// Starts a run: several steps whose decisions are made where the network runs, so that nobody waits between them.
-    fn begin_run(&self, spec: &RunSpec) -> Result<Self::Run>;
-    /// Rows that a run's forward of `rows` rows computes: a backend that replays recordings pads to few distinct counts.
-    fn padded_rows(&self, rows: usize) -> usize {
-        rows
-    }
-    /// Makes step `step` the current one: its batch, and the rows that it asks. Steps follow in order.
-    fn step_run(&self, run: &mut Self::Run, step: usize) -> Result<(Self::Batch, Self::Rows)>;
-    /// [`Backend::decide`] for the asked rows of the current step, whose hidden states are `hidden`, then the step's reveals on the
-    /// device's canvas.
-    fn decide_run(&self, run: &mut Self::Run, hidden: &Self::Buffer, head: &Self::Weight, bias: Option<&Self::Buffer>) -> Result<()>;
-    /// What a joint sampler takes from the forward of the current step: rows of it where the windows begin, rows of it outside of them, and these
-    /// as a batch of their own, without a work list for `attention`.
-    fn joint_run(&self, run: &Self::Run) -> Result<(Self::Rows, Self::Rows, Self::Batch)>;
-    /// Makes pass `pass` of the current step the one that [`Backend::decide_run`] decides. Passes follow in order, behind the step's own decision.
-    fn pass_run(&self, run: &mut Self::Run, pass: usize) -> Result<PassBatch<Self::Batch, Self::Rows>>;
-    /// Waits for the run and returns what was decided by each of its forwards, and behind it by each of its passes. A sequence whose row could not be
-    /// decided has an error from there on.
-    fn end_run(&self, run: Self::Run) -> Result<Vec<StepDecisions>>;
-    /// Enqueues what `body` enqueues, which belongs to the step of `batch`. A backend may record it and replay the recording wherever the step and
-    /// `key`, which names the weights and buffers that `body` uses, say that it would enqueue the same again.
-    fn replay(&self, batch: &Self::Batch, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()>;
-    /// Names what is enqueued inside for profilers.
-    fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
-        let _ = name;
-        body()
-    }
 }
 
 /// What tests read back of a backend beside its buffers.
@@ -524,4 +416,109 @@ pub trait Inspect: Backend {
     fn choices(&self, routes: &Self::Routes) -> Result<Vec<Choice>>;
     /// The ids of each list, ascending. Waits.
     fn listed(&self, lists: &Self::Lists) -> Result<Vec<Vec<u32>>>;
+}
+
+/// Runs planned steps on a backend.
+pub trait StepRunner<B: Backend> {
+    /// Whether this runner takes several steps at once that are decided by rules.
+    fn looks_ahead(&self, backend: &B) -> bool;
+    /// Runs the steps, and hands what was decided to `sequences`.
+    fn run(&mut self, backend: &B, network: &mut dyn Network<B>, run: &PlannedRun, sequences: &mut dyn Sequences) -> Result<()>;
+    /// Times the run's one step: once unmeasured, then `runs` times.
+    fn time(
+        &mut self,
+        backend: &B,
+        network: &mut dyn Network<B>,
+        run: &PlannedRun,
+        sequences: &mut dyn Sequences,
+        runs: usize,
+    ) -> Result<Timing>;
+}
+
+/// A model with its K/V store, activations and joint sampler.
+pub trait Network<B: Backend> {
+    /// Makes room; buffers move only where there was too little.
+    fn reserve(&mut self, backend: &B, rows: StepRows) -> Result<()>;
+    /// Names the weights and buffers that a step uses: those of the model, the activations, and the
+    /// states of a joint sampler.
+    fn key(&self, joint: bool) -> [u64; 3];
+    /// Heads of its layers.
+    fn heads(&self) -> HeadShape;
+    /// Enqueues a step: forward, decisions, and a joint sampler's passes with theirs.
+    fn step(&mut self, backend: &B, parts: &mut dyn StepParts<B>) -> Result<()>;
+}
+
+/// One step as its runner has it: where its arrays lie, and who decides.
+pub trait StepParts<B: Backend> {
+    /// What the step's forward runs over; called once, at first.
+    fn begin(&mut self, backend: &B) -> Result<StepBatches<B>>;
+    /// Decides the asked rows: of the forward, then of each pass.
+    fn decide(&mut self, backend: &B, asked: AskedRows<B>) -> Result<()>;
+    /// The next pass of a joint sampler; called where the step has windows.
+    fn pass(&mut self, backend: &B) -> Result<Option<PassBatch<B>>>;
+}
+
+/// The batches of a step.
+pub struct StepBatches<B: Backend> {
+    /// The forward without the prompt, before the other, whose picked rows are those that are
+    /// guided.
+    pub guide: Option<ForwardBatch<B>>,
+    pub forward: ForwardBatch<B>,
+    /// Those of the picked rows that are asked; `None`: all of them, in order.
+    pub asked: Option<B::Rows>,
+    pub windows: Option<Windows<B>>,
+}
+
+/// A forward where the kernels can read it.
+pub struct ForwardBatch<B: Backend> {
+    pub batch: B::Batch,
+    /// Rows of it, padding included.
+    pub rows: usize,
+    pub picked: Picked<B>,
+}
+
+/// Which rows go through the last layer; the others stop at its K/V.
+pub enum Picked<B: Backend> {
+    All,
+    /// Rows, ascending, some maybe twice, and the batch of them alone, for `attention`.
+    Rows(B::Rows, B::Batch),
+    Nothing,
+}
+
+/// What a joint sampler takes from a forward.
+pub struct Windows<B: Backend> {
+    /// Among the picked rows: those that the states of the windows begin as.
+    pub inside: B::Rows,
+    /// Those outside, and the same as a batch, without a work list for `attention`.
+    pub outside: B::Rows,
+    pub outside_batch: B::Batch,
+    /// Lists to make from the states while they are still the model's own rows.
+    pub shortlists: Vec<WindowShortlist>,
+}
+
+/// A pass of a joint sampler where the kernels can read it.
+pub struct PassBatch<B: Backend> {
+    pub batch: B::Batch,
+    /// Rows of it, padding included.
+    pub rows: usize,
+    /// Rows of it that are asked.
+    pub asked: B::Rows,
+    /// Which rows of the pass before it are its own, where not all are.
+    pub kept: Option<B::Rows>,
+}
+
+/// The final rows of those asked, and the head over them.
+pub struct AskedRows<'a, B: Backend> {
+    /// (asked, C), in f32 where the step is guided.
+    pub hidden: &'a B::Buffer,
+    /// C.
+    pub width: usize,
+    pub head: &'a B::Weight,
+    pub bias: Option<&'a B::Buffer>,
+    /// Final rows of the guide's picked rows, in f32.
+    pub guide: Option<&'a B::Buffer>,
+    /// Room for (asked, C) f32 each.
+    pub room: [&'a mut B::Buffer; 2],
+    /// Of [`Windows::shortlists`].
+    pub lists: &'a [B::Lists],
 }

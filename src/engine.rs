@@ -1,4 +1,5 @@
-//! The one place that knows everyone: [`Engine::tick`] batches, plans, runs the forward, decides, commits and streams.
+//! The one place that knows everyone: [`Engine::tick`] admits, schedules, plans steps, runs them,
+//! applies what they decide, and retires.
 //!
 //! Requests are submitted at any time and come back through their [`Handle`]: events as they happen, then one [`Output`].
 //! Requests of different lengths, schedules and stages share forwards. The engine prints nothing, starts no thread of its own
@@ -7,37 +8,31 @@
 
 mod joint;
 mod joint_steps;
+mod steps;
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
-use std::ops::Range;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
-use crate::backend::{Backend, RunDecision, RunSpec, RunStep};
+use crate::backend::{Backend, BannedIds, HostReason};
 use crate::batcher::{self, Budget, Need};
-use crate::canvas::State;
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::registry;
+use crate::model::step::StepNetwork;
 use crate::model::{Model, Progress, Scratch};
 use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
-use crate::plan::Plan;
 use crate::request::{Handle, Output, Prompt, Request, Segment, Timings};
 use crate::request::{Message, stop_at};
-use crate::sampling::{Decision, Draw, TopKOrder, top_k_of};
+use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Scope};
-use crate::session::{Ask, Event, EventKind, ForeseenStep, Next, Session, SessionSpec, Stop};
+use crate::session::{Event, Next, Session, SessionSpec, Step, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
-
-/// Steps of a run that is decided on the device: of a request's first, which somebody waits for, and at most. Sixteen block-4 steps are
-/// four blocks; the wait that a longer run would save is already below a tenth of its time.
-const FIRST_RUN: usize = 4;
-const LONGEST_RUN: usize = 16;
 
 /// Habits of an engine.
 #[derive(Clone, Debug)]
@@ -107,27 +102,12 @@ impl<B: Backend> Loaded<B> {
         let scratch = Scratch::new(backend, model.config(), 16)?;
         Ok(Loaded { model, kv, scratch, joint: None })
     }
-}
 
-/// What [`Eos`] is about. LLaDA (appendix B.4) bans the end of text alone, and holds back the end of a turn too.
-struct Ends {
-    /// Never drawn under [`Eos::Never`]: the end of text.
-    never: Vec<u32>,
-    /// Confidence 0 under [`Eos::Last`]: everything that ends a text, and the end of a turn.
-    last: Vec<u32>,
-}
-
-/// A session's part of the rows that decide, and how they are asked.
-#[derive(Clone)]
-struct Part {
-    /// Among the wanted rows of the forward.
-    rows: Vec<u32>,
-    /// Among all draws.
-    draws: Range<usize>,
-    /// First of its rows among those kept for guidance.
-    guide: usize,
-    eos: Eos,
-    guidance: f32,
+    /// As runners take it.
+    pub(crate) fn network(&mut self) -> StepNetwork<'_, B> {
+        let Loaded { model, kv, scratch, joint } = self;
+        StepNetwork { model, kv, scratch, joint: joint.as_mut().map(joint_steps::LoadedJoint::sampler) }
+    }
 }
 
 /// How LLaDA's tokenizer spells the end of a turn, which its config.json does not list.
@@ -139,8 +119,10 @@ pub struct Engine<B: Backend> {
     /// Never empty; 0 is the one the engine was loaded with, the others belong to stages that name them.
     pub(crate) models: Vec<Loaded<B>>,
     tokenizer: std::result::Result<Arc<Tokenizer>, Error>,
-    pub(crate) banned: Vec<u32>,
-    ends: Ends,
+    pub(crate) banned: BannedIds,
+    pub(crate) runner: B::Runner,
+    /// Ticks that the host decided where a device might have, by the reason.
+    host_steps: BTreeMap<HostReason, usize>,
     pub(crate) options: EngineOptions,
     pub(crate) pool: PagePool,
     queue: VecDeque<Active>,
@@ -196,8 +178,10 @@ impl<B: Backend> Engine<B> {
         }
         banned.sort_unstable();
         banned.dedup();
-        let mut ends = Ends { never: config.eos_id.into_iter().collect(), last: config.stop_ids.clone() };
-        ends.last.extend(tokenizer.as_ref().ok().and_then(|tokenizer| tokenizer.id(END_OF_TURN)));
+        // LLaDA (appendix B.4) bans the end of text alone, and holds back the end of a turn too.
+        let mut last = config.stop_ids.clone();
+        last.extend(tokenizer.as_ref().ok().and_then(|tokenizer| tokenizer.id(END_OF_TURN)));
+        let banned = BannedIds::new(banned, config.eos_id.into_iter().collect(), last);
         let pool = PagePool::new(num_pages, options.page_size);
         let models = vec![Loaded::new(&backend, model, &pool, &options)?];
         Ok(Engine {
@@ -205,7 +189,8 @@ impl<B: Backend> Engine<B> {
             models,
             tokenizer,
             banned,
-            ends,
+            runner: B::Runner::default(),
+            host_steps: BTreeMap::new(),
             options,
             pool,
             queue: VecDeque::new(),
@@ -254,7 +239,12 @@ impl<B: Backend> Engine<B> {
 
     /// Ids that are never drawn, ascending.
     pub fn banned(&self) -> &[u32] {
-        &self.banned
+        &self.banned.never
+    }
+
+    /// Ticks that the host decided although the backend has a device that decides, by the reason.
+    pub fn host_steps(&self) -> &BTreeMap<HostReason, usize> {
+        &self.host_steps
     }
 
     /// Sampling defaults that fit the model: what its directory recommends; block scope for block diffusion, canvas scope for full attention.
@@ -329,9 +319,9 @@ impl<B: Backend> Engine<B> {
         }
         let ends = |eos: Eos| match eos {
             Eos::Free => true,
-            Eos::Never => !self.ends.never.is_empty(),
-            Eos::Last => !self.ends.last.is_empty(),
-            Eos::NeverLast => !self.ends.never.is_empty(),
+            Eos::Never => !self.banned.end.is_empty(),
+            Eos::Last => !self.banned.last.is_empty(),
+            Eos::NeverLast => !self.banned.end.is_empty(),
         };
         if let Some(index) = request.schedule.stages.iter().position(|s| !ends(s.eos)) {
             let eos = request.schedule.stages[index].eos;
@@ -413,26 +403,16 @@ impl<B: Backend> Engine<B> {
         Ok(())
     }
 
-    /// One iteration: admit, batch, plan, forward, decide, commit, stream. False when idle. A request that fails ends with its
-    /// error in its handle and leaves the others alone; an error here means the engine itself cannot go on.
+    /// One iteration: admit, schedule, plan steps, run them and apply what they decide, retire.
+    /// False when idle. A request that fails ends with its error in its handle and leaves the
+    /// others alone; an error here means the engine itself cannot go on.
     pub fn tick(&mut self) -> Result<bool> {
         self.drop_cancelled();
         self.admit();
-        let needs = self.advance();
-        let (weights, chosen) = batcher::choose(&needs, self.turn, &self.options.budget);
-        self.turn = self.turn.wrapping_add(1) % self.active.len().max(1);
-        if !chosen.is_empty() && !self.run_ahead(&chosen, weights)? {
-            let plan = self.plan(&chosen, weights)?;
-            let (rows, draws) = self.asks(&chosen, &plan);
-            self.guide(&chosen, weights)?;
-            let Loaded { model, kv, scratch, .. } = &mut self.models[weights];
-            let backend = &self.backend;
-            backend.range("forward", || model.forward(backend, &plan, &rows, kv, scratch, None))?;
-            let windows = self.start_joint(&chosen, weights)?;
-            let answers = self.decide(&chosen, weights, &draws);
-            self.append_joint(&windows, weights)?;
-            self.commit(&chosen, answers);
-            self.finish_joint(windows, weights)?;
+        let (weights, chosen) = self.schedule();
+        if !chosen.is_empty() {
+            let steps = self.plan_steps(&chosen, weights)?;
+            self.run_steps(&chosen, weights, steps)?;
         }
         self.retire();
         Ok(self.is_busy())
@@ -457,6 +437,14 @@ impl<B: Backend> Engine<B> {
             active.session.start();
             self.active.push(active);
         }
+    }
+
+    /// The model that runs next, and the sequences whose next forward it is.
+    fn schedule(&mut self) -> (usize, Vec<usize>) {
+        let needs = self.advance();
+        let (weights, chosen) = batcher::choose(&needs, self.turn, &self.options.budget);
+        self.turn = self.turn.wrapping_add(1) % self.active.len().max(1);
+        (weights, chosen)
     }
 
     /// Brings every session to its next forward and says how many rows it needs; `None` for those that wait or are done.
@@ -488,273 +476,6 @@ impl<B: Backend> Engine<B> {
             });
         }
         needs
-    }
-
-    fn plan(&mut self, chosen: &[usize], weights: usize) -> Result<Plan> {
-        let mut plan = Plan::new();
-        for &i in chosen {
-            let Active { session, table, .. } = &mut self.active[i];
-            let step = session.step().expect("chosen for its step");
-            for copy in table.make_writable(&mut self.pool, step.rows.iter().map(|(p, _)| *p)) {
-                // Other models' pages need no copy: their stages write every row before reading it.
-                self.backend.copy_page(&mut self.models[weights].kv, copy.src, copy.dst)?;
-            }
-            plan.push(&step.rows, table.pages(), self.options.page_size, step.visibility, step.len);
-        }
-        Ok(plan)
-    }
-
-    /// The forward without the prompt of those chosen sessions that want one. It writes the K/V of all of its rows to the sessions' own slots, where
-    /// the forward with the prompt overwrites every one of them.
-    fn guide(&mut self, chosen: &[usize], weights: usize) -> Result<()> {
-        let step = |i: usize| self.active[i].session.step().expect("chosen for its step");
-        let guided: Vec<usize> = chosen.iter().copied().filter(|i| step(*i).guidance > 0.0).collect();
-        if guided.is_empty() {
-            return Ok(());
-        }
-        let mut plan = Plan::new();
-        for &i in &guided {
-            let Active { session, table, .. } = &self.active[i];
-            let step = step(i);
-            plan.push(&session.unprompted(), table.pages(), self.options.page_size, step.visibility, step.len);
-        }
-        let (rows, _) = self.asks(&guided, &plan);
-        let Loaded { model, kv, scratch, .. } = &mut self.models[weights];
-        let backend = &self.backend;
-        backend.range("guide", || model.forward(backend, &plan, &rows, kv, scratch, None))?;
-        model.keep_guide(backend, rows.len(), scratch)
-    }
-
-    /// Several steps of the chosen sessions at once, where the backend decides by itself and the sessions can say what comes. The host
-    /// follows behind: it applies the device's decisions step by step, and checks that the law chose what the device revealed.
-    /// False: nothing was run.
-    fn run_ahead(&mut self, chosen: &[usize], weights: usize) -> Result<bool> {
-        if !self.backend.decides() {
-            return Ok(false);
-        }
-        // A request that joins waits for the end of a run, and tokens are streamed then: the first run of a request is short.
-        let young = chosen.iter().any(|i| self.active[*i].timings.first_token_ms == 0.0);
-        let max = if young { FIRST_RUN } else { LONGEST_RUN };
-        let foreseen: Vec<Vec<ForeseenStep>> = chosen.iter().map(|i| self.active[*i].session.foresee(max)).collect();
-        let steps = self.run_steps(chosen, weights, &foreseen)?;
-        if steps.is_empty() {
-            return Ok(false);
-        }
-        let spec = RunSpec {
-            sequences: chosen.iter().map(|i| self.active[*i].session.run_canvas()).collect(),
-            steps,
-            banned: &self.banned,
-            mask_id: self.config().masking()?,
-            heads: self.models[weights].model.config().heads,
-        };
-        let mut run = self.backend.begin_run(&spec)?;
-        let steps = spec.steps;
-        let Loaded { model, kv, scratch, joint } = &mut self.models[weights];
-        let sampler = joint.as_mut().map(joint_steps::LoadedJoint::for_runs);
-        let entered = model.run(&self.backend, &mut run, &steps, kv, scratch, sampler)?;
-        // Sessions that left the run: finished, failed, or with a draft that ended early.
-        let mut over = vec![false; chosen.len()];
-        let mut decided = self.backend.end_run(run)?.into_iter();
-        let mut next = || decided.next().expect("decisions of every forward and pass").into_iter().enumerate();
-        for (index, step) in steps.iter().enumerate() {
-            let clock = entered.iter().find(|(step, _)| *step == index).map_or_else(Instant::now, |(_, clock)| *clock);
-            for (c, answer) in next() {
-                let entered = (index > 0).then_some(clock);
-                over[c] = over[c] || !self.follow(chosen[c], entered, step.sessions[c].range.end, answer);
-            }
-            for pass in step.joint.iter().flat_map(|joint| &joint.passes) {
-                for (c, answer) in next() {
-                    over[c] = over[c] || pass.sessions[c].asks > 0 && !self.follow_pass(chosen[c], answer);
-                }
-            }
-        }
-        Ok(true)
-    }
-
-    /// Applies one step of a run to session `i`, whose range ends at `end`; `entered`: when the step began, where it is not the first.
-    /// False where the session leaves the run here or before.
-    fn follow(&mut self, i: usize, entered: Option<Instant>, end: usize, answer: Result<Vec<RunDecision>>) -> bool {
-        if let Some(clock) = entered {
-            // What lies between two steps: the end of a stage and its remask.
-            let mut events = Vec::new();
-            let next = self.active[i].session.next_at(&mut events, clock);
-            self.active[i].send(events);
-            if next == Next::Finished {
-                return false;
-            }
-        }
-        let len = self.active[i].session.canvas().len();
-        if len < end {
-            return false;
-        }
-        let revealed = chosen_of(&answer);
-        let answer = accept(&self.active[i].session.step().expect("foreseen").asks, answer);
-        self.commit(&[i], vec![answer]);
-        self.stays(i, len, &revealed)
-    }
-
-    /// Whether session `i`, whose canvas was `len` positions long, goes on in its run: what the device asked and revealed or not, by position, is what
-    /// the law revealed.
-    fn stays(&mut self, i: usize, len: usize, revealed: &[(usize, bool)]) -> bool {
-        let Active { session, failed, .. } = &mut self.active[i];
-        let now = session.canvas().len();
-        let agree =
-            |(position, chosen): &(usize, bool)| *position >= now || (session.canvas().state(*position) == State::Revealed) == *chosen;
-        if failed.is_none() && !revealed.iter().all(agree) {
-            *failed = Some(Error::kernel("the device revealed other positions than the law of the schedule"));
-            session.cancel();
-        }
-        // A draft that ended early leaves the rest of the run behind.
-        failed.is_none() && now == len
-    }
-
-    /// Steps that all chosen sessions foresee, with pages for all of their rows.
-    fn run_steps(&mut self, chosen: &[usize], weights: usize, foreseen: &[Vec<ForeseenStep>]) -> Result<Vec<RunStep>> {
-        let count = foreseen.iter().map(Vec::len).min().unwrap_or(0);
-        let mut steps = Vec::with_capacity(count);
-        for index in 0..count {
-            // A later step may need more rows than the batcher allowed the first.
-            let rows: usize = foreseen.iter().map(|steps| steps[index].rows.len()).sum();
-            if index > 0 && chosen.len() > 1 && rows > self.options.budget.max_rows {
-                break;
-            }
-            let mut plan = Plan::new();
-            for (&i, steps) in chosen.iter().zip(foreseen) {
-                let Active { table, .. } = &mut self.active[i];
-                let step = &steps[index];
-                for copy in table.make_writable(&mut self.pool, step.rows.iter().copied()) {
-                    self.backend.copy_page(&mut self.models[weights].kv, copy.src, copy.dst)?;
-                }
-                let rows: Vec<(usize, u32)> = step.rows.iter().map(|p| (*p, 0)).collect();
-                plan.push(&rows, table.pages(), self.options.page_size, step.visibility, step.len);
-            }
-            let of: Vec<&ForeseenStep> = foreseen.iter().map(|steps| &steps[index]).collect();
-            let joint = joint_steps::run_joint(&plan, &of, |position| self.models[weights].model.answering(position));
-            steps.push(RunStep { plan, sessions: of.iter().map(|step| step.part.clone()).collect(), joint });
-        }
-        Ok(steps)
-    }
-
-    /// Rows of the plan that are wanted, and what is asked of those that decide: the same rows, but where a joint sampler wants all of them.
-    fn asks(&self, chosen: &[usize], plan: &Plan) -> (Vec<u32>, Vec<Draw>) {
-        let (mut rows, mut draws) = (Vec::new(), Vec::new());
-        for (&i, &first) in chosen.iter().zip(&plan.indptr) {
-            let session = &self.active[i].session;
-            let step = session.step().expect("chosen for its step");
-            draws.extend(step.asks.iter().map(|ask| ask.draw));
-            match session.is_joint() {
-                true => rows.extend(first..first + step.rows.len() as u32),
-                false => rows.extend(step.asks.iter().map(|ask| first + ask.row as u32)),
-            }
-        }
-        (rows, draws)
-    }
-
-    /// Answers per chosen session. A row that cannot be decided fails its own session only.
-    fn decide(&mut self, chosen: &[usize], weights: usize, draws: &[Draw]) -> Vec<Result<Vec<Decision>>> {
-        let (mut first, mut wanted, mut guides) = (0, 0, 0);
-        let parts: Vec<Part> = chosen
-            .iter()
-            .map(|i| {
-                let session = &self.active[*i].session;
-                let step = session.step().expect("chosen for its step");
-                let asks = step.asks.len();
-                first += asks;
-                guides += if step.guidance > 0.0 { asks } else { 0 };
-                let rows: Vec<u32> = match session.is_joint() {
-                    true => step.asks.iter().map(|ask| wanted + ask.row as u32).collect(),
-                    false => (wanted..wanted + asks as u32).collect(),
-                };
-                wanted += if session.is_joint() { step.rows.len() } else { asks } as u32;
-                Part { rows, draws: first - asks..first, guide: guides.saturating_sub(asks), eos: step.eos, guidance: step.guidance }
-            })
-            .collect();
-        let mut answers = Vec::with_capacity(chosen.len());
-        // Sessions that ask alike are answered together.
-        for group in parts.chunk_by(|a, b| (a.eos, a.guidance) == (b.eos, b.guidance)) {
-            let first = group[0].draws.start;
-            let rows = group.iter().flat_map(|part| part.rows.iter().copied()).collect();
-            match self.answers(weights, &Part { rows, draws: first..group[group.len() - 1].draws.end, ..group[0].clone() }, draws) {
-                Ok(all) => answers.extend(group.iter().map(|part| Ok(all[part.draws.start - first..part.draws.end - first].to_vec()))),
-                // Found by asking again, one session at a time.
-                Err(_) => answers.extend(group.iter().map(|part| self.answers(weights, part, draws))),
-            }
-        }
-        answers
-    }
-
-    /// Answers to the draws of a part's rows, counted among the wanted rows of the last forward.
-    fn answers(&mut self, weights: usize, part: &Part, draws: &[Draw]) -> Result<Vec<Decision>> {
-        let Loaded { model, scratch, .. } = &mut self.models[weights];
-        let backend = &self.backend;
-        let (rows, draws) = (&part.rows, &draws[part.draws.clone()]);
-        let guides: Vec<u32> = (part.guide..part.guide + rows.len()).map(|row| row as u32).collect();
-        let mut ask = |draws: &[Draw], banned: &[u32]| match part.guidance {
-            // [LLaDA] The published scale counts from 0.
-            scale if scale > 0.0 => model.decide_guided(backend, rows, &guides, scale + 1.0, draws, banned, scratch),
-            _ => model.decide(backend, rows, draws, banned, scratch),
-        };
-        let with = |ids: &[u32]| union(&self.banned, ids);
-        match part.eos {
-            Eos::Free => ask(draws, &self.banned),
-            Eos::Never => ask(draws, &with(&self.ends.never)),
-            Eos::Last | Eos::NeverLast => {
-                let banned = if part.eos == Eos::Last { self.banned.clone() } else { with(&self.ends.never) };
-                let mut answers = ask(draws, &banned)?;
-                let ends = |answer: &Decision| self.ends.last.contains(&answer.token);
-                // [LLaDA] Tokens first, from everything; then what each is worth where the ends do not count.
-                let again = |(draw, answer): (&Draw, &Decision)| match ends(answer) {
-                    true => Draw { temperature: 0.0, forced: None, ..*draw },
-                    false => Draw { forced: Some(answer.token), ..*draw },
-                };
-                let others = ask(&draws.iter().zip(&answers).map(again).collect::<Vec<_>>(), &with(&self.ends.last))?;
-                for (answer, other) in answers.iter_mut().zip(others) {
-                    let (confidence, log_prob) = if ends(answer) { (0.0, answer.log_prob) } else { (other.confidence, other.log_prob) };
-                    *answer = Decision { confidence, log_prob, ..*answer };
-                }
-                Ok(answers)
-            }
-        }
-    }
-
-    fn commit(&mut self, chosen: &[usize], answers: Vec<Result<Vec<Decision>>>) {
-        for (&i, answer) in chosen.iter().zip(answers) {
-            let active = &mut self.active[i];
-            let prefill = active.session.is_prefilling();
-            let mut events = Vec::new();
-            let len = active.session.canvas().len();
-            match answer.and_then(|decisions| active.session.apply(&decisions, &mut events)) {
-                Err(error) => {
-                    active.failed = Some(error);
-                    active.session.cancel();
-                }
-                Ok(()) => {
-                    if prefill && let Some(key) = &active.prefix {
-                        let pages = active.table.pages().to_vec();
-                        self.pool.publish(key, active.id, &pages);
-                    }
-                    if active.timings.first_token_ms == 0.0 && events.iter().any(|e| e.kind == EventKind::Reveal) {
-                        active.timings.first_token_ms = ms(active.admitted, Instant::now());
-                    }
-                }
-            }
-            self.shorten(i, len);
-            self.active[i].send(events);
-        }
-    }
-
-    /// Gives back what lies beyond the end of session `i`, whose draft ended early where it was `len` positions long.
-    fn shorten(&mut self, i: usize, len: usize) {
-        let active = &mut self.active[i];
-        let now = active.session.canvas().len();
-        if now < len {
-            let freed = active.table.truncate(&mut self.pool, now);
-            self.poison(&freed);
-            let active = &mut self.active[i];
-            let needed = self.pool.pages_for(now);
-            self.pool.uncommit(active.committed_pages - needed);
-            active.committed_pages = needed;
-        }
     }
 
     /// Finished sessions leave: their pages return, their output goes to the handle.
@@ -790,6 +511,28 @@ impl<B: Backend> Engine<B> {
 }
 
 impl Active {
+    /// The step that it was chosen for.
+    fn step(&self) -> &Step {
+        self.session.step().expect("chosen for its step")
+    }
+
+    /// Ends with an error.
+    fn fail(&mut self, error: Error) {
+        self.failed = Some(error);
+        self.session.cancel();
+    }
+
+    /// Gives back what lies beyond the end of a draft that ended early: the pages that are free
+    /// now.
+    fn shorten(&mut self, pool: &mut PagePool) -> Vec<u32> {
+        let len = self.session.canvas().len();
+        let freed = self.table.truncate(pool, len);
+        let needed = pool.pages_for(len);
+        pool.uncommit(self.committed_pages - needed);
+        self.committed_pages = needed;
+        freed
+    }
+
     fn send(&self, events: Vec<Event>) {
         for event in events {
             // A handle that is gone is noticed at the next tick.
@@ -825,28 +568,6 @@ impl Active {
             timings: Timings { draft_ms, refine_ms, total_ms: ms(self.admitted, Instant::now()), ..self.timings },
         }
     }
-}
-
-/// The device's decisions as answers to a session's own asks, which they must match.
-fn accept(asks: &[Ask], answer: Result<Vec<RunDecision>>) -> Result<Vec<Decision>> {
-    let decisions = answer?;
-    if !asks.iter().map(|ask| ask.position).eq(decisions.iter().map(|d| d.position)) {
-        return Err(Error::kernel("the device asked other positions than the session"));
-    }
-    Ok(decisions.into_iter().map(|d| d.decision).collect())
-}
-
-/// Positions that the device asked, and whether it revealed them.
-fn chosen_of(answer: &Result<Vec<RunDecision>>) -> Vec<(usize, bool)> {
-    answer.iter().flatten().map(|d| (d.position, d.chosen)).collect()
-}
-
-/// Both lists of ids, ascending.
-fn union(a: &[u32], b: &[u32]) -> Vec<u32> {
-    let mut all = [a, b].concat();
-    all.sort_unstable();
-    all.dedup();
-    all
 }
 
 pub(crate) fn ms(from: Instant, to: Instant) -> f64 {

@@ -40,7 +40,7 @@
 //! | [`error`], [`rng`], [`canvas`], [`pages`], [`plan`] | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
 //! | [`config`], [`weights`], [`tokenizer`], [`chat`] | a checkpoint directory, validated |
 //! | [`schedule`], [`sampling`] | what a request asks for; which token, which reveals, which remasks |
-//! | [`backend`], [`cpu`], `cuda` | the seam to the machine, the CPU behind it, and the door to CUDA |
+//! | [`backend`], [`cpu`], `cuda` | ops of a machine, runners of planned steps; the CPU; the door to CUDA |
 //! | [`model`] | the forward pass and the families |
 //! | [`session`], [`batcher`], [`request`] | one request's life; who advances; what callers hand in and get back |
 //! | [`engine`], [`oneshot`] | the tick; forwards outside any session |

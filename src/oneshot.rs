@@ -4,12 +4,15 @@
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
-use std::time::Instant;
 
-use crate::backend::{Backend, RunCanvas, RunSpec, RunStep, SessionStep};
+pub use crate::backend::Timing;
+use crate::backend::{
+    Backend, HostAsks, HostPass, HostRule, HostSampling, PlannedRun, PlannedStep, RuleSampling, RunCanvas, Sampling, Sequences,
+    SessionStep, StepOutcome, StepRunner,
+};
 use crate::canvas::Canvas;
 use crate::config::{Attention, ModelConfig};
-use crate::engine::{Engine, Loaded, ms};
+use crate::engine::{Engine, Loaded};
 use crate::error::{Error, Result};
 use crate::model::{Model, Probe, Scratch};
 use crate::pages::PageTable;
@@ -195,7 +198,7 @@ impl<B: Backend> Engine<B> {
             // K/V of all positions.
             let Loaded { model, kv, scratch, .. } = &mut self.models[0];
             model.forward(&self.backend, &all, &[], kv, scratch, None)?;
-            if self.backend.decides() { self.time_on_device(timed, plan, runs) } else { self.time_on_host(timed, &plan, runs) }
+            self.time_step(timed, plan, runs)
         };
         let outcome = measure();
         table.truncate(&mut self.pool, 0);
@@ -203,54 +206,60 @@ impl<B: Backend> Engine<B> {
         outcome
     }
 
-    /// Forward and decisions, and the wait for them.
-    fn time_on_host(&mut self, timed: &TimedForward, plan: &Plan, runs: usize) -> Result<Timing> {
-        let draws = vec![timed.draw(); timed.decided];
-        let wanted: Vec<u32> = ((plan.num_rows() - timed.decided) as u32..plan.num_rows() as u32).collect();
-        let decided: Vec<u32> = (0..timed.decided as u32).collect();
-        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
-        let mut times_ms = Vec::with_capacity(runs);
-        for run in 0..=runs {
-            let start = Instant::now();
-            model.forward(&self.backend, plan, &wanted, kv, scratch, None)?;
-            model.decide(&self.backend, &decided, &draws, &self.banned, scratch)?;
-            times_ms.extend((run > 0).then(|| ms(start, Instant::now())));
-        }
-        Ok(Timing { times_ms, launches: 1, recorded: false })
+    /// The forward as a step, decided by rules where the runner takes them. What was decided last
+    /// is checked: every asked row has a token.
+    fn time_step(&mut self, timed: &TimedForward, plan: Plan, runs: usize) -> Result<Timing> {
+        let mask_id = self.config().masking()?;
+        let TimedForward { ref range, decided, len, .. } = *timed;
+        let sampling = if self.runner.looks_ahead(&self.backend) {
+            let shifted = self.config().shift;
+            // Under shifted logits a row answers the position after it.
+            let asked = range.end - decided + usize::from(shifted)..range.end;
+            let session = SessionStep {
+                remask: None,
+                stage: 0,
+                block: 0,
+                step: 0,
+                asks: asked.len(),
+                range: asked,
+                shifted,
+                draw: timed.draw(),
+                reveal: Reveal::Best { rank: Rank::Confidence, n: 1 },
+            };
+            Sampling::Rules(RuleSampling { sessions: vec![session], joint: None })
+        } else {
+            let rows = (range.len() - decided) as u32..range.len() as u32;
+            let (positions, draws) = ((range.end - decided..range.end).collect(), vec![timed.draw(); decided]);
+            let asks = HostAsks { positions, rows: rows.collect(), draws, rule: HostRule::default(), window: None };
+            Sampling::Draws(HostSampling { sequences: vec![asks], guide: None, because: None })
+        };
+        let steps = vec![PlannedStep { plan, sampling }];
+        let run = PlannedRun { steps, banned: &self.banned, mask_id };
+        let mut sequence = TimedSequence { canvas: Canvas::new(&vec![None; len], mask_id), outcome: Ok(()) };
+        let timing = self.runner.time(&self.backend, &mut self.models[0].network(), &run, &mut sequence, runs)?;
+        sequence.outcome.map(|()| timing)
+    }
+}
+
+/// A sequence of masks that a step is timed over: what is decided about it is looked at, and
+/// forgotten.
+struct TimedSequence {
+    canvas: Canvas,
+    outcome: Result<()>,
+}
+
+impl Sequences for TimedSequence {
+    fn canvases(&self) -> Vec<RunCanvas<'_>> {
+        vec![RunCanvas { canvas: &self.canvas, seed: 0, sample: 0 }]
     }
 
-    /// The same forward as a step that the device decides. Its last launch is checked: every asked
-    /// row has a token.
-    fn time_on_device(&mut self, timed: &TimedForward, plan: Plan, runs: usize) -> Result<Timing> {
-        let canvas = Canvas::new(&vec![None; timed.len], self.config().masking()?);
-        let shifted = self.config().shift;
-        // Under shifted logits a row answers the position after it.
-        let asked = timed.range.end - timed.decided + usize::from(shifted)..timed.range.end;
-        let session = SessionStep {
-            remask: None,
-            stage: 0,
-            block: 0,
-            step: 0,
-            asks: asked.len(),
-            range: asked,
-            shifted,
-            draw: timed.draw(),
-            reveal: Reveal::Best { rank: Rank::Confidence, n: 1 },
-        };
-        let spec = RunSpec {
-            sequences: vec![RunCanvas { canvas: &canvas, seed: 0, sample: 0 }],
-            steps: vec![RunStep { plan, sessions: vec![session], joint: None }],
-            banned: &self.banned,
-            mask_id: self.config().masking()?,
-            heads: self.config().heads,
-        };
-        let mut run = self.backend.begin_run(&spec)?;
-        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
-        let (times_ms, launches) = model.time_step(&self.backend, &mut run, &spec.steps[0], kv, scratch, runs)?;
-        for decisions in self.backend.end_run(run)?.into_iter().flatten() {
-            decisions?;
-        }
-        Ok(Timing { times_ms, launches, recorded: true })
+    fn apply(&mut self, outcome: StepOutcome) {
+        let decided: Result<()> = outcome.sequences.into_iter().flatten().try_for_each(|rows| rows.map(|_| ()));
+        self.outcome = std::mem::replace(&mut self.outcome, Ok(())).and(decided);
+    }
+
+    fn next_pass(&mut self) -> Option<HostPass> {
+        None
     }
 }
 
@@ -272,15 +281,4 @@ impl TimedForward {
     fn draw(&self) -> Draw {
         Draw { u: 0.5, top_p: self.top_p, ..PLAIN_DRAW }
     }
-}
-
-/// Times of one forward.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Timing {
-    /// Milliseconds of a forward, each the mean over the launches of a run.
-    pub times_ms: Vec<f64>,
-    /// Launches of a run.
-    pub launches: usize,
-    /// Launched from a recording, without the host's share.
-    pub recorded: bool,
 }

@@ -27,9 +27,10 @@ pub mod simd;
 
 use std::sync::{Arc, Mutex};
 
+use crate::backend::host::HostSteps;
 use crate::backend::{
-    Activation, Backend, Candidates, Choice, DType, Epilogue, ExpertShape, HeadNorm, HeadShape, Inspect, KvShape, Norm, PassBatch,
-    Rotation, Router, RowSource, RunSpec, StepDecisions, WeightShape,
+    Activation, Backend, Candidates, Choice, DType, Epilogue, ExpertShape, HeadNorm, HeadShape, Inspect, KvShape, Norm, Rotation, Router,
+    RowSource, WeightShape,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -148,9 +149,6 @@ pub struct Lists(shortlist::Lists);
 /// The experts of some rows.
 pub struct Routes(route::Routes);
 
-/// There is no run: every decision is the host's.
-pub enum NoRun {}
-
 impl Batch {
     /// Slots and pages lie in the store, heads agree with it.
     fn check(&self, heads: HeadShape, qkv: &Buffer, layer: usize, kv: &KvCache) {
@@ -173,8 +171,9 @@ impl Backend for Cpu {
     type Batch = Batch;
     type Rows = Vec<u32>;
     type Lists = Lists;
-    type Run = NoRun;
     type Routes = Routes;
+    /// The host is where the network runs: nothing is saved by deciding elsewhere.
+    type Runner = HostSteps;
 
     const MAX_SHORTLIST: usize = usize::MAX;
 
@@ -348,10 +347,6 @@ impl Backend for Cpu {
         Ok(rows.to_vec())
     }
 
-    fn select(&self, batch: &Batch, rows: &Vec<u32>) -> Result<Batch> {
-        Ok(Batch(batch.0.select(rows)))
-    }
-
     fn copy(&self, len: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
         out.0[..len].copy_from_slice(&x.0[..len]);
         Ok(())
@@ -396,39 +391,6 @@ impl Backend for Cpu {
         assert!(n > 0 && hidden.0.len() >= rows * head.k, "lists of {n}, hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
         assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
         Ok(Lists(shortlist::shortlist(&self.machine, rows, &hidden.0, head, bias, banned, n)))
-    }
-
-    /// The host is where the network runs: nothing is saved by deciding elsewhere.
-    fn decides(&self) -> bool {
-        false
-    }
-
-    fn begin_run(&self, _spec: &RunSpec) -> Result<NoRun> {
-        Err(Error::request("the CPU leaves every decision to the host"))
-    }
-
-    fn step_run(&self, run: &mut NoRun, _step: usize) -> Result<(Batch, Vec<u32>)> {
-        match *run {}
-    }
-
-    fn decide_run(&self, run: &mut NoRun, _hidden: &Buffer, _head: &Weight, _bias: Option<&Buffer>) -> Result<()> {
-        match *run {}
-    }
-
-    fn joint_run(&self, run: &NoRun) -> Result<(Vec<u32>, Vec<u32>, Batch)> {
-        match *run {}
-    }
-
-    fn pass_run(&self, run: &mut NoRun, _pass: usize) -> Result<PassBatch<Batch, Vec<u32>>> {
-        match *run {}
-    }
-
-    fn end_run(&self, run: NoRun) -> Result<Vec<StepDecisions>> {
-        match run {}
-    }
-
-    fn replay(&self, _batch: &Batch, _key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        body()
     }
 }
 

@@ -11,15 +11,15 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::context::{Batch, Buffer, Cuda, KvCache, Origin, Recorded, Rows, RunForward, Weight};
+use super::context::{Batch, Buffer, Cuda, KvCache, Origin, Rows, Weight};
+use super::device_steps::DeviceSteps;
 use super::lists::Lists;
-use super::run::Run;
-use super::signature::{BatchShape, TileShape, padded};
-use super::words::{Arrays, Words};
+use super::signature::{BatchShape, TileShape};
+use super::words::Words;
 use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{
-    Activation, Backend, Candidates, Choice, DType, Epilogue, ExpertShape, HeadShape, Inspect, KvShape, Norm, PassBatch, Rotation, Router,
-    RowList, RowSource, RunSpec, StepDecisions, WeightShape,
+    Activation, Backend, Candidates, Choice, DType, Epilogue, ExpertShape, HeadShape, Inspect, KvShape, Norm, Rotation, Router, RowList,
+    RowSource, WeightShape,
 };
 use crate::cuda::driver::interface::Address;
 use crate::cuda::ops::attention::Attention;
@@ -34,9 +34,6 @@ use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::sampling::{Decision, Draw};
 
-/// Recorded graphs kept at most. A did schedule with uniform quotas needs about twenty; beyond this many, shapes do not repeat.
-const MAX_GRAPHS: usize = 256;
-
 impl Backend for Cuda {
     type Buffer = Buffer;
     type Weight = Weight;
@@ -44,8 +41,8 @@ impl Backend for Cuda {
     type Batch = Batch;
     type Rows = Rows;
     type Lists = Lists;
-    type Run = Run;
     type Routes = Routes;
+    type Runner = DeviceSteps;
 
     const MAX_SHORTLIST: usize = shortlist::LONGEST as usize;
 
@@ -148,30 +145,7 @@ impl Backend for Cuda {
 
     fn rows(&self, rows: &[u32]) -> Result<Rows> {
         let memory = self.upload_words(rows)?;
-        Ok(Rows { address: memory.address(), len: rows.len(), host: Some((rows.to_vec(), memory)) })
-    }
-
-    fn select(&self, batch: &Batch, rows: &Rows) -> Result<Batch> {
-        match (&batch.origin, &rows.host) {
-            (Origin::Host { plan, .. }, Some((rows, _))) => self.batch(&plan.select(rows)),
-            (Origin::Run { forward: Some(RunForward { signature, selected_tiles, selected_visible }), .. }, None) => {
-                // Everything else is known beforehand; how far a row sees moves with the row.
-                let visible = Gather {
-                    count: rows.len as u32,
-                    width: 1,
-                    rows: Some(rows.address),
-                    x: batch.arrays.visible,
-                    x_dtype: DType::F32,
-                    out: *selected_visible,
-                    out_dtype: DType::F32,
-                };
-                gather::gather(&self.machine, &visible)?;
-                let origin = Origin::Run { tiles: (signature.selected_tiles, *selected_tiles), forward: None };
-                let arrays = Arrays { visible: *selected_visible, ..batch.arrays };
-                Ok(Batch { arrays, shape: signature.selected, origin })
-            }
-            _ => panic!("a batch and rows of different origin"),
-        }
+        Ok(Rows { address: memory.address(), len: rows.len(), _memory: Some(memory) })
     }
 
     fn embed(&self, batch: &Batch, table: &Weight, positions: Option<&Weight>, out: &mut Buffer) -> Result<()> {
@@ -393,73 +367,6 @@ impl Backend for Cuda {
     fn shortlist(&self, rows: usize, hidden: &Buffer, head: &Weight, bias: Option<&Buffer>, banned: &[u32], n: usize) -> Result<Lists> {
         self.make_lists(rows, hidden, head, bias, banned, n)
     }
-
-    fn decides(&self) -> bool {
-        self.runs.get()
-    }
-
-    fn begin_run(&self, spec: &RunSpec) -> Result<Run> {
-        Run::begin(self, spec)
-    }
-
-    fn padded_rows(&self, rows: usize) -> usize {
-        padded(rows)
-    }
-
-    fn step_run(&self, run: &mut Run, step: usize) -> Result<(Batch, Rows)> {
-        run.step(self, step)
-    }
-
-    fn decide_run(&self, run: &mut Run, hidden: &Buffer, head: &Weight, bias: Option<&Buffer>) -> Result<()> {
-        assert!(hidden.dtype == self.dtype, "hidden states of a run are inputs of a product");
-        run.decide(self, hidden.address, head, bias)
-    }
-
-    fn joint_run(&self, run: &Run) -> Result<(Rows, Rows, Batch)> {
-        Ok(run.joint())
-    }
-
-    fn pass_run(&self, run: &mut Run, pass: usize) -> Result<PassBatch<Batch, Rows>> {
-        run.pass(self, pass)
-    }
-
-    fn end_run(&self, run: Run) -> Result<Vec<StepDecisions>> {
-        run.end(self)
-    }
-
-    fn replay(&self, batch: &Batch, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        let Origin::Run { forward: Some(RunForward { signature, .. }), .. } = &batch.origin else { return body() };
-        if !self.replays.get() {
-            return body();
-        }
-        let recorded = Recorded { key, generation: self.machine.generation(), signature: signature.clone() };
-        let known = self.graphs.borrow().get(&recorded).copied();
-        match known {
-            Some(Some(graph)) => self.machine.driver.replay(graph),
-            Some(None) => {
-                // The second time: everything is loaded, nothing grows any more.
-                let graph = self.machine.record(body)?;
-                self.graphs.borrow_mut().insert(recorded, Some(graph));
-                self.machine.driver.replay(graph)
-            }
-            None => {
-                let mut graphs = self.graphs.borrow_mut();
-                if graphs.len() >= MAX_GRAPHS {
-                    graphs.drain().filter_map(|(_, graph)| graph).for_each(|graph| self.machine.driver.drop_graph(graph));
-                }
-                graphs.insert(recorded, None);
-                drop(graphs);
-                body()
-            }
-        }
-    }
-
-    fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.machine.driver.push_range(name);
-        let outcome = body();
-        self.machine.driver.pop_range();
-        outcome
-    }
 }
 
 impl Inspect for Cuda {
@@ -488,7 +395,7 @@ impl Cuda {
     /// The work list of a batch and where it lies.
     fn work_list(&self, batch: &Batch, heads: HeadShape) -> Result<(TileShape, Address)> {
         match &batch.origin {
-            Origin::Run { tiles, .. } => Ok(*tiles),
+            Origin::Run { tiles } => Ok(*tiles),
             Origin::Host { plan, tiles, .. } => {
                 let mut known = tiles.borrow_mut();
                 if known.as_ref().is_none_or(|(of, ..)| *of != heads) {

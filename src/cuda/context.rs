@@ -25,6 +25,9 @@ use crate::sampling::Draw;
 /// Bytes of f32 that one thread reads and rounds at a time.
 const UPLOAD_BYTES: usize = 4 << 20;
 
+/// Recorded graphs kept at most. A did schedule with uniform quotas needs about twenty; beyond this many, shapes do not repeat.
+const MAX_GRAPHS: usize = 256;
+
 /// Tables by (head_dim, bits of the rope), with the positions they reach.
 pub(super) type Rotations = HashMap<(usize, [u32; 7]), (usize, Memory)>;
 
@@ -36,19 +39,19 @@ pub struct Cuda {
     pub(super) banned: RefCell<Option<(Vec<u32>, usize, Memory)>>,
     pub(super) rotations: RefCell<Rotations>,
     /// How often a step was seen, and its graph once that was twice.
-    pub(super) graphs: RefCell<HashMap<Recorded, Option<Graph>>>,
-    pub(super) replays: Cell<bool>,
-    pub(super) runs: Cell<bool>,
+    graphs: RefCell<HashMap<Recorded, Option<Graph>>>,
+    replays: Cell<bool>,
+    runs: Cell<bool>,
     /// The fixed places that the steps of a run use.
     pub(super) current: RefCell<Current>,
 }
 
 /// A step with everything that its launches depend on beside the contents of memory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Recorded {
-    pub(super) key: [u64; 3],
-    pub(super) generation: u64,
-    pub(super) signature: Arc<Signature>,
+struct Recorded {
+    key: [u64; 3],
+    generation: u64,
+    signature: Arc<Signature>,
 }
 
 /// Activations and small parameters.
@@ -99,25 +102,16 @@ pub struct Batch {
 pub(super) enum Origin {
     /// Uploaded from a plan, in memory of its own; the work list of attention follows when its heads are known.
     Host { plan: Box<Plan>, _memory: Memory, tiles: RefCell<Option<(HeadShape, TileShape, Memory)>> },
-    /// At the fixed places of a run's current step: its forward, or a part of it.
-    Run { tiles: (TileShape, Address), forward: Option<RunForward> },
-}
-
-/// A whole step of a run, and where the rows that it asks keep what they differ in.
-#[derive(Clone, Debug)]
-pub(super) struct RunForward {
-    pub signature: Arc<Signature>,
-    pub selected_tiles: Address,
-    /// How far the asked rows see.
-    pub selected_visible: Address,
+    /// At the fixed places of a run's current step.
+    Run { tiles: (TileShape, Address) },
 }
 
 /// Row indices on the device.
 pub struct Rows {
     pub(super) address: Address,
     pub(super) len: usize,
-    /// As the host knows them, and their memory; none in a run, whose rows the device finds.
-    pub(super) host: Option<(Vec<u32>, Memory)>,
+    /// None in a run, whose rows the device finds.
+    pub(super) _memory: Option<Memory>,
 }
 
 impl Cuda {
@@ -225,13 +219,63 @@ impl Cuda {
     }
 
     /// A batch of a run's current step.
-    pub(super) fn run_batch(arrays: Arrays, shape: BatchShape, tiles: (TileShape, Address), forward: Option<RunForward>) -> Batch {
-        Batch { arrays, shape, origin: Origin::Run { tiles, forward } }
+    pub(super) fn run_batch(arrays: Arrays, shape: BatchShape, tiles: (TileShape, Address)) -> Batch {
+        Batch { arrays, shape, origin: Origin::Run { tiles } }
     }
 
     /// Rows of a run's current step.
     pub(super) fn run_rows(address: Address, len: u32) -> Rows {
-        Rows { address, len: len as usize, host: None }
+        Rows { address, len: len as usize, _memory: None }
+    }
+
+    /// Whether steps are decided on the device: see [`Cuda::set_runs`].
+    pub(super) fn runs_steps(&self) -> bool {
+        self.runs.get()
+    }
+
+    /// Enqueues what `body` enqueues, which belongs to the current step of a run. From the third
+    /// time on a recording is replayed wherever the step's signature and `key`, which names the
+    /// weights and buffers that `body` uses, say that it would enqueue the same again.
+    pub(super) fn replay(&self, signature: &Arc<Signature>, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        if !self.replays.get() {
+            return body();
+        }
+        let recorded = Recorded { key, generation: self.machine.generation(), signature: signature.clone() };
+        let known = self.graphs.borrow().get(&recorded).copied();
+        match known {
+            Some(Some(graph)) => self.machine.driver.replay(graph),
+            Some(None) => {
+                // The second time: everything is loaded, nothing grows any more.
+                let graph = self.machine.record(body)?;
+                self.graphs.borrow_mut().insert(recorded, Some(graph));
+                self.machine.driver.replay(graph)
+            }
+            None => {
+                let mut graphs = self.graphs.borrow_mut();
+                if graphs.len() >= MAX_GRAPHS {
+                    graphs.drain().filter_map(|(_, graph)| graph).for_each(|graph| self.machine.driver.drop_graph(graph));
+                }
+                graphs.insert(recorded, None);
+                drop(graphs);
+                body()
+            }
+        }
+    }
+
+    /// Names what is enqueued inside for profilers.
+    pub(super) fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.push_range(name);
+        let outcome = body();
+        self.pop_range();
+        outcome
+    }
+
+    pub(super) fn push_range(&self, name: &str) {
+        self.machine.driver.push_range(name);
+    }
+
+    pub(super) fn pop_range(&self) {
+        self.machine.driver.pop_range();
     }
 
     /// What is asked of rows, for the kernels that decide.

@@ -16,10 +16,17 @@ use std::sync::Arc;
 use super::context::Cuda;
 use super::signature::{BatchShape, JointShape, PartShape, Signature, padded};
 use super::words::{Places, Words};
-use crate::backend::{RunJoint, RunPass, RunSpec, RunStep, SessionStep};
+use crate::backend::{HeadShape, PlannedJoint, PlannedPass, RuleSampling, RunCanvas, SessionStep};
 use crate::cuda::ops::decide::DrawRecord;
 use crate::cuda::ops::{ask, decide};
 use crate::plan::Plan;
+
+/// A step that is decided by rules.
+#[derive(Clone, Copy)]
+pub(super) struct RuleStep<'a> {
+    pub plan: &'a Plan,
+    pub sampling: &'a RuleSampling,
+}
 
 /// A forward or a pass: where it lies within its step's arrays, and who asks how much.
 pub(super) struct Part {
@@ -78,17 +85,25 @@ pub(super) struct RemaskPlaces {
 }
 
 /// Appends the arrays of one step to the arena. `firsts`: where each sequence begins in the canvas arrays; `log`: the step's first record there.
-pub(super) fn lay_out(cuda: &Cuda, words: &mut Words, spec: &RunSpec, step: &RunStep, firsts: &[u32], log: usize) -> StepPlan {
-    let RunStep { plan, sessions, joint } = step;
+pub(super) fn lay_out(
+    cuda: &Cuda,
+    words: &mut Words,
+    heads: HeadShape,
+    canvases: &[RunCanvas],
+    step: &RuleStep,
+    firsts: &[u32],
+    log: usize,
+) -> StepPlan {
+    let (plan, sessions, joint) = (step.plan, &step.sampling.sessions, &step.sampling.joint);
     let start = words.0.len().next_multiple_of(4);
     words.0.resize(start, 0);
-    let mut layout = Layout { cuda, spec, firsts, words: Words::default(), asks: 0 };
+    let mut layout = Layout { cuda, heads, canvases, firsts, words: Words::default(), asks: 0 };
 
     let mut parts = vec![layout.part(plan, sessions)];
     // Of the asked rows only their number is known.
     let asks = parts[0].counts.iter().sum::<usize>();
     let ends: Vec<u32> = offsets(parts[0].counts.iter().map(|count| *count as u32));
-    let (selected_shape, selected_list) = cuda.tiles_of(spec.heads, &ends);
+    let (selected_shape, selected_list) = cuda.tiles_of(heads, &ends);
     let selected_tiles = layout.words.push(selected_list.as_flattened().iter().copied());
     let selected_visible = layout.words.push(repeat_n(0, padded(asks)));
     let mut joint = joint.as_ref().map(|joint| layout.joint(plan, joint, &mut parts));
@@ -139,7 +154,8 @@ pub(super) fn lay_out(cuda: &Cuda, words: &mut Words, spec: &RunSpec, step: &Run
 /// A step on its way into the arena.
 struct Layout<'a> {
     cuda: &'a Cuda,
-    spec: &'a RunSpec<'a>,
+    heads: HeadShape,
+    canvases: &'a [RunCanvas<'a>],
     firsts: &'a [u32],
     words: Words,
     /// Of the parts so far, padded.
@@ -154,7 +170,7 @@ impl Layout<'_> {
         let asks = padded(counts.iter().sum());
         let records = self.records(plan, sessions);
         let index = self.index(plan, rows);
-        let (tiles, list) = self.cuda.tiles_of(self.spec.heads, &plan.indptr);
+        let (tiles, list) = self.cuda.tiles_of(self.heads, &plan.indptr);
         let nucleus = |s: &SessionStep| decide::needs_nucleus(&s.draw);
         let mut asking = sessions.iter().filter(|s| s.asks > 0);
         let shape = PartShape {
@@ -179,7 +195,7 @@ impl Layout<'_> {
     }
 
     /// What a sampler takes from the forward over `plan`; its passes follow the parts.
-    fn joint(&mut self, plan: &Plan, joint: &RunJoint, parts: &mut Vec<Part>) -> JointPlan {
+    fn joint(&mut self, plan: &Plan, joint: &PlannedJoint, parts: &mut Vec<Part>) -> JointPlan {
         let (selected, outside_rows) = (plan.select(&joint.outside), padded(joint.outside.len()));
         let places = JointPlan {
             inside: self.rows(&joint.inside),
@@ -189,7 +205,7 @@ impl Layout<'_> {
             outside_index: self.index(&selected, outside_rows),
             outside_places: self.words.rows(&selected, outside_rows),
         };
-        let mut before: Option<&RunPass> = None;
+        let mut before: Option<&PlannedPass> = None;
         for pass in &joint.passes {
             let mut part = self.part(&plan.select(&pass.rows), &pass.sessions);
             if let Some(before) = before.filter(|before| before.rows != pass.rows) {
@@ -226,7 +242,7 @@ impl Layout<'_> {
                 let first_position = if row_first < end { plan.positions[row_first as usize] } else { 0 };
                 let draw = DrawRecord::from(&part.draw);
                 let step = ask::SessionStep {
-                    seed: self.spec.sequences[i].seed,
+                    seed: self.canvases[i].seed,
                     canvas_first: self.firsts[i],
                     range_begin: part.range.start as u32,
                     range_end: part.range.end as u32,
@@ -235,7 +251,7 @@ impl Layout<'_> {
                     rows_begin: first_position + u32::from(part.shifted),
                     ask_first: first_asks[i],
                     ask_count: part.asks as u32,
-                    sample: self.spec.sequences[i].sample,
+                    sample: self.canvases[i].sample,
                     stage: u32::from(part.stage),
                     block: part.block,
                     step: part.step,

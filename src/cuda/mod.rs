@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `backend`, `lists` | the contracts of [`crate::Backend`] on device memory |
 //! | `context` | the backend's state: weights, buffers, batches, recorded graphs |
-//! | `run`, `layout`, `words`, `signature`, `current` | steps that the device decides by itself |
+//! | `device_steps` | the runner of steps that the device decides by itself |
+//! | `run`, `layout`, `words`, `signature`, `current` | one run of such steps, and where its arrays lie |
 //! | `ceilings` | a large copy and a large product, which bound every forward |
 //! | [`ops`] | one launcher per kernel: params struct, grid, launch |
 //! | [`machine`], [`params`] | what every launcher needs; the form of a params struct |
@@ -23,6 +24,7 @@ mod backend;
 mod ceilings;
 mod context;
 mod current;
+mod device_steps;
 pub mod driver;
 mod kernels;
 mod layout;
@@ -36,6 +38,7 @@ pub mod tensor_core;
 mod words;
 
 pub use context::{Batch, Buffer, Cuda, KvCache, Rows, Weight};
+pub use device_steps::DeviceSteps;
 pub use driver::compile::{Compiled, Compiler, EntryUse, compiler};
 pub use driver::device::{DeviceInfo, device_count, probe};
 pub use driver::emu::{Copies, Edit, Emulator, EmulatorOptions, Schedule};

@@ -14,21 +14,27 @@
 //! memory: a replay never repeats numbers.
 #![forbid(unsafe_code)]
 
-use super::context::{Batch, Buffer, Cuda, Rows, RunForward, Weight};
-use super::layout::{Part, StepPlan, lay_out};
+use std::sync::Arc;
+
+use super::context::{Buffer, Cuda, Weight};
+use super::layout::{JointPlan, Part, RuleStep, StepPlan, lay_out};
 use super::machine::{Machine, Memory};
-use super::signature::TileShape;
+use super::signature::{Signature, TileShape};
 use super::words::{Arrays, Places, Words};
-use crate::backend::{PassBatch, RunDecision, RunSpec, StepDecisions};
+use crate::backend::{DType, ForwardBatch, HeadShape, PassBatch, Picked, PlannedRun, RowOutcome, RunCanvas, StepBatches, Windows};
 use crate::canvas::{Canvas, State};
 use crate::cuda::driver::interface::Address;
 use crate::cuda::ops::ask::{Ask, SessionSummary, trouble};
 use crate::cuda::ops::attention::Regime;
 use crate::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord};
+use crate::cuda::ops::gather::{self, Gather};
 use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::reveal::RevealParams;
 use crate::cuda::ops::{ask, decide, remask, reveal};
 use crate::error::{Error, Result};
+
+/// What was decided by one forward or pass, for each of its sequences.
+type StepDecisions = Vec<Option<Result<Vec<RowOutcome>>>>;
 
 /// The canvases of a run, one after the other, as arrays over N positions of which there is room for more.
 #[derive(Clone, Copy)]
@@ -78,17 +84,17 @@ pub struct Run {
 }
 
 impl Run {
-    pub(super) fn begin(cuda: &Cuda, spec: &RunSpec) -> Result<Run> {
+    pub(super) fn begin(cuda: &Cuda, run: &PlannedRun, rule_steps: &[RuleStep], heads: HeadShape, canvases: &[RunCanvas]) -> Result<Run> {
         let machine = &cuda.machine;
-        let lens: Vec<usize> = spec.sequences.iter().map(|s| s.canvas.len()).collect();
+        let lens: Vec<usize> = canvases.iter().map(|s| s.canvas.len()).collect();
         let mut firsts = vec![0u32];
         lens.iter().for_each(|len| firsts.push(firsts[firsts.len() - 1] + *len as u32));
 
         let mut words = Words::default();
-        let mut steps = Vec::with_capacity(spec.steps.len());
+        let mut steps = Vec::with_capacity(rule_steps.len());
         let (mut log, mut most_words, mut most_asks) = (0, 0, 0);
-        for step in &spec.steps {
-            let plan = lay_out(cuda, &mut words, spec, step, &firsts, log);
+        for step in rule_steps {
+            let plan = lay_out(cuda, &mut words, heads, canvases, step, &firsts, log);
             log += plan.asks;
             most_words = most_words.max(plan.words.len());
             most_asks = most_asks.max(plan.asks);
@@ -108,7 +114,7 @@ impl Run {
         let summaries = fixed.summaries.reserve(machine, lens.len() * size_of::<SessionSummary>())?;
         machine.driver.fill(summaries, 0, lens.len() * size_of::<SessionSummary>() / 4)?;
 
-        upload(machine, canvas, spec.sequences.iter().map(|s| s.canvas))?;
+        upload(machine, canvas, canvases.iter().map(|s| s.canvas))?;
         let arena = cuda.upload_words(&words.0)?;
         let log = machine.memory(log.max(1) * size_of::<DecisionRecord>())?;
         Ok(Run {
@@ -123,12 +129,14 @@ impl Run {
             current: 0,
             part: 0,
             num_sequences: lens.len(),
-            banned: spec.banned.to_vec(),
-            mask_id: spec.mask_id,
+            banned: run.banned.never.clone(),
+            mask_id: run.mask_id,
         })
     }
 
-    pub(super) fn step(&mut self, cuda: &Cuda, step: usize) -> Result<(Batch, Rows)> {
+    /// Makes step `step` the current one: its arrays, and the rows that it asks. Steps follow in
+    /// order.
+    pub(super) fn step(&mut self, cuda: &Cuda, step: usize) -> Result<Arc<Signature>> {
         let machine = &cuda.machine;
         if step > 0 {
             self.keep(machine, step - 1)?;
@@ -157,38 +165,71 @@ impl Run {
         // What the parts behind the forward ask stands there as padding until they do.
         let part = &plan.parts[0];
         self.ask(machine, part, part.counts.iter().sum(), plan.asks)?;
-        let forward = RunForward {
-            signature: plan.signature.clone(),
-            selected_tiles: at(plan.selected_tiles),
-            selected_visible: at(plan.selected_visible),
+        Ok(plan.signature.clone())
+    }
+
+    /// Passes of the current step.
+    pub(super) fn num_passes(&self) -> usize {
+        self.steps[self.current].parts.len() - 1
+    }
+
+    /// The current step's forward, and what a sampler takes from it.
+    pub(super) fn batches(&self, cuda: &Cuda) -> Result<StepBatches<Cuda>> {
+        let plan = &self.steps[self.current];
+        let (part, signature) = (&plan.parts[0], &plan.signature);
+        let at = |place: usize| self.arrays + 4 * place as u64;
+        let arrays = self.arrays_of(part.index, &part.places);
+        let batch = Cuda::run_batch(arrays, part.shape.batch, (part.shape.tiles, at(part.tiles)));
+        let asked = Cuda::run_rows(at(plan.asked), part.shape.asks);
+        let (picked, asked) = match (signature.all, &plan.joint) {
+            (true, _) => (Picked::All, None),
+            // The states want all rows.
+            (false, Some(_)) => (Picked::All, Some(asked)),
+            (false, None) => {
+                // Everything else is known beforehand; how far a row sees moves with the row.
+                let visible = at(plan.selected_visible);
+                let op = Gather {
+                    count: part.shape.asks,
+                    width: 1,
+                    rows: Some(at(plan.asked)),
+                    x: arrays.visible,
+                    x_dtype: DType::F32,
+                    out: visible,
+                    out_dtype: DType::F32,
+                };
+                gather::gather(&cuda.machine, &op)?;
+                let tiles = (signature.selected_tiles, at(plan.selected_tiles));
+                (Picked::Rows(asked, Cuda::run_batch(Arrays { visible, ..arrays }, signature.selected, tiles)), None)
+            }
         };
-        let batch =
-            Cuda::run_batch(self.arrays_of(part.index, &part.places), part.shape.batch, (part.shape.tiles, at(part.tiles)), Some(forward));
-        Ok((batch, Cuda::run_rows(at(plan.asked), part.shape.asks)))
+        let forward = ForwardBatch { batch, rows: part.shape.batch.rows as usize, picked };
+        Ok(StepBatches { guide: None, forward, asked, windows: plan.joint.as_ref().map(|joint| self.windows(joint)) })
     }
 
     /// What a sampler takes from the current step's forward.
-    pub(super) fn joint(&self) -> (Rows, Rows, Batch) {
-        let joint = self.steps[self.current].joint.as_ref().expect("the step is joint");
+    fn windows(&self, joint: &JointPlan) -> Windows<Cuda> {
         let (at, no_tiles) = (|place: usize| self.arrays + 4 * place as u64, TileShape { regime: Regime::Few, num_tiles: 0 });
         let arrays = self.arrays_of(joint.outside_index, &joint.outside_places);
-        (
-            Cuda::run_rows(at(joint.inside), joint.inside_rows),
-            Cuda::run_rows(at(joint.outside), joint.outside_shape.rows),
-            Cuda::run_batch(arrays, joint.outside_shape, (no_tiles, self.arrays), None),
-        )
+        Windows {
+            inside: Cuda::run_rows(at(joint.inside), joint.inside_rows),
+            outside: Cuda::run_rows(at(joint.outside), joint.outside_shape.rows),
+            outside_batch: Cuda::run_batch(arrays, joint.outside_shape, (no_tiles, self.arrays)),
+            shortlists: Vec::new(),
+        }
     }
 
-    pub(super) fn pass(&mut self, cuda: &Cuda, pass: usize) -> Result<PassBatch<Batch, Rows>> {
+    /// Makes pass `pass` of the current step the one that is decided next. Passes follow in order.
+    pub(super) fn pass(&mut self, cuda: &Cuda, pass: usize) -> Result<PassBatch<Cuda>> {
         self.part = pass + 1;
         let plan = &self.steps[self.current];
         let part = &plan.parts[self.part];
         let at = |place: usize| self.arrays + 4 * place as u64;
         // Recorded, so it must not depend on how many there are: the padding is there already.
         self.ask(&cuda.machine, part, part.shape.asks as usize, part.shape.asks as usize)?;
-        let batch = Cuda::run_batch(self.arrays_of(part.index, &part.places), part.shape.batch, (part.shape.tiles, at(part.tiles)), None);
+        let batch = Cuda::run_batch(self.arrays_of(part.index, &part.places), part.shape.batch, (part.shape.tiles, at(part.tiles)));
         let kept = part.shape.kept.map(|rows| Cuda::run_rows(at(part.kept), rows));
-        Ok(PassBatch { batch, asked: Cuda::run_rows(at(plan.asked + part.first_ask), part.shape.asks), kept })
+        let asked = Cuda::run_rows(at(plan.asked + part.first_ask), part.shape.asks);
+        Ok(PassBatch { batch, rows: part.shape.batch.rows as usize, asked, kept })
     }
 
     /// The arrays of a part, whose rows stand at `index` on the canvas.
@@ -255,21 +296,25 @@ impl Run {
         machine.driver.read(self.log.address(), bytemuck::cast_slice_mut(&mut records))?;
         let mut summaries = vec![SessionSummary::default(); self.num_sequences];
         machine.driver.read(self.summaries, bytemuck::cast_slice_mut(&mut summaries))?;
-        let parts = self.steps.iter().flat_map(|plan| plan.parts.iter().map(|part| (plan.log + part.first_ask, part)));
-        let answers = parts.map(|(mut first, part)| {
-            let sequences = part.counts.iter().zip(&summaries).map(|(count, summary)| {
-                first += count;
-                answer(&records[first - count..first], summary)
-            });
-            sequences.collect()
-        });
-        Ok(answers.collect())
+        let mut answers = Vec::new();
+        for plan in &self.steps {
+            for (pass, part) in plan.parts.iter().enumerate() {
+                let mut first = plan.log + part.first_ask;
+                let sequence = |(count, summary): (&usize, &SessionSummary)| {
+                    first += count;
+                    // A sequence that is through takes no part in a pass.
+                    (pass == 0 || *count > 0).then(|| answer(&records[first - count..first], summary))
+                };
+                answers.push(part.counts.iter().zip(&summaries).map(sequence).collect());
+            }
+        }
+        Ok(answers)
     }
 }
 
 /// One sequence's part of a step. Records of steps behind a trouble hold whatever stood there: the first of them ends the session anyway.
-fn answer(records: &[DecisionRecord], summary: &SessionSummary) -> Result<Vec<RunDecision>> {
-    let decided: Result<Vec<RunDecision>> = records
+fn answer(records: &[DecisionRecord], summary: &SessionSummary) -> Result<Vec<RowOutcome>> {
+    let decided: Result<Vec<RowOutcome>> = records
         .iter()
         .enumerate()
         .map(|(row, record)| {
@@ -277,7 +322,7 @@ fn answer(records: &[DecisionRecord], summary: &SessionSummary) -> Result<Vec<Ru
                 Error::Kernel { what } => Error::kernel(format!("position {}: {what}", record.position)),
                 other => other,
             })?;
-            Ok(RunDecision { position: record.position as usize, decision, chosen: record.chosen != 0 })
+            Ok(RowOutcome { position: record.position as usize, decision, revealed: Some(record.chosen != 0) })
         })
         .collect();
     let decided = decided?;

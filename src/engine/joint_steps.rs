@@ -1,9 +1,9 @@
 //! The joint sampler of a loaded model, and what it does in the steps of a run, as data.
 #![forbid(unsafe_code)]
 
-use crate::backend::{Backend, RunJoint, RunPass, SessionStep};
+use crate::backend::{Backend, PlannedJoint, PlannedPass, SessionStep};
 use crate::model::joint::{Joint, JointState};
-use crate::model::run::Sampler;
+use crate::model::step::Sampler;
 use crate::plan::Plan;
 use crate::session::{ForeseenJoint, ForeseenStep};
 
@@ -17,15 +17,16 @@ pub(crate) struct LoadedJoint<B: Backend> {
 }
 
 impl<B: Backend> LoadedJoint<B> {
-    /// As the model's runs take it.
-    pub(super) fn for_runs(&mut self) -> Sampler<'_, B> {
+    /// As the model's steps take it.
+    pub(super) fn sampler(&mut self) -> Sampler<'_, B> {
         let LoadedJoint { sampler, state, outside } = self;
         Sampler { sampler, state, outside }
     }
 }
 
-/// What the sampler does behind a foreseen forward over `plan`: `None` where no session's reveals are joint. `answering` is the model's.
-pub(super) fn run_joint(plan: &Plan, steps: &[&ForeseenStep], answering: impl Fn(usize) -> usize) -> Option<RunJoint> {
+/// What the sampler does after a foreseen forward over `plan`: `None` where no session's reveals
+/// are joint. `answering` is the model's.
+pub(super) fn planned_joint(plan: &Plan, steps: &[&ForeseenStep], answering: impl Fn(usize) -> usize) -> Option<PlannedJoint> {
     if steps.iter().all(|step| step.joint.is_none()) {
         return None;
     }
@@ -33,7 +34,7 @@ pub(super) fn run_joint(plan: &Plan, steps: &[&ForeseenStep], answering: impl Fn
     let joint = || steps.iter().enumerate().filter_map(|(s, step)| step.joint.as_ref().map(|joint| (s, joint)));
     let num_passes = joint().map(|(_, joint)| joint.passes.len()).max().unwrap_or(0);
     let windows = |pass: usize| joint().filter(move |(_, joint)| pass < joint.passes.len()).map(|(s, joint)| (s, joint.window.clone()));
-    let pass = |index: usize| RunPass {
+    let pass = |index: usize| PlannedPass {
         rows: windows(index).flat_map(|(s, window)| window.map(move |p| row(s, p))).collect(),
         sessions: steps
             .iter()
@@ -46,7 +47,7 @@ pub(super) fn run_joint(plan: &Plan, steps: &[&ForeseenStep], answering: impl Fn
     let outside = |(s, joint): (usize, &ForeseenJoint)| {
         steps[s].rows.iter().filter(|p| !joint.window.contains(p)).map(|p| row(s, *p)).collect::<Vec<u32>>()
     };
-    Some(RunJoint {
+    Some(PlannedJoint {
         inside: windows(0).flat_map(|(s, window)| window.map(|p| row(s, answering(p))).collect::<Vec<u32>>()).collect(),
         outside: joint().flat_map(outside).collect(),
         passes: (0..num_passes).map(pass).collect(),
@@ -94,13 +95,13 @@ mod tests {
             let rows: Vec<(usize, u32)> = step.rows.iter().map(|p| (*p, 0)).collect();
             plan.push(&rows, &[0, 1], 4, step.visibility, step.len);
         }
-        let joint = run_joint(&plan, &steps.each_ref(), |position| position.saturating_sub(1)).expect("two of them are joint");
+        let joint = planned_joint(&plan, &steps.each_ref(), |position| position.saturating_sub(1)).expect("two of them are joint");
         assert_eq!(joint.inside, [1, 2, 3, 4, 9, 9, 10], "position p is answered by p - 1, and 0 by itself");
         assert_eq!(joint.outside, [0, 1]);
         let rows: Vec<&[u32]> = joint.passes.iter().map(|pass| pass.rows.as_slice()).collect();
         assert_eq!(rows, [&[2, 3, 4, 5, 9, 10, 11][..], &[2, 3, 4, 5]]);
         let asks: Vec<Vec<usize>> = joint.passes.iter().map(|pass| pass.sessions.iter().map(|s| s.asks).collect()).collect();
         assert_eq!(asks, [[2, 0, 2], [1, 0, 0]]);
-        assert_eq!(run_joint(&plan, &[&steps[1]], |position| position), None);
+        assert_eq!(planned_joint(&plan, &[&steps[1]], |position| position), None);
     }
 }

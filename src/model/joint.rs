@@ -13,7 +13,7 @@
 
 use std::path::Path;
 
-use crate::backend::{self, Activation, Backend, Candidates, Epilogue, NormKind, RowList};
+use crate::backend::{self, Activation, AskedRows, Backend, Epilogue, NormKind, RowList, StepParts, WindowShortlist};
 use crate::config::{Keys, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::layers::Linear;
@@ -21,7 +21,6 @@ use crate::model::reader::{Progress, Reader};
 use crate::model::registry;
 use crate::model::{Layer, Model, Scratch, unique};
 use crate::plan::Plan;
-use crate::sampling::{Decision, Draw};
 use crate::weights::Weights;
 
 /// Names of the published checkpoints, without their prefix `drafter.`; the zeros are the copy that all calls share and the only layer.
@@ -201,12 +200,7 @@ impl<B: Backend> Joint<B> {
         self.layer.keys(backend, config, rows, batch, layer_index(config), kv, scratch)
     }
 
-    /// Keeps the states of the given rows alone (ascending), one behind the other.
-    pub fn keep(&self, backend: &B, model: &Model<B>, rows: &[u32], scratch: &mut Scratch<B>, state: &mut JointState<B>) -> Result<()> {
-        self.keep_rows(backend, model, &backend.rows(rows)?, scratch, state)
-    }
-
-    /// [`Joint::keep`] of rows that the backend holds.
+    /// Keeps the states of the given rows alone (ascending), one after the other.
     pub(super) fn keep_rows(
         &self,
         backend: &B,
@@ -221,74 +215,37 @@ impl<B: Backend> Joint<B> {
         backend.norm(count, &mut state.hidden, None, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
-    /// Decides the asked rows of a run's current pass by their states, where the backend runs.
-    pub(super) fn decide_run(
+    /// Decides the asked rows of a pass by their states, whoever decides.
+    #[allow(clippy::too_many_arguments)] // as the model's forward
+    pub(super) fn decide(
         &self,
         backend: &B,
         model: &Model<B>,
-        run: &mut B::Run,
+        parts: &mut dyn StepParts<B>,
         asked: &B::Rows,
         scratch: &mut Scratch<B>,
         state: &JointState<B>,
+        lists: &[B::Lists],
     ) -> Result<()> {
-        backend.gather(asked, model.config.hidden_dim, &state.hidden, &mut scratch.h)?;
-        backend.decide_run(run, &scratch.h, &model.head.weight, model.head.bias.as_ref())
+        let (Scratch { x, h, picked, .. }, width) = (scratch, model.config.hidden_dim);
+        backend.gather(asked, width, &state.hidden, h)?;
+        let (head, bias) = (&model.head.weight, model.head.bias.as_ref());
+        parts.decide(backend, AskedRows { hidden: h, width, head, bias, guide: None, room: [picked, x], lists })
     }
 
-    /// Decides rows of the window by their states, as [`Model::decide`] does by the model's own rows.
-    #[allow(clippy::too_many_arguments)] // those of the model, and the state
-    pub fn decide(
+    /// The most probable ids of rows of the window, by their states as they are now: what passes
+    /// may choose among.
+    pub(super) fn shortlist(
         &self,
         backend: &B,
         model: &Model<B>,
-        rows: &[u32],
-        draws: &[Draw],
-        banned: &[u32],
-        scratch: &mut Scratch<B>,
-        state: &JointState<B>,
-    ) -> Result<Vec<Decision>> {
-        assert_eq!(rows.len(), draws.len(), "one draw per row");
-        if rows.is_empty() {
-            return Ok(Vec::new());
-        }
-        backend.gather(&backend.rows(rows)?, model.config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
-        backend.decide(&scratch.qkv, &model.head.weight, model.head.bias.as_ref(), Candidates::AllBut(banned), draws)
-    }
-
-    /// For rows of the window, the `n` most probable ids by their states as they are now: what [`Joint::decide_listed`] then chooses among.
-    #[allow(clippy::too_many_arguments)] // as `decide`
-    pub fn shortlist(
-        &self,
-        backend: &B,
-        model: &Model<B>,
-        rows: &[u32],
-        n: usize,
-        banned: &[u32],
+        list: &WindowShortlist,
         scratch: &mut Scratch<B>,
         state: &JointState<B>,
     ) -> Result<B::Lists> {
+        let WindowShortlist { rows, n, banned } = list;
         backend.gather(&backend.rows(rows)?, model.config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
-        backend.shortlist(rows.len(), &scratch.qkv, &model.head.weight, model.head.bias.as_ref(), banned, n)
-    }
-
-    /// [`Joint::decide`] among listed ids alone: `rows[i]` by list `which[i]`.
-    #[allow(clippy::too_many_arguments)] // as `decide`
-    pub fn decide_listed(
-        &self,
-        backend: &B,
-        model: &Model<B>,
-        rows: &[u32],
-        draws: &[Draw],
-        (lists, which): (&B::Lists, &[u32]),
-        scratch: &mut Scratch<B>,
-        state: &JointState<B>,
-    ) -> Result<Vec<Decision>> {
-        if rows.is_empty() {
-            return Ok(Vec::new());
-        }
-        backend.gather(&backend.rows(rows)?, model.config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
-        let candidates = Candidates::Listed { lists, which };
-        backend.decide(&scratch.qkv, &model.head.weight, model.head.bias.as_ref(), candidates, draws)
+        backend.shortlist(rows.len(), &scratch.qkv, &model.head.weight, model.head.bias.as_ref(), banned, *n)
     }
 
     /// Logits (rows, V) of the first `rows` rows of the window, before any ban; for checks.

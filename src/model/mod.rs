@@ -18,14 +18,15 @@ mod llama_layout;
 mod moe;
 mod reader;
 pub mod registry;
-pub mod run;
 pub mod shapes;
+pub mod step;
 
 pub use reader::Progress;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{Activation, Backend, Candidates, Epilogue, HeadNorm, KvShape, Rotation, RowList};
+use crate::backend::host::forward_batch;
+use crate::backend::{Activation, Backend, Candidates, Epilogue, ForwardBatch, HeadNorm, KvShape, Picked, Rotation, RowList};
 use crate::config::{Mlp, ModelConfig};
 use crate::error::Result;
 use crate::model::layers::{Dense, Linear, Norm};
@@ -211,29 +212,23 @@ impl<B: Backend> Model<B> {
         scratch: &mut Scratch<B>,
         probe: Option<Probe<B>>,
     ) -> Result<()> {
-        let rows = plan.num_rows();
-        scratch.reserve(backend, &self.config, rows)?;
-        let batch = backend.batch(plan)?;
-        // Shifted logits may want one row twice, so the count alone does not say that all are wanted.
-        let all = wanted.len() == rows && wanted.iter().zip(0..).all(|(wanted, row)| *wanted == row);
-        let wanted = if !all { Some(backend.rows(wanted)?) } else { None };
-        self.layers(backend, rows, &batch, wanted.as_ref(), kv, scratch, probe)
+        scratch.reserve(backend, &self.config, plan.num_rows())?;
+        self.layers(backend, &forward_batch(backend, plan, wanted)?, kv, scratch, probe)
     }
 
-    /// The forward itself. In the last layer a row that is not among `wanted` (`None`: all are) gives its K/V and stops: nothing reads
-    /// the rest of it. A refining forward that decides a sixth of its rows saves most of one layer that way.
-    #[allow(clippy::too_many_arguments)] // one call for each of its two callers, and every name is a different thing
+    /// The forward itself. In the last layer a row that is not picked gives its K/V and stops:
+    /// nothing reads the rest of it. A refining forward that decides a sixth of its rows saves most
+    /// of one layer that way.
     fn layers(
         &self,
         backend: &B,
-        mut rows: usize,
-        batch: &B::Batch,
-        wanted: Option<&B::Rows>,
+        forward: &ForwardBatch<B>,
         kv: &mut B::KvCache,
         scratch: &mut Scratch<B>,
         mut probe: Option<Probe<B>>,
     ) -> Result<()> {
-        let config = &self.config;
+        let (config, batch) = (&self.config, &forward.batch);
+        let mut rows = forward.rows;
         let Scratch { x, .. } = &mut *scratch;
         backend.embed(batch, self.embedding(), self.positions.as_ref(), x)?;
         let mut look = |layer: usize, x: &B::Buffer| probe.as_mut().map_or(Ok(()), |probe| probe(backend, layer, x));
@@ -241,17 +236,16 @@ impl<B: Backend> Model<B> {
         for (i, layer) in self.layers.iter().enumerate() {
             layer.keys(backend, config, rows, batch, i, kv, scratch)?;
             let Scratch { x, h, qkv, picked, .. } = &mut *scratch;
-            match wanted {
-                Some(wanted) if i + 1 == self.layers.len() => {
-                    // Queries and residuals of the wanted rows move up; their K/V are in the pages like everyone's.
+            match &forward.picked {
+                Picked::Nothing if i + 1 == self.layers.len() => return Ok(()),
+                Picked::Rows(wanted, selected) if i + 1 == self.layers.len() => {
+                    // Queries and residuals of the picked rows move up; their K/V are in the pages
+                    // like everyone's.
                     rows = wanted.num_rows();
-                    if rows == 0 {
-                        return Ok(());
-                    }
                     backend.gather(wanted, config.heads.qkv_width(), qkv, picked)?;
                     backend.gather(wanted, config.hidden_dim, x, qkv)?;
                     backend.copy(rows * config.hidden_dim, qkv, x)?;
-                    backend.attention(&backend.select(batch, wanted)?, config.heads, picked, i, kv, h)?;
+                    backend.attention(selected, config.heads, picked, i, kv, h)?;
                 }
                 _ => backend.attention(batch, config.heads, qkv, i, kv, h)?,
             }
@@ -275,45 +269,6 @@ impl<B: Backend> Model<B> {
         }
         self.final_rows(backend, rows, scratch)?;
         backend.decide(&scratch.h, &self.head.weight, self.head.bias.as_ref(), Candidates::AllBut(banned), draws)
-    }
-
-    /// Keeps the final rows of all `num_rows` wanted rows of the last forward for [`Model::decide_guided`].
-    pub fn keep_guide(&self, backend: &B, num_rows: usize, scratch: &mut Scratch<B>) -> Result<()> {
-        let room = num_rows * self.config.hidden_dim;
-        if scratch.guide.as_ref().is_none_or(|(rows, _)| *rows < num_rows) {
-            let [guide] = backend.alloc([Activation::F32(room)])?;
-            scratch.guide = Some((num_rows, guide));
-        }
-        let (_, guide) = scratch.guide.as_mut().expect("made above");
-        self.final_norm.apply(backend, &self.config, num_rows, &mut scratch.x, guide)
-    }
-
-    /// [`Model::decide`] under guidance: `rows[i]` is led away from row `guides[i]` of the kept ones, as if its logits l were `u + scale (l - u)`,
-    /// u those of the kept row. The head is linear, so the final rows are combined, and no logits are kept.
-    #[allow(clippy::too_many_arguments)] // those of `decide`, and what guides them
-    pub fn decide_guided(
-        &self,
-        backend: &B,
-        rows: &[u32],
-        guides: &[u32],
-        scale: f32,
-        draws: &[Draw],
-        banned: &[u32],
-        scratch: &mut Scratch<B>,
-    ) -> Result<Vec<Decision>> {
-        assert_eq!((rows.len(), rows.len()), (draws.len(), guides.len()), "one draw and one guide per row");
-        if rows.is_empty() {
-            return Ok(Vec::new());
-        }
-        let width = self.config.hidden_dim;
-        let Scratch { x, qkv, picked, guide, .. } = scratch;
-        let (_, guide) = guide.as_ref().expect("kept before");
-        backend.gather(&backend.rows(rows)?, width, x, picked)?;
-        // In f32, so that nothing is rounded before it is scaled.
-        self.final_norm.apply(backend, &self.config, rows.len(), picked, qkv)?;
-        backend.gather(&backend.rows(guides)?, width, guide, picked)?;
-        backend.blend(rows.len() * width, scale, picked, qkv)?;
-        backend.decide(qkv, &self.head.weight, self.head.bias.as_ref(), Candidates::AllBut(banned), draws)
     }
 
     /// Logits of all `num_rows` wanted rows of the last forward, before any ban or shift, a few rows at a time: `sink(first_row, logits)`.

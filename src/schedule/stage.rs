@@ -135,11 +135,6 @@ impl Stage {
         }
     }
 
-    /// Whether passes of a joint sampler are of a kind that the host decides, whatever else the device decides by itself.
-    pub fn hosts_passes(&self) -> bool {
-        self.bans != Bans::Every || self.shortlist.is_some()
-    }
-
     /// Length of a decision block in a sequence of `len` positions.
     pub fn block_len_in(&self, len: usize) -> usize {
         self.block_len.unwrap_or(len).clamp(1, len.max(1))

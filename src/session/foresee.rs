@@ -1,28 +1,31 @@
-//! Owns foresight: the steps of a session that a device may run and decide by itself, before anybody knows what they reveal.
+//! Lookahead: the steps of a session that a device may run and decide by itself, since their shape
+//! does not depend on what they reveal.
 #![forbid(unsafe_code)]
 
-use super::Session;
-use crate::backend::{RunCanvas, SessionStep};
+use super::{Session, Step};
+use crate::backend::{HostReason, RunCanvas, SessionStep};
 use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
 use crate::sampling::{self, Decision, Rank, Reveal, Unmask};
-use crate::schedule::{Eos, KvPolicy, RemaskBy, Stage};
+use crate::schedule::{Bans, Eos, KvPolicy, RemaskBy, Stage};
 use crate::session::forwards::{ForeseenJoint, ForeseenStep};
 use crate::session::report::Stop;
 
 impl Session {
-    /// The pending step and the ones after it, at most `max`, as far as their rows and counts do not depend on what is revealed. Empty
-    /// where the pending step itself needs the host: prefill, commits, scoring, injected draws and tokens, K/V policies whose rows
-    /// follow the reveals.
+    /// The pending step and the ones after it, at most `max`, as far as their rows and counts do
+    /// not depend on what is revealed. Errors: why the pending step itself needs the host.
     ///
     /// A joint sampler's passes belong to the step whose forward they follow.
     ///
     /// A copy of the session walks ahead and reveals anything: where a rule counts, only *which* positions remain is open, and rows of
     /// an exact forward do not depend on that. A stop condition may end the text earlier than foreseen.
-    pub fn foresee(&self, max: usize) -> Vec<ForeseenStep> {
+    pub fn foresee(&self, max: usize) -> Result<Vec<ForeseenStep>, HostReason> {
         let mut foreseen = Vec::new();
-        if !self.spec.forced.is_empty() || self.spec.draws.is_some() {
-            return foreseen;
+        if !self.spec.forced.is_empty() {
+            return Err(HostReason::ForcedTokens);
+        }
+        if self.spec.draws.is_some() {
+            return Err(HostReason::InjectedDraws);
         }
         let mut ghost = self.clone();
         ghost.spec.stop = Stop::default();
@@ -48,25 +51,15 @@ impl Session {
                 }
                 continue;
             };
-            let stage = *ghost.stage();
-            let kv = matches!(stage.kv, KvPolicy::Exact | KvPolicy::Recompute);
-            if stage.hosts_passes() {
-                break;
-            }
             // Weights of another model are another forward.
-            if !matches!(step.kind, Kind::Denoise | Kind::Lead) || !kv || step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
+            if step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
                 break;
             }
-            // No row is before position 0, so its own answers it: the device answers all of a step alike.
-            let shifted = ghost.shifted();
-            if shifted && ghost.canvas.state(0) != State::Fixed {
-                break;
-            }
-            let rule = match step.kind {
-                Kind::Lead => Some(Reveal::Best { rank: Rank::Left, n: 1 }),
-                _ => device_rule(&stage, ghost.progress),
+            let reveal = match ghost.device_rule(&step) {
+                Ok(reveal) => reveal,
+                Err(reason) if foreseen.is_empty() => return Err(reason),
+                Err(_) => break,
             };
-            let Some(reveal) = rule else { break };
             let draw = step.asks.first().expect("a denoising step asks").draw;
             foreseen.push(ForeseenStep {
                 part: SessionStep {
@@ -76,14 +69,14 @@ impl Session {
                     step: ghost.denoised,
                     range: ghost.unit.clone(),
                     asks: step.asks.len(),
-                    shifted,
+                    shifted: ghost.shifted(),
                     draw,
                     reveal,
                 },
                 rows: step.rows.iter().map(|(position, _)| *position).collect(),
                 visibility: step.visibility,
                 len: step.len,
-                joint: stage.joint.then(|| ForeseenJoint { window: ghost.joint_window(), passes: Vec::new() }),
+                joint: ghost.stage().joint.then(|| ForeseenJoint { window: ghost.joint_window(), passes: Vec::new() }),
             });
             if !matches!(reveal, Reveal::Best { .. }) {
                 break;
@@ -104,7 +97,35 @@ impl Session {
                 break;
             }
         }
-        foreseen
+        Ok(foreseen)
+    }
+
+    /// How a device decides the pending `step`, or why it cannot.
+    fn device_rule(&self, step: &Step) -> Result<Reveal, HostReason> {
+        let stage = self.stage();
+        match step.kind {
+            Kind::Denoise | Kind::Lead => {}
+            Kind::Score => return Err(HostReason::Scoring),
+            Kind::Prefill | Kind::Commit => return Err(HostReason::NothingToDecide),
+        }
+        if stage.shortlist.is_some() {
+            return Err(HostReason::Shortlist);
+        }
+        if stage.bans != Bans::Every {
+            return Err(HostReason::BansFirst);
+        }
+        if !matches!(stage.kv, KvPolicy::Exact | KvPolicy::Recompute) {
+            return Err(HostReason::KvPolicy);
+        }
+        // No row is before position 0, so its own answers it: the device answers all of a step
+        // alike.
+        if self.shifted() && self.canvas.state(0) != State::Fixed {
+            return Err(HostReason::FirstPosition);
+        }
+        match step.kind {
+            Kind::Lead => Ok(Reveal::Best { rank: Rank::Left, n: 1 }),
+            _ => stage_rule(stage, self.progress),
+        }
     }
 
     /// What a run needs to know of this sequence.
@@ -113,22 +134,29 @@ impl Session {
     }
 }
 
-/// The rule of a step as the device knows it; `None` where the host decides.
-fn device_rule(stage: &Stage, progress: sampling::BlockProgress) -> Option<Reveal> {
-    if stage.order_temperature > 0.0 || stage.guidance > 0.0 || stage.eos != Eos::Free || stage.edit.is_some() {
-        return None;
+/// The unmask rule of a stage as the device knows it, or why the host decides.
+fn stage_rule(stage: &Stage, progress: sampling::BlockProgress) -> Result<Reveal, HostReason> {
+    for (needs_host, reason) in [
+        (stage.order_temperature > 0.0, HostReason::OrderTemperature),
+        (stage.guidance > 0.0, HostReason::Guidance),
+        (stage.eos != Eos::Free, HostReason::Eos),
+        (stage.edit.is_some(), HostReason::Edit),
+    ] {
+        if needs_host {
+            return Err(reason);
+        }
     }
     // The rest of a joint forward's quota is its sampler's.
     let quota = if stage.joint { 1 } else { sampling::quota(&stage.unmask, progress).unwrap_or(1).max(1) };
     match stage.unmask {
         Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
-            Some(Reveal::Best { rank, n: quota })
+            Ok(Reveal::Best { rank, n: quota })
         }
-        Unmask::Threshold(t) => Some(Reveal::Threshold(t)),
+        Unmask::Threshold(t) => Ok(Reveal::Threshold(t)),
         // The least f32 that is above.
-        Unmask::Above { bound, .. } if quota == 1 => Some(Reveal::Threshold(bound.next_up())),
-        Unmask::EntropyBound(bound) => Some(Reveal::EntropyBound(bound)),
-        Unmask::Above { .. } | Unmask::Factor(_) | Unmask::Ancestral { .. } => None,
+        Unmask::Above { bound, .. } if quota == 1 => Ok(Reveal::Threshold(bound.next_up())),
+        Unmask::EntropyBound(bound) => Ok(Reveal::EntropyBound(bound)),
+        Unmask::Above { .. } | Unmask::Factor(_) | Unmask::Ancestral { .. } => Err(HostReason::UnmaskRule),
     }
 }
 
@@ -140,11 +168,11 @@ mod tests {
     use super::*;
     use crate::schedule::{Defaults, Schedule};
 
-    fn foreseen(stage: &str, given: usize) -> Vec<ForeseenStep> {
+    fn foreseen(stage: &str, given: usize) -> Result<Vec<ForeseenStep>, HostReason> {
         foreseen_of(&[stage], given, true)
     }
 
-    fn foreseen_of(stages: &[&str], given: usize, shifted: bool) -> Vec<ForeseenStep> {
+    fn foreseen_of(stages: &[&str], given: usize, shifted: bool) -> Result<Vec<ForeseenStep>, HostReason> {
         let stages: Vec<_> = stages.iter().map(|stage| stage.parse().unwrap()).collect();
         let schedule = Schedule::resolve(&stages, &Defaults::default()).unwrap();
         let fixed = (0..given as u32).map(Some).chain(std::iter::repeat_n(None, 12 - given)).collect();
@@ -168,18 +196,31 @@ mod tests {
     /// Passes among listed ids, or without bans, are the host's; other passes are the device's.
     #[test]
     fn passes_of_the_hosts_kind_are_not_foreseen() {
-        assert!(!foreseen("block=full,sampler=joint:2", 2).is_empty());
-        for rest in ["shortlist=8", "bans=first"] {
-            assert!(foreseen(&format!("block=full,sampler=joint:2,{rest}"), 2).is_empty(), "{rest}");
+        assert!(foreseen("block=full,sampler=joint:2", 2).is_ok());
+        for (rest, reason) in [("shortlist=8", HostReason::Shortlist), ("bans=first", HostReason::BansFirst)] {
+            assert_eq!(foreseen(&format!("block=full,sampler=joint:2,{rest}"), 2), Err(reason));
+        }
+    }
+
+    /// What the host decides, and why.
+    #[test]
+    fn steps_of_the_host_say_why() {
+        for (stage, reason) in [
+            ("block=full,visible=canvas,guidance=1", HostReason::Guidance),
+            ("block=full,visible=canvas,eos=never", HostReason::Eos),
+            ("block=full,visible=canvas,unmask=ancestral:4", HostReason::UnmaskRule),
+            ("block=full,visible=canvas,kv=refresh:2", HostReason::KvPolicy),
+        ] {
+            assert_eq!(foreseen_of(&[stage], 2, false), Err(reason), "{stage}");
         }
     }
 
     /// Shifted logits: the row before a position is among the rows of its step, leads included.
     #[test]
     fn steps_of_shifted_models_hold_the_rows_that_answer() {
-        let full = foreseen("block=full,unmask=uniform:3", 2);
+        let full = foreseen("block=full,unmask=uniform:3", 2).unwrap();
         assert_eq!(full.iter().map(|s| s.part.asks).collect::<Vec<_>>(), [10, 7, 4, 1]);
-        let blocks = foreseen("block=4,unmask=left:2", 3);
+        let blocks = foreseen("block=4,unmask=left:2", 3).unwrap();
         let parts: Vec<_> = blocks.iter().map(|s| (s.part.range.clone(), s.part.asks, s.rows.clone())).collect();
         assert_eq!(parts[0], (0..4, 1, (0..4).collect()));
         assert_eq!(parts[1], (4..5, 1, (0..4).collect()), "a lead writes the block before it");
@@ -188,7 +229,8 @@ mod tests {
         for step in full.iter().chain(&blocks) {
             assert!(step.part.shifted && step.rows[0] < step.part.range.end, "{step:?}");
         }
-        assert!(foreseen("block=full,unmask=uniform:3", 0).is_empty(), "position 0 is answered by its own row");
+        let host = Err(HostReason::FirstPosition);
+        assert_eq!(foreseen("block=full,unmask=uniform:3", 0), host, "position 0 is answered by its own row");
     }
 
     /// Asks and windows of a joint step: those of the forward, then those of its passes.
@@ -205,13 +247,13 @@ mod tests {
     /// A forward reveals one of its quota, and every pass behind it one of what is left.
     #[test]
     fn passes_of_a_joint_sampler_belong_to_their_forward() {
-        let full = foreseen("block=full,sampler=joint:3", 2);
+        let full = foreseen("block=full,sampler=joint:3", 2).unwrap();
         let expected = [vec![10, 9, 8], vec![7, 6, 5], vec![4, 3, 2], vec![1]];
         assert_eq!(full.iter().map(joint_asks).collect::<Vec<_>>(), expected.map(|asks| (asks, 0..12)));
         assert!(full.iter().all(|step| step.part.shifted && step.rows.len() == 12));
 
         // Three of the first block are given: its one mask needs no pass.
-        let blocks = foreseen_of(&["block=4,unmask=linear:2,sampler=joint"], 3, false);
+        let blocks = foreseen_of(&["block=4,unmask=linear:2,sampler=joint"], 3, false).unwrap();
         let found: Vec<_> = blocks.iter().map(|step| (joint_asks(step), step.rows.clone())).collect();
         let expected = [(vec![1], 0..4, 0..4), (vec![4, 3], 4..8, 0..8), (vec![2, 1], 4..8, 4..8), (vec![4, 3], 8..12, 4..12)];
         let expected = expected.map(|(asks, window, rows)| ((asks, window), rows.collect::<Vec<usize>>()));
@@ -222,7 +264,7 @@ mod tests {
     /// A stage without a sampler behind one that has it, and a remask in between that the device does.
     #[test]
     fn joint_and_other_stages_are_foreseen_together() {
-        let steps = foreseen_of(&["block=4,sampler=joint:4", "block=full,remask=0.5,unmask=uniform:3"], 3, false);
+        let steps = foreseen_of(&["block=4,sampler=joint:4", "block=full,remask=0.5,unmask=uniform:3"], 3, false).unwrap();
         let joint: Vec<_> = steps.iter().map(|step| step.joint.as_ref().map(|joint| joint.passes.len())).collect();
         assert_eq!(joint, [Some(0), Some(3), Some(3), None, None]);
         assert_eq!(steps.iter().map(|step| step.part.remask).collect::<Vec<_>>(), [None, None, None, Some(4), None]);

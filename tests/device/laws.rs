@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use redraft::backend::HostReason;
 use redraft::oneshot::TimedForward;
 use redraft::plan::Visibility;
 use redraft::{Backend, DType, Engine, Finish, Request};
@@ -188,5 +189,24 @@ fn likelihoods_do_not_depend_on_what_shares_a_forward() {
                 assert!(together.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < bound), "{name} {dtype:?}");
             }
         }
+    }
+}
+
+/// A step that the host decides beside a device that decides is counted by its reason; where nothing looks ahead there is none.
+#[test]
+fn the_host_says_why_it_decides() {
+    for backend in backends(DType::F32) {
+        let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
+        let mut run = |stage: &str| together(&mut engine, &[request(&[1, 2], 10, &schedule(&[stage]), 3, 0)], stage).len();
+        run("block=4,unmask=uniform:2");
+        run("block=4,unmask=uniform:2,kv=refresh:2");
+        run("block=4,unmask=confidence:2,order_temperature=0.5");
+        let found: Vec<HostReason> = engine.host_steps().keys().copied().collect();
+        assert_eq!(found, [HostReason::KvPolicy, HostReason::OrderTemperature]);
+        let counts = engine.host_steps().clone();
+        engine.backend().set_runs(false);
+        let request = request(&[1, 2], 10, &schedule(&["block=4,unmask=uniform:2,kv=refresh:2"]), 3, 0);
+        together(&mut engine, &[request], "host");
+        assert_eq!(engine.host_steps(), &counts);
     }
 }

@@ -1,0 +1,323 @@
+//! Steps that the host decides, one at a time, on any backend.
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+use std::time::Instant;
+
+use crate::backend::steps::{
+    BannedIds, HostAsks, HostRule, HostSampling, PlannedRun, PlannedStep, RowOutcome, Sampling, Sequences, StepOutcome, StepRows, Timing,
+    WindowShortlist,
+};
+use crate::backend::{
+    AskedRows, Backend, Candidates, ForwardBatch, Network, PassBatch, Picked, StepBatches, StepParts, StepRunner, Windows,
+};
+use crate::error::Result;
+use crate::plan::Plan;
+use crate::sampling::{Decision, Draw};
+
+/// The runner that decides on the host.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HostSteps;
+
+impl<B: Backend> StepRunner<B> for HostSteps {
+    fn looks_ahead(&self, _backend: &B) -> bool {
+        false
+    }
+
+    fn run(&mut self, backend: &B, network: &mut dyn Network<B>, run: &PlannedRun, sequences: &mut dyn Sequences) -> Result<()> {
+        for PlannedStep { plan, sampling } in &run.steps {
+            let Sampling::Draws(sampling) = sampling else { panic!("steps by rules are a device's") };
+            let mut parts = HostParts::new(plan, sampling, run.banned, sequences);
+            network.reserve(backend, parts.room())?;
+            network.step(backend, &mut parts)?;
+        }
+        Ok(())
+    }
+
+    fn time(
+        &mut self,
+        backend: &B,
+        network: &mut dyn Network<B>,
+        run: &PlannedRun,
+        sequences: &mut dyn Sequences,
+        runs: usize,
+    ) -> Result<Timing> {
+        let mut times_ms = Vec::with_capacity(runs);
+        for index in 0..=runs {
+            let start = Instant::now();
+            self.run(backend, network, run, sequences)?;
+            times_ms.extend((index > 0).then(|| start.elapsed().as_secs_f64() * 1e3));
+        }
+        Ok(Timing { times_ms, launches: 1, recorded: false })
+    }
+}
+
+/// One step that the host decides.
+struct HostParts<'a> {
+    plan: &'a Plan,
+    sampling: &'a HostSampling,
+    banned: &'a BannedIds,
+    sequences: &'a mut dyn Sequences,
+    /// Of each sequence, where its positions choose among listed ids.
+    listed: Vec<Option<Listed>>,
+    /// Passes so far.
+    passes: usize,
+    /// Rows of each sequence in the pass before; those of its window ahead of the first.
+    window_rows: Vec<usize>,
+    /// What the current pass asks; `None`: the forward is current.
+    pass: Option<Vec<Option<HostAsks>>>,
+}
+
+/// Where the lists of a sequence's masked positions are.
+struct Listed {
+    /// Among [`Windows::shortlists`].
+    lists: usize,
+    /// The list of the first of the positions; the others follow.
+    first: u32,
+    /// Ascending.
+    positions: Vec<usize>,
+}
+
+/// One sequence's part of the asked rows, or neighbours' that are decided together.
+#[derive(Clone)]
+struct Part {
+    rule: HostRule,
+    /// Among [`Windows::shortlists`].
+    lists: Option<usize>,
+    /// Among the asked rows.
+    rows: Range<usize>,
+    /// First of its rows among those of the guide.
+    guide: usize,
+    draws: Vec<Draw>,
+    /// The list of each row, where rows have lists.
+    which: Vec<u32>,
+}
+
+impl<'a> HostParts<'a> {
+    fn new(plan: &'a Plan, sampling: &'a HostSampling, banned: &'a BannedIds, sequences: &'a mut dyn Sequences) -> Self {
+        let window = |asks: &HostAsks| asks.window.as_ref().map_or(0, |window| window.inside.len());
+        let window_rows = sampling.sequences.iter().map(window).collect();
+        let listed = sampling.sequences.iter().map(|_| None).collect();
+        HostParts { plan, sampling, banned, sequences, listed, passes: 0, window_rows, pass: None }
+    }
+
+    fn room(&self) -> StepRows {
+        let outside = |asks: &HostAsks| asks.window.as_ref().map_or(0, |window| window.outside.len());
+        StepRows {
+            forward: self.plan.num_rows(),
+            inside: self.window_rows.iter().sum(),
+            outside: self.sampling.sequences.iter().map(outside).sum(),
+        }
+    }
+
+    /// The rows of each sequence in the plan.
+    fn sequence_rows(&self) -> impl Iterator<Item = (&'a HostAsks, Range<u32>)> {
+        let plan = self.plan;
+        self.sampling.sequences.iter().enumerate().map(move |(s, asks)| (asks, plan.indptr[s]..plan.indptr[s + 1]))
+    }
+
+    /// The lists that the windows' masked positions will choose from; those of sequences that list
+    /// alike are made together.
+    fn shortlists(&mut self) -> Vec<WindowShortlist> {
+        let mut shortlists: Vec<WindowShortlist> = Vec::new();
+        let mut before = 0;
+        for (asks, listed) in self.sampling.sequences.iter().zip(&mut self.listed) {
+            let Some(window) = &asks.window else { continue };
+            if let Some(n) = window.shortlist {
+                let banned = self.banned.of(asks.rule.banned);
+                let lists = shortlists.iter().position(|list| (list.n, &list.banned[..]) == (n, banned)).unwrap_or_else(|| {
+                    shortlists.push(WindowShortlist { rows: Vec::new(), n, banned: banned.to_vec() });
+                    shortlists.len() - 1
+                });
+                let rows = &mut shortlists[lists].rows;
+                let start = window.start as usize;
+                *listed = Some(Listed { lists, first: rows.len() as u32, positions: asks.positions.clone() });
+                rows.extend(asks.positions.iter().map(|position| (before + position - start) as u32));
+            }
+            before += window.inside.len();
+        }
+        shortlists
+    }
+
+    /// Where the answers of the asked rows come from, sequence by sequence.
+    fn parts(&self) -> Vec<(usize, Part)> {
+        let forward = self.sampling.sequences.iter().map(Some);
+        let asks: Vec<Option<&HostAsks>> = match &self.pass {
+            None => forward.collect(),
+            Some(pass) => pass.iter().map(Option::as_ref).collect(),
+        };
+        let (mut first, mut guides) = (0, 0);
+        let part = |(s, asks): (usize, Option<&HostAsks>)| {
+            let asks = asks?;
+            let count = asks.draws.len();
+            let (rows, guide) = (first..first + count, guides);
+            first += count;
+            guides += if asks.rule.guidance > 0.0 { count } else { 0 };
+            let listed = self.listed[s].as_ref().filter(|_| self.pass.is_some());
+            let which = listed.map_or_else(Vec::new, |listed| {
+                let list = |p: &usize| listed.positions.binary_search(p).expect("masked since the forward") as u32;
+                asks.positions.iter().map(|position| listed.first + list(position)).collect()
+            });
+            let lists = listed.map(|listed| listed.lists);
+            Some((s, Part { rule: asks.rule, lists, rows, guide, draws: asks.draws.clone(), which }))
+        };
+        asks.into_iter().enumerate().filter_map(part).collect()
+    }
+}
+
+impl<B: Backend> StepParts<B> for HostParts<'_> {
+    fn begin(&mut self, backend: &B) -> Result<StepBatches<B>> {
+        // Where reveals are joint the sampler wants all rows of the sequence, else those that are
+        // asked are all that is wanted.
+        let (mut picked, mut asked) = (Vec::new(), Vec::new());
+        let (mut inside, mut outside, mut outside_rows, mut guided) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let mut guide_first = 0;
+        for (asks, rows) in self.sequence_rows() {
+            let base = picked.len() as u32;
+            match &asks.window {
+                None => {
+                    asked.extend(base..base + asks.rows.len() as u32);
+                    picked.extend(asks.rows.iter().map(|row| rows.start + row));
+                }
+                Some(window) => {
+                    asked.extend(asks.rows.iter().map(|row| base + row));
+                    inside.extend(window.inside.iter().map(|row| base + row));
+                    outside.extend(window.outside.iter().map(|row| base + row));
+                    outside_rows.extend(window.outside.iter().map(|row| rows.start + row));
+                    picked.extend(rows.clone());
+                }
+            }
+            if asks.rule.guidance > 0.0 {
+                guided.extend(asks.rows.iter().map(|row| guide_first + row));
+                guide_first += rows.len() as u32;
+            }
+        }
+        let guide = self.sampling.guide.as_ref().map(|plan| forward_batch(backend, plan, &guided)).transpose()?;
+        let forward = forward_batch(backend, self.plan, &picked)?;
+        let all = asked.len() == picked.len() && asked.iter().zip(0..).all(|(asked, row)| *asked == row);
+        let asked = if all { None } else { Some(backend.rows(&asked)?) };
+        let joint = self.sampling.sequences.iter().any(|asks| asks.window.is_some());
+        let windows = match joint {
+            true => Some(Windows {
+                inside: backend.rows(&inside)?,
+                outside: backend.rows(&outside)?,
+                outside_batch: backend.batch(&self.plan.select(&outside_rows))?,
+                shortlists: self.shortlists(),
+            }),
+            false => None,
+        };
+        Ok(StepBatches { guide, forward, asked, windows })
+    }
+
+    /// A row that cannot be decided fails its own sequence only.
+    fn decide(&mut self, backend: &B, mut asked: AskedRows<B>) -> Result<()> {
+        let parts = self.parts();
+        let mut answers: Vec<Result<Vec<Decision>>> = Vec::with_capacity(parts.len());
+        let alike = |(_, a): &(usize, Part), (_, b): &(usize, Part)| (a.rule, a.lists) == (b.rule, b.lists);
+        // Neighbours that ask alike are answered together.
+        for group in parts.chunk_by(alike) {
+            let of = |list: fn(&Part) -> &[u32]| group.iter().flat_map(|(_, part)| list(part).iter().copied()).collect();
+            let (first, last) = (&group[0].1, &group[group.len() - 1].1);
+            let all = Part {
+                rows: first.rows.start..last.rows.end,
+                draws: group.iter().flat_map(|(_, part)| part.draws.iter().copied()).collect(),
+                which: of(|part| &part.which),
+                ..first.clone()
+            };
+            match answer(backend, &mut asked, self.banned, &all) {
+                Ok(all) => {
+                    let own = |part: &Part| part.rows.start - first.rows.start..part.rows.end - first.rows.start;
+                    answers.extend(group.iter().map(|(_, part)| Ok(all[own(part)].to_vec())));
+                }
+                // Found by asking again, one sequence at a time.
+                Err(_) => answers.extend(group.iter().map(|(_, part)| answer(backend, &mut asked, self.banned, part))),
+            }
+        }
+        let mut outcomes: Vec<Option<Result<Vec<RowOutcome>>>> = self.sampling.sequences.iter().map(|_| None).collect();
+        for ((s, _), answer) in parts.iter().zip(answers) {
+            let asks = self.pass.as_ref().map_or(Some(&self.sampling.sequences[*s]), |pass| pass[*s].as_ref()).expect("it asks");
+            let row = |(position, decision): (&usize, Decision)| RowOutcome { position: *position, decision, revealed: None };
+            outcomes[*s] = Some(answer.map(|decisions| asks.positions.iter().zip(decisions).map(row).collect()));
+        }
+        let pass = self.pass.as_ref().map(|_| self.passes - 1);
+        self.sequences.apply(StepOutcome { pass, began: None, sequences: outcomes });
+        Ok(())
+    }
+
+    fn pass(&mut self, backend: &B) -> Result<Option<PassBatch<B>>> {
+        let Some(pass) = self.sequences.next_pass() else { return Ok(None) };
+        // Sequences that are through leave, and the states of the others move up.
+        let (mut kept, mut asked, mut row, mut first, mut next) = (Vec::new(), Vec::new(), 0, 0, 0);
+        for (asks, rows) in pass.sequences.iter().zip(&mut self.window_rows) {
+            if let Some(asks) = asks {
+                kept.extend(row..row + *rows as u32);
+                asked.extend(asks.rows.iter().map(|row| first + row));
+                first += pass.plan.indptr[next + 1] - pass.plan.indptr[next];
+                next += 1;
+            }
+            row += *rows as u32;
+            *rows = if asks.is_some() { *rows } else { 0 };
+        }
+        let kept = if kept.len() < row as usize { Some(backend.rows(&kept)?) } else { None };
+        let batch = PassBatch { batch: backend.batch(&pass.plan)?, rows: pass.plan.num_rows(), asked: backend.rows(&asked)?, kept };
+        self.pass = Some(pass.sequences);
+        self.passes += 1;
+        Ok(Some(batch))
+    }
+}
+
+/// A forward over the rows of `plan`, of which the `picked` ones go through the last layer.
+pub(crate) fn forward_batch<B: Backend>(backend: &B, plan: &Plan, picked: &[u32]) -> Result<ForwardBatch<B>> {
+    let (batch, rows) = (backend.batch(plan)?, plan.num_rows());
+    // Shifted logits may want one row twice, so the count alone does not say that all are wanted.
+    let picked = if picked.len() == rows && picked.iter().zip(0..).all(|(picked, row)| *picked == row) {
+        Picked::All
+    } else if picked.is_empty() {
+        Picked::Nothing
+    } else {
+        Picked::Rows(backend.rows(picked)?, backend.batch(&plan.select(picked))?)
+    };
+    Ok(ForwardBatch { batch, rows, picked })
+}
+
+/// The decisions of a part's rows.
+fn answer<B: Backend>(backend: &B, asked: &mut AskedRows<B>, banned: &BannedIds, part: &Part) -> Result<Vec<Decision>> {
+    let Part { rule, lists, ref rows, guide, ref draws, ref which } = *part;
+    if rows.is_empty() {
+        return Ok(Vec::new());
+    }
+    let AskedRows { hidden, width, head, bias, guide: guides, ref mut room, lists: made } = *asked;
+    let [room, base] = room;
+    let list = |rows: Range<usize>| backend.rows(&rows.map(|row| row as u32).collect::<Vec<_>>());
+    let mut hidden = hidden;
+    if rows.start > 0 || rule.guidance > 0.0 {
+        backend.gather(&list(rows.clone())?, width, hidden, room)?;
+        if rule.guidance > 0.0 {
+            let guides = guides.expect("a guided step has a guide");
+            backend.gather(&list(guide..guide + rows.len())?, width, guides, base)?;
+            // [LLaDA] The published scale counts from 0.
+            backend.blend(rows.len() * width, rule.guidance + 1.0, base, room)?;
+        }
+        hidden = &**room;
+    }
+    if let Some(lists) = lists {
+        return backend.decide(hidden, head, bias, Candidates::Listed { lists: &made[lists], which }, draws);
+    }
+    let mut answers = backend.decide(hidden, head, bias, Candidates::AllBut(banned.of(rule.banned)), draws)?;
+    if rule.ends_last {
+        let ends = |answer: &Decision| banned.last.contains(&answer.token);
+        // [LLaDA] Tokens first, from everything; then what each is worth where the ends do not
+        // count.
+        let again = |(draw, answer): (&Draw, &Decision)| match ends(answer) {
+            true => Draw { temperature: 0.0, forced: None, ..*draw },
+            false => Draw { forced: Some(answer.token), ..*draw },
+        };
+        let again: Vec<Draw> = draws.iter().zip(&answers).map(again).collect();
+        let others = backend.decide(hidden, head, bias, Candidates::AllBut(&banned.never_and_last), &again)?;
+        for (answer, other) in answers.iter_mut().zip(others) {
+            let (confidence, log_prob) = if ends(answer) { (0.0, answer.log_prob) } else { (other.confidence, other.log_prob) };
+            *answer = Decision { confidence, log_prob, ..*answer };
+        }
+    }
+    Ok(answers)
+}

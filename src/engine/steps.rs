@@ -1,0 +1,264 @@
+//! The middle of a tick: steps are planned for the chosen sequences, run, and their outcomes
+//! applied.
+//!
+//! Where the runner looks ahead and every chosen sequence foresees its steps, several are planned
+//! by rules; otherwise one is, with the draws of the host.
+#![forbid(unsafe_code)]
+
+use std::time::Instant;
+
+use super::joint_steps::planned_joint;
+use super::{Active, Engine, ms};
+use crate::backend::{
+    Backend, BannedSet, HostAsks, HostPass, HostReason, HostRule, HostSampling, HostWindow, PlannedRun, PlannedStep, RowOutcome,
+    RuleSampling, RunCanvas, Sampling, Sequences, StepOutcome, StepRunner,
+};
+use crate::canvas::State;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::pages::PagePool;
+use crate::plan::Plan;
+use crate::sampling::Decision;
+use crate::schedule::{Bans, Eos};
+use crate::session::{Ask, EventKind, ForeseenStep, JointAsk, Next, Session};
+
+/// Maximum number of steps submitted to a device at once, and the shorter one of a request's first
+/// submission, so that its first tokens arrive early. Sixteen block-4 steps are four blocks; the
+/// wait that a longer run would save is already below a tenth of its time.
+const FIRST_RUN: usize = 4;
+const LONGEST_RUN: usize = 16;
+
+impl<B: Backend> Engine<B> {
+    /// The next steps of the chosen sequences, with pages for all of their rows.
+    pub(super) fn plan_steps(&mut self, chosen: &[usize], weights: usize) -> Result<Vec<PlannedStep>> {
+        let mut because = None;
+        if self.runner.looks_ahead(&self.backend) {
+            // A request that joins waits for the end of a run, and tokens are streamed then.
+            let young = chosen.iter().any(|i| self.active[*i].timings.first_token_ms == 0.0);
+            let max = if young { FIRST_RUN } else { LONGEST_RUN };
+            match chosen.iter().map(|i| self.active[*i].session.foresee(max)).collect() {
+                Ok(foreseen) => return self.plan_by_rules(chosen, weights, foreseen),
+                Err(reason) => because = Some(reason),
+            }
+        }
+        let (plan, sampling) = self.plan_for_host(chosen, weights, because)?;
+        Ok(vec![PlannedStep { plan, sampling: Sampling::Draws(sampling) }])
+    }
+
+    /// Steps that all chosen sequences foresee.
+    fn plan_by_rules(&mut self, chosen: &[usize], weights: usize, foreseen: Vec<Vec<ForeseenStep>>) -> Result<Vec<PlannedStep>> {
+        let count = foreseen.iter().map(Vec::len).min().unwrap_or(0);
+        let mut steps = Vec::with_capacity(count);
+        for index in 0..count {
+            // A later step may need more rows than the batcher allowed the first.
+            let rows: usize = foreseen.iter().map(|steps| steps[index].rows.len()).sum();
+            if index > 0 && chosen.len() > 1 && rows > self.options.budget.max_rows {
+                break;
+            }
+            let mut plan = Plan::new();
+            for (&i, steps) in chosen.iter().zip(&foreseen) {
+                let step = &steps[index];
+                self.make_writable(i, weights, step.rows.iter().copied())?;
+                let rows: Vec<(usize, u32)> = step.rows.iter().map(|p| (*p, 0)).collect();
+                plan.push(&rows, self.active[i].table.pages(), self.options.page_size, step.visibility, step.len);
+            }
+            let of: Vec<&ForeseenStep> = foreseen.iter().map(|steps| &steps[index]).collect();
+            let joint = planned_joint(&plan, &of, |position| self.models[weights].model.answering(position));
+            let sessions = of.iter().map(|step| step.part.clone()).collect();
+            steps.push(PlannedStep { plan, sampling: Sampling::Rules(RuleSampling { sessions, joint }) });
+        }
+        Ok(steps)
+    }
+
+    /// The pending step of the chosen sequences.
+    fn plan_for_host(&mut self, chosen: &[usize], weights: usize, because: Option<HostReason>) -> Result<(Plan, HostSampling)> {
+        let page_size = self.options.page_size;
+        let (mut plan, mut guide, mut sequences) = (Plan::new(), Plan::new(), Vec::with_capacity(chosen.len()));
+        for &i in chosen {
+            let positions: Vec<usize> = self.active[i].step().rows.iter().map(|(position, _)| *position).collect();
+            self.make_writable(i, weights, positions.into_iter())?;
+            let active = &self.active[i];
+            let (step, pages) = (active.step(), active.table.pages());
+            plan.push(&step.rows, pages, page_size, step.visibility, step.len);
+            if step.guidance > 0.0 {
+                guide.push(&active.session.unprompted(), pages, page_size, step.visibility, step.len);
+            }
+            sequences.push(host_asks(&active.session, &self.models[weights].model));
+        }
+        let guide = Some(guide).filter(|guide| guide.num_sequences() > 0);
+        Ok((plan, HostSampling { sequences, guide, because }))
+    }
+
+    /// Pages of sequence `i` for these positions.
+    fn make_writable(&mut self, i: usize, weights: usize, positions: impl Iterator<Item = usize>) -> Result<()> {
+        for copy in self.active[i].table.make_writable(&mut self.pool, positions) {
+            // Other models' pages need no copy: their stages write every row before reading it.
+            self.backend.copy_page(&mut self.models[weights].kv, copy.src, copy.dst)?;
+        }
+        Ok(())
+    }
+
+    /// Runs the steps and applies what they decide to the chosen sequences.
+    pub(super) fn run_steps(&mut self, chosen: &[usize], weights: usize, steps: Vec<PlannedStep>) -> Result<()> {
+        if let Sampling::Draws(HostSampling { because: Some(reason), .. }) = &steps[0].sampling {
+            *self.host_steps.entry(*reason).or_default() += 1;
+        }
+        let mask_id = self.config().masking()?;
+        let loaded = &mut self.models[weights];
+        let run = PlannedRun { steps, banned: &self.banned, mask_id };
+        let mut sequences = RunningSequences {
+            active: &mut self.active,
+            pool: &mut self.pool,
+            page_size: self.options.page_size,
+            chosen,
+            over: vec![false; chosen.len()],
+            waiting: chosen.iter().map(|_| None).collect(),
+            freed: Vec::new(),
+        };
+        self.runner.run(&self.backend, &mut loaded.network(), &run, &mut sequences)?;
+        let freed = sequences.freed;
+        self.poison(&freed);
+        Ok(())
+    }
+}
+
+/// What the host asks of the pending step of a session.
+fn host_asks<B: Backend>(session: &Session, model: &Model<B>) -> HostAsks {
+    let step = session.step().expect("chosen for its step");
+    let banned = match step.eos {
+        Eos::Free | Eos::Last => BannedSet::Never,
+        Eos::Never | Eos::NeverLast => BannedSet::NeverAndEnd,
+    };
+    let window = session.is_joint().then(|| {
+        let window = session.joint_window();
+        let row = |position: usize| step.rows.binary_search_by_key(&position, |(p, _)| *p).expect("a row of the forward") as u32;
+        HostWindow {
+            start: window.start as u32,
+            inside: window.clone().map(|position| row(model.answering(position))).collect(),
+            outside: (0..).zip(&step.rows).filter(|(_, (position, _))| !window.contains(position)).map(|(row, _)| row).collect(),
+            shortlist: session.joint_shortlist().filter(|n| *n < model.config().vocab_size),
+        }
+    });
+    let ends_last = matches!(step.eos, Eos::Last | Eos::NeverLast);
+    HostAsks { window, ..asks_of(&step.asks, HostRule { banned, ends_last, guidance: step.guidance }) }
+}
+
+fn asks_of(asks: &[Ask], rule: HostRule) -> HostAsks {
+    HostAsks {
+        positions: asks.iter().map(|ask| ask.position).collect(),
+        rows: asks.iter().map(|ask| ask.row as u32).collect(),
+        draws: asks.iter().map(|ask| ask.draw).collect(),
+        rule,
+        window: None,
+    }
+}
+
+/// The chosen sequences while their steps run.
+struct RunningSequences<'a> {
+    active: &'a mut [Active],
+    pool: &'a mut PagePool,
+    page_size: usize,
+    chosen: &'a [usize],
+    /// Sequences that left the run: finished, failed, or with a draft that ended early.
+    over: Vec<bool>,
+    /// Passes that sequences wait for.
+    waiting: Vec<Option<JointAsk>>,
+    /// Pages of drafts that ended early.
+    freed: Vec<u32>,
+}
+
+impl Sequences for RunningSequences<'_> {
+    fn canvases(&self) -> Vec<RunCanvas<'_>> {
+        self.chosen.iter().map(|i| self.active[*i].session.run_canvas()).collect()
+    }
+
+    fn apply(&mut self, outcome: StepOutcome) {
+        for (c, rows) in outcome.sequences.into_iter().enumerate() {
+            if let Some(rows) = rows.filter(|_| !self.over[c]) {
+                self.over[c] = !self.apply_to(c, outcome.pass.is_some(), outcome.began, rows);
+            }
+        }
+    }
+
+    fn next_pass(&mut self) -> Option<HostPass> {
+        let (mut plan, mut sequences) = (Plan::new(), Vec::with_capacity(self.chosen.len()));
+        for (c, &i) in self.chosen.iter().enumerate() {
+            let Active { session, table, .. } = &self.active[i];
+            self.waiting[c] = session.joint_ask().filter(|_| !self.over[c]);
+            sequences.push(self.waiting[c].as_ref().map(|ask| {
+                plan.push(&ask.rows, table.pages(), self.page_size, ask.visibility, ask.len);
+                let banned = match (ask.eos, ask.bans) {
+                    (Eos::Never, Bans::Every) => BannedSet::NeverAndEnd,
+                    // What the request itself does not want is not drawn by a pass either.
+                    (Eos::Never, Bans::First) => BannedSet::End,
+                    (_, Bans::Every) => BannedSet::Never,
+                    (_, Bans::First) => BannedSet::Nothing,
+                };
+                asks_of(&ask.asks, HostRule { banned, ..HostRule::default() })
+            }));
+        }
+        sequences.iter().any(Option::is_some).then_some(HostPass { plan, sequences })
+    }
+}
+
+impl RunningSequences<'_> {
+    /// Applies what was decided about one chosen sequence by a forward, or by a joint sampler's
+    /// `pass`. Whatever the device revealed, the law of the schedule reveals it here, and both must
+    /// agree. False where the sequence leaves the run.
+    fn apply_to(&mut self, c: usize, pass: bool, began: Option<Instant>, rows: Result<Vec<RowOutcome>>) -> bool {
+        let active = &mut self.active[self.chosen[c]];
+        let mut events = Vec::new();
+        // What lies between two steps: the end of a stage and its remask.
+        if let Some(clock) = began
+            && active.session.next_at(&mut events, clock) == Next::Finished
+        {
+            active.send(events);
+            return false;
+        }
+        let len = active.session.canvas().len();
+        let revealed: Vec<(usize, bool)> = rows.iter().flatten().filter_map(|row| Some((row.position, row.revealed?))).collect();
+        let prefill = active.session.is_prefilling();
+        let applied = rows.and_then(|rows| {
+            if !pass {
+                let decisions = accept(&active.session.step().expect("foreseen").asks, rows)?;
+                return active.session.apply(&decisions, &mut events);
+            }
+            let waiting = self.waiting[c].take().or_else(|| active.session.joint_ask());
+            let ask = waiting.ok_or_else(|| Error::kernel("the device ran a pass that the session does not wait for"))?;
+            let decisions = accept(&ask.asks, rows)?;
+            active.session.apply_joint(&ask, &decisions, &mut events)
+        });
+        match applied {
+            Err(error) => active.fail(error),
+            Ok(()) => {
+                if prefill && let Some(key) = &active.prefix {
+                    self.pool.publish(key, active.id, active.table.pages());
+                }
+                if active.timings.first_token_ms == 0.0 && events.iter().any(|e| e.kind == EventKind::Reveal) {
+                    active.timings.first_token_ms = ms(active.admitted, Instant::now());
+                }
+            }
+        }
+        let now = active.session.canvas().len();
+        if now < len {
+            self.freed.extend(active.shorten(self.pool));
+        }
+        active.send(events);
+        let agree = |(position, chosen): &(usize, bool)| {
+            *position >= now || (active.session.canvas().state(*position) == State::Revealed) == *chosen
+        };
+        if active.failed.is_none() && !revealed.iter().all(agree) {
+            active.fail(Error::kernel("the device revealed other positions than the law of the schedule"));
+        }
+        // A draft that ended early leaves the rest of the run behind.
+        active.failed.is_none() && now == len
+    }
+}
+
+/// The decisions of a sequence's own asks, which the rows must match.
+fn accept(asks: &[Ask], rows: Vec<RowOutcome>) -> Result<Vec<Decision>> {
+    if !asks.iter().map(|ask| ask.position).eq(rows.iter().map(|row| row.position)) {
+        return Err(Error::kernel("the device asked other positions than the session"));
+    }
+    Ok(rows.into_iter().map(|row| row.decision).collect())
+}
