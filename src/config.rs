@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
+use crate::plan::LogitsRows;
 use crate::sampling::{valid_temperature, valid_top_p};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
@@ -128,8 +129,8 @@ pub struct ModelConfig {
     /// Attention of the checkpoint ends this many positions back; here it does not, so no longer sequence is served.
     pub sliding_window: Option<usize>,
     pub attention: Attention,
-    /// The token at position i is answered by row i - 1, as in the autoregressive model that the weights were adapted from; position 0 by
-    /// its own row. Autoregressive checkpoints do not say so here: scoring knows.
+    /// Logits are shifted, as in the autoregressive model that the weights were adapted from:
+    /// [`LogitsRows::Before`]. Autoregressive checkpoints do not say so here: scoring knows.
     pub shift: bool,
     /// Width of the conditioning vector whose adaLN modulation is folded at load; `None` without adaLN.
     pub cond_dim: Option<usize>,
@@ -155,6 +156,11 @@ pub struct Sampling {
 }
 
 impl ModelConfig {
+    /// Which row of a forward holds the logits of a position.
+    pub fn logits_rows(&self) -> LogitsRows {
+        self.shift.into()
+    }
+
     /// Adds what every family has in common: every id that ends a text, and recommended sampling.
     pub fn complete(mut self, dir: &Path, keys: &Keys) -> Result<ModelConfig> {
         self.stop_ids = self.eos_id.into_iter().collect();

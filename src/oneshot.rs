@@ -212,9 +212,8 @@ impl<B: Backend> Engine<B> {
         let mask_id = self.config().masking()?;
         let TimedForward { ref range, decided, len, .. } = *timed;
         let sampling = if self.runner.looks_ahead(&self.backend) {
-            let shifted = self.config().shift;
-            // Under shifted logits a row answers the position after it.
-            let asked = range.end - decided + usize::from(shifted)..range.end;
+            let logits = self.config().logits_rows();
+            let asked = logits.position_of(range.end - decided)..range.end;
             let session = SessionStep {
                 remask: None,
                 stage: 0,
@@ -222,7 +221,7 @@ impl<B: Backend> Engine<B> {
                 step: 0,
                 asks: asked.len(),
                 range: asked,
-                shifted,
+                logits,
                 draw: timed.draw(),
                 reveal: Reveal::Best { rank: Rank::Confidence, n: 1 },
             };

@@ -25,6 +25,47 @@ impl Visibility {
     }
 }
 
+/// Which row of a forward holds the logits of a position.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum LogitsRows {
+    /// The position's own.
+    #[default]
+    Own,
+    /// Shifted logits: position p is answered by row p - 1, position 0 by its own (Dream, Fast-dLLM
+    /// v2).
+    Before,
+}
+
+impl LogitsRows {
+    /// The position whose row holds the logits of `position`.
+    pub fn logits_row_for(self, position: usize) -> usize {
+        match self {
+            LogitsRows::Own => position,
+            LogitsRows::Before => position.saturating_sub(1),
+        }
+    }
+
+    /// The position whose logits the row at `row` holds: the inverse, but for position 0.
+    pub fn position_of(self, row: usize) -> usize {
+        match self {
+            LogitsRows::Own => row,
+            LogitsRows::Before => row + 1,
+        }
+    }
+
+    /// Whether rows hold the logits of other positions than their own.
+    pub fn are_shifted(self) -> bool {
+        self == LogitsRows::Before
+    }
+}
+
+/// Of a model whose logits are shifted, or not.
+impl From<bool> for LogitsRows {
+    fn from(shifted: bool) -> LogitsRows {
+        if shifted { LogitsRows::Before } else { LogitsRows::Own }
+    }
+}
+
 /// What a row is for. A column of the plan, not a separate code path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -123,6 +164,16 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Position 0 has no row before it.
+    #[test]
+    fn a_row_holds_the_logits_of_one_position() {
+        assert_eq!([0, 1, 5].map(|p| LogitsRows::Own.logits_row_for(p)), [0, 1, 5]);
+        assert_eq!([0, 1, 5].map(|p| LogitsRows::from(true).logits_row_for(p)), [0, 0, 4]);
+        for rows in [LogitsRows::Own, LogitsRows::Before] {
+            assert!((1..9).all(|p| rows.position_of(rows.logits_row_for(p)) == p));
+        }
+    }
 
     #[test]
     fn visibility_ends() {

@@ -15,10 +15,12 @@
 //! [BD3-LM] A finished block never sees a later one, so this equals recomputing everything. Under full visibility nothing
 //! is ever final and every exact forward needs all rows.
 //!
-//! Where a model's logits are shifted, position p is answered by row p - 1, position 0 by its own (Dream, Fast-dLLM v2). Forwards that compute
-//! some rows only compute the answering ones too. Under block-causal attention the first position of a block is answered by the last row
-//! of the block before it, which sees nothing of its own: one forward, the *lead*, writes the finished blocks' final K/V and reveals that
-//! position, and then the block is denoised. [Fast-dLLM v2] It is the commit and the next token of the autoregressive reading in one.
+//! Where a model's logits are shifted ([`LogitsRows::Before`]), the row before a position answers
+//! it. Forwards that compute some rows only compute the answering ones too. Under block-causal
+//! attention the first position of a block is answered by the last row of the block before it,
+//! which sees nothing of its own: one forward, the *lead*, writes the finished blocks' final K/V
+//! and reveals that position, and then the block is denoised. [Fast-dLLM v2] It is the commit and
+//! the next token of the autoregressive reading in one.
 #![forbid(unsafe_code)]
 
 mod foresee;
@@ -35,7 +37,7 @@ pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport
 
 use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};
-use crate::plan::{Kind, Visibility};
+use crate::plan::{Kind, LogitsRows, Visibility};
 use crate::rng::{self, DrawKey, STAGE_STEP, TIME_STEP, Uniforms};
 use crate::sampling::{self, BlockProgress, Candidate, Decision, Draw, Rank, Unmask};
 use crate::schedule::{Edit, Eos, KvPolicy, Remask, RemaskBy, Schedule, Stage};
@@ -326,13 +328,14 @@ impl Session {
         &self.spec.schedule.stages[self.stage]
     }
 
-    fn shifted(&self) -> bool {
-        self.spec.shifted[self.stage().weights]
+    /// Which row of the stage's model answers a position.
+    fn logits_rows(&self) -> LogitsRows {
+        self.spec.shifted[self.stage().weights].into()
     }
 
     /// The row that answers `position`.
-    fn answering(&self, position: usize) -> usize {
-        position - usize::from(self.shifted() && position > 0)
+    fn logits_row_for(&self, position: usize) -> usize {
+        self.logits_rows().logits_row_for(position)
     }
 
     fn uniforms(&self, block: usize, step: u32, position: usize) -> Uniforms {
@@ -392,14 +395,19 @@ impl Session {
         let block = (first - stage.origin(self.prompt_len)) / block_len;
         let range = self.range(block);
         let blockwise = matches!(stage.visibility(), Visibility::BlockCausal(_));
-        if blockwise && self.shifted() && range.start > 0 && self.canvas.state(range.start) == State::Masked {
+        if blockwise && self.logits_rows().are_shifted() && range.start > 0 && self.canvas.state(range.start) == State::Masked {
             self.set_lead(block, range.start);
             return true;
         }
         // [Fast-dLLM] Its loop for Dream.
         let cached = !blockwise && matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
         let entered = block != self.block || self.progress.masks_at_start == 0;
-        if cached && self.shifted() && entered && self.led != Some(block) && self.canvas.state(range.start) == State::Masked {
+        if cached
+            && self.logits_rows().are_shifted()
+            && entered
+            && self.led != Some(block)
+            && self.canvas.state(range.start) == State::Masked
+        {
             self.set_lead(block, range.start);
             self.led = Some(block);
             self.since_full = Some(1);
@@ -445,14 +453,14 @@ impl Session {
             (first..end).collect()
         } else if cached {
             // [Fast-dLLM] The block, and behind it what the dual cache holds and the prefix cache does not.
-            let first = self.answering(first).min(range.start);
+            let first = self.logits_row_for(first).min(range.start);
             (first..if stage.kv == KvPolicy::Dual { range.end } else { len }).collect()
         } else if stage.kv == KvPolicy::Dual {
             self.unit.clone().collect()
         } else {
             let mut rows = self.fresh.clone();
             rows.extend(&masked);
-            rows.extend(masked.iter().map(|p| self.answering(*p)));
+            rows.extend(masked.iter().map(|p| self.logits_row_for(*p)));
             rows.sort_unstable();
             rows.dedup();
             rows
@@ -475,7 +483,7 @@ impl Session {
 
     /// What is asked about the masked `position` of a forward over the rows at `positions` (ascending).
     fn ask(&self, block: usize, position: usize, positions: &[usize]) -> Ask {
-        let row = positions.binary_search(&self.answering(position)).expect("a row that answers is always computed");
+        let row = positions.binary_search(&self.logits_row_for(position)).expect("a row that answers is always computed");
         let Uniforms { token, order } = self.uniforms(block, self.denoised, position);
         let order = if matches!(self.stage().unmask, Unmask::Ancestral { .. }) { self.time(block, position) } else { order };
         let forced = self.spec.forced.get(position).copied();
@@ -489,7 +497,7 @@ impl Session {
         self.unit = start..start + 1;
         // Steps of the block's own schedule begin behind it.
         self.progress = BlockProgress { block_len: 1, masks_at_start: 0, masks: 1, step: 0 };
-        let last = start.saturating_sub(1);
+        let last = self.logits_row_for(start);
         let blockwise = matches!(self.stage().visibility(), Visibility::BlockCausal(_));
         let positions: Vec<usize> = match self.stage().kv {
             KvPolicy::Exact | KvPolicy::Refresh(_) => (self.committed.min(last)..start).collect(),
@@ -513,7 +521,7 @@ impl Session {
         let asks = scored
             .iter()
             .map(|&position| Ask {
-                row: self.answering(position),
+                row: self.logits_row_for(position),
                 position,
                 draw: self.draw(0.0, Some(self.canvas.tokens()[position])),
                 order: 0.0,

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use crate::canvas::Canvas;
 use crate::error::Result;
-use crate::plan::Plan;
+use crate::plan::{LogitsRows, Plan};
 use crate::sampling::{Decision, Draw, Reveal};
 
 /// One forward over rows of several sequences, and how its rows are decided.
@@ -52,9 +52,9 @@ pub struct SessionStep {
     pub range: Range<usize>,
     /// How many those are.
     pub asks: usize,
-    /// A position is answered by the row before it; position 0, which no row is before, is not
-    /// among those asked.
-    pub shifted: bool,
+    /// Which rows answer them. Under [`LogitsRows::Before`] position 0, which no row is before, is
+    /// not among those asked.
+    pub logits: LogitsRows,
     /// Without `u`, which the device takes from the counter RNG, and `forced`.
     pub draw: Draw,
     pub reveal: Reveal,

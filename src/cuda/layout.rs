@@ -247,8 +247,8 @@ impl Layout<'_> {
                     range_begin: part.range.start as u32,
                     range_end: part.range.end as u32,
                     row_first,
-                    // The row of a position; one that is answered by the row before it counts from one further on.
-                    rows_begin: first_position + u32::from(part.shifted),
+                    // The position that the first row answers.
+                    rows_begin: part.logits.position_of(first_position as usize) as u32,
                     ask_first: first_asks[i],
                     ask_count: part.asks as u32,
                     sample: self.canvases[i].sample,

@@ -32,7 +32,7 @@ impl<B: Backend> Engine<B> {
                     stage.weights
                 )));
             }
-            if loaded.model.config().shift && stage.visibility() != Visibility::Full {
+            if loaded.model.config().logits_rows().are_shifted() && stage.visibility() != Visibility::Full {
                 let what =
                     "sampler=joint with shifted logits needs visible=canvas: the first position of a block is answered outside of it";
                 return Err(Error::request(format!("stage {index}: {what}")));
@@ -102,7 +102,8 @@ impl<B: Backend> Engine<B> {
         let LoadedJoint { sampler, state, outside } = joint.as_mut().expect("looked at before");
         let len = states[0].len() as u32;
         model.forward(backend, &plan(&states[0], 0..len as usize), &(0..len).collect::<Vec<_>>(), kv, scratch, None)?;
-        let answering = |positions: Range<usize>| -> Vec<u32> { positions.map(|p| model.answering(p) as u32).collect() };
+        let logits_rows = model.config().logits_rows();
+        let answering = |positions: Range<usize>| -> Vec<u32> { positions.map(|p| logits_rows.logits_row_for(p) as u32).collect() };
         sampler.start(backend, model, &answering(window.clone()), scratch, state)?;
         if window.start > 0 {
             sampler.start(backend, model, &answering(0..window.start), scratch, outside)?;

@@ -4,7 +4,7 @@
 use crate::backend::{Backend, PlannedJoint, PlannedPass, SessionStep};
 use crate::model::joint::{Joint, JointState};
 use crate::model::step::Sampler;
-use crate::plan::Plan;
+use crate::plan::{LogitsRows, Plan};
 use crate::session::{ForeseenJoint, ForeseenStep};
 
 /// A sampler and its states.
@@ -25,8 +25,8 @@ impl<B: Backend> LoadedJoint<B> {
 }
 
 /// What the sampler does after a foreseen forward over `plan`: `None` where no session's reveals
-/// are joint. `answering` is the model's.
-pub(super) fn planned_joint(plan: &Plan, steps: &[&ForeseenStep], answering: impl Fn(usize) -> usize) -> Option<PlannedJoint> {
+/// are joint. `logits` are the model's.
+pub(super) fn planned_joint(plan: &Plan, steps: &[&ForeseenStep], logits: LogitsRows) -> Option<PlannedJoint> {
     if steps.iter().all(|step| step.joint.is_none()) {
         return None;
     }
@@ -48,7 +48,7 @@ pub(super) fn planned_joint(plan: &Plan, steps: &[&ForeseenStep], answering: imp
         steps[s].rows.iter().filter(|p| !joint.window.contains(p)).map(|p| row(s, *p)).collect::<Vec<u32>>()
     };
     Some(PlannedJoint {
-        inside: windows(0).flat_map(|(s, window)| window.map(|p| row(s, answering(p))).collect::<Vec<u32>>()).collect(),
+        inside: windows(0).flat_map(|(s, window)| window.map(|p| row(s, logits.logits_row_for(p))).collect::<Vec<u32>>()).collect(),
         outside: joint().flat_map(outside).collect(),
         passes: (0..num_passes).map(pass).collect(),
     })
@@ -73,7 +73,7 @@ mod tests {
             truncated_confidence: false,
         };
         let reveal = Reveal::Best { rank: Rank::Entropy, n: 1 };
-        SessionStep { remask: None, stage: 0, block: 0, step: 0, range, asks, shifted: false, draw, reveal }
+        SessionStep { remask: None, stage: 0, block: 0, step: 0, range, asks, logits: LogitsRows::Own, draw, reveal }
     }
 
     /// A block behind the one before it, a neighbour without a sampler, and a whole canvas of shifted logits that is through after one pass.
@@ -95,13 +95,13 @@ mod tests {
             let rows: Vec<(usize, u32)> = step.rows.iter().map(|p| (*p, 0)).collect();
             plan.push(&rows, &[0, 1], 4, step.visibility, step.len);
         }
-        let joint = planned_joint(&plan, &steps.each_ref(), |position| position.saturating_sub(1)).expect("two of them are joint");
+        let joint = planned_joint(&plan, &steps.each_ref(), LogitsRows::Before).expect("two of them are joint");
         assert_eq!(joint.inside, [1, 2, 3, 4, 9, 9, 10], "position p is answered by p - 1, and 0 by itself");
         assert_eq!(joint.outside, [0, 1]);
         let rows: Vec<&[u32]> = joint.passes.iter().map(|pass| pass.rows.as_slice()).collect();
         assert_eq!(rows, [&[2, 3, 4, 5, 9, 10, 11][..], &[2, 3, 4, 5]]);
         let asks: Vec<Vec<usize>> = joint.passes.iter().map(|pass| pass.sessions.iter().map(|s| s.asks).collect()).collect();
         assert_eq!(asks, [[2, 0, 2], [1, 0, 0]]);
-        assert_eq!(planned_joint(&plan, &[&steps[1]], |position| position), None);
+        assert_eq!(planned_joint(&plan, &[&steps[1]], LogitsRows::Own), None);
     }
 }

@@ -14,8 +14,8 @@ use crate::backend::{
     RuleSampling, RunCanvas, Sampling, Sequences, StepOutcome, StepRunner,
 };
 use crate::canvas::State;
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::Model;
 use crate::pages::PagePool;
 use crate::plan::Plan;
 use crate::sampling::Decision;
@@ -63,7 +63,7 @@ impl<B: Backend> Engine<B> {
                 plan.push(&rows, self.active[i].table.pages(), self.options.page_size, step.visibility, step.len);
             }
             let of: Vec<&ForeseenStep> = foreseen.iter().map(|steps| &steps[index]).collect();
-            let joint = planned_joint(&plan, &of, |position| self.models[weights].model.answering(position));
+            let joint = planned_joint(&plan, &of, self.models[weights].model.config().logits_rows());
             let sessions = of.iter().map(|step| step.part.clone()).collect();
             steps.push(PlannedStep { plan, sampling: Sampling::Rules(RuleSampling { sessions, joint }) });
         }
@@ -83,7 +83,7 @@ impl<B: Backend> Engine<B> {
             if step.guidance > 0.0 {
                 guide.push(&active.session.unprompted(), pages, page_size, step.visibility, step.len);
             }
-            sequences.push(host_asks(&active.session, &self.models[weights].model));
+            sequences.push(host_asks(&active.session, self.models[weights].model.config()));
         }
         let guide = Some(guide).filter(|guide| guide.num_sequences() > 0);
         Ok((plan, HostSampling { sequences, guide, because }))
@@ -123,7 +123,7 @@ impl<B: Backend> Engine<B> {
 }
 
 /// What the host asks of the pending step of a session.
-fn host_asks<B: Backend>(session: &Session, model: &Model<B>) -> HostAsks {
+fn host_asks(session: &Session, config: &ModelConfig) -> HostAsks {
     let step = session.step().expect("chosen for its step");
     let banned = match step.eos {
         Eos::Free | Eos::Last => BannedSet::Never,
@@ -134,9 +134,9 @@ fn host_asks<B: Backend>(session: &Session, model: &Model<B>) -> HostAsks {
         let row = |position: usize| step.rows.binary_search_by_key(&position, |(p, _)| *p).expect("a row of the forward") as u32;
         HostWindow {
             start: window.start as u32,
-            inside: window.clone().map(|position| row(model.answering(position))).collect(),
+            inside: window.clone().map(|position| row(config.logits_rows().logits_row_for(position))).collect(),
             outside: (0..).zip(&step.rows).filter(|(_, (position, _))| !window.contains(position)).map(|(row, _)| row).collect(),
-            shortlist: session.joint_shortlist().filter(|n| *n < model.config().vocab_size),
+            shortlist: session.joint_shortlist().filter(|n| *n < config.vocab_size),
         }
     });
     let ends_last = matches!(step.eos, Eos::Last | Eos::NeverLast);

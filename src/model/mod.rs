@@ -185,11 +185,6 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
-    /// The row that answers a position.
-    pub fn answering(&self, position: usize) -> usize {
-        if self.config.shift { position.saturating_sub(1) } else { position }
-    }
-
     /// Shape of the page store this model needs, with `more` layers behind its own.
     pub fn kv_shape(&self, num_pages: usize, page_size: usize, more: usize) -> KvShape {
         KvShape {

@@ -69,7 +69,7 @@ impl Session {
                     step: ghost.denoised,
                     range: ghost.unit.clone(),
                     asks: step.asks.len(),
-                    shifted: ghost.shifted(),
+                    logits: ghost.logits_rows(),
                     draw,
                     reveal,
                 },
@@ -119,7 +119,7 @@ impl Session {
         }
         // No row is before position 0, so its own answers it: the device answers all of a step
         // alike.
-        if self.shifted() && self.canvas.state(0) != State::Fixed {
+        if self.logits_rows().are_shifted() && self.canvas.state(0) != State::Fixed {
             return Err(HostReason::FirstPosition);
         }
         match step.kind {
@@ -166,6 +166,7 @@ mod tests {
 
     use super::super::{Next, SessionSpec};
     use super::*;
+    use crate::plan::LogitsRows;
     use crate::schedule::{Defaults, Schedule};
 
     fn foreseen(stage: &str, given: usize) -> Result<Vec<ForeseenStep>, HostReason> {
@@ -227,7 +228,7 @@ mod tests {
         assert_eq!(parts[2], (4..8, 3, (4..8).collect()));
         assert_eq!(blocks.len(), 7);
         for step in full.iter().chain(&blocks) {
-            assert!(step.part.shifted && step.rows[0] < step.part.range.end, "{step:?}");
+            assert!(step.part.logits.are_shifted() && step.rows[0] < step.part.range.end, "{step:?}");
         }
         let host = Err(HostReason::FirstPosition);
         assert_eq!(foreseen("block=full,unmask=uniform:3", 0), host, "position 0 is answered by its own row");
@@ -238,7 +239,7 @@ mod tests {
         let joint = step.joint.as_ref().expect("a joint stage");
         for (call, pass) in (1..).zip(&joint.passes) {
             assert_eq!((pass.step, pass.block, pass.stage), (step.part.step | call << 20, step.part.block, step.part.stage));
-            assert_eq!((&pass.range, pass.reveal, pass.shifted), (&step.part.range, step.part.reveal, false), "{pass:?}");
+            assert_eq!((&pass.range, pass.reveal, pass.logits), (&step.part.range, step.part.reveal, LogitsRows::Own), "{pass:?}");
         }
         assert!(matches!(step.part.reveal, Reveal::Best { n: 1, .. }));
         (std::iter::once(&step.part).chain(&joint.passes).map(|part| part.asks).collect(), joint.window.clone())
@@ -250,7 +251,7 @@ mod tests {
         let full = foreseen("block=full,sampler=joint:3", 2).unwrap();
         let expected = [vec![10, 9, 8], vec![7, 6, 5], vec![4, 3, 2], vec![1]];
         assert_eq!(full.iter().map(joint_asks).collect::<Vec<_>>(), expected.map(|asks| (asks, 0..12)));
-        assert!(full.iter().all(|step| step.part.shifted && step.rows.len() == 12));
+        assert!(full.iter().all(|step| step.part.logits.are_shifted() && step.rows.len() == 12));
 
         // Three of the first block are given: its one mask needs no pass.
         let blocks = foreseen_of(&["block=4,unmask=linear:2,sampler=joint"], 3, false).unwrap();

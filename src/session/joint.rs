@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::Session;
 use crate::backend::SessionStep;
 use crate::error::Result;
-use crate::plan::{Kind, Visibility};
+use crate::plan::{Kind, LogitsRows, Visibility};
 use crate::sampling::{self, Candidate, Decision, Reveal, Unmask};
 use crate::schedule::Stage;
 use crate::session::forwards::{Ask, JointAsk, Round};
@@ -79,7 +79,7 @@ impl Session {
             range: self.unit.clone(),
             asks: ask.asks.len(),
             // A state belongs to its own position, whichever row it began as.
-            shifted: false,
+            logits: LogitsRows::Own,
             draw: ask.asks.first().expect("a quota never exceeds the masks").draw,
             reveal: Reveal::Best { rank, n: 1 },
         }
