@@ -122,6 +122,15 @@ impl Session {
         if self.logits_rows().are_shifted() && self.canvas.state(0) != State::Fixed {
             return Err(HostReason::FirstPosition);
         }
+        for (needs_host, reason) in [
+            (step.guidance > 0.0, HostReason::Guidance),
+            (step.eos != Eos::Free, HostReason::Eos),
+            (stage.edit.is_some(), HostReason::Edit),
+        ] {
+            if needs_host {
+                return Err(reason);
+            }
+        }
         match step.kind {
             Kind::Lead => Ok(Reveal::Best { rank: Rank::Left, n: 1 }),
             _ => stage_rule(stage, self.progress),
@@ -136,15 +145,8 @@ impl Session {
 
 /// The unmask rule of a stage as the device knows it, or why the host decides.
 fn stage_rule(stage: &Stage, progress: sampling::BlockProgress) -> Result<Reveal, HostReason> {
-    for (needs_host, reason) in [
-        (stage.order_temperature > 0.0, HostReason::OrderTemperature),
-        (stage.guidance > 0.0, HostReason::Guidance),
-        (stage.eos != Eos::Free, HostReason::Eos),
-        (stage.edit.is_some(), HostReason::Edit),
-    ] {
-        if needs_host {
-            return Err(reason);
-        }
+    if stage.order_temperature > 0.0 {
+        return Err(HostReason::OrderTemperature);
     }
     // The rest of a joint forward's quota is its sampler's.
     let quota = if stage.joint { 1 } else { sampling::quota(&stage.unmask, progress).unwrap_or(1).max(1) };
@@ -214,6 +216,9 @@ mod tests {
         ] {
             assert_eq!(foreseen_of(&[stage], 2, false), Err(reason), "{stage}");
         }
+        // The lead of the second block, which the first step is where nothing is cached.
+        assert_eq!(foreseen("block=4,unmask=left:2,kv=recompute,eos=never", 4), Err(HostReason::Eos));
+        assert_eq!(foreseen("block=4,unmask=left:2,kv=recompute", 4).unwrap()[0].part.range, 4..5);
     }
 
     /// Shifted logits: the row before a position is among the rows of its step, leads included.
