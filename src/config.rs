@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
-use crate::plan::LogitsRows;
+use crate::plan::{LogitsRows, Visibility};
 use crate::sampling::{valid_temperature, valid_top_p};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
@@ -64,6 +64,17 @@ pub enum Attention {
     Full,
     /// Autoregressive: row i predicts token i + 1. A judge, not a generator.
     Causal,
+}
+
+impl Attention {
+    /// Which keys a query saw in training.
+    pub fn visibility(self) -> Visibility {
+        match self {
+            Attention::BlockCausal(block_len) => Visibility::BlockCausal(block_len),
+            Attention::Full => Visibility::Full,
+            Attention::Causal => Visibility::BlockCausal(1),
+        }
+    }
 }
 
 /// The two layers between attentions.

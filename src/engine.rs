@@ -358,6 +358,7 @@ impl<B: Backend> Engine<B> {
             stop,
             separate_commit: request.separate_commit,
             forced: request.forced,
+            draft: request.draft,
             draws: request.draws,
         })?;
         let (sender, messages) = channel();

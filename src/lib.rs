@@ -4,22 +4,12 @@
 //! bidirectional pass regenerates them.
 //!
 //! ```no_run
-//! use redraft::{Cpu, DType, Engine, EngineOptions, Prompt, Request, Schedule};
+//! use redraft::{Engine, Options};
 //!
 //! # fn main() -> redraft::Result<()> {
-//! let cpu = Cpu::new(2, DType::F32)?;
-//! let mut engine = Engine::load("models/redraft-stories-7m".as_ref(), cpu, EngineOptions::default())?;
-//! let schedule = Schedule::preset("did", &Engine::<Cpu>::defaults(engine.config()))?;
-//! let prompt = Prompt::Text { text: "Once upon a time".into(), length: 128 };
-//! let handle = engine.submit(Request::new(prompt, schedule, 7, 0))?;
-//! while engine.tick()? {
-//!     for event in handle.events() {
-//!         println!("{:?} {:?}", event.kind, event.positions);
-//!     }
-//! }
-//! handle.events().for_each(drop);
-//! let output = handle.take_output().expect("the engine is idle")?;
-//! println!("{}", engine.tokenizer()?.decode(&output.canvas));
+//! let mut engine = Engine::open("models/redraft-stories-7m")?;
+//! let generation = engine.generate("Once upon a time", Options::default().length(128).seed(7))?;
+//! println!("{}", generation.text);
 //! # Ok(())
 //! # }
 //! ```
@@ -43,6 +33,7 @@
 //! | [`backend`], [`cpu`], `cuda` | ops of a machine, runners of planned steps; the CPU; the door to CUDA |
 //! | [`model`] | the forward pass and the families |
 //! | [`session`], [`batcher`], [`request`] | one request's life; who advances; what callers hand in and get back |
+//! | [`api`] | the public engine on a device chosen at run time, its requests, their streams |
 //! | [`engine`], [`oneshot`] | the tick; forwards outside any session |
 //! | [`quality`] | measures of text given as token ids; knows no engine |
 //! | [`cli`] | the command line |
@@ -61,6 +52,7 @@
 //! | SDAR | arXiv 2510.06303 |
 //! | ReMDM | arXiv 2503.00307 |
 
+pub mod api;
 pub mod backend;
 pub mod batcher;
 pub mod canvas;
@@ -85,11 +77,14 @@ pub mod session;
 pub mod tokenizer;
 pub mod weights;
 
+pub use api::{Device, Engine, EngineBuilder, EngineThread, Generation, Options, Prompt, RequestHandle, Snapshot, TextEvent, TextStream};
 pub use backend::{Backend, DType};
 pub use batcher::Budget;
+pub use chat::Message;
 pub use cpu::Cpu;
-pub use engine::{Engine, EngineOptions};
+pub use engine::EngineOptions;
 pub use error::{Error, Result};
-pub use request::{Handle, Output, Prompt, Request, Segment, StopOptions, Timings};
+pub use request::{Output, Segment, Timings};
 pub use schedule::{Defaults, Schedule, Stage, StageSpec};
 pub use session::{Event, EventKind, Finish, StageReport};
+pub use tokenizer::Tokenizer;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::schedule::Schedule;
 use crate::session::{DrawSource, Event, Finish, StageReport};
 use crate::tokenizer::Tokenizer;
@@ -56,13 +56,25 @@ pub struct Request {
     pub separate_commit: bool,
     /// See [`crate::session::SessionSpec::forced`].
     pub forced: Vec<u32>,
+    /// See [`crate::session::SessionSpec::draft`].
+    pub draft: Vec<u32>,
     /// See [`crate::session::SessionSpec::draws`].
     pub draws: Option<DrawSource>,
 }
 
 impl Request {
     pub fn new(prompt: Prompt, schedule: Schedule, seed: u64, sample: u32) -> Request {
-        Request { prompt, schedule, seed, sample, stop: StopOptions::default(), separate_commit: false, forced: Vec::new(), draws: None }
+        Request {
+            prompt,
+            schedule,
+            seed,
+            sample,
+            stop: StopOptions::default(),
+            separate_commit: false,
+            forced: Vec::new(),
+            draft: Vec::new(),
+            draws: None,
+        }
     }
 }
 
@@ -149,4 +161,68 @@ pub fn find_stop(text: &str, texts: &[String]) -> Option<usize> {
 pub(crate) fn stop_at(tokenizer: &Tokenizer, texts: &[String], tokens: &[u32]) -> Option<usize> {
     find_stop(&tokenizer.decode(tokens), texts)?;
     (1..=tokens.len()).find(|n| find_stop(&tokenizer.decode(&tokens[..*n]), texts).is_some())
+}
+
+/// Splits `"The [____:12] sat."` into text and holes. A hole is `[`, one or more `_`, `:`, a count, `]`; anything else is text.
+/// A space before a hole belongs to the hole: vocabularies spell words with the space in front, so the model writes it.
+///
+/// Errors: [`Error::Request`] where there is no hole, or one of no tokens.
+pub fn parse_infill(text: &str) -> Result<Vec<Segment>> {
+    let mut segments = Vec::new();
+    let mut plain = String::new();
+    let mut rest = text;
+    while let Some(open) = rest.find('[') {
+        let hole = rest[open + 1..].split_once(']').and_then(|(inner, after)| {
+            let count = inner.trim_start_matches('_').strip_prefix(':')?;
+            (inner.starts_with('_') && !count.is_empty() && count.bytes().all(|b| b.is_ascii_digit())).then_some((count, after))
+        });
+        match hole {
+            Some((count, after)) => {
+                plain.push_str(&rest[..open]);
+                if plain.ends_with(' ') {
+                    plain.pop();
+                }
+                if !plain.is_empty() {
+                    segments.push(Segment::Text(std::mem::take(&mut plain)));
+                }
+                let length =
+                    count.parse().ok().filter(|n| *n > 0).ok_or_else(|| Error::request(format!("--infill: hole of `{count}` tokens")))?;
+                segments.push(Segment::Hole(length));
+                rest = after;
+            }
+            None => {
+                plain.push_str(&rest[..=open]);
+                rest = &rest[open + 1..];
+            }
+        }
+    }
+    plain.push_str(rest);
+    if !plain.is_empty() {
+        segments.push(Segment::Text(plain));
+    }
+    if !segments.iter().any(|s| matches!(s, Segment::Hole(_))) {
+        return Err(Error::request("--infill: no hole found; write one as [____:12] for twelve tokens"));
+    }
+    Ok(segments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn infill_syntax() {
+        let hole = Segment::Hole;
+        let text = |t: &str| Segment::Text(t.into());
+        assert_eq!(
+            parse_infill("The [____:12] sat on the [_:4].").unwrap(),
+            [text("The"), hole(12), text(" sat on the"), hole(4), text(".")]
+        );
+        assert_eq!(parse_infill("[__:3]").unwrap(), [hole(3)]);
+        assert_eq!(parse_infill("a [b] [:3] [_] [_:x] [_:2]").unwrap(), [text("a [b] [:3] [_] [_:x]"), hole(2)]);
+        assert_eq!(parse_infill("[[_:2]").unwrap(), [text("["), hole(2)]);
+        assert!(parse_infill("no hole").is_err());
+        assert!(parse_infill("[_:0]").is_err());
+        assert!(parse_infill("[_:99999999999999999999999]").is_err());
+    }
 }

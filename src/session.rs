@@ -58,6 +58,8 @@ pub struct SessionSpec {
     pub separate_commit: bool,
     /// Per position: the token a reveal must choose (likelihood scoring). Empty to sample.
     pub forced: Vec<u32>,
+    /// Per position: the token that a reveal of the first stage must choose, in the place of a draft by the model. Empty to sample.
+    pub draft: Vec<u32>,
     /// Source of uniforms; `None` is [`rng::uniforms`]. Tests replay recorded draws through it.
     pub draws: Option<DrawSource>,
 }
@@ -152,7 +154,9 @@ impl Session {
         if let Some(position) = spec.fixed.iter().position(|f| *f == Some(spec.mask_id)) {
             return Err(Error::request(format!("position {position} is fixed to the mask id {}", spec.mask_id)));
         }
-        assert!(spec.forced.is_empty() || spec.forced.len() == spec.fixed.len(), "one forced token per position");
+        for tokens in [&spec.forced, &spec.draft] {
+            assert!(tokens.is_empty() || tokens.len() == spec.fixed.len(), "one forced token per position");
+        }
         if let Some(block_len) = spec.schedule.stages.iter().filter_map(|s| s.block_len).min()
             && canvas.len() / block_len >= 1 << 24
         {
@@ -350,6 +354,12 @@ impl Session {
         self.spec.draws.as_ref().map_or_else(|| rng::uniforms(key), |draws| draws(&key))
     }
 
+    /// The token that a reveal of `position` must choose.
+    fn forced(&self, position: usize) -> Option<u32> {
+        let draft = if self.stage == 0 { self.spec.draft.get(position) } else { None };
+        draft.or(self.spec.forced.get(position)).copied()
+    }
+
     fn draw(&self, u: f64, forced: Option<u32>) -> Draw {
         let stage = self.stage();
         Draw {
@@ -486,7 +496,7 @@ impl Session {
         let row = positions.binary_search(&self.logits_row_for(position)).expect("a row that answers is always computed");
         let Uniforms { token, order } = self.uniforms(block, self.denoised, position);
         let order = if matches!(self.stage().unmask, Unmask::Ancestral { .. }) { self.time(block, position) } else { order };
-        let forced = self.spec.forced.get(position).copied();
+        let forced = self.forced(position);
         Ask { row, position, draw: self.draw(token, forced), order }
     }
 

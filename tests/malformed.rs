@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use redraft::config::Attention;
-use redraft::{Cpu, DType, Engine, EngineOptions, Error, Schedule};
+use redraft::engine::Engine;
+use redraft::{Cpu, DType, EngineOptions, Error, Schedule};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
@@ -693,9 +694,12 @@ fn broken_tokenizers() {
         for word in [&["tokenizer.json"], words].concat() {
             assert!(error.to_string().contains(word), "{label}: no `{word}` in: {error}");
         }
-        let text = redraft::Prompt::Text { text: "a".into(), length: 2 };
+        let text = redraft::request::Prompt::Text { text: "a".into(), length: 2 };
         assert_eq!(engine.canvas(&text).expect_err("text"), error, "{label}");
-        let stops = redraft::Request { stop: redraft::StopOptions { texts: vec!["a".into()], ..Default::default() }, ..request() };
+        let stops = redraft::request::Request {
+            stop: redraft::request::StopOptions { texts: vec!["a".into()], ..Default::default() },
+            ..request()
+        };
         let mut engine = engine;
         assert_eq!(engine.submit(stops).err().expect("a stop text"), error, "{label}");
         // Ids need none.
@@ -719,9 +723,9 @@ fn broken_tokenizers() {
     refused(&copy, "too large", &["has id", "the model's vocabulary has 67"]);
 }
 
-fn request() -> redraft::Request {
+fn request() -> redraft::request::Request {
     let schedule = redraft::Schedule::preset("draft", &redraft::Defaults::default()).expect("a preset");
-    let mut request = redraft::Request::new(redraft::Prompt::Tokens { tokens: vec![1], length: 4 }, schedule, 0, 0);
+    let mut request = redraft::request::Request::new(redraft::request::Prompt::Tokens { tokens: vec![1], length: 4 }, schedule, 0, 0);
     request.stop.ignore_eos = true;
     request
 }

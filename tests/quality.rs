@@ -4,8 +4,9 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use redraft::engine::Engine;
 use redraft::rng::{DrawKey, uniforms};
-use redraft::{Cpu, DType, Engine, EngineOptions};
+use redraft::{Cpu, DType, EngineOptions};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;

@@ -10,10 +10,10 @@ use std::time::Instant;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::api::device::on_backend;
 use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{Backend, DType, ExpertShape};
 use crate::cli::bench_flags::{Flags, Forward};
-use crate::cli::device::on_machine;
 use crate::cli::engine::{attach_joint, drain, load};
 use crate::cli::files::{model_dir, write_atomically};
 use crate::cli::flags::Format;
@@ -147,7 +147,10 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
     options.budget.max_sessions = most;
     options.budget.max_rows = usize::MAX;
     options.kv_pages = Some(longest.div_ceil(options.page_size) * most);
-    let Measured { device, load_ms, ceilings, probes, rows } = on_machine!(flags.device.machine()?, |backend| {
+    // Random weights of a shape have no directory.
+    let checkpoint = flags.shape.is_none().then_some(config.dir.as_path());
+    let dtype = flags.device.dtype(checkpoint)?;
+    let Measured { device, load_ms, ceilings, probes, rows } = on_backend!(flags.device.backend(checkpoint)?, |backend| {
         let loading = Instant::now();
         let mut engine = match &flags.shape {
             Some(_) => Engine::random(config.clone(), backend, options)?,
@@ -157,7 +160,6 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
         let load_ms = loading.elapsed().as_secs_f64() * 1e3;
         sweep(&mut engine, load_ms, &flags, &schedules, &lengths)?
     });
-    let dtype = flags.device.dtype();
     if let Some(path) = &flags.plot {
         let svg = plot(&rows, &format!("{label}, {device}, {}", dtype.name()));
         write_atomically(path, |out| out.write_all(svg.as_bytes()))?;

@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 
+use crate::api::device::on_backend;
 use crate::backend::Backend;
 use crate::chat::{ChatTemplate, Message};
-use crate::cli::device::{DeviceFlags, on_machine};
+use crate::cli::device::DeviceFlags;
 use crate::cli::engine::attach_joint;
 use crate::cli::files::{model_dir, read_text};
 use crate::cli::flags::TopPRuleFlag;
@@ -21,7 +22,7 @@ use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
-use crate::request::{Prompt, Request, Segment, StopOptions};
+use crate::request::{Prompt, Request, Segment, StopOptions, parse_infill};
 use crate::sampling::{TopKOrder, top_k_of, valid_temperature, valid_top_p};
 use crate::schedule::{Defaults, Schedule, StageSpec};
 use crate::tokenizer::Tokenizer;
@@ -155,47 +156,6 @@ pub(super) fn defaults(
     Ok(defaults)
 }
 
-/// Splits `"The [____:12] sat."` into text and holes. A hole is `[`, one or more `_`, `:`, a count, `]`; anything else is text.
-/// A space before a hole belongs to the hole: vocabularies spell words with the space in front, so the model writes it.
-pub(super) fn parse_infill(text: &str) -> Result<Vec<Segment>> {
-    let mut segments = Vec::new();
-    let mut plain = String::new();
-    let mut rest = text;
-    while let Some(open) = rest.find('[') {
-        let hole = rest[open + 1..].split_once(']').and_then(|(inner, after)| {
-            let count = inner.trim_start_matches('_').strip_prefix(':')?;
-            (inner.starts_with('_') && !count.is_empty() && count.bytes().all(|b| b.is_ascii_digit())).then_some((count, after))
-        });
-        match hole {
-            Some((count, after)) => {
-                plain.push_str(&rest[..open]);
-                if plain.ends_with(' ') {
-                    plain.pop();
-                }
-                if !plain.is_empty() {
-                    segments.push(Segment::Text(std::mem::take(&mut plain)));
-                }
-                let length =
-                    count.parse().ok().filter(|n| *n > 0).ok_or_else(|| Error::request(format!("--infill: hole of `{count}` tokens")))?;
-                segments.push(Segment::Hole(length));
-                rest = after;
-            }
-            None => {
-                plain.push_str(&rest[..=open]);
-                rest = &rest[open + 1..];
-            }
-        }
-    }
-    plain.push_str(rest);
-    if !plain.is_empty() {
-        segments.push(Segment::Text(plain));
-    }
-    if !segments.iter().any(|s| matches!(s, Segment::Hole(_))) {
-        return Err(Error::request("--infill: no hole found; write one as [____:12] for twelve tokens"));
-    }
-    Ok(segments)
-}
-
 impl Flags {
     fn prompt_text(&self) -> Result<String> {
         match (&self.prompt, &self.prompt_file, &self.stdin) {
@@ -263,7 +223,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     // The engine checks this too, but only once everything is loaded.
     config.check_len(len)?;
     let job = Job { flags, dir, config, schedule, tokenizer, prompt, len };
-    on_machine!(job.flags.device.machine()?, |backend| generate(backend, &job))
+    on_backend!(job.flags.device.backend(Some(&job.dir))?, |backend| generate(backend, &job))
 }
 
 /// A request, resolved.
@@ -291,7 +251,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
     let stop = StopOptions { ignore_eos: flags.ignore_eos, texts: flags.stop.clone(), entropy: flags.stop_entropy };
     let run = Run {
         device: engine.backend().name(),
-        dtype: flags.device.dtype().name(),
+        dtype: engine.backend().dtype().name(),
         seed: flags.seed,
         schedule: schedule.clone(),
         load_ms,
@@ -389,26 +349,5 @@ impl Trace {
     fn close(mut self) -> Result<()> {
         let outcome = self.error.take().map_or_else(|| self.out.flush(), Err);
         outcome.map_err(|e| Error::io(&self.path, &e))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn infill_syntax() {
-        let hole = Segment::Hole;
-        let text = |t: &str| Segment::Text(t.into());
-        assert_eq!(
-            parse_infill("The [____:12] sat on the [_:4].").unwrap(),
-            [text("The"), hole(12), text(" sat on the"), hole(4), text(".")]
-        );
-        assert_eq!(parse_infill("[__:3]").unwrap(), [hole(3)]);
-        assert_eq!(parse_infill("a [b] [:3] [_] [_:x] [_:2]").unwrap(), [text("a [b] [:3] [_] [_:x]"), hole(2)]);
-        assert_eq!(parse_infill("[[_:2]").unwrap(), [text("["), hole(2)]);
-        assert!(parse_infill("no hole").is_err());
-        assert!(parse_infill("[_:0]").is_err());
-        assert!(parse_infill("[_:99999999999999999999999]").is_err());
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
-use crate::cli::device::{Device, parse_device};
+use crate::api::Device;
 use crate::cli::files::read_text;
 use crate::cli::flags::{DTypeFlag, Format};
 use crate::cli::terminal::{Piped, print};
@@ -94,11 +94,11 @@ enum Place {
 }
 
 fn parse_place(text: &str) -> Result<Place, String> {
-    match parse_device(text) {
+    match text.parse::<Device>() {
         Ok(Device::Cuda(ordinal)) => Ok(Place::Cuda(ordinal)),
         Ok(Device::Emu(arch)) => Ok(Place::Emu(arch)),
         Ok(_) => Err("expected cuda, cuda:INDEX or emu[:ARCH]".into()),
-        Err(what) => Err(what),
+        Err(error) => Err(error.to_string()),
     }
 }
 

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::api::device::on_backend;
 use crate::backend::{NormKind, RopeScaling};
-use crate::cli::device::{DeviceFlags, on_machine};
+use crate::cli::device::DeviceFlags;
 use crate::cli::files::{model_dir, read_text, write_atomically};
 use crate::cli::flags::Format;
 use crate::cli::terminal::print;
@@ -55,15 +56,6 @@ pub(super) fn parse_block_len(text: &str) -> Result<BlockLen, String> {
     text.parse().ok().filter(|n| *n > 0).map(|n| BlockLen(Some(n))).ok_or_else(|| "expected a block length of at least 1, or full".into())
 }
 
-/// The visibility a model was trained with.
-pub(super) fn native(attention: Attention) -> Visibility {
-    match attention {
-        Attention::BlockCausal(block_len) => Visibility::BlockCausal(block_len),
-        Attention::Full => Visibility::Full,
-        Attention::Causal => Visibility::BlockCausal(1),
-    }
-}
-
 pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
     let dir = model_dir(flags.model.as_deref())?;
     let tokens = match &flags.tokens_file {
@@ -73,9 +65,9 @@ pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
     };
     let config = registry::read_config(&dir)?;
     Engine::<crate::cpu::Cpu>::check_tokens(&config, &tokens)?;
-    let visibility = flags.block_len.map_or(native(config.attention), BlockLen::visibility);
+    let visibility = flags.block_len.map_or(config.attention.visibility(), BlockLen::visibility);
     let mut data = Vec::with_capacity(tokens.len() * config.vocab_size * 4);
-    on_machine!(flags.device.machine()?, |backend| {
+    on_backend!(flags.device.backend(Some(&dir))?, |backend| {
         flags.device.engine(backend, &dir, None, tokens.len(), 1)?.logits(&tokens, visibility, &mut |_, logits| {
             data.extend(logits.iter().flat_map(|l| l.to_le_bytes()));
             Ok(())

@@ -12,12 +12,13 @@ use std::sync::Arc;
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::api::device::on_backend;
+use crate::api::scoring_schedule;
 use crate::backend::Backend;
-use crate::cli::device::{DeviceFlags, on_machine};
+use crate::cli::device::DeviceFlags;
 use crate::cli::engine::drain;
 use crate::cli::files::{model_dir, read_text};
 use crate::cli::flags::Format;
-use crate::cli::model::native;
 use crate::cli::samples::{self, ReadAs};
 use crate::cli::terminal::{Progress, print};
 use crate::config::{Attention, ModelConfig};
@@ -26,7 +27,6 @@ use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::plan::Visibility;
 use crate::request::{Prompt, Request};
-use crate::schedule::{Defaults, Schedule};
 use crate::tokenizer::Tokenizer;
 
 /// Windows handed to the engine together, so that progress shows; how many share a forward is its own choice.
@@ -69,7 +69,7 @@ fn parse_visibility(text: &str) -> Result<Visibility, String> {
 pub(super) fn run(flags: Flags) -> Result<()> {
     let dir = model_dir(flags.model.as_deref())?;
     let config = registry::read_config(&dir)?;
-    let visibility = flags.visibility.unwrap_or(native(config.attention));
+    let visibility = flags.visibility.unwrap_or(config.attention.visibility());
     if config.attention == Attention::Causal && visibility != Visibility::BlockCausal(1) {
         return Err(Error::request("--visibility: this checkpoint is autoregressive, it scores with `causal` only"));
     }
@@ -99,7 +99,7 @@ impl Judge {
     /// Negative log-likelihood in nats of every token of the windows, in order.
     fn score(&self, device: &DeviceFlags, windows: &[&[u32]]) -> Result<Vec<f64>> {
         let longest = windows.iter().map(|window| window.len()).max().unwrap_or(0);
-        on_machine!(device.machine()?, |backend| {
+        on_backend!(device.backend(Some(&self.dir))?, |backend| {
             let mut engine = device.engine(backend, &self.dir, Some(self.tokenizer.clone()), longest + 1, windows.len())?;
             score(&mut engine, windows, self.visibility)
         })
@@ -205,11 +205,7 @@ fn score<B: Backend>(engine: &mut Engine<B>, windows: &[&[u32]], visibility: Vis
             nll.extend(engine.causal_nlls(&sequences)?.concat());
         }
     } else {
-        let stage = match visibility {
-            Visibility::BlockCausal(block_len) => format!("block={block_len},visible=block,unmask=left:1"),
-            Visibility::Full => "block=full,visible=canvas,unmask=left:1".into(),
-        };
-        let schedule = Schedule::resolve(&[stage.parse()?], &Defaults { top_p: 1.0, ..Defaults::default() })?;
+        let schedule = scoring_schedule(visibility)?;
         let mut handles = Vec::new();
         for window in windows {
             let canvas: Vec<Option<u32>> = std::iter::once(Some(bos_id)).chain(window.iter().map(|_| None)).collect();

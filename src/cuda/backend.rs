@@ -434,6 +434,6 @@ mod tests {
     #[test]
     fn an_engine_crosses_threads() {
         fn crosses<T: Send>() {}
-        crosses::<crate::Engine<Cuda>>();
+        crosses::<crate::engine::Engine<Cuda>>();
     }
 }

@@ -21,7 +21,7 @@ impl Session {
     /// an exact forward do not depend on that. A stop condition may end the text earlier than foreseen.
     pub fn foresee(&self, max: usize) -> Result<Vec<ForeseenStep>, HostReason> {
         let mut foreseen = Vec::new();
-        if !self.spec.forced.is_empty() {
+        if !self.spec.forced.is_empty() || !self.spec.draft.is_empty() {
             return Err(HostReason::ForcedTokens);
         }
         if self.spec.draws.is_some() {
@@ -189,6 +189,7 @@ mod tests {
             stop: Stop::default(),
             separate_commit: false,
             forced: Vec::new(),
+            draft: Vec::new(),
             draws: None,
         })
         .unwrap();

@@ -92,7 +92,7 @@ impl Session {
         let step = self.call_step(round);
         let ask = |position: usize| {
             let draws = self.uniforms(self.block, step, position);
-            let forced = self.spec.forced.get(position).copied();
+            let forced = self.forced(position);
             Ask { row: position - window.start, position, draw: self.draw(draws.token, forced), order: draws.order }
         };
         let asks = self.canvas.masked_in(self.unit.clone()).map(ask).collect();

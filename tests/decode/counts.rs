@@ -11,8 +11,9 @@
 //! scoring            post-hoc 1 forward of L rows, held-out:G min(G, N) of them
 //! ```
 
+use redraft::request::{Prompt, Request};
 use redraft::session::Forwards;
-use redraft::{Output, Prompt, Request, StageReport};
+use redraft::{Output, StageReport};
 
 use crate::support::*;
 
@@ -62,7 +63,7 @@ fn refresh_rows(len: usize, masks: usize, steps: usize) -> usize {
     rows
 }
 
-fn one(engine: &mut redraft::Engine<redraft::Cpu>, request: Request, label: &str) -> Output {
+fn one(engine: &mut redraft::engine::Engine<redraft::Cpu>, request: Request, label: &str) -> Output {
     together(engine, &[request], label).remove(0)
 }
 

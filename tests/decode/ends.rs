@@ -1,7 +1,9 @@
 //! Where a text ends, what infilling leaves alone, and what the sampling parameters mean.
 
+use redraft::engine::Engine;
+use redraft::request::{Prompt, Request};
 use redraft::session::{ENTROPY_WINDOW, unigram_entropy};
-use redraft::{Cpu, DType, Engine, EngineOptions, EventKind, Finish, Output, Prompt, Request, Segment};
+use redraft::{Cpu, DType, EngineOptions, EventKind, Finish, Output, Segment};
 
 use crate::support::*;
 

@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use redraft::engine::Engine;
 use redraft::plan::Visibility;
+use redraft::request::Request;
 use redraft::rng::Uniforms;
 use redraft::schedule::{Bans, Schedule};
 use redraft::session::DrawSource;
-use redraft::{Cpu, DType, Engine, Request};
+use redraft::{Cpu, DType};
 
 use crate::support::*;
 

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use redraft::{DType, EngineOptions, Error, Finish, Prompt, Request, Schedule};
+use redraft::request::{Prompt, Request};
+use redraft::{DType, EngineOptions, Error, Finish, Schedule};
 
 use crate::support::*;
 
@@ -167,7 +168,7 @@ fn impossible_requests_name_their_mistake() {
         EngineOptions { kv_pages: Some(usize::MAX), ..options() },
     ] {
         let backend = redraft::Cpu::new(1, DType::F32).expect("the CPU is always there");
-        let error = redraft::Engine::load(&fixture(), backend, options.clone()).err().unwrap_or_else(|| panic!("{options:?}"));
+        let error = redraft::engine::Engine::load(&fixture(), backend, options.clone()).err().unwrap_or_else(|| panic!("{options:?}"));
         assert!(matches!(error, Error::Request { .. }), "{options:?}: {error}");
     }
 }

@@ -1,7 +1,8 @@
 //! Prompts computed once for many samples, and requests that end before their time.
 
+use redraft::request::Request;
 use redraft::schedule::KvPolicy;
-use redraft::{DType, EngineOptions, Finish, Output, Request};
+use redraft::{DType, EngineOptions, Finish, Output};
 
 use crate::support::*;
 

@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use redraft::batcher::Budget;
+use redraft::engine::Engine;
 use redraft::model::registry;
 use redraft::model::shapes;
+use redraft::request::{Handle, Prompt, Request};
 use redraft::schedule::Defaults;
 use redraft::session::Forwards;
-use redraft::{Backend, Cpu, DType, Engine, EngineOptions, Finish, Handle, Output, Prompt, Request, Schedule};
+use redraft::{Backend, Cpu, DType, EngineOptions, Finish, Output, Schedule};
 
 /// A tiny checkpoint with odd shapes: 131 tokens, three heads of 32.
 pub fn fixture() -> PathBuf {

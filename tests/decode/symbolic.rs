@@ -136,6 +136,7 @@ fn spec(case: &Case, schedule: &Schedule, how: How) -> SessionSpec {
         stop: Stop { tokens: case.stop.into_iter().collect(), ..Stop::default() },
         separate_commit: how.separate_commit,
         forced: Vec::new(),
+        draft: Vec::new(),
         draws: None,
     }
 }

@@ -3,7 +3,9 @@
 
 use std::path::Path;
 
-use redraft::{Cpu, DType, Engine, EngineOptions, Request, Schedule};
+use redraft::engine::Engine;
+use redraft::request::Request;
+use redraft::{Cpu, DType, EngineOptions, Schedule};
 
 use crate::support::*;
 

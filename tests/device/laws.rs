@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use redraft::backend::HostReason;
+use redraft::engine::Engine;
 use redraft::oneshot::TimedForward;
 use redraft::plan::Visibility;
-use redraft::{Backend, DType, Engine, Finish, Request};
+use redraft::request::Request;
+use redraft::{Backend, DType, Finish};
 
 use crate::backends;
 use crate::fixture::Fixture;

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use redraft::cuda::driver::{Address, Function, Graph, Launch, Limits};
 use redraft::cuda::{Build, Cuda, Driver};
-use redraft::{DType, Engine, Finish, Request, Result};
+use redraft::engine::Engine;
+use redraft::request::Request;
+use redraft::{DType, Finish, Result};
 
 use crate::support::{Essence, alone, engine, options, request, schedule, together};
 use crate::tokens::{agree_with, attach, fixture, ragged};

@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use redraft::{Backend, Cpu, DType, Engine, Request};
+use redraft::engine::Engine;
+use redraft::request::Request;
+use redraft::{Backend, Cpu, DType};
 
 use crate::backends;
 use crate::support::{Essence, StageEssence, alone, options, preset, request, schedule, shipped, together};

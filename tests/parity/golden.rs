@@ -4,7 +4,8 @@ use redraft::backend::DType;
 use redraft::batcher::Budget;
 use redraft::cpu::Cpu;
 use redraft::cpu::simd::Isa;
-use redraft::{Engine, EngineOptions, Error};
+use redraft::engine::Engine;
+use redraft::{EngineOptions, Error};
 
 use crate::fixture::{self, Fixture, argmax, relative, text, visibility};
 

@@ -16,9 +16,10 @@ use serde::Serialize;
 
 use self::report::{Cost, Human, PairedRow, Report};
 use self::rows::{Row, Rows, Sampling};
-use crate::backend::Backend;
+use crate::api::device::on_backend;
+use crate::backend::{Backend, DType};
 use crate::cli::bench_flags::Flags;
-use crate::cli::device::{DeviceFlags, on_machine};
+use crate::cli::device::DeviceFlags;
 use crate::cli::engine::{attach_joint, drain, load};
 use crate::cli::files::{judge_dir, model_dir, read_text};
 use crate::cli::flags::{DTypeFlag, Format};
@@ -61,6 +62,8 @@ struct Job<'a> {
     rows: Rows,
     judge: ModelConfig,
     tokenizer: Arc<Tokenizer>,
+    /// Of the generators' weights; the judge computes in f32.
+    dtype: DType,
     /// Between documents.
     end_of_text: u32,
     length: usize,
@@ -124,10 +127,23 @@ impl<'a> Job<'a> {
             Error::config(&writer.dir.join("config.json"), "key `eos_token_id` is missing: --quality tells documents apart by it")
         })?;
         let tokenizer = flags.device.tokenizer(writer)?;
+        let dtype = flags.device.dtype(Some(&writer.dir))?;
         check_vocabularies(&rows, &judge, &tokenizer, &flags.device)?;
 
-        let mut job =
-            Job { flags, more_models, rows, judge, tokenizer, end_of_text, length, batch, human: None, training: None, trigram: None };
+        let mut job = Job {
+            flags,
+            more_models,
+            rows,
+            judge,
+            tokenizer,
+            dtype,
+            end_of_text,
+            length,
+            batch,
+            human: None,
+            training: None,
+            trigram: None,
+        };
         if let Some(path) = &asked.human {
             let documents = job.documents(std::slice::from_ref(path))?;
             let windows = human::windows(&documents, length, asked.samples as usize, job.end_of_text);
@@ -222,7 +238,7 @@ impl<'a> Job<'a> {
             models: (!self.more_models.is_empty()).then(|| models.collect()),
             judge: name(&self.judge),
             device: String::new(),
-            dtype: self.flags.device.dtype().name(),
+            dtype: self.dtype.name(),
             samples: asked.samples,
             length: self.length,
             seed: asked.seed,
@@ -345,7 +361,7 @@ impl<'a> Job<'a> {
         options.kv_pages = Some((self.length + 1).div_ceil(options.page_size) * self.batch);
         options.tokenizer = Some(self.tokenizer.clone());
         let dir = &self.rows.models[model].dir;
-        on_machine!(flags.machine()?, |backend| {
+        on_backend!(flags.backend(Some(dir))?, |backend| {
             let mut engine = load(dir, backend, options)?;
             for other in self.more_models {
                 engine.add_model(other, &mut |_, _| {})?;
@@ -358,8 +374,8 @@ impl<'a> Job<'a> {
 
     /// The judge computes in f32 whatever the generator does: its figures are for comparing.
     fn load_judge(&self) -> Result<Box<dyn Judge>> {
-        let flags = DeviceFlags { dtype: DTypeFlag::F32, ..self.flags.device.clone() };
-        on_machine!(flags.machine()?, |backend| {
+        let flags = DeviceFlags { dtype: Some(DTypeFlag::F32), ..self.flags.device.clone() };
+        on_backend!(flags.backend(Some(&self.judge.dir))?, |backend| {
             Ok(Box::new(flags.engine(backend, &self.judge.dir, Some(self.tokenizer.clone()), self.length + 1, JUDGED_AT_ONCE)?))
         })
     }

@@ -1,0 +1,26 @@
+//! Public engine: a model directory on a device chosen at run time, which writes, streams and scores text.
+//!
+//! [`Engine`] wraps the engine that is generic over its backend ([`crate::engine::Engine`]): the type
+//! parameter ends here. [`Engine::generate`] serves one request; [`Engine::submit`] with
+//! [`Engine::tick`] serves many from the caller's thread; [`Engine::spawn`] serves them from a thread
+//! of its own.
+#![forbid(unsafe_code)]
+
+mod builder;
+mod core;
+pub(crate) mod device;
+mod engine;
+mod handle;
+mod options;
+mod stream;
+mod thread;
+
+pub use builder::EngineBuilder;
+pub(crate) use builder::default_dtype;
+pub use device::Device;
+pub use engine::Engine;
+pub(crate) use engine::scoring_schedule;
+pub use handle::{Generation, RequestHandle};
+pub use options::{Options, Prompt};
+pub use stream::{Snapshot, TextEvent, TextStream};
+pub use thread::EngineThread;

@@ -1,0 +1,226 @@
+//! Engine that callers drive: submit, tick, wait, score.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::core::{AnyCore, on_core};
+use super::handle::{Generation, RequestHandle, TextRules};
+use super::options::{Options, Prompt};
+use crate::chat::ChatTemplate;
+use crate::config::{Attention, ModelConfig};
+use crate::engine::Engine as EngineCore;
+use crate::error::{Error, Result};
+use crate::plan::Visibility;
+use crate::request::{self, Request, StopOptions};
+use crate::schedule::{Defaults, Schedule};
+use crate::tokenizer::Tokenizer;
+
+/// Tokens that are generated where a request names no length and the model serves as many.
+const DEFAULT_LENGTH: usize = 256;
+
+/// A loaded model that serves requests.
+///
+/// ```no_run
+/// use redraft::{Engine, Options};
+///
+/// # fn main() -> redraft::Result<()> {
+/// let text = Engine::open("models/redraft-stories-7m")?.generate("Once upon a time", Options::default())?.text;
+/// println!("{text}");
+/// # Ok(())
+/// # }
+/// ```
+///
+/// The result of a request depends on the request alone, bit for bit: not on other requests, on threads, or
+/// on how the engine is driven.
+pub struct Engine {
+    pub(super) core: AnyCore,
+    /// Directory of the first model.
+    pub(super) dir: PathBuf,
+    /// Why `Device::Auto` did not take the GPU that is there.
+    pub(super) passed_over: Option<Error>,
+}
+
+impl Engine {
+    /// Writes one text and returns it whole. Other requests that were submitted advance meanwhile.
+    ///
+    /// Errors: [`Error::Request`] for a prompt, length or schedule that the model cannot serve, and those of
+    /// the device.
+    pub fn generate(&mut self, prompt: impl Into<Prompt>, options: Options) -> Result<Generation> {
+        let handle = self.submit(prompt, options)?;
+        self.wait(&handle)
+    }
+
+    /// Writes one text for each prompt, all in one batch; sample i has the draws of request i alone.
+    ///
+    /// Errors: those of [`Engine::submit`] for the first prompt that is refused; afterwards each text has its
+    /// own result.
+    pub fn generate_batch<P: Into<Prompt>>(
+        &mut self,
+        prompts: impl IntoIterator<Item = P>,
+        options: &Options,
+    ) -> Result<Vec<Result<Generation>>> {
+        let handles = prompts.into_iter().map(|prompt| self.submit(prompt, options.clone())).collect::<Result<Vec<_>>>()?;
+        Ok(handles.iter().map(|handle| self.wait(handle)).collect())
+    }
+
+    /// Queues a request. It advances with each [`Engine::tick`].
+    ///
+    /// Errors: [`Error::Request`] for a prompt, length or schedule that the model cannot serve.
+    pub fn submit(&mut self, prompt: impl Into<Prompt>, options: Options) -> Result<RequestHandle> {
+        let (request, text) = self.request(prompt.into(), options)?;
+        let handle = on_core!(&mut self.core, |core| core.submit(request))?;
+        Ok(RequestHandle::new(handle, text))
+    }
+
+    /// One iteration: admits queued requests, runs one forward (or several that the device decides by itself)
+    /// over the requests in flight, and sends their events. False once nothing is left to do.
+    ///
+    /// Errors: those of the device. A request that fails alone fails its own handle and not the tick.
+    pub fn tick(&mut self) -> Result<bool> {
+        on_core!(&mut self.core, |core| core.tick())
+    }
+
+    /// Ticks until the request is finished.
+    ///
+    /// Errors: the request's own, or those of the device.
+    pub fn wait(&mut self, handle: &RequestHandle) -> Result<Generation> {
+        loop {
+            let busy = self.tick()?;
+            match handle.try_wait() {
+                Some(result) => return result,
+                None if !busy => return Err(Error::EngineGone),
+                None => {}
+            }
+        }
+    }
+
+    /// Negative log-likelihood of each token of `text` in nats, under the model's own factorisation: next
+    /// tokens for an autoregressive checkpoint; left to right within trained blocks, each token revealed in
+    /// turn, for block diffusion; left to right with the rest of the text masked for full attention.
+    ///
+    /// Errors: [`Error::Request`] for an empty text or one that is longer than the model serves.
+    pub fn score(&mut self, text: &str) -> Result<Vec<f64>> {
+        let tokens = self.tokenizer()?.encode(text)?;
+        self.score_tokens(&tokens)
+    }
+
+    /// [`Engine::score`] of token ids, without the BOS that stands before them.
+    pub fn score_tokens(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
+        if tokens.is_empty() {
+            return Err(Error::request("score: expected at least one token, found none"));
+        }
+        let (attention, bos_id) = (self.config().attention, self.config().first_id()?);
+        let with_bos = [&[bos_id], tokens].concat();
+        if attention == Attention::Causal {
+            return on_core!(&mut self.core, |core| core.causal_nll(&with_bos));
+        }
+        let visibility = attention.visibility();
+        let mut request = Request::new(request::Prompt::Canvas(canvas_to_score(&with_bos)), scoring_schedule(visibility)?, 0, 0);
+        request.stop.ignore_eos = true;
+        request.forced = with_bos;
+        let handle = on_core!(&mut self.core, |core| core.submit(request))?;
+        let output = loop {
+            let busy = self.tick()?;
+            handle.events().for_each(drop);
+            match handle.take_output() {
+                Some(output) => break output?,
+                None if !busy => return Err(Error::EngineGone),
+                None => {}
+            }
+        };
+        Ok(output.confidence.iter().map(|p| -f64::from(*p).ln()).collect())
+    }
+
+    /// The first model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        on_core!(&self.core, |core| core.config())
+    }
+
+    /// The tokenizer. Errors: [`Error::Tokenizer`] that says why there is none.
+    pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
+        on_core!(&self.core, |core| core.tokenizer())
+    }
+
+    /// Device, instruction set or GPU, and threads: `cpu (avx512-bf16, 2 threads)`.
+    pub fn device_name(&self) -> String {
+        on_core!(&self.core, |core| crate::backend::Backend::name(core.backend()))
+    }
+
+    /// Why [`Device::Auto`] fell back to the CPU although there is a GPU.
+    pub fn passed_over(&self) -> Option<&Error> {
+        self.passed_over.as_ref()
+    }
+
+    /// Resolves a prompt and its options against the model.
+    fn request(&self, prompt: Prompt, options: Options) -> Result<(Request, TextRules)> {
+        let config = self.config();
+        let schedule = options.resolve(&options.defaults(config)?)?;
+        let infills = matches!(prompt, Prompt::Infill(_) | Prompt::Canvas(_));
+        let mut draft = Vec::new();
+        let length = |fixed: usize| {
+            let room = config.model_length.saturating_sub(fixed);
+            options.length.unwrap_or(if room == 0 { DEFAULT_LENGTH } else { DEFAULT_LENGTH.min(room) })
+        };
+        let prompt = match prompt {
+            Prompt::Text(text) => {
+                let fixed = 1 + self.tokenizer()?.encode(&text)?.len();
+                request::Prompt::Text { text, length: length(fixed) }
+            }
+            Prompt::Tokens(tokens) => request::Prompt::Tokens { length: length(tokens.len()), tokens },
+            Prompt::Chat(messages) => {
+                let tokens = ChatTemplate::load(&self.dir)?.encode(&messages, self.tokenizer()?)?;
+                request::Prompt::Tokens { length: length(tokens.len()), tokens }
+            }
+            Prompt::Infill(segments) => request::Prompt::Infill(segments),
+            Prompt::Canvas(canvas) => request::Prompt::Canvas(canvas),
+            Prompt::Refine { prompt, draft: text } => {
+                let tokenizer = self.tokenizer()?;
+                let mut canvas = vec![Some(config.first_id()?)];
+                canvas.extend(tokenizer.encode(&prompt)?.into_iter().map(Some));
+                // Encoded together, so that a token may span neither side by accident of the split.
+                let tokens = tokenizer.encode(&text)?;
+                if tokens.is_empty() {
+                    return Err(Error::request("refine: expected a text to refine, found none"));
+                }
+                if schedule.stages.len() < 2 {
+                    return Err(Error::request("refine: expected a schedule with a stage that remasks, such as did-lift"));
+                }
+                draft = canvas.iter().map(|id| id.expect("given")).chain(tokens.iter().copied()).collect();
+                canvas.extend(std::iter::repeat_n(None, tokens.len()));
+                request::Prompt::Canvas(canvas)
+            }
+        };
+        let ignore_eos = options.ignore_eos || !draft.is_empty();
+        let rules = TextRules {
+            tokenizer: self.tokenizer().ok().cloned(),
+            end_of_text: config.eos_id.filter(|_| !ignore_eos),
+            stop: options.stop.clone(),
+            last_stage: schedule.stages.len() - 1,
+            infills: infills && draft.is_empty(),
+        };
+        let mut request = Request::new(prompt, schedule, options.seed, options.sample);
+        request.stop = StopOptions { ignore_eos, texts: options.stop, entropy: options.stop_entropy };
+        request.draft = draft;
+        Ok((request, rules))
+    }
+
+    /// Sampling defaults that fit the model: what its directory recommends.
+    pub fn defaults(&self) -> Defaults {
+        EngineCore::<crate::cpu::Cpu>::defaults(self.config())
+    }
+}
+
+/// BOS given, every other token to be revealed.
+fn canvas_to_score(with_bos: &[u32]) -> Vec<Option<u32>> {
+    std::iter::once(Some(with_bos[0])).chain(with_bos[1..].iter().map(|_| None)).collect()
+}
+
+/// Reveals left to right, one token a forward, under `visibility`: the chain rule in an order that the model can decode.
+pub(crate) fn scoring_schedule(visibility: Visibility) -> Result<Schedule> {
+    let stage = match visibility {
+        Visibility::BlockCausal(block_len) => format!("block={block_len},visible=block,unmask=left:1"),
+        Visibility::Full => "block=full,visible=canvas,unmask=left:1".into(),
+    };
+    Schedule::resolve(&[stage.parse()?], &Defaults { top_p: 1.0, ..Defaults::default() })
+}

@@ -1,0 +1,165 @@
+//! Caller's end of a request: events, cancellation, the finished text.
+#![forbid(unsafe_code)]
+
+use std::sync::mpsc::TryRecvError;
+use std::sync::{Arc, Mutex};
+
+use crate::error::{Error, Result};
+use crate::request::{Handle, Message, Output, find_stop};
+use crate::session::Event;
+use crate::tokenizer::Tokenizer;
+
+/// How token ids become the text of a request.
+#[derive(Clone)]
+pub(crate) struct TextRules {
+    /// `None` for models without one: texts are empty.
+    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    /// Where the text ends, if the model writes it.
+    pub(crate) end_of_text: Option<u32>,
+    pub(crate) stop: Vec<String>,
+    /// Index of the stage whose committed blocks are final.
+    pub(crate) last_stage: usize,
+    /// The generated positions are holes in a given text.
+    pub(crate) infills: bool,
+}
+
+impl TextRules {
+    /// Text of generated tokens: up to the end of text and the first stop text, and whether it ends there.
+    pub(crate) fn text(&self, tokens: &[u32]) -> (String, bool) {
+        let Some(tokenizer) = &self.tokenizer else { return (String::new(), false) };
+        let end = self.end_of_text.and_then(|eos| tokens.iter().position(|token| *token == eos));
+        let mut text = tokenizer.decode(&tokens[..end.unwrap_or(tokens.len())]);
+        let stop = find_stop(&text, &self.stop);
+        if let Some(at) = stop {
+            text.truncate(at);
+        }
+        (text, end.is_some() || stop.is_some())
+    }
+
+    pub(crate) fn decode(&self, tokens: &[u32]) -> String {
+        self.tokenizer.as_ref().map_or_else(String::new, |tokenizer| tokenizer.decode(tokens))
+    }
+}
+
+/// A finished text.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Generation {
+    /// What was generated, up to the end-of-text token and the first stop text. For prompts with holes: the
+    /// whole text with its holes filled.
+    pub text: String,
+    /// The generated text when the first stage was done.
+    pub draft: String,
+    /// Tokens, positions, confidence, stages, counters and times.
+    pub output: Output,
+}
+
+impl Generation {
+    pub(crate) fn new(output: Output, rules: &TextRules) -> Generation {
+        let text = if rules.infills { rules.decode(&output.canvas) } else { rules.text(&output.tokens).0 };
+        Generation { text, draft: rules.text(&output.draft).0, output }
+    }
+}
+
+/// Why the thread of an engine ended, where it failed.
+pub(super) type Failure = Arc<Mutex<Option<Error>>>;
+
+/// A request in flight. Dropping the handle cancels the request.
+pub struct RequestHandle {
+    core: Handle,
+    rules: TextRules,
+    /// The engine's thread, where it has one: without, nothing advances while a caller waits.
+    thread: Option<Failure>,
+}
+
+impl RequestHandle {
+    pub(super) fn new(core: Handle, rules: TextRules) -> RequestHandle {
+        RequestHandle { core, rules, thread: None }
+    }
+
+    pub(super) fn on_thread(mut self, failure: Failure) -> RequestHandle {
+        self.thread = Some(failure);
+        self
+    }
+
+    /// Events since the last call; never waits. Each gives a stage, a step, positions, tokens and confidences.
+    pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
+        self.core.events()
+    }
+
+    /// The result if the request is finished, given once; never waits. Unread events are dropped.
+    pub fn try_wait(&self) -> Option<Result<Generation>> {
+        self.core.events().for_each(drop);
+        self.core.take_output().map(|output| output.map(|output| Generation::new(output, &self.rules)))
+    }
+
+    /// Whether no result has arrived yet.
+    pub(super) fn is_pending(&self) -> bool {
+        self.core.finished.borrow().is_none()
+    }
+
+    /// Waits for the finished text. For requests of an [`super::EngineThread`]; on an engine that the caller
+    /// drives, [`super::Engine::wait`] waits.
+    ///
+    /// Errors: the request's own; [`Error::EngineGone`], or what ended the engine, where it ended first;
+    /// [`Error::Request`] for an engine that has no thread.
+    pub fn wait(self) -> Result<Generation> {
+        loop {
+            if let Some(result) = self.try_wait() {
+                return result;
+            }
+            self.receive()?;
+        }
+    }
+
+    /// Ends the request at the next tick; its output then holds what has been revealed.
+    pub fn cancel(&self) {
+        self.core.cancel();
+    }
+
+    pub(super) fn rules(&self) -> &TextRules {
+        &self.rules
+    }
+
+    /// Blocks until a message has come. An event is returned, a result is kept for [`RequestHandle::try_wait`].
+    pub(super) fn receive(&self) -> Result<Option<Event>> {
+        let Some(failure) = &self.thread else {
+            return Err(Error::request("this engine is driven by its caller: use Engine::wait, or tick it between two looks"));
+        };
+        match self.core.messages.recv() {
+            Ok(Message::Event(event)) => Ok(Some(event)),
+            Ok(Message::Finished(result)) => {
+                *self.core.finished.borrow_mut() = Some(*result);
+                Ok(None)
+            }
+            Err(_) => Err(failure.lock().ok().and_then(|failure| failure.clone()).unwrap_or(Error::EngineGone)),
+        }
+    }
+
+    /// The next event that is there already. `Err`: the engine is gone and no result has come.
+    pub(super) fn poll(&self) -> Result<Option<Event>> {
+        match self.core.messages.try_recv() {
+            Ok(Message::Event(event)) => Ok(Some(event)),
+            Ok(Message::Finished(result)) => {
+                *self.core.finished.borrow_mut() = Some(*result);
+                Ok(None)
+            }
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) if !self.is_pending() => Ok(None),
+            Err(TryRecvError::Disconnected) => {
+                let failure = self.thread.as_ref().and_then(|failure| failure.lock().ok()?.clone());
+                Err(failure.unwrap_or(Error::EngineGone))
+            }
+        }
+    }
+
+    /// Returns a result that was taken too early.
+    pub(super) fn put_back(&self, result: Result<Generation>) {
+        *self.core.finished.borrow_mut() = Some(result.map(|generation| generation.output));
+    }
+
+    /// The result that has come, given once.
+    pub(super) fn take(&self) -> Option<Result<Generation>> {
+        self.core.take_output().map(|output| output.map(|output| Generation::new(output, &self.rules)))
+    }
+}

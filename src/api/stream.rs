@@ -1,0 +1,202 @@
+//! Text of a request while it is written: final text as deltas, provisional text as snapshots.
+//!
+//! Blocks that the last stage has committed are final: their text comes as deltas, which join to
+//! [`Generation::text`]. Whatever an earlier stage wrote, and whatever the last stage has revealed in an open
+//! block, may still change: it comes as snapshots of the whole text.
+#![forbid(unsafe_code)]
+
+use std::collections::BTreeMap;
+
+use super::handle::{Generation, RequestHandle};
+use crate::error::Result;
+use crate::session::{Event, EventKind};
+
+/// What a snapshot shows for positions that hold no token.
+const MASKED: &str = "·";
+
+/// One piece of a [`TextStream`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum TextEvent {
+    /// Final text, after all deltas before it.
+    Delta(String),
+    /// The text as it stands; it replaces the last snapshot.
+    Snapshot(Snapshot),
+    /// The end: the finished text, or the request's error.
+    Done(Box<Result<Generation>>),
+}
+
+/// All positions that have held a generated token, as they are now.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// Index of the stage that is at work.
+    pub stage: usize,
+    /// Text of the positions below, a dot for each that is masked again.
+    pub text: String,
+    /// Positions in the sequence, ascending.
+    pub positions: Vec<usize>,
+    /// Token of each position; `None` while it is masked.
+    pub tokens: Vec<Option<u32>>,
+    /// Probability of each token when it was revealed; 0 while its position is masked.
+    pub confidence: Vec<f32>,
+}
+
+/// The text of one request as it is written. As an iterator it waits, which needs an [`super::EngineThread`];
+/// [`TextStream::try_next`] never waits.
+pub struct TextStream {
+    handle: RequestHandle,
+    /// (token, confidence) of every position that was revealed.
+    cells: BTreeMap<usize, (Option<u32>, f32)>,
+    stage: usize,
+    /// Positions below it are final.
+    final_end: usize,
+    /// Deltas so far.
+    sent: String,
+    /// Something provisional changed since the last snapshot.
+    changed: bool,
+    finished: bool,
+}
+
+impl RequestHandle {
+    /// The text as it is written: final text as deltas, provisional text as snapshots.
+    pub fn into_text(self) -> TextStream {
+        TextStream::new(self)
+    }
+}
+
+impl TextStream {
+    fn new(handle: RequestHandle) -> TextStream {
+        TextStream { handle, cells: BTreeMap::new(), stage: 0, final_end: 0, sent: String::new(), changed: false, finished: false }
+    }
+
+    /// Ends the request at the next tick.
+    pub fn cancel(&self) {
+        self.handle.cancel();
+    }
+
+    /// What has happened since the last call, if anything; never waits. Several changes make one snapshot.
+    pub fn try_next(&mut self) -> Option<TextEvent> {
+        if self.finished {
+            return None;
+        }
+        loop {
+            match self.handle.poll() {
+                Ok(Some(event)) => self.apply(&event),
+                Ok(None) => break,
+                Err(error) => return Some(self.finish(Err(error))),
+            }
+        }
+        self.ready()
+    }
+
+    /// What is known and was not told yet.
+    fn ready(&mut self) -> Option<TextEvent> {
+        if let Some(delta) = self.delta() {
+            return Some(TextEvent::Delta(delta));
+        }
+        if !self.handle.is_pending() {
+            let result = self.handle.take()?;
+            if let Ok(generation) = &result
+                && !self.handle.rules().infills
+                && let Some(rest) = generation.text.strip_prefix(&self.sent).filter(|rest| !rest.is_empty())
+            {
+                let rest = rest.to_owned();
+                self.sent.clone_from(&generation.text);
+                self.handle.put_back(result);
+                return Some(TextEvent::Delta(rest));
+            }
+            return Some(self.finish(result));
+        }
+        std::mem::take(&mut self.changed).then(|| TextEvent::Snapshot(self.snapshot()))
+    }
+
+    fn finish(&mut self, result: Result<Generation>) -> TextEvent {
+        self.finished = true;
+        TextEvent::Done(Box::new(result))
+    }
+
+    fn apply(&mut self, event: &Event) {
+        self.stage = usize::from(event.stage);
+        match event.kind {
+            EventKind::Reveal | EventKind::Edit => {
+                for ((position, token), confidence) in event.positions.iter().zip(&event.tokens).zip(&event.confidence) {
+                    self.cells.insert(*position, (Some(*token), *confidence));
+                }
+                self.changed = true;
+            }
+            EventKind::Remask => {
+                for position in &event.positions {
+                    self.cells.insert(*position, (None, 0.0));
+                }
+                self.changed = true;
+            }
+            EventKind::Commit if self.stage == self.handle.rules().last_stage => {
+                self.final_end = self.final_end.max(event.positions.last().map_or(0, |position| position + 1));
+            }
+            EventKind::Commit | EventKind::Done => {}
+        }
+    }
+
+    /// Final text that was not sent yet. Held back: an incomplete character, and what may begin a stop text.
+    fn delta(&mut self) -> Option<String> {
+        let rules = self.handle.rules();
+        if rules.infills || self.final_end == 0 {
+            return None;
+        }
+        let tokens: Vec<u32> = self.cells.range(..self.final_end).map_while(|(_, (token, _))| *token).collect();
+        let (mut text, ended) = rules.text(&tokens);
+        if !ended {
+            let whole = text.trim_end_matches('\u{fffd}').len();
+            text.truncate(whole);
+            let begins = |at: usize| rules.stop.iter().any(|stop| stop.starts_with(&text[at..]));
+            if let Some(at) = text.char_indices().map(|(at, _)| at).find(|at| begins(*at)) {
+                text.truncate(at);
+            }
+        }
+        let delta = text.strip_prefix(&self.sent).filter(|delta| !delta.is_empty())?.to_owned();
+        self.sent = text;
+        Some(delta)
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let mut text = String::new();
+        let mut run = Vec::new();
+        for (token, _) in self.cells.values() {
+            match token {
+                Some(token) => run.push(*token),
+                None => {
+                    text += &self.handle.rules().decode(&std::mem::take(&mut run));
+                    text += MASKED;
+                }
+            }
+        }
+        text += &self.handle.rules().decode(&run);
+        Snapshot {
+            stage: self.stage,
+            text,
+            positions: self.cells.keys().copied().collect(),
+            tokens: self.cells.values().map(|(token, _)| *token).collect(),
+            confidence: self.cells.values().map(|(_, confidence)| *confidence).collect(),
+        }
+    }
+}
+
+impl Iterator for TextStream {
+    type Item = TextEvent;
+
+    /// Waits for the next piece. `None` after [`TextEvent::Done`].
+    fn next(&mut self) -> Option<TextEvent> {
+        while !self.finished {
+            if let Some(event) = self.try_next() {
+                return Some(event);
+            }
+            match self.handle.receive() {
+                Ok(Some(event)) => self.apply(&event),
+                Ok(None) => {}
+                Err(error) => return Some(self.finish(Err(error))),
+            }
+        }
+        None
+    }
+}

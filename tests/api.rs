@@ -1,0 +1,214 @@
+//! Public engine: what a program that embeds the library sees.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use redraft::{DType, Device, Engine, Error, Generation, Options, Prompt, TextEvent};
+
+fn model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/redraft-stories-7m")
+}
+
+fn engine() -> Engine {
+    Engine::builder(model()).device(Device::Cpu).threads(2).open().expect("the model that ships")
+}
+
+fn options() -> Options {
+    Options::default().length(24).seed(7)
+}
+
+/// Five lines of the README.
+#[test]
+fn a_text_is_the_one_that_the_command_line_writes() {
+    let generation = engine().generate("Once upon a time", options()).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_redraft"))
+        .args(["generate", "--prompt", "Once upon a time", "--length", "24", "--seed", "7", "--device", "cpu", "--format", "json"])
+        .arg("--model")
+        .arg(model())
+        .output()
+        .expect("the binary");
+    let object: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(object["text"], generation.text);
+    assert_eq!(object["draft"]["text"], generation.draft);
+    assert_eq!(serde_json::json!(generation.output.tokens), object["tokens"]);
+}
+
+#[test]
+fn a_batch_gives_the_texts_of_its_requests_alone() {
+    let mut engine = engine();
+    let prompts = ["The dog", "A little girl", "One day"];
+    let together: Vec<Generation> = engine.generate_batch(prompts, &options()).unwrap().into_iter().map(Result::unwrap).collect();
+    for (prompt, generation) in prompts.iter().zip(&together) {
+        assert_eq!(engine.generate(*prompt, options()).unwrap().output.tokens, generation.output.tokens, "{prompt}");
+    }
+}
+
+/// Deltas join to the text, with stop texts and multi-byte tokens; snapshots come before what is final.
+#[test]
+fn streamed_pieces_join_to_the_text() {
+    let thread = engine().spawn();
+    for (preset, stop) in [("draft", None), ("draft", Some("the")), ("did", None), ("did-joint", None)] {
+        let mut options = options().preset(preset).length(40);
+        if let Some(stop) = stop {
+            options = options.stop(stop);
+        }
+        let whole = thread.submit("Once upon a time", options.clone()).unwrap().wait().unwrap();
+        let (mut text, mut snapshots, mut done) = (String::new(), 0, None);
+        for event in thread.submit("Once upon a time", options).unwrap().into_text() {
+            match event {
+                TextEvent::Delta(delta) => text += &delta,
+                TextEvent::Snapshot(snapshot) => {
+                    assert_eq!(snapshot.positions.len(), snapshot.tokens.len());
+                    assert!(snapshot.positions.is_sorted() && snapshot.stage < 2, "{snapshot:?}");
+                    snapshots += 1;
+                }
+                TextEvent::Done(result) => done = Some(result.unwrap()),
+                _ => {}
+            }
+        }
+        let done = done.expect("the last event");
+        assert_eq!((&text, &done.text), (&whole.text, &whole.text), "{preset} {stop:?}");
+        assert!(snapshots > 0 && stop.is_none_or(|stop| !text.contains(stop)), "{preset} {stop:?}: {text}");
+    }
+}
+
+/// An engine whose caller ticks: nothing waits, and a wait that could never end is an error.
+#[test]
+fn a_driven_engine_never_blocks() {
+    let mut engine = engine();
+    let mut stream = engine.submit("One day", options()).unwrap().into_text();
+    let (mut text, mut ticks) = (String::new(), 0);
+    let done = 'ticks: loop {
+        ticks += 1;
+        let busy = engine.tick().unwrap();
+        while let Some(event) = stream.try_next() {
+            match event {
+                TextEvent::Delta(delta) => text += &delta,
+                TextEvent::Done(result) => break 'ticks result.unwrap(),
+                _ => {}
+            }
+        }
+        assert!(busy, "idle without a result");
+    };
+    assert_eq!(text, done.text);
+    assert!(ticks > 1 && stream.try_next().is_none());
+    let error = engine.submit("One day", options()).unwrap().wait().unwrap_err();
+    assert!(matches!(error, Error::Request { .. }) && error.to_string().contains("Engine::wait"), "{error}");
+}
+
+#[test]
+fn requests_are_cancelled_and_outlive_nothing() {
+    let thread = engine().spawn();
+    let handle = thread.submit("One day", options().preset("draft").length(400).ignore_eos(true)).unwrap();
+    handle.cancel();
+    assert_eq!(handle.wait().unwrap().output.finish.name(), "cancelled");
+    // Dropped handles cancel; the last thread handle waits for what is left.
+    drop(thread.submit("One day", options()).unwrap());
+    let handle = thread.submit("One day", options()).unwrap();
+    drop(thread);
+    assert_eq!(handle.wait().unwrap().output.tokens.len(), 24);
+    // An engine that is dropped with a request in flight.
+    let mut engine = engine();
+    let mut stream = engine.submit("One day", options()).unwrap().into_text();
+    drop(engine);
+    assert!(matches!(stream.try_next(), Some(TextEvent::Done(result)) if matches!(*result, Err(Error::EngineGone))));
+}
+
+/// Threads that share one engine get the texts that each would get alone.
+#[test]
+fn clones_of_a_thread_share_its_engine() {
+    let thread = engine().spawn();
+    let alone = thread.submit("The dog", options()).unwrap().wait().unwrap();
+    let texts: Vec<String> = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..4)
+            .map(|_| {
+                let thread = thread.clone();
+                scope.spawn(move || thread.submit("The dog", options()).unwrap().wait().unwrap().text)
+            })
+            .collect();
+        workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+    });
+    assert!(texts.iter().all(|text| *text == alone.text), "{texts:?}");
+}
+
+#[test]
+fn holes_are_filled_and_the_rest_stays() {
+    let mut engine = engine();
+    let generation = engine.generate(Prompt::infill("The [____:4] sat on the mat.").unwrap(), Options::default().seed(1)).unwrap();
+    assert!(generation.text.starts_with("The") && generation.text.ends_with(" sat on the mat."), "{}", generation.text);
+    assert_eq!(generation.output.tokens.len(), 4);
+    assert!(Prompt::infill("no hole").is_err());
+}
+
+/// A text of one's own takes the place of the draft, and only what is masked again may change.
+#[test]
+fn a_given_text_is_refined() {
+    let mut engine = engine();
+    let text = " there was a little girl. She green to the park with her friend.";
+    let tokens = engine.tokenizer().unwrap().encode(text).unwrap();
+    let generation = engine.generate(Prompt::refine("Once upon a time", text), options().preset("did")).unwrap();
+    assert_eq!((generation.draft.as_str(), &generation.output.draft), (text, &tokens));
+    let refine = &generation.output.stages[1];
+    assert_eq!(refine.remasked.len(), (0.35 * tokens.len() as f64) as usize);
+    let first = generation.output.positions[0];
+    for (i, (old, new)) in tokens.iter().zip(&generation.output.tokens).enumerate() {
+        assert!(old == new || refine.remasked.contains(&(first + i)), "position {i} changed");
+    }
+    // Its confidence is the model's own: that of scoring the text in the draft's order.
+    let stages = ["block=trained,unmask=left:1", "block=full,remask=0,unmask=linear:1"].map(|stage| stage.parse().unwrap());
+    let kept = engine.generate(Prompt::refine("", text), Options::default().stages(stages).top_p(1.0)).unwrap();
+    let nll = engine.score(text).unwrap();
+    let found: Vec<f64> = kept.output.confidence.iter().map(|p| -f64::from(*p).ln()).collect();
+    assert_eq!(found, nll);
+    for (prompt, preset) in [(Prompt::refine("a", ""), "did"), (Prompt::refine("a", text), "draft")] {
+        let error = engine.generate(prompt, options().preset(preset)).unwrap_err().to_string();
+        assert!(error.starts_with("refine: expected"), "{error}");
+    }
+}
+
+#[test]
+fn wrong_options_are_named() {
+    let mut engine = engine();
+    for (options, word) in [
+        (options().preset("best"), "presets"),
+        (options().temperature(-1.0), "temperature"),
+        (options().top_p(0.0), "top_p"),
+        (options().length(0), "at least 1"),
+        (options().length(1 << 40), "positions"),
+        (options().stop_entropy(f64::NAN), "stop_entropy"),
+        (options().stop(""), "empty"),
+    ] {
+        let error = engine.generate("a", options).unwrap_err();
+        assert!(matches!(error, Error::Request { .. }) && error.to_string().contains(word), "{word}: {error}");
+    }
+    assert!(engine.score("").is_err());
+    assert!(matches!(Engine::open("no/such/directory"), Err(Error::Config { .. } | Error::Io { .. })));
+}
+
+/// Weights that are small stay in f32; a type that is named is taken.
+#[test]
+fn the_type_fits_the_model() {
+    let bytes = |engine: &Engine| engine.device_name();
+    assert!(!bytes(&engine()).is_empty());
+    let mut bf16 = Engine::builder(model()).device(Device::Cpu).dtype(DType::Bf16).threads(1).open().unwrap();
+    let mut f32 = engine();
+    let [a, b] = [&mut bf16, &mut f32].map(|engine| engine.score("Once upon a time").unwrap());
+    assert!(a != b && a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 0.1), "{a:?} {b:?}");
+}
+
+/// Each program under examples/ runs, and says something.
+#[test]
+fn examples_run() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut names: Vec<String> = std::fs::read_dir(dir.join("examples"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned())
+        .collect();
+    names.sort();
+    assert!(names.len() >= 7, "{names:?}");
+    for name in names {
+        let output =
+            Command::new(env!("CARGO")).args(["run", "--quiet", "--locked", "--example", &name]).current_dir(dir).output().expect("cargo");
+        assert!(output.status.success() && output.stdout.len() > 20, "{name}: {output:?}");
+    }
+}
