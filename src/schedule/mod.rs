@@ -6,10 +6,10 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod parse;
 mod presets;
-mod spell;
 mod stage;
 
+pub use parse::StageSpec;
 pub use presets::{PRESETS, Schedule};
-pub use spell::StageSpec;
 pub use stage::{Bans, Defaults, Edit, Eos, KvPolicy, MAX_MODELS, Remask, RemaskBy, Scope, Stage};

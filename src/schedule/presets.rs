@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, Result};
-use crate::schedule::spell::StageSpec;
+use crate::schedule::parse::StageSpec;
 use crate::schedule::stage::{Defaults, Stage};
 
 /// A checked list of stages: the first drafts, every later one remasks and regenerates.
