@@ -34,7 +34,7 @@
 //! | [`model`] | the forward pass and the families |
 //! | [`session`], [`batcher`], [`request`] | one request's life; who advances; what callers hand in and get back |
 //! | [`api`] | the public engine on a device chosen at run time, its requests, their streams |
-//! | [`engine`], [`oneshot`] | the tick; forwards outside any session |
+//! | [`engine`], [`scoring`] | the tick; forwards outside any session |
 //! | [`quality`] | measures of text given as token ids; knows no engine |
 //! | [`cli`] | the command line |
 //!
@@ -65,7 +65,6 @@ pub mod cuda;
 pub mod engine;
 pub mod error;
 pub mod model;
-pub mod oneshot;
 pub mod pages;
 pub mod plan;
 pub mod quality;
@@ -73,6 +72,7 @@ pub mod request;
 pub mod rng;
 pub mod sampling;
 pub mod schedule;
+pub mod scoring;
 pub mod session;
 pub mod tokenizer;
 pub mod weights;

@@ -25,10 +25,10 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::model::shapes;
-use crate::oneshot::{TimedForward, Timing};
 use crate::plan::Visibility;
 use crate::request::{Output, Prompt, Request};
 use crate::schedule::Schedule;
+use crate::scoring::{TimedForward, Timing};
 
 /// What is measured without `--preset` and `--stage`.
 const DEFAULT_PRESETS: [&str; 3] = ["draft", "did", "did-fast"];

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use redraft::backend::HostReason;
 use redraft::engine::Engine;
-use redraft::oneshot::TimedForward;
 use redraft::plan::Visibility;
 use redraft::request::Request;
+use redraft::scoring::TimedForward;
 use redraft::{Backend, DType, Finish};
 
 use crate::backends;
