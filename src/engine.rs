@@ -19,7 +19,6 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use crate::backend::{Backend, BannedIds, HostReason};
-use crate::batcher::{self, Budget, Need};
 use crate::config::{Attention, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::registry;
@@ -30,6 +29,7 @@ use crate::request::{Handle, Output, Prompt, Request, Segment, Timings};
 use crate::request::{Message, stop_at};
 use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Scope};
+use crate::scheduler::{self, Budget, Need};
 use crate::session::{Event, Next, Session, SessionSpec, Step, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -443,7 +443,7 @@ impl<B: Backend> Engine<B> {
     /// The model that runs next, and the sequences whose next forward it is.
     fn schedule(&mut self) -> (usize, Vec<usize>) {
         let needs = self.advance();
-        let (weights, chosen) = batcher::choose(&needs, self.turn, &self.options.budget);
+        let (weights, chosen) = scheduler::schedule(&needs, self.turn, &self.options.budget);
         self.turn = self.turn.wrapping_add(1) % self.active.len().max(1);
         (weights, chosen)
     }

@@ -17,7 +17,7 @@
 //! # The path of data
 //!
 //! ```text
-//! text -> tokenizer -> session (schedule) -> batcher -> plan -> model on a Backend -> decide (sampling) -> canvas
+//! text -> tokenizer -> session (schedule) -> scheduler -> plan -> model on a Backend -> decide (sampling) -> canvas
 //!                                                        | K/V                                   | block final
 //!                                                        v                                       v
 //!                                                      pages <------------- commit --------------+-> events, text
@@ -32,7 +32,7 @@
 //! | [`schedule`], [`sampling`] | what a request asks for; which token, which reveals, which remasks |
 //! | [`backend`], [`cpu`], `cuda` | ops of a machine, runners of planned steps; the CPU; the door to CUDA |
 //! | [`model`] | the forward pass and the families |
-//! | [`session`], [`batcher`], [`request`] | one request's life; who advances; what callers hand in and get back |
+//! | [`session`], [`scheduler`], [`request`] | one request's life; who advances; what callers hand in and get back |
 //! | [`api`] | the public engine on a device chosen at run time, its requests, their streams |
 //! | [`engine`], [`scoring`] | the tick; forwards outside any session |
 //! | [`quality`] | measures of text given as token ids; knows no engine |
@@ -54,7 +54,6 @@
 
 pub mod api;
 pub mod backend;
-pub mod batcher;
 pub mod canvas;
 pub mod chat;
 pub mod cli;
@@ -72,6 +71,7 @@ pub mod request;
 pub mod rng;
 pub mod sampling;
 pub mod schedule;
+pub mod scheduler;
 pub mod scoring;
 pub mod session;
 pub mod tokenizer;
@@ -79,12 +79,12 @@ pub mod weights;
 
 pub use api::{Device, Engine, EngineBuilder, EngineThread, Generation, Options, Prompt, RequestHandle, Snapshot, TextEvent, TextStream};
 pub use backend::{Backend, DType};
-pub use batcher::Budget;
 pub use chat::Message;
 pub use cpu::Cpu;
 pub use engine::EngineOptions;
 pub use error::{Error, Result};
 pub use request::{Output, Segment, Timings};
 pub use schedule::{Defaults, Schedule, Stage, StageSpec};
+pub use scheduler::Budget;
 pub use session::{Event, EventKind, Finish, StageReport};
 pub use tokenizer::Tokenizer;

@@ -122,19 +122,19 @@ fn imports_have_no_cycle() {
 }
 
 /// Modules that know nothing of the crate.
-const LEAVES: [&str; 6] = ["error", "rng", "canvas", "pages", "plan", "batcher"];
+const LEAVES: [&str; 6] = ["error", "rng", "canvas", "pages", "plan", "scheduler"];
 
 /// For a module, those that it never imports, not even by way of others: sampling knows no page,
 /// the model no request, a session no tensor, and the backends nothing of each other.
 const NEVER: [(&str, &[&str]); 9] = [
-    ("sampling", &["backend", "batcher", "canvas", "engine", "model", "pages", "plan", "schedule", "session"]),
+    ("sampling", &["backend", "scheduler", "canvas", "engine", "model", "pages", "plan", "schedule", "session"]),
     ("schedule", &["backend", "engine", "model", "pages", "session"]),
     ("config", &["model", "schedule", "session"]),
     ("backend", &["config", "cpu", "cuda", "engine", "model", "schedule", "session"]),
     ("cpu", &["cuda", "engine", "model", "schedule", "session"]),
     ("cuda", &["cpu", "engine", "model", "schedule", "session"]),
-    ("model", &["batcher", "cpu", "cuda", "engine", "request", "schedule", "session"]),
-    ("session", &["batcher", "cli", "config", "engine", "model", "pages"]),
+    ("model", &["scheduler", "cpu", "cuda", "engine", "request", "schedule", "session"]),
+    ("session", &["scheduler", "cli", "config", "engine", "model", "pages"]),
     ("engine", &["cli", "cpu", "cuda", "quality"]),
 ];
 

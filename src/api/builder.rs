@@ -8,11 +8,11 @@ use super::core::AnyCore;
 use super::device::{Device, on_backend};
 use super::engine::Engine;
 use crate::backend::{Backend, DType};
-use crate::batcher::Budget;
 use crate::config::ModelConfig;
 use crate::engine::{Engine as EngineCore, EngineOptions};
 use crate::error::Result;
 use crate::model::registry;
+use crate::scheduler::Budget;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 

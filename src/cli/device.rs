@@ -9,12 +9,12 @@ use clap::Args;
 use crate::api::default_dtype;
 use crate::api::device::{AnyBackend, Device};
 use crate::backend::{Backend, DType};
-use crate::batcher::Budget;
 use crate::cli::engine::load;
 use crate::cli::flags::DTypeFlag;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Result;
+use crate::scheduler::Budget;
 use crate::tokenizer::Tokenizer;
 
 /// Where and how the network runs.

@@ -50,7 +50,7 @@ impl<B: Backend> Engine<B> {
         let count = foreseen.iter().map(Vec::len).min().unwrap_or(0);
         let mut steps = Vec::with_capacity(count);
         for index in 0..count {
-            // A later step may need more rows than the batcher allowed the first.
+            // A later step may need more rows than the scheduler allowed the first.
             let rows: usize = foreseen.iter().map(|steps| steps[index].rows.len()).sum();
             if index > 0 && chosen.len() > 1 && rows > self.options.budget.max_rows {
                 break;

@@ -2,12 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use redraft::batcher::Budget;
 use redraft::engine::Engine;
 use redraft::model::registry;
 use redraft::model::shapes;
 use redraft::request::{Handle, Prompt, Request};
 use redraft::schedule::Defaults;
+use redraft::scheduler::Budget;
 use redraft::session::Forwards;
 use redraft::{Backend, Cpu, DType, EngineOptions, Finish, Output, Schedule};
 

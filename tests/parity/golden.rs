@@ -1,10 +1,10 @@
 //! Hidden states, logits and likelihoods against the official networks.
 
 use redraft::backend::DType;
-use redraft::batcher::Budget;
 use redraft::cpu::Cpu;
 use redraft::cpu::simd::Isa;
 use redraft::engine::Engine;
+use redraft::scheduler::Budget;
 use redraft::{EngineOptions, Error};
 
 use crate::fixture::{self, Fixture, argmax, relative, text, visibility};

@@ -25,7 +25,7 @@ pub struct Need {
 
 /// The model that runs now, and the indices of the sessions that share its forward. `needs[i]` is what session i wants, `None` if
 /// it waits; `turn` is who is asked first, and names the model.
-pub fn choose(needs: &[Option<Need>], turn: usize, budget: &Budget) -> (usize, Vec<usize>) {
+pub fn schedule(needs: &[Option<Need>], turn: usize, budget: &Budget) -> (usize, Vec<usize>) {
     let mut chosen = Vec::new();
     let (mut total, mut weights) = (0, 0);
     for i in (0..needs.len()).map(|i| (i + turn) % needs.len()) {
@@ -54,18 +54,18 @@ mod tests {
     fn fills_the_budget_in_turn_and_always_runs_one() {
         let budget = Budget { max_rows: 10, max_sessions: 8 };
         let four = needs([Some((4, 0)), None, Some((4, 0)), Some((4, 0)), Some((2, 0))]);
-        assert_eq!(choose(&four, 0, &budget), (0, vec![0, 2, 4]));
-        assert_eq!(choose(&four, 3, &budget), (0, vec![0, 3, 4]));
-        assert_eq!(choose(&needs([Some((99, 0)), Some((99, 0))]), 1, &budget), (0, vec![1]));
-        assert_eq!(choose(&[None, None], 0, &budget), (0, vec![]));
-        assert_eq!(choose(&[], 0, &budget), (0, vec![]));
+        assert_eq!(schedule(&four, 0, &budget), (0, vec![0, 2, 4]));
+        assert_eq!(schedule(&four, 3, &budget), (0, vec![0, 3, 4]));
+        assert_eq!(schedule(&needs([Some((99, 0)), Some((99, 0))]), 1, &budget), (0, vec![1]));
+        assert_eq!(schedule(&[None, None], 0, &budget), (0, vec![]));
+        assert_eq!(schedule(&[], 0, &budget), (0, vec![]));
     }
 
     #[test]
     fn a_forward_runs_one_model() {
         let budget = Budget { max_rows: 10, max_sessions: 8 };
         let mixed = needs([Some((1, 0)), Some((1, 1)), Some((1, 0)), Some((1, 1))]);
-        assert_eq!(choose(&mixed, 0, &budget), (0, vec![0, 2]));
-        assert_eq!(choose(&mixed, 1, &budget), (1, vec![1, 3]));
+        assert_eq!(schedule(&mixed, 0, &budget), (0, vec![0, 2]));
+        assert_eq!(schedule(&mixed, 1, &budget), (1, vec![1, 3]));
     }
 }
