@@ -69,7 +69,7 @@ impl EngineOptions {
     }
 }
 
-struct Active {
+struct RunningSequence {
     id: u64,
     session: Session,
     table: PageTable,
@@ -84,15 +84,15 @@ struct Active {
 }
 
 /// One model with its own K/V store; page numbers mean the same in all of them.
-pub(crate) struct Loaded<B: Backend> {
+pub(crate) struct LoadedModel<B: Backend> {
     pub(crate) model: Model<B>,
     pub(crate) kv: B::KvCache,
     pub(crate) scratch: Scratch<B>,
     pub(crate) joint: Option<joint_steps::LoadedJoint<B>>,
 }
 
-impl<B: Backend> Loaded<B> {
-    fn new(backend: &B, model: Model<B>, pool: &PagePool, options: &EngineOptions) -> Result<Loaded<B>> {
+impl<B: Backend> LoadedModel<B> {
+    fn new(backend: &B, model: Model<B>, pool: &PagePool, options: &EngineOptions) -> Result<LoadedModel<B>> {
         let (num_pages, page_size) = (pool.capacity(), pool.page_size());
         let bytes = model.config().kv_bytes_per_token(backend.dtype().bytes()).checked_mul(num_pages * page_size);
         if bytes.is_none_or(|bytes| bytes > isize::MAX as usize / 4) {
@@ -100,12 +100,12 @@ impl<B: Backend> Loaded<B> {
         }
         let kv = backend.kv_cache(model.kv_shape(num_pages + options.spare_pages(), page_size, 0))?;
         let scratch = Scratch::new(backend, model.config(), 16)?;
-        Ok(Loaded { model, kv, scratch, joint: None })
+        Ok(LoadedModel { model, kv, scratch, joint: None })
     }
 
     /// As runners take it.
     pub(crate) fn network(&mut self) -> StepNetwork<'_, B> {
-        let Loaded { model, kv, scratch, joint } = self;
+        let LoadedModel { model, kv, scratch, joint } = self;
         StepNetwork { model, kv, scratch, joint: joint.as_mut().map(joint_steps::LoadedJoint::sampler) }
     }
 }
@@ -117,7 +117,7 @@ const END_OF_TURN: &str = "<|eot_id|>";
 pub struct Engine<B: Backend> {
     pub(crate) backend: B,
     /// Never empty; 0 is the one the engine was loaded with, the others belong to stages that name them.
-    pub(crate) models: Vec<Loaded<B>>,
+    pub(crate) models: Vec<LoadedModel<B>>,
     tokenizer: std::result::Result<Arc<Tokenizer>, Error>,
     pub(crate) banned: BannedIds,
     pub(crate) runner: B::Runner,
@@ -125,8 +125,8 @@ pub struct Engine<B: Backend> {
     host_steps: BTreeMap<HostReason, usize>,
     pub(crate) options: EngineOptions,
     pub(crate) pool: PagePool,
-    queue: VecDeque<Active>,
-    active: Vec<Active>,
+    queue: VecDeque<RunningSequence>,
+    active: Vec<RunningSequence>,
     turn: usize,
     next_id: u64,
 }
@@ -183,7 +183,7 @@ impl<B: Backend> Engine<B> {
         last.extend(tokenizer.as_ref().ok().and_then(|tokenizer| tokenizer.id(END_OF_TURN)));
         let banned = BannedIds::new(banned, config.eos_id.into_iter().collect(), last);
         let pool = PagePool::new(num_pages, options.page_size);
-        let models = vec![Loaded::new(&backend, model, &pool, &options)?];
+        let models = vec![LoadedModel::new(&backend, model, &pool, &options)?];
         Ok(Engine {
             backend,
             models,
@@ -219,7 +219,7 @@ impl<B: Backend> Engine<B> {
             return Err(Error::config(&model_dir.join("config.json"), "an autoregressive checkpoint cannot run a stage"));
         }
         let model = registry::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
-        self.models.push(Loaded::new(&self.backend, model, &self.pool, &self.options)?);
+        self.models.push(LoadedModel::new(&self.backend, model, &self.pool, &self.options)?);
         Ok(self.models.len() - 1)
     }
 
@@ -371,7 +371,7 @@ impl<B: Backend> Engine<B> {
             tokens: session.canvas().tokens()[..prefix_len].to_vec(),
         });
         let now = Instant::now();
-        self.queue.push_back(Active {
+        self.queue.push_back(RunningSequence {
             id: self.next_id,
             session,
             table: PageTable::default(),
@@ -421,7 +421,7 @@ impl<B: Backend> Engine<B> {
 
     /// Cancelled requests, and those whose handle is gone, end where they stand.
     fn drop_cancelled(&mut self) {
-        let gone = |a: &Active| a.cancel.load(Ordering::Relaxed) || Arc::strong_count(&a.cancel) == 1;
+        let gone = |a: &RunningSequence| a.cancel.load(Ordering::Relaxed) || Arc::strong_count(&a.cancel) == 1;
         for active in self.active.iter_mut().chain(&mut self.queue).filter(|a| gone(a)) {
             active.session.cancel();
         }
@@ -511,7 +511,7 @@ impl<B: Backend> Engine<B> {
     }
 }
 
-impl Active {
+impl RunningSequence {
     /// The step that it was chosen for.
     fn step(&self) -> &Step {
         self.session.step().expect("chosen for its step")

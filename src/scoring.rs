@@ -12,7 +12,7 @@ use crate::backend::{
 };
 use crate::canvas::Canvas;
 use crate::config::{Attention, ModelConfig};
-use crate::engine::{Engine, Loaded};
+use crate::engine::{Engine, LoadedModel};
 use crate::error::{Error, Result};
 use crate::model::{Model, Probe, Scratch};
 use crate::pages::PageTable;
@@ -66,7 +66,7 @@ impl<B: Backend> Engine<B> {
         let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
         plan.push(&rows, table.pages(), self.options.page_size, visibility, len);
         let wanted: Vec<u32> = (0..len as u32).collect();
-        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
+        let LoadedModel { model, kv, scratch, .. } = &mut self.models[0];
         let outcome = model.forward(&self.backend, &plan, &wanted, kv, scratch, probe).and_then(|()| read(model, &self.backend, scratch));
         let freed = table.truncate(&mut self.pool, 0);
         self.pool.uncommit(needed);
@@ -163,7 +163,7 @@ impl<B: Backend> Engine<B> {
         }
         let all: Vec<u32> = (0..plan.num_rows() as u32).collect();
         let banned: Vec<u32> = self.config().mask_id.into_iter().collect();
-        let Loaded { model, kv, scratch, .. } = &mut self.models[0];
+        let LoadedModel { model, kv, scratch, .. } = &mut self.models[0];
         model.forward(&self.backend, &plan, &all, kv, scratch, None)?;
         let mut decisions = model.decide(&self.backend, &all, &draws, &banned, scratch)?.into_iter();
         for (index, count) in parts {
@@ -196,7 +196,7 @@ impl<B: Backend> Engine<B> {
         let (all, plan) = (plan_of(&rows), plan_of(&rows[range.clone()]));
         let measure = || -> Result<Timing> {
             // K/V of all positions.
-            let Loaded { model, kv, scratch, .. } = &mut self.models[0];
+            let LoadedModel { model, kv, scratch, .. } = &mut self.models[0];
             model.forward(&self.backend, &all, &[], kv, scratch, None)?;
             self.time_step(timed, plan, runs)
         };

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::backend::Backend;
 use crate::engine::joint_steps::LoadedJoint;
-use crate::engine::{Engine, Loaded};
+use crate::engine::{Engine, LoadedModel};
 use crate::error::{Error, Result};
 use crate::model::joint::{Joint, JointState};
 use crate::model::{Progress, Scratch};
@@ -49,7 +49,7 @@ impl<B: Backend> Engine<B> {
             return Err(Error::request("a joint sampler is attached before the first request: requests are in flight"));
         }
         let (num_pages, page_size) = (self.pool.capacity(), self.pool.page_size());
-        let Loaded { model, kv, scratch, joint } = &mut self.models[0];
+        let LoadedModel { model, kv, scratch, joint } = &mut self.models[0];
         let (backend, config) = (&self.backend, model.config());
         let sampler = Joint::load(backend, config, dir, progress)?;
         let state = |rows| JointState::new(backend, config, rows);
@@ -98,7 +98,7 @@ impl<B: Backend> Engine<B> {
             plan
         };
         let backend = &self.backend;
-        let Loaded { model, kv, scratch, joint } = &mut self.models[0];
+        let LoadedModel { model, kv, scratch, joint } = &mut self.models[0];
         let LoadedJoint { sampler, state, outside } = joint.as_mut().expect("looked at before");
         let len = states[0].len() as u32;
         model.forward(backend, &plan(&states[0], 0..len as usize), &(0..len).collect::<Vec<_>>(), kv, scratch, None)?;

@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use super::joint_steps::planned_joint;
-use super::{Active, Engine, ms};
+use super::{Engine, RunningSequence, ms};
 use crate::backend::{
     Backend, BannedSet, HostAsks, HostPass, HostReason, HostRule, HostSampling, HostWindow, PlannedRun, PlannedStep, RowOutcome,
     RuleSampling, RunCanvas, Sampling, Sequences, StepOutcome, StepRunner,
@@ -155,7 +155,7 @@ fn asks_of(asks: &[Ask], rule: HostRule) -> HostAsks {
 
 /// The chosen sequences while their steps run.
 struct RunningSequences<'a> {
-    active: &'a mut [Active],
+    active: &'a mut [RunningSequence],
     pool: &'a mut PagePool,
     page_size: usize,
     chosen: &'a [usize],
@@ -183,7 +183,7 @@ impl Sequences for RunningSequences<'_> {
     fn next_pass(&mut self) -> Option<HostPass> {
         let (mut plan, mut sequences) = (Plan::new(), Vec::with_capacity(self.chosen.len()));
         for (c, &i) in self.chosen.iter().enumerate() {
-            let Active { session, table, .. } = &self.active[i];
+            let RunningSequence { session, table, .. } = &self.active[i];
             self.waiting[c] = session.joint_ask().filter(|_| !self.over[c]);
             sequences.push(self.waiting[c].as_ref().map(|ask| {
                 plan.push(&ask.rows, table.pages(), self.page_size, ask.visibility, ask.len);
