@@ -88,7 +88,7 @@ pub enum Mlp {
 
 /// What families do differently inside the one decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Switches {
+pub struct DecoderFlags {
     pub norm: NormKind,
     pub mlp: Mlp,
     /// Biases of the q, k and v projections.
@@ -134,7 +134,7 @@ pub struct ModelConfig {
     pub moe: Option<Moe>,
     pub norm_eps: f32,
     pub rope: Rope,
-    pub switches: Switches,
+    pub switches: DecoderFlags,
     /// Positions the model was trained on.
     pub model_length: usize,
     /// Attention of the checkpoint ends this many positions back; here it does not, so no longer sequence is served.
@@ -173,7 +173,7 @@ impl ModelConfig {
     }
 
     /// Adds what every family has in common: every id that ends a text, and recommended sampling.
-    pub fn complete(mut self, dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+    pub fn complete(mut self, dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         self.stop_ids = self.eos_id.into_iter().collect();
         self.stop_ids.extend(keys.tokens("eos_token_id", self.vocab_size)?);
         self.read_generation(dir)?;
@@ -190,7 +190,7 @@ impl ModelConfig {
         };
         let map: Map<String, Value> =
             serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))?;
-        let keys = Keys { path: &path, map: &map, parent: "" };
+        let keys = ConfigJson { path: &path, map: &map, parent: "" };
         self.stop_ids.extend(keys.tokens("eos_token_id", self.vocab_size)?);
         self.sampling = Sampling {
             temperature: keys.checked("temperature", valid_temperature, "a finite number of at least 0")?,
@@ -249,16 +249,16 @@ impl ModelConfig {
 }
 
 /// `config.json` with typed access; errors name the file and the key.
-pub struct Keys<'a> {
+pub struct ConfigJson<'a> {
     path: &'a Path,
     map: &'a Map<String, Value>,
     /// Where the object is a value itself: its key and a dot.
     parent: &'static str,
 }
 
-impl Keys<'_> {
+impl ConfigJson<'_> {
     /// What `read` makes of `dir/config.json`.
-    pub fn of<T>(dir: &Path, read: impl FnOnce(&Keys) -> Result<T>) -> Result<T> {
+    pub fn of<T>(dir: &Path, read: impl FnOnce(&ConfigJson) -> Result<T>) -> Result<T> {
         let path = dir.join("config.json");
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,
@@ -269,7 +269,7 @@ impl Keys<'_> {
         let Value::Object(map) = value else {
             return Err(Error::config(&path, "expected a JSON object"));
         };
-        read(&Keys { path: &path, map: &map, parent: "" })
+        read(&ConfigJson { path: &path, map: &map, parent: "" })
     }
 
     /// An error about this file.
@@ -437,12 +437,12 @@ impl Keys<'_> {
     }
 
     /// An optional object, none where it is false; `dotted` is its key and a dot.
-    pub fn object(&self, dotted: &'static str) -> Result<Option<Keys<'_>>> {
+    pub fn object(&self, dotted: &'static str) -> Result<Option<ConfigJson<'_>>> {
         let key = dotted.trim_end_matches('.');
         self.get(key)
             .filter(|v| **v != Value::Bool(false))
             .map(|v| match v {
-                Value::Object(map) => Ok(Keys { path: self.path, map, parent: dotted }),
+                Value::Object(map) => Ok(ConfigJson { path: self.path, map, parent: dotted }),
                 _ => Err(self.error(format!("key `{key}`: expected an object, found {v}"))),
             })
             .transpose()

@@ -24,7 +24,7 @@ use crate::cpu::simd::tile::{Piece, Product};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::plan::Plan;
 
-/// Keys of a tile, four vectors of scores.
+/// ConfigJson of a tile, four vectors of scores.
 const TILE: usize = 64;
 const GROUPS: usize = TILE / LANES;
 
@@ -72,7 +72,7 @@ struct Queries<'a, 'b> {
     tile: Tile<'b, f32>,
 }
 
-/// Keys and values of the groups of a tile; empty past the last visible key.
+/// ConfigJson and values of the groups of a tile; empty past the last visible key.
 type Groups<'a> = [(&'a [u32], &'a [u32]); GROUPS];
 
 impl Kernel for Queries<'_, '_> {

@@ -77,7 +77,7 @@ pub struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    /// Keys and values of the group of slots that begins at `slot`.
+    /// ConfigJson and values of the group of slots that begins at `slot`.
     #[inline(always)]
     pub fn group(&self, slot: usize) -> (&'a [u32], &'a [u32]) {
         let group = slot / self.layout.lanes;
@@ -133,7 +133,7 @@ impl KvCache {
         Head { layout: self.layout, keys: &self.keys[at * keys..][..len * keys], values: &self.values[at * values..][..len * values] }
     }
 
-    /// Keys and values of `layer`, (K, pages, words of a page), to write with [`Append`].
+    /// ConfigJson and values of `layer`, (K, pages, words of a page), to write with [`Append`].
     pub fn layer_mut(&mut self, layer: usize) -> (&mut [u32], &mut [u32]) {
         let pages = self.shape.num_kv_heads * self.shape.num_pages;
         let (keys, values) = (pages * self.layout.key_page(), pages * self.layout.value_page());
@@ -161,7 +161,7 @@ pub struct Append<'a> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    Keys,
+    ConfigJson,
     Values,
 }
 
@@ -184,11 +184,11 @@ impl Kernel for Append<'_> {
                 }
             }
             match (self.kind, layout.dtype) {
-                (Kind::Keys, DType::F32) => {
+                (Kind::ConfigJson, DType::F32) => {
                     let group = &mut self.words[group * layout.key_group()..][..layout.key_group()];
                     scatter(group, lanes, lane, row.iter().map(|key| key.to_bits()));
                 }
-                (Kind::Keys, DType::Bf16) => {
+                (Kind::ConfigJson, DType::Bf16) => {
                     let group = &mut self.words[group * layout.key_group()..][..layout.key_group()];
                     let (pairs, _) = narrow.as_chunks::<2>();
                     scatter(group, lanes, lane, pairs.iter().map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16));

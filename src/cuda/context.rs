@@ -76,7 +76,7 @@ pub struct Weight {
     pub(super) k: usize,
 }
 
-/// Keys and values of all layers.
+/// ConfigJson and values of all layers.
 pub struct KvCache {
     pub(super) keys: Memory,
     pub(super) values: Memory,

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Family, Keys, ModelConfig};
+use crate::config::{ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::llama_layout::Names;
 
@@ -11,7 +11,7 @@ use crate::model::llama_layout::Names;
 pub(super) struct FamilyEntry {
     pub family: &'static Family,
     /// Reads the family's keys of `config.json` in a directory.
-    pub config: fn(&Path, &Keys) -> Result<ModelConfig>,
+    pub config: fn(&Path, &ConfigJson) -> Result<ModelConfig>,
     pub layout: Layout,
 }
 

@@ -14,7 +14,7 @@
 use std::path::Path;
 
 use crate::backend::{self, Activation, AskedRows, Backend, Epilogue, NormKind, RowList, StepParts, WindowShortlist};
-use crate::config::{Keys, ModelConfig};
+use crate::config::{ConfigJson, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::layers::Linear;
 use crate::model::reader::{Progress, Reader};
@@ -87,7 +87,7 @@ impl<B: Backend> Joint<B> {
     ///
     /// Errors: a model of another family or size, and whatever keeps weights from loading.
     pub fn load(backend: &B, base: &ModelConfig, dir: &Path, progress: Progress) -> Result<Joint<B>> {
-        Keys::of(dir, |keys| check(keys, base))?;
+        ConfigJson::of(dir, |keys| check(keys, base))?;
         let c = base.hidden_dim;
         let weights = Weights::open(dir)?;
         let mut expected = vec![(format!("{DOWN}.weight"), vec![c, 2 * c]), (format!("{DOWN}.bias"), vec![c])];
@@ -259,7 +259,7 @@ impl<B: Backend> Joint<B> {
 }
 
 /// Refuses a sampler that was made for another model.
-fn check(keys: &Keys, base: &ModelConfig) -> Result<()> {
+fn check(keys: &ConfigJson, base: &ModelConfig) -> Result<()> {
     match keys.text("model_type")? {
         Some("joint-sampler") => {}
         found => return Err(keys.error(format!("key `model_type`: expected joint-sampler, found {}", found.unwrap_or("nothing")))),

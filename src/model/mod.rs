@@ -5,7 +5,7 @@
 //!     -> (deciding rows) -> final norm -> head + decide
 //! ```
 //! A file under `families/` maps config keys and tensor names onto it, and `registry.rs` finds the
-//! family of a checkpoint; what families do differently is [`crate::config::Switches`], and
+//! family of a checkpoint; what families do differently is [`crate::config::DecoderFlags`], and
 //! [`crate::config::Moe`] where experts (`moe.rs`) are in the place of an MLP. adaLN with a constant
 //! condition is folded into the weights at load, so the decoder itself knows nothing of it.
 #![forbid(unsafe_code)]

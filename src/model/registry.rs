@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use crate::backend::Backend;
-use crate::config::{Classes, Family, Keys, ModelConfig};
+use crate::config::{Classes, ConfigJson, Family, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::families::{
     bd3lm, dream, fast_dllm, gpt2, llada, llada_moe, llada2, llama, mdlm, mistral, qwen2, qwen3, qwen3_moe, rnd1, sdar, sdar_moe,
@@ -42,11 +42,11 @@ static FAMILIES: [&FamilyEntry; 17] = [
 
 /// Reads `dir/config.json`.
 pub fn read_config(dir: &Path) -> Result<ModelConfig> {
-    Keys::of(dir, |keys| (entry_of(keys)?.config)(dir, keys)?.complete(dir, keys))
+    ConfigJson::of(dir, |keys| (entry_of(keys)?.config)(dir, keys)?.complete(dir, keys))
 }
 
 /// The family that a configuration names.
-fn entry_of(keys: &Keys) -> Result<&'static FamilyEntry> {
+fn entry_of(keys: &ConfigJson) -> Result<&'static FamilyEntry> {
     let (model_type, architectures) = (keys.model_type(), keys.architectures());
     // Adapted checkpoints may keep the type of the decoder that they were made from: there the class decides.
     let named = |f: &Family| f.architectures.iter().any(|class| architectures.contains(class));

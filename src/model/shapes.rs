@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::backend::{HeadShape, NormKind, Rope};
-use crate::config::{Attention, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, DecoderFlags, Mlp, ModelConfig, Sampling};
 use crate::error::{Error, Result};
 use crate::model::families::{bd3lm, sdar};
 
@@ -63,7 +63,7 @@ fn sdar_8b() -> ModelConfig {
         moe: None,
         norm_eps: 1e-6,
         rope: Rope::plain(1e6),
-        switches: Switches {
+        switches: DecoderFlags {
             norm: NormKind::Rms,
             mlp: Mlp::SwiGlu,
             qkv_bias: false,

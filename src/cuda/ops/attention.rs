@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 const THREADS: u32 = 128;
 
-/// Keys of a tile, and of a chunk: the work of a CTA where few queries are at hand.
+/// ConfigJson of a tile, and of a chunk: the work of a CTA where few queries are at hand.
 const TILE_KEYS: u32 = 64;
 const CHUNK_KEYS: u32 = 256;
 

@@ -10,7 +10,7 @@
 use std::path::Path;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope};
-use crate::config::{Attention, Classes, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::layers::{Dense, Linear, Norm};
@@ -26,7 +26,7 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 const TIMESTEP_DIM: usize = 256;
 
 /// LayerNorm, GELU, biases in the MLP and at the head.
-pub(crate) const SWITCHES: Switches = Switches {
+pub(crate) const SWITCHES: DecoderFlags = DecoderFlags {
     norm: NormKind::Layer,
     mlp: Mlp::Gelu,
     qkv_bias: false,
@@ -39,7 +39,7 @@ pub(crate) const SWITCHES: Switches = Switches {
 };
 
 /// Reads the published keys with the defaults of the published configuration class.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let block_size = keys.optional_size("block_size", 1 << 24)?.unwrap_or(1);
     let attention = if keys.flag("causal", false)? {
         Attention::Causal
@@ -52,7 +52,7 @@ fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
 }
 
 /// The keys that BD3-LM and MDLM have in common.
-pub(in crate::model) fn shared_config(dir: &Path, keys: &Keys, family: &'static Family, attention: Attention) -> Result<ModelConfig> {
+pub(in crate::model) fn shared_config(dir: &Path, keys: &ConfigJson, family: &'static Family, attention: Attention) -> Result<ModelConfig> {
     if keys.flag("time_conditioning", false)? {
         return Err(
             keys.error("key `time_conditioning` is true: only models without time conditioning are supported (their adaLN is constant)")

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::{llama, qwen2};
 use crate::model::family::{FamilyEntry, Layout};
@@ -14,7 +14,7 @@ pub static FAMILY: Family = Family { name: "dream", model_type: "Dream", archite
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
 
 /// Reads the keys of Qwen2, and MASK.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, &FAMILY, &qwen2::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
     Ok(ModelConfig { attention: Attention::Full, shift: true, mask_id, ..base })

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::{llama, qwen2};
 use crate::model::family::{FamilyEntry, Layout};
@@ -19,7 +19,7 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 const MASK_ID: u32 = 151_665;
 
 /// Reads the keys of Qwen2, MASK, and the block length `bd_size` (32 in the published configuration class).
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, &FAMILY, &qwen2::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
     let block_len = keys.optional_size("bd_size", 1 << 24)?.unwrap_or(32);

@@ -10,7 +10,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope};
-use crate::config::{Attention, Classes, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::layers::{Dense, Linear, Norm};
@@ -26,7 +26,7 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 const ACTIVATIONS: [&str; 2] = ["gelu_new", "gelu_pytorch_tanh"];
 
 /// Reads the published keys with the defaults of the published configuration class.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     for (key, value) in [
         ("scale_attn_weights", json!(true)),
         ("scale_attn_by_inverse_layer_idx", json!(false)),
@@ -56,7 +56,7 @@ fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
         moe: None,
         norm_eps: keys.number("layer_norm_epsilon")?.unwrap_or(1e-5),
         rope: Rope { width: Some(0), ..Rope::plain(10_000.0) },
-        switches: Switches {
+        switches: DecoderFlags {
             norm: NormKind::Layer,
             mlp: Mlp::Gelu,
             qkv_bias: true,

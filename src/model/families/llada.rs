@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{HeadShape, NormKind, Rope};
-use crate::config::{Attention, Classes, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::llama_layout::{Names, Qkv};
@@ -38,7 +38,7 @@ static NAMES: Names = Names {
 };
 
 /// Reads the published keys with the defaults of the published configuration class.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     if keys.has("num_experts") {
         return Err(keys.error("key `num_experts`: LLaDA-MoE shares LLaDA's model_type but not its class, LLaDAMoEModelLM"));
     }
@@ -89,7 +89,7 @@ fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
         moe: None,
         norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-5),
         rope: Rope::plain(keys.number("rope_theta")?.unwrap_or(10_000.0)),
-        switches: Switches {
+        switches: DecoderFlags {
             norm: NormKind::Rms,
             mlp: Mlp::SwiGlu,
             qkv_bias: keys.flag("include_qkv_bias", false)?,

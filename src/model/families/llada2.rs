@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{ExpertShape, RouterScore};
-use crate::config::{Attention, Classes, Family, Keys, ModelConfig, Moe};
+use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect};
 use crate::model::family::{FamilyEntry, Layout};
@@ -42,7 +42,7 @@ const BLOCK_LEN: usize = 32;
 const MASK_ID: u32 = 156_895;
 
 /// Reads the published keys with the defaults of the published configuration class.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     for (key, value) in [
         ("norm_head", json!(false)),
         ("score_function", json!("sigmoid")),

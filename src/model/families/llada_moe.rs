@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{ExpertShape, RouterScore};
-use crate::config::{Attention, Classes, Family, Keys, ModelConfig, Moe};
+use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect};
 use crate::model::family::{FamilyEntry, Layout};
@@ -29,7 +29,7 @@ const DIALECT: Dialect = Dialect {
 };
 
 /// Reads the published keys. What the configuration class can say and no published checkpoint uses is refused by key.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     for (key, value) in
         [("clip_qkv", json!(null)), ("shared_expert_intermediate_size", json!(null)), ("moe_router_enable_expert_bias", json!(false))]
     {

@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use crate::backend::{HeadShape, NormKind, Rope, RopeScaling};
-use crate::config::{Attention, Classes, Family, Keys, Mlp, ModelConfig, Sampling, Switches};
+use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::llama_layout::NAMES;
@@ -25,12 +25,12 @@ pub(in crate::model) struct Dialect {
     /// Width of a head where `head_dim` is absent; `None` shares the hidden width among the heads.
     pub head_dim: Option<usize>,
     /// Whether q, k and v, and the projection after attention, have biases.
-    pub biases: fn(&Keys) -> Result<(bool, bool)>,
+    pub biases: fn(&ConfigJson) -> Result<(bool, bool)>,
     /// Whether the heads of q and k are normed.
-    pub qk_norm: fn(&Keys) -> Result<bool>,
+    pub qk_norm: fn(&ConfigJson) -> Result<bool>,
     /// Width of dense MLPs; 0 where every layer may have experts.
-    pub mlp_dim: fn(&Keys) -> Result<usize>,
-    pub mlp_bias: fn(&Keys) -> Result<bool>,
+    pub mlp_dim: fn(&ConfigJson) -> Result<usize>,
+    pub mlp_bias: fn(&ConfigJson) -> Result<bool>,
     /// Epsilon of the norms where `rms_norm_eps` is absent.
     pub norm_eps: f32,
     /// The part of each head that is rotated where `partial_rotary_factor` is absent; `None` where
@@ -71,18 +71,18 @@ pub(in crate::model) const REQUIRED_KV_HEADS: Dialect =
     Dialect { optional_kv_heads: false, mlp_bias: |_| Ok(false), window: Window::Never, ..DIALECT };
 
 /// One key for all projections of attention.
-pub(in crate::model) fn attention_bias(keys: &Keys) -> Result<(bool, bool)> {
+pub(in crate::model) fn attention_bias(keys: &ConfigJson) -> Result<(bool, bool)> {
     let bias = keys.flag("attention_bias", false)?;
     Ok((bias, bias))
 }
 
 /// Reads the published keys with the defaults of the published configuration class.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     read(dir, keys, &FAMILY, &DIALECT)
 }
 
 /// Reads the published keys with the defaults of the published configuration classes.
-pub(in crate::model) fn read(dir: &Path, keys: &Keys, family: &'static Family, dialect: &Dialect) -> Result<ModelConfig> {
+pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Family, dialect: &Dialect) -> Result<ModelConfig> {
     let vocab_size = keys.size("vocab_size", 1 << 24)?;
     let hidden_dim = keys.size("hidden_size", 1 << 16)?;
     let num_layers = keys.size("num_hidden_layers", 1 << 10)?;
@@ -126,7 +126,7 @@ pub(in crate::model) fn read(dir: &Path, keys: &Keys, family: &'static Family, d
         moe: None,
         norm_eps: keys.number("rms_norm_eps")?.unwrap_or(dialect.norm_eps),
         rope: Rope { width: rotary_dim(keys, dialect, head_dim)?, ..rope(keys, dialect, model_length)? },
-        switches: Switches {
+        switches: DecoderFlags {
             norm: NormKind::Rms,
             mlp: Mlp::SwiGlu,
             qkv_bias,
@@ -153,9 +153,9 @@ pub(in crate::model) fn read(dir: &Path, keys: &Keys, family: &'static Family, d
 }
 
 /// Rotary positions: `rope_parameters` with everything, or `rope_theta` beside an optional `rope_scaling`.
-fn rope(keys: &Keys, dialect: &Dialect, model_length: usize) -> Result<Rope> {
+fn rope(keys: &ConfigJson, dialect: &Dialect, model_length: usize) -> Result<Rope> {
     let theta = keys.number("rope_theta")?;
-    let full = |keys: &Keys| match keys.number("partial_rotary_factor")? {
+    let full = |keys: &ConfigJson| match keys.number("partial_rotary_factor")? {
         Some(factor) if factor != 1.0 && dialect.rotary_factor.is_none() => {
             let what =
                 format!("key `partial_rotary_factor`: expected 1, found {factor}; partly rotated heads are LLaDA2's and LLaDA-MoE's alone");
@@ -200,7 +200,7 @@ fn rope(keys: &Keys, dialect: &Dialect, model_length: usize) -> Result<Rope> {
 }
 
 /// Elements of a head that are rotated, where that is not the whole head.
-fn rotary_dim(keys: &Keys, dialect: &Dialect, head_dim: usize) -> Result<Option<usize>> {
+fn rotary_dim(keys: &ConfigJson, dialect: &Dialect, head_dim: usize) -> Result<Option<usize>> {
     let Some(default) = dialect.rotary_factor else { return Ok(None) };
     let factor = keys.number("partial_rotary_factor")?.unwrap_or(default);
     let width = (f64::from(factor) * head_dim as f64) as usize;
@@ -213,7 +213,7 @@ fn rotary_dim(keys: &Keys, dialect: &Dialect, head_dim: usize) -> Result<Option<
 }
 
 /// The window of the layers that have one; an error where it is shorter than the model's length, as attention here has none.
-fn sliding_window(keys: &Keys, dialect: &Dialect, num_layers: usize, model_length: usize) -> Result<Option<usize>> {
+fn sliding_window(keys: &ConfigJson, dialect: &Dialect, num_layers: usize, model_length: usize) -> Result<Option<usize>> {
     const FULL: &str = "full_attention";
     const SLIDING: &str = "sliding_attention";
     let kinds = if matches!(dialect.window, Window::Ignored) { None } else { keys.texts("layer_types")? };

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::bd3lm;
 use crate::model::family::{FamilyEntry, Layout};
@@ -13,6 +13,6 @@ pub static FAMILY: Family = Family { name: "mdlm", model_type: "mdlm", architect
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Bd3lm };
 
 /// Reads the published keys. MDLM checkpoints have no `block_size` and no `cross_attn`, and always carry adaLN.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     bd3lm::shared_config(dir, keys, &FAMILY, Attention::Full)
 }

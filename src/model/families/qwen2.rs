@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Classes, Family, Keys, ModelConfig};
+use crate::config::{Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect, Window};
 use crate::model::family::{FamilyEntry, Layout};
@@ -17,6 +17,6 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 pub(in crate::model) const DIALECT: Dialect = Dialect { biases: |_| Ok((true, false)), window: Window::Some, ..llama::REQUIRED_KV_HEADS };
 
 /// Reads the published keys with the defaults of the published configuration class.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     llama::read(dir, keys, &FAMILY, &DIALECT)
 }

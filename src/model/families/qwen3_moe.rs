@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use crate::backend::{ExpertShape, RouterScore};
-use crate::config::{Classes, Family, Keys, ModelConfig, Moe};
+use crate::config::{Classes, ConfigJson, Family, ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect, Window};
 use crate::model::family::{FamilyEntry, Layout};
@@ -23,12 +23,12 @@ const DIALECT: Dialect = Dialect {
 };
 
 /// Reads the keys with the defaults of the published configuration class.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     read(dir, keys, &FAMILY, false)
 }
 
 /// Those of the family, and of the ones made from it; `renormalise` is their default.
-pub(in crate::model) fn read(dir: &Path, keys: &Keys, family: &'static Family, renormalise: bool) -> Result<ModelConfig> {
+pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Family, renormalise: bool) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, family, &DIALECT)?;
     let moe = moe(keys, renormalise, &base)?;
     // A checkpoint whose layers all have experts may still name a width of MLPs.
@@ -36,7 +36,7 @@ pub(in crate::model) fn read(dir: &Path, keys: &Keys, family: &'static Family, r
     Ok(ModelConfig { mlp_dim, moe: Some(moe), ..base })
 }
 
-fn moe(keys: &Keys, renormalise: bool, base: &ModelConfig) -> Result<Moe> {
+fn moe(keys: &ConfigJson, renormalise: bool, base: &ModelConfig) -> Result<Moe> {
     let num_layers = base.num_layers;
     // The class leaves the chosen weights as they are by default; every published checkpoint says otherwise.
     let score = RouterScore::Softmax { renormalise: keys.flag("norm_topk_prob", renormalise)? };

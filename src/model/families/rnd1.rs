@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::qwen3_moe;
 use crate::model::family::{FamilyEntry, Layout};
@@ -17,7 +17,7 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 const MASK_ID: u32 = 151_669;
 
 /// Reads the keys of Qwen3-MoE with the defaults of the published configuration class, and MASK.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = qwen3_moe::read(dir, keys, &FAMILY, true)?;
     if base.moe.as_ref().is_some_and(|moe| moe.sparse.contains(&false)) {
         return Err(keys.error("RND1 has experts in every layer: expected no `mlp_only_layers` and a `decoder_sparse_step` of 1"));

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::{llama, qwen3};
 use crate::model::family::{FamilyEntry, Layout};
@@ -17,12 +17,12 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 const BLOCK_LEN: usize = 4;
 
 /// Reads the keys of Qwen3, MASK, and the block length that derivatives add.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     block_causal(dir, keys, llama::read(dir, keys, &FAMILY, &qwen3::DIALECT)?)
 }
 
 /// SDAR over any Qwen3 decoder.
-pub(in crate::model) fn block_causal(dir: &Path, keys: &Keys, base: ModelConfig) -> Result<ModelConfig> {
+pub(in crate::model) fn block_causal(dir: &Path, keys: &ConfigJson, base: ModelConfig) -> Result<ModelConfig> {
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
     let block_len = keys.optional_size("block_size", 1 << 24)?.unwrap_or(BLOCK_LEN);
     Ok(ModelConfig { attention: Attention::BlockCausal(block_len), mask_id, ..base })

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Classes, Family, Keys, ModelConfig};
+use crate::config::{Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::{qwen3_moe, sdar};
 use crate::model::family::{FamilyEntry, Layout};
@@ -15,6 +15,6 @@ pub static FAMILY: Family =
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
 
 /// Reads the keys of Qwen3-MoE, and those that SDAR adds.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     sdar::block_causal(dir, keys, qwen3_moe::read(dir, keys, &FAMILY, false)?)
 }

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, Family, Keys, ModelConfig};
+use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::llama;
 use crate::model::family::{FamilyEntry, Layout};
@@ -20,7 +20,7 @@ const BLOCK_LEN: usize = 4;
 const MASK_ID: u32 = 5;
 
 /// Reads the keys of Llama, and MASK.
-fn config(dir: &Path, keys: &Keys) -> Result<ModelConfig> {
+fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, &FAMILY, &llama::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
     Ok(ModelConfig { attention: Attention::BlockCausal(BLOCK_LEN), mask_id, ..base })
