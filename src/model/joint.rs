@@ -17,8 +17,8 @@ use crate::backend::{self, Activation, AskedRows, Backend, Epilogue, NormKind, R
 use crate::config::{ConfigJson, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::layers::Linear;
-use crate::model::reader::{Progress, Reader};
 use crate::model::registry;
+use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{Layer, Model, Scratch, unique};
 use crate::plan::Plan;
 use crate::weights::Weights;
@@ -93,7 +93,7 @@ impl<B: Backend> Joint<B> {
         let mut expected = vec![(format!("{DOWN}.weight"), vec![c, 2 * c]), (format!("{DOWN}.bias"), vec![c])];
         expected.extend([EMBED_NORM, HIDDEN_NORM, OUT_NORM].map(|name| (name.to_string(), vec![c])));
         expected.extend(registry::layer_tensors(base, LAYER));
-        let mut r = Reader::new(backend, &weights, progress, &expected)?;
+        let mut r = WeightLoader::new(backend, &weights, progress, &expected)?;
         let (embed_norm, hidden_norm, out_norm) = (r.vector(EMBED_NORM, c)?, r.vector(HIDDEN_NORM, c)?, r.vector(OUT_NORM, c)?);
         let down = format!("{DOWN}.weight");
         let embed_down = r.columns(&down, c, 2 * c, 0, c)?;

@@ -9,7 +9,7 @@ use crate::config::{ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::layers::{Dense, Linear};
 use crate::model::moe;
-use crate::model::reader::{Progress, Reader};
+use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
@@ -122,7 +122,7 @@ pub(super) fn layer_tensors(config: &ModelConfig, names: &Names, prefix: &str, e
 pub(super) fn load<B: Backend>(backend: &B, config: ModelConfig, names: &Names, weights: &Weights, progress: Progress) -> Result<Model<B>> {
     let (c, v) = (config.hidden_dim, config.vocab_size);
     let tied = config.switches.tied_head;
-    let mut r = Reader::new(backend, weights, progress, &tensors(&config, names))?;
+    let mut r = WeightLoader::new(backend, weights, progress, &tensors(&config, names))?;
     // A tied table is the head, and held as that alone: of a small model it is a sixth of all weights.
     let table = if tied { None } else { Some(r.table(names.table, v, c)?) };
     let mut layers = Vec::with_capacity(config.num_layers);
@@ -136,7 +136,7 @@ pub(super) fn load<B: Backend>(backend: &B, config: ModelConfig, names: &Names, 
 
 /// Packs what [`layer_tensors`] lists.
 pub(super) fn load_layer<B: Backend>(
-    r: &mut Reader<B>,
+    r: &mut WeightLoader<B>,
     config: &ModelConfig,
     names: &Names,
     prefix: &str,

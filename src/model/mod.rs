@@ -16,12 +16,12 @@ pub mod joint;
 mod layers;
 mod llama_layout;
 mod moe;
-mod reader;
 pub mod registry;
 pub mod shapes;
 pub mod step;
+mod weight_loader;
 
-pub use reader::Progress;
+pub use weight_loader::Progress;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -8,7 +8,7 @@ use crate::backend::{Backend, Epilogue, ExpertShape, Router};
 use crate::config::{ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::layers::{Dense, Linear};
-use crate::model::reader::Reader;
+use crate::model::weight_loader::WeightLoader;
 
 /// Names in a layer, projections without `.weight`. All published layouts share them but for the shared expert, which few have.
 const ROUTER: &str = "mlp.gate";
@@ -72,7 +72,7 @@ pub(super) fn tensors(config: &ModelConfig, moe: &Moe, layer: &str) -> Vec<(Stri
 }
 
 /// Packs them.
-pub(super) fn load<B: Backend>(r: &mut Reader<B>, moe: &Moe, layer: &str) -> Result<Experts<B>> {
+pub(super) fn load<B: Backend>(r: &mut WeightLoader<B>, moe: &Moe, layer: &str) -> Result<Experts<B>> {
     let ExpertShape { num_experts, hidden_dim: c, expert_dim: f, .. } = moe.shape;
     let router = r.linear(&format!("{layer}.{ROUTER}"), num_experts, c, false)?;
     let bias = if moe.router_bias { Some(r.vector(&format!("{layer}.{ROUTER_BIAS}"), num_experts)?) } else { None };

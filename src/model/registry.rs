@@ -14,7 +14,7 @@ use crate::model::families::{
 };
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::llama_layout;
-use crate::model::reader::{Progress, Reader};
+use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{Layer, Model};
 use crate::weights::Weights;
 
@@ -108,7 +108,7 @@ pub(super) fn layer_tensors(config: &ModelConfig, prefix: &str) -> Vec<(String, 
 }
 
 /// Packs what [`layer_tensors`] lists.
-pub(super) fn load_layer<B: Backend>(r: &mut Reader<B>, config: &ModelConfig, prefix: &str) -> Result<Layer<B>> {
+pub(super) fn load_layer<B: Backend>(r: &mut WeightLoader<B>, config: &ModelConfig, prefix: &str) -> Result<Layer<B>> {
     match layout_of(config) {
         Layout::Bd3lm => bd3lm::load_layer(r, config, prefix, None),
         Layout::Gpt2 => llama_layout::load_layer(r, config, &llama_layout::NAMES, prefix, None),

@@ -14,7 +14,7 @@ use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, M
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::layers::{Dense, Linear, Norm};
-use crate::model::reader::{Progress, Reader};
+use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
@@ -144,7 +144,7 @@ pub(in crate::model) fn layer_tensors(config: &ModelConfig, prefix: &str) -> Vec
 }
 
 /// LayerNorm weight under a (shift, scale) pair; plain where there is no adaLN.
-fn norm<B: Backend>(r: &mut Reader<B>, name: &str, width: usize, modulation: Option<(&[f32], &[f32])>) -> Result<Norm<B>> {
+fn norm<B: Backend>(r: &mut WeightLoader<B>, name: &str, width: usize, modulation: Option<(&[f32], &[f32])>) -> Result<Norm<B>> {
     let Some((shift, scale)) = modulation else { return r.norm(name, width) };
     let mut weight = r.values(name, width)?;
     weight.iter_mut().zip(scale).for_each(|(w, s)| *w *= 1.0 + s);
@@ -152,7 +152,7 @@ fn norm<B: Backend>(r: &mut Reader<B>, name: &str, width: usize, modulation: Opt
 }
 
 /// `W c + b` for a modulation of `parts` vectors of `width`.
-fn modulation<B: Backend>(r: &mut Reader<B>, name: &str, condition: &[f64], parts: usize, width: usize) -> Result<Vec<f32>> {
+fn modulation<B: Backend>(r: &mut WeightLoader<B>, name: &str, condition: &[f64], parts: usize, width: usize) -> Result<Vec<f32>> {
     let weight = r.tensor(&format!("{name}.weight"), &[parts * width, condition.len()])?.to_vec()?;
     let bias = r.values(&format!("{name}.bias"), parts * width)?;
     Ok(affine(&weight, &bias, condition).map(|v| v as f32).collect())
@@ -173,7 +173,7 @@ fn silu(x: f64) -> f64 {
 /// Packs a BD3-LM or MDLM checkpoint. Errors name the missing or misshapen tensor.
 pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
     let (c, v) = (config.hidden_dim, config.vocab_size);
-    let mut r = Reader::new(backend, weights, progress, &tensors(&config))?;
+    let mut r = WeightLoader::new(backend, weights, progress, &tensors(&config))?;
 
     let condition = match config.cond_dim {
         None => None,
@@ -209,7 +209,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
 
 /// Packs what [`layer_tensors`] lists, under the modulation of `condition` where there is one.
 pub(in crate::model) fn load_layer<B: Backend>(
-    r: &mut Reader<B>,
+    r: &mut WeightLoader<B>,
     config: &ModelConfig,
     prefix: &str,
     condition: Option<&[f64]>,

@@ -14,7 +14,7 @@ use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, M
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::layers::{Dense, Linear, Norm};
-use crate::model::reader::{Progress, Reader};
+use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
@@ -121,7 +121,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
     let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
     let prefix = prefix(weights);
     let table_name = format!("{prefix}wte.weight");
-    let mut r = Reader::new(backend, weights, progress, &tensors(&config, weights))?;
+    let mut r = WeightLoader::new(backend, weights, progress, &tensors(&config, weights))?;
     let table = if config.switches.tied_head { None } else { Some(r.table(&table_name, v, c)?) };
     let positions = r.table(&format!("{prefix}wpe.weight"), config.model_length, c)?;
     let mut layers = Vec::with_capacity(config.num_layers);
@@ -142,7 +142,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
 }
 
 /// A LayerNorm with its bias.
-fn norm<B: Backend>(r: &mut Reader<B>, name: &str, width: usize) -> Result<Norm<B>> {
+fn norm<B: Backend>(r: &mut WeightLoader<B>, name: &str, width: usize) -> Result<Norm<B>> {
     let weight = r.vector(&format!("{name}.weight"), width)?;
     Ok(Norm { weight, bias: Some(r.vector(&format!("{name}.bias"), width)?) })
 }

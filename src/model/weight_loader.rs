@@ -11,7 +11,7 @@ use crate::weights::{Tensor, Weights};
 pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 
 /// Reads tensors whole and packs matrices, counting the bytes that were read.
-pub(super) struct Reader<'a, B: Backend> {
+pub(super) struct WeightLoader<'a, B: Backend> {
     pub backend: &'a B,
     weights: &'a Weights,
     progress: Progress<'a>,
@@ -19,13 +19,13 @@ pub(super) struct Reader<'a, B: Backend> {
     total: usize,
 }
 
-impl<'a, B: Backend> Reader<'a, B> {
+impl<'a, B: Backend> WeightLoader<'a, B> {
     /// Shapes first: a checkpoint that lacks one of the `expected` tensors is refused before anything is packed.
     pub fn new(backend: &'a B, weights: &'a Weights, progress: Progress<'a>, expected: &[(String, Vec<usize>)]) -> Result<Self> {
         weights.check(expected)?;
         let bytes = |(name, shape): &(String, Vec<usize>)| weights.tensor(name, shape).map(|tensor| tensor.num_bytes());
         let total = expected.iter().map(bytes).sum::<Result<usize>>()?;
-        Ok(Reader { backend, weights, progress, done: 0, total })
+        Ok(WeightLoader { backend, weights, progress, done: 0, total })
     }
 
     pub fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor<'a>> {
@@ -117,7 +117,7 @@ impl<'a, B: Backend> Reader<'a, B> {
         self.backend.weight(WeightShape::Experts { num: names.len(), n, k }, &|first, dst| by_expert(first, n, k, dst, read))
     }
 
-    /// Packs two (n, k) weights of each expert as one of (2n, k), as [`Reader::interleaved`] does.
+    /// Packs two (n, k) weights of each expert as one of (2n, k), as [`WeightLoader::interleaved`] does.
     pub fn interleaved_stack(&mut self, even: &[String], odd: &[String], n: usize, k: usize) -> Result<B::Weight> {
         let mut pairs = Vec::with_capacity(even.len());
         for (even, odd) in even.iter().zip(odd) {
@@ -128,7 +128,7 @@ impl<'a, B: Backend> Reader<'a, B> {
         })
     }
 
-    /// [`Reader::interleaved`] with biases where there are any, all read under the two names.
+    /// [`WeightLoader::interleaved`] with biases where there are any, all read under the two names.
     pub fn interleaved_linear(&mut self, even: &str, odd: &str, n: usize, k: usize, with_bias: bool) -> Result<Linear<B>> {
         let weight = self.interleaved(&format!("{even}.weight"), &format!("{odd}.weight"), n, k)?;
         if !with_bias {
