@@ -26,7 +26,7 @@ mod steps;
 pub use rope::{Rope, RopeScaling};
 pub use steps::{
     BannedIds, BannedSet, HostAsks, HostPass, HostReason, HostRule, HostSampling, HostWindow, PlannedJoint, PlannedPass, PlannedRun,
-    PlannedStep, RowOutcome, RuleSampling, RunCanvas, Sampling, Sequences, SessionStep, StepOutcome, StepRows, Timing, WindowShortlist,
+    PlannedStep, RowOutcome, RuleSampling, RunCanvas, Sampling, SequenceStep, Sequences, StepOutcome, StepRows, Timing, WindowShortlist,
 };
 
 use crate::error::{Error, Result};

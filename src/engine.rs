@@ -30,7 +30,7 @@ use crate::request::{Message, stop_at};
 use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Scope};
 use crate::scheduler::{self, Budget, Need};
-use crate::session::{Event, Next, Session, SessionSpec, Step, Stop};
+use crate::sequence::{Event, Next, Sequence, SequenceSpec, Step, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -38,7 +38,7 @@ use crate::weights::Weights;
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     pub budget: Budget,
-    /// K/V pages in the pool; `None` makes room for `budget.max_sessions` sequences of the model's length.
+    /// K/V pages in the pool; `None` makes room for `budget.max_sequences` sequences of the model's length.
     pub kv_pages: Option<usize>,
     /// Positions per page.
     pub page_size: usize,
@@ -52,7 +52,7 @@ impl Default for EngineOptions {
     /// 512 rows a forward, 8 sessions, pages of 16.
     fn default() -> Self {
         EngineOptions {
-            budget: Budget { max_rows: 512, max_sessions: 8 },
+            budget: Budget { max_rows: 512, max_sequences: 8 },
             kv_pages: None,
             page_size: 16,
             poison_freed_pages: false,
@@ -71,7 +71,7 @@ impl EngineOptions {
 
 struct RunningSequence {
     id: u64,
-    session: Session,
+    session: Sequence,
     table: PageTable,
     committed_pages: usize,
     prefix: Option<PrefixKey>,
@@ -163,11 +163,11 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Engine<B>> {
         let model = registry::load(&backend, config, weights, progress)?;
         let config = model.config();
-        if options.page_size == 0 || options.budget.max_rows == 0 || options.budget.max_sessions == 0 {
+        if options.page_size == 0 || options.budget.max_rows == 0 || options.budget.max_sequences == 0 {
             return Err(Error::request("page size, row budget and session limit must be at least 1"));
         }
         let per_sequence = config.model_length.div_ceil(options.page_size);
-        let num_pages = options.kv_pages.unwrap_or(per_sequence.saturating_mul(options.budget.max_sessions)).max(1);
+        let num_pages = options.kv_pages.unwrap_or(per_sequence.saturating_mul(options.budget.max_sequences)).max(1);
         if num_pages > u32::MAX as usize / options.page_size {
             return Err(Error::request(format!("{num_pages} K/V pages of {} positions are more than can be addressed", options.page_size)));
         }
@@ -342,13 +342,13 @@ impl<B: Backend> Engine<B> {
             let (tokenizer, texts) = (self.tokenizer()?.clone(), request.stop.texts.clone());
             stop.text = Some(Arc::new(move |tokens: &[u32]| stop_at(&tokenizer, &texts, tokens)));
         }
-        let decoded = Session::decoded_len(&request.schedule, &fixed);
+        let decoded = Sequence::decoded_len(&request.schedule, &fixed);
         self.check_len(decoded)?;
         let needed = self.pool.pages_for(decoded);
         if needed > self.pool.capacity() {
             return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
         }
-        let session = Session::new(SessionSpec {
+        let session = Sequence::new(SequenceSpec {
             fixed,
             mask_id,
             schedule: request.schedule,
@@ -428,7 +428,7 @@ impl<B: Backend> Engine<B> {
     }
 
     fn admit(&mut self) {
-        while self.active.len() < self.options.budget.max_sessions
+        while self.active.len() < self.options.budget.max_sequences
             && let Some(waiting) = self.queue.front()
             && self.pool.commit(waiting.committed_pages)
         {

@@ -32,7 +32,7 @@
 //! | [`schedule`], [`sampling`] | what a request asks for; which token, which reveals, which remasks |
 //! | [`backend`], [`cpu`], `cuda` | ops of a machine, runners of planned steps; the CPU; the door to CUDA |
 //! | [`model`] | the forward pass and the families |
-//! | [`session`], [`scheduler`], [`request`] | one request's life; who advances; what callers hand in and get back |
+//! | [`sequence`], [`scheduler`], [`request`] | one request's life; who advances; what callers hand in and get back |
 //! | [`api`] | the public engine on a device chosen at run time, its requests, their streams |
 //! | [`engine`], [`scoring`] | the tick; forwards outside any session |
 //! | [`quality`] | measures of text given as token ids; knows no engine |
@@ -73,7 +73,7 @@ pub mod sampling;
 pub mod schedule;
 pub mod scheduler;
 pub mod scoring;
-pub mod session;
+pub mod sequence;
 pub mod tokenizer;
 pub mod weights;
 
@@ -86,5 +86,5 @@ pub use error::{Error, Result};
 pub use request::{Output, Segment, Timings};
 pub use schedule::{Defaults, Schedule, Stage, StageSpec};
 pub use scheduler::Budget;
-pub use session::{Event, EventKind, Finish, StageReport};
+pub use sequence::{Event, EventKind, Finish, StageReport};
 pub use tokenizer::Tokenizer;

@@ -8,7 +8,7 @@ use std::sync::mpsc::Receiver;
 
 use crate::error::{Error, Result};
 use crate::schedule::Schedule;
-use crate::session::{DrawSource, Event, Finish, StageReport};
+use crate::sequence::{DrawSource, Event, Finish, StageReport};
 use crate::tokenizer::Tokenizer;
 
 /// What is given of the text.
@@ -39,7 +39,7 @@ pub struct StopOptions {
     pub ignore_eos: bool,
     /// The text ends before the first of these.
     pub texts: Vec<String>,
-    /// [`crate::session::Stop::entropy`].
+    /// [`crate::sequence::Stop::entropy`].
     pub entropy: Option<f64>,
 }
 
@@ -52,13 +52,13 @@ pub struct Request {
     /// Index of this sample among those of one seed.
     pub sample: u32,
     pub stop: StopOptions,
-    /// See [`crate::session::SessionSpec::separate_commit`].
+    /// See [`crate::sequence::SequenceSpec::separate_commit`].
     pub separate_commit: bool,
-    /// See [`crate::session::SessionSpec::forced`].
+    /// See [`crate::sequence::SequenceSpec::forced`].
     pub forced: Vec<u32>,
-    /// See [`crate::session::SessionSpec::draft`].
+    /// See [`crate::sequence::SequenceSpec::draft`].
     pub draft: Vec<u32>,
-    /// See [`crate::session::SessionSpec::draws`].
+    /// See [`crate::sequence::SequenceSpec::draws`].
     pub draws: Option<DrawSource>,
 }
 

@@ -12,7 +12,7 @@ pub struct Budget {
     /// Query rows per forward, unless a single session needs more.
     pub max_rows: usize,
     /// Sessions in flight.
-    pub max_sessions: usize,
+    pub max_sequences: usize,
 }
 
 /// What a session asks of the next forward.
@@ -52,7 +52,7 @@ mod tests {
 
     #[test]
     fn fills_the_budget_in_turn_and_always_runs_one() {
-        let budget = Budget { max_rows: 10, max_sessions: 8 };
+        let budget = Budget { max_rows: 10, max_sequences: 8 };
         let four = needs([Some((4, 0)), None, Some((4, 0)), Some((4, 0)), Some((2, 0))]);
         assert_eq!(schedule(&four, 0, &budget), (0, vec![0, 2, 4]));
         assert_eq!(schedule(&four, 3, &budget), (0, vec![0, 3, 4]));
@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn a_forward_runs_one_model() {
-        let budget = Budget { max_rows: 10, max_sessions: 8 };
+        let budget = Budget { max_rows: 10, max_sequences: 8 };
         let mixed = needs([Some((1, 0)), Some((1, 1)), Some((1, 0)), Some((1, 1))]);
         assert_eq!(schedule(&mixed, 0, &budget), (0, vec![0, 2]));
         assert_eq!(schedule(&mixed, 1, &budget), (1, vec![1, 3]));

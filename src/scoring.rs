@@ -7,8 +7,8 @@ use std::ops::Range;
 
 pub use crate::backend::Timing;
 use crate::backend::{
-    Backend, HostAsks, HostPass, HostRule, HostSampling, PlannedRun, PlannedStep, RuleSampling, RunCanvas, Sampling, Sequences,
-    SessionStep, StepOutcome, StepRunner,
+    Backend, HostAsks, HostPass, HostRule, HostSampling, PlannedRun, PlannedStep, RuleSampling, RunCanvas, Sampling, SequenceStep,
+    Sequences, StepOutcome, StepRunner,
 };
 use crate::canvas::Canvas;
 use crate::config::{Attention, ModelConfig};
@@ -119,7 +119,7 @@ impl<B: Backend> Engine<B> {
         let mut open: Vec<Scored> = Vec::new();
         let mut outcome = Ok(());
         while outcome.is_ok() && (waiting.peek().is_some() || !open.is_empty()) {
-            while let Some(&index) = waiting.peek().filter(|_| open.len() < self.options.budget.max_sessions) {
+            while let Some(&index) = waiting.peek().filter(|_| open.len() < self.options.budget.max_sequences) {
                 let len = sequences[index].len() - 1;
                 let pages = self.pool.pages_for(len);
                 if !self.pool.commit(pages) {
@@ -214,7 +214,7 @@ impl<B: Backend> Engine<B> {
         let sampling = if self.runner.looks_ahead(&self.backend) {
             let logits = self.config().logits_rows();
             let asked = logits.position_of(range.end - decided)..range.end;
-            let session = SessionStep {
+            let session = SequenceStep {
                 remask: None,
                 stage: 0,
                 block: 0,

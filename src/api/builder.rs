@@ -63,7 +63,7 @@ impl EngineBuilder {
             device: Device::default(),
             dtype: None,
             threads: None,
-            max_sequences: budget.max_sessions,
+            max_sequences: budget.max_sequences,
             max_rows: budget.max_rows,
             max_positions: None,
             kv_pages: None,
@@ -169,7 +169,7 @@ impl EngineBuilder {
         let positions = self.max_positions.unwrap_or(config.model_length.min(DEFAULT_POSITIONS));
         let pages = positions.div_ceil(self.page_size.max(1)).saturating_mul(self.max_sequences);
         let options = EngineOptions {
-            budget: Budget { max_rows: self.max_rows, max_sessions: self.max_sequences },
+            budget: Budget { max_rows: self.max_rows, max_sequences: self.max_sequences },
             kv_pages: Some(self.kv_pages.unwrap_or(pages)),
             page_size: self.page_size,
             tokenizer: self.tokenizer.clone(),

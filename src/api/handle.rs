@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Result};
 use crate::request::{Handle, Message, Output, find_stop};
-use crate::session::Event;
+use crate::sequence::Event;
 use crate::tokenizer::Tokenizer;
 
 /// How token ids become the text of a request.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use super::handle::{Generation, RequestHandle};
 use crate::error::Result;
-use crate::session::{Event, EventKind};
+use crate::sequence::{Event, EventKind};
 
 /// What a snapshot shows for positions that hold no token.
 const MASKED: &str = "·";

@@ -32,7 +32,7 @@ pub enum Sampling {
 #[derive(Clone, Debug, PartialEq)]
 pub struct RuleSampling {
     /// One for each sequence of the plan.
-    pub sessions: Vec<SessionStep>,
+    pub sessions: Vec<SequenceStep>,
     /// Where the reveals of a sequence are joint.
     pub joint: Option<PlannedJoint>,
 }
@@ -40,7 +40,7 @@ pub struct RuleSampling {
 /// One session's part of a step that is decided on the device: which masked positions are asked,
 /// and how they are revealed.
 #[derive(Clone, Debug, PartialEq)]
-pub struct SessionStep {
+pub struct SequenceStep {
     /// Positions masked again before the step: the lowest snapshot confidences of the whole
     /// sequence.
     pub remask: Option<usize>,
@@ -77,7 +77,7 @@ pub struct PlannedPass {
     /// those of the pass before.
     pub rows: Vec<u32>,
     /// One for each sequence of the plan; those that are through ask nothing.
-    pub sessions: Vec<SessionStep>,
+    pub sessions: Vec<SequenceStep>,
 }
 
 /// What the host needs to decide a step.

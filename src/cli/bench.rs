@@ -144,7 +144,7 @@ pub(super) fn run(mut flags: Flags) -> Result<()> {
     config.check_len(longest)?;
     let mut options = flags.device.options(longest, most);
     // All samples of a batch run together: that is what a batch means here.
-    options.budget.max_sessions = most;
+    options.budget.max_sequences = most;
     options.budget.max_rows = usize::MAX;
     options.kv_pages = Some(longest.div_ceil(options.page_size) * most);
     // Random weights of a shape have no directory.

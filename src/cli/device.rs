@@ -83,8 +83,8 @@ impl DeviceFlags {
 
     pub(crate) fn options(&self, len: usize, sessions: usize) -> EngineOptions {
         let defaults = EngineOptions::default();
-        let sessions = sessions.clamp(1, defaults.budget.max_sessions);
+        let sessions = sessions.clamp(1, defaults.budget.max_sequences);
         let pages = len.div_ceil(defaults.page_size).saturating_mul(sessions);
-        EngineOptions { budget: Budget { max_sessions: sessions, ..defaults.budget }, kv_pages: Some(pages), ..defaults }
+        EngineOptions { budget: Budget { max_sequences: sessions, ..defaults.budget }, kv_pages: Some(pages), ..defaults }
     }
 }

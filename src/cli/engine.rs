@@ -9,7 +9,7 @@ use crate::engine::{Engine, EngineOptions};
 use crate::error::Result;
 use crate::request::Handle;
 use crate::schedule::Schedule;
-use crate::session::EventKind;
+use crate::sequence::EventKind;
 
 /// [`Engine::load`] with its progress on a terminal.
 pub(crate) fn load<B: Backend>(dir: &Path, backend: B, options: EngineOptions) -> Result<Engine<B>> {

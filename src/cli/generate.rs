@@ -283,7 +283,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
         let busy = engine.tick()?;
         for (i, handle) in handles.iter().enumerate().skip(printed) {
             for event in handle.events() {
-                revealed += if event.kind == crate::session::EventKind::Reveal { event.positions.len() } else { 0 };
+                revealed += if event.kind == crate::sequence::EventKind::Reveal { event.positions.len() } else { 0 };
                 if let Some(trace) = &mut trace {
                     trace.write(&event);
                 }
@@ -337,7 +337,7 @@ impl Trace {
         Ok(Trace { path: path.to_path_buf(), out: BufWriter::new(file), error: None })
     }
 
-    fn write(&mut self, event: &crate::session::Event) {
+    fn write(&mut self, event: &crate::sequence::Event) {
         if self.error.is_none()
             && let Err(error) = writeln!(self.out, "{}", output::trace_line(event))
         {

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::request::{Output, find_stop};
 use crate::schedule::Schedule;
-use crate::session::{Event, EventKind, Forwards};
+use crate::sequence::{Event, EventKind, Forwards};
 use crate::tokenizer::Tokenizer;
 
 /// What is the same for all samples of a run.

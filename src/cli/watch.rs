@@ -8,7 +8,7 @@ use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use crate::schedule::Schedule;
-use crate::session::{Event, EventKind};
+use crate::sequence::{Event, EventKind};
 use crate::tokenizer::Tokenizer;
 
 /// What one position shows.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use super::context::Cuda;
 use super::signature::{BatchShape, JointShape, PartShape, Signature, padded};
 use super::words::{Places, Words};
-use crate::backend::{HeadShape, PlannedJoint, PlannedPass, RuleSampling, RunCanvas, SessionStep};
+use crate::backend::{HeadShape, PlannedJoint, PlannedPass, RuleSampling, RunCanvas, SequenceStep};
 use crate::cuda::ops::decide::DrawRecord;
 use crate::cuda::ops::{ask, decide};
 use crate::plan::Plan;
@@ -164,14 +164,14 @@ struct Layout<'a> {
 
 impl Layout<'_> {
     /// A forward or a pass over the rows of `plan`.
-    fn part(&mut self, plan: &Plan, sessions: &[SessionStep]) -> Part {
+    fn part(&mut self, plan: &Plan, sessions: &[SequenceStep]) -> Part {
         let rows = padded(plan.num_rows());
         let counts: Vec<usize> = sessions.iter().map(|s| s.asks).collect();
         let asks = padded(counts.iter().sum());
         let records = self.records(plan, sessions);
         let index = self.index(plan, rows);
         let (tiles, list) = self.cuda.tiles_of(self.heads, &plan.indptr);
-        let nucleus = |s: &SessionStep| decide::needs_nucleus(&s.draw);
+        let nucleus = |s: &SequenceStep| decide::needs_nucleus(&s.draw);
         let mut asking = sessions.iter().filter(|s| s.asks > 0);
         let shape = PartShape {
             batch: BatchShape::of(plan, rows as u32),
@@ -232,16 +232,16 @@ impl Layout<'_> {
     }
 
     /// The sessions as `ask` and `reveal` know them.
-    fn records(&mut self, plan: &Plan, sessions: &[SessionStep]) -> usize {
+    fn records(&mut self, plan: &Plan, sessions: &[SequenceStep]) -> usize {
         let first_asks = offsets(sessions.iter().map(|part| part.asks as u32));
-        let records: Vec<ask::SessionStep> = sessions
+        let records: Vec<ask::SequenceStep> = sessions
             .iter()
             .enumerate()
             .map(|(i, part)| {
                 let (row_first, end) = (plan.indptr[i], plan.indptr[i + 1]);
                 let first_position = if row_first < end { plan.positions[row_first as usize] } else { 0 };
                 let draw = DrawRecord::from(&part.draw);
-                let step = ask::SessionStep {
+                let step = ask::SequenceStep {
                     seed: self.canvases[i].seed,
                     canvas_first: self.firsts[i],
                     range_begin: part.range.start as u32,
@@ -258,7 +258,7 @@ impl Layout<'_> {
                     temperature: draw.temperature,
                     top_p: draw.top_p,
                     flags: draw.flags,
-                    ..ask::SessionStep::default()
+                    ..ask::SequenceStep::default()
                 };
                 step.revealing(&part.reveal)
             })

@@ -1,11 +1,11 @@
 //! The joint sampler of a loaded model, and what it does in the steps of a run, as data.
 #![forbid(unsafe_code)]
 
-use crate::backend::{Backend, PlannedJoint, PlannedPass, SessionStep};
+use crate::backend::{Backend, PlannedJoint, PlannedPass, SequenceStep};
 use crate::model::joint::{Joint, JointState};
 use crate::model::step::Sampler;
 use crate::plan::{LogitsRows, Plan};
-use crate::session::{ForeseenJoint, ForeseenStep};
+use crate::sequence::{ForeseenJoint, ForeseenStep};
 
 /// A sampler and its states.
 pub(crate) struct LoadedJoint<B: Backend> {
@@ -40,7 +40,7 @@ pub(super) fn planned_joint(plan: &Plan, steps: &[&ForeseenStep], logits: Logits
             .iter()
             .map(|step| match step.joint.as_ref().and_then(|joint| joint.passes.get(index)) {
                 Some(pass) => pass.clone(),
-                None => SessionStep { remask: None, range: 0..0, asks: 0, ..step.part.clone() },
+                None => SequenceStep { remask: None, range: 0..0, asks: 0, ..step.part.clone() },
             })
             .collect(),
     };
@@ -62,7 +62,7 @@ mod tests {
     use crate::plan::Visibility;
     use crate::sampling::{Draw, Rank, Reveal, TopPRule};
 
-    fn asking(asks: usize, range: Range<usize>) -> SessionStep {
+    fn asking(asks: usize, range: Range<usize>) -> SequenceStep {
         let draw = Draw {
             u: 0.0,
             temperature: 1.0,
@@ -73,7 +73,7 @@ mod tests {
             truncated_confidence: false,
         };
         let reveal = Reveal::Best { rank: Rank::Entropy, n: 1 };
-        SessionStep { remask: None, stage: 0, block: 0, step: 0, range, asks, logits: LogitsRows::Own, draw, reveal }
+        SequenceStep { remask: None, stage: 0, block: 0, step: 0, range, asks, logits: LogitsRows::Own, draw, reveal }
     }
 
     /// A block behind the one before it, a neighbour without a sampler, and a whole canvas of shifted logits that is through after one pass.

@@ -20,7 +20,7 @@ use crate::pages::PagePool;
 use crate::plan::Plan;
 use crate::sampling::Decision;
 use crate::schedule::{Bans, Eos};
-use crate::session::{Ask, EventKind, ForeseenStep, JointAsk, Next, Session};
+use crate::sequence::{Ask, EventKind, ForeseenStep, JointAsk, Next, Sequence};
 
 /// Maximum number of steps submitted to a device at once, and the shorter one of a request's first
 /// submission, so that its first tokens arrive early. Sixteen block-4 steps are four blocks; the
@@ -123,7 +123,7 @@ impl<B: Backend> Engine<B> {
 }
 
 /// What the host asks of the pending step of a session.
-fn host_asks(session: &Session, config: &ModelConfig) -> HostAsks {
+fn host_asks(session: &Sequence, config: &ModelConfig) -> HostAsks {
     let step = session.step().expect("chosen for its step");
     let banned = match step.eos {
         Eos::Free | Eos::Last => BannedSet::Never,

@@ -12,7 +12,7 @@
 //! ```
 
 use redraft::request::{Prompt, Request};
-use redraft::session::Forwards;
+use redraft::sequence::Forwards;
 use redraft::{Output, StageReport};
 
 use crate::support::*;

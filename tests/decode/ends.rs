@@ -2,7 +2,7 @@
 
 use redraft::engine::Engine;
 use redraft::request::{Prompt, Request};
-use redraft::session::{ENTROPY_WINDOW, unigram_entropy};
+use redraft::sequence::{ENTROPY_WINDOW, unigram_entropy};
 use redraft::{Cpu, DType, EngineOptions, EventKind, Finish, Output, Segment};
 
 use crate::support::*;

@@ -8,7 +8,7 @@ use redraft::plan::Visibility;
 use redraft::request::Request;
 use redraft::rng::Uniforms;
 use redraft::schedule::{Bans, Schedule};
-use redraft::session::DrawSource;
+use redraft::sequence::DrawSource;
 use redraft::{Cpu, DType};
 
 use crate::support::*;

@@ -43,9 +43,9 @@ fn neighbours(dir: &Path, dtype: DType) {
     let mut one = engine_with(dir, 1, dtype, options());
     let expected = alone(&mut one, &requests, &label);
     assert!(expected.iter().all(|o| o.finish == Finish::Length), "{label}: nothing ended early");
-    for (max_rows, max_sessions) in [(512, 8), (24, 8), (1, 3)] {
-        let label = format!("{label}, at most {max_rows} rows and {max_sessions} sessions");
-        let mut engine = engine_with(dir, 1, dtype, EngineOptions { budget: budget(max_rows, max_sessions), ..options() });
+    for (max_rows, max_sequences) in [(512, 8), (24, 8), (1, 3)] {
+        let label = format!("{label}, at most {max_rows} rows and {max_sequences} sessions");
+        let mut engine = engine_with(dir, 1, dtype, EngineOptions { budget: budget(max_rows, max_sequences), ..options() });
         same(&together(&mut engine, &requests, &label), &expected, false, &label);
     }
     let label = format!("{label}, late");

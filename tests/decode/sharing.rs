@@ -97,11 +97,11 @@ fn cancelling_frees_pages_and_leaves_neighbours_alone() {
     let schedule = schedule(&["block=4,unmask=uniform:1", "block=full,remask=0.5,by=post-hoc,unmask=uniform:2"]);
     let requests: Vec<Request> = (0..3u32).map(|i| request(&[i + 1, 5, 6], 15 + i as usize, &schedule, 3, i)).collect();
     let expected = alone(&mut engine(&dir), &requests, "alone");
-    for max_sessions in [3, 1] {
+    for max_sequences in [3, 1] {
         for ticks in [0, 1, 2, 9, 17, 19, 22] {
             for dropped in [false, true] {
-                let label = format!("{max_sessions} sessions, gone after {ticks} ticks, handle dropped: {dropped}");
-                let options = EngineOptions { budget: budget(512, max_sessions), ..options() };
+                let label = format!("{max_sequences} sessions, gone after {ticks} ticks, handle dropped: {dropped}");
+                let options = EngineOptions { budget: budget(512, max_sequences), ..options() };
                 let mut engine = engine_with(&dir, 1, DType::F32, options);
                 let free = engine.free_pages();
                 let mut handles: Vec<_> = requests.iter().map(|r| engine.submit(r.clone()).expect("served")).collect();

@@ -8,7 +8,7 @@ use redraft::model::shapes;
 use redraft::request::{Handle, Prompt, Request};
 use redraft::schedule::Defaults;
 use redraft::scheduler::Budget;
-use redraft::session::Forwards;
+use redraft::sequence::Forwards;
 use redraft::{Backend, Cpu, DType, EngineOptions, Finish, Output, Schedule};
 
 /// A tiny checkpoint with odd shapes: 131 tokens, three heads of 32.
@@ -35,8 +35,8 @@ pub fn options() -> EngineOptions {
     EngineOptions { poison_freed_pages: true, ..EngineOptions::default() }
 }
 
-pub fn budget(max_rows: usize, max_sessions: usize) -> Budget {
-    Budget { max_rows, max_sessions }
+pub fn budget(max_rows: usize, max_sequences: usize) -> Budget {
+    Budget { max_rows, max_sequences }
 }
 
 pub fn engine_with(dir: &Path, threads: usize, dtype: DType, options: EngineOptions) -> Engine<Cpu> {

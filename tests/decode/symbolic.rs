@@ -12,7 +12,7 @@ use redraft::canvas::State;
 use redraft::plan::{Kind, Visibility};
 use redraft::sampling::{Decision, Draw, Score, Unmask};
 use redraft::schedule::{Defaults, KvPolicy, RemaskBy, Schedule, Stage};
-use redraft::session::{Event, EventKind, Finish, Forwards, Next, Session, SessionSpec, StageReport, Step, Stop};
+use redraft::sequence::{Event, EventKind, Finish, Forwards, Next, Sequence, SequenceSpec, StageReport, Step, Stop};
 
 const VOCAB: u64 = 60;
 const MASK: u32 = 60;
@@ -96,7 +96,7 @@ struct Run {
 
 /// A session and a shadow of its canvas that only events may change.
 struct Watched {
-    session: Session,
+    session: Sequence,
     network: Network,
     fixed: Vec<Option<u32>>,
     shadow: Vec<Option<u32>>,
@@ -125,8 +125,8 @@ struct How {
 
 const PLAIN: How = How { separate_commit: false, shared_prompt: false };
 
-fn spec(case: &Case, schedule: &Schedule, how: How) -> SessionSpec {
-    SessionSpec {
+fn spec(case: &Case, schedule: &Schedule, how: How) -> SequenceSpec {
+    SequenceSpec {
         fixed: case.fixed.clone(),
         mask_id: MASK,
         schedule: schedule.clone(),
@@ -144,7 +144,7 @@ fn spec(case: &Case, schedule: &Schedule, how: How) -> SessionSpec {
 fn run(case: &Case, schedule: &Schedule, how: How) -> Run {
     let exact = schedule.stages.iter().all(|s| matches!(s.kv, KvPolicy::Exact | KvPolicy::Recompute | KvPolicy::Refresh(1)));
     let mut watched = Watched {
-        session: Session::new(spec(case, schedule, how)).expect("a session"),
+        session: Sequence::new(spec(case, schedule, how)).expect("a session"),
         network: Network::default(),
         fixed: case.fixed.clone(),
         shadow: case.fixed.clone(),
@@ -161,7 +161,7 @@ fn run(case: &Case, schedule: &Schedule, how: How) -> Run {
     };
     if how.shared_prompt && watched.session.wants_prefix() {
         let other = Case { seed: case.seed ^ 1, ..case.clone() };
-        let mut donor = Session::new(spec(&other, schedule, PLAIN)).expect("a session");
+        let mut donor = Sequence::new(spec(&other, schedule, PLAIN)).expect("a session");
         assert_eq!(donor.next(&mut Vec::new()), Next::Forward);
         let step = donor.step().expect("a prefill");
         assert_eq!((step.kind, step.rows.len()), (Kind::Prefill, watched.session.prefix_len()));
@@ -699,7 +699,7 @@ proptest! {
     #[test]
     fn nan_is_an_error_and_not_a_loop(case in case(), which in 0usize..3, at in 0usize..20) {
         let schedule = case.schedule(|_| "exact".into());
-        let mut session = Session::new(spec(&case, &schedule, PLAIN)).unwrap();
+        let mut session = Sequence::new(spec(&case, &schedule, PLAIN)).unwrap();
         let mut network = Network::default();
         let mut events = Vec::new();
         let mut denoised = 0;
@@ -736,7 +736,7 @@ proptest! {
         spec.stop = Stop::default();
         spec.forced = (0..case.fixed.len()).map(|p| forced[p % forced.len()]).collect();
         let expected: Vec<u32> = case.fixed.iter().zip(&spec.forced).map(|(f, forced)| f.unwrap_or(*forced)).collect();
-        let mut session = Session::new(spec).unwrap();
+        let mut session = Sequence::new(spec).unwrap();
         let mut network = Network::default();
         while session.next(&mut Vec::new()) == Next::Forward {
             let step = session.step().unwrap().clone();
@@ -756,7 +756,7 @@ fn the_symbolic_network_is_sensitive() {
     let schedule = case.schedule(|_| "exact".into());
     let good = run(&case, &schedule, PLAIN).tokens;
     let stale = |damage: &dyn Fn(&mut Network)| {
-        let mut session = Session::new(spec(&case, &schedule, PLAIN)).unwrap();
+        let mut session = Sequence::new(spec(&case, &schedule, PLAIN)).unwrap();
         let mut network = Network::default();
         let mut forwards = 0;
         while session.next(&mut Vec::new()) == Next::Forward {
@@ -778,7 +778,7 @@ fn the_symbolic_network_is_sensitive() {
     }
     let caught = std::panic::catch_unwind(|| {
         let mut network = Network::default();
-        let mut session = Session::new(spec(&case, &schedule, PLAIN)).unwrap();
+        let mut session = Sequence::new(spec(&case, &schedule, PLAIN)).unwrap();
         session.next(&mut Vec::new());
         let mut step = session.step().unwrap().clone();
         step.rows.remove(0);
@@ -793,7 +793,7 @@ fn the_symbolic_network_is_sensitive() {
 fn sessions_without_work_or_with_a_fixed_mask_are_refused() {
     let refuse = |fixed: Vec<Option<u32>>| {
         let case = Case { fixed, stages: vec!["block=4,visible=block".into()], seed: 0, stop: None, shifted: false };
-        Session::new(spec(&case, &case.schedule(|_| "exact".into()), PLAIN)).err().expect("refused").to_string()
+        Sequence::new(spec(&case, &case.schedule(|_| "exact".into()), PLAIN)).err().expect("refused").to_string()
     };
     assert!(refuse(vec![Some(1), Some(2)]).contains("nothing to generate"));
     assert!(refuse(vec![]).contains("nothing to generate"));
@@ -804,7 +804,7 @@ fn sessions_without_work_or_with_a_fixed_mask_are_refused() {
 #[test]
 fn a_cancelled_session_is_finished() {
     let case = Case { fixed: vec![None; 12], stages: vec!["block=4,visible=block".into()], seed: 5, stop: None, shifted: false };
-    let mut session = Session::new(spec(&case, &case.schedule(|_| "exact".into()), PLAIN)).unwrap();
+    let mut session = Sequence::new(spec(&case, &case.schedule(|_| "exact".into()), PLAIN)).unwrap();
     let mut events = Vec::new();
     assert_eq!(session.next(&mut events), Next::Forward);
     session.cancel();

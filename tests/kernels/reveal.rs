@@ -1,7 +1,7 @@
 //! `reveal` takes what `sampling::select` takes and leaves the canvas as `session.rs` leaves it.
 
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::ask::{SessionStep, SessionSummary, trouble};
+use redraft::cuda::ops::ask::{SequenceStep, SessionSummary, trouble};
 use redraft::cuda::ops::decide::{DecisionRecord, status};
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::reveal::{RevealParams, reveal};
@@ -14,14 +14,14 @@ const CANVAS: u32 = 700;
 const MASK: u32 = 50_257;
 
 /// A session that asks every second position from 1 on; `levels` distinct values, so that few levels mean many ties.
-struct Session {
-    step: SessionStep,
+struct Sequence {
+    step: SequenceStep,
     reveal: Reveal,
     decisions: Vec<DecisionRecord>,
     before: SessionSummary,
 }
 
-fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Session {
+fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Sequence {
     let value = |n: u64, i: u32| (noise(1000 * seed + n, asks as usize)[i as usize].abs() * levels).ceil() / levels;
     let decision = |i: u32| DecisionRecord {
         token: 40 + i,
@@ -33,9 +33,9 @@ fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Session {
         position: 1 + 2 * i,
         chosen: 0,
     };
-    let step = SessionStep { seed, sample: 3, stage: 2, block: 1, step: 77, ask_count: asks, ..SessionStep::default() };
+    let step = SequenceStep { seed, sample: 3, stage: 2, block: 1, step: 77, ask_count: asks, ..SequenceStep::default() };
     let step = step.revealing(&reveal);
-    Session {
+    Sequence {
         step,
         reveal,
         decisions: (0..asks).map(decision).collect(),
@@ -44,8 +44,8 @@ fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Session {
 }
 
 /// What the law takes, or the trouble it is in.
-fn law(session: &Session) -> (Vec<usize>, SessionSummary) {
-    let Session { step, reveal, decisions, before } = session;
+fn law(session: &Sequence) -> (Vec<usize>, SessionSummary) {
+    let Sequence { step, reveal, decisions, before } = session;
     let nothing = |trouble, detail| (Vec::new(), SessionSummary { trouble, detail, ..*before });
     if before.trouble != trouble::NONE || decisions.is_empty() {
         return (Vec::new(), *before);
@@ -57,7 +57,7 @@ fn law(session: &Session) -> (Vec<usize>, SessionSummary) {
     let candidates: Vec<Candidate> = decisions
         .iter()
         .map(|d| {
-            let SessionStep { seed, sample, stage, block, step, .. } = *step;
+            let SequenceStep { seed, sample, stage, block, step, .. } = *step;
             let key = DrawKey { seed, sample, stage: stage as u8, block, step, position: d.position };
             let DecisionRecord { token, confidence, log_prob, margin, entropy, position, .. } = *d;
             let decision = Decision { token, confidence, log_prob, margin, entropy };
@@ -85,7 +85,7 @@ struct Flat {
     step: Vec<u32>,
 }
 
-fn check(machine: &Machine, mut sessions: Vec<Session>) -> Result<(), String> {
+fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
     let mut asks = 0;
     for (s, session) in sessions.iter_mut().enumerate() {
         session.step.canvas_first = s as u32 * CANVAS;
@@ -148,7 +148,7 @@ fn check(machine: &Machine, mut sessions: Vec<Session>) -> Result<(), String> {
 }
 
 /// Values whose order is easy to get wrong: zeros of both signs, infinities, negatives, subnormals, more than one.
-fn odd_values(reveal: Reveal) -> Session {
+fn odd_values(reveal: Reveal) -> Sequence {
     let odd = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, -1.0, f32::MIN_POSITIVE, 1e-45, 1.0, -0.0, 0.0, 1.5, 1e-45];
     let mut session = session(7, odd.len() as u32, 1.0, reveal);
     for (i, decision) in session.decisions.iter_mut().enumerate() {
@@ -184,7 +184,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
 
     // What stops a session stops it alone.
     let all = Reveal::Best { rank: Rank::Confidence, n: 400 };
-    let mut sessions: Vec<Session> = (0..8).map(|i| session(20 + i, 290, 9.0, all)).collect();
+    let mut sessions: Vec<Sequence> = (0..8).map(|i| session(20 + i, 290, 9.0, all)).collect();
     sessions[1].decisions[288].confidence = f32::NAN;
     sessions[2].decisions[3].margin = -f32::NAN;
     sessions[3].decisions[289].entropy = f32::NAN;

@@ -10,7 +10,7 @@ use redraft::plan::Visibility;
 use redraft::request::{Output, Prompt, Request};
 use redraft::rng::{DrawKey, TIME_STEP, Uniforms, uniforms};
 use redraft::schedule::Schedule;
-use redraft::session::{DrawSource, EventKind};
+use redraft::sequence::{DrawSource, EventKind};
 use serde_json::Value;
 
 use crate::fixture::{Fixture, text};

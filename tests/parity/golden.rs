@@ -191,9 +191,9 @@ fn likelihoods_do_not_depend_on_what_shares_a_forward() {
         let mut one = fixture.engine(1, dtype);
         let alone: Vec<Vec<f64>> =
             sequences.iter().map(|tokens| one.causal_nll(tokens).unwrap_or_else(|e| panic!("{name}: {e}"))).collect();
-        for (max_rows, max_sessions, kv_pages) in [(512, 8, 64), (7, 3, 4), (1, 1, 2), (64, 100, 3)] {
+        for (max_rows, max_sequences, kv_pages) in [(512, 8, 64), (7, 3, 4), (1, 1, 2), (64, 100, 3)] {
             let options = EngineOptions {
-                budget: Budget { max_rows, max_sessions },
+                budget: Budget { max_rows, max_sequences },
                 kv_pages: Some(kv_pages),
                 poison_freed_pages: true,
                 ..EngineOptions::default()
@@ -201,7 +201,7 @@ fn likelihoods_do_not_depend_on_what_shares_a_forward() {
             let cpu = Cpu::new(2, dtype).expect("the CPU is always there");
             let mut engine = Engine::load(&fixture.dir, cpu, options).unwrap_or_else(|e| panic!("{name}: {e}"));
             let together = engine.causal_nlls(&sequences).unwrap_or_else(|e| panic!("{name}: {e}"));
-            assert_eq!(together, alone, "{name} {dtype:?}: {max_rows} rows, {max_sessions} sequences, {kv_pages} pages");
+            assert_eq!(together, alone, "{name} {dtype:?}: {max_rows} rows, {max_sequences} sequences, {kv_pages} pages");
             assert_eq!(engine.free_pages(), kv_pages, "{name}: pages are back");
         }
     }

@@ -8,7 +8,7 @@ use redraft::engine::Engine;
 use redraft::request::{Handle, Output, Prompt, Request};
 use redraft::rng::Uniforms;
 use redraft::schedule::{Defaults, Schedule};
-use redraft::session::{DrawSource, Event, EventKind, Finish};
+use redraft::sequence::{DrawSource, Event, EventKind, Finish};
 use serde_json::Value;
 
 use crate::fixture::{Fixture, block_len, text};

@@ -356,7 +356,7 @@ impl<'a> Job<'a> {
     fn load_writer(&self, model: usize) -> Result<Box<dyn Writer>> {
         let flags = &self.flags.device;
         let mut options = flags.options(self.length + 1, self.batch);
-        options.budget.max_sessions = self.batch;
+        options.budget.max_sequences = self.batch;
         options.budget.max_rows = MAX_ROWS;
         options.kv_pages = Some((self.length + 1).div_ceil(options.page_size) * self.batch);
         options.tokenizer = Some(self.tokenizer.clone());

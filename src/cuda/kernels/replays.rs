@@ -5,7 +5,7 @@ use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Rope, Ro
 use crate::cuda::driver::interface::Address;
 use crate::cuda::kernels::replay::{self, Asked, Inputs, Key, Op, Replay, Report, Shape};
 use crate::cuda::machine::Machine;
-use crate::cuda::ops::ask::{Ask, SessionStep, SessionSummary};
+use crate::cuda::ops::ask::{Ask, SequenceStep, SessionSummary};
 use crate::cuda::ops::attention::{Attention, Regime};
 use crate::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord};
 use crate::cuda::ops::embed::Embed;
@@ -119,8 +119,8 @@ fn bytes4(byte: u8) -> u32 {
 fn sessions(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
     let (sessions, asks) = (shape.get("sessions"), shape.get("asks"));
     let total = small_count(sessions, asks)?;
-    let steps: Vec<SessionStep> = (0..sessions)
-        .map(|s| SessionStep {
+    let steps: Vec<SequenceStep> = (0..sessions)
+        .map(|s| SequenceStep {
             seed: 7,
             canvas_first: s * asks,
             range_end: asks,
@@ -130,7 +130,7 @@ fn sessions(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
             sample: s,
             temperature: 1.0,
             top_p: 1.0,
-            ..SessionStep::default()
+            ..SequenceStep::default()
         })
         .map(|step| step.revealing(&Reveal::Best { rank: Rank::Confidence, n: asks as usize / 2 }))
         .collect();

@@ -12,7 +12,7 @@ const THREADS: u32 = 256;
 params! {
     /// `reveal`: one entry. S is the number of sessions, N the number of positions of all sequences.
     RevealParams, 64 bytes {
-        /// (S) `ask::SessionStep`.
+        /// (S) `ask::SequenceStep`.
         sessions: u64 = 0,
         /// (S) `ask::SessionSummary`.
         summaries: u64 = 8,

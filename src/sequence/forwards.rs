@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::backend::SessionStep;
+use crate::backend::SequenceStep;
 use crate::plan::Visibility;
 use crate::sampling::Draw;
 use crate::schedule::{Bans, Eos};
@@ -20,7 +20,7 @@ pub struct Ask {
 /// A step as far as it is known before the ones in front of it are decided.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ForeseenStep {
-    pub part: SessionStep,
+    pub part: SequenceStep,
     /// Positions of its rows, ascending.
     pub rows: Vec<usize>,
     pub visibility: Visibility,
@@ -35,7 +35,7 @@ pub struct ForeseenJoint {
     /// Positions whose states it carries on, all of them among the rows of the forward.
     pub window: Range<usize>,
     /// Its passes over them, each of which reveals one token.
-    pub passes: Vec<SessionStep>,
+    pub passes: Vec<SequenceStep>,
 }
 
 /// Reveals that a forward still has to make.

@@ -1,6 +1,6 @@
 //! Owns one request's life: fixed tokens, place in the schedule, canvas, which K/V is final, counters.
 //!
-//! A session is asked for its next forward ([`Session::next`]) and told what came of it ([`Session::apply`]). It says which
+//! A session is asked for its next forward ([`Sequence::next`]) and told what came of it ([`Sequence::apply`]). It says which
 //! rows it needs, who sees whom, and which rows decide; it never touches a page, a tensor or another session, so the whole
 //! of draft-then-refine runs in tests without a model.
 //!
@@ -44,7 +44,7 @@ use crate::schedule::{Edit, Eos, KvPolicy, Remask, RemaskBy, Schedule, Stage};
 
 /// What one session generates, fully resolved.
 #[derive(Clone)]
-pub struct SessionSpec {
+pub struct SequenceSpec {
     /// The canvas: `Some(token)` fixed, `None` to be generated.
     pub fixed: Vec<Option<u32>>,
     pub mask_id: u32,
@@ -99,15 +99,15 @@ enum Phase {
 /// What a session wants next.
 #[derive(Debug, PartialEq)]
 pub enum Next {
-    /// Run the step of [`Session::step`].
+    /// Run the step of [`Sequence::step`].
     Forward,
     Finished,
 }
 
 /// One sequence on its way through a schedule.
 #[derive(Clone)]
-pub struct Session {
-    spec: SessionSpec,
+pub struct Sequence {
+    spec: SequenceSpec,
     canvas: Canvas,
     phase: Phase,
     stage: usize,
@@ -133,7 +133,7 @@ pub struct Session {
     round: Option<forwards::Round>,
     reports: Vec<StageReport>,
     stage_start: Instant,
-    /// What time it is for stages that end and begin: see [`Session::next_at`].
+    /// What time it is for stages that end and begin: see [`Sequence::next_at`].
     clock: Instant,
     draft: Vec<u32>,
     finish: Finish,
@@ -142,11 +142,11 @@ pub struct Session {
     asked_len: usize,
 }
 
-impl Session {
+impl Sequence {
     /// Checks what only the whole request can tell. `fixed` must hold at least one position to generate.
-    pub fn new(spec: SessionSpec) -> Result<Session> {
+    pub fn new(spec: SequenceSpec) -> Result<Sequence> {
         let mut fixed = spec.fixed.clone();
-        fixed.resize(Session::decoded_len(&spec.schedule, &fixed), None);
+        fixed.resize(Sequence::decoded_len(&spec.schedule, &fixed), None);
         let canvas = Canvas::new(&fixed, spec.mask_id);
         if canvas.num_masks() == 0 {
             return Err(Error::request("nothing to generate: every position is fixed"));
@@ -169,7 +169,7 @@ impl Session {
             )));
         }
         let prompt_len = canvas.fixed_prefix();
-        let mut session = Session {
+        let mut session = Sequence {
             canvas,
             phase: Phase::Prefill,
             stage: 0,
@@ -286,7 +286,7 @@ impl Session {
         self.phase = Phase::Finished;
     }
 
-    /// The forward wanted now; asking again before [`Session::apply`] gives the same one.
+    /// The forward wanted now; asking again before [`Sequence::apply`] gives the same one.
     pub fn step(&self) -> Option<&Step> {
         self.pending.as_ref()
     }
@@ -297,7 +297,7 @@ impl Session {
         self.next_at(events, Instant::now())
     }
 
-    /// [`Session::next`] for a host that follows behind the device: a stage that ends here ended at `clock`.
+    /// [`Sequence::next`] for a host that follows behind the device: a stage that ends here ended at `clock`.
     pub fn next_at(&mut self, events: &mut Vec<Event>, clock: Instant) -> Next {
         self.clock = clock;
         while self.pending.is_none() {

@@ -3,19 +3,19 @@
 
 use std::ops::Range;
 
-use super::Session;
-use crate::backend::SessionStep;
+use super::Sequence;
+use crate::backend::SequenceStep;
 use crate::error::Result;
 use crate::plan::{Kind, LogitsRows, Visibility};
 use crate::sampling::{self, Candidate, Decision, Reveal, Unmask};
 use crate::schedule::Stage;
-use crate::session::forwards::{Ask, JointAsk, Round};
-use crate::session::report::Event;
+use crate::sequence::forwards::{Ask, JointAsk, Round};
+use crate::sequence::report::Event;
 
 /// Where a sampler's calls begin among the bits of a draw's step.
 const CALL_BITS: u32 = 20;
 
-impl Session {
+impl Sequence {
     /// Whether the pending step belongs to a stage whose reveals are joint: all of its rows are wanted.
     pub fn is_joint(&self) -> bool {
         self.stage().joint && self.pending.as_ref().is_some_and(|step| step.kind != Kind::Score)
@@ -68,10 +68,10 @@ impl Session {
     }
 
     /// The pass in which the sampler answers `ask`, as a device runs it.
-    pub(super) fn joint_pass(&self, ask: &JointAsk) -> SessionStep {
+    pub(super) fn joint_pass(&self, ask: &JointAsk) -> SequenceStep {
         let round = self.round.expect("asked in a round");
         let rank = self.stage().unmask.rank().expect("checked with the schedule");
-        SessionStep {
+        SequenceStep {
             remask: None,
             stage: self.stage as u8,
             block: self.block as u32,
@@ -101,7 +101,7 @@ impl Session {
         Some(JointAsk { rows, asks, visibility: self.stage().visibility(), len: self.canvas.len(), eos, bans })
     }
 
-    /// Takes the answers to [`Session::joint_ask`], in the order of its asks.
+    /// Takes the answers to [`Sequence::joint_ask`], in the order of its asks.
     pub fn apply_joint(&mut self, ask: &JointAsk, decisions: &[Decision], events: &mut Vec<Event>) -> Result<()> {
         let candidates: Vec<Candidate> = ask
             .asks

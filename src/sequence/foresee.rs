@@ -2,16 +2,16 @@
 //! does not depend on what they reveal.
 #![forbid(unsafe_code)]
 
-use super::{Session, Step};
-use crate::backend::{HostReason, RunCanvas, SessionStep};
+use super::{Sequence, Step};
+use crate::backend::{HostReason, RunCanvas, SequenceStep};
 use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
 use crate::sampling::{self, Decision, Rank, Reveal, Unmask};
 use crate::schedule::{Bans, Eos, KvPolicy, RemaskBy, Stage};
-use crate::session::forwards::{ForeseenJoint, ForeseenStep};
-use crate::session::report::Stop;
+use crate::sequence::forwards::{ForeseenJoint, ForeseenStep};
+use crate::sequence::report::Stop;
 
-impl Session {
+impl Sequence {
     /// The pending step and the ones after it, at most `max`, as far as their rows and counts do
     /// not depend on what is revealed. Errors: why the pending step itself needs the host.
     ///
@@ -62,7 +62,7 @@ impl Session {
             };
             let draw = step.asks.first().expect("a denoising step asks").draw;
             foreseen.push(ForeseenStep {
-                part: SessionStep {
+                part: SequenceStep {
                     remask: remask.take(),
                     stage: ghost.stage as u8,
                     block: ghost.block as u32,
@@ -166,7 +166,7 @@ fn stage_rule(stage: &Stage, progress: sampling::BlockProgress) -> Result<Reveal
 mod tests {
     use std::ops::Range;
 
-    use super::super::{Next, SessionSpec};
+    use super::super::{Next, SequenceSpec};
     use super::*;
     use crate::plan::LogitsRows;
     use crate::schedule::{Defaults, Schedule};
@@ -179,7 +179,7 @@ mod tests {
         let stages: Vec<_> = stages.iter().map(|stage| stage.parse().unwrap()).collect();
         let schedule = Schedule::resolve(&stages, &Defaults::default()).unwrap();
         let fixed = (0..given as u32).map(Some).chain(std::iter::repeat_n(None, 12 - given)).collect();
-        let mut session = Session::new(SessionSpec {
+        let mut session = Sequence::new(SequenceSpec {
             fixed,
             mask_id: 99,
             schedule,
