@@ -23,16 +23,16 @@
 //! the next token of the autoregressive reading in one.
 #![forbid(unsafe_code)]
 
-mod foresee;
 mod forwards;
 mod joint;
+mod lookahead;
 mod report;
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use forwards::{Ask, ForeseenJoint, ForeseenStep, JointAsk};
+pub use forwards::{Ask, JointAsk, LookaheadJoint, LookaheadStep};
 pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport, Stop, TextStop, unigram_entropy};
 
 use crate::canvas::{Canvas, State};

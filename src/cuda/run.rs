@@ -8,7 +8,7 @@
 //! log     the step's decisions move to their place in the log
 //! end     the log comes down: the one time the host waits
 //! ```
-//! What a step needs from the host is known before the first one runs (`Sequence::foresee`). A graph holds addresses, so whatever it
+//! What a step needs from the host is known before the first one runs (`Sequence::look_ahead`). A graph holds addresses, so whatever it
 //! reads or writes lies where it lay when it was recorded: canvases, the current step's arrays, draws and decisions have fixed places
 //! ([`Current`](super::current::Current)), laid out by nothing but the signature. The counters of the random generator are part of those arrays, in device
 //! memory: a replay never repeats numbers.

@@ -5,7 +5,7 @@ use crate::backend::{Backend, PlannedJoint, PlannedPass, SequenceStep};
 use crate::model::joint::{Joint, JointState};
 use crate::model::step::Sampler;
 use crate::plan::{LogitsRows, Plan};
-use crate::sequence::{ForeseenJoint, ForeseenStep};
+use crate::sequence::{LookaheadJoint, LookaheadStep};
 
 /// A sampler and its states.
 pub(crate) struct LoadedJoint<B: Backend> {
@@ -26,7 +26,7 @@ impl<B: Backend> LoadedJoint<B> {
 
 /// What the sampler does after a foreseen forward over `plan`: `None` where no session's reveals
 /// are joint. `logits` are the model's.
-pub(super) fn planned_joint(plan: &Plan, steps: &[&ForeseenStep], logits: LogitsRows) -> Option<PlannedJoint> {
+pub(super) fn planned_joint(plan: &Plan, steps: &[&LookaheadStep], logits: LogitsRows) -> Option<PlannedJoint> {
     if steps.iter().all(|step| step.joint.is_none()) {
         return None;
     }
@@ -44,7 +44,7 @@ pub(super) fn planned_joint(plan: &Plan, steps: &[&ForeseenStep], logits: Logits
             })
             .collect(),
     };
-    let outside = |(s, joint): (usize, &ForeseenJoint)| {
+    let outside = |(s, joint): (usize, &LookaheadJoint)| {
         steps[s].rows.iter().filter(|p| !joint.window.contains(p)).map(|p| row(s, *p)).collect::<Vec<u32>>()
     };
     Some(PlannedJoint {
@@ -79,12 +79,12 @@ mod tests {
     /// A block behind the one before it, a neighbour without a sampler, and a whole canvas of shifted logits that is through after one pass.
     #[test]
     fn rows_of_windows_are_rows_of_the_forward() {
-        let step = |rows: Range<usize>, joint: Option<(Range<usize>, usize)>| ForeseenStep {
+        let step = |rows: Range<usize>, joint: Option<(Range<usize>, usize)>| LookaheadStep {
             part: asking(3, rows.clone()),
             rows: rows.clone().collect(),
             visibility: Visibility::Full,
             len: 8,
-            joint: joint.map(|(window, passes)| ForeseenJoint {
+            joint: joint.map(|(window, passes)| LookaheadJoint {
                 window: window.clone(),
                 passes: (0..passes).map(|pass| asking(2 - pass, window.clone())).collect(),
             }),

@@ -20,7 +20,7 @@ use crate::pages::PagePool;
 use crate::plan::Plan;
 use crate::sampling::Decision;
 use crate::schedule::{Bans, Eos};
-use crate::sequence::{Ask, EventKind, ForeseenStep, JointAsk, Next, Sequence};
+use crate::sequence::{Ask, EventKind, JointAsk, LookaheadStep, Next, Sequence};
 
 /// Maximum number of steps submitted to a device at once, and the shorter one of a request's first
 /// submission, so that its first tokens arrive early. Sixteen block-4 steps are four blocks; the
@@ -36,7 +36,7 @@ impl<B: Backend> Engine<B> {
             // A request that joins waits for the end of a run, and tokens are streamed then.
             let young = chosen.iter().any(|i| self.active[*i].timings.first_token_ms == 0.0);
             let max = if young { FIRST_RUN } else { LONGEST_RUN };
-            match chosen.iter().map(|i| self.active[*i].session.foresee(max)).collect() {
+            match chosen.iter().map(|i| self.active[*i].session.look_ahead(max)).collect() {
                 Ok(foreseen) => return self.plan_by_rules(chosen, weights, foreseen),
                 Err(reason) => because = Some(reason),
             }
@@ -46,7 +46,7 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Steps that all chosen sequences foresee.
-    fn plan_by_rules(&mut self, chosen: &[usize], weights: usize, foreseen: Vec<Vec<ForeseenStep>>) -> Result<Vec<PlannedStep>> {
+    fn plan_by_rules(&mut self, chosen: &[usize], weights: usize, foreseen: Vec<Vec<LookaheadStep>>) -> Result<Vec<PlannedStep>> {
         let count = foreseen.iter().map(Vec::len).min().unwrap_or(0);
         let mut steps = Vec::with_capacity(count);
         for index in 0..count {
@@ -62,7 +62,7 @@ impl<B: Backend> Engine<B> {
                 let rows: Vec<(usize, u32)> = step.rows.iter().map(|p| (*p, 0)).collect();
                 plan.push(&rows, self.active[i].table.pages(), self.options.page_size, step.visibility, step.len);
             }
-            let of: Vec<&ForeseenStep> = foreseen.iter().map(|steps| &steps[index]).collect();
+            let of: Vec<&LookaheadStep> = foreseen.iter().map(|steps| &steps[index]).collect();
             let joint = planned_joint(&plan, &of, self.models[weights].model.config().logits_rows());
             let sessions = of.iter().map(|step| step.part.clone()).collect();
             steps.push(PlannedStep { plan, sampling: Sampling::Rules(RuleSampling { sessions, joint }) });

@@ -19,19 +19,19 @@ pub struct Ask {
 
 /// A step as far as it is known before the ones in front of it are decided.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ForeseenStep {
+pub struct LookaheadStep {
     pub part: SequenceStep,
     /// Positions of its rows, ascending.
     pub rows: Vec<usize>,
     pub visibility: Visibility,
     pub len: usize,
     /// Where the reveals of the stage are joint.
-    pub joint: Option<ForeseenJoint>,
+    pub joint: Option<LookaheadJoint>,
 }
 
 /// What a joint sampler does behind a foreseen forward.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ForeseenJoint {
+pub struct LookaheadJoint {
     /// Positions whose states it carries on, all of them among the rows of the forward.
     pub window: Range<usize>,
     /// Its passes over them, each of which reveals one token.

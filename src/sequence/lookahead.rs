@@ -8,7 +8,7 @@ use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
 use crate::sampling::{self, Decision, Rank, Reveal, Unmask};
 use crate::schedule::{Bans, Eos, KvPolicy, RemaskBy, Stage};
-use crate::sequence::forwards::{ForeseenJoint, ForeseenStep};
+use crate::sequence::forwards::{LookaheadJoint, LookaheadStep};
 use crate::sequence::report::Stop;
 
 impl Sequence {
@@ -19,7 +19,7 @@ impl Sequence {
     ///
     /// A copy of the session walks ahead and reveals anything: where a rule counts, only *which* positions remain is open, and rows of
     /// an exact forward do not depend on that. A stop condition may end the text earlier than foreseen.
-    pub fn foresee(&self, max: usize) -> Result<Vec<ForeseenStep>, HostReason> {
+    pub fn look_ahead(&self, max: usize) -> Result<Vec<LookaheadStep>, HostReason> {
         let mut foreseen = Vec::new();
         if !self.spec.forced.is_empty() || !self.spec.draft.is_empty() {
             return Err(HostReason::ForcedTokens);
@@ -61,7 +61,7 @@ impl Sequence {
                 Err(_) => break,
             };
             let draw = step.asks.first().expect("a denoising step asks").draw;
-            foreseen.push(ForeseenStep {
+            foreseen.push(LookaheadStep {
                 part: SequenceStep {
                     remask: remask.take(),
                     stage: ghost.stage as u8,
@@ -76,7 +76,7 @@ impl Sequence {
                 rows: step.rows.iter().map(|(position, _)| *position).collect(),
                 visibility: step.visibility,
                 len: step.len,
-                joint: ghost.stage().joint.then(|| ForeseenJoint { window: ghost.joint_window(), passes: Vec::new() }),
+                joint: ghost.stage().joint.then(|| LookaheadJoint { window: ghost.joint_window(), passes: Vec::new() }),
             });
             if !matches!(reveal, Reveal::Best { .. }) {
                 break;
@@ -171,11 +171,11 @@ mod tests {
     use crate::plan::LogitsRows;
     use crate::schedule::{Defaults, Schedule};
 
-    fn foreseen(stage: &str, given: usize) -> Result<Vec<ForeseenStep>, HostReason> {
+    fn foreseen(stage: &str, given: usize) -> Result<Vec<LookaheadStep>, HostReason> {
         foreseen_of(&[stage], given, true)
     }
 
-    fn foreseen_of(stages: &[&str], given: usize, shifted: bool) -> Result<Vec<ForeseenStep>, HostReason> {
+    fn foreseen_of(stages: &[&str], given: usize, shifted: bool) -> Result<Vec<LookaheadStep>, HostReason> {
         let stages: Vec<_> = stages.iter().map(|stage| stage.parse().unwrap()).collect();
         let schedule = Schedule::resolve(&stages, &Defaults::default()).unwrap();
         let fixed = (0..given as u32).map(Some).chain(std::iter::repeat_n(None, 12 - given)).collect();
@@ -194,7 +194,7 @@ mod tests {
         })
         .unwrap();
         assert_eq!(session.next(&mut Vec::new()), Next::Forward);
-        session.foresee(99)
+        session.look_ahead(99)
     }
 
     /// Passes among listed ids, or without bans, are the host's; other passes are the device's.
@@ -241,7 +241,7 @@ mod tests {
     }
 
     /// Asks and windows of a joint step: those of the forward, then those of its passes.
-    fn joint_asks(step: &ForeseenStep) -> (Vec<usize>, Range<usize>) {
+    fn joint_asks(step: &LookaheadStep) -> (Vec<usize>, Range<usize>) {
         let joint = step.joint.as_ref().expect("a joint stage");
         for (call, pass) in (1..).zip(&joint.passes) {
             assert_eq!((pass.step, pass.block, pass.stage), (step.part.step | call << 20, step.part.block, step.part.stage));
