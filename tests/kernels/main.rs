@@ -10,7 +10,7 @@ mod barriers;
 mod blend;
 mod ceilings;
 mod decide;
-mod door;
+mod driver_errors;
 mod embed;
 mod emulator;
 mod experts;

@@ -1,6 +1,6 @@
 //! What is said about drivers, devices and compilers that are absent, empty or broken: always an error with the next move.
 //!
-//! A process opens each library once, so every case runs in a child: this test binary again, asked for `door::child` alone, with a
+//! A process opens each library once, so every case runs in a child: this test binary again, asked for `driver_errors::child` alone, with a
 //! stub driver in front of the library path.
 
 use std::path::{Path, PathBuf};
@@ -30,7 +30,11 @@ fn child() {
 /// The answers of the door in a fresh process.
 fn answers(libraries: Option<&Path>, env: &[(&str, &str)]) -> String {
     let mut command = Command::new(std::env::current_exe().expect("the path of this test"));
-    command.args(["--exact", "door::child", "--nocapture"]).env(ASKED, "1").env_remove("REDRAFT_NVRTC_DIR").envs(env.iter().copied());
+    command
+        .args(["--exact", "driver_errors::child", "--nocapture"])
+        .env(ASKED, "1")
+        .env_remove("REDRAFT_NVRTC_DIR")
+        .envs(env.iter().copied());
     if let Some(dir) = libraries {
         command.env("LD_LIBRARY_PATH", dir);
     }
