@@ -15,17 +15,17 @@
 #![forbid(unsafe_code)]
 
 pub mod bootstrap;
-pub mod copied;
-pub mod counts;
-pub mod fitted;
-pub mod human;
-pub mod words;
+pub mod coherence;
+pub mod diversity;
+pub mod memorization;
+pub mod ngram_lm;
+pub mod reference_text;
 
 use serde::Serialize;
 
 use bootstrap::{Figure, Part, Resamples};
-use copied::Training;
-use fitted::Interpolated;
+use memorization::Training;
+use ngram_lm::Interpolated;
 
 /// Tokens at the head of the second half that [`Measures::context_gain`] leaves out: right after the seam a judge is punished for the
 /// broken sentence, which is not what is asked.
@@ -81,27 +81,27 @@ pub struct Measures {
     pub judge_nll: Option<Figure>,
     /// Pooled perplexity under the trigram model ([`fitted`]).
     pub trigram_ppl: Option<Figure>,
-    /// Mean of [`counts::unigram_entropy`].
+    /// Mean of [`diversity::unigram_entropy`].
     pub entropy: Option<Figure>,
-    /// Mean of [`counts::distinct`], as the next three.
+    /// Mean of [`diversity::distinct`], as the next three.
     pub distinct_1: Option<Figure>,
     pub distinct_2: Option<Figure>,
     pub distinct_3: Option<Figure>,
     pub distinct_4: Option<Figure>,
-    /// [`counts::set_distinct`]: depends on the number of samples, as the next two do.
+    /// [`diversity::set_distinct`]: depends on the number of samples, as the next two do.
     pub set_distinct_4: Option<Figure>,
-    /// [`counts::self_bleu`].
+    /// [`diversity::self_bleu`].
     pub self_bleu_4: Option<Figure>,
     /// Pooled perplexity, on human text, of an interpolated bigram model fitted to the set: falls with quality and with coverage
     /// (Zhao et al., "Adversarially regularized autoencoders", ICML 2018).
     pub reverse_ppl: Option<Figure>,
     /// Mean and largest of [`Training::longest_run`].
     pub copied_run: Option<Figure>,
-    /// Mean of [`counts::changed`].
+    /// Mean of [`diversity::changed`].
     pub changed: Option<Figure>,
-    /// Share of the names that come back ([`words::names`]), over all names of the set.
+    /// Share of the names that come back ([`coherence::names`]), over all names of the set.
     pub names: Option<Figure>,
-    /// Share of paragraphs with paired quotation marks ([`words::quotes`]), over all paragraphs of the set.
+    /// Share of paragraphs with paired quotation marks ([`coherence::quotes`]), over all paragraphs of the set.
     pub quotes: Option<Figure>,
     /// Mean over samples of the loss per token of the second half behind another sample's first half, minus the same behind its own;
     /// without the first [`SEAM`] tokens of the half. What the text remembers of itself, which no local fluency can buy.
@@ -156,14 +156,14 @@ pub fn measure(set: &[Sample], reference: &Reference, resamples: &Resamples) -> 
     let single = PerSample {
         judge_nll: judged.iter().copied().map(mean).collect(),
         judge_tokens: judged.iter().map(|(_, count)| *count as usize).collect(),
-        entropy: each(&|s| counts::unigram_entropy(&s.tokens)),
-        distinct_2: each(&|s| counts::distinct(&s.tokens, 2)),
+        entropy: each(&|s| diversity::unigram_entropy(&s.tokens)),
+        distinct_2: each(&|s| diversity::distinct(&s.tokens, 2)),
         copied_run: each(&|s| Some(reference.training?.longest_run(&s.tokens) as f64)),
-        changed: each(&|s| counts::changed(&s.tokens, s.draft.as_ref()?)),
+        changed: each(&|s| diversity::changed(&s.tokens, s.draft.as_ref()?)),
         context_gain: each(&|s| context_gain(s, end)),
     };
     let perplexities: Vec<Option<f64>> = single.judge_nll.iter().map(|nll| nll.map(f64::exp)).collect();
-    let distinct = |n| resamples.mean(&each(&|s| counts::distinct(&s.tokens, n)));
+    let distinct = |n| resamples.mean(&each(&|s| diversity::distinct(&s.tokens, n)));
     let shares = |f: fn(&[String]) -> Part| resamples.figure(&set.iter().map(|s| f(&s.documents)).collect::<Vec<_>>(), |share| share);
     let trigram = |model: &Interpolated| resamples.figure(&tokens.iter().map(|t| model.loss(t)).collect::<Vec<_>>(), f64::exp);
     let measures = Measures {
@@ -176,15 +176,15 @@ pub fn measure(set: &[Sample], reference: &Reference, resamples: &Resamples) -> 
         distinct_2: resamples.mean(&single.distinct_2),
         distinct_3: distinct(3),
         distinct_4: distinct(4),
-        set_distinct_4: counts::set_distinct(&tokens, counts::ORDER).and_then(Figure::plain),
-        self_bleu_4: counts::self_bleu(&tokens).and_then(Figure::plain),
+        set_distinct_4: diversity::set_distinct(&tokens, diversity::ORDER).and_then(Figure::plain),
+        self_bleu_4: diversity::self_bleu(&tokens).and_then(Figure::plain),
         reverse_ppl: reference.human.and_then(|human| reverse_perplexity(&tokens, human, reference)),
         copied_run: resamples
             .mean(&single.copied_run)
             .map(|figure| Figure { max: single.copied_run.iter().copied().flatten().reduce(f64::max), ..figure }),
         changed: resamples.mean(&single.changed),
-        names: shares(words::names),
-        quotes: shares(words::quotes),
+        names: shares(coherence::names),
+        quotes: shares(coherence::quotes),
         context_gain: resamples.mean(&single.context_gain),
     };
     (measures, single)
@@ -305,7 +305,7 @@ mod tests {
         assert!((value(measures.trigram_ppl) - both.exp()).abs() < 1e-9);
         let bigram = Interpolated::fit(2, 10, END, [&[1, 2, 3, 4][..], &[7, 8, 2, 3]].into_iter());
         assert!((value(measures.reverse_ppl) - (bigram.loss(&[1, 2, 3]).0 / 3.0).exp()).abs() < 1e-9);
-        assert_eq!(value(measures.self_bleu_4), counts::self_bleu(&[&[1, 2, 3, 4], &[7, 8, 2, 3]]).unwrap());
+        assert_eq!(value(measures.self_bleu_4), diversity::self_bleu(&[&[1, 2, 3, 4], &[7, 8, 2, 3]]).unwrap());
         assert_eq!(value(measures.set_distinct_4), 1.0);
     }
 

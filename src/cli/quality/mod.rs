@@ -29,9 +29,9 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::quality::bootstrap::Resamples;
-use crate::quality::copied::Training;
-use crate::quality::fitted::{Interpolated, MAX_VOCAB};
-use crate::quality::human::{self, Windows};
+use crate::quality::memorization::Training;
+use crate::quality::ngram_lm::{Interpolated, MAX_VOCAB};
+use crate::quality::reference_text::{self, Windows};
 use crate::quality::{self, Measures, PerSample, Reference, Sample};
 use crate::request::{Output, Prompt, Request};
 use crate::schedule::Schedule;
@@ -146,7 +146,7 @@ impl<'a> Job<'a> {
         };
         if let Some(path) = &asked.human {
             let documents = job.documents(std::slice::from_ref(path))?;
-            let windows = human::windows(&documents, length, asked.samples as usize, job.end_of_text);
+            let windows = reference_text::windows(&documents, length, asked.samples as usize, job.end_of_text);
             let too_short = || Error::request(format!("--human {}: less text than one sample of {length} tokens", path.display()));
             job.human = Some(windows.ok_or_else(too_short)?);
         }
@@ -182,7 +182,7 @@ impl<'a> Job<'a> {
         let mut ids = Vec::new();
         for path in paths {
             let text = read_text(path)?;
-            let documents = human::documents(&text);
+            let documents = reference_text::documents(&text);
             if documents.is_empty() {
                 return Err(Error::request(format!("{}: expected text, found none", path.display())));
             }
