@@ -57,7 +57,7 @@ impl Family {
 
 /// The visibility a model was trained for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Attention {
+pub enum AttentionMask {
     /// Block diffusion; the published block length.
     BlockCausal(usize),
     /// Masked diffusion over the whole sequence.
@@ -66,13 +66,13 @@ pub enum Attention {
     Causal,
 }
 
-impl Attention {
+impl AttentionMask {
     /// Which keys a query saw in training.
     pub fn visibility(self) -> Visibility {
         match self {
-            Attention::BlockCausal(block_len) => Visibility::BlockCausal(block_len),
-            Attention::Full => Visibility::Full,
-            Attention::Causal => Visibility::BlockCausal(1),
+            AttentionMask::BlockCausal(block_len) => Visibility::BlockCausal(block_len),
+            AttentionMask::Full => Visibility::Full,
+            AttentionMask::Causal => Visibility::BlockCausal(1),
         }
     }
 }
@@ -139,7 +139,7 @@ pub struct ModelConfig {
     pub model_length: usize,
     /// Attention of the checkpoint ends this many positions back; here it does not, so no longer sequence is served.
     pub sliding_window: Option<usize>,
-    pub attention: Attention,
+    pub attention: AttentionMask,
     /// Logits are shifted, as in the autoregressive model that the weights were adapted from:
     /// [`LogitsRows::Before`]. Autoregressive checkpoints do not say so here: scoring knows.
     pub shift: bool,
@@ -228,7 +228,7 @@ impl ModelConfig {
     pub fn masking(&self) -> Result<u32> {
         let what = "this checkpoint is autoregressive, it can score but not generate by diffusion";
         self.mask_id
-            .filter(|_| self.attention != Attention::Causal)
+            .filter(|_| self.attention != AttentionMask::Causal)
             .ok_or_else(|| Error::request(format!("{}: {what}", self.dir.display())))
     }
 

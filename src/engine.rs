@@ -19,7 +19,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use crate::backend::{Backend, BannedIds, HostReason};
-use crate::config::{Attention, ModelConfig};
+use crate::config::{AttentionMask, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::model::step::StepNetwork;
@@ -215,7 +215,7 @@ impl<B: Backend> Engine<B> {
                 format!("vocabulary of {found}: expected that of the first model, {expected}"),
             ));
         }
-        if config.attention == Attention::Causal {
+        if config.attention == AttentionMask::Causal {
             return Err(Error::config(&model_dir.join("config.json"), "an autoregressive checkpoint cannot run a stage"));
         }
         let model = registry::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
@@ -249,7 +249,7 @@ impl<B: Backend> Engine<B> {
 
     /// Sampling defaults that fit the model: what its directory recommends; block scope for block diffusion, canvas scope for full attention.
     pub fn defaults(config: &ModelConfig) -> Defaults {
-        let scope = if config.attention == Attention::Full { Scope::Canvas } else { Scope::Block };
+        let scope = if config.attention == AttentionMask::Full { Scope::Canvas } else { Scope::Block };
         let general = Defaults::default();
         Defaults {
             temperature: config.sampling.temperature.unwrap_or(general.temperature),
@@ -257,7 +257,7 @@ impl<B: Backend> Engine<B> {
             top_k: top_k_of(config.sampling.top_k.unwrap_or(0), TopKOrder::Before),
             scope,
             // Under full attention a block is only what is decided together.
-            block_len: if let Attention::BlockCausal(len) = config.attention { len } else { general.block_len },
+            block_len: if let AttentionMask::BlockCausal(len) = config.attention { len } else { general.block_len },
             ..general
         }
     }

@@ -11,7 +11,7 @@ use crate::backend::{
     Sequences, StepOutcome, StepRunner,
 };
 use crate::canvas::Canvas;
-use crate::config::{Attention, ModelConfig};
+use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::{Engine, LoadedModel};
 use crate::error::{Error, Result};
 use crate::model::{Model, Probe, Scratch};
@@ -102,7 +102,7 @@ impl<B: Backend> Engine<B> {
     ///
     /// Errors: as [`Engine::check_tokens`], a sequence longer than the model serves or the pool holds, a checkpoint that is not autoregressive.
     pub fn causal_nlls(&mut self, sequences: &[&[u32]]) -> Result<Vec<Vec<f64>>> {
-        if self.config().attention != Attention::Causal {
+        if self.config().attention != AttentionMask::Causal {
             return Err(Error::request("this checkpoint is not autoregressive: it has no likelihood by next tokens alone"));
         }
         for tokens in sequences {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
-use redraft::config::Attention;
+use redraft::config::AttentionMask;
 use redraft::engine::Engine;
 use redraft::{Cpu, DType, EngineOptions, Error, Schedule};
 use serde_json::{Map, Value, json};
@@ -463,7 +463,7 @@ fn broken_configurations_of_adapted_decoders() {
         c.insert("auto_map".into(), json!({"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"}));
     });
     let engine = copy.load().expect("Stable-DiffCoder");
-    assert_eq!((engine.config().attention, engine.config().mask_id), (Attention::BlockCausal(4), Some(5)));
+    assert_eq!((engine.config().attention, engine.config().mask_id), (AttentionMask::BlockCausal(4), Some(5)));
     let copy = Copy::of("sdar");
     assert_eq!(copy.load().expect("MASK in the tokenizer").config().mask_id, Some(66));
     copy.edit("tokenizer.json", |t| {

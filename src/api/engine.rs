@@ -8,7 +8,7 @@ use super::core::{AnyCore, on_core};
 use super::handle::{Generation, RequestHandle, TextRules};
 use super::options::{Options, Prompt};
 use crate::chat::ChatTemplate;
-use crate::config::{Attention, ModelConfig};
+use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::Engine as EngineCore;
 use crate::error::{Error, Result};
 use crate::plan::Visibility;
@@ -112,7 +112,7 @@ impl Engine {
         }
         let (attention, bos_id) = (self.config().attention, self.config().first_id()?);
         let with_bos = [&[bos_id], tokens].concat();
-        if attention == Attention::Causal {
+        if attention == AttentionMask::Causal {
             return on_core!(&mut self.core, |core| core.causal_nll(&with_bos));
         }
         let visibility = attention.visibility();

@@ -11,7 +11,7 @@ use crate::cli::device::DeviceFlags;
 use crate::cli::files::{model_dir, read_text, write_atomically};
 use crate::cli::flags::Format;
 use crate::cli::terminal::print;
-use crate::config::{Attention, Mlp, ModelConfig, Moe};
+use crate::config::{AttentionMask, Mlp, ModelConfig, Moe};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
@@ -96,13 +96,13 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size);
     let problems = registry::check(&config, &weights);
     let attention = match config.attention {
-        Attention::BlockCausal(block_len) => format!("block-causal, published block length {block_len}"),
-        Attention::Full => "full".into(),
-        Attention::Causal => "causal (a judge for `score`; cannot generate)".into(),
+        AttentionMask::BlockCausal(block_len) => format!("block-causal, published block length {block_len}"),
+        AttentionMask::Full => "full".into(),
+        AttentionMask::Causal => "causal (a judge for `score`; cannot generate)".into(),
     };
     let mut unsupported: Vec<String> = problems.iter().map(ToString::to_string).collect();
     unsupported.extend(tokenizer.as_ref().err().map(ToString::to_string));
-    if config.attention == Attention::Causal {
+    if config.attention == AttentionMask::Causal {
         unsupported.push("generate: the checkpoint is autoregressive".into());
     }
     let kv = |bytes| config.kv_bytes_per_token(bytes);

@@ -21,7 +21,7 @@ use crate::cli::files::{model_dir, read_text};
 use crate::cli::flags::Format;
 use crate::cli::samples::{self, ReadAs};
 use crate::cli::terminal::{Progress, print};
-use crate::config::{Attention, ModelConfig};
+use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
@@ -70,7 +70,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     let dir = model_dir(flags.model.as_deref())?;
     let config = registry::read_config(&dir)?;
     let visibility = flags.visibility.unwrap_or(config.attention.visibility());
-    if config.attention == Attention::Causal && visibility != Visibility::BlockCausal(1) {
+    if config.attention == AttentionMask::Causal && visibility != Visibility::BlockCausal(1) {
         return Err(Error::request("--visibility: this checkpoint is autoregressive, it scores with `causal` only"));
     }
     config.first_id()?;
@@ -196,7 +196,7 @@ fn samples(path: &Path, judge: &Judge, flags: &Flags) -> Result<String> {
 fn score<B: Backend>(engine: &mut Engine<B>, windows: &[&[u32]], visibility: Visibility) -> Result<Vec<f64>> {
     let mut nll = Vec::new();
     let (attention, bos_id) = (engine.config().attention, engine.config().first_id()?);
-    if attention == Attention::Causal {
+    if attention == AttentionMask::Causal {
         let mut progress = Progress::new("scoring");
         for (i, part) in windows.chunks(AT_ONCE).enumerate() {
             progress.show(|| format!("{}/{} windows", i * AT_ONCE, windows.len()));

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::backend::{HeadShape, NormKind, Rope};
-use crate::config::{Attention, DecoderFlags, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, DecoderFlags, Mlp, ModelConfig, Sampling};
 use crate::error::{Error, Result};
 use crate::model::families::{bd3lm, sdar};
 
@@ -37,7 +37,7 @@ fn bd3lm_shape(name: &str, vocab_size: usize, hidden_dim: usize, num_layers: usi
         switches: bd3lm::SWITCHES,
         model_length,
         sliding_window: None,
-        attention: Attention::BlockCausal(4),
+        attention: AttentionMask::BlockCausal(4),
         shift: false,
         cond_dim: Some(128),
         mask_id: Some(vocab_size as u32 - 1),
@@ -76,7 +76,7 @@ fn sdar_8b() -> ModelConfig {
         },
         model_length: 32_768,
         sliding_window: None,
-        attention: Attention::BlockCausal(4),
+        attention: AttentionMask::BlockCausal(4),
         shift: false,
         cond_dim: None,
         mask_id: Some(151_669),

@@ -24,7 +24,7 @@ use crate::cli::engine::{attach_joint, drain, load};
 use crate::cli::files::{judge_dir, model_dir, read_text};
 use crate::cli::flags::{DTypeFlag, Format};
 use crate::cli::terminal::{Progress, print};
-use crate::config::{Attention, ModelConfig};
+use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
@@ -104,7 +104,7 @@ impl<'a> Job<'a> {
         let more_models = flags.model.get(1..).unwrap_or_default();
         let more: Vec<ModelConfig> = more_models.iter().map(|dir| registry::read_config(dir)).collect::<Result<_>>()?;
         let judge = registry::read_config(&judge_dir(asked.judge.as_deref())?)?;
-        if judge.attention != Attention::Causal {
+        if judge.attention != AttentionMask::Causal {
             let what = "expected an autoregressive checkpoint as --judge, found one that is trained for diffusion";
             return Err(Error::config(&judge.dir.join("config.json"), what));
         }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::cli::files::read_text;
 use crate::cli::generate;
-use crate::config::{Attention, ModelConfig};
+use crate::config::{AttentionMask, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::sampling::Score;
@@ -157,7 +157,7 @@ impl Rows {
 }
 
 fn check_generates(config: &ModelConfig) -> Result<()> {
-    if config.attention == Attention::Causal {
+    if config.attention == AttentionMask::Causal {
         let what = "this checkpoint is autoregressive: it scores text (--judge), it cannot generate by diffusion";
         return Err(Error::config(&config.dir.join("config.json"), what));
     }

@@ -10,7 +10,7 @@
 use std::path::Path;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope};
-use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::layers::{Dense, Linear, Norm};
@@ -42,17 +42,22 @@ pub(crate) const SWITCHES: DecoderFlags = DecoderFlags {
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let block_size = keys.optional_size("block_size", 1 << 24)?.unwrap_or(1);
     let attention = if keys.flag("causal", false)? {
-        Attention::Causal
+        AttentionMask::Causal
     } else if keys.flag("cross_attn", true)? {
-        Attention::BlockCausal(block_size)
+        AttentionMask::BlockCausal(block_size)
     } else {
-        Attention::Full
+        AttentionMask::Full
     };
     shared_config(dir, keys, &FAMILY, attention)
 }
 
 /// The keys that BD3-LM and MDLM have in common.
-pub(in crate::model) fn shared_config(dir: &Path, keys: &ConfigJson, family: &'static Family, attention: Attention) -> Result<ModelConfig> {
+pub(in crate::model) fn shared_config(
+    dir: &Path,
+    keys: &ConfigJson,
+    family: &'static Family,
+    attention: AttentionMask,
+) -> Result<ModelConfig> {
     if keys.flag("time_conditioning", false)? {
         return Err(
             keys.error("key `time_conditioning` is true: only models without time conditioning are supported (their adaLN is constant)")

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
+use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::{llama, qwen2};
 use crate::model::family::{FamilyEntry, Layout};
@@ -17,5 +17,5 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, &FAMILY, &qwen2::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
-    Ok(ModelConfig { attention: Attention::Full, shift: true, mask_id, ..base })
+    Ok(ModelConfig { attention: AttentionMask::Full, shift: true, mask_id, ..base })
 }

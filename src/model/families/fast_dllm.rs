@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
+use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::{llama, qwen2};
 use crate::model::family::{FamilyEntry, Layout};
@@ -23,5 +23,5 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, &FAMILY, &qwen2::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
     let block_len = keys.optional_size("bd_size", 1 << 24)?.unwrap_or(32);
-    Ok(ModelConfig { attention: Attention::BlockCausal(block_len), shift: true, mask_id, ..base })
+    Ok(ModelConfig { attention: AttentionMask::BlockCausal(block_len), shift: true, mask_id, ..base })
 }

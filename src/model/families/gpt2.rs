@@ -10,7 +10,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope};
-use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::layers::{Dense, Linear, Norm};
@@ -69,7 +69,7 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         },
         model_length: keys.size("n_positions", 1 << 24)?,
         sliding_window: None,
-        attention: Attention::Causal,
+        attention: AttentionMask::Causal,
         shift: false,
         cond_dim: None,
         mask_id: None,

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{HeadShape, NormKind, Rope};
-use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::llama_layout::{Names, Qkv};
@@ -102,7 +102,7 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         },
         model_length: keys.size("max_sequence_length", 1 << 24)?,
         sliding_window: None,
-        attention: Attention::Full,
+        attention: AttentionMask::Full,
         shift: false,
         cond_dim: None,
         mask_id: Some(keys.mask_token(dir, vocab_size, None)?),

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{ExpertShape, RouterScore};
-use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig, Moe};
+use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect};
 use crate::model::family::{FamilyEntry, Layout};
@@ -78,5 +78,5 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     // Published configurations name the end of text as padding alone.
     let eos_id = base.eos_id.or(keys.token("pad_token_id", base.vocab_size)?);
     let (bos_id, pad_id) = (base.bos_id.or(eos_id), base.pad_id.filter(|id| Some(*id) != eos_id));
-    Ok(ModelConfig { mlp_dim, moe: Some(moe), attention: Attention::BlockCausal(block_len), mask_id, bos_id, eos_id, pad_id, ..base })
+    Ok(ModelConfig { mlp_dim, moe: Some(moe), attention: AttentionMask::BlockCausal(block_len), mask_id, bos_id, eos_id, pad_id, ..base })
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{ExpertShape, RouterScore};
-use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig, Moe};
+use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect};
 use crate::model::family::{FamilyEntry, Layout};
@@ -52,5 +52,5 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let score = RouterScore::Softmax { renormalise: false };
     let moe = Some(keys.experts(Moe { shape, score, router_bias: false, shared_dim: None, sparse })?);
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
-    Ok(ModelConfig { mlp_dim, moe, attention: Attention::Full, mask_id, ..base })
+    Ok(ModelConfig { mlp_dim, moe, attention: AttentionMask::Full, mask_id, ..base })
 }

@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use crate::backend::{HeadShape, NormKind, Rope, RopeScaling};
-use crate::config::{Attention, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, Layout};
 use crate::model::llama_layout::NAMES;
@@ -139,7 +139,7 @@ pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Fam
         },
         model_length,
         sliding_window: sliding_window(keys, dialect, num_layers, model_length)?,
-        attention: Attention::Causal,
+        attention: AttentionMask::Causal,
         shift: false,
         cond_dim: None,
         mask_id: None,

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
+use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::bd3lm;
 use crate::model::family::{FamilyEntry, Layout};
@@ -14,5 +14,5 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 
 /// Reads the published keys. MDLM checkpoints have no `block_size` and no `cross_attn`, and always carry adaLN.
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
-    bd3lm::shared_config(dir, keys, &FAMILY, Attention::Full)
+    bd3lm::shared_config(dir, keys, &FAMILY, AttentionMask::Full)
 }

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
+use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::qwen3_moe;
 use crate::model::family::{FamilyEntry, Layout};
@@ -23,5 +23,5 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         return Err(keys.error("RND1 has experts in every layer: expected no `mlp_only_layers` and a `decoder_sparse_step` of 1"));
     }
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
-    Ok(ModelConfig { attention: Attention::Full, shift: true, mask_id, ..base })
+    Ok(ModelConfig { attention: AttentionMask::Full, shift: true, mask_id, ..base })
 }

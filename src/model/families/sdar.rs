@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
+use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::{llama, qwen3};
 use crate::model::family::{FamilyEntry, Layout};
@@ -25,5 +25,5 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
 pub(in crate::model) fn block_causal(dir: &Path, keys: &ConfigJson, base: ModelConfig) -> Result<ModelConfig> {
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
     let block_len = keys.optional_size("block_size", 1 << 24)?.unwrap_or(BLOCK_LEN);
-    Ok(ModelConfig { attention: Attention::BlockCausal(block_len), mask_id, ..base })
+    Ok(ModelConfig { attention: AttentionMask::BlockCausal(block_len), mask_id, ..base })
 }

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::config::{Attention, Classes, ConfigJson, Family, ModelConfig};
+use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::llama;
 use crate::model::family::{FamilyEntry, Layout};
@@ -23,5 +23,5 @@ const MASK_ID: u32 = 5;
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, &FAMILY, &llama::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
-    Ok(ModelConfig { attention: Attention::BlockCausal(BLOCK_LEN), mask_id, ..base })
+    Ok(ModelConfig { attention: AttentionMask::BlockCausal(BLOCK_LEN), mask_id, ..base })
 }
