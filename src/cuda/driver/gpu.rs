@@ -21,7 +21,7 @@ use crate::cuda::driver::libcuda::{Functions, Handle, functions};
 use crate::cuda::driver::prebuilt::Prebuilt;
 use crate::cuda::driver::source::{identity, kernel, portable_identity};
 use crate::cuda::driver::staging::Staging;
-use crate::cuda::driver::{nvtx, prebuilt, trouble};
+use crate::cuda::driver::{errors, nvtx, prebuilt};
 use crate::error::{Error, Result};
 
 /// The driver's limit on the bytes of all parameters of a kernel.
@@ -128,7 +128,7 @@ impl Gpu {
     /// The functions, with the context current; an error if the context is lost.
     fn enter(&self) -> Result<&'static Functions> {
         if let Some(first) = self.lost.borrow().as_ref() {
-            return Err(trouble::lost(first));
+            return Err(errors::lost(first));
         }
         // SAFETY: the context was retained by `open` and lives as long as this value.
         self.check("cuCtxSetCurrent", unsafe { (self.functions.context_set_current)(self.context) })?;
@@ -146,7 +146,7 @@ impl Gpu {
     fn check(&self, call: &str, code: c_int) -> Result<()> {
         let outcome = checked(self.info.ordinal, call, code);
         if let Err(error) = &outcome
-            && trouble::Trouble::of(code).is_sticky()
+            && errors::DriverError::of(code).is_sticky()
         {
             self.lost.borrow_mut().get_or_insert_with(|| error.to_string());
         }
@@ -210,8 +210,8 @@ impl Gpu {
         // SAFETY: `cubin` is a whole ELF image from NVRTC, which carries its own size, checked by the cache's checksum where it comes
         // from there; the driver copies it.
         let code = unsafe { (f.module_load_data)(&mut module, cubin.as_ptr().cast()) };
-        if let Some(nvrtc) = nvrtc.filter(|_| trouble::Trouble::of(code) == trouble::Trouble::OldDriver) {
-            return Err(trouble::unusable_code(self.info.ordinal, identity, &describe(code), self.driver_version, nvrtc));
+        if let Some(nvrtc) = nvrtc.filter(|_| errors::DriverError::of(code) == errors::DriverError::OldDriver) {
+            return Err(errors::unusable_code(self.info.ordinal, identity, &describe(code), self.driver_version, nvrtc));
         }
         self.check(&format!("cuModuleLoadData of {identity}"), code)?;
         Ok(module)
@@ -238,7 +238,7 @@ impl Gpu {
 }
 
 fn checked(ordinal: usize, call: &str, code: c_int) -> Result<()> {
-    if code == CUresult::CUDA_SUCCESS as c_int { Ok(()) } else { Err(trouble::failed(ordinal, call, &describe(code), code)) }
+    if code == CUresult::CUDA_SUCCESS as c_int { Ok(()) } else { Err(errors::failed(ordinal, call, &describe(code), code)) }
 }
 
 /// The architecture to compile for: the device's own where NVRTC knows it, else the closest older one of the same generation, whose
@@ -280,9 +280,9 @@ impl Driver for Gpu {
         let mut address: Address = 0;
         // SAFETY: `address` is writable, and the context is current.
         let code = unsafe { (f.mem_alloc)(&mut address, bytes.max(1)) };
-        if trouble::Trouble::of(code) == trouble::Trouble::OutOfMemory {
+        if errors::DriverError::of(code) == errors::DriverError::OutOfMemory {
             let (free, total) = self.memory()?;
-            return Err(trouble::out_of_memory(self.info.ordinal, bytes, free, total));
+            return Err(errors::out_of_memory(self.info.ordinal, bytes, free, total));
         }
         self.check("cuMemAlloc", code)?;
         Ok(address)

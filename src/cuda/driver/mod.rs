@@ -5,6 +5,7 @@ pub(super) mod compile;
 pub(super) mod device;
 mod elf;
 pub(super) mod emu;
+mod errors;
 pub(super) mod gpu;
 pub(super) mod interface;
 pub(super) mod libcuda;
@@ -13,6 +14,5 @@ mod nvtx;
 pub(super) mod prebuilt;
 pub(super) mod source;
 mod staging;
-mod trouble;
 
 pub use interface::{Address, Build, Driver, Function, Graph, Launch, Limits};

@@ -11,7 +11,7 @@ use crate::error::Error;
 
 /// What a failing code means for the calls after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::cuda) enum Trouble {
+pub(in crate::cuda) enum DriverError {
     /// Device memory is short. The context lives on.
     OutOfMemory,
     /// A kernel did what it must not; the context is gone with all its memory.
@@ -26,41 +26,43 @@ pub(in crate::cuda) enum Trouble {
     Other,
 }
 
-impl Trouble {
-    pub(in crate::cuda) fn of(code: c_int) -> Trouble {
+impl DriverError {
+    pub(in crate::cuda) fn of(code: c_int) -> DriverError {
         // By number: a driver may answer with codes that this list of names does not have.
         const OUT_OF_MEMORY: c_int = CUresult::CUDA_ERROR_OUT_OF_MEMORY as c_int;
         const UNAVAILABLE: c_int = CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE as c_int;
         const UNKNOWN: c_int = CUresult::CUDA_ERROR_UNKNOWN as c_int;
         match code {
-            OUT_OF_MEMORY => Trouble::OutOfMemory,
-            UNAVAILABLE => Trouble::Busy,
+            OUT_OF_MEMORY => DriverError::OutOfMemory,
+            UNAVAILABLE => DriverError::Busy,
             // Invalid image, no binary for this GPU, invalid PTX, unsupported PTX version.
-            200 | 209 | 218 | 222 => Trouble::OldDriver,
+            200 | 209 | 218 | 222 => DriverError::OldDriver,
             // Illegal address, timeout, assert, hardware stack, illegal instruction, misaligned address, address space, pc, launch failed.
-            700 | 702 | 710 | 714..=719 => Trouble::Fault,
+            700 | 702 | 710 | 714..=719 => DriverError::Fault,
             // Deinitialised, uncorrectable ECC and NVLink errors, contained and uncontained memory errors, destroyed context.
-            4 | 214 | 220 | 226 | 709 | UNKNOWN => Trouble::Lost,
-            _ => Trouble::Other,
+            4 | 214 | 220 | 226 | 709 | UNKNOWN => DriverError::Lost,
+            _ => DriverError::Other,
         }
     }
 
     /// True if the context does not survive it: every later call fails too.
     pub(in crate::cuda) fn is_sticky(self) -> bool {
-        matches!(self, Trouble::Fault | Trouble::Lost)
+        matches!(self, DriverError::Fault | DriverError::Lost)
     }
 
     fn next_move(self) -> &'static str {
         match self {
-            Trouble::OutOfMemory => "use a smaller --length, --batch or --kv-pages, --dtype bf16, or --device cpu",
-            Trouble::Fault => {
+            DriverError::OutOfMemory => "use a smaller --length, --batch or --kv-pages, --dtype bf16, or --device cpu",
+            DriverError::Fault => {
                 "a kernel failed, and everything on the device is lost; rerun with CUDA_LAUNCH_BLOCKING=1 to learn which, or under \
                  compute-sanitizer, and report it"
             }
-            Trouble::Lost => "the device is lost to this process; look at nvidia-smi and the kernel log for Xid messages, then start again",
-            Trouble::OldDriver => "update the NVIDIA driver, or use --device cpu",
-            Trouble::Busy => "another process holds the device for itself; see nvidia-smi, or use --device cpu",
-            Trouble::Other => "check nvidia-smi, or use --device cpu",
+            DriverError::Lost => {
+                "the device is lost to this process; look at nvidia-smi and the kernel log for Xid messages, then start again"
+            }
+            DriverError::OldDriver => "update the NVIDIA driver, or use --device cpu",
+            DriverError::Busy => "another process holds the device for itself; see nvidia-smi, or use --device cpu",
+            DriverError::Other => "check nvidia-smi, or use --device cpu",
         }
     }
 }
@@ -68,7 +70,7 @@ impl Trouble {
 /// The error of one call: `cuda:0: cuLaunchKernel of embed_f32 failed: CUDA_ERROR_LAUNCH_FAILED, unspecified launch failure; ...`.
 /// `what` is the driver's own description of the code.
 pub(in crate::cuda) fn failed(ordinal: usize, call: &str, what: &str, code: c_int) -> Error {
-    Error::device(format!("cuda:{ordinal}: {call} failed: {what}; {}", Trouble::of(code).next_move()))
+    Error::device(format!("cuda:{ordinal}: {call} failed: {what}; {}", DriverError::of(code).next_move()))
 }
 
 /// The error of every call after a sticky one.
@@ -83,7 +85,7 @@ pub(in crate::cuda) fn out_of_memory(ordinal: usize, asked: usize, free: u64, to
         bytes(asked as u64),
         bytes(free),
         bytes(total),
-        Trouble::OutOfMemory.next_move()
+        DriverError::OutOfMemory.next_move()
     ))
 }
 
@@ -125,20 +127,20 @@ mod tests {
     #[test]
     fn codes_are_sorted_by_what_they_mean_for_later_calls() {
         let cases = [
-            (2, Trouble::OutOfMemory),
-            (1, Trouble::Other),
-            (701, Trouble::Other), // too many resources asked for: the context lives
-            (700, Trouble::Fault),
-            (719, Trouble::Fault),
-            (999, Trouble::Lost),
-            (209, Trouble::OldDriver),
-            (222, Trouble::OldDriver),
-            (46, Trouble::Busy),
-            (-5, Trouble::Other),
+            (2, DriverError::OutOfMemory),
+            (1, DriverError::Other),
+            (701, DriverError::Other), // too many resources asked for: the context lives
+            (700, DriverError::Fault),
+            (719, DriverError::Fault),
+            (999, DriverError::Lost),
+            (209, DriverError::OldDriver),
+            (222, DriverError::OldDriver),
+            (46, DriverError::Busy),
+            (-5, DriverError::Other),
         ];
-        for (code, trouble) in cases {
-            assert_eq!(Trouble::of(code), trouble, "{code}");
-            assert_eq!(trouble.is_sticky(), [700, 719, 999].contains(&code), "{code}");
+        for (code, error) in cases {
+            assert_eq!(DriverError::of(code), error, "{code}");
+            assert_eq!(error.is_sticky(), [700, 719, 999].contains(&code), "{code}");
         }
     }
 
