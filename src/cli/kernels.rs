@@ -125,8 +125,8 @@ pub(super) fn run(command: Command) -> Result<()> {
         }
         Command::Build { arch, out, list } => build(&arch, &out, list.as_deref())?,
         Command::Run(asked) => match &asked.list {
-            Some(list) => replay_list(&asked, list)?,
-            None => replay(&asked)?,
+            Some(list) => bench_list(&asked, list)?,
+            None => bench_kernel(&asked)?,
         },
     }
     Ok(())
@@ -188,7 +188,7 @@ fn lines_of<'a>(text: &'a str) -> Vec<Line<'a>> {
 /// measured.
 ///
 /// Errors: [`Error::Kernel`] at the end, where a line failed.
-fn replay_list(asked: &Run, list: &Path) -> Result<()> {
+fn bench_list(asked: &Run, list: &Path) -> Result<()> {
     let text = read_text(list)?;
     let lines = lines_of(&text);
     if lines.is_empty() {
@@ -204,7 +204,7 @@ fn replay_list(asked: &Run, list: &Path) -> Result<()> {
             Some(name) => DTypeFlag::from_str(name, false).map_err(|_| Error::request(format!("dtype={name}: expected bf16 or f32")))?,
         };
         let Run { repeat, plain, small, .. } = *asked;
-        cuda::replay(&machine, &cuda::Asked { name: line.name, shape: &line.shape, dtype: dtype.into(), repeat, plain, small })
+        cuda::bench_kernel(&machine, &cuda::Asked { name: line.name, shape: &line.shape, dtype: dtype.into(), repeat, plain, small })
     };
     let mut failed = 0;
     for line in &lines {
@@ -225,12 +225,12 @@ fn replay_list(asked: &Run, list: &Path) -> Result<()> {
     Ok(())
 }
 
-fn replay(asked: &Run) -> Result<()> {
+fn bench_kernel(asked: &Run) -> Result<()> {
     let Run { name, shape, repeat, plain, small, .. } = asked;
     let name = name.as_deref().expect("clap demands a name or a list");
-    let replay = cuda::Asked { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
-    replay.check()?;
-    let report = cuda::replay(&machine(asked.device)?, &replay)?;
+    let bench = cuda::Asked { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
+    bench.check()?;
+    let report = cuda::bench_kernel(&machine(asked.device)?, &bench)?;
     let text = if asked.format == Format::Json {
         to_json(&report)
     } else {

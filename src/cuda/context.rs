@@ -236,19 +236,19 @@ impl Cuda {
     /// Enqueues what `body` enqueues, which belongs to the current step of a run. From the third
     /// time on a recording is replayed wherever the step's signature and `key`, which names the
     /// weights and buffers that `body` uses, say that it would enqueue the same again.
-    pub(super) fn replay(&self, signature: &Arc<Signature>, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+    pub(super) fn launch_recorded(&self, signature: &Arc<Signature>, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         if !self.replays.get() {
             return body();
         }
         let recorded = Recorded { key, generation: self.machine.generation(), signature: signature.clone() };
         let known = self.graphs.borrow().get(&recorded).copied();
         match known {
-            Some(Some(graph)) => self.machine.driver.replay(graph),
+            Some(Some(graph)) => self.machine.driver.launch_graph(graph),
             Some(None) => {
                 // The second time: everything is loaded, nothing grows any more.
                 let graph = self.machine.record(body)?;
                 self.graphs.borrow_mut().insert(recorded, Some(graph));
-                self.machine.driver.replay(graph)
+                self.machine.driver.launch_graph(graph)
             }
             None => {
                 let mut graphs = self.graphs.borrow_mut();

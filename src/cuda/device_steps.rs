@@ -78,7 +78,7 @@ impl StepRunner<Cuda> for DeviceSteps {
             let mut launch = || {
                 let signature = device.step(cuda, index)?;
                 let key = network.key(step.sampling.joint.is_some());
-                cuda.replay(&signature, key, &mut || network.step(cuda, &mut DeviceParts::new(cuda, &mut device)))
+                cuda.launch_recorded(&signature, key, &mut || network.step(cuda, &mut DeviceParts::new(cuda, &mut device)))
             };
             cuda.range(&format!("stage {stage}"), || {
                 cuda.range(&format!("block {block}"), || cuda.range(&format!("step {count}"), &mut launch))
@@ -112,7 +112,7 @@ impl StepRunner<Cuda> for DeviceSteps {
         network.reserve(cuda, rows_of(&steps[0]))?;
         let signature = device.step(cuda, 0)?;
         let key = network.key(steps[0].sampling.joint.is_some());
-        let mut launch = || cuda.replay(&signature, key, &mut || network.step(cuda, &mut DeviceParts::new(cuda, &mut device)));
+        let mut launch = || cuda.launch_recorded(&signature, key, &mut || network.step(cuda, &mut DeviceParts::new(cuda, &mut device)));
         let mut timed = |launches: usize| -> Result<f64> {
             cuda.synchronize()?;
             let start = Instant::now();

@@ -190,9 +190,9 @@ impl Driver for Counting {
     fn is_capturing(&self) -> bool {
         self.driver.is_capturing()
     }
-    fn replay(&self, graph: Graph) -> Result<()> {
+    fn launch_graph(&self, graph: Graph) -> Result<()> {
         self.counts.replays.fetch_add(1, Ordering::Relaxed);
-        self.driver.replay(graph)
+        self.driver.launch_graph(graph)
     }
     fn drop_graph(&self, graph: Graph) {
         self.driver.drop_graph(graph);

@@ -164,14 +164,14 @@ fn a_recording_takes_launches_only() {
     }
     let graph = driver.end_capture().unwrap();
     assert!(out.read().unwrap().iter().all(|x| x.is_nan()), "nothing ran yet");
-    driver.replay(graph).unwrap();
+    driver.launch_graph(graph).unwrap();
     let first = out.read().unwrap();
     assert!(first[..64].iter().all(|x| !x.is_nan()));
     driver.fill(out.address(), 0x7fc0_0000, LEN).unwrap();
-    driver.replay(graph).unwrap();
+    driver.launch_graph(graph).unwrap();
     assert_eq!(out.read().unwrap()[..64], first[..64]);
     driver.drop_graph(graph);
-    assert!(driver.replay(graph).is_err());
+    assert!(driver.launch_graph(graph).is_err());
 }
 
 /// A recording in which memory moves would be replayed over addresses that are gone.
@@ -182,7 +182,7 @@ fn memory_must_not_move_while_launches_are_recorded() {
     let params = FaultParams { input: input.address(), out: out.address(), counter: 0, n: LEN as u32, padding: 0 };
     let launch = || machine.driver.launch(function, Launch::line(1, THREADS), bytemuck::bytes_of(&params));
     let graph = machine.record(launch).unwrap();
-    machine.driver.replay(graph).unwrap();
+    machine.driver.launch_graph(graph).unwrap();
     assert!(out.read().unwrap()[..64].iter().all(|x| !x.is_nan()));
     // An error of the body leaves nothing open.
     let refused = machine.record(|| machine.driver.synchronize()).unwrap_err().to_string();

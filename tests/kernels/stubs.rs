@@ -98,13 +98,13 @@ fn launches(machine: &Machine) -> Result<()> {
         println!("recording: {}", refused.expect_err("nothing but launches is recorded"));
     }
     let graph = machine.driver.end_capture()?;
-    machine.driver.replay(graph)?;
-    machine.driver.replay(graph)?;
+    machine.driver.launch_graph(graph)?;
+    machine.driver.launch_graph(graph)?;
     machine.driver.drop_graph(graph);
     machine.driver.begin_capture()?;
     machine.driver.begin_capture()?;
     let kept = machine.driver.end_capture()?;
-    machine.driver.replay(kept)?;
+    machine.driver.launch_graph(kept)?;
     machine.driver.push_range("step");
     machine.driver.pop_range();
     machine.driver.synchronize()

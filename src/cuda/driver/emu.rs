@@ -445,8 +445,8 @@ impl Driver for Emulator {
         Ok(Graph(graphs.len() - 1))
     }
 
-    fn replay(&self, graph: Graph) -> Result<()> {
-        self.check_recording("replay")?;
+    fn launch_graph(&self, graph: Graph) -> Result<()> {
+        self.check_recording("launch_graph")?;
         let recorded = locked(&self.graphs).get(graph.0).cloned().flatten();
         let recorded = recorded.ok_or_else(|| Error::kernel("a graph that was dropped cannot be replayed"))?;
         recorded.iter().try_for_each(|launch| self.run(launch))

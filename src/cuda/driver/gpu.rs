@@ -425,8 +425,8 @@ impl Driver for Gpu {
         self.capturing.get()
     }
 
-    fn replay(&self, graph: Graph) -> Result<()> {
-        let f = self.enter_outside_capture("replay")?;
+    fn launch_graph(&self, graph: Graph) -> Result<()> {
+        let f = self.enter_outside_capture("launch_graph")?;
         // SAFETY: the graph came from `end_capture` and has not been dropped.
         self.check("cuGraphLaunch", unsafe { (f.graph_launch)(graph.0, self.stream) })
     }

@@ -103,7 +103,7 @@ pub trait Driver: Send {
     /// True from [`Driver::begin_capture`] to [`Driver::end_capture`].
     fn is_capturing(&self) -> bool;
     /// Enqueues a recorded sequence.
-    fn replay(&self, graph: Graph) -> Result<()>;
+    fn launch_graph(&self, graph: Graph) -> Result<()>;
     /// Forgets a graph.
     fn drop_graph(&self, graph: Graph);
 

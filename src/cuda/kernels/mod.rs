@@ -2,6 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub(super) mod builds;
-pub(super) mod replay;
-pub(super) mod replays;
+pub(super) mod kernel_bench;
+pub(super) mod kernel_benches;
 pub(super) mod report;

@@ -6,8 +6,8 @@ use serde::Serialize;
 use crate::cuda::driver::compile::Compiled;
 use crate::cuda::driver::source::{Kernel, constants, kernels};
 use crate::cuda::kernels::builds::{CompiledBuild, builds, compile_all};
-use crate::cuda::kernels::replay::Replay;
-use crate::cuda::kernels::replays::REPLAYS;
+use crate::cuda::kernels::kernel_bench::KernelBench;
+use crate::cuda::kernels::kernel_benches::KERNEL_BENCHES;
 use crate::error::Result;
 
 /// What `redraft kernels list` prints about one kernel.
@@ -28,14 +28,14 @@ pub struct KernelInfo {
 /// The kernels that this binary carries. Needs no library.
 pub fn kernels_list() -> Vec<KernelInfo> {
     let part_of = |kernel: &Kernel, name: &str| kernel.stem.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'));
-    let replay = |kernel: &Kernel| REPLAYS.iter().find(|replay| part_of(kernel, replay.name));
+    let bench = |kernel: &Kernel| KERNEL_BENCHES.iter().find(|bench| part_of(kernel, bench.name));
     let info = |kernel: Kernel| KernelInfo {
         stem: kernel.stem,
         entries: kernel.entries(),
         builds: builds().iter().filter(|build| build.stem == kernel.stem).map(constants).collect(),
         hash: format!("{:016x}", kernel.hash),
-        run: replay(&kernel).map_or("", |replay| replay.name),
-        shape: replay(&kernel).map(Replay::defaults).unwrap_or_default(),
+        run: bench(&kernel).map_or("", |bench| bench.name),
+        shape: bench(&kernel).map(KernelBench::defaults).unwrap_or_default(),
         summary: kernel.source.lines().next().unwrap_or_default().trim_start_matches("//").trim(),
     };
     kernels().into_iter().map(info).collect()
@@ -216,7 +216,7 @@ mod tests {
         );
         for kernel in &list {
             assert!(!kernel.entries.is_empty() && !kernel.builds.is_empty(), "{}", kernel.stem);
-            assert!(!kernel.run.is_empty() && !kernel.shape.is_empty(), "{}: no entry of REPLAYS", kernel.stem);
+            assert!(!kernel.run.is_empty() && !kernel.shape.is_empty(), "{}: no entry of KERNEL_BENCHES", kernel.stem);
             assert!(kernel.entries.iter().all(|entry| entry.starts_with(kernel.stem)), "{}: {:?}", kernel.stem, kernel.entries);
             assert!(kernel.summary.starts_with(&format!("{}: ", kernel.stem)), "{}: {:?}", kernel.stem, kernel.summary);
         }

@@ -3,7 +3,7 @@
 
 use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::cuda::driver::interface::Address;
-use crate::cuda::kernels::replay::{self, Asked, Inputs, Key, Op, Replay, Report, Shape};
+use crate::cuda::kernels::kernel_bench::{self, Asked, Inputs, KernelBench, Key, Op, Report, Shape};
 use crate::cuda::machine::Machine;
 use crate::cuda::ops::ask::{Ask, SequenceStep, SessionSummary};
 use crate::cuda::ops::attention::{Attention, Regime};
@@ -31,9 +31,9 @@ const fn key(name: &'static str, device: u32, small: u32) -> Key {
 }
 
 /// By name: those of a stem carry it. `copy` is no kernel of ours but the ceiling of those that memory bounds.
-pub static REPLAYS: &[Replay] = &[
-    Replay { name: "ask", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: ask },
-    Replay {
+pub static KERNEL_BENCHES: &[KernelBench] = &[
+    KernelBench { name: "ask", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: ask },
+    KernelBench {
         name: "attention",
         keys: &[
             key("sequences", 8, 2),
@@ -45,59 +45,59 @@ pub static REPLAYS: &[Replay] = &[
         ],
         prepare: attention,
     },
-    Replay { name: "blend", keys: &[key("rows", 128, 5), key("width", 4096, 66)], prepare: blend },
-    Replay { name: "copy", keys: &[key("mebibytes", 1024, 1)], prepare: copy },
-    Replay {
+    KernelBench { name: "blend", keys: &[key("rows", 128, 5), key("width", 4096, 66)], prepare: blend },
+    KernelBench { name: "copy", keys: &[key("mebibytes", 1024, 1)], prepare: copy },
+    KernelBench {
         name: "decide",
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("top_p_percent", 100, 100)],
         prepare: decide,
     },
-    Replay { name: "embed", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("vocab", 50_258, 100)], prepare: embed },
-    Replay {
+    KernelBench { name: "embed", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("vocab", 50_258, 100)], prepare: embed },
+    KernelBench {
         name: "experts",
         keys: &[key("rows", 64, 5), key("experts", 256, 6), key("top_k", 8, 2), key("hidden", 2048, 40), key("inner", 512, 24)],
         prepare: experts,
     },
-    Replay { name: "gather", keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
-    Replay { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
-    Replay {
+    KernelBench { name: "gather", keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
+    KernelBench { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
+    KernelBench {
         name: "listed",
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9), key("top_p_percent", 100, 100)],
         prepare: listed,
     },
-    Replay { name: "norm", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)], prepare: norm },
-    Replay { name: "remask", keys: &[key("sequences", 64, 3), key("len", 1024, 40)], prepare: remask },
-    Replay {
+    KernelBench { name: "norm", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)], prepare: norm },
+    KernelBench { name: "remask", keys: &[key("sequences", 64, 3), key("len", 1024, 40)], prepare: remask },
+    KernelBench {
         name: "rope_append",
         keys: &[key("rows", 1024, 5), key("heads", 32, 4), key("kv_heads", 8, 2), key("head_dim", 128, 32)],
         prepare: rope_append,
     },
-    Replay { name: "route", keys: &[key("rows", 1024, 5), key("experts", 256, 6), key("top_k", 8, 2)], prepare: route },
-    Replay {
+    KernelBench { name: "route", keys: &[key("rows", 1024, 5), key("experts", 256, 6), key("top_k", 8, 2)], prepare: route },
+    KernelBench {
         name: "shortlist",
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9)],
         prepare: shortlist,
     },
-    Replay { name: "reveal", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: reveal },
+    KernelBench { name: "reveal", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: reveal },
 ];
 
 /// The entry of a name.
-pub(super) fn replay_named(name: &str) -> Result<&'static Replay> {
-    let names = || REPLAYS.iter().map(|replay| replay.name).collect::<Vec<_>>().join(", ");
-    let found = REPLAYS.iter().find(|replay| replay.name == name);
+pub(super) fn kernel_bench_named(name: &str) -> Result<&'static KernelBench> {
+    let names = || KERNEL_BENCHES.iter().map(|bench| bench.name).collect::<Vec<_>>().join(", ");
+    let found = KERNEL_BENCHES.iter().find(|bench| bench.name == name);
     found.ok_or_else(|| Error::request(format!("kernel {name:?}: there are {}", names())))
 }
 
 impl Asked<'_> {
     /// Refuses names and shapes that are not there, before any machine is opened.
     pub fn check(&self) -> Result<()> {
-        Shape::resolve(replay_named(self.name)?, self.shape, self.dtype, self.small).map(drop)
+        Shape::resolve(kernel_bench_named(self.name)?, self.shape, self.dtype, self.small).map(drop)
     }
 }
 
 /// Runs one kernel on a machine and times it.
-pub fn replay(machine: &Machine, asked: &Asked) -> Result<Report> {
-    replay::run(machine, replay_named(asked.name)?, asked)
+pub fn bench_kernel(machine: &Machine, asked: &Asked) -> Result<Report> {
+    kernel_bench::run(machine, kernel_bench_named(asked.name)?, asked)
 }
 
 fn count(rows: u32, width: u32) -> u64 {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use redraft::backend::DType;
-use redraft::cuda::{Asked, kernels_list, replay};
+use redraft::cuda::{Asked, bench_kernel, kernels_list};
 
 use crate::emulator::any_machine;
 
@@ -18,7 +18,7 @@ fn every_launcher_runs_alone() {
     for (name, shape) in asked {
         for dtype in [DType::F32, DType::Bf16] {
             let asked = Asked { name, shape, dtype, repeat: 2, plain: dtype == DType::F32, small: true };
-            let report = replay(&machine, &asked).unwrap_or_else(|e| panic!("{name} {shape:?} {}: {e}", dtype.name()));
+            let report = bench_kernel(&machine, &asked).unwrap_or_else(|e| panic!("{name} {shape:?} {}: {e}", dtype.name()));
             assert!(report.launches == 1 && report.sets == 1 && report.bytes > 0 && report.median_us > 0.0, "{report:?}");
         }
     }

@@ -1,6 +1,6 @@
 //! One kernel alone, over random inputs, in a loop: what `redraft kernels run` does, for timing and for profilers.
 //!
-//! The table of kernels is `replays.rs`. Inputs are random, because zeros draw less power and so run at higher clocks. Where a launch moves
+//! The table of kernels is `kernel_benches.rs`. Inputs are random, because zeros draw less power and so run at higher clocks. Where a launch moves
 //! less memory than a cache holds, several sets of buffers take turns, so that every launch finds its data where the engine would:
 //! in memory. Launches are recorded in a graph, so that the time of a short kernel is its own and not that of the calls.
 #![forbid(unsafe_code)]
@@ -26,13 +26,13 @@ pub struct Key {
 }
 
 /// One kernel that can be run alone.
-pub struct Replay {
+pub struct KernelBench {
     pub name: &'static str,
     pub keys: &'static [Key],
     pub(in crate::cuda) prepare: fn(&Inputs, &Shape) -> Result<Op>,
 }
 
-impl Replay {
+impl KernelBench {
     /// `rows=4096,width=4096`: what `--shape` means on a GPU where it says nothing.
     pub fn defaults(&self) -> String {
         self.keys.iter().map(|key| format!("{}={}", key.name, key.device)).collect::<Vec<_>>().join(",")
@@ -91,13 +91,13 @@ fn name_of<S: serde::Serializer>(dtype: &DType, serializer: S) -> std::result::R
 
 impl Shape {
     /// Defaults, with `given` ("KEY=VALUE") in their place.
-    pub(super) fn resolve(replay: &Replay, given: &[String], dtype: DType, small: bool) -> Result<Shape> {
+    pub(super) fn resolve(bench: &KernelBench, given: &[String], dtype: DType, small: bool) -> Result<Shape> {
         let default = |key: &Key| (key.name.to_owned(), if small { key.small } else { key.device }.into());
-        let mut values: serde_json::Map<_, _> = replay.keys.iter().map(default).collect();
+        let mut values: serde_json::Map<_, _> = bench.keys.iter().map(default).collect();
         for pair in given {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
             let Some(slot) = values.get_mut(name) else {
-                return Err(Error::request(format!("--shape {pair}: {} has {}", replay.name, replay.defaults())));
+                return Err(Error::request(format!("--shape {pair}: {} has {}", bench.name, bench.defaults())));
             };
             let number: u32 = value
                 .parse()
@@ -198,7 +198,7 @@ impl Drop for Inputs<'_> {
     }
 }
 
-/// What is asked of [`replay`].
+/// What is asked of [`crate::cuda::bench_kernel`].
 pub struct Asked<'a> {
     pub name: &'a str,
     /// "KEY=VALUE".
@@ -243,18 +243,18 @@ const BATCH_SECONDS: f64 = 2e-3;
 const MAX_LAUNCHES: usize = 512;
 
 /// Runs one kernel on a machine and times it.
-pub(in crate::cuda) fn run(machine: &Machine, replay: &Replay, asked: &Asked) -> Result<Report> {
+pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, asked: &Asked) -> Result<Report> {
     let driver = machine.driver.as_ref();
     let small = asked.small || driver.is_emulated();
-    let shape = Shape::resolve(replay, asked.shape, asked.dtype, small)?;
+    let shape = Shape::resolve(bench, asked.shape, asked.dtype, small)?;
     let inputs = Inputs::new(driver)?;
     let before = inputs.lent_bytes.get();
-    let mut ops = vec![(replay.prepare)(&inputs, &shape)?];
+    let mut ops = vec![(bench.prepare)(&inputs, &shape)?];
     let held = inputs.lent_bytes.get() - before;
     let (bytes, flop) = (ops[0].bytes, ops[0].flop);
     let sets = if small { 1 } else { (COLD_BYTES / bytes.max(1)).min(MAX_HELD_BYTES / held.max(1)).clamp(1, MAX_SETS) };
     for _ in 1..sets {
-        ops.push((replay.prepare)(&inputs, &shape)?);
+        ops.push((bench.prepare)(&inputs, &shape)?);
     }
 
     // Every set once: compiles, loads, grows the workspace, and says how long a launch takes at most.
@@ -274,7 +274,7 @@ pub(in crate::cuda) fn run(machine: &Machine, replay: &Replay, asked: &Asked) ->
     for timed in 0..=asked.repeat {
         let start = Instant::now();
         match &recorded {
-            Some(recorded) => driver.replay(recorded.graph)?,
+            Some(recorded) => driver.launch_graph(recorded.graph)?,
             None => batch()?,
         }
         driver.synchronize()?;
@@ -286,7 +286,7 @@ pub(in crate::cuda) fn run(machine: &Machine, replay: &Replay, asked: &Asked) ->
     times.sort_by(f64::total_cmp);
     let (median, best) = (times[times.len() / 2], times[0]);
     Ok(Report {
-        kernel: replay.name,
+        kernel: bench.name,
         shape,
         device: driver.name(),
         arch: driver.arch(),
@@ -332,11 +332,11 @@ fn check(driver: &dyn Driver, name: &str, op: &Op) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::kernels::replays::replay_named;
+    use crate::cuda::kernels::kernel_benches::kernel_bench_named;
 
     #[test]
     fn shapes_are_defaults_with_changes() {
-        let embed = replay_named("embed").unwrap();
+        let embed = kernel_bench_named("embed").unwrap();
         let of = |given: &[&str], small| {
             Shape::resolve(embed, &given.iter().map(|pair| pair.to_string()).collect::<Vec<_>>(), DType::Bf16, small)
         };
@@ -353,6 +353,6 @@ mod tests {
             let text = of(&[given], false).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
         }
-        assert!(replay_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are ask, attention, blend, copy, "));
+        assert!(kernel_bench_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are ask, attention, blend, copy, "));
     }
 }
