@@ -125,16 +125,16 @@ fn imports_have_no_cycle() {
 const LEAVES: [&str; 6] = ["error", "rng", "canvas", "pages", "plan", "scheduler"];
 
 /// For a module, those that it never imports, not even by way of others: sampling knows no page,
-/// the model no request, a session no tensor, and the backends nothing of each other.
+/// the model no request, a sequence no tensor, and the backends nothing of each other.
 const NEVER: [(&str, &[&str]); 9] = [
-    ("sampling", &["backend", "scheduler", "canvas", "engine", "model", "pages", "plan", "schedule", "session"]),
-    ("schedule", &["backend", "engine", "model", "pages", "session"]),
-    ("config", &["model", "schedule", "session"]),
-    ("backend", &["config", "cpu", "cuda", "engine", "model", "schedule", "session"]),
-    ("cpu", &["cuda", "engine", "model", "schedule", "session"]),
-    ("cuda", &["cpu", "engine", "model", "schedule", "session"]),
-    ("model", &["scheduler", "cpu", "cuda", "engine", "request", "schedule", "session"]),
-    ("session", &["scheduler", "cli", "config", "engine", "model", "pages"]),
+    ("sampling", &["backend", "scheduler", "canvas", "engine", "model", "pages", "plan", "schedule", "sequence"]),
+    ("schedule", &["backend", "engine", "model", "pages", "sequence"]),
+    ("config", &["model", "schedule", "sequence"]),
+    ("backend", &["config", "cpu", "cuda", "engine", "model", "schedule", "sequence"]),
+    ("cpu", &["cuda", "engine", "model", "schedule", "sequence"]),
+    ("cuda", &["cpu", "engine", "model", "schedule", "sequence"]),
+    ("model", &["scheduler", "cpu", "cuda", "engine", "request", "schedule", "sequence"]),
+    ("sequence", &["scheduler", "cli", "config", "engine", "model", "pages"]),
     ("engine", &["cli", "cpu", "cuda", "quality"]),
 ];
 
