@@ -3,7 +3,7 @@
 use redraft::{Engine, Options};
 
 fn main() -> redraft::Result<()> {
-    let mut engine = Engine::builder("models/redraft-stories-7m").max_sequences(4).open()?;
+    let mut engine = Engine::builder("models/redraft-stories-10m").max_sequences(4).open()?;
     let prompts = ["The dog", "The cat", "A little bird", "One morning"];
     let options = Options::default().preset("draft").length(32).seed(5);
     for (prompt, generation) in prompts.iter().zip(engine.generate_batch(prompts, &options)?) {

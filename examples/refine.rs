@@ -3,7 +3,7 @@
 use redraft::{Engine, Options, Prompt};
 
 fn main() -> redraft::Result<()> {
-    let mut engine = Engine::open("models/redraft-stories-7m")?;
+    let mut engine = Engine::open("models/redraft-stories-10m")?;
     let text = " there was a little girl who lived in a house. She green to the park with her friend. They played all day.";
     let options = Options::default()
         .stages(["block=trained,unmask=left:1".parse()?, "block=full,remask=0.1,by=held-out:4,unmask=linear:4".parse()?])

@@ -5,7 +5,7 @@ use std::io::Write;
 use redraft::{Engine, Options, TextEvent};
 
 fn main() -> redraft::Result<()> {
-    let engine = Engine::open("models/redraft-stories-7m")?.spawn();
+    let engine = Engine::open("models/redraft-stories-10m")?.spawn();
     // A draft alone: a block is final as soon as it is committed.
     let draft = engine.submit("One day", Options::default().preset("draft").length(48).seed(3))?;
     // Draft-then-refine: nothing is final before the last stage is done.

@@ -3,7 +3,7 @@
 use redraft::{Engine, Options};
 
 fn main() -> redraft::Result<()> {
-    let mut engine = Engine::builder("models/redraft-stories-7m").add_model("models/redraft-stories-7m").open()?;
+    let mut engine = Engine::builder("models/redraft-stories-10m").add_model("models/redraft-stories-10m").open()?;
     let options = Options::default()
         .stages([
             "block=trained,unmask=uniform:1".parse()?,

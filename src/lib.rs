@@ -7,7 +7,7 @@
 //! use redraft::{Engine, Options};
 //!
 //! # fn main() -> redraft::Result<()> {
-//! let mut engine = Engine::open("models/redraft-stories-7m")?;
+//! let mut engine = Engine::open("models/redraft-stories-10m")?;
 //! let generation = engine.generate("Once upon a time", Options::default().length(128).seed(7))?;
 //! println!("{}", generation.text);
 //! # Ok(())

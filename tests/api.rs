@@ -6,7 +6,7 @@ use std::process::Command;
 use redraft::{DType, Device, Engine, Error, Generation, Options, Prompt, TextEvent};
 
 fn model() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/redraft-stories-7m")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/redraft-stories-10m")
 }
 
 fn engine() -> Engine {

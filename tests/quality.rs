@@ -30,7 +30,7 @@ fn repository() -> &'static Path {
 }
 
 fn shipped() -> PathBuf {
-    repository().join("models/redraft-stories-7m")
+    repository().join("models/redraft-stories-10m")
 }
 
 fn fixture(name: &str) -> String {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws draft -> remask -> refine as an SVG from a real run.
 
-    redraft generate --prompt "Once upon a time" --seed 13 --length 90 --temperature 0.8 --format json --trace trace.jsonl > run.json
+    redraft generate --prompt "Once upon a time" --seed 10 --length 90 --format json --trace trace.jsonl > run.json
     python3 tools/picture.py run.json trace.jsonl MODEL_DIR/tokenizer.json > docs/draft-refine.svg
 
 Three panels of the same tokens: the draft tinted by snapshot confidence (red: unsure, green: sure), the draft with the

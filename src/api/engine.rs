@@ -25,7 +25,7 @@ const DEFAULT_LENGTH: usize = 256;
 /// use redraft::{Engine, Options};
 ///
 /// # fn main() -> redraft::Result<()> {
-/// let text = Engine::open("models/redraft-stories-7m")?.generate("Once upon a time", Options::default())?.text;
+/// let text = Engine::open("models/redraft-stories-10m")?.generate("Once upon a time", Options::default())?.text;
 /// println!("{text}");
 /// # Ok(())
 /// # }

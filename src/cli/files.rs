@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 
 /// Directory under `models/` that is used without `--model`.
-const SHIPPED_MODEL: &str = "redraft-stories-7m";
+const SHIPPED_MODEL: &str = "redraft-stories-10m";
 
 /// Directory under `models/` whose model scores text without `--judge`.
 const SHIPPED_JUDGE: &str = "redraft-judge";

@@ -8,7 +8,7 @@ use redraft::chat::{ChatTemplate, Message};
 use redraft::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/redraft-stories-7m");
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/redraft-stories-10m");
 
 fn directory(config: &Value) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();

@@ -137,7 +137,7 @@ fn infilled_and_saved_samples_are_scored_too() {
     work.feed(&["score", "--samples", "-", "--model", &fixture("qwen2")], &infilled).fails(2, &["line 1", "infilled", "vocabulary"]);
     let saved = json_line(&[("row", "\"a\"".into()), ("tokens", "[5, 9, 300]".into())]);
     work.feed(&["score", "--samples", "-"], &saved).fails(2, &["line 1", "`text`", "vocabulary"]);
-    let dir = repository().join("models/redraft-stories-7m").display().to_string();
+    let dir = repository().join("models/redraft-stories-10m").display().to_string();
     let saved = json_line(&[("row", "\"a\"".into()), ("model", format!("{dir:?}")), ("tokens", "[5, 9, 300]".into())]);
     assert_eq!(work.feed(&["score", "--samples", "-", "--format", "json"], &saved).json()[0]["row"], "a");
     let outside = json_line(&[("model", format!("{dir:?}")), ("tokens", "[5, 9, 300000]".into())]);
