@@ -17,24 +17,24 @@
 //! # The path of data
 //!
 //! ```text
-//! text -> tokenizer -> session (schedule) -> scheduler -> plan -> model on a Backend -> decide (sampling) -> canvas
+//! text -> tokenizer -> sequence (schedule) -> scheduler -> plan -> model on a Backend -> decide (sampling) -> canvas
 //!                                                        | K/V                                   | block final
 //!                                                        v                                       v
 //!                                                      pages <------------- commit --------------+-> events, text
 //! ```
 //!
-//! Leaves first; each room knows only those above it:
+//! Leaves first; each module knows only those above it:
 //!
-//! | room | owns |
+//! | module | contains |
 //! |---|---|
 //! | [`error`], [`rng`], [`canvas`], [`pages`], [`plan`] | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
 //! | [`config`], [`weights`], [`tokenizer`], [`chat`] | a checkpoint directory, validated |
 //! | [`schedule`], [`sampling`] | what a request asks for; which token, which reveals, which remasks |
-//! | [`backend`], [`cpu`], `cuda` | ops of a machine, runners of planned steps; the CPU; the door to CUDA |
+//! | [`backend`], [`cpu`], `cuda` | ops of a machine, runners of planned steps; the CPU; the CUDA backend |
 //! | [`model`] | the forward pass and the families |
-//! | [`sequence`], [`scheduler`], [`request`] | one request's life; who advances; what callers hand in and get back |
+//! | [`sequence`], [`scheduler`], [`request`] | one request's life; which sequences advance; what callers hand in and get back |
 //! | [`api`] | the public engine on a device chosen at run time, its requests, their streams |
-//! | [`engine`], [`scoring`] | the tick; forwards outside any session |
+//! | [`engine`], [`scoring`] | the tick; likelihoods, logits and timed forwards outside of any request |
 //! | [`quality`] | measures of text given as token ids; knows no engine |
 //! | [`cli`] | the command line |
 //!

@@ -44,7 +44,7 @@ pub struct EngineBuilder {
 impl Engine {
     /// Opens a Hugging Face directory (`config.json`, `*.safetensors`, `tokenizer.json`) on the best device.
     ///
-    /// Errors: [`Error::Config`], [`Error::Weights`] or [`Error::Tokenizer`] with the file and what it lacks.
+    /// Errors: [`crate::Error::Config`], [`crate::Error::Weights`] or [`crate::Error::Tokenizer`] with the file and what it lacks.
     pub fn open(dir: impl AsRef<Path>) -> Result<Engine> {
         Engine::builder(dir.as_ref()).open()
     }

@@ -147,7 +147,7 @@ impl Engine {
         on_core!(&self.core, |core| crate::backend::Backend::name(core.backend()))
     }
 
-    /// Why [`Device::Auto`] fell back to the CPU although there is a GPU.
+    /// Why [`crate::Device::Auto`] fell back to the CPU although there is a GPU.
     pub fn passed_over(&self) -> Option<&Error> {
         self.passed_over.as_ref()
     }

@@ -110,7 +110,7 @@ pub struct HostRule {
     /// Tokens that end a text get confidence 0, and the others the one that they have without
     /// those.
     pub ends_last: bool,
-    /// Scale of guidance, 0 for none ([LLaDA] it counts from 0).
+    /// Scale of guidance, 0 for none (LLaDA counts from 0).
     pub guidance: f32,
 }
 

@@ -1,6 +1,6 @@
 //! Registry of families: which one a checkpoint belongs to, and how it is read and packed.
 //!
-//! A family is a file under `families/` and a row of [`FAMILIES`].
+//! A family is a file under `families/` and a row of `FAMILIES`.
 #![forbid(unsafe_code)]
 
 use std::path::Path;

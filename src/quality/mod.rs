@@ -4,11 +4,11 @@
 //! | room | owns |
 //! |---|---|
 //! | [`bootstrap`] | intervals over samples |
-//! | [`counts`] | entropy, distinct n-grams, self-BLEU, tokens changed |
-//! | [`fitted`] | the interpolated n-gram model: the second judge, and reverse perplexity |
-//! | [`copied`] | the longest run of tokens that stands in the training text |
-//! | [`words`] | names kept, quotation marks paired |
-//! | [`human`] | documents and windows of human text |
+//! | [`diversity`] | entropy, distinct n-grams, self-BLEU, tokens changed |
+//! | [`ngram_lm`] | the interpolated n-gram model: the second judge, and reverse perplexity |
+//! | [`memorization`] | the longest run of tokens that stands in the training text |
+//! | [`coherence`] | names kept, quotation marks paired |
+//! | [`reference_text`] | documents and windows of human text |
 //!
 //! All samples of a set have one length n. Losses are in nats. Targets that are end-of-text tokens are left out of every figure of
 //! a judge: a model that ends documents elsewhere than its judge would is not a worse writer for it.
@@ -79,7 +79,7 @@ pub struct Measures {
     pub judge_ppl_pooled: Option<Figure>,
     /// Mean over samples of the loss per token under the judge.
     pub judge_nll: Option<Figure>,
-    /// Pooled perplexity under the trigram model ([`fitted`]).
+    /// Pooled perplexity under the trigram model ([`ngram_lm`]).
     pub trigram_ppl: Option<Figure>,
     /// Mean of [`diversity::unigram_entropy`].
     pub entropy: Option<Figure>,

@@ -48,7 +48,7 @@ params! {
         which: u64 = 32,
         /// (rows) [`DrawRecord`](crate::cuda::ops::decide::DrawRecord).
         draws: u64 = 40,
-        /// (rows) [`DecisionRecord`].
+        /// (rows) `DecisionRecord`.
         decisions: u64 = 48,
         count: u32 = 56,
         k: u32 = 60,
@@ -136,7 +136,7 @@ pub struct Listed {
     pub which: Address,
     /// (rows) [`DrawRecord`](crate::cuda::ops::decide::DrawRecord).
     pub draws: Address,
-    /// (rows) [`DecisionRecord`] out.
+    /// (rows) `DecisionRecord` out.
     pub decisions: Address,
 }
 

@@ -1,7 +1,7 @@
 //! Llama (arXiv 2302.13971), and the config keys that families of its layout share.
 //!
 //! Pre-norm layers with RMS norms, separate q, k and v, SwiGLU of separate gate and up, half-split
-//! rotary positions, grouped K/V heads. A family says in its [`Dialect`] what it reads differently.
+//! rotary positions, grouped K/V heads. A family says in its `Dialect` what it reads differently.
 //! Without more, a model is autoregressive: row i predicts token i + 1, and there is no mask token.
 #![forbid(unsafe_code)]
 
