@@ -1,5 +1,6 @@
-//! Embeds `kernels/*` as three tables: headers as (name, text), kernels as (stem, text, hash), the emulation as (name, text). No compiler of device code, no network,
-//! no probing of the machine: what the binary holds depends on the sources alone.
+//! Embeds `kernels/*` as three tables: headers as (name, text), kernels as (stem, text, hash), the
+//! emulation as (name, text). No compiler of device code, no network, no probing of the machine:
+//! what the binary holds depends on the sources alone.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;

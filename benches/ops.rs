@@ -1,6 +1,7 @@
-//! Every op on the CPU backend, named `op/shape/dtype/backend`. Products print GFLOP/s beside a peak measured from registers
-//! alone in the same run, since a shared machine's clock is not a constant. Each op is held to its oracle, or to its own
-//! result on one row, before the clock starts.
+//! Every op on the CPU backend, named `op/shape/dtype/backend`. Products print GFLOP/s beside a
+//! peak measured from registers alone in the same run, since a shared machine's clock is not a
+//! constant. Each op is held to its oracle, or to its own result on one row, before the clock
+//! starts.
 //!
 //! `cargo bench --bench ops [-- FILTER]`; `THREADS=1` for one thread.
 
@@ -17,7 +18,8 @@ use redraft::cpu::{Buffer, Cpu, oracle};
 use redraft::plan::{Plan, Visibility};
 use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule};
 
-/// `steps` rounds of 24 independent multiply-adds: what the register tile would reach if operands were free.
+/// `steps` rounds of 24 independent multiply-adds: what the register tile would reach if operands
+/// were free.
 struct Peak {
     bf16: bool,
     steps: usize,
@@ -293,7 +295,8 @@ fn decide(c: &mut Criterion) {
     group.finish();
 }
 
-/// What a joint sampler's pass costs at the head: over all ids, and among those of a list; and what making the lists costs.
+/// What a joint sampler's pass costs at the head: over all ids, and among those of a list; and what
+/// making the lists costs.
 fn shortlist(c: &mut Criterion) {
     let mut group = c.benchmark_group("shortlist");
     let cpu = &cpus()[0];

@@ -1,4 +1,5 @@
-//! Refines a text of one's own: the model scores it, masks the tokens that it believes least, and writes them again.
+//! Refines a text of one's own: the model scores it, masks the tokens that it believes least, and
+//! writes them again.
 
 use redraft::{Engine, Options, Prompt};
 

@@ -1,4 +1,5 @@
-//! Drafts with one model and refines with another. They share a vocabulary; here both are the model that ships.
+//! Drafts with one model and refines with another. They share a vocabulary; here both are the model
+//! that ships.
 
 use redraft::{Engine, Options};
 

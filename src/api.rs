@@ -1,9 +1,10 @@
-//! Public engine: a model directory on a device chosen at run time, which writes, streams and scores text.
+//! Public engine: a model directory on a device chosen at run time, which writes, streams and
+//! scores text.
 //!
-//! [`Engine`] wraps the engine that is generic over its backend ([`crate::engine::Engine`]): the type
-//! parameter ends here. [`Engine::generate`] serves one request; [`Engine::submit`] with
-//! [`Engine::tick`] serves many from the caller's thread; [`Engine::spawn`] serves them from a thread
-//! of its own.
+//! [`Engine`] wraps the engine that is generic over its backend ([`crate::engine::Engine`]): the
+//! type parameter ends here. [`Engine::generate`] serves one request; [`Engine::submit`] with
+//! [`Engine::tick`] serves many from the caller's thread; [`Engine::spawn`] serves them from a
+//! thread of its own.
 #![forbid(unsafe_code)]
 
 mod builder;

@@ -1,5 +1,5 @@
-//! The seam between the model and the machine: each method is a contract, and every backend is tested against the
-//! plain loops in `cpu/oracle.rs` with the same test bodies.
+//! The seam between the model and the machine: each method is a contract, and every backend is
+//! tested against the plain loops in `cpu/oracle.rs` with the same test bodies.
 //!
 //! Buffers are contiguous, row-major and owned by the caller; inputs are `&`, outputs `&mut`;
 //! shapes travel as small structs with named fields. Methods enqueue work; `download`,
@@ -56,8 +56,8 @@ impl DType {
     }
 }
 
-/// Shape of the paged K/V store. Slot s of a layer is page `s / page_size`, offset `s % page_size`; how a page lies in
-/// memory is the backend's own business.
+/// Shape of the paged K/V store. Slot s of a layer is page `s / page_size`, offset `s % page_size`;
+/// how a page lies in memory is the backend's own business.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvShape {
     pub num_layers: usize,
@@ -95,7 +95,8 @@ pub enum NormKind {
     Rms,
 }
 
-/// A norm's parameters: `normalised x * weight + bias`, both (C) wide. `bias` carries a folded adaLN shift.
+/// A norm's parameters: `normalised x * weight + bias`, both (C) wide. `bias` carries a folded
+/// adaLN shift.
 pub struct Norm<'a, V: ?Sized> {
     pub kind: NormKind,
     pub eps: f32,
@@ -103,7 +104,8 @@ pub struct Norm<'a, V: ?Sized> {
     pub bias: Option<&'a V>,
 }
 
-/// RMS norm of each head of q and k before they are rotated: `x / sqrt(mean(x^2) + eps) * weight`, weights (D).
+/// RMS norm of each head of q and k before they are rotated: `x / sqrt(mean(x^2) + eps) * weight`,
+/// weights (D).
 pub struct HeadNorm<'a, V: ?Sized> {
     pub q: &'a V,
     pub k: &'a V,
@@ -132,8 +134,9 @@ pub enum Epilogue {
     Gelu,
     /// `out += x W^T + b`
     Add,
-    /// `out (rows, n / 2)[t, j] = silu(v[t, 2 j]) v[t, 2 j + 1]` with `v = x W^T + b` and `silu(g) = g / (1 + e^-g)`: gate and up of a column are
-    /// neighbouring weight rows; n is even.
+    /// `out (rows, n / 2)[t, j] = silu(v[t, 2 j]) v[t, 2 j + 1]` with `v = x W^T + b` and
+    /// `silu(g) = g / (1 + e^-g)`: gate and up of a column are neighbouring weight rows; n is
+    /// even.
     SwiGlu,
 }
 
@@ -160,12 +163,13 @@ pub struct ExpertShape {
 /// How a router's logits become choices and weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RouterScore {
-    /// `p = softmax(logits)`; the k largest are chosen and weigh p, or p over the sum of the chosen where `renormalise` says so (Qwen3-MoE,
-    /// arXiv 2505.09388).
+    /// `p = softmax(logits)`; the k largest are chosen and weigh p, or p over the sum of the chosen
+    /// where `renormalise` says so (Qwen3-MoE, arXiv 2505.09388).
     Softmax { renormalise: bool },
-    /// `s = sigmoid(logits)`; choices are by `s + bias`, within the `top_groups` of `num_groups` groups of neighbouring experts whose two largest
-    /// have the largest sum; a chosen expert weighs `s / (sum of the chosen + 1e-20) * scale`, without the bias (DeepSeek-V3, arXiv 2412.19437, equations
-    /// 12 to 16; Ling 2.0 and LLaDA2).
+    /// `s = sigmoid(logits)`; choices are by `s + bias`, within the `top_groups` of `num_groups`
+    /// groups of neighbouring experts whose two largest have the largest sum; a chosen expert
+    /// weighs `s / (sum of the chosen + 1e-20) * scale`, without the bias (DeepSeek-V3, arXiv
+    /// 2412.19437, equations 12 to 16; Ling 2.0 and LLaDA2).
     Sigmoid { num_groups: usize, top_groups: usize, scale: f32 },
 }
 
@@ -179,7 +183,8 @@ pub struct Router<'a, V: ?Sized> {
 pub const MAX_EXPERTS: usize = 1024;
 
 impl ExpertShape {
-    /// What makes a router of these sizes impossible, in words that begin with the offending number.
+    /// What makes a router of these sizes impossible, in words that begin with the offending
+    /// number.
     pub fn check(&self, score: RouterScore) -> std::result::Result<(), String> {
         let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = *self;
         if !(1..=MAX_EXPERTS).contains(&num_experts) {
@@ -220,11 +225,13 @@ pub struct Choice {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     F32(usize),
-    /// What only `linear` and `decide` read: they round to the weight dtype anyway, so a backend may store it in that.
+    /// What only `linear` and `decide` read: they round to the weight dtype anyway, so a backend
+    /// may store it in that.
     Input(usize),
 }
 
-/// Reads rows of a weight on demand, for several threads at once: `fill(first_row, dst)` writes `dst.len() / k` rows of k f32 values.
+/// Reads rows of a weight on demand, for several threads at once: `fill(first_row, dst)` writes
+/// `dst.len() / k` rows of k f32 values.
 pub type RowSource<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
 
 /// How a weight lies in memory, which follows from the ops that read it. Row-major at the source.
@@ -278,7 +285,8 @@ pub trait Backend: Sized {
     type Rows: RowList;
     /// Some ids for each of some rows, where the kernels can read them.
     type Lists;
-    /// The experts of every row, in the order of the experts, and room for the rows on their way through them.
+    /// The experts of every row, in the order of the experts, and room for the rows on their way
+    /// through them.
     type Routes;
     /// Runs planned steps, on the host or on a device that decides by itself.
     type Runner: StepRunner<Self> + Default;
@@ -303,7 +311,8 @@ pub trait Backend: Sized {
     fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Self::Weight>;
     /// Room for the routes of up to `rows` rows through experts of this shape.
     fn routes(&self, rows: usize, shape: ExpertShape) -> Result<Self::Routes>;
-    /// Pages filled with NaN: a slot that is read before it is written poisons the result instead of looking plausible.
+    /// Pages filled with NaN: a slot that is read before it is written poisons the result instead
+    /// of looking plausible.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
     /// Copies all layers of page `src` to page `dst` (copy on write).
     fn copy_page(&self, kv: &mut Self::KvCache, src: u32, dst: u32) -> Result<()>;
@@ -327,7 +336,9 @@ pub trait Backend: Sized {
         norm: &Norm<Self::Buffer>,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`, n halved by [`Epilogue::SwiGlu`]. With bf16 weights x is rounded to bf16 (nearest even) first; f32 accumulation over k in a fixed order.
+    /// `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`, n halved by [`Epilogue::SwiGlu`]. With
+    /// bf16 weights x is rounded to bf16 (nearest even) first; f32 accumulation over k in a fixed
+    /// order.
     fn linear(
         &self,
         rows: usize,
@@ -337,12 +348,15 @@ pub trait Backend: Sized {
         epilogue: Epilogue,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// The experts of each row from the router's `logits (rows, E)`, f32: k of them by the rule of `router`, ties to the lower expert, kept in
-    /// ascending order. A NaN logit ranks below every number.
+    /// The experts of each row from the router's `logits (rows, E)`, f32: k of them by the rule of
+    /// `router`, ties to the lower expert, kept in ascending order. A NaN logit ranks below every
+    /// number.
     fn route(&self, rows: usize, logits: &Self::Buffer, router: &Router<Self::Buffer>, routes: &mut Self::Routes) -> Result<()>;
-    /// `out (rows, C) += sum over the row's experts e, ascending, of weight_e * down_e(silu(gate_e x) * up_e x)` for the rows of the last `route`:
-    /// `up` is E x (2F, C) with gate and up of a column in neighbouring rows, `down` E x (C, F). Products as in `linear`, over the rows of an expert
-    /// together; the sum starts from zero and is added to `out` at its end. A row's result does not depend on who shares its experts.
+    /// `out (rows, C) += sum over the row's experts e, ascending, of weight_e * down_e(silu(gate_e
+    /// x) * up_e x)` for the rows of the last `route`: `up` is E x (2F, C) with gate and up of a
+    /// column in neighbouring rows, `down` E x (C, F). Products as in `linear`, over the rows of an
+    /// expert together; the sum starts from zero and is added to `out` at its end. A row's result
+    /// does not depend on who shares its experts.
     fn experts(
         &self,
         routes: &mut Self::Routes,
@@ -351,9 +365,10 @@ pub trait Backend: Sized {
         down: &Self::Weight,
         out: &mut Self::Buffer,
     ) -> Result<()>;
-    /// Norms the heads of q and k of each fused QKV row where the rotation says so, rotates the first R elements of q (in place) and k by the
-    /// row's position (half-split RoPE: pairs (i, i + R/2), angle `position * frequency(i)`, f32), then writes k and v to the row's slot of `layer`.
-    /// What stays in the place of k is unspecified.
+    /// Norms the heads of q and k of each fused QKV row where the rotation says so, rotates the
+    /// first R elements of q (in place) and k by the row's position (half-split RoPE: pairs (i, i +
+    /// R/2), angle `position * frequency(i)`, f32), then writes k and v to the row's slot of
+    /// `layer`. What stays in the place of k is unspecified.
     fn rope_append(
         &self,
         batch: &Self::Batch,
@@ -363,8 +378,10 @@ pub trait Backend: Sized {
         layer: usize,
         kv: &mut Self::KvCache,
     ) -> Result<()>;
-    /// `out (T, H * D)`: softmax(q k^T / sqrt(D)) v for each row over keys [0, visible) of its own sequence, through the page table. Head h reads
-    /// K/V head `h / (H / K)`. A row with no visible key gives zeros. Slots at or beyond the end of a row's visible range are never read into its result.
+    /// `out (T, H * D)`: softmax(q k^T / sqrt(D)) v for each row over keys [0, visible) of its own
+    /// sequence, through the page table. Head h reads K/V head `h / (H / K)`. A row with no visible
+    /// key gives zeros. Slots at or beyond the end of a row's visible range are never read into its
+    /// result.
     fn attention(
         &self,
         batch: &Self::Batch,

@@ -1,8 +1,8 @@
 //! Owns one sequence's positions: token, state, snapshot confidence, stage and step of the reveal.
 //!
-//! Transitions are the only way in: masked -> revealed ([`Canvas::reveal`]), revealed -> masked ([`Canvas::remask`]), and another token where one
-//! was revealed ([`Canvas::edit`]).
-//! Fixed positions never change. A broken transition is a bug of ours and asserts.
+//! Transitions are the only way in: masked -> revealed ([`Canvas::reveal`]), revealed -> masked
+//! ([`Canvas::remask`]), and another token where one was revealed ([`Canvas::edit`]). Fixed
+//! positions never change. A broken transition is a bug of ours and asserts.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -24,7 +24,8 @@ pub struct Canvas {
     mask_id: u32,
     tokens: Vec<u32>,
     state: Vec<State>,
-    /// Snapshot confidence: probability of the token at the forward that revealed it, or wrote it over another. 0 where nothing is revealed.
+    /// Snapshot confidence: probability of the token at the forward that revealed it, or wrote it
+    /// over another. 0 where nothing is revealed.
     confidence: Vec<f32>,
     stage: Vec<u8>,
     step: Vec<u32>,
@@ -131,7 +132,8 @@ impl Canvas {
         self.masks += 1;
     }
 
-    /// Drops every position from `len` on (end of text, stop conditions). Fixed positions are never dropped.
+    /// Drops every position from `len` on (end of text, stop conditions). Fixed positions are never
+    /// dropped.
     pub fn truncate(&mut self, len: usize) {
         assert!(self.state[len..].iter().all(|s| *s != State::Fixed), "truncation at {len} drops a fixed position");
         self.masks -= self.state[len..].iter().filter(|s| **s == State::Masked).count();
@@ -149,7 +151,8 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Any mix of transitions keeps the fixed positions, the mask count, and one snapshot per revealed token.
+        /// Any mix of transitions keeps the fixed positions, the mask count, and one snapshot per
+        /// revealed token.
         #[test]
         fn transitions_keep_the_invariants(fixed in proptest::collection::vec(proptest::option::of(0u32..9), 1..40), moves in proptest::collection::vec((0usize..40, 0u32..9), 0..80)) {
             let mut canvas = Canvas::new(&fixed, 9);

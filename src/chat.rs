@@ -1,8 +1,9 @@
 //! Owns chat templates: what a checkpoint makes of a conversation before it is tokenised.
 //!
-//! A template is the Jinja text that the checkpoint ships, rendered as transformers renders it (`apply_chat_template`): blocks
-//! trimmed, Python's string and list methods, `raise_exception`. What users wrote stays text: special tokens in the
-//! template are special, the same letters inside a message are not.
+//! A template is the Jinja text that the checkpoint ships, rendered as transformers renders it
+//! (`apply_chat_template`): blocks trimmed, Python's string and list methods, `raise_exception`.
+//! What users wrote stays text: special tokens in the template are special, the same letters inside
+//! a message are not.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -14,7 +15,8 @@ use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, context};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 
-/// Largest file that is read as a template or its configuration; published ones have a few kilobytes.
+/// Largest file that is read as a template or its configuration; published ones have a few
+/// kilobytes.
 const MAX_BYTES: u64 = 16 << 20;
 
 /// One turn of a conversation.
@@ -45,8 +47,9 @@ pub struct ChatTemplate {
 const TOKEN_NAMES: [&str; 5] = ["bos_token", "eos_token", "pad_token", "unk_token", "mask_token"];
 
 impl ChatTemplate {
-    /// Reads the template of a model directory: `chat_template.jinja`, or the key `chat_template` of `tokenizer_config.json` (a string, or
-    /// a list of `{name, template}` of which `default` is taken). Errors name the files that were looked at.
+    /// Reads the template of a model directory: `chat_template.jinja`, or the key `chat_template`
+    /// of `tokenizer_config.json` (a string, or a list of `{name, template}` of which `default` is
+    /// taken). Errors name the files that were looked at.
     pub fn load(dir: &Path) -> Result<ChatTemplate> {
         let config_path = dir.join("tokenizer_config.json");
         let config: serde_json::Value = match read(&config_path)? {
@@ -112,8 +115,9 @@ impl ChatTemplate {
         env.get_template("chat").and_then(|t| t.render(context)).map_err(|e| self.error("fails", &e))
     }
 
-    /// Ids of the conversation. Where a message spells a special token, that message is encoded as text, apart from the template around
-    /// it; otherwise everything is encoded in one piece, as transformers does.
+    /// Ids of the conversation. Where a message spells a special token, that message is encoded as
+    /// text, apart from the template around it; otherwise everything is encoded in one piece, as
+    /// transformers does.
     pub fn encode(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let text = self.render(messages)?;
         if !messages.iter().any(|m| tokenizer.spells_special(&m.content)) {

@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 use crate::plan::{LogitsRows, Visibility};
 use crate::sampling::{valid_temperature, valid_top_p};
 
-/// How far beyond the trained length positions may go before a request is refused: rotary angles further out were never seen.
+/// How far beyond the trained length positions may go before a request is refused: rotary angles
+/// further out were never seen.
 pub const MAX_STRETCH: usize = 4;
 
 /// How tokenizers spell the token that hides another, in the order in which they are looked for.
@@ -102,7 +103,8 @@ pub struct DecoderFlags {
     pub qk_norm: bool,
     /// The head is the embedding table.
     pub tied_head: bool,
-    /// Positions are rows of a table, as many as the model's length, added to the embedding; nothing is rotated.
+    /// Positions are rows of a table, as many as the model's length, added to the embedding;
+    /// nothing is rotated.
     pub learned_positions: bool,
 }
 
@@ -137,27 +139,32 @@ pub struct ModelConfig {
     pub switches: DecoderFlags,
     /// Positions the model was trained on.
     pub model_length: usize,
-    /// Attention of the checkpoint ends this many positions back; here it does not, so no longer sequence is served.
+    /// Attention of the checkpoint ends this many positions back; here it does not, so no longer
+    /// sequence is served.
     pub sliding_window: Option<usize>,
     pub attention: AttentionMask,
     /// Logits are shifted, as in the autoregressive model that the weights were adapted from:
     /// [`LogitsRows::Before`]. Autoregressive checkpoints do not say so here: scoring knows.
     pub shift: bool,
-    /// Width of the conditioning vector whose adaLN modulation is folded at load; `None` without adaLN.
+    /// Width of the conditioning vector whose adaLN modulation is folded at load; `None` without
+    /// adaLN.
     pub cond_dim: Option<usize>,
     /// None in autoregressive checkpoints, which have no such token.
     pub mask_id: Option<u32>,
-    /// What stands before the first token of a text; where a checkpoint names no BOS, its end of text.
+    /// What stands before the first token of a text; where a checkpoint names no BOS, its end of
+    /// text.
     pub bos_id: Option<u32>,
     pub eos_id: Option<u32>,
-    /// Every id that ends a text, ascending: `eos_id`, and what lists in config.json and generation_config.json add.
+    /// Every id that ends a text, ascending: `eos_id`, and what lists in config.json and
+    /// generation_config.json add.
     pub stop_ids: Vec<u32>,
     pub pad_id: Option<u32>,
     /// What generation_config.json recommends.
     pub sampling: Sampling,
 }
 
-/// Recommended sampling of a checkpoint: keys `temperature`, `top_p` and `top_k` of its generation_config.json.
+/// Recommended sampling of a checkpoint: keys `temperature`, `top_p` and `top_k` of its
+/// generation_config.json.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sampling {
     pub temperature: Option<f32>,
@@ -182,7 +189,8 @@ impl ModelConfig {
         Ok(self)
     }
 
-    /// What `dir/generation_config.json` adds, where there is one: chat models name there what ends a turn.
+    /// What `dir/generation_config.json` adds, where there is one: chat models name there what ends
+    /// a turn.
     fn read_generation(&mut self, dir: &Path) -> Result<()> {
         let path = dir.join("generation_config.json");
         let Ok(text) = std::fs::read_to_string(&path) else {
@@ -371,8 +379,9 @@ impl ConfigJson<'_> {
             .transpose()
     }
 
-    /// The id that hides a token: `mask_token_id`, or the added token of `tokenizer.json` that published tokenizers of such models spell so, or
-    /// the `published` default of the family's sampler.
+    /// The id that hides a token: `mask_token_id`, or the added token of `tokenizer.json` that
+    /// published tokenizers of such models spell so, or the `published` default of the family's
+    /// sampler.
     ///
     /// Errors: none of them, or an id outside the vocabulary.
     pub fn mask_token(&self, dir: &Path, vocab_size: usize, published: Option<u32>) -> Result<u32> {

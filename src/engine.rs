@@ -1,9 +1,10 @@
 //! The one place that knows everyone: [`Engine::tick`] admits, schedules, plans steps, runs them,
 //! applies what they decide, and retires.
 //!
-//! Requests are submitted at any time and come back through their [`Handle`]: events as they happen, then one [`Output`].
-//! Requests of different lengths, schedules and stages share forwards. The engine prints nothing, starts no thread of its own
-//! (the backend may), and holds memory for admitted requests only.
+//! Requests are submitted at any time and come back through their [`Handle`]: events as they
+//! happen, then one [`Output`]. Requests of different lengths, schedules and stages share forwards.
+//! The engine prints nothing, starts no thread of its own (the backend may), and holds memory for
+//! admitted requests only.
 #![forbid(unsafe_code)]
 
 mod joint;
@@ -38,7 +39,8 @@ use crate::weights::Weights;
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     pub budget: Budget,
-    /// K/V pages in the pool; `None` makes room for `budget.max_sequences` sequences of the model's length.
+    /// K/V pages in the pool; `None` makes room for `budget.max_sequences` sequences of the model's
+    /// length.
     pub kv_pages: Option<usize>,
     /// Positions per page.
     pub page_size: usize,
@@ -116,7 +118,8 @@ const END_OF_TURN: &str = "<|eot_id|>";
 /// Models on a backend, and everything in flight.
 pub struct Engine<B: Backend> {
     pub(crate) backend: B,
-    /// Never empty; 0 is the one the engine was loaded with, the others belong to stages that name them.
+    /// Never empty; 0 is the one the engine was loaded with, the others belong to stages that name
+    /// them.
     pub(crate) models: Vec<LoadedModel<B>>,
     tokenizer: std::result::Result<Arc<Tokenizer>, Error>,
     pub(crate) banned: BannedIds,
@@ -132,7 +135,8 @@ pub struct Engine<B: Backend> {
 }
 
 impl<B: Backend> Engine<B> {
-    /// Opens a Hugging Face directory. A missing tokenizer is an error only for calls that need text.
+    /// Opens a Hugging Face directory. A missing tokenizer is an error only for calls that need
+    /// text.
     pub fn load(model_dir: &Path, backend: B, options: EngineOptions) -> Result<Engine<B>> {
         Engine::load_with_progress(model_dir, backend, options, &mut |_, _| {})
     }
@@ -200,7 +204,8 @@ impl<B: Backend> Engine<B> {
         })
     }
 
-    /// Loads another model for stages that name it (`weights=INDEX`), with K/V pages of its own. Returns the index.
+    /// Loads another model for stages that name it (`weights=INDEX`), with K/V pages of its own.
+    /// Returns the index.
     ///
     /// Errors: as [`Engine::load`], or a vocabulary that differs from the first model's.
     pub fn add_model(&mut self, model_dir: &Path, progress: Progress) -> Result<usize> {
@@ -247,7 +252,8 @@ impl<B: Backend> Engine<B> {
         &self.host_steps
     }
 
-    /// Sampling defaults that fit the model: what its directory recommends; block scope for block diffusion, canvas scope for full attention.
+    /// Sampling defaults that fit the model: what its directory recommends; block scope for block
+    /// diffusion, canvas scope for full attention.
     pub fn defaults(config: &ModelConfig) -> Defaults {
         let scope = if config.attention == AttentionMask::Full { Scope::Canvas } else { Scope::Block };
         let general = Defaults::default();
@@ -307,7 +313,8 @@ impl<B: Backend> Engine<B> {
         self.models.iter().try_for_each(|loaded| loaded.model.config().check_len(len))
     }
 
-    /// Queues a request. Errors: a prompt or schedule that cannot be served, or more pages than the pool has in all.
+    /// Queues a request. Errors: a prompt or schedule that cannot be served, or more pages than the
+    /// pool has in all.
     pub fn submit(&mut self, request: Request) -> Result<Handle> {
         let config = self.config();
         let mask_id = config.masking()?;
@@ -448,7 +455,8 @@ impl<B: Backend> Engine<B> {
         (weights, chosen)
     }
 
-    /// Brings every session to its next forward and says how many rows it needs; `None` for those that wait or are done.
+    /// Brings every session to its next forward and says how many rows it needs; `None` for those
+    /// that wait or are done.
     fn advance(&mut self) -> Vec<Option<Need>> {
         let mut needs = Vec::with_capacity(self.active.len());
         for active in &mut self.active {

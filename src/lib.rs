@@ -1,7 +1,8 @@
-//! **redraft**: an embeddable inference engine for masked and block diffusion language models whose signature is
-//! *draft-then-refine*. A draft is written with small diffusion blocks over a paged K/V cache; the probability of each token at the
-//! forward that revealed it is kept (snapshot confidence); the weakest tokens are masked again anywhere in the text; a global,
-//! bidirectional pass regenerates them.
+//! **redraft**: an embeddable inference engine for masked and block diffusion language models whose
+//! signature is *draft-then-refine*. A draft is written with small diffusion blocks over a paged
+//! K/V cache; the probability of each token at the forward that revealed it is kept (snapshot
+//! confidence); the weakest tokens are masked again anywhere in the text; a global, bidirectional
+//! pass regenerates them.
 //!
 //! ```no_run
 //! use redraft::{Engine, Options};

@@ -1,11 +1,13 @@
 //! Owns the K/V page pool, page tables and the sharing of prompt pages: counting only, no tensors.
 //!
-//! Admission is by commitment: a session commits the pages of its whole length, and the sum of commitments never exceeds
-//! the capacity. Live pages are at most the table entries of all sessions, so once a session is admitted an allocation
-//! cannot fail and no session waits halfway. Shared pages only make the pool emptier than promised.
+//! Admission is by commitment: a session commits the pages of its whole length, and the sum of
+//! commitments never exceeds the capacity. Live pages are at most the table entries of all
+//! sessions, so once a session is admitted an allocation cannot fail and no session waits halfway.
+//! Shared pages only make the pool emptier than promised.
 //!
-//! A page is written only by a session that holds it alone; anyone else gets a copy first. The prefix index holds no
-//! reference of its own: it forgets a page as soon as that page is freed or written again.
+//! A page is written only by a session that holds it alone; anyone else gets a copy first. The
+//! prefix index holds no reference of its own: it forgets a page as soon as that page is freed or
+//! written again.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
@@ -21,7 +23,8 @@ pub struct PagePool {
     prefixes: HashMap<PrefixKey, Prefix>,
 }
 
-/// A prompt whose K/V can be shared: same leading tokens, same weights, same block length (K/V depend on who sees whom).
+/// A prompt whose K/V can be shared: same leading tokens, same weights, same block length (K/V
+/// depend on who sees whom).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PrefixKey {
     pub weights: usize,
@@ -154,7 +157,8 @@ impl PagePool {
     }
 }
 
-/// One sequence's pages: key j lies in entry `j / page_size`. Kept from prompt to the last refine step.
+/// One sequence's pages: key j lies in entry `j / page_size`. Kept from prompt to the last refine
+/// step.
 #[derive(Debug, Default)]
 pub struct PageTable {
     pages: Vec<u32>,
@@ -171,7 +175,8 @@ impl PageTable {
         self.pages = pages;
     }
 
-    /// Makes the pages of `positions` exist and be held by this table alone. Returns the copies to run before writing.
+    /// Makes the pages of `positions` exist and be held by this table alone. Returns the copies to
+    /// run before writing.
     pub fn make_writable(&mut self, pool: &mut PagePool, positions: impl Iterator<Item = usize>) -> Vec<PageCopy> {
         let mut copies = Vec::new();
         let mut last = usize::MAX;
@@ -245,8 +250,8 @@ mod tests {
     }
 
     proptest! {
-        /// Random sessions that share, write and leave: free + live = capacity, no page has two writers,
-        /// no prefix names a free page, and a committed session always gets its pages.
+        /// Random sessions that share, write and leave: free + live = capacity, no page has two
+        /// writers, no prefix names a free page, and a committed session always gets its pages.
         #[test]
         fn page_laws(moves in proptest::collection::vec((0usize..6, 0usize..4, 0usize..24), 1..200)) {
             const LEN: usize = 24;

@@ -1,9 +1,11 @@
-//! Owns the description of one forward: which rows run, where their K/V goes, and which keys each row sees.
+//! Owns the description of one forward: which rows run, where their K/V goes, and which keys each
+//! row sees.
 //!
-//! A plan is data. The scheduler concatenates what every session asks for; a backend uploads the arrays once and each
-//! layer reads them. Visibility is a *prefix* of the own sequence for every row: block-causal rows see up to the end of
-//! their block, rows of a full stage see the whole sequence, so one exclusive end per row covers all of them
-//! ([BD3-LM] mask `M_BC`: a query in block b sees blocks <= b).
+//! A plan is data. The scheduler concatenates what every session asks for; a backend uploads the
+//! arrays once and each layer reads them. Visibility is a *prefix* of the own sequence for every
+//! row: block-causal rows see up to the end of their block, rows of a full stage see the whole
+//! sequence, so one exclusive end per row covers all of them ([BD3-LM] mask `M_BC`: a query in
+//! block b sees blocks <= b).
 #![forbid(unsafe_code)]
 
 /// Which keys a query sees inside its sequence, in absolute positions from 0.
@@ -16,7 +18,8 @@ pub enum Visibility {
 }
 
 impl Visibility {
-    /// Exclusive end of the keys that the query at `position` sees in a sequence of `len` positions.
+    /// Exclusive end of the keys that the query at `position` sees in a sequence of `len`
+    /// positions.
     pub fn end(self, position: usize, len: usize) -> usize {
         match self {
             Visibility::Full => len,
@@ -73,7 +76,8 @@ pub enum Kind {
     Prefill,
     /// A block in which something may be revealed now.
     Denoise,
-    /// Finished blocks whose last row answers the first position of the next one (shifted logits): final K/V and a reveal.
+    /// Finished blocks whose last row answers the first position of the next one (shifted logits):
+    /// final K/V and a reveal.
     Lead,
     /// A finished block whose final K/V is written.
     Commit,
@@ -145,7 +149,8 @@ impl Plan {
         }
     }
 
-    /// Appends one sequence: `rows` as (position, token id), its page table, and who sees whom in a sequence of `len` positions.
+    /// Appends one sequence: `rows` as (position, token id), its page table, and who sees whom in a
+    /// sequence of `len` positions.
     pub fn push(&mut self, rows: &[(usize, u32)], pages: &[u32], page_size: usize, visibility: Visibility, len: usize) {
         for &(position, id) in rows {
             assert!(position < len, "row at position {position} of a sequence of {len}");

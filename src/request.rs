@@ -163,8 +163,9 @@ pub(crate) fn stop_at(tokenizer: &Tokenizer, texts: &[String], tokens: &[u32]) -
     (1..=tokens.len()).find(|n| find_stop(&tokenizer.decode(&tokens[..*n]), texts).is_some())
 }
 
-/// Splits `"The [____:12] sat."` into text and holes. A hole is `[`, one or more `_`, `:`, a count, `]`; anything else is text.
-/// A space before a hole belongs to the hole: vocabularies spell words with the space in front, so the model writes it.
+/// Splits `"The [____:12] sat."` into text and holes. A hole is `[`, one or more `_`, `:`, a count,
+/// `]`; anything else is text. A space before a hole belongs to the hole: vocabularies spell words
+/// with the space in front, so the model writes it.
 ///
 /// Errors: [`Error::Request`] where there is no hole, or one of no tokens.
 pub fn parse_infill(text: &str) -> Result<Vec<Segment>> {

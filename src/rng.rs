@@ -1,8 +1,10 @@
-//! Owns randomness: a counter-based generator keyed by what a draw is *for*, so that a result never depends on the order
-//! in which draws are made, on neighbours in a batch, or on threads (docs/architecture.md, determinism).
+//! Owns randomness: a counter-based generator keyed by what a draw is *for*, so that a result never
+//! depends on the order in which draws are made, on neighbours in a batch, or on threads
+//! (docs/architecture.md, determinism).
 //!
-//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Key: the request's seed.
-//! Counter: position, step, stage and block, sample. One call yields two 53-bit uniforms.
+//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Key: the
+//! request's seed. Counter: position, step, stage and block, sample. One call yields two 53-bit
+//! uniforms.
 #![forbid(unsafe_code)]
 
 /// What a draw is for. `step` counts the denoising forwards of the stage for this sequence, from 0.
@@ -17,10 +19,12 @@ pub struct DrawKey {
     pub position: u32,
 }
 
-/// The step number of draws that belong to a whole stage (random remasking) rather than to one of its forwards.
+/// The step number of draws that belong to a whole stage (random remasking) rather than to one of
+/// its forwards.
 pub const STAGE_STEP: u32 = u32::MAX;
 
-/// The step number of the time at which a position is revealed by [`crate::sampling::Unmask::Ancestral`].
+/// The step number of the time at which a position is revealed by
+/// [`crate::sampling::Unmask::Ancestral`].
 pub const TIME_STEP: u32 = u32::MAX - 1;
 
 /// Two independent uniforms in [0, 1) with 53 random bits each.

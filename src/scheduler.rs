@@ -23,8 +23,8 @@ pub struct Need {
     pub weights: usize,
 }
 
-/// The model that runs now, and the indices of the sessions that share its forward. `needs[i]` is what session i wants, `None` if
-/// it waits; `turn` is who is asked first, and names the model.
+/// The model that runs now, and the indices of the sessions that share its forward. `needs[i]` is
+/// what session i wants, `None` if it waits; `turn` is who is asked first, and names the model.
 pub fn schedule(needs: &[Option<Need>], turn: usize, budget: &Budget) -> (usize, Vec<usize>) {
     let mut chosen = Vec::new();
     let (mut total, mut weights) = (0, 0);

@@ -1,6 +1,8 @@
-//! Owns forwards outside any session: logits of given tokens, likelihood under an autoregressive judge, timed single forwards.
+//! Owns forwards outside any session: logits of given tokens, likelihood under an autoregressive
+//! judge, timed single forwards.
 //!
-//! Each takes pages of its own from the engine's pool and gives them back, so it may run between ticks.
+//! Each takes pages of its own from the engine's pool and gives them back, so it may run between
+//! ticks.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -45,7 +47,8 @@ impl<B: Backend> Engine<B> {
         Ok(())
     }
 
-    /// One forward over all of `tokens` in pages of its own; what came of it is read from the scratch, then the pages are freed.
+    /// One forward over all of `tokens` in pages of its own; what came of it is read from the
+    /// scratch, then the pages are freed.
     fn once<T>(
         &mut self,
         tokens: &[u32],
@@ -74,12 +77,14 @@ impl<B: Backend> Engine<B> {
         outcome
     }
 
-    /// Logits of all of `tokens` under `visibility`, before any ban or shift, a few rows at a time: `sink(first_row, logits)`.
+    /// Logits of all of `tokens` under `visibility`, before any ban or shift, a few rows at a time:
+    /// `sink(first_row, logits)`.
     pub fn logits(&mut self, tokens: &[u32], visibility: Visibility, sink: &mut dyn FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
         self.logits_with_probe(tokens, visibility, None, sink)
     }
 
-    /// [`Engine::logits`], with the residual stream after the embedding and after each layer shown to `probe`.
+    /// [`Engine::logits`], with the residual stream after the embedding and after each layer shown
+    /// to `probe`.
     pub fn logits_with_probe(
         &mut self,
         tokens: &[u32],
@@ -95,12 +100,15 @@ impl<B: Backend> Engine<B> {
         Ok(self.causal_nlls(&[tokens])?.remove(0))
     }
 
-    /// Negative log-likelihoods (nats) of tokens 1.. of each sequence under an autoregressive checkpoint: row i predicts token i + 1. A MASK, where
-    /// the checkpoint has one, is excluded from every distribution.
+    /// Negative log-likelihoods (nats) of tokens 1.. of each sequence under an autoregressive
+    /// checkpoint: row i predicts token i + 1. A MASK, where the checkpoint has one, is excluded
+    /// from every distribution.
     ///
-    /// Sequences share forwards of up to `max_rows` rows and long ones take several, over their own K/V: neither changes a bit of the result.
+    /// Sequences share forwards of up to `max_rows` rows and long ones take several, over their own
+    /// K/V: neither changes a bit of the result.
     ///
-    /// Errors: as [`Engine::check_tokens`], a sequence longer than the model serves or the pool holds, a checkpoint that is not autoregressive.
+    /// Errors: as [`Engine::check_tokens`], a sequence longer than the model serves or the pool
+    /// holds, a checkpoint that is not autoregressive.
     pub fn causal_nlls(&mut self, sequences: &[&[u32]]) -> Result<Vec<Vec<f64>>> {
         if self.config().attention != AttentionMask::Causal {
             return Err(Error::request("this checkpoint is not autoregressive: it has no likelihood by next tokens alone"));
@@ -146,7 +154,8 @@ impl<B: Backend> Engine<B> {
         outcome.map(|()| nlls)
     }
 
-    /// One forward over the next rows of the open sequences, in turn, up to the row budget; what it says is appended to `nlls`.
+    /// One forward over the next rows of the open sequences, in turn, up to the row budget; what it
+    /// says is appended to `nlls`.
     fn score_rows(&mut self, sequences: &[&[u32]], open: &[Scored], nlls: &mut [Vec<f64>]) -> Result<()> {
         let (mut plan, mut draws, mut parts) = (Plan::new(), Vec::new(), Vec::new());
         let mut room = self.options.budget.max_rows;

@@ -1,19 +1,22 @@
-//! Owns one request's life: fixed tokens, place in the schedule, canvas, which K/V is final, counters.
+//! Owns one request's life: fixed tokens, place in the schedule, canvas, which K/V is final,
+//! counters.
 //!
-//! A session is asked for its next forward ([`Sequence::next`]) and told what came of it ([`Sequence::apply`]). It says which
-//! rows it needs, who sees whom, and which rows decide; it never touches a page, a tensor or another session, so the whole
-//! of draft-then-refine runs in tests without a model.
+//! A session is asked for its next forward ([`Sequence::next`]) and told what came of it
+//! ([`Sequence::apply`]). It says which rows it needs, who sees whom, and which rows decide; it
+//! never touches a page, a tensor or another session, so the whole of draft-then-refine runs in
+//! tests without a model.
 //!
 //! ```text
 //! stage 0: Prefill -> [ Denoise ... (commit fused into the next block's first Denoise) ] -> finish
 //! stage k: (Score ...) -> remask -> [ Denoise ... ] -> finish
 //! ```
 //!
-//! One number, `committed`, carries the reuse: positions below it hold K/V that is final under the stage's visibility. A
-//! denoising forward of a block that ends at `e` needs rows `committed..e`: the block itself, and every finished block before
-//! it whose final K/V is not written yet. Prompt blocks, finished blocks and infilled blocks are all the same case.
-//! [BD3-LM] A finished block never sees a later one, so this equals recomputing everything. Under full visibility nothing
-//! is ever final and every exact forward needs all rows.
+//! One number, `committed`, carries the reuse: positions below it hold K/V that is final under the
+//! stage's visibility. A denoising forward of a block that ends at `e` needs rows `committed..e`:
+//! the block itself, and every finished block before it whose final K/V is not written yet. Prompt
+//! blocks, finished blocks and infilled blocks are all the same case. [BD3-LM] A finished block
+//! never sees a later one, so this equals recomputing everything. Under full visibility nothing is
+//! ever final and every exact forward needs all rows.
 //!
 //! Where a model's logits are shifted ([`LogitsRows::Before`]), the row before a position answers
 //! it. Forwards that compute some rows only compute the answering ones too. Under block-causal
@@ -49,16 +52,19 @@ pub struct SequenceSpec {
     pub fixed: Vec<Option<u32>>,
     pub mask_id: u32,
     pub schedule: Schedule,
-    /// For each model that a stage may name: whether its logits are shifted ([`crate::config::ModelConfig::shift`]).
+    /// For each model that a stage may name: whether its logits are shifted
+    /// ([`crate::config::ModelConfig::shift`]).
     pub shifted: Vec<bool>,
     pub seed: u64,
     pub sample: u32,
     pub stop: Stop,
-    /// Write a finished block's K/V in a forward of its own instead of together with the next block's first forward.
+    /// Write a finished block's K/V in a forward of its own instead of together with the next
+    /// block's first forward.
     pub separate_commit: bool,
     /// Per position: the token a reveal must choose (likelihood scoring). Empty to sample.
     pub forced: Vec<u32>,
-    /// Per position: the token that a reveal of the first stage must choose, in the place of a draft by the model. Empty to sample.
+    /// Per position: the token that a reveal of the first stage must choose, in the place of a
+    /// draft by the model. Empty to sample.
     pub draft: Vec<u32>,
     /// Source of uniforms; `None` is [`rng::uniforms`]. Tests replay recorded draws through it.
     pub draws: Option<DrawSource>,
@@ -81,7 +87,8 @@ pub struct Step {
     pub asks: Vec<Ask>,
     /// What the answers do with tokens that end the text.
     pub eos: Eos,
-    /// Above 0: the same rows run once more before, with every given position masked, and lead the answers away from what they say.
+    /// Above 0: the same rows run once more before, with every given position masked, and lead the
+    /// answers away from what they say.
     pub guidance: f32,
 }
 
@@ -119,7 +126,8 @@ pub struct Sequence {
     progress: BlockProgress,
     /// Denoising forwards of this stage so far.
     denoised: u32,
-    /// The block holds no mask any more but its tokens may still give way: forwards over it since then.
+    /// The block holds no mask any more but its tokens may still give way: forwards over it since
+    /// then.
     settling: Option<usize>,
     /// The block whose first position was revealed by the forward that filled the caches for it.
     led: Option<usize>,
@@ -143,7 +151,8 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// Checks what only the whole request can tell. `fixed` must hold at least one position to generate.
+    /// Checks what only the whole request can tell. `fixed` must hold at least one position to
+    /// generate.
     pub fn new(spec: SequenceSpec) -> Result<Sequence> {
         let mut fixed = spec.fixed.clone();
         fixed.resize(Sequence::decoded_len(&spec.schedule, &fixed), None);
@@ -198,7 +207,8 @@ impl Sequence {
         Ok(session)
     }
 
-    /// Positions of the canvas on which `schedule` decodes `fixed`: a last block that is generated to its end may be decoded whole.
+    /// Positions of the canvas on which `schedule` decodes `fixed`: a last block that is generated
+    /// to its end may be decoded whole.
     pub fn decoded_len(schedule: &Schedule, fixed: &[Option<u32>]) -> usize {
         match (schedule.stages.first(), fixed.last()) {
             (Some(stage), Some(None)) => stage.decoded_len(fixed.len()),
@@ -232,7 +242,8 @@ impl Sequence {
         &self.draft
     }
 
-    /// Length of the shareable prompt: its whole blocks under the draft's block-causal visibility, 0 where none is exact.
+    /// Length of the shareable prompt: its whole blocks under the draft's block-causal visibility,
+    /// 0 where none is exact.
     pub fn prefix_len(&self) -> usize {
         let stage = &self.spec.schedule.stages[0];
         match stage.visibility() {
@@ -273,7 +284,8 @@ impl Sequence {
         self.phase = Phase::Denoise;
     }
 
-    /// The clock of the first stage starts now: time spent waiting for admission is not the stage's.
+    /// The clock of the first stage starts now: time spent waiting for admission is not the
+    /// stage's.
     pub fn start(&mut self) {
         self.stage_start = Instant::now();
     }
@@ -291,13 +303,14 @@ impl Sequence {
         self.pending.as_ref()
     }
 
-    /// Moves on to the next forward, through stage ends where there is nothing left to do. Events of remasking and of the end
-    /// of the sequence are pushed on the way.
+    /// Moves on to the next forward, through stage ends where there is nothing left to do. Events
+    /// of remasking and of the end of the sequence are pushed on the way.
     pub fn next(&mut self, events: &mut Vec<Event>) -> Next {
         self.next_at(events, Instant::now())
     }
 
-    /// [`Sequence::next`] for a host that follows behind the device: a stage that ends here ended at `clock`.
+    /// [`Sequence::next`] for a host that follows behind the device: a stage that ends here ended
+    /// at `clock`.
     pub fn next_at(&mut self, events: &mut Vec<Event>, clock: Instant) -> Next {
         self.clock = clock;
         while self.pending.is_none() {
@@ -389,7 +402,8 @@ impl Sequence {
         start..start.saturating_add(block_len).min(len)
     }
 
-    /// The next denoising (or separate commit) forward; false if no position of the stage is masked any more.
+    /// The next denoising (or separate commit) forward; false if no position of the stage is masked
+    /// any more.
     fn set_denoise_step(&mut self) -> bool {
         let stage = *self.stage();
         let len = self.canvas.len();
@@ -435,7 +449,8 @@ impl Sequence {
             None => range.clone(),
         };
         let masked: Vec<usize> = self.canvas.masked_in(unit.clone()).collect();
-        // A block the stage has not entered yet has no K/V under the stage's visibility; Fast-dLLM's caches are filled anew for every block.
+        // A block the stage has not entered yet has no K/V under the stage's visibility;
+        // Fast-dLLM's caches are filled anew for every block.
         if entered && (cached && self.led != Some(block) || blockwise && stage.kv != KvPolicy::Draft) {
             self.since_full = None;
         }
@@ -462,7 +477,8 @@ impl Sequence {
             let first = if stage.kv == KvPolicy::Recompute { 0 } else { self.committed };
             (first..end).collect()
         } else if cached {
-            // [Fast-dLLM] The block, and behind it what the dual cache holds and the prefix cache does not.
+            // [Fast-dLLM] The block, and behind it what the dual cache holds and the prefix cache
+            // does not.
             let first = self.logits_row_for(first).min(range.start);
             (first..if stage.kv == KvPolicy::Dual { range.end } else { len }).collect()
         } else if stage.kv == KvPolicy::Dual {
@@ -491,7 +507,8 @@ impl Sequence {
         self.uniforms(block, TIME_STEP, position).order
     }
 
-    /// What is asked about the masked `position` of a forward over the rows at `positions` (ascending).
+    /// What is asked about the masked `position` of a forward over the rows at `positions`
+    /// (ascending).
     fn ask(&self, block: usize, position: usize, positions: &[usize]) -> Ask {
         let row = positions.binary_search(&self.logits_row_for(position)).expect("a row that answers is always computed");
         let Uniforms { token, order } = self.uniforms(block, self.denoised, position);
@@ -500,8 +517,8 @@ impl Sequence {
         Ask { row, position, draw: self.draw(token, forced), order }
     }
 
-    /// The forward that reveals the first position of a block from the last row before it: of the finished blocks, or of everything where it fills
-    /// the caches of full attention.
+    /// The forward that reveals the first position of a block from the last row before it: of the
+    /// finished blocks, or of everything where it fills the caches of full attention.
     fn set_lead(&mut self, block: usize, start: usize) {
         self.block = block;
         self.unit = start..start + 1;
@@ -520,7 +537,8 @@ impl Sequence {
         self.set_step(Kind::Lead, positions, vec![ask]);
     }
 
-    /// Scoring forward `group`: visible text for post-hoc, one interleaved group hidden for held-out.
+    /// Scoring forward `group`: visible text for post-hoc, one interleaved group hidden for
+    /// held-out.
     fn set_score_step(&mut self, group: usize) {
         let groups = match self.stage().remask {
             Some(Remask { by: RemaskBy::HeldOut(groups), .. }) => Some(groups),
@@ -547,7 +565,8 @@ impl Sequence {
         }
     }
 
-    /// Takes the answers to the pending step's asks, in their order. On an error the session is as before the call.
+    /// Takes the answers to the pending step's asks, in their order. On an error the session is as
+    /// before the call.
     pub fn apply(&mut self, decisions: &[Decision], events: &mut Vec<Event>) -> Result<()> {
         let step = self.pending.as_ref().expect("apply follows a step");
         assert_eq!(step.asks.len(), decisions.len(), "one decision per ask");
@@ -628,7 +647,8 @@ impl Sequence {
         positions.iter().map(|p| self.canvas.confidence(*p)).collect()
     }
 
-    /// Writes the `chosen` of the candidates where they are masked, and the `edits` over what stands.
+    /// Writes the `chosen` of the candidates where they are masked, and the `edits` over what
+    /// stands.
     fn write(&mut self, candidates: &[Candidate], chosen: &[usize], edits: &[usize], events: &mut Vec<Event>) {
         let step = self.denoised;
         self.fresh.clear();
@@ -663,7 +683,8 @@ impl Sequence {
         if matches!(stage.visibility(), Visibility::BlockCausal(_))
             && matches!(stage.kv, KvPolicy::Exact | KvPolicy::Refresh(_) | KvPolicy::Dual)
         {
-            // Everything before the block went through this forward, or an earlier one, in its final form.
+            // Everything before the block went through this forward, or an earlier one, in its
+            // final form.
             self.committed = self.committed.max(start);
         }
         if self.canvas.masked_in(start..end).next().is_none() && self.is_settled(edited) {
@@ -681,8 +702,9 @@ impl Sequence {
         }
     }
 
-    /// Whether the block, in which nothing is masked, is finished: at once, or where its tokens may give way, after the first forward over it that
-    /// `edited` nothing, or the last that is allowed.
+    /// Whether the block, in which nothing is masked, is finished: at once, or where its tokens may
+    /// give way, after the first forward over it that `edited` nothing, or the last that is
+    /// allowed.
     fn is_settled(&mut self, edited: bool) -> bool {
         if let Some(Edit { passes, .. }) = self.stage().edit {
             let (ran, stable) = self.settling.map_or((0, false), |ran| (ran + 1, !edited));
@@ -745,14 +767,16 @@ impl Sequence {
         self.stage_start = self.clock;
     }
 
-    /// The stage has no mask left: final K/V for a stage that wants to reuse it, then the next stage or the end.
+    /// The stage has no mask left: final K/V for a stage that wants to reuse it, then the next
+    /// stage or the end.
     fn end_stage(&mut self, events: &mut Vec<Event>) {
         let next = self.spec.schedule.stages.get(self.stage + 1).copied();
         if next.is_some_and(|n| n.kv == KvPolicy::Draft) {
             let len = self.canvas.len();
             let first = match self.stage().visibility() {
                 Visibility::BlockCausal(_) => self.committed,
-                // Under full visibility the last reveals changed what every row saw, and a stage without reveals wrote nothing.
+                // Under full visibility the last reveals changed what every row saw, and a stage
+                // without reveals wrote nothing.
                 Visibility::Full if self.committed == len => len,
                 Visibility::Full => 0,
             };
@@ -791,7 +815,8 @@ impl Sequence {
                     _ => f64::from(self.canvas.confidence(p)),
                 };
                 self.scores = self.canvas.generated().map(|p| (p, score(p))).collect();
-                // Same weights and visibility as before: blocks before the first mask are still final. Under full visibility none ever is.
+                // Same weights and visibility as before: blocks before the first mask are still
+                // final. Under full visibility none ever is.
                 let same = (previous.weights, previous.visibility()) == (stage.weights, stage.visibility());
                 let same = same && stage.visibility() != Visibility::Full;
                 // A joint sampler's layer has K/V of its own there only where it ran before.
@@ -812,7 +837,8 @@ impl Sequence {
         }
     }
 
-    /// Masks the lowest scores again and starts denoising. `final_before`: K/V below it is final under this stage's visibility.
+    /// Masks the lowest scores again and starts denoising. `final_before`: K/V below it is final
+    /// under this stage's visibility.
     fn remask(&mut self, final_before: usize, events: &mut Vec<Event>) {
         let remask = self.stage().remask.expect("later stages remask");
         self.scores.sort_unstable_by_key(|(position, _)| *position);

@@ -1,6 +1,7 @@
 //! Owns text <-> ids: `tokenizer.json` as published, with user text always read as text.
 //!
-//! Special tokens spelled out in a prompt are encoded letter by letter: a literal `<|mask|>` in user text is text, never a MASK.
+//! Special tokens spelled out in a prompt are encoded letter by letter: a literal `<|mask|>` in
+//! user text is text, never a MASK.
 #![forbid(unsafe_code)]
 
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The same, reading special tokens where they are spelled: for templates, not for what users write.
+    /// The same, reading special tokens where they are spelled: for templates, not for what users
+    /// write.
     special: OnceLock<tokenizers::Tokenizer>,
     path: PathBuf,
 }
@@ -40,7 +42,8 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Ids of `text` in which spelled special tokens are those tokens; nothing added. Not for text from outside.
+    /// Ids of `text` in which spelled special tokens are those tokens; nothing added. Not for text
+    /// from outside.
     pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {
         let special = self.special.get_or_init(|| {
             let mut special = self.inner.clone();
@@ -56,7 +59,8 @@ impl Tokenizer {
         self.inner.get_added_tokens_decoder().values().any(|token| token.special && text.contains(&token.content))
     }
 
-    /// Ids of each text, nothing added. Texts are encoded side by side, as many as the machine has cores.
+    /// Ids of each text, nothing added. Texts are encoded side by side, as many as the machine has
+    /// cores.
     pub fn encode_each(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>> {
         let encodings = self
             .inner

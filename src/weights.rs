@@ -1,7 +1,9 @@
-//! Owns checkpoint files: safetensors, single or sharded with an index, mapped and read as named, shape-checked views.
+//! Owns checkpoint files: safetensors, single or sharded with an index, mapped and read as named,
+//! shape-checked views.
 //!
-//! Weights are read once, straight into their packed form, and the mapped pages are handed back as they are read, so the file
-//! and its packed copy are never resident together. Unsafe lives here for the mapping alone.
+//! Weights are read once, straight into their packed form, and the mapped pages are handed back as
+//! they are read, so the file and its packed copy are never resident together. Unsafe lives here
+//! for the mapping alone.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -16,11 +18,12 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// Pages that were read are handed back by the stretch: a call for each read would interrupt the other threads for little memory.
+/// Pages that were read are handed back by the stretch: a call for each read would interrupt the
+/// other threads for little memory.
 const RELEASE_BYTES: usize = 1 << 20;
 
-/// What is asked of the disk in advance of whoever reads a tensor front to back: the system's own reading ahead, 128 KiB where a
-/// mapping is concerned, leaves a fast disk idle.
+/// What is asked of the disk in advance of whoever reads a tensor front to back: the system's own
+/// reading ahead, 128 KiB where a mapping is concerned, leaves a fast disk idle.
 const AHEAD_BYTES: usize = 16 << 20;
 
 /// Problems of one checkpoint that an error names.
@@ -53,7 +56,8 @@ struct Entry {
 impl Weights {
     /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
     ///
-    /// Errors: a file that is absent, cut short or no safetensors file; a tensor in two shards, or in another than the index says.
+    /// Errors: a file that is absent, cut short or no safetensors file; a tensor in two shards, or
+    /// in another than the index says.
     pub fn open(dir: &Path) -> Result<Weights> {
         let index = dir.join("model.safetensors.index.json");
         let single = dir.join("model.safetensors");
@@ -95,23 +99,26 @@ impl Weights {
         Some(Error::weights(&self.source, format!("tensor {tensor}: expected in {}, {found}", file(path))))
     }
 
-    /// Weights that were never trained: every tensor asked for exists, with small values that depend on its name and index alone.
-    /// For benches, where the shape matters and the text does not.
+    /// Weights that were never trained: every tensor asked for exists, with small values that
+    /// depend on its name and index alone. For benches, where the shape matters and the text does
+    /// not.
     pub fn random() -> Weights {
         Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: PathBuf::from("random weights"), random: true }
     }
 
     fn add_shard(&mut self, path: PathBuf) -> Result<()> {
         let file = File::open(&path).map_err(|e| Error::weights(&path, format!("cannot open: {e}")))?;
-        // SAFETY: the mapping is read-only and private to this process; as with every mapped file, another process that truncates it while
-        // it is being read can raise SIGBUS. All offsets used below were validated against the mapped length by `read_metadata`.
+        // SAFETY: the mapping is read-only and private to this process; as with every mapped file,
+        // another process that truncates it while it is being read can raise SIGBUS. All offsets
+        // used below were validated against the mapped length by `read_metadata`.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::weights(&path, format!("cannot map: {e}")))?;
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
             let what = cut_short(&map).unwrap_or_else(|| format!("not a safetensors file of {} bytes: {e}", map.len()));
             Error::weights(&path, what)
         })?;
         let shard = self.shards.len();
-        // `read_metadata` returns the header's own length; the 8-byte length field stands before it.
+        // `read_metadata` returns the header's own length; the 8-byte length field stands before
+        // it.
         let data = header + 8;
         for (name, info) in metadata.tensors() {
             let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
@@ -152,7 +159,8 @@ impl Weights {
         self.random || self.tensors.contains_key(name)
     }
 
-    /// Every tensor is there, of its shape and of a dtype that is read; else the first few that are not.
+    /// Every tensor is there, of its shape and of a dtype that is read; else the first few that are
+    /// not.
     pub fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
         all(expected.iter().filter_map(|(name, shape)| self.tensor(name, shape).err()).collect())
     }
@@ -176,7 +184,8 @@ impl Weights {
     }
 }
 
-/// Nothing, or the first few of many problems as one error: under the path of the first, the others' files named where they differ.
+/// Nothing, or the first few of many problems as one error: under the path of the first, the
+/// others' files named where they differ.
 fn all(problems: Vec<Error>) -> Result<()> {
     let mut rest = problems.iter();
     let Some(Error::Weights { path, what }) = rest.next() else {
@@ -283,13 +292,15 @@ impl Tensor<'_> {
         match entry.dtype {
             Dtype::F32 => convert(bytes, dst, f32::from_le_bytes),
             Dtype::BF16 => convert(bytes, dst, |b: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
-            // Where the machine has an instruction for it. Tensors begin on a multiple of their size in any file that was not made by hand.
+            // Where the machine has an instruction for it. Tensors begin on a multiple of their
+            // size in any file that was not made by hand.
             _ => match bytemuck::try_cast_slice::<u8, half::f16>(bytes) {
                 Ok(halves) if cfg!(target_endian = "little") => halves.convert_to_f32_slice(dst),
                 _ => convert(bytes, dst, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32()),
             },
         }
-        // Without an early end, so that it runs on vectors: the largest magnitude says whether to look for the culprit.
+        // Without an early end, so that it runs on vectors: the largest magnitude says whether to
+        // look for the culprit.
         let largest = dst.iter().fold(0, |largest, v| largest.max(v.to_bits() & 0x7fff_ffff));
         if largest >= f32::INFINITY.to_bits()
             && let Some(at) = dst.iter().position(|v| !v.is_finite())
@@ -324,7 +335,8 @@ impl Drop for Tensor<'_> {
 }
 
 impl Shard {
-    /// Asks for what follows a read, whenever the reader comes to the next stretch of [`AHEAD_BYTES`] of a tensor.
+    /// Asks for what follows a read, whenever the reader comes to the next stretch of
+    /// [`AHEAD_BYTES`] of a tensor.
     fn ask_ahead(&self, read: &Range<usize>, tensor: &Entry) {
         let stretch = |at: usize| (at - tensor.start) / AHEAD_BYTES;
         let end = tensor.end.min(read.end + 2 * AHEAD_BYTES);
@@ -334,9 +346,11 @@ impl Shard {
         }
     }
 
-    /// Hands the pages of a byte range back to the system once they were read; reading again would fault them in anew.
+    /// Hands the pages of a byte range back to the system once they were read; reading again would
+    /// fault them in anew.
     fn release(&self, bytes: Range<usize>) {
-        // SAFETY: the mapping is read-only and file-backed, so dropped pages are read from the file again on the next access.
+        // SAFETY: the mapping is read-only and file-backed, so dropped pages are read from the file
+        // again on the next access.
         let advised = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
         // Advice only: a system that refuses it keeps more memory, nothing else changes.
         let _ = advised;

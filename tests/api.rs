@@ -43,7 +43,8 @@ fn a_batch_gives_the_texts_of_its_requests_alone() {
     }
 }
 
-/// Deltas join to the text, with stop texts and multi-byte tokens; snapshots come before what is final.
+/// Deltas join to the text, with stop texts and multi-byte tokens; snapshots come before what is
+/// final.
 #[test]
 fn streamed_pieces_join_to_the_text() {
     let thread = engine().spawn();

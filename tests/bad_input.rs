@@ -1,4 +1,5 @@
-//! Checkpoints are hostile input: each spoiled copy of a good directory is refused with an error that names the culprit, and none panics.
+//! Checkpoints are hostile input: each spoiled copy of a good directory is refused with an error
+//! that names the culprit, and none panics.
 
 use std::path::{Path, PathBuf};
 
@@ -233,7 +234,8 @@ fn values_that_are_not_finite() {
                 let size = if tensor["dtype"] == "BF16" { 2 } else { 4 };
                 let end = tensor["data_offsets"][1].as_u64().expect("an offset") as usize;
                 let count = (end - tensor["data_offsets"][0].as_u64().expect("an offset") as usize) / size;
-                // The last element: reading to the end is reading all of it. The upper half of an f32 is its bf16.
+                // The last element: reading to the end is reading all of it. The upper half of an
+                // f32 is its bf16.
                 data[end - size..end].copy_from_slice(&value.to_le_bytes()[4 - size..]);
                 copy.set_weights(&header, &data);
                 let element = format!("element {}", count - 1);
@@ -492,7 +494,8 @@ fn ids_that_end_a_text() {
     }
 }
 
-/// Sampling that a checkpoint recommends is where its schedules start; what a stage says itself goes before.
+/// Sampling that a checkpoint recommends is where its schedules start; what a stage says itself
+/// goes before.
 #[test]
 fn recommended_sampling() {
     let copy = Copy::of("sdar");
@@ -591,8 +594,9 @@ fn plain_decoders_of_another_shape() {
     }
 }
 
-/// A configuration that does not describe the weights beside it: the first tensor that does not fit is named, with both shapes.
-/// GPT-2: what would change its numbers is refused, names with and without the class's prefix are the same model, other shapes run.
+/// A configuration that does not describe the weights beside it: the first tensor that does not fit
+/// is named, with both shapes. GPT-2: what would change its numbers is refused, names with and
+/// without the class's prefix are the same model, other shapes run.
 #[test]
 fn gpt2() {
     let copy = Copy::of("gpt2");
@@ -663,7 +667,8 @@ fn configurations_of_another_model() {
             // The ids of the published defaults, wherever the vocabulary ends.
             c.retain(|k, _| !k.ends_with("_token_id"));
         });
-        // A vocabulary smaller than the tokenizer's is the tokenizer's mistake; here the weights are looked at.
+        // A vocabulary smaller than the tokenizer's is the tokenizer's mistake; here the weights
+        // are looked at.
         std::fs::rename(copy.path("tokenizer.json"), copy.path("aside")).expect("a file");
         copy.refused(key, "Weights", &[&[WEIGHTS], &words[..]].concat());
         std::fs::rename(copy.path("aside"), copy.path("tokenizer.json")).expect("a file");
@@ -676,7 +681,8 @@ fn configurations_of_another_model() {
         c.insert("cond_dim".into(), json!(128));
     });
     plain.refused("adaLN without its tensors", "Weights", &[WEIGHTS, "sigma_map", "missing"]);
-    // A config that asks for more layers than memory could hold is refused by the first tensor that is not there.
+    // A config that asks for more layers than memory could hold is refused by the first tensor that
+    // is not there.
     plain.edit("config.json", |c| {
         c.insert("adaln".into(), json!(false));
         c.insert("n_blocks".into(), json!(1024));

@@ -1,4 +1,5 @@
-//! `redraft bench --quality` as scripts see it: the shipped model, a tiny judge of random weights, figures that are counted again here.
+//! `redraft bench --quality` as scripts see it: the shipped model, a tiny judge of random weights,
+//! figures that are counted again here.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -89,7 +90,8 @@ impl Ran {
     }
 }
 
-/// A causal checkpoint of random weights in the published form, with the shipped model's tokenizer and ids.
+/// A causal checkpoint of random weights in the published form, with the shipped model's tokenizer
+/// and ids.
 fn write_judge(dir: &Path, vocab_size: usize) {
     const C: usize = 32;
     std::fs::create_dir_all(dir).expect("a directory");
@@ -119,7 +121,8 @@ fn write_judge(dir: &Path, vocab_size: usize) {
         .enumerate()
         .map(|(tensor, (name, shape))| {
             let count: usize = shape.iter().product();
-            // Uniform with the variance of 1 / fan-in, so that neither rows nor logits die out; norms around 1.
+            // Uniform with the variance of 1 / fan-in, so that neither rows nor logits die out;
+            // norms around 1.
             let (centre, scale) = if name.contains("norm") { (1.0, 0.2) } else { (0.0, (3.0 / *shape.last().unwrap() as f64).sqrt()) };
             let value = |position: usize| {
                 let key = DrawKey { seed: 11, sample: tensor as u32, stage: 0, block: 0, step: 0, position: position as u32 };
@@ -184,7 +187,8 @@ fn entropy(tokens: &[u64]) -> f64 {
     counts.values().map(|c| c / tokens.len() as f64).map(|p| -p * p.ln()).sum()
 }
 
-/// Every figure that can be counted from the saved samples is counted again; the rest is there, finite, and inside its interval.
+/// Every figure that can be counted from the saved samples is counted again; the rest is there,
+/// finite, and inside its interval.
 #[test]
 fn figures_are_those_of_the_saved_samples() {
     let work = prepared();
@@ -266,9 +270,11 @@ fn figures_are_those_of_the_saved_samples() {
         human["measures"]["judge_nll"]["value"].as_f64().is_some_and(f64::is_finite) && human["measures"]["changed"].is_null(),
         "{human}"
     );
-    // The training text is the human text with another name: what stands between two names is copied.
+    // The training text is the human text with another name: what stands between two names is
+    // copied.
     assert!(human["measures"]["copied_run"]["max"].as_f64().is_some_and(|run| run >= 15.0), "{human}");
-    // Text that the trigram model was fitted to, against a model of stories: the other way round for the reverse.
+    // Text that the trigram model was fitted to, against a model of stories: the other way round
+    // for the reverse.
     assert!(human["measures"]["trigram_ppl"]["value"].as_f64() < rows[0]["measures"]["trigram_ppl"]["value"].as_f64());
 }
 

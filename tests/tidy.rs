@@ -46,7 +46,8 @@ fn fail_on(rule: &str, broken: Vec<String>) {
     assert!(broken.is_empty(), "{rule}:\n  {}", broken.join("\n  "));
 }
 
-/// `text` with comments taken out, line by line (strings with `//` in them lose their tail, which no rule here minds).
+/// `text` with comments taken out, line by line (strings with `//` in them lose their tail, which
+/// no rule here minds).
 fn code(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
 }
@@ -55,7 +56,8 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(|c: char| !c.is_alphanumeric() && c != '_')
 }
 
-/// Rooms where unsafe code may live: mapped files, vector instructions, the thread pool's handover, and foreign interfaces.
+/// Rooms where unsafe code may live: mapped files, vector instructions, the thread pool's handover,
+/// and foreign interfaces.
 const FENCED: [&str; 5] = ["src/weights.rs", "src/cpu/simd.rs", "src/cpu/simd/", "src/cpu/pool.rs", "src/cuda/"];
 
 #[test]
@@ -70,7 +72,8 @@ fn unsafe_code_stays_in_its_rooms() {
     fail_on("fenced, but not there", FENCED.iter().filter(|room| !root().join(room).exists()).map(|room| (*room).to_owned()).collect());
 }
 
-/// Every unsafe block says what makes it true (clippy checks blocks; this also covers builds that nobody lints).
+/// Every unsafe block says what makes it true (clippy checks blocks; this also covers builds that
+/// nobody lints).
 #[test]
 fn unsafe_code_carries_its_reason() {
     let broken = sources()
@@ -111,8 +114,8 @@ fn only_the_command_line_prints() {
     fail_on("printing and unfinished code", broken);
 }
 
-/// No file of `src/` imports itself, not even by way of others, and none takes from a module above it
-/// what that module itself imported. `imports.rs` says what an import is.
+/// No file of `src/` imports itself, not even by way of others, and none takes from a module above
+/// it what that module itself imported. `imports.rs` says what an import is.
 #[test]
 fn imports_have_no_cycle() {
     let graph = Graph::of(&sources());
@@ -248,7 +251,8 @@ fn every_dependency_has_its_reason() {
     fail_on("dependencies without a reason beside them", broken);
 }
 
-/// A kernel has a test of its own name, or of the op that it is a part of (`decide_draw` belongs to `decide`), which runs it on the CPU.
+/// A kernel has a test of its own name, or of the op that it is a part of (`decide_draw` belongs to
+/// `decide`), which runs it on the CPU.
 #[test]
 fn every_kernel_has_its_test() {
     let stems =
@@ -338,6 +342,60 @@ fn scripts_test_themselves() {
         let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
         assert!(output.status.success(), "{script:?}\n{said}");
     }
+}
+
+/// Columns of comments and prose. rustfmt does not wrap them.
+const MAX_COLUMNS: usize = 100;
+
+/// Lines of prose that are wider, by number. Tables, fenced code, headings and lines that are
+/// aligned by runs of spaces cannot be wrapped.
+fn too_wide<'a>(lines: impl Iterator<Item = (usize, &'a str, &'a str)>) -> Vec<usize> {
+    let mut fenced = false;
+    let mut wide = Vec::new();
+    for (number, line, prose) in lines {
+        if prose.starts_with("```") {
+            fenced = !fenced;
+        }
+        let aligned = prose.contains("   ") || prose.starts_with('|') || prose.starts_with('#') || prose.starts_with("![");
+        if !fenced && !aligned && line.chars().count() > MAX_COLUMNS && prose.contains(' ') {
+            wide.push(number);
+        }
+    }
+    wide
+}
+
+#[test]
+fn comments_and_pages_wrap_at_100_columns() {
+    let mut broken = Vec::new();
+    for file in tracked() {
+        // Generated reports and cards of models are as they were written.
+        if file.starts_with("benches/reports/") || file.starts_with("models/") || file.starts_with("docs/evidence/") {
+            continue;
+        }
+        // build.rs writes comments in strings.
+        let wide = if file.ends_with(".rs") && file != "build.rs" {
+            let text = read(&file);
+            let lines: Vec<(usize, &str, &str)> = text
+                .lines()
+                .enumerate()
+                .filter_map(|(i, line)| {
+                    let prose = line.trim_start().strip_prefix("//")?.trim_start_matches(['/', '!']);
+                    // Indented by four: a formula or a picture.
+                    (!prose.starts_with("     ")).then_some((i + 1, line, prose.trim_start()))
+                })
+                .collect();
+            too_wide(lines.into_iter())
+        } else if file.ends_with(".md") {
+            let text = read(&file);
+            let lines: Vec<(usize, &str, &str)> = text.lines().enumerate().map(|(i, line)| (i + 1, line, line.trim_start())).collect();
+            too_wide(lines.into_iter().filter(|(_, line, _)| !line.starts_with("    ")))
+        } else {
+            continue;
+        };
+        broken.extend(wide.into_iter().map(|number| format!("{file}:{number}")));
+    }
+    fail_on("comments and prose wider than 100 columns", broken);
+    assert_eq!(too_wide([(7, "x", "short"), (8, &"a ".repeat(60), "a a")].into_iter()), [8]);
 }
 
 /// Comments and pages explain themselves by what is in this repository, or by what is published.

@@ -42,14 +42,17 @@ pub struct EngineBuilder {
 }
 
 impl Engine {
-    /// Opens a Hugging Face directory (`config.json`, `*.safetensors`, `tokenizer.json`) on the best device.
+    /// Opens a Hugging Face directory (`config.json`, `*.safetensors`, `tokenizer.json`) on the
+    /// best device.
     ///
-    /// Errors: [`crate::Error::Config`], [`crate::Error::Weights`] or [`crate::Error::Tokenizer`] with the file and what it lacks.
+    /// Errors: [`crate::Error::Config`], [`crate::Error::Weights`] or [`crate::Error::Tokenizer`]
+    /// with the file and what it lacks.
     pub fn open(dir: impl AsRef<Path>) -> Result<Engine> {
         Engine::builder(dir.as_ref()).open()
     }
 
-    /// Settings for [`Engine::open`]: device, type of the weights, threads, memory, progress, more models.
+    /// Settings for [`Engine::open`]: device, type of the weights, threads, memory, progress, more
+    /// models.
     pub fn builder(dir: impl Into<PathBuf>) -> EngineBuilder {
         EngineBuilder::new(dir.into())
     }
@@ -81,8 +84,8 @@ impl EngineBuilder {
         self
     }
 
-    /// Type of weights and K/V. By default f32, and bf16 for checkpoints of 16-bit weights that would take
-    /// more than 1 GiB in f32.
+    /// Type of weights and K/V. By default f32, and bf16 for checkpoints of 16-bit weights that
+    /// would take more than 1 GiB in f32.
     pub fn dtype(mut self, dtype: DType) -> Self {
         self.dtype = Some(dtype);
         self
@@ -106,8 +109,8 @@ impl EngineBuilder {
         self
     }
 
-    /// Positions, prompt included, that each of [`EngineBuilder::max_sequences`] has K/V pages for. By default
-    /// what the model was trained on, and 4,096 at most.
+    /// Positions, prompt included, that each of [`EngineBuilder::max_sequences`] has K/V pages for.
+    /// By default what the model was trained on, and 4,096 at most.
     pub fn max_positions(mut self, positions: usize) -> Self {
         self.max_positions = Some(positions);
         self
@@ -131,14 +134,15 @@ impl EngineBuilder {
         self
     }
 
-    /// Another model with the same vocabulary, for stages that name it: `weights=1` is the first one added.
+    /// Another model with the same vocabulary, for stages that name it: `weights=1` is the first
+    /// one added.
     pub fn add_model(mut self, dir: impl Into<PathBuf>) -> Self {
         self.more_models.push(dir.into());
         self
     }
 
-    /// Joint sampler of the first model, for stages with `sampler=joint`. By default the directory `joint` in
-    /// the model's own, where there is one.
+    /// Joint sampler of the first model, for stages with `sampler=joint`. By default the directory
+    /// `joint` in the model's own, where there is one.
     pub fn joint_sampler(mut self, dir: impl Into<PathBuf>) -> Self {
         self.joint = Some(dir.into());
         self
@@ -152,8 +156,9 @@ impl EngineBuilder {
 
     /// Loads the model, and those added.
     ///
-    /// Errors: [`crate::Error::Config`], [`crate::Error::Weights`] or [`crate::Error::Tokenizer`] with the file
-    /// and what it lacks; [`crate::Error::Device`] for a device that is absent or has too little memory.
+    /// Errors: [`crate::Error::Config`], [`crate::Error::Weights`] or [`crate::Error::Tokenizer`]
+    /// with the file and what it lacks; [`crate::Error::Device`] for a device that is absent or has
+    /// too little memory.
     pub fn open(mut self) -> Result<Engine> {
         let config = registry::read_config(&self.dir)?;
         let dtype = match self.dtype {
@@ -202,7 +207,8 @@ impl From<EngineCore<crate::cuda::Cuda>> for AnyCore {
     }
 }
 
-/// f32, and bf16 where all weights are stored in 16 bits and would take more than [`SMALL_MODEL_BYTES`] in f32.
+/// f32, and bf16 where all weights are stored in 16 bits and would take more than
+/// [`SMALL_MODEL_BYTES`] in f32.
 pub(crate) fn default_dtype(dir: &Path) -> Result<DType> {
     let weights = Weights::open(dir)?;
     let halves = weights.dtypes().iter().all(|dtype| matches!(dtype.as_str(), "BF16" | "F16"));

@@ -19,7 +19,8 @@ pub enum Device {
     Cpu,
     /// The GPU with this index, by the order of the CUDA driver.
     Cuda(usize),
-    /// The CUDA kernels of this architecture, executed on the CPU: exact and slow, for tests. Needs `g++`.
+    /// The CUDA kernels of this architecture, executed on the CPU: exact and slow, for tests. Needs
+    /// `g++`.
     Emu(&'static str),
 }
 
@@ -86,7 +87,8 @@ pub(crate) struct Opened {
 }
 
 impl Device {
-    /// Opens the device for weights of `dtype`; `threads` of the CPU, all cores where none is named.
+    /// Opens the device for weights of `dtype`; `threads` of the CPU, all cores where none is
+    /// named.
     ///
     /// Errors: [`Error::Device`] where the device is absent or refused.
     pub(crate) fn open(self, dtype: DType, threads: Option<usize>) -> Result<Opened> {

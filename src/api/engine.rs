@@ -31,8 +31,8 @@ const DEFAULT_LENGTH: usize = 256;
 /// # }
 /// ```
 ///
-/// The result of a request depends on the request alone, bit for bit: not on other requests, on threads, or
-/// on how the engine is driven.
+/// The result of a request depends on the request alone, bit for bit: not on other requests, on
+/// threads, or on how the engine is driven.
 pub struct Engine {
     pub(super) core: AnyCore,
     /// Directory of the first model.
@@ -44,17 +44,18 @@ pub struct Engine {
 impl Engine {
     /// Writes one text and returns it whole. Other requests that were submitted advance meanwhile.
     ///
-    /// Errors: [`Error::Request`] for a prompt, length or schedule that the model cannot serve, and those of
-    /// the device.
+    /// Errors: [`Error::Request`] for a prompt, length or schedule that the model cannot serve, and
+    /// those of the device.
     pub fn generate(&mut self, prompt: impl Into<Prompt>, options: Options) -> Result<Generation> {
         let handle = self.submit(prompt, options)?;
         self.wait(&handle)
     }
 
-    /// Writes one text for each prompt, all in one batch; sample i has the draws of request i alone.
+    /// Writes one text for each prompt, all in one batch; sample i has the draws of request i
+    /// alone.
     ///
-    /// Errors: those of [`Engine::submit`] for the first prompt that is refused; afterwards each text has its
-    /// own result.
+    /// Errors: those of [`Engine::submit`] for the first prompt that is refused; afterwards each
+    /// text has its own result.
     pub fn generate_batch<P: Into<Prompt>>(
         &mut self,
         prompts: impl IntoIterator<Item = P>,
@@ -73,10 +74,12 @@ impl Engine {
         Ok(RequestHandle::new(handle, text))
     }
 
-    /// One iteration: admits queued requests, runs one forward (or several that the device decides by itself)
-    /// over the requests in flight, and sends their events. False once nothing is left to do.
+    /// One iteration: admits queued requests, runs one forward (or several that the device decides
+    /// by itself) over the requests in flight, and sends their events. False once nothing is left
+    /// to do.
     ///
-    /// Errors: those of the device. A request that fails alone fails its own handle and not the tick.
+    /// Errors: those of the device. A request that fails alone fails its own handle and not the
+    /// tick.
     pub fn tick(&mut self) -> Result<bool> {
         on_core!(&mut self.core, |core| core.tick())
     }
@@ -95,9 +98,10 @@ impl Engine {
         }
     }
 
-    /// Negative log-likelihood of each token of `text` in nats, under the model's own factorisation: next
-    /// tokens for an autoregressive checkpoint; left to right within trained blocks, each token revealed in
-    /// turn, for block diffusion; left to right with the rest of the text masked for full attention.
+    /// Negative log-likelihood of each token of `text` in nats, under the model's own
+    /// factorisation: next tokens for an autoregressive checkpoint; left to right within trained
+    /// blocks, each token revealed in turn, for block diffusion; left to right with the rest of the
+    /// text masked for full attention.
     ///
     /// Errors: [`Error::Request`] for an empty text or one that is longer than the model serves.
     pub fn score(&mut self, text: &str) -> Result<Vec<f64>> {
@@ -216,7 +220,8 @@ fn canvas_to_score(with_bos: &[u32]) -> Vec<Option<u32>> {
     std::iter::once(Some(with_bos[0])).chain(with_bos[1..].iter().map(|_| None)).collect()
 }
 
-/// Reveals left to right, one token a forward, under `visibility`: the chain rule in an order that the model can decode.
+/// Reveals left to right, one token a forward, under `visibility`: the chain rule in an order that
+/// the model can decode.
 pub(crate) fn scoring_schedule(visibility: Visibility) -> Result<Schedule> {
     let stage = match visibility {
         Visibility::BlockCausal(block_len) => format!("block={block_len},visible=block,unmask=left:1"),

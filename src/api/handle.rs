@@ -24,7 +24,8 @@ pub(crate) struct TextRules {
 }
 
 impl TextRules {
-    /// Text of generated tokens: up to the end of text and the first stop text, and whether it ends there.
+    /// Text of generated tokens: up to the end of text and the first stop text, and whether it ends
+    /// there.
     pub(crate) fn text(&self, tokens: &[u32]) -> (String, bool) {
         let Some(tokenizer) = &self.tokenizer else { return (String::new(), false) };
         let end = self.end_of_text.and_then(|eos| tokens.iter().position(|token| *token == eos));
@@ -45,8 +46,8 @@ impl TextRules {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Generation {
-    /// What was generated, up to the end-of-text token and the first stop text. For prompts with holes: the
-    /// whole text with its holes filled.
+    /// What was generated, up to the end-of-text token and the first stop text. For prompts with
+    /// holes: the whole text with its holes filled.
     pub text: String,
     /// The generated text when the first stage was done.
     pub draft: String,
@@ -82,7 +83,8 @@ impl RequestHandle {
         self
     }
 
-    /// Events since the last call; never waits. Each gives a stage, a step, positions, tokens and confidences.
+    /// Events since the last call; never waits. Each gives a stage, a step, positions, tokens and
+    /// confidences.
     pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
         self.core.events()
     }
@@ -98,11 +100,11 @@ impl RequestHandle {
         self.core.finished.borrow().is_none()
     }
 
-    /// Waits for the finished text. For requests of an [`super::EngineThread`]; on an engine that the caller
-    /// drives, [`super::Engine::wait`] waits.
+    /// Waits for the finished text. For requests of an [`super::EngineThread`]; on an engine that
+    /// the caller drives, [`super::Engine::wait`] waits.
     ///
-    /// Errors: the request's own; [`Error::EngineGone`], or what ended the engine, where it ended first;
-    /// [`Error::Request`] for an engine that has no thread.
+    /// Errors: the request's own; [`Error::EngineGone`], or what ended the engine, where it ended
+    /// first; [`Error::Request`] for an engine that has no thread.
     pub fn wait(self) -> Result<Generation> {
         loop {
             if let Some(result) = self.try_wait() {
@@ -121,7 +123,8 @@ impl RequestHandle {
         &self.rules
     }
 
-    /// Blocks until a message has come. An event is returned, a result is kept for [`RequestHandle::try_wait`].
+    /// Blocks until a message has come. An event is returned, a result is kept for
+    /// [`RequestHandle::try_wait`].
     pub(super) fn receive(&self) -> Result<Option<Event>> {
         let Some(failure) = &self.thread else {
             return Err(Error::request("this engine is driven by its caller: use Engine::wait, or tick it between two looks"));

@@ -13,7 +13,8 @@ use crate::schedule::{Defaults, Schedule, StageSpec};
 /// Schedule of requests that name none.
 pub(crate) const DEFAULT_PRESET: &str = "did-lift";
 
-/// What is given of the text. `&str` and `String` are text, `Vec<u32>` is tokens, `Vec<Message>` is a chat.
+/// What is given of the text. `&str` and `String` are text, `Vec<u32>` is tokens, `Vec<Message>` is
+/// a chat.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Prompt {
@@ -27,8 +28,9 @@ pub enum Prompt {
     Infill(Vec<Segment>),
     /// Every position: `Some(id)` is given, `None` is generated.
     Canvas(Vec<Option<u32>>),
-    /// A text of the caller's own in the place of the draft: the later stages of the schedule refine it.
-    /// Its tokens take the confidence that the model gives them in the order of the first stage.
+    /// A text of the caller's own in the place of the draft: the later stages of the schedule
+    /// refine it. Its tokens take the confidence that the model gives them in the order of the
+    /// first stage.
     Refine {
         /// Given text before it; may be empty.
         prompt: String,
@@ -38,7 +40,8 @@ pub enum Prompt {
 }
 
 impl Prompt {
-    /// Text with holes: `"The [____:12] sat."` has a hole of twelve tokens. A space before a hole belongs to it.
+    /// Text with holes: `"The [____:12] sat."` has a hole of twelve tokens. A space before a hole
+    /// belongs to it.
     ///
     /// Errors: [`Error::Request`] where there is no hole, or one of no tokens.
     pub fn infill(text: &str) -> Result<Prompt> {
@@ -75,7 +78,8 @@ impl From<Vec<Message>> for Prompt {
     }
 }
 
-/// How the text is made. [`Options::default`] is the preset `did-lift` with what the model's directory recommends.
+/// How the text is made. [`Options::default`] is the preset `did-lift` with what the model's
+/// directory recommends.
 ///
 /// ```
 /// use redraft::Options;
@@ -123,7 +127,8 @@ impl Options {
         self
     }
 
-    /// Tokens to generate, for prompts that are continued. By default 256, or as many as the model serves.
+    /// Tokens to generate, for prompts that are continued. By default 256, or as many as the model
+    /// serves.
     pub fn length(mut self, tokens: usize) -> Self {
         self.length = Some(tokens);
         self

@@ -1,8 +1,8 @@
 //! Text of a request while it is written: final text as deltas, provisional text as snapshots.
 //!
 //! Blocks that the last stage has committed are final: their text comes as deltas, which join to
-//! [`Generation::text`]. Whatever an earlier stage wrote, and whatever the last stage has revealed in an open
-//! block, may still change: it comes as snapshots of the whole text.
+//! [`Generation::text`]. Whatever an earlier stage wrote, and whatever the last stage has revealed
+//! in an open block, may still change: it comes as snapshots of the whole text.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -42,8 +42,8 @@ pub struct Snapshot {
     pub confidence: Vec<f32>,
 }
 
-/// The text of one request as it is written. As an iterator it waits, which needs an [`super::EngineThread`];
-/// [`TextStream::try_next`] never waits.
+/// The text of one request as it is written. As an iterator it waits, which needs an
+/// [`super::EngineThread`]; [`TextStream::try_next`] never waits.
 pub struct TextStream {
     handle: RequestHandle,
     /// (token, confidence) of every position that was revealed.
@@ -75,7 +75,8 @@ impl TextStream {
         self.handle.cancel();
     }
 
-    /// What has happened since the last call, if anything; never waits. Several changes make one snapshot.
+    /// What has happened since the last call, if anything; never waits. Several changes make one
+    /// snapshot.
     pub fn try_next(&mut self) -> Option<TextEvent> {
         if self.finished {
             return None;
@@ -138,7 +139,8 @@ impl TextStream {
         }
     }
 
-    /// Final text that was not sent yet. Held back: an incomplete character, and what may begin a stop text.
+    /// Final text that was not sent yet. Held back: an incomplete character, and what may begin a
+    /// stop text.
     fn delta(&mut self) -> Option<String> {
         let rules = self.handle.rules();
         if rules.infills || self.final_end == 0 {

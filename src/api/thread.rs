@@ -17,8 +17,8 @@ struct Submission {
     reply: Sender<Result<RequestHandle>>,
 }
 
-/// An engine that runs on a thread of its own. Clones share it; it ends with the last of them, after the
-/// requests in flight.
+/// An engine that runs on a thread of its own. Clones share it; it ends with the last of them,
+/// after the requests in flight.
 #[derive(Clone)]
 pub struct EngineThread {
     submissions: Option<Sender<Submission>>,
@@ -31,7 +31,8 @@ struct Thread {
 }
 
 impl Engine {
-    /// Hands the engine to a thread of its own, which serves requests until the last [`EngineThread`] is gone.
+    /// Hands the engine to a thread of its own, which serves requests until the last
+    /// [`EngineThread`] is gone.
     pub fn spawn(self) -> EngineThread {
         EngineThread::start(self)
     }
@@ -52,11 +53,11 @@ impl EngineThread {
         EngineThread { submissions: Some(submissions), thread: Arc::new(Thread { handle: Mutex::new(Some(handle)), failure }) }
     }
 
-    /// Queues a request; it is batched with those in flight. Waits only until the engine's thread has looked at
-    /// it, between two ticks.
+    /// Queues a request; it is batched with those in flight. Waits only until the engine's thread
+    /// has looked at it, between two ticks.
     ///
-    /// Errors: [`Error::Request`] for a prompt, length or schedule that the model cannot serve; what ended the
-    /// engine, or [`Error::EngineGone`], where it ended.
+    /// Errors: [`Error::Request`] for a prompt, length or schedule that the model cannot serve;
+    /// what ended the engine, or [`Error::EngineGone`], where it ended.
     pub fn submit(&self, prompt: impl Into<Prompt>, options: Options) -> Result<RequestHandle> {
         let (reply, answer) = channel();
         let submission = Submission { prompt: prompt.into(), options, reply };

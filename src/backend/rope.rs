@@ -1,7 +1,8 @@
 //! Rotary positions: frequencies of the pairs of a head, and tables of their cosines and sines.
 #![forbid(unsafe_code)]
 
-/// How positions become angles: of the first R elements of a head, pair (i, i + R / 2) turns by `position * frequency(i)`.
+/// How positions become angles: of the first R elements of a head, pair (i, i + R / 2) turns by
+/// `position * frequency(i)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rope {
     /// Pair i turns by `base^(-2i/R)` a position, before scaling.
@@ -19,8 +20,9 @@ pub enum RopeScaling {
     Linear {
         factor: f32,
     },
-    /// Llama 3.1: a frequency that turns fewer than `low_freq_factor` times over `original_len` positions is divided by `factor`, one that
-    /// turns more than `high_freq_factor` times is kept, and between the two the divided and the kept are mixed linearly in the turns.
+    /// Llama 3.1: a frequency that turns fewer than `low_freq_factor` times over `original_len`
+    /// positions is divided by `factor`, one that turns more than `high_freq_factor` times is kept,
+    /// and between the two the divided and the kept are mixed linearly in the turns.
     Llama3 {
         factor: f32,
         low_freq_factor: f32,
@@ -70,7 +72,8 @@ impl Rope {
     }
 }
 
-/// cos and sin by position for one (rope, head_dim): computed once per position, kept between forwards. 4 KiB per 8 positions at R = 64.
+/// cos and sin by position for one (rope, head_dim): computed once per position, kept between
+/// forwards. 4 KiB per 8 positions at R = 64.
 #[derive(Default)]
 pub(crate) struct Rotations {
     rope: Option<Rope>,
@@ -90,7 +93,8 @@ impl Rotations {
     }
 }
 
-/// Grows a table of rotations to at least `positions` rows: R/2 cosines, then R/2 sines, each computed in f64 from the f32 angle.
+/// Grows a table of rotations to at least `positions` rows: R/2 cosines, then R/2 sines, each
+/// computed in f64 from the f32 angle.
 pub fn extend_rotations(rope: Rope, head_dim: usize, positions: usize, table: &mut Vec<f32>) {
     let half = rope.rotary_dim(head_dim) / 2;
     let frequencies: Vec<f32> = (0..half).map(|i| rope.frequency(i, head_dim)).collect();

@@ -1,7 +1,9 @@
-//! `redraft bench`: where the time of a schedule goes, by stage, over presets, batch sizes and lengths.
+//! `redraft bench`: where the time of a schedule goes, by stage, over presets, batch sizes and
+//! lengths.
 //!
-//! Every figure is a median over `--runs` runs after one warm-up; end-of-text is ignored so that all runs do the same work.
-//! With `--quality` the command measures text instead, which is the room `quality` beside this one.
+//! Every figure is a median over `--runs` runs after one warm-up; end-of-text is ignored so that
+//! all runs do the same work. With `--quality` the command measures text instead, which is the room
+//! `quality` beside this one.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -76,7 +78,8 @@ struct Probe {
     /// Weight products of the layers and the head over all rows.
     gflop: f64,
     gflop_per_s: f64,
-    /// What the products and the reading of the weights take at the measured ceilings, whichever is more.
+    /// What the products and the reading of the weights take at the measured ceilings, whichever is
+    /// more.
     floor_ms: f64,
     /// Median over floor.
     times_floor: f64,
@@ -209,20 +212,21 @@ fn sweep<B: Measure>(
     Ok(Measured { device: engine.backend().name(), load_ms, ceilings, probes, rows })
 }
 
-/// Multiply-adds of the weight products over `rows` rows, of which `decided` go on past the last layer's K/V, in GFLOP.
+/// Multiply-adds of the weight products over `rows` rows, of which `decided` go on past the last
+/// layer's K/V, in GFLOP.
 fn gflop(config: &ModelConfig, rows: usize, decided: usize) -> f64 {
     2.0 * products(config, rows as f64, decided as f64, |rows, top_k, _| rows * top_k) / 1e9
 }
 
-/// Bytes of the weights a forward of `rows` rows reads: layers and head, without the embedding table. Of experts those that rows go to, if every
-/// choice were as likely as any other.
+/// Bytes of the weights a forward of `rows` rows reads: layers and head, without the embedding
+/// table. Of experts those that rows go to, if every choice were as likely as any other.
 fn weight_bytes(config: &ModelConfig, dtype: DType, rows: usize) -> usize {
     let touched = |_: f64, top_k: f64, experts: f64| experts * (1.0 - (1.0 - top_k / experts).powi(rows as i32));
     products(config, 1.0, 1.0, touched) as usize * dtype.bytes()
 }
 
-/// Elements of the weights of a forward, each counted once for each of the rows that go through it; those of an expert `experts(rows, k, E)` times
-/// for all of them together.
+/// Elements of the weights of a forward, each counted once for each of the rows that go through it;
+/// those of an expert `experts(rows, k, E)` times for all of them together.
 fn products(config: &ModelConfig, rows: f64, decided: f64, experts: impl Fn(f64, f64, f64) -> f64) -> f64 {
     let c = config.hidden_dim;
     let products = match config.switches.mlp {

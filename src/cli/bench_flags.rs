@@ -12,7 +12,8 @@ use crate::schedule::StageSpec;
 
 #[derive(Args)]
 pub(super) struct Flags {
-    /// Model directory [default: the model that ships]. With --quality, repeat it for stages with weights=1, 2, ...
+    /// Model directory [default: the model that ships]. With --quality, repeat it for stages with
+    /// weights=1, 2, ...
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     pub(super) model: Vec<PathBuf>,
     /// Random weights of a published shape instead of a checkpoint: bd3lm-owt (170M), sdar-8b or
@@ -25,7 +26,8 @@ pub(super) struct Flags {
     /// A schedule of its own, as for generate
     #[arg(long, value_name = "KEY=VAL,...")]
     pub(super) stage: Vec<StageSpec>,
-    /// Joint sampler of the (first) model, for stages with sampler=joint [default: joint/ in the model's directory, where a stage asks for one]
+    /// Joint sampler of the (first) model, for stages with sampler=joint [default: joint/ in the
+    /// model's directory, where a stage asks for one]
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     pub(super) joint: Option<PathBuf>,
     /// Samples in flight together, comma separated [default: 1; with --quality: 64]
@@ -91,16 +93,19 @@ fn parse_top_p(text: &str) -> Result<f32, String> {
 /// Flags of `bench` that go with `--quality`.
 #[derive(Args)]
 pub(super) struct QualityFlags {
-    /// Measure text instead of time: generate samples of several schedules, and report quality, variety, coherence and cost
+    /// Measure text instead of time: generate samples of several schedules, and report quality,
+    /// variety, coherence and cost
     #[arg(long)]
     pub(super) quality: bool,
-    /// Autoregressive checkpoint with the model's vocabulary that scores the samples [default: the judge that ships]
+    /// Autoregressive checkpoint with the model's vocabulary that scores the samples [default: the
+    /// judge that ships]
     #[arg(long, value_name = "DIR", requires = "quality")]
     pub(super) judge: Option<PathBuf>,
     /// Human text to measure the same way: documents with a line <|endoftext|> between them
     #[arg(long, value_name = "FILE", requires = "quality")]
     pub(super) human: Option<PathBuf>,
-    /// The model's training text, in the same form: for the trigram judge and the copied runs; may be repeated
+    /// The model's training text, in the same form: for the trigram judge and the copied runs; may
+    /// be repeated
     #[arg(long, value_name = "FILE", requires = "quality")]
     pub(super) train: Vec<PathBuf>,
     /// Samples a row
@@ -109,8 +114,9 @@ pub(super) struct QualityFlags {
     /// Seed of rows that do not name one
     #[arg(long, default_value_t = 0, requires = "quality")]
     pub(super) seed: u64,
-    /// JSON lines, a row each: {"name", "stages": [..] or "preset", and "temperature", "top_p", "seed", "model" where wanted}
-    /// [default: draft, a full refine by snapshot, random, post-hoc and held-out:4, and did-lift]
+    /// JSON lines, a row each: {"name", "stages": [..] or "preset", and "temperature", "top_p",
+    /// "seed", "model" where wanted} [default: draft, a full refine by snapshot, random, post-hoc
+    /// and held-out:4, and did-lift]
     #[arg(long, value_name = "FILE", requires = "quality", conflicts_with_all = ["preset", "stage"])]
     pub(super) rows: Option<PathBuf>,
     /// Softmax temperature of stages that do not name one

@@ -24,7 +24,8 @@ pub(crate) struct DeviceFlags {
     /// rounding of sm_90a or of ARCH (slow, needs g++)
     #[arg(long, default_value = "auto")]
     pub(super) device: Device,
-    /// Weights and K/V in this type [default: f32, or bf16 for 16-bit checkpoints of more than 1 GiB in f32]
+    /// Weights and K/V in this type [default: f32, or bf16 for 16-bit checkpoints of more than 1
+    /// GiB in f32]
     #[arg(long, value_enum)]
     pub(super) dtype: Option<DTypeFlag>,
     /// CPU threads [default: all cores]
@@ -55,7 +56,8 @@ impl DeviceFlags {
         }
     }
 
-    /// Loads a model for sequences of `len` positions, `sessions` at a time, with just the pages they need.
+    /// Loads a model for sequences of `len` positions, `sessions` at a time, with just the pages
+    /// they need.
     pub(crate) fn engine<B: Backend>(
         &self,
         backend: B,
@@ -75,7 +77,8 @@ impl DeviceFlags {
         Ok(engine)
     }
 
-    /// The tokenizer that `--tokenizer` names, or the directory's own; prompts are measured with it before anything large is loaded.
+    /// The tokenizer that `--tokenizer` names, or the directory's own; prompts are measured with it
+    /// before anything large is loaded.
     pub(crate) fn tokenizer(&self, config: &ModelConfig) -> Result<Arc<Tokenizer>> {
         let path = self.tokenizer.clone().unwrap_or_else(|| config.dir.join("tokenizer.json"));
         Tokenizer::load(&path, config.vocab_size).map(Arc::new)

@@ -19,7 +19,8 @@ pub(crate) fn load<B: Backend>(dir: &Path, backend: B, options: EngineOptions) -
     })
 }
 
-/// [`Engine::attach_joint`] of the sampler that was named, or of the model's own where one of its schedules needs it.
+/// [`Engine::attach_joint`] of the sampler that was named, or of the model's own where one of its
+/// schedules needs it.
 pub(crate) fn attach_joint<'a, B: Backend>(
     engine: &mut Engine<B>,
     named: Option<&Path>,

@@ -12,7 +12,8 @@ const SHIPPED_MODEL: &str = "redraft-stories-10m";
 /// Directory under `models/` whose model scores text without `--judge`.
 const SHIPPED_JUDGE: &str = "redraft-judge";
 
-/// The directory asked for, or the model that ships: below the working directory, beside the binary, or where it was built.
+/// The directory asked for, or the model that ships: below the working directory, beside the
+/// binary, or where it was built.
 pub(crate) fn model_dir(model: Option<&Path>) -> Result<PathBuf> {
     model.map_or_else(
         || shipped(SHIPPED_MODEL, "the model that ships with redraft is not here; run from the repository or give --model DIR"),
@@ -49,8 +50,9 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Writes through a temporary sibling, so that a full disk or an interruption never leaves half a file under the asked name.
-/// Pipes and devices are written as they are: renaming over one would replace it.
+/// Writes through a temporary sibling, so that a full disk or an interruption never leaves half a
+/// file under the asked name. Pipes and devices are written as they are: renaming over one would
+/// replace it.
 pub(crate) fn write_atomically(path: &Path, write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
     let special = path.metadata().is_ok_and(|m| !m.is_file());
     let target = if special {

@@ -32,7 +32,8 @@ const DEFAULT_LENGTH: usize = 192;
 
 #[derive(Args)]
 pub(super) struct Flags {
-    /// Model directory: config.json, model.safetensors, tokenizer.json [default: the model that ships]. Repeat it for stages with weights=1, 2, ...
+    /// Model directory: config.json, model.safetensors, tokenizer.json [default: the model that
+    /// ships]. Repeat it for stages with weights=1, 2, ...
     #[arg(long, value_name = "DIR")]
     model: Vec<PathBuf>,
     /// Text to continue
@@ -56,13 +57,16 @@ pub(super) struct Flags {
     /// Tokens to generate
     #[arg(long, value_name = "N")]
     length: Option<usize>,
-    /// draft, did, did-fast, did-lift, did-joint, global, semi-ar, three, or a published sampler: llada, dream, sdar, llada2, llada21, fast-dllm-v1, fast-dllm-v2
+    /// draft, did, did-fast, did-lift, did-joint, global, semi-ar, three, or a published sampler:
+    /// llada, dream, sdar, llada2, llada21, fast-dllm-v1, fast-dllm-v2
     #[arg(long, default_value = "did-lift", conflicts_with = "stage")]
     preset: String,
-    /// A stage, e.g. block=4,unmask=uniform:1 then block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact
+    /// A stage, e.g. block=4,unmask=uniform:1 then
+    /// block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact
     #[arg(long, value_name = "KEY=VAL,...")]
     stage: Vec<StageSpec>,
-    /// Joint sampler of the (first) model, for stages with sampler=joint [default: joint/ in the model's directory, where a stage asks for one]
+    /// Joint sampler of the (first) model, for stages with sampler=joint [default: joint/ in the
+    /// model's directory, where a stage asks for one]
     #[arg(long, value_name = "DIR")]
     joint: Option<PathBuf>,
     /// Seed of the counter-based generator
@@ -71,7 +75,8 @@ pub(super) struct Flags {
     /// Samples to write, sharing the prompt and the batch
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     samples: u32,
-    /// Softmax temperature of stages that do not name one; 0 is greedy [default: what the model recommends, or 1]
+    /// Softmax temperature of stages that do not name one; 0 is greedy [default: what the model
+    /// recommends, or 1]
     #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
     /// Nucleus of stages that do not name one [default: what the model recommends, or 0.9]
@@ -80,7 +85,8 @@ pub(super) struct Flags {
     /// Whether the token that crosses p is kept
     #[arg(long, value_enum)]
     top_p_rule: Option<TopPRuleFlag>,
-    /// How many of the most probable tokens stages draw from that do not name it, or all [default: what the model recommends, or all]
+    /// How many of the most probable tokens stages draw from that do not name it, or all [default:
+    /// what the model recommends, or all]
     #[arg(long, value_name = "K", value_parser = parse_top_k, allow_negative_numbers = true)]
     top_k: Option<u32>,
     #[command(flatten)]
@@ -103,7 +109,8 @@ pub(super) struct Flags {
     /// Treat the end-of-text token as an ordinary one and always write the full length
     #[arg(long)]
     ignore_eos: bool,
-    /// End the draft when the unigram entropy of the last 256 tokens falls below this (BD3-LM stops at 4.0)
+    /// End the draft when the unigram entropy of the last 256 tokens falls below this (BD3-LM stops
+    /// at 4.0)
     #[arg(long, value_name = "NATS")]
     stop_entropy: Option<f64>,
     /// Write a finished block's K/V in a forward of its own (same text, more forwards)
@@ -194,7 +201,8 @@ impl Flags {
         Ok((prompt, fixed.saturating_add(length)))
     }
 
-    /// Ids of the chat so far. The template says which special tokens it begins with, so nothing is added.
+    /// Ids of the chat so far. The template says which special tokens it begins with, so nothing is
+    /// added.
     fn conversation(&self, config: &ModelConfig, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
         if text.trim().is_empty() {
             return Err(Error::request("--chat: expected a message in --prompt, --prompt-file or stdin, found none"));
@@ -324,7 +332,8 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
     failed.map_or(Ok(()), Err)
 }
 
-/// The `--trace` file. The first error is kept and reported at the end; generation goes on without the trace.
+/// The `--trace` file. The first error is kept and reported at the end; generation goes on without
+/// the trace.
 struct Trace {
     path: PathBuf,
     out: BufWriter<File>,

@@ -1,7 +1,9 @@
-//! Owns the command line: typed flags, resolved once into what the commands need, and the exit code.
+//! Owns the command line: typed flags, resolved once into what the commands need, and the exit
+//! code.
 //!
-//! Text goes to stdout and nothing else does; progress, tables meant for reading along and errors go to stderr. Exit codes:
-//! 0 done, 1 failed, 2 misused. A closed pipe is success: whoever reads has seen enough.
+//! Text goes to stdout and nothing else does; progress, tables meant for reading along and errors
+//! go to stderr. Exit codes: 0 done, 1 failed, 2 misused. A closed pipe is success: whoever reads
+//! has seen enough.
 #![forbid(unsafe_code)]
 
 mod bench;
@@ -35,7 +37,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Write text: draft with small blocks, mask the least confident tokens again, regenerate them globally
+    /// Write text: draft with small blocks, mask the least confident tokens again, regenerate them
+    /// globally
     Generate(generate::Flags),
     /// Run the network once over given tokens and save the logits
     Forward(model::ForwardFlags),
@@ -56,7 +59,8 @@ pub fn main() -> u8 {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are answers, not mistakes; clap knows which. A closed pipe is fine here too.
+            // Help and version are answers, not mistakes; clap knows which. A closed pipe is fine
+            // here too.
             let _ = error.print();
             return if error.use_stderr() { 2 } else { 0 };
         }

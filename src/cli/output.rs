@@ -23,7 +23,8 @@ pub(super) struct Run {
 }
 
 impl Run {
-    /// Text of generated tokens: up to the end of text and the first stop text, wherever the last stage left them.
+    /// Text of generated tokens: up to the end of text and the first stop text, wherever the last
+    /// stage left them.
     fn text(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> String {
         let end = self.end_of_text.and_then(|eos| tokens.iter().position(|t| *t == eos)).unwrap_or(tokens.len());
         let mut text = tokenizer.decode(&tokens[..end]);

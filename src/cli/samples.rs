@@ -1,7 +1,9 @@
-//! What `score --samples` reads: lines that `generate --format jsonl` or `bench --quality --save` wrote, as the judge's ids.
+//! What `score --samples` reads: lines that `generate --format jsonl` or `bench --quality --save`
+//! wrote, as the judge's ids.
 //!
-//! A generator whose vocabulary is the judge's wrote ids that mean the same to both: they are scored as they are. Otherwise, or where the
-//! generator's directory is not to be found any more, the text is encoded again, prompt and continuation each by itself.
+//! A generator whose vocabulary is the judge's wrote ids that mean the same to both: they are
+//! scored as they are. Otherwise, or where the generator's directory is not to be found any more,
+//! the text is encoded again, prompt and continuation each by itself.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;

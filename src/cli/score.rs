@@ -1,9 +1,11 @@
 //! `redraft score`: how likely a text is under a model, token by token.
 //!
-//! An autoregressive checkpoint scores by its own chain rule: every window stands behind a BOS (an end of text, where the checkpoint names no
-//! BOS), so the first token of a text has a likelihood like any other. A diffusion model scores by the chain rule of
-//! a decoding order it can follow: left to right, each token revealed in turn under block-causal visibility of the chosen
-//! block length, exactly as `unmask=left:1` would generate it. Both are proper likelihoods; their values differ.
+//! An autoregressive checkpoint scores by its own chain rule: every window stands behind a BOS (an
+//! end of text, where the checkpoint names no BOS), so the first token of a text has a likelihood
+//! like any other. A diffusion model scores by the chain rule of a decoding order it can follow:
+//! left to right, each token revealed in turn under block-causal visibility of the chosen block
+//! length, exactly as `unmask=left:1` would generate it. Both are proper likelihoods; their values
+//! differ.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -29,7 +31,8 @@ use crate::plan::Visibility;
 use crate::request::{Prompt, Request};
 use crate::tokenizer::Tokenizer;
 
-/// Windows handed to the engine together, so that progress shows; how many share a forward is its own choice.
+/// Windows handed to the engine together, so that progress shows; how many share a forward is its
+/// own choice.
 const AT_ONCE: usize = 64;
 
 #[derive(Args)]
@@ -40,10 +43,12 @@ pub(super) struct Flags {
     /// Text to score, - for stdin
     #[arg(long, value_name = "FILE", default_value = "-")]
     file: PathBuf,
-    /// Score what `generate --format jsonl` or `bench --quality --save` wrote instead, - for stdin: generated tokens, with the prompt as context
+    /// Score what `generate --format jsonl` or `bench --quality --save` wrote instead, - for stdin:
+    /// generated tokens, with the prompt as context
     #[arg(long, value_name = "FILE.jsonl", conflicts_with = "file")]
     samples: Option<PathBuf>,
-    /// causal (block length 1), block:N, or full (left to right with everything after the token masked but present) [default: as trained]
+    /// causal (block length 1), block:N, or full (left to right with everything after the token
+    /// masked but present) [default: as trained]
     #[arg(long, value_name = "causal|block:N|full", value_parser = parse_visibility)]
     visibility: Option<Visibility>,
     /// table or json
@@ -75,7 +80,8 @@ pub(super) fn run(flags: Flags) -> Result<()> {
     }
     config.first_id()?;
     let tokenizer = flags.device.tokenizer(&config)?;
-    // Windows stand side by side, each behind a BOS of its own: nothing is scored twice, and a window's first tokens have little context.
+    // Windows stand side by side, each behind a BOS of its own: nothing is scored twice, and a
+    // window's first tokens have little context.
     let judge = Judge { dir, window: config.model_length.max(2) - 1, config, visibility, tokenizer };
     let text = match &flags.samples {
         Some(path) => samples(path, &judge, &flags)?,

@@ -24,7 +24,8 @@ pub(crate) enum Piped {
     Closed,
 }
 
-/// A line on stderr for work that takes long: rewritten in place on a terminal, every ten seconds elsewhere.
+/// A line on stderr for work that takes long: rewritten in place on a terminal, every ten seconds
+/// elsewhere.
 pub(crate) struct Progress {
     what: &'static str,
     start: Instant,

@@ -1,7 +1,8 @@
 //! `--watch`: the canvas as a picture in the terminal, redrawn as events arrive.
 //!
-//! Masked positions are dots, revealed tokens are tinted from red to green by snapshot confidence, remasked positions are
-//! marked blocks, fixed text is plain. The picture is drawn on stderr; without a terminal there, nothing is drawn.
+//! Masked positions are dots, revealed tokens are tinted from red to green by snapshot confidence,
+//! remasked positions are marked blocks, fixed text is plain. The picture is drawn on stderr;
+//! without a terminal there, nothing is drawn.
 
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write};

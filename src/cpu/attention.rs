@@ -1,16 +1,18 @@
 //! Attention of each row over the visible prefix of its own sequence, through the page table.
 //!
-//! One task takes one K/V head and up to two dozen queries (rows of one sequence times the query heads that share the K/V
-//! head) and walks the keys in tiles of 64 counted from position 0, with an online softmax: scores of up to six queries by 64
-//! keys in registers, then their exponentials times the values. What a query computes, and in which order, is fixed by its
-//! own visible end, never by who shares its tile: queries that see different counts of a tile's keys share the scores and the
-//! values of the groups that all of them see whole, and take the rest apart.
+//! One task takes one K/V head and up to two dozen queries (rows of one sequence times the query
+//! heads that share the K/V head) and walks the keys in tiles of 64 counted from position 0, with
+//! an online softmax: scores of up to six queries by 64 keys in registers, then their exponentials
+//! times the values. What a query computes, and in which order, is fixed by its own visible end,
+//! never by who shares its tile: queries that see different counts of a tile's keys share the
+//! scores and the values of the groups that all of them see whole, and take the rest apart.
 //!
-//! Slots at or past the end are kept out twice: their scores become -inf before the maximum, and their values are not among
-//! the steps of the second product, because 0 * NaN is NaN. In bf16, where values come in pairs, an odd end masks the second
-//! half of a copy of the last pair.
+//! Slots at or past the end are kept out twice: their scores become -inf before the maximum, and
+//! their values are not among the steps of the second product, because 0 * NaN is NaN. In bf16,
+//! where values come in pairs, an odd end masks the second half of a copy of the last pair.
 //!
-//! With bf16 pages, q and the exponentials are rounded to bf16 for the two products; sums and maxima stay f32.
+//! With bf16 pages, q and the exponentials are rounded to bf16 for the two products; sums and
+//! maxima stay f32.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -31,7 +33,8 @@ const GROUPS: usize = TILE / LANES;
 /// Most queries of a register tile: 6 x 4 vectors of sums.
 const MAX_ROWS: usize = 6;
 
-/// Queries of a task: their accumulators at D = 64 are 6 KiB, beside 16 or 32 KiB of a tile's keys and values in L1.
+/// Queries of a task: their accumulators at D = 64 are 6 KiB, beside 16 or 32 KiB of a tile's keys
+/// and values in L1.
 const TASK_QUERIES: usize = 24;
 
 /// See [`crate::backend::Backend::attention`].
@@ -232,7 +235,8 @@ fn step<S: Simd, const BF16: bool>(
         (least, most) = (least.min(count), most.max(count));
     }
 
-    // Scores of everybody with every group that somebody sees. What lies past a query's own end stays in lanes of its own.
+    // Scores of everybody with every group that somebody sees. What lies past a query's own end
+    // stays in lanes of its own.
     let q = &state.q[from * layout.key_steps..];
     let (scores, _) = state.scores.as_chunks_mut::<LANES>();
     let num_groups = most.div_ceil(LANES);
@@ -312,7 +316,8 @@ fn step<S: Simd, const BF16: bool>(
     }
 }
 
-/// `sums (rows, D) += weights (rows, keys) values (keys, D)` over the keys of the groups in `range` below `count`.
+/// `sums (rows, D) += weights (rows, keys) values (keys, D)` over the keys of the groups in `range`
+/// below `count`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
 fn values<S: Simd, const BF16: bool>(

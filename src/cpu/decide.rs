@@ -1,11 +1,13 @@
 //! LM head and token choice. Rows go through in chunks, so only a chunk of logits exists at a time.
 //!
-//! A row is cut into vocabulary tiles of 2048 at fixed ids. One pass gives each tile its maximum, its mass
-//! `sum exp(l - max)` and the moment that the entropy needs, all in f32 lanes over a tile that stays in L1; tiles are joined
-//! in f64. The draw is the inverse CDF of `sampling::decide_row` on two levels: the tile by cumulative mass, then the id inside it.
-//! The nucleus sorts nothing but its own edge: tokens below `(1 - p) / V` can never be kept, since whatever follows a kept
-//! token weighs at least `1 - p` together and no more than that token each; above that, thresholds close in on the logit where
-//! the cumulative mass meets p, three per pass, until a few tokens are left to put in order.
+//! A row is cut into vocabulary tiles of 2048 at fixed ids. One pass gives each tile its maximum,
+//! its mass `sum exp(l - max)` and the moment that the entropy needs, all in f32 lanes over a tile
+//! that stays in L1; tiles are joined in f64. The draw is the inverse CDF of `sampling::decide_row`
+//! on two levels: the tile by cumulative mass, then the id inside it. The nucleus sorts nothing but
+//! its own edge: tokens below `(1 - p) / V` can never be kept, since whatever follows a kept token
+//! weighs at least `1 - p` together and no more than that token each; above that, thresholds close
+//! in on the logit where the cumulative mass meets p, three per pass, until a few tokens are left
+//! to put in order.
 #![forbid(unsafe_code)]
 
 use std::cmp::Ordering;
@@ -17,8 +19,8 @@ use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
 use crate::sampling::{self, Decision, Draw, TopK, TopKOrder, TopPRule};
 
-/// Rows whose logits exist at once: 64 rows of 50,258 are 12.9 MB, and the head is read once per 64 rows, which leaves the
-/// product bound by arithmetic.
+/// Rows whose logits exist at once: 64 rows of 50,258 are 12.9 MB, and the head is read once per 64
+/// rows, which leaves the product bound by arithmetic.
 pub const CHUNK: usize = 64;
 
 /// Ids of a vocabulary tile: 8 KiB of logits.
@@ -82,7 +84,8 @@ pub fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw
             (max, argtile) = (tile.max, i);
         }
     }
-    // NaN and +inf leave a NaN mass; the law words the error, and that a row has nothing to choose from.
+    // NaN and +inf leave a NaN mass; the law words the error, and that a row has nothing to choose
+    // from.
     if max == f32::NEG_INFINITY || tiles.iter().any(|tile| tile.mass.is_nan()) {
         return sampling::decide_row(logits, banned, draw);
     }
@@ -114,7 +117,8 @@ pub fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw
     let mut kept_share = None;
     let token = match draw.forced {
         Some(token) => token as usize,
-        // At temperatures 0 and 1, what is left where nothing is taken away is the raw distribution.
+        // At temperatures 0 and 1, what is left where nothing is taken away is the raw
+        // distribution.
         None if draw.truncated_confidence && (draw.top_p < 1.0 || draw.top_k.is_some() || ![0.0, 1.0].contains(&draw.temperature)) => {
             // At temperature 0 the nucleus is that of temperature 1, and its first token is taken.
             let temperature = if draw.temperature == 0.0 { 1.0 } else { draw.temperature };
@@ -165,7 +169,8 @@ fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argma
         let tile = &logits[i * TILE..logits.len().min((i + 1) * TILE)];
         if before + mass <= target {
             before += mass;
-            // Should rounding leave the target past the last tile, its last token with any mass is the answer.
+            // Should rounding leave the target past the last tile, its last token with any mass is
+            // the answer.
             let floor = max - 87.0 * draw.temperature;
             chosen = tile.iter().rposition(|&l| l > floor).map_or(chosen, |at| i * TILE + at);
             continue;
@@ -231,7 +236,8 @@ fn kept(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax:
         let ids = i * TILE..logits.len().min((i + 1) * TILE);
         if before + mass <= target {
             before += mass;
-            // Should rounding leave the target past the last tile, its last kept token is the answer.
+            // Should rounding leave the target past the last tile, its last kept token is the
+            // answer.
             chosen = ids.rev().find(|&id| kept(id) && masses[id] > 0.0).or(chosen);
             continue;
         }
@@ -263,7 +269,8 @@ fn kept(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax:
     Kept { token: chosen, share, mass: kept_total, margin, entropy }
 }
 
-/// The k-th largest logit, the smallest where there are fewer. No token of the k lies below the k-th largest of the tiles' maxima.
+/// The k-th largest logit, the smallest where there are fewer. No token of the k lies below the
+/// k-th largest of the tiles' maxima.
 fn kth(machine: &Machine, logits: &[f32], tiles: &[TileSums], k: usize) -> f32 {
     let descending = |a: &f32, b: &f32| b.total_cmp(a);
     let mut maxima: Vec<f32> = tiles.iter().map(|tile| tile.max).collect();
@@ -277,18 +284,20 @@ fn kth(machine: &Machine, logits: &[f32], tiles: &[TileSums], k: usize) -> f32 {
     *largest.select_nth_unstable_by(last, descending).1
 }
 
-/// The end of the nucleus: tokens above `logit` are kept, and of those equal to it the ones in `at`, ids ascending.
+/// The end of the nucleus: tokens above `logit` are kept, and of those equal to it the ones in
+/// `at`, ids ascending.
 struct Cut {
     logit: f32,
     at: Vec<u32>,
 }
 
-/// Where the nucleus ends. In the order larger logit first, lower id first, a token is kept while the cumulative probability
-/// obeys the rule, and the first always.
+/// Where the nucleus ends. In the order larger logit first, lower id first, a token is kept while
+/// the cumulative probability obeys the rule, and the first always.
 fn edge(machine: &Machine, logits: &[f32], masses: &[f32], max: f32, total: f64, draw: &Draw) -> Cut {
     let top_p = f64::from(draw.top_p);
-    // Whether the tokens above a threshold, of this mass together, are all kept. Where they are not, what comes after them is
-    // not either: under the crossing rule they reach p, so nothing may follow.
+    // Whether the tokens above a threshold, of this mass together, are all kept. Where they are
+    // not, what comes after them is not either: under the crossing rule they reach p, so nothing
+    // may follow.
     let all_kept = |mass: f64| match draw.top_p_rule {
         TopPRule::Within => mass / total <= top_p,
         TopPRule::Crossing => mass / total < top_p,
@@ -300,7 +309,8 @@ fn edge(machine: &Machine, logits: &[f32], masses: &[f32], max: f32, total: f64,
     let mut high = max;
     let mut low = ((f64::from(max) + least - room) as f32).min(max.next_down());
     let mut before = 0.0;
-    // A pass halves the interval twice: forty bring any two f32 together that a temperature would tell apart.
+    // A pass halves the interval twice: forty bring any two f32 together that a temperature would
+    // tell apart.
     for _ in 0..40 {
         let middle = low + (high - low) / 2.0;
         let thresholds = [low + (middle - low) / 2.0, middle, middle + (high - middle) / 2.0];

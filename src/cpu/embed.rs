@@ -27,7 +27,8 @@ impl Table {
                 read_in_parts(machine, &mut rows, at_once * k, &|i, rows, wide| {
                     wide.resize(rows.len(), 0.0);
                     source(i * at_once, wide)?;
-                    // As one row, because a row is padded to whole words; an odd value is left for the end.
+                    // As one row, because a row is padded to whole words; an odd value is left for
+                    // the end.
                     let even = rows.len() / 2 * 2;
                     machine.isa.run(Round { x: &wide[..even], k: even.max(1), words: &mut rows[..even] });
                     if let (Some(row), Some(wide)) = (rows.get_mut(even), wide.get(even)) {

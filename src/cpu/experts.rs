@@ -1,4 +1,5 @@
-//! Rows through their experts: one grouped product for each projection, over the rows in the order of the experts.
+//! Rows through their experts: one grouped product for each projection, over the rows in the order
+//! of the experts.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, ExpertShape, RowSource};

@@ -1,7 +1,7 @@
 //! The paged K/V store: how a page lies in memory.
 //!
-//! A head of a layer is one contiguous region of pages. Inside a page, slots come in groups of sixteen (fewer where the page
-//! is smaller), each laid out as the register tile wants to read it:
+//! A head of a layer is one contiguous region of pages. Inside a page, slots come in groups of
+//! sixteen (fewer where the page is smaller), each laid out as the register tile wants to read it:
 //!
 //! | | words of a group | step of the product | columns |
 //! |---|---|---|---|
@@ -146,8 +146,8 @@ impl KvCache {
     }
 }
 
-/// Writes keys or values of one head: row t of `rows`, of `width` elements, holds D of them at `first`, which go to `slots[t]`
-/// of the head's `words`.
+/// Writes keys or values of one head: row t of `rows`, of `width` elements, holds D of them at
+/// `first`, which go to `slots[t]` of the head's `words`.
 pub struct Append<'a> {
     pub layout: Layout,
     pub kind: Kind,
@@ -171,7 +171,8 @@ impl Kernel for Append<'_> {
     fn run<S: Simd>(self, simd: S) {
         let layout = self.layout;
         let lanes = layout.lanes;
-        // D as stored, padded to whole vectors with zeros: the half past an odd D meets a zero of q.
+        // D as stored, padded to whole vectors with zeros: the half past an odd D meets a zero of
+        // q.
         let mut narrow = vec![0u16; layout.value_width];
         let mut wide = vec![0.0f32; layout.value_width];
         for (row, &slot) in self.rows.chunks_exact(self.width).zip(self.slots) {

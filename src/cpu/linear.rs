@@ -1,13 +1,15 @@
 //! Matrix products with weights packed once: `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`.
 //!
-//! A packed weight is a list of panels of 64 columns; a panel is `(steps, 64)` words, a step being one k in f32 or two
-//! neighbouring k in bf16 (the layout `vdpbf16ps` reads). One task takes some panels and a range of rows and walks the rows in
-//! tiles, so a panel comes from memory once and from L2 afterwards.
+//! A packed weight is a list of panels of 64 columns; a panel is `(steps, 64)` words, a step being
+//! one k in f32 or two neighbouring k in bf16 (the layout `vdpbf16ps` reads). One task takes some
+//! panels and a range of rows and walks the rows in tiles, so a panel comes from memory once and
+//! from L2 afterwards.
 //!
-//! A tile keeps 24 vectors of sums in registers: 6 rows by a panel. One or two rows take two panels side by side, so that
-//! eight sums at least are in flight and hide the latency of the multiply. Seven to twelve rows take one tall tile of half a
-//! panel: a panel's words come from L2 at about 24 bytes a cycle, and each read then serves all rows. Accumulation over k is
-//! in ascending order for every shape, hence a row's result does not depend on its neighbours.
+//! A tile keeps 24 vectors of sums in registers: 6 rows by a panel. One or two rows take two panels
+//! side by side, so that eight sums at least are in flight and hide the latency of the multiply.
+//! Seven to twelve rows take one tall tile of half a panel: a panel's words come from L2 at about
+//! 24 bytes a cycle, and each read then serves all rows. Accumulation over k is in ascending order
+//! for every shape, hence a row's result does not depend on its neighbours.
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,15 +26,16 @@ use crate::error::{Error, Result};
 /// Columns of a panel: four vectors.
 pub const PANEL: usize = 64;
 
-/// Steps of a part of a panel, 128 KiB: with the part that comes next and 100 Ki words of x it stays within a core's L2 of
-/// 1 MiB while all rows of a task go by.
+/// Steps of a part of a panel, 128 KiB: with the part that comes next and 100 Ki words of x it
+/// stays within a core's L2 of 1 MiB while all rows of a task go by.
 const PART: usize = 512;
 
 /// Words of one part's steps of x, over the rows of a task.
 const X_WORDS: usize = 100 << 10;
 
-/// Where all packed weights together exceed this, a forward finds them in memory and not in L3. Few rows then ask for what they
-/// will read, 4 KiB in advance: 39 GB/s instead of 33 on one core at four rows, but a fifth slower from L3.
+/// Where all packed weights together exceed this, a forward finds them in memory and not in L3. Few
+/// rows then ask for what they will read, 4 KiB in advance: 39 GB/s instead of 33 on one core at
+/// four rows, but a fifth slower from L3.
 const STREAM_WORDS: usize = 8 << 20;
 const AHEAD: usize = 4096;
 
@@ -85,8 +88,8 @@ impl Packed {
         Ok(packed)
     }
 
-    /// Rows of the weight by their index, as f32: `out[i, :] = weight[ids[i], :]`. They lie a line of the panel apart, which costs a few
-    /// microseconds a row.
+    /// Rows of the weight by their index, as f32: `out[i, :] = weight[ids[i], :]`. They lie a line
+    /// of the panel apart, which costs a few microseconds a row.
     pub fn rows(&self, ids: &[u32], out: &mut [f32]) {
         for (&id, out) in ids.iter().zip(out.chunks_exact_mut(self.k)) {
             let id = id as usize;
@@ -146,7 +149,8 @@ impl ByRows {
         self.words[id as usize * self.stride..][..self.stride].as_chunks().0
     }
 
-    /// `x (k)` as the words that a row is multiplied with: rounded to bf16 pairs where the weight is bf16.
+    /// `x (k)` as the words that a row is multiplied with: rounded to bf16 pairs where the weight
+    /// is bf16.
     pub fn words_of(&self, machine: &Machine, x: &[f32]) -> Vec<u32> {
         let mut words = vec![0; self.stride];
         match self.dtype {
@@ -165,7 +169,8 @@ fn steps(dtype: DType, k: usize) -> usize {
     k.div_ceil(4 / dtype.bytes())
 }
 
-/// Values that a thread reads at a time while weights are loaded: 1 MiB of f32, which stays in L2 until it is packed.
+/// Values that a thread reads at a time while weights are loaded: 1 MiB of f32, which stays in L2
+/// until it is packed.
 pub const READ_VALUES: usize = 1 << 18;
 
 /// `fill(i, part, room)` writes part i, with `room` to read into.
@@ -197,7 +202,8 @@ pub fn read_in_parts<T: Send>(machine: &Machine, data: &mut [T], part_len: usize
 
 /// `words (up to 16, steps)` into the first columns of `panel (steps, 64)`.
 fn pack_columns(words: &[u32], steps: usize, panel: &mut [u32]) {
-    // Sixteen steps at a time: what is read and what is written stay in L1, and all columns of a step are one line.
+    // Sixteen steps at a time: what is read and what is written stay in L1, and all columns of a
+    // step are one line.
     const BLOCK: usize = 16;
     for (block, panel) in panel.chunks_mut(BLOCK * PANEL).enumerate() {
         for (column, words) in words.chunks_exact(steps).enumerate() {
@@ -208,7 +214,8 @@ fn pack_columns(words: &[u32], steps: usize, panel: &mut [u32]) {
     }
 }
 
-/// `x (rows, k)` as words `(rows, steps)`: itself in f32, rounded to bf16 pairs in `scratch` otherwise.
+/// `x (rows, k)` as words `(rows, steps)`: itself in f32, rounded to bf16 pairs in `scratch`
+/// otherwise.
 fn words_of<'a>(machine: &Machine, dtype: DType, rows: usize, k: usize, x: &'a [f32], scratch: &'a mut Aligned<u32>) -> &'a [u32] {
     let x = &x[..rows * k];
     if dtype == DType::F32 {
@@ -244,7 +251,8 @@ impl Kernel for Round<'_> {
             for (x, out) in blocks.iter().zip(out_blocks.iter_mut()) {
                 simd.store_bf16(simd.load(x), out);
             }
-            // An odd k that fills its last vector up to one half leaves no tail in x's blocks but may in the words'.
+            // An odd k that fills its last vector up to one half leaves no tail in x's blocks but
+            // may in the words'.
             let mut last = [0.0; LANES];
             last[..tail.len()].copy_from_slice(tail);
             let mut rounded = [0; LANES];
@@ -267,7 +275,8 @@ struct Product<'a> {
     epilogue: Epilogue,
 }
 
-/// See [`crate::backend::Backend::linear`]. `x` holds at least rows * k, `out` at least rows times the width of the epilogue.
+/// See [`crate::backend::Backend::linear`]. `x` holds at least rows * k, `out` at least rows times
+/// the width of the epilogue.
 pub fn linear(machine: &Machine, rows: usize, x: &[f32], weight: &Packed, bias: Option<&[f32]>, epilogue: Epilogue, out: &mut [f32]) {
     let Packed { n, k, steps, .. } = *weight;
     if rows == 0 {
@@ -285,8 +294,9 @@ pub fn linear(machine: &Machine, rows: usize, x: &[f32], weight: &Packed, bias: 
     });
 }
 
-/// The products of several weights of one shape, each with rows of its own: rows `bounds[g]..bounds[g + 1]` of x and `out` belong to `weights[g]`. One
-/// job for all of them, so that small groups keep every thread busy. A row's result is that of [`linear`].
+/// The products of several weights of one shape, each with rows of its own: rows
+/// `bounds[g]..bounds[g + 1]` of x and `out` belong to `weights[g]`. One job for all of them, so
+/// that small groups keep every thread busy. A row's result is that of [`linear`].
 pub fn grouped(machine: &Machine, bounds: &[usize], x: &[f32], weights: &[Packed], epilogue: Epilogue, out: &mut [f32]) {
     let (Some(&rows), Some(&Packed { n, k, steps, dtype, .. })) = (bounds.last(), weights.first()) else { return };
     if rows == 0 {
@@ -316,8 +326,9 @@ pub fn grouped(machine: &Machine, bounds: &[usize], x: &[f32], weights: &[Packed
     });
 }
 
-/// Row bounds and panels of a task. Rows are cut where x outgrows L2, or where the panels are too few for the threads (every
-/// cut reads the panels again). Panels are cut so that the threads end together, into tasks worth half a microsecond at least.
+/// Row bounds and panels of a task. Rows are cut where x outgrows L2, or where the panels are too
+/// few for the threads (every cut reads the panels again). Panels are cut so that the threads end
+/// together, into tasks worth half a microsecond at least.
 fn divide(threads: usize, rows: usize, panels: usize, steps: usize) -> (Vec<usize>, usize) {
     let mut cuts = (rows * part_of(steps)).div_ceil(X_WORDS).min(rows.div_ceil(96));
     let mut panels_at_once = panels;
@@ -359,7 +370,8 @@ impl Kernel for Panels<'_, '_> {
     }
 }
 
-/// Where a register tile stands: `rows` rows from `row` on, panels from `panel` on, steps `first_step..last_step`.
+/// Where a register tile stands: `rows` rows from `row` on, panels from `panel` on, steps
+/// `first_step..last_step`.
 #[derive(Clone, Copy)]
 struct At {
     row: usize,
@@ -405,8 +417,9 @@ impl Panels<'_, '_> {
                     // Blocks of nearly equal height: one of two rows would wait for its own sums.
                     let row = rows.start + block * rows.len() / blocks;
                     let height = rows.start + (block + 1) * rows.len() / blocks - row;
-                    // One block asks for what it will read itself. Several ask for the part that comes next, the first four a line
-                    // per step and the others again for the last lines; spread over all, the requests come 5 % too late.
+                    // One block asks for what it will read itself. Several ask for the part that
+                    // comes next, the first four a line per step and the others again for the last
+                    // lines; spread over all, the requests come 5 % too late.
                     let step = PANEL * size_of::<u32>();
                     let here = words.as_ptr().addr() + (panel * steps + first_step) * step;
                     let next = here + (last_step - first_step) * step;
@@ -445,7 +458,8 @@ impl Panels<'_, '_> {
         }
     }
 
-    /// One register tile from `column` of the panel on: the product by `run` into `sums`, then, at the end of k, the output.
+    /// One register tile from `column` of the panel on: the product by `run` into `sums`, then, at
+    /// the end of k, the output.
     #[inline(always)]
     fn columns<S: Simd, const NV: usize>(
         &mut self,

@@ -9,9 +9,9 @@ use crate::cpu::memory::Aligned;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::Isa;
 
-/// Work, in multiply-adds, below which sharing it costs more than it saves. A worker that is awake joins within a microsecond
-/// where the cores share a cache and takes several where they do not, and what it wrote has to come back; one core does half
-/// a million multiply-adds in two.
+/// Work, in multiply-adds, below which sharing it costs more than it saves. A worker that is awake
+/// joins within a microsecond where the cores share a cache and takes several where they do not,
+/// and what it wrote has to come back; one core does half a million multiply-adds in two.
 const INLINE_WORK: usize = 1 << 19;
 
 /// What the ops share: instructions, threads, scratch memory.
@@ -62,7 +62,8 @@ impl Machine {
     }
 }
 
-/// Scratch of a task: the running state of its queries, and one register tile's scores. Kept between tasks.
+/// Scratch of a task: the running state of its queries, and one register tile's scores. Kept
+/// between tasks.
 #[derive(Default)]
 pub(super) struct AttentionState {
     /// (queries, key steps) q as words

@@ -1,7 +1,9 @@
-//! Buffers of 32-bit elements that begin on a cache line, so that vector loads never straddle two lines.
+//! Buffers of 32-bit elements that begin on a cache line, so that vector loads never straddle two
+//! lines.
 //!
-//! Large ones are mappings of their own that ask for huge pages: a weight of 100 MB then takes fifty entries of the TLB instead of
-//! 25,000, fewer faults when it is filled, and goes back to the system when it is dropped.
+//! Large ones are mappings of their own that ask for huge pages: a weight of 100 MB then takes
+//! fifty entries of the TLB instead of 25,000, fewer faults when it is filled, and goes back to the
+//! system when it is dropped.
 #![forbid(unsafe_code)]
 
 use std::ops::{Deref, DerefMut};
@@ -9,7 +11,8 @@ use std::ops::{Deref, DerefMut};
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 
-/// Bytes from which a buffer is a mapping of its own: four huge pages. Below, the allocator serves better.
+/// Bytes from which a buffer is a mapping of its own: four huge pages. Below, the allocator serves
+/// better.
 const MAPPED_BYTES: usize = 8 << 20;
 
 /// One cache line, one AVX-512 register.
@@ -51,7 +54,8 @@ impl<T: Pod> Aligned<T> {
     }
 }
 
-/// Zeros on huge pages where the system has them. `None`: it refuses the mapping, and the allocator is asked instead.
+/// Zeros on huge pages where the system has them. `None`: it refuses the mapping, and the allocator
+/// is asked instead.
 fn map(bytes: usize) -> Option<MmapMut> {
     let map = MmapMut::map_anon(bytes).ok()?;
     // Advice only: without huge pages everything works, a little slower.

@@ -1,8 +1,9 @@
 //! The CPU backend: checks the contract of each op, then hands it to the room of the same name.
 //!
-//! Activations are f32 on cache lines; weights and K/V are words in the order the register tile reads them. Rooms: `simd` (the
-//! vector instructions, one choice at run time), `pool` (threads and disjoint writes), `memory` (aligned buffers), one file
-//! per op, `machine` (what the ops share), and `oracle` (plain loops that every backend is tested against).
+//! Activations are f32 on cache lines; weights and K/V are words in the order the register tile
+//! reads them. Rooms: `simd` (the vector instructions, one choice at run time), `pool` (threads and
+//! disjoint writes), `memory` (aligned buffers), one file per op, `machine` (what the ops share),
+//! and `oracle` (plain loops that every backend is tested against).
 #![deny(unsafe_code)]
 
 mod attention;
@@ -48,7 +49,8 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// `threads` counts the calling thread; 0 means one per available core. The best instruction set of the machine is used.
+    /// `threads` counts the calling thread; 0 means one per available core. The best instruction
+    /// set of the machine is used.
     pub fn new(threads: usize, dtype: DType) -> Result<Cpu> {
         Cpu::with_isa(threads, dtype, Isa::detect())
     }

@@ -8,7 +8,8 @@ use crate::cpu::simd::{Kernel, LANES, Simd};
 /// Rows of a task: about 16 K elements, a few microseconds.
 const TASK_ELEMENTS: usize = 1 << 14;
 
-/// See [`crate::backend::Backend::norm`]; `x` and `out` are (rows, C), C the length of the norm's weight.
+/// See [`crate::backend::Backend::norm`]; `x` and `out` are (rows, C), C the length of the norm's
+/// weight.
 pub fn norm(machine: &Machine, x: &[f32], norm: &Norm<[f32]>, out: &mut [f32]) {
     let Norm { kind, eps, weight, bias } = *norm;
     let width = weight.len();

@@ -1,7 +1,9 @@
-//! Plain loops for every op of the seam: f64 accumulation, no tricks, simple enough to believe. Every backend is tested
-//! against these on the same inputs; they ship so that a port can be checked where it runs.
+//! Plain loops for every op of the seam: f64 accumulation, no tricks, simple enough to believe.
+//! Every backend is tested against these on the same inputs; they ship so that a port can be
+//! checked where it runs.
 //!
-//! Slices in, slices or vectors out; shapes are those of `Backend`. The oracle of `decide` is [`crate::sampling::decide_row`].
+//! Slices in, slices or vectors out; shapes are those of `Backend`. The oracle of `decide` is
+//! [`crate::sampling::decide_row`].
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, ExpertShape, HeadNorm, HeadShape, Norm, NormKind, Rope, Rotation, Router, RouterScore};
@@ -44,7 +46,8 @@ pub fn gelu_tanh(v: f64) -> f64 {
     0.5 * v * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (v + 0.044715 * v * v * v)).tanh())
 }
 
-/// `epilogue(x (rows, k) weight (n, k)^T + bias)` onto a copy of `out (rows, n)`, (rows, n / 2) under SwiGlu; x and weight as `dtype` stores them.
+/// `epilogue(x (rows, k) weight (n, k)^T + bias)` onto a copy of `out (rows, n)`, (rows, n / 2)
+/// under SwiGlu; x and weight as `dtype` stores them.
 pub fn linear(dtype: DType, x: &[f32], weight: &[f32], k: usize, bias: Option<&[f32]>, epilogue: Epilogue, out: &[f32]) -> Vec<f64> {
     let n = weight.len() / k;
     let mut result = Vec::with_capacity(out.len());
@@ -110,8 +113,8 @@ pub fn route(shape: ExpertShape, router: &Router<[f32]>, logits: &[f32]) -> Vec<
     out
 }
 
-/// `out (T, C)` plus what the chosen experts (T, k) make of `x (T, C)`; `up` (E, 2F, C), gate and up in turn, `down` (E, C, F), as `dtype` stores
-/// them, and so are the F values between the two.
+/// `out (T, C)` plus what the chosen experts (T, k) make of `x (T, C)`; `up` (E, 2F, C), gate and
+/// up in turn, `down` (E, C, F), as `dtype` stores them, and so are the F values between the two.
 pub fn experts(dtype: DType, shape: ExpertShape, choices: &[(u32, f64)], x: &[f32], up: &[f32], down: &[f32], out: &[f32]) -> Vec<f64> {
     let ExpertShape { top_k, hidden_dim: c, expert_dim: f, .. } = shape;
     let mut result: Vec<f64> = out.iter().map(|&v| f64::from(v)).collect();
@@ -127,12 +130,14 @@ pub fn experts(dtype: DType, shape: ExpertShape, choices: &[(u32, f64)], x: &[f3
     result
 }
 
-/// The f32 angle of pair `i` at `position`: the frequency is rounded to f32 before the product, and so is the product.
+/// The f32 angle of pair `i` at `position`: the frequency is rounded to f32 before the product, and
+/// so is the product.
 pub fn rope_angle(position: u32, rope: Rope, i: usize, head_dim: usize) -> f32 {
     position as f32 * rope.frequency(i, head_dim)
 }
 
-/// Norms and rotates q and k of every fused row in place and writes k and v as stored to `keys` and `values`, both (slots, K, D): one layer.
+/// Norms and rotates q and k of every fused row in place and writes k and v as stored to `keys` and
+/// `values`, both (slots, K, D): one layer.
 pub fn rope_append(
     dtype: DType,
     plan: &Plan,
@@ -169,7 +174,8 @@ pub fn rope_append(
     }
 }
 
-/// `out (T, H * D)`: attention of each row over keys [0, visible) of its own sequence; `keys` and `values` as in [`rope_append`].
+/// `out (T, H * D)`: attention of each row over keys [0, visible) of its own sequence; `keys` and
+/// `values` as in [`rope_append`].
 pub fn attention(plan: &Plan, heads: HeadShape, page_size: usize, qkv: &[f32], keys: &[f32], values: &[f32]) -> Vec<f64> {
     let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
     let mut out = vec![0.0; plan.num_rows() * heads.q_width()];

@@ -1,10 +1,13 @@
-//! Owns the threads. One call runs numbered tasks on the calling thread and the workers and returns when all are done.
+//! Owns the threads. One call runs numbered tasks on the calling thread and the workers and returns
+//! when all are done.
 //!
-//! Each thread starts on its own share of the tasks, so repeated calls find the same weights in the same core's cache, and
-//! steals from the others when it is through. A worker that is asleep or descheduled is not waited for: the caller takes its
-//! share and closes the job. Which thread runs a task never shows in a result: tasks write disjoint places.
+//! Each thread starts on its own share of the tasks, so repeated calls find the same weights in the
+//! same core's cache, and steals from the others when it is through. A worker that is asleep or
+//! descheduled is not waited for: the caller takes its share and closes the job. Which thread runs
+//! a task never shows in a result: tasks write disjoint places.
 //!
-//! Also owns the safe ways to write disjoint parts of one buffer: [`Pool::chunks`] and [`Pool::tiles`].
+//! Also owns the safe ways to write disjoint parts of one buffer: [`Pool::chunks`] and
+//! [`Pool::tiles`].
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -16,11 +19,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long an idle worker polls before it sleeps. Waking a sleeper costs the caller a few microseconds and the worker some
-/// tens, so it should stay awake between the ops of a forward, and no longer: the core may be wanted by others.
+/// How long an idle worker polls before it sleeps. Waking a sleeper costs the caller a few
+/// microseconds and the worker some tens, so it should stay awake between the ops of a forward, and
+/// no longer: the core may be wanted by others.
 const POLL: Duration = Duration::from_micros(100);
 
-/// Jobs are numbered in the bits above this; below lie the open bit and the count of workers inside.
+/// Jobs are numbered in the bits above this; below lie the open bit and the count of workers
+/// inside.
 const JOB_SHIFT: u32 = 16;
 const OPEN: u64 = 1 << 15;
 const INSIDE: u64 = OPEN - 1;
@@ -48,9 +53,10 @@ struct Shared {
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-// SAFETY: `task` is the only field that is not already Send and Sync. It is written in `Pool::run` under the `caller` lock
-// before the job opens (release) and read by workers after they entered an open job (acquire); `run` does not return, and so
-// the closure behind the pointer (itself Sync) does not end, until the job is closed and empty.
+// SAFETY: `task` is the only field that is not already Send and Sync. It is written in `Pool::run`
+// under the `caller` lock before the job opens (release) and read by workers after they entered an
+// open job (acquire); `run` does not return, and so the closure behind the pointer (itself Sync)
+// does not end, until the job is closed and empty.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
@@ -137,7 +143,8 @@ impl Shared {
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// Held by the thread whose job runs. Someone else's call, or a call from inside a task, runs its tasks alone.
+    /// Held by the thread whose job runs. Someone else's call, or a call from inside a task, runs
+    /// its tasks alone.
     caller: Mutex<()>,
 }
 
@@ -166,8 +173,9 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs `task(0)` .. `task(num - 1)`, each once, in any order and on any thread. A panic in a task comes out here after
-    /// every thread has left the job; tasks not yet begun are then skipped.
+    /// Runs `task(0)` .. `task(num - 1)`, each once, in any order and on any thread. A panic in a
+    /// task comes out here after every thread has left the job; tasks not yet begun are then
+    /// skipped.
     pub fn run(&self, num: usize, task: &Task) {
         let guard = if num > 1 && !self.workers.is_empty() { self.caller.try_lock().ok() } else { None };
         let Some(_guard) = guard else {
@@ -196,7 +204,8 @@ impl Pool {
         let mut polls = 0u32;
         while shared.state.0.load(Ordering::Acquire) & INSIDE != 0 {
             polls += 1;
-            // A worker that holds a task may have lost its core: give way instead of burning this one.
+            // A worker that holds a task may have lost its core: give way instead of burning this
+            // one.
             if polls.is_multiple_of(4096) { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
         let payload = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -213,15 +222,15 @@ impl Pool {
         self.run(len.div_ceil(chunk_len), &|i| {
             let first = i * chunk_len;
             let base = &base;
-            // SAFETY: chunk i covers [first, first + chunk_len) cut at the end; chunks do not overlap, each index runs once
-            // and `data` is borrowed mutably for the whole call.
+            // SAFETY: chunk i covers [first, first + chunk_len) cut at the end; chunks do not
+            // overlap, each index runs once and `data` is borrowed mutably for the whole call.
             let chunk = unsafe { std::slice::from_raw_parts_mut(base.0.add(first), chunk_len.min(len - first)) };
             body(i, chunk);
         });
     }
 
-    /// Cuts the row-major `data` of `width` columns into tiles at the ascending `row_bounds` and every `col_step` columns, and
-    /// runs `body` once for each.
+    /// Cuts the row-major `data` of `width` columns into tiles at the ascending `row_bounds` and
+    /// every `col_step` columns, and runs `body` once for each.
     pub fn tiles<T: Send>(
         &self,
         data: &mut [T],
@@ -268,7 +277,8 @@ impl Drop for Pool {
 }
 
 struct SendPtr<T>(*mut T);
-// SAFETY: threads use it only for the disjoint ranges that `chunks` and `tiles` hand out, of elements that are Send.
+// SAFETY: threads use it only for the disjoint ranges that `chunks` and `tiles` hand out, of
+// elements that are Send.
 unsafe impl<T: Send> Sync for SendPtr<T> {}
 
 /// Which tiles a thread meets one after the other.
@@ -294,8 +304,9 @@ impl<T> Tile<'_, T> {
     /// The tile's part of `row`, a row of the whole buffer.
     pub fn row(&mut self, row: usize) -> &mut [T] {
         assert!(self.rows.contains(&row), "row {row} outside the tile's {:?}", self.rows);
-        // SAFETY: `Pool::tiles` checked that its rows of `width` lie in the buffer and that tiles do not overlap; `row` is one
-        // of this tile's by the assertion, and `&mut self` keeps the result unique.
+        // SAFETY: `Pool::tiles` checked that its rows of `width` lie in the buffer and that tiles
+        // do not overlap; `row` is one of this tile's by the assertion, and `&mut self` keeps the
+        // result unique.
         unsafe { std::slice::from_raw_parts_mut(self.base.add(row * self.width + self.cols.start), self.cols.len()) }
     }
 }

@@ -5,7 +5,8 @@ use crate::backend::{Choice, ExpertShape, Router, RouterScore};
 use crate::cpu::machine::Machine;
 use crate::cpu::memory::Aligned;
 
-/// The choices of some rows, and the rows in the order of their experts: a *place* is a row before one of its experts.
+/// The choices of some rows, and the rows in the order of their experts: a *place* is a row before
+/// one of its experts.
 pub struct Routes {
     pub shape: ExpertShape,
     /// (rows, k), experts ascending.

@@ -1,9 +1,10 @@
 //! Lists of the most probable ids of a row, and the token choice among the ids of a list.
 //!
-//! A list is found in the logits of its row: the n-th largest of the maxima of small groups is no more than the n-th largest logit, so what is
-//! not below it is put in order and the rest is never looked at again.
-//! Listed ids lie scattered over the vocabulary, and in the panels of a packed weight every step of a row lies in a line of its own: the head is
-//! therefore kept a second time by rows ([`linear::ByRows`]), and a logit is a dot product along k, sixteen words at a time.
+//! A list is found in the logits of its row: the n-th largest of the maxima of small groups is no
+//! more than the n-th largest logit, so what is not below it is put in order and the rest is never
+//! looked at again. Listed ids lie scattered over the vocabulary, and in the panels of a packed
+//! weight every step of a row lies in a line of its own: the head is therefore kept a second time
+//! by rows ([`linear::ByRows`]), and a logit is a dot product along k, sixteen words at a time.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, not_listed};
@@ -124,7 +125,8 @@ pub fn decide_listed(
     results.into_iter().map(|result| result.expect("every row was decided")).collect()
 }
 
-/// Row `row`, whose logits are those of `ids` and -inf elsewhere. Ids ascend, so ties and the inverse CDF are those of whole rows.
+/// Row `row`, whose logits are those of `ids` and -inf elsewhere. Ids ascend, so ties and the
+/// inverse CDF are those of whole rows.
 fn decide_among(machine: &Machine, row: usize, ids: &[u32], logits: &[f32], draw: &Draw) -> Result<Decision> {
     if let Some((id, logit)) = ids.iter().zip(logits).find(|(_, logit)| logit.is_nan() || **logit == f32::INFINITY) {
         return Err(Error::kernel(format!("row {row}: logit of token {id} is {logit}: the weights or activations are not finite")));
@@ -138,7 +140,8 @@ fn decide_among(machine: &Machine, row: usize, ids: &[u32], logits: &[f32], draw
     Ok(Decision { token: ids[decision.token as usize], ..decision })
 }
 
-/// `out[i] = x . row ids[i]`: lane l takes words l, l + 16, ... in ascending order, then the lanes are summed.
+/// `out[i] = x . row ids[i]`: lane l takes words l, l + 16, ... in ascending order, then the lanes
+/// are summed.
 struct Dots<'a> {
     x: &'a [u32],
     weight: &'a ByRows,

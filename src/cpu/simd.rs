@@ -1,9 +1,11 @@
-//! Owns the machine's vector instructions: sixteen f32 lanes as a value, over AVX-512, AVX2 or plain arrays, chosen once at
-//! run time. Kernels elsewhere in `cpu` are written once against [`Simd`] and stay free of `unsafe`: a token of an ISA can
-//! only be had where its features were detected, so its methods are safe to call.
+//! Owns the machine's vector instructions: sixteen f32 lanes as a value, over AVX-512, AVX2 or
+//! plain arrays, chosen once at run time. Kernels elsewhere in `cpu` are written once against
+//! [`Simd`] and stay free of `unsafe`: a token of an ISA can only be had where its features were
+//! detected, so its methods are safe to call.
 //!
-//! Within one ISA every lane operation is a fixed instruction, so results are bitwise stable; between ISAs they may differ
-//! in rounding (fused or separate multiply-add, the internal order of `vdpbf16ps`).
+//! Within one ISA every lane operation is a fixed instruction, so results are bitwise stable;
+//! between ISAs they may differ in rounding (fused or separate multiply-add, the internal order of
+//! `vdpbf16ps`).
 
 mod portable;
 #[cfg(target_arch = "x86_64")]
@@ -63,7 +65,8 @@ impl Isa {
         }
     }
 
-    /// Runs `kernel` compiled for this set; the best available one below it where the machine lacks it.
+    /// Runs `kernel` compiled for this set; the best available one below it where the machine lacks
+    /// it.
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         #[cfg(target_arch = "x86_64")]

@@ -1,8 +1,9 @@
-//! The CUDA backend: checks the contract of each op, then hands it to the launcher of the same name. Which machine runs the launches, a
-//! GPU or the emulation, is the driver's business.
+//! The CUDA backend: checks the contract of each op, then hands it to the launcher of the same
+//! name. Which machine runs the launches, a GPU or the emulation, is the driver's business.
 //!
-//! Weights lie row-major as in the checkpoint. The residual stream and fused QKV rows are f32; what only products read (normed rows,
-//! attention output, MLP) is in the weight dtype. K/V: `[layer][page][kv head][offset][head_dim]`, keys and values apart.
+//! Weights lie row-major as in the checkpoint. The residual stream and fused QKV rows are f32; what
+//! only products read (normed rows, attention output, MLP) is in the weight dtype. K/V:
+//! `[layer][page][kv head][offset][head_dim]`, keys and values apart.
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
@@ -238,7 +239,8 @@ impl Backend for Cuda {
             assert!((norm.q.len, norm.k.len) == (heads.head_dim, heads.head_dim), "norms of {} and {}, {heads:?}", norm.q.len, norm.k.len);
             HeadNorm { q: norm.q.address(), k: norm.k.address(), eps: norm.eps }
         });
-        // As far as any sequence of this store can reach: a recorded forward never outgrows the table.
+        // As far as any sequence of this store can reach: a recorded forward never outgrows the
+        // table.
         let reach = kv.shape.num_pages * kv.shape.page_size;
         let mut known = self.rotations.borrow_mut();
         let rotary_dim = rope.rotary_dim(heads.head_dim);

@@ -25,7 +25,8 @@ use crate::sampling::Draw;
 /// Bytes of f32 that one thread reads and rounds at a time.
 const UPLOAD_BYTES: usize = 4 << 20;
 
-/// Recorded graphs kept at most. A did schedule with uniform quotas needs about twenty; beyond this many, shapes do not repeat.
+/// Recorded graphs kept at most. A did schedule with uniform quotas needs about twenty; beyond this
+/// many, shapes do not repeat.
 const MAX_GRAPHS: usize = 256;
 
 /// Tables by (head_dim, bits of the rope), with the positions they reach.
@@ -100,7 +101,8 @@ pub struct Batch {
 }
 
 pub(super) enum Origin {
-    /// Uploaded from a plan, in memory of its own; the work list of attention follows when its heads are known.
+    /// Uploaded from a plan, in memory of its own; the work list of attention follows when its
+    /// heads are known.
     Host { plan: Box<Plan>, _memory: Memory, tiles: RefCell<Option<(HeadShape, TileShape, Memory)>> },
     /// At the fixed places of a run's current step.
     Run { tiles: (TileShape, Address) },
@@ -129,12 +131,14 @@ impl Cuda {
         })
     }
 
-    /// Whether repeated steps are recorded and replayed as graphs (they are, unless a test compares).
+    /// Whether repeated steps are recorded and replayed as graphs (they are, unless a test
+    /// compares).
     pub fn set_replays(&self, on: bool) {
         self.replays.set(on);
     }
 
-    /// Whether steps are decided on the device where the engine allows it (they are, unless a test compares).
+    /// Whether steps are decided on the device where the engine allows it (they are, unless a test
+    /// compares).
     pub fn set_runs(&self, on: bool) {
         self.runs.set(on);
     }
@@ -192,7 +196,8 @@ impl Cuda {
         Ok(known.as_ref().map(|(.., memory)| memory.address()))
     }
 
-    /// x as the element type of the weights: itself, or a rounded copy that lives as long as the answer.
+    /// x as the element type of the weights: itself, or a rounded copy that lives as long as the
+    /// answer.
     pub(super) fn as_input(&self, x: &Buffer, elements: usize) -> Result<(Address, Option<Memory>)> {
         if x.dtype == self.dtype {
             return Ok((x.address, None));

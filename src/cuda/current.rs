@@ -5,7 +5,8 @@ use crate::cuda::driver::interface::Address;
 use crate::cuda::machine::{Machine, Memory};
 use crate::error::Result;
 
-/// The fixed places of a run's current step. Each grows when it must, which outdates every recorded graph.
+/// The fixed places of a run's current step. Each grows when it must, which outdates every recorded
+/// graph.
 #[derive(Default)]
 pub(super) struct Current {
     pub(super) canvas: Place,

@@ -1,12 +1,13 @@
-//! Where the arrays of a run's steps lie: of each forward, and of the passes of a joint sampler behind it.
+//! Where the arrays of a run's steps lie: of each forward, and of the passes of a joint sampler
+//! behind it.
 //!
 //! ```text
 //! forward  sessions, canvas places, work list, rows; of the asked rows, their work list and how far they see
 //! sampler  rows that the windows begin as, rows outside, and these as a batch; for each pass: sessions, canvas places, work list, rows, kept rows
 //! all      asked rows, pages, (remask)
 //! ```
-//! All of a step goes to the fixed places at once. Order and sizes follow from its [`Signature`] up to the pages; what varies otherwise stands
-//! behind them, out of the sight of recorded graphs.
+//! All of a step goes to the fixed places at once. Order and sizes follow from its [`Signature`] up
+//! to the pages; what varies otherwise stands behind them, out of the sight of recorded graphs.
 #![forbid(unsafe_code)]
 
 use std::iter::repeat_n;
@@ -62,7 +63,8 @@ pub(super) struct StepPlan {
     pub signature: Arc<Signature>,
     /// The forward, and behind it the passes of a sampler.
     pub parts: Vec<Part>,
-    /// The asked rows, found on the device, of all parts; how far those of the forward see, and their work list.
+    /// The asked rows, found on the device, of all parts; how far those of the forward see, and
+    /// their work list.
     pub asked: usize,
     pub selected_visible: usize,
     pub selected_tiles: usize,
@@ -84,7 +86,8 @@ pub(super) struct RemaskPlaces {
     pub stage: u8,
 }
 
-/// Appends the arrays of one step to the arena. `firsts`: where each sequence begins in the canvas arrays; `log`: the step's first record there.
+/// Appends the arrays of one step to the arena. `firsts`: where each sequence begins in the canvas
+/// arrays; `log`: the step's first record there.
 pub(super) fn lay_out(
     cuda: &Cuda,
     words: &mut Words,

@@ -1,8 +1,9 @@
-//! What every launcher stands on: a driver, device memory that returns by itself, the functions loaded so far, and the workspace that
-//! ops share.
+//! What every launcher stands on: a driver, device memory that returns by itself, the functions
+//! loaded so far, and the workspace that ops share.
 //!
-//! Ops run one after the other on one stream, so one workspace serves them all; whoever needs more makes it grow, which moves it and so
-//! outdates every recorded graph (see [`Machine::generation`]). For the same reason memory that was dropped may be handed out again at
+//! Ops run one after the other on one stream, so one workspace serves them all; whoever needs more
+//! makes it grow, which moves it and so outdates every recorded graph (see
+//! [`Machine::generation`]). For the same reason memory that was dropped may be handed out again at
 //! once: what was enqueued before is done with it when what is enqueued next begins.
 #![forbid(unsafe_code)]
 
@@ -17,7 +18,8 @@ use crate::error::Result;
 /// 32-bit counters that are zero before and after every op, for CTAs that agree on who comes last.
 pub const COUNTERS: usize = 1 << 16;
 
-/// Blocks up to this size are kept for the next request of their size instead of being freed, which on a GPU waits for everything.
+/// Blocks up to this size are kept for the next request of their size instead of being freed, which
+/// on a GPU waits for everything.
 const KEPT_BYTES: usize = 1 << 20;
 
 /// A block on its way back: where it lies and its size.
@@ -93,13 +95,15 @@ impl Machine {
         Ok(Memory { address, bytes, returned: self.returned.0.clone() })
     }
 
-    /// Memory for the inside of one op, at least `bytes`, of undefined content; the next op may overwrite it.
+    /// Memory for the inside of one op, at least `bytes`, of undefined content; the next op may
+    /// overwrite it.
     pub fn workspace(&self, bytes: usize) -> Result<Address> {
         let (address, size) = self.workspace.get();
         if bytes <= size {
             return Ok(address);
         }
-        // Freed first, so that old and new never exist together; in whole megabytes, since lengths grow a little at a time.
+        // Freed first, so that old and new never exist together; in whole megabytes, since lengths
+        // grow a little at a time.
         if size > 0 {
             self.driver.free(address);
         }
@@ -131,8 +135,9 @@ impl Machine {
     /// Errors: those of `body` and of the driver; whatever was recorded until then is forgotten.
     ///
     /// # Panics
-    /// If `body` moves memory that recorded launches hold addresses of: a replay would read what is no longer there. Callers run a
-    /// step once before they record it, so that everything has grown to its size.
+    /// If `body` moves memory that recorded launches hold addresses of: a replay would read what is
+    /// no longer there. Callers run a step once before they record it, so that everything has grown
+    /// to its size.
     pub fn record(&self, body: impl FnOnce() -> Result<()>) -> Result<Graph> {
         let before = self.generation();
         self.driver.begin_capture()?;
@@ -146,7 +151,8 @@ impl Machine {
         Ok(graph)
     }
 
-    /// Launches `entry` of a build with its params struct; compiles and loads it at its first use. An empty grid is no launch.
+    /// Launches `entry` of a build with its params struct; compiles and loads it at its first use.
+    /// An empty grid is no launch.
     pub fn launch<P: Params>(&self, build: Build, entry: &'static str, launch: Launch, params: &P) -> Result<()> {
         if launch.is_empty() {
             return Ok(());

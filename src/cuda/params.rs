@@ -1,8 +1,10 @@
-//! Owns the form of the contract between host and kernels: one `#[repr(C)]` params struct per kernel, its layout stated twice.
+//! Owns the form of the contract between host and kernels: one `#[repr(C)]` params struct per
+//! kernel, its layout stated twice.
 //!
-//! Each struct lives with its launcher in `cuda/<stem>.rs` and is the twin of the one at the head of `kernels/<stem>.cu`. Its fields and
-//! offsets are stated once here and once there; each compiler checks its own side, and `tests/kernels` compares the two lists.
-//! Pointers are device addresses ([`crate::cuda::driver::interface::Address`]).
+//! Each struct lives with its launcher in `cuda/<stem>.rs` and is the twin of the one at the head
+//! of `kernels/<stem>.cu`. Its fields and offsets are stated once here and once there; each
+//! compiler checks its own side, and `tests/kernels` compares the two lists. Pointers are device
+//! addresses ([`crate::cuda::driver::interface::Address`]).
 #![forbid(unsafe_code)]
 
 /// What a kernel is told: plain bytes without padding.

@@ -1,4 +1,5 @@
-//! A run: several denoising steps of the same sequences that the device decides by itself, while the host only enqueues.
+//! A run: several denoising steps of the same sequences that the device decides by itself, while
+//! the host only enqueues.
 //!
 //! ```text
 //! begin   canvases and the arrays of all steps go up in two copies
@@ -8,10 +9,11 @@
 //! log     the step's decisions move to their place in the log
 //! end     the log comes down: the one time the host waits
 //! ```
-//! What a step needs from the host is known before the first one runs (`Sequence::look_ahead`). A graph holds addresses, so whatever it
-//! reads or writes lies where it lay when it was recorded: canvases, the current step's arrays, draws and decisions have fixed places
-//! ([`Current`](super::current::Current)), laid out by nothing but the signature. The counters of the random generator are part of those arrays, in device
-//! memory: a replay never repeats numbers.
+//! What a step needs from the host is known before the first one runs (`Sequence::look_ahead`). A
+//! graph holds addresses, so whatever it reads or writes lies where it lay when it was recorded:
+//! canvases, the current step's arrays, draws and decisions have fixed places
+//! ([`Current`](super::current::Current)), laid out by nothing but the signature. The counters of
+//! the random generator are part of those arrays, in device memory: a replay never repeats numbers.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -36,7 +38,8 @@ use crate::error::{Error, Result};
 /// What was decided by one forward or pass, for each of its sequences.
 type StepDecisions = Vec<Option<Result<Vec<RowOutcome>>>>;
 
-/// The canvases of a run, one after the other, as arrays over N positions of which there is room for more.
+/// The canvases of a run, one after the other, as arrays over N positions of which there is room
+/// for more.
 #[derive(Clone, Copy)]
 struct CanvasArrays {
     token: Address,
@@ -103,7 +106,8 @@ impl Run {
 
         let positions = firsts[lens.len()] as usize;
         let mut fixed = cuda.current.borrow_mut();
-        // The arrays of a canvas lie by the room there is, not by what is used: their addresses stay.
+        // The arrays of a canvas lie by the room there is, not by what is used: their addresses
+        // stay.
         let base = fixed.canvas.reserve(machine, CanvasArrays::BYTES * positions.next_multiple_of(4))?;
         let room = fixed.canvas.0.as_ref().expect("reserved").bytes() / CanvasArrays::BYTES / 4 * 4;
         let canvas = CanvasArrays::at(base, room);
@@ -312,7 +316,8 @@ impl Run {
     }
 }
 
-/// One sequence's part of a step. Records of steps behind a trouble hold whatever stood there: the first of them ends the session anyway.
+/// One sequence's part of a step. Records of steps behind a trouble hold whatever stood there: the
+/// first of them ends the session anyway.
 fn answer(records: &[DecisionRecord], summary: &SessionSummary) -> Result<Vec<RowOutcome>> {
     let decided: Result<Vec<RowOutcome>> = records
         .iter()
@@ -326,7 +331,8 @@ fn answer(records: &[DecisionRecord], summary: &SessionSummary) -> Result<Vec<Ro
         })
         .collect();
     let decided = decided?;
-    // Statistics that are NaN are the law's own error, which the host finds when it applies it; so is a row without a decision, above.
+    // Statistics that are NaN are the law's own error, which the host finds when it applies it; so
+    // is a row without a decision, above.
     match summary.trouble {
         trouble::COUNT => {
             Err(Error::kernel(format!("the device found {} masked positions, the session foresaw another number", summary.detail)))

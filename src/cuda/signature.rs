@@ -11,7 +11,8 @@ pub(super) struct TileShape {
     pub num_tiles: u32,
 }
 
-/// Rows of a step, rounded up so that few graphs serve many lengths: exact where a step is small, as a draft's always are.
+/// Rows of a step, rounded up so that few graphs serve many lengths: exact where a step is small,
+/// as a draft's always are.
 pub(super) fn padded(rows: usize) -> usize {
     match rows {
         0..=16 => rows,

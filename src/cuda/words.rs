@@ -1,4 +1,5 @@
-//! The arrays of a plan as words on their way to the device: where each begins, and how padding is spelled.
+//! The arrays of a plan as words on their way to the device: where each begins, and how padding is
+//! spelled.
 #![forbid(unsafe_code)]
 
 use crate::cuda::driver::interface::Address;

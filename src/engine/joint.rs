@@ -1,4 +1,5 @@
-//! Owns the joint sampler beside a model: its weights, its layer's place in the K/V store, and what a window of rows carries from call to call.
+//! Owns the joint sampler beside a model: its weights, its layer's place in the K/V store, and what
+//! a window of rows carries from call to call.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -15,7 +16,8 @@ use crate::plan::{Plan, Visibility};
 use crate::schedule::Schedule;
 
 impl<B: Backend> Engine<B> {
-    /// Whether the first stage is joint. Errors: a stage is, and there is no sampler for its model, or it could not be defined there.
+    /// Whether the first stage is joint. Errors: a stage is, and there is no sampler for its model,
+    /// or it could not be defined there.
     pub(super) fn check_joint(&self, schedule: &Schedule) -> Result<bool> {
         for (index, stage) in schedule.stages.iter().enumerate().filter(|(_, stage)| stage.joint) {
             let loaded = &self.models[stage.weights];
@@ -43,7 +45,8 @@ impl<B: Backend> Engine<B> {
 
     /// Puts the joint sampler in `dir` beside the engine's first model.
     ///
-    /// Errors: requests in flight (the K/V store is made anew, with the sampler's layer), and those of [`Joint::load`].
+    /// Errors: requests in flight (the K/V store is made anew, with the sampler's layer), and those
+    /// of [`Joint::load`].
     pub fn attach_joint(&mut self, dir: &Path, progress: Progress) -> Result<()> {
         if self.is_busy() {
             return Err(Error::request("a joint sampler is attached before the first request: requests are in flight"));
@@ -54,16 +57,19 @@ impl<B: Backend> Engine<B> {
         let sampler = Joint::load(backend, config, dir, progress)?;
         let state = |rows| JointState::new(backend, config, rows);
         *kv = backend.kv_cache(model.kv_shape(num_pages + self.options.spare_pages(), page_size, 1))?;
-        // Recordings are known by the scratch that they use, and those made before name the store that is gone.
+        // Recordings are known by the scratch that they use, and those made before name the store
+        // that is gone.
         *scratch = Scratch::new(backend, config, 16)?;
         *joint = Some(LoadedJoint { sampler, state: state(16)?, outside: state(0)? });
         Ok(())
     }
 
-    /// Logits, before any ban, of the `window` (first and end position) after each call of the attached sampler: `states[0]` is what the model sees, `states[j]`
-    /// what call j sees, after another reveal. Positions before the window keep the K/V of their first state.
+    /// Logits, before any ban, of the `window` (first and end position) after each call of the
+    /// attached sampler: `states[0]` is what the model sees, `states[j]` what call j sees, after
+    /// another reveal. Positions before the window keep the K/V of their first state.
     ///
-    /// Errors: no sampler, states of different lengths, a window outside of them, and those of a forward.
+    /// Errors: no sampler, states of different lengths, a window outside of them, and those of a
+    /// forward.
     pub fn joint_logits(&mut self, states: &[Vec<u32>], window: Range<usize>, visibility: Visibility) -> Result<Vec<Vec<f32>>> {
         let len = states.first().map_or(0, Vec::len);
         for tokens in states {

@@ -76,7 +76,8 @@ mod tests {
         SequenceStep { remask: None, stage: 0, block: 0, step: 0, range, asks, logits: LogitsRows::Own, draw, reveal }
     }
 
-    /// A block behind the one before it, a neighbour without a sampler, and a whole canvas of shifted logits that is through after one pass.
+    /// A block behind the one before it, a neighbour without a sampler, and a whole canvas of
+    /// shifted logits that is through after one pass.
     #[test]
     fn rows_of_windows_are_rows_of_the_forward() {
         let step = |rows: Range<usize>, joint: Option<(Range<usize>, usize)>| LookaheadStep {

@@ -1,4 +1,5 @@
-//! The one-layer sampler over a frozen diffusion model that reveals several tokens per full forward (ADJUST, arXiv 2509.22738).
+//! The one-layer sampler over a frozen diffusion model that reveals several tokens per full forward
+//! (ADJUST, arXiv 2509.22738).
 //!
 //! ```text
 //! h <- final rows of the model, those that answer each position
@@ -6,9 +7,11 @@
 //!     u = W_d [ rms_e(E[x_i]) ; rms_h(h_i) ] + b_d        v = layer(u)        h_i <- h_i + rms_p(v)
 //!     the answer to i: softmax(W h_i)
 //! ```
-//! E and W are the model's own table and head, the layer is one of its own kind (without modulation) with weights of its own, and sees whatever
-//! the window sees. K/V of the layer lie in the pages behind the model's own layers. A position outside the window keeps the K/V that it had when
-//! the model last computed it: those of the state that no call has changed yet ([`Joint::append`]).
+//! E and W are the model's own table and head, the layer is one of its own kind (without
+//! modulation) with weights of its own, and sees whatever the window sees. K/V of the layer lie in
+//! the pages behind the model's own layers. A position outside the window keeps the K/V that it had
+//! when the model last computed it: those of the state that no call has changed yet
+//! ([`Joint::append`]).
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -23,7 +26,8 @@ use crate::model::{Layer, Model, Scratch, unique};
 use crate::plan::Plan;
 use crate::weights::Weights;
 
-/// Names of the published checkpoints, without their prefix `drafter.`; the zeros are the copy that all calls share and the only layer.
+/// Names of the published checkpoints, without their prefix `drafter.`; the zeros are the copy that
+/// all calls share and the only layer.
 const DOWN: &str = "down_project.0";
 const EMBED_NORM: &str = "norm_embed.0.weight";
 const HIDDEN_NORM: &str = "norm_hidden.0.weight";
@@ -83,7 +87,8 @@ fn layer_index(base: &ModelConfig) -> usize {
 }
 
 impl<B: Backend> Joint<B> {
-    /// Opens a sampler's directory: `config.json`, which names the model it belongs to, and `model.safetensors`.
+    /// Opens a sampler's directory: `config.json`, which names the model it belongs to, and
+    /// `model.safetensors`.
     ///
     /// Errors: a model of another family or size, and whatever keeps weights from loading.
     pub fn load(backend: &B, base: &ModelConfig, dir: &Path, progress: Progress) -> Result<Joint<B>> {
@@ -102,8 +107,9 @@ impl<B: Backend> Joint<B> {
         Ok(Joint { embed_norm, hidden_norm, out_norm, embed_down, hidden_down, layer })
     }
 
-    /// The state before any call: final rows of the model's last forward, `rows[i]` (counted among its wanted ones) for row i of the window.
-    /// Reads the scratch of that forward and leaves its rows alone.
+    /// The state before any call: final rows of the model's last forward, `rows[i]` (counted among
+    /// its wanted ones) for row i of the window. Reads the scratch of that forward and leaves its
+    /// rows alone.
     pub fn start(&self, backend: &B, model: &Model<B>, rows: &[u32], scratch: &mut Scratch<B>, state: &mut JointState<B>) -> Result<()> {
         state.reserve(backend, &model.config, rows.len())?;
         self.start_rows(backend, model, &backend.rows(rows)?, scratch, state)
@@ -129,7 +135,8 @@ impl<B: Backend> Joint<B> {
         backend.norm(count, &mut state.hidden, None, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
-    /// Writes the K/V of the plan's rows, whose state is `state`, and changes nothing else: for positions outside any window.
+    /// Writes the K/V of the plan's rows, whose state is `state`, and changes nothing else: for
+    /// positions outside any window.
     pub fn append(
         &self,
         backend: &B,

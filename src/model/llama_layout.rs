@@ -13,7 +13,8 @@ use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
-/// Where a layout keeps what the decoder reads; names in a layer come behind `{layers}.{i}.`, projections without `.weight` and `.bias`.
+/// Where a layout keeps what the decoder reads; names in a layer come behind `{layers}.{i}.`,
+/// projections without `.weight` and `.bias`.
 pub(super) struct Names {
     pub table: &'static str,
     pub layers: &'static str,
@@ -123,7 +124,8 @@ pub(super) fn load<B: Backend>(backend: &B, config: ModelConfig, names: &Names, 
     let (c, v) = (config.hidden_dim, config.vocab_size);
     let tied = config.switches.tied_head;
     let mut r = WeightLoader::new(backend, weights, progress, &tensors(&config, names))?;
-    // A tied table is the head, and held as that alone: of a small model it is a sixth of all weights.
+    // A tied table is the head, and held as that alone: of a small model it is a sixth of all
+    // weights.
     let table = if tied { None } else { Some(r.table(names.table, v, c)?) };
     let mut layers = Vec::with_capacity(config.num_layers);
     for i in 0..config.num_layers {

@@ -1,4 +1,5 @@
-//! Owns the forward pass, generic over the machine: one decoder with switches, in the order of the papers.
+//! Owns the forward pass, generic over the machine: one decoder with switches, in the order of the
+//! papers.
 //!
 //! ```text
 //! ids -> embed (+ positions) -> [ norm -> qkv -> (q/k norm,) rope + K/V append -> attention -> out (+x) -> norm -> up, activation -> down (+x) ] x N
@@ -6,8 +7,9 @@
 //! ```
 //! A file under `families/` maps config keys and tensor names onto it, and `registry.rs` finds the
 //! family of a checkpoint; what families do differently is [`crate::config::DecoderFlags`], and
-//! [`crate::config::Moe`] where experts (`moe.rs`) are in the place of an MLP. adaLN with a constant
-//! condition is folded into the weights at load, so the decoder itself knows nothing of it.
+//! [`crate::config::Moe`] where experts (`moe.rs`) are in the place of an MLP. adaLN with a
+//! constant condition is folded into the weights at load, so the decoder itself knows nothing of
+//! it.
 #![forbid(unsafe_code)]
 
 pub mod families;
@@ -196,8 +198,9 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    /// Runs the plan's rows through all layers, writing their K/V. The residual stream of the `wanted` rows (ascending, some maybe twice) stays in
-    /// `scratch`, one after the other, for [`Model::decide`] or [`Model::logits`].
+    /// Runs the plan's rows through all layers, writing their K/V. The residual stream of the
+    /// `wanted` rows (ascending, some maybe twice) stays in `scratch`, one after the other, for
+    /// [`Model::decide`] or [`Model::logits`].
     pub fn forward(
         &self,
         backend: &B,
@@ -250,13 +253,15 @@ impl<B: Backend> Model<B> {
         Ok(())
     }
 
-    /// Final norm of the given rows, counted among the wanted ones of the last forward, into `scratch.h`.
+    /// Final norm of the given rows, counted among the wanted ones of the last forward, into
+    /// `scratch.h`.
     fn final_rows(&self, backend: &B, rows: &[u32], scratch: &mut Scratch<B>) -> Result<()> {
         backend.gather(&backend.rows(rows)?, self.config.hidden_dim, &scratch.x, &mut scratch.qkv)?;
         self.final_norm.apply(backend, &self.config, rows.len(), &mut scratch.qkv, &mut scratch.h)
     }
 
-    /// Decides rows, counted among the wanted ones of the last forward: `rows[i]` is answered by `draws[i]`.
+    /// Decides rows, counted among the wanted ones of the last forward: `rows[i]` is answered by
+    /// `draws[i]`.
     pub fn decide(&self, backend: &B, rows: &[u32], draws: &[Draw], banned: &[u32], scratch: &mut Scratch<B>) -> Result<Vec<Decision>> {
         assert_eq!(rows.len(), draws.len(), "one draw per row");
         if rows.is_empty() {
@@ -266,7 +271,8 @@ impl<B: Backend> Model<B> {
         backend.decide(&scratch.h, &self.head.weight, self.head.bias.as_ref(), Candidates::AllBut(banned), draws)
     }
 
-    /// Logits of all `num_rows` wanted rows of the last forward, before any ban or shift, a few rows at a time: `sink(first_row, logits)`.
+    /// Logits of all `num_rows` wanted rows of the last forward, before any ban or shift, a few
+    /// rows at a time: `sink(first_row, logits)`.
     pub fn logits(
         &self,
         backend: &B,

@@ -1,7 +1,9 @@
-//! Experts in the place of an MLP: which layers have them, what their tensors are called, and how rows go through them.
+//! Experts in the place of an MLP: which layers have them, what their tensors are called, and how
+//! rows go through them.
 //!
-//! `out += sum over the row's experts of weight * down(silu(gate x) * up x)`, and where there is a shared expert, `+ shared(x)` for every row. The
-//! products of all experts are grouped by [`crate::backend::Backend::experts`]; the shared one is a dense MLP like any other.
+//! `out += sum over the row's experts of weight * down(silu(gate x) * up x)`, and where there is a
+//! shared expert, `+ shared(x)` for every row. The products of all experts are grouped by
+//! [`crate::backend::Backend::experts`]; the shared one is a dense MLP like any other.
 #![forbid(unsafe_code)]
 
 use crate::backend::{Backend, Epilogue, ExpertShape, Router};
@@ -10,7 +12,8 @@ use crate::error::Result;
 use crate::model::layers::{Dense, Linear};
 use crate::model::weight_loader::WeightLoader;
 
-/// Names in a layer, projections without `.weight`. All published layouts share them but for the shared expert, which few have.
+/// Names in a layer, projections without `.weight`. All published layouts share them but for the
+/// shared expert, which few have.
 const ROUTER: &str = "mlp.gate";
 const ROUTER_BIAS: &str = "mlp.gate.expert_bias";
 const EXPERTS: &str = "mlp.experts";

@@ -48,7 +48,8 @@ pub fn read_config(dir: &Path) -> Result<ModelConfig> {
 /// The family that a configuration names.
 fn entry_of(keys: &ConfigJson) -> Result<&'static FamilyEntry> {
     let (model_type, architectures) = (keys.model_type(), keys.architectures());
-    // Adapted checkpoints may keep the type of the decoder that they were made from: there the class decides.
+    // Adapted checkpoints may keep the type of the decoder that they were made from: there the
+    // class decides.
     let named = |f: &Family| f.architectures.iter().any(|class| architectures.contains(class));
     let classed = |e: &&&FamilyEntry| named(e.family) && (e.family.is_adapted() || model_type.is_empty());
     let plain = |f: &Family| match f.classes {
@@ -79,7 +80,8 @@ fn layout_of(config: &ModelConfig) -> Layout {
     FAMILIES.iter().find(|entry| entry.family == config.family).expect("a configuration is of a family in the table").layout
 }
 
-/// Everything that keeps a checkpoint from loading: missing and misshapen tensors. Values are not read.
+/// Everything that keeps a checkpoint from loading: missing and misshapen tensors. Values are not
+/// read.
 pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
     let tensors = match layout_of(config) {
         Layout::Bd3lm => bd3lm::tensors(config),

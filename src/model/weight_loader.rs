@@ -1,5 +1,5 @@
-//! Owns the way of a checkpoint's tensors into packed weights: which rows of which tensor become which rows of a matrix, and how far
-//! loading is. Which tensors there are is a family's business.
+//! Owns the way of a checkpoint's tensors into packed weights: which rows of which tensor become
+//! which rows of a matrix, and how far loading is. Which tensors there are is a family's business.
 #![forbid(unsafe_code)]
 
 use crate::backend::{Backend, WeightShape};
@@ -20,7 +20,8 @@ pub(super) struct WeightLoader<'a, B: Backend> {
 }
 
 impl<'a, B: Backend> WeightLoader<'a, B> {
-    /// Shapes first: a checkpoint that lacks one of the `expected` tensors is refused before anything is packed.
+    /// Shapes first: a checkpoint that lacks one of the `expected` tensors is refused before
+    /// anything is packed.
     pub fn new(backend: &'a B, weights: &'a Weights, progress: Progress<'a>, expected: &[(String, Vec<usize>)]) -> Result<Self> {
         weights.check(expected)?;
         let bytes = |(name, shape): &(String, Vec<usize>)| weights.tensor(name, shape).map(|tensor| tensor.num_bytes());
@@ -104,7 +105,8 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
         })
     }
 
-    /// Packs two (n, k) weights as one of (2n, k): row 2j is row j of `even`, row 2j + 1 is row j of `odd`.
+    /// Packs two (n, k) weights as one of (2n, k): row 2j is row j of `even`, row 2j + 1 is row j
+    /// of `odd`.
     pub fn interleaved(&mut self, even: &str, odd: &str, n: usize, k: usize) -> Result<B::Weight> {
         let tensors = [self.tensor(even, &[n, k])?, self.tensor(odd, &[n, k])?];
         self.backend.weight(WeightShape::Matrix { n: 2 * n, k }, &|first, dst| read_interleaved(&tensors, first, k, dst))
@@ -117,7 +119,8 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
         self.backend.weight(WeightShape::Experts { num: names.len(), n, k }, &|first, dst| by_expert(first, n, k, dst, read))
     }
 
-    /// Packs two (n, k) weights of each expert as one of (2n, k), as [`WeightLoader::interleaved`] does.
+    /// Packs two (n, k) weights of each expert as one of (2n, k), as [`WeightLoader::interleaved`]
+    /// does.
     pub fn interleaved_stack(&mut self, even: &[String], odd: &[String], n: usize, k: usize) -> Result<B::Weight> {
         let mut pairs = Vec::with_capacity(even.len());
         for (even, odd) in even.iter().zip(odd) {
@@ -173,7 +176,8 @@ fn read_interleaved(tensors: &[Tensor; 2], first: usize, k: usize, dst: &mut [f3
     Ok(())
 }
 
-/// Rows from `first` on of weights of n rows each, one below the other: `read(weight, row, dst)` for the part of each.
+/// Rows from `first` on of weights of n rows each, one below the other: `read(weight, row, dst)`
+/// for the part of each.
 fn by_expert(first: usize, n: usize, k: usize, dst: &mut [f32], read: impl Fn(usize, usize, &mut [f32]) -> Result<()>) -> Result<()> {
     let mut rest = dst;
     let mut row = first;

@@ -1,8 +1,9 @@
-//! Owns uncertainty: percentile bootstrap intervals over samples (Efron, "Bootstrap methods: another look at the jackknife",
-//! Annals of Statistics 7, 1979).
+//! Owns uncertainty: percentile bootstrap intervals over samples (Efron, "Bootstrap methods:
+//! another look at the jackknife", Annals of Statistics 7, 1979).
 //!
-//! Every figure is a ratio of sums over samples, mapped: a mean has 1 in every denominator, a pooled loss has its token count.
-//! All figures of a run are resampled by the same draws, so that a figure never depends on which others are asked for.
+//! Every figure is a ratio of sums over samples, mapped: a mean has 1 in every denominator, a
+//! pooled loss has its token count. All figures of a run are resampled by the same draws, so that a
+//! figure never depends on which others are asked for.
 #![forbid(unsafe_code)]
 
 use serde::Serialize;
@@ -15,7 +16,8 @@ pub const NUM_RESAMPLES: usize = 2000;
 /// Share of the resamples inside an interval.
 pub const LEVEL: f64 = 0.95;
 
-/// Key of the draws: an interval is a function of the values alone, whatever seed the text was generated from.
+/// Key of the draws: an interval is a function of the values alone, whatever seed the text was
+/// generated from.
 const SEED: u64 = 0x7265_6472_6166_7421;
 
 /// A measured value with its interval, absent where the value is not a statistic over samples.
@@ -38,7 +40,8 @@ impl Figure {
     }
 }
 
-/// What one sample adds to a figure: numerator and denominator. A sample that says nothing has 0 in both.
+/// What one sample adds to a figure: numerator and denominator. A sample that says nothing has 0 in
+/// both.
 pub type Part = (f64, f64);
 
 /// A sample's value as a part of a mean.
@@ -72,8 +75,8 @@ impl Resamples {
         self.num_samples
     }
 
-    /// `map(sum of numerators / sum of denominators)` with its interval. Absent where no sample says anything or the value is not
-    /// finite; resamples of which that is true are left out.
+    /// `map(sum of numerators / sum of denominators)` with its interval. Absent where no sample
+    /// says anything or the value is not finite; resamples of which that is true are left out.
     ///
     /// Panics if `parts` has another length than the sets that the draws were made for.
     pub fn figure(&self, parts: &[Part], map: impl Fn(f64) -> f64) -> Option<Figure> {
@@ -98,7 +101,8 @@ impl Resamples {
     }
 }
 
-/// Linear interpolation between order statistics (definition 7 of Hyndman and Fan, 1996). `sorted` ascends.
+/// Linear interpolation between order statistics (definition 7 of Hyndman and Fan, 1996). `sorted`
+/// ascends.
 fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
     let at = q * sorted.len().checked_sub(1)? as f64;
     let (low, high) = (sorted[at.floor() as usize], sorted[at.ceil() as usize]);
@@ -140,8 +144,9 @@ mod tests {
         assert_eq!((one.low, one.value, one.high), (Some(7.0), 7.0, Some(7.0)));
     }
 
-    /// Skewed values (squares of uniforms, mean 1/3): of 300 sets of 40, the share whose interval holds the mean is near 95 %. The
-    /// percentile interval of a mean of 40 is a little short, so the bounds are those of 93 % plus and minus 4 standard errors.
+    /// Skewed values (squares of uniforms, mean 1/3): of 300 sets of 40, the share whose interval
+    /// holds the mean is near 95 %. The percentile interval of a mean of 40 is a little short, so
+    /// the bounds are those of 93 % plus and minus 4 standard errors.
     #[test]
     fn intervals_cover_what_they_should() {
         let resamples = Resamples::new(40);
@@ -159,7 +164,8 @@ mod tests {
         assert!((covered / 300.0 - 0.93).abs() < 4.0 * error, "{covered} of 300");
     }
 
-    /// Within a resample every sample is drawn equally often on average: 5 sigma of a binomial count.
+    /// Within a resample every sample is drawn equally often on average: 5 sigma of a binomial
+    /// count.
     #[test]
     fn draws_are_even() {
         let resamples = Resamples::new(7);

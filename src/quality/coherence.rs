@@ -1,14 +1,17 @@
-//! Owns the two measures that read words rather than tokens: whether names are kept, whether quotation marks pair up.
+//! Owns the two measures that read words rather than tokens: whether names are kept, whether
+//! quotation marks pair up.
 //!
-//! A sample comes as its documents: the text between end-of-text tokens, the last one cut off by the sample's length. A word is a
-//! run of letters with single apostrophes inside; what follows its first apostrophe does not count (`Tim's` is `Tim`).
+//! A sample comes as its documents: the text between end-of-text tokens, the last one cut off by
+//! the sample's length. A word is a run of letters with single apostrophes inside; what follows its
+//! first apostrophe does not count (`Tim's` is `Tim`).
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
 
 use super::bootstrap::Part;
 
-/// Words with whether they stand in mid-sentence: only spaces, commas and hyphens between a word and the one before it.
+/// Words with whether they stand in mid-sentence: only spaces, commas and hyphens between a word
+/// and the one before it.
 fn words(text: &str) -> Vec<(&str, bool)> {
     let apostrophe = |c: char| c == '\'' || c == '\u{2019}';
     let mut found = Vec::new();
@@ -38,9 +41,10 @@ fn words(text: &str) -> Vec<(&str, bool)> {
     found
 }
 
-/// Whether names are kept: capitalised words of two letters or more in mid-sentence (so neither `I` nor what only begins a
-/// sentence), and how many of them are of a word that the sample uses at least twice, mid-sentence or not: (kept, all).
-/// A text that invents a new name at every turn scores low, one that stays with its characters high.
+/// Whether names are kept: capitalised words of two letters or more in mid-sentence (so neither `I`
+/// nor what only begins a sentence), and how many of them are of a word that the sample uses at
+/// least twice, mid-sentence or not: (kept, all). A text that invents a new name at every turn
+/// scores low, one that stays with its characters high.
 pub fn names(documents: &[String]) -> Part {
     let words: Vec<(&str, bool)> = documents.iter().flat_map(|text| words(text)).collect();
     let mut uses: HashMap<&str, usize> = HashMap::new();
@@ -50,8 +54,8 @@ pub fn names(documents: &[String]) -> Part {
     mentions.fold((0.0, 0.0), |(kept, all), (word, _)| (kept + f64::from(uses[word] >= 2), all + 1.0))
 }
 
-/// Paragraphs (lines that are not blank) with an even number of `"`: (even, all). The paragraph that the sample's length cuts off
-/// does not count.
+/// Paragraphs (lines that are not blank) with an even number of `"`: (even, all). The paragraph
+/// that the sample's length cuts off does not count.
 pub fn quotes(documents: &[String]) -> Part {
     let last = documents.len().saturating_sub(1);
     let paragraphs = documents.iter().enumerate().flat_map(|(i, text)| {
@@ -93,7 +97,8 @@ mod tests {
 
     #[test]
     fn names_that_come_back_are_kept() {
-        // Mid-sentence capitals: Tim (3 uses in all), Sue (1), Tim. `I`, `He` and `Sam` (after a quotation mark) are none.
+        // Mid-sentence capitals: Tim (3 uses in all), Sue (1), Tim. `I`, `He` and `Sam` (after a
+        // quotation mark) are none.
         let text = texts(&["One day Tim met Sue and I saw Tim. He said \"Sam is here.\" Tim left."]);
         assert_eq!(names(&text), (2.0, 3.0));
         // The second use may stand in another document of the sample.

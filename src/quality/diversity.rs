@@ -17,8 +17,9 @@ fn grams(tokens: &[u32], n: usize) -> impl Iterator<Item = Gram> {
     })
 }
 
-/// Entropy of a sample's token frequencies, in nats: `-sum over v of c_v / n * ln(c_v / n)`, as the papers on diffusion language
-/// models report it beside generative perplexity (Zheng et al., arXiv 2409.02908). Absent for no tokens.
+/// Entropy of a sample's token frequencies, in nats: `-sum over v of c_v / n * ln(c_v / n)`, as the
+/// papers on diffusion language models report it beside generative perplexity (Zheng et al., arXiv
+/// 2409.02908). Absent for no tokens.
 pub fn unigram_entropy(tokens: &[u32]) -> Option<f64> {
     let mut sorted = tokens.to_vec();
     sorted.sort_unstable();
@@ -28,14 +29,15 @@ pub fn unigram_entropy(tokens: &[u32]) -> Option<f64> {
     (!tokens.is_empty()).then_some(entropy)
 }
 
-/// Different n-grams over n-grams, for n from 1 to 4 (Li et al., "A diversity-promoting objective function for neural
-/// conversation models", NAACL 2016). Absent where the text has no n-gram.
+/// Different n-grams over n-grams, for n from 1 to 4 (Li et al., "A diversity-promoting objective
+/// function for neural conversation models", NAACL 2016). Absent where the text has no n-gram.
 pub fn distinct(tokens: &[u32], n: usize) -> Option<f64> {
     let total = (tokens.len() + 1).saturating_sub(n);
     (total > 0).then(|| grams(tokens, n).collect::<HashSet<_>>().len() as f64 / total as f64)
 }
 
-/// [`distinct`] over a whole set: n-grams end with their sample. Falls as samples repeat each other, and with the size of the set.
+/// [`distinct`] over a whole set: n-grams end with their sample. Falls as samples repeat each
+/// other, and with the size of the set.
 pub fn set_distinct(samples: &[&[u32]], n: usize) -> Option<f64> {
     let total: usize = samples.iter().map(|tokens| (tokens.len() + 1).saturating_sub(n)).sum();
     (total > 0).then(|| samples.iter().flat_map(|tokens| grams(tokens, n)).collect::<HashSet<_>>().len() as f64 / total as f64)
@@ -49,19 +51,21 @@ struct TopTwo {
     second: usize,
 }
 
-/// Numerator of a precision that found nothing (Chen and Cherry, "A systematic comparison of smoothing techniques for
-/// sentence-level BLEU", WMT 2014, method 1).
+/// Numerator of a precision that found nothing (Chen and Cherry, "A systematic comparison of
+/// smoothing techniques for sentence-level BLEU", WMT 2014, method 1).
 const NOTHING: f64 = 0.1;
 
-/// Self-BLEU-4: the mean over samples of BLEU-4 with all other samples as references (Zhu et al., "Texygen", SIGIR 2018; BLEU:
-/// Papineni et al., ACL 2002). High where samples repeat each other.
+/// Self-BLEU-4: the mean over samples of BLEU-4 with all other samples as references (Zhu et al.,
+/// "Texygen", SIGIR 2018; BLEU: Papineni et al., ACL 2002). High where samples repeat each other.
 ///
-/// `BLEU = brevity * exp(mean over n = 1..4 of ln p_n)`, `p_n` = matched n-grams over n-grams, a match clipped by the largest
-/// count in any one reference; a `p_n` of zero has 0.1 for its numerator; `brevity = min(1, exp(1 - r / c))`, `r` the length of the
-/// reference nearest to the candidate's length c, the shorter of two. Samples of fewer than four tokens are neither candidates
-/// nor references. Absent for fewer than two samples that are.
+/// `BLEU = brevity * exp(mean over n = 1..4 of ln p_n)`, `p_n` = matched n-grams over n-grams, a
+/// match clipped by the largest count in any one reference; a `p_n` of zero has 0.1 for its
+/// numerator; `brevity = min(1, exp(1 - r / c))`, `r` the length of the reference nearest to the
+/// candidate's length c, the shorter of two. Samples of fewer than four tokens are neither
+/// candidates nor references. Absent for fewer than two samples that are.
 ///
-/// Linear in the tokens: the largest count over the *others* is the second largest over all for whoever has the largest.
+/// Linear in the tokens: the largest count over the *others* is the second largest over all for
+/// whoever has the largest.
 pub fn self_bleu(samples: &[&[u32]]) -> Option<f64> {
     let samples: Vec<&[u32]> = samples.iter().copied().filter(|tokens| tokens.len() >= ORDER).collect();
     if samples.len() < 2 {
@@ -104,7 +108,8 @@ pub fn self_bleu(samples: &[&[u32]]) -> Option<f64> {
     Some(samples.iter().zip(&log_precisions).map(bleu).sum::<f64>() / samples.len() as f64)
 }
 
-/// Of the ascending lengths without one entry equal to `length`, the nearest to it, the shorter of two.
+/// Of the ascending lengths without one entry equal to `length`, the nearest to it, the shorter of
+/// two.
 fn nearest_other(sorted: &[usize], length: usize) -> usize {
     let own = sorted.partition_point(|l| *l < length);
     let below = own.checked_sub(1).map(|i| sorted[i]);
@@ -148,26 +153,28 @@ mod tests {
         assert_eq!([1, 2, 3, 4].map(|n| distinct(&text, n)), [Some(0.4), Some(0.5), Some(2.0 / 3.0), Some(1.0)]);
         assert_eq!(distinct(&[1, 2], 3), None);
         assert_eq!(distinct(&[1, 2, 3], 3), Some(1.0));
-        // Over the set: the bigrams 12 23, 12 24, three different of four; none leads from one sample to the next.
+        // Over the set: the bigrams 12 23, 12 24, three different of four; none leads from one
+        // sample to the next.
         assert_eq!(set_distinct(&[&[1, 2, 3], &[1, 2, 4]], 2), Some(0.75));
         assert_eq!(set_distinct(&[&[1], &[2]], 2), None);
     }
 
-    /// Candidate `1 2 3 4 5`, reference `1 2 3 4 6` and the other way round: 4 of 5 unigrams, 3 of 4 bigrams, 2 of 3 trigrams, 1 of 2
-    /// 4-grams match: (4/5 * 3/4 * 2/3 * 1/2)^(1/4) = 0.2^(1/4).
+    /// Candidate `1 2 3 4 5`, reference `1 2 3 4 6` and the other way round: 4 of 5 unigrams, 3 of
+    /// 4 bigrams, 2 of 3 trigrams, 1 of 2 4-grams match: (4/5 * 3/4 * 2/3 * 1/2)^(1/4) = 0.2^(1/4).
     #[test]
     fn self_bleu_of_a_worked_pair() {
         let bleu = self_bleu(&[&[1, 2, 3, 4, 5], &[1, 2, 3, 4, 6]]).unwrap();
         assert!((bleu - 0.2f64.powf(0.25)).abs() < 1e-12, "{bleu}");
     }
 
-    /// Clipping: `7 7 7 7` has four unigrams, of which `7 7 1 2` has two, and `7 8 9 1` one. Matched: 2 of 4 unigrams, 1 of 3
-    /// bigrams, nothing of 2 trigrams and of 1 4-gram.
+    /// Clipping: `7 7 7 7` has four unigrams, of which `7 7 1 2` has two, and `7 8 9 1` one.
+    /// Matched: 2 of 4 unigrams, 1 of 3 bigrams, nothing of 2 trigrams and of 1 4-gram.
     #[test]
     fn matches_are_clipped_by_one_reference() {
         let set: [&[u32]; 3] = [&[7, 7, 7, 7], &[7, 7, 1, 2], &[7, 8, 9, 1]];
         let first = (2.0 / 4.0 * 1.0 / 3.0 * 0.1 / 2.0 * 0.1f64).powf(0.25);
-        // 7 7 1 2: both 7s and the 1 match, of the bigrams 7 7, then nothing. 7 8 9 1: the 7 and the 1, then nothing.
+        // 7 7 1 2: both 7s and the 1 match, of the bigrams 7 7, then nothing. 7 8 9 1: the 7 and
+        // the 1, then nothing.
         let second = (3.0 / 4.0 * 1.0 / 3.0 * 0.1 / 2.0 * 0.1f64).powf(0.25);
         let third = (2.0 / 4.0 * 0.1 / 3.0 * 0.1 / 2.0 * 0.1f64).powf(0.25);
         let bleu = self_bleu(&set).unwrap();
@@ -185,7 +192,8 @@ mod tests {
 
     #[test]
     fn a_short_candidate_pays_for_its_brevity() {
-        // All of the short one matches; its only reference is 6 long: exp(1 - 6/4). The long one: 4/6, 3/5, 2/4, 1/3.
+        // All of the short one matches; its only reference is 6 long: exp(1 - 6/4). The long one:
+        // 4/6, 3/5, 2/4, 1/3.
         let bleu = self_bleu(&[&[1, 2, 3, 4], &[1, 2, 3, 4, 5, 6]]).unwrap();
         let long = (4.0 / 6.0 * 3.0 / 5.0 * 2.0 / 4.0 * 1.0 / 3.0f64).powf(0.25);
         assert!((bleu - ((-0.5f64).exp() + long) / 2.0).abs() < 1e-12, "{bleu}");

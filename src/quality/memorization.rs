@@ -1,20 +1,24 @@
-//! Owns the search for copied text: the longest run of tokens that a sample shares with the training text.
+//! Owns the search for copied text: the longest run of tokens that a sample shares with the
+//! training text.
 //!
-//! A suffix array over the ids (Manber and Myers, "Suffix arrays: a new method for on-line string searches", 1993), sorted once
-//! and to the depth that samples can ask for, so that repeated documents cost no more than others. A suffix ends with its document.
+//! A suffix array over the ids (Manber and Myers, "Suffix arrays: a new method for on-line string
+//! searches", 1993), sorted once and to the depth that samples can ask for, so that repeated
+//! documents cost no more than others. A suffix ends with its document.
 #![forbid(unsafe_code)]
 
 /// The training text, sorted.
 pub struct Training {
     /// Documents, an end-of-text token after each.
     text: Vec<u32>,
-    /// Starts of suffixes in the order of their first `depth` ids; suffixes that begin with end of text are left out.
+    /// Starts of suffixes in the order of their first `depth` ids; suffixes that begin with end of
+    /// text are left out.
     suffixes: Vec<u32>,
     depth: usize,
     end_of_text: u32,
 }
 
-/// The first three ids in one number: most comparisons end here, without a look at the text. An id is below 2^21.
+/// The first three ids in one number: most comparisons end here, without a look at the text. An id
+/// is below 2^21.
 fn head(suffix: &[u32]) -> u64 {
     // One more than the id, so that a missing one sorts first.
     let id = |i: usize| suffix.get(i).map_or(0, |id| u64::from(*id) + 1);
@@ -22,8 +26,8 @@ fn head(suffix: &[u32]) -> u64 {
 }
 
 impl Training {
-    /// Sorts `text`, documents with an end-of-text token after each, for runs of up to `depth` tokens. Takes 24 bytes a token while
-    /// it sorts and 8 after that.
+    /// Sorts `text`, documents with an end-of-text token after each, for runs of up to `depth`
+    /// tokens. Takes 24 bytes a token while it sorts and 8 after that.
     ///
     /// Panics if the text has 2^32 tokens or an id is not below 2^21 - 1: callers check.
     pub fn new(text: Vec<u32>, depth: usize, end_of_text: u32) -> Training {
@@ -47,14 +51,15 @@ impl Training {
         &self.text
     }
 
-    /// Length in tokens of the longest run of `sample` that stands in a training document, end-of-text tokens belonging to no run.
-    /// Runs beyond the depth count as that long.
+    /// Length in tokens of the longest run of `sample` that stands in a training document,
+    /// end-of-text tokens belonging to no run. Runs beyond the depth count as that long.
     pub fn longest_run(&self, sample: &[u32]) -> usize {
         let document = |run: &[u32]| (0..run.len()).map(|i| self.longest_prefix(&run[i..])).max().unwrap_or(0);
         sample.split(|id| *id == self.end_of_text).map(document).max().unwrap_or(0)
     }
 
-    /// The longest prefix of `run` that a suffix begins with: the best match is a neighbour of the place where `run` would stand.
+    /// The longest prefix of `run` that a suffix begins with: the best match is a neighbour of the
+    /// place where `run` would stand.
     fn longest_prefix(&self, run: &[u32]) -> usize {
         let run = &run[..run.len().min(self.depth)];
         let at = |i: usize| suffix(&self.text, self.suffixes[i] as usize, self.depth, self.end_of_text);

@@ -1,5 +1,6 @@
-//! Owns measures of text given as token ids: what a judge's likelihoods, counts and comparisons say about a set of samples, with
-//! intervals. Knows no engine: likelihoods and text come in with the samples.
+//! Owns measures of text given as token ids: what a judge's likelihoods, counts and comparisons say
+//! about a set of samples, with intervals. Knows no engine: likelihoods and text come in with the
+//! samples.
 //!
 //! | room | owns |
 //! |---|---|
@@ -10,8 +11,9 @@
 //! | [`coherence`] | names kept, quotation marks paired |
 //! | [`reference_text`] | documents and windows of human text |
 //!
-//! All samples of a set have one length n. Losses are in nats. Targets that are end-of-text tokens are left out of every figure of
-//! a judge: a model that ends documents elsewhere than its judge would is not a worse writer for it.
+//! All samples of a set have one length n. Losses are in nats. Targets that are end-of-text tokens
+//! are left out of every figure of a judge: a model that ends documents elsewhere than its judge
+//! would is not a worse writer for it.
 #![forbid(unsafe_code)]
 
 pub mod bootstrap;
@@ -27,8 +29,8 @@ use bootstrap::{Figure, Part, Resamples};
 use memorization::Training;
 use ngram_lm::Interpolated;
 
-/// Tokens at the head of the second half that [`Measures::context_gain`] leaves out: right after the seam a judge is punished for the
-/// broken sentence, which is not what is asked.
+/// Tokens at the head of the second half that [`Measures::context_gain`] leaves out: right after
+/// the seam a judge is punished for the broken sentence, which is not what is asked.
 pub const SEAM: usize = 8;
 
 /// One sample with what others said about it.
@@ -42,7 +44,8 @@ pub struct Sample {
     pub documents: Vec<String>,
     /// The judge's negative log-likelihood of each token after BOS and all tokens before it (n).
     pub nll: Vec<f64>,
-    /// The same of the second half, behind the first half of another sample: see [`grafted`]. Absent in sets of one.
+    /// The same of the second half, behind the first half of another sample: see [`grafted`].
+    /// Absent in sets of one.
     pub grafted_nll: Option<Vec<f64>>,
 }
 
@@ -51,8 +54,8 @@ pub fn half(n: usize) -> usize {
     n / 2
 }
 
-/// Sample i as its judge reads it for [`Measures::context_gain`]: the first half of sample i + 1 (the first, after the last), then
-/// the second half of sample i.
+/// Sample i as its judge reads it for [`Measures::context_gain`]: the first half of sample i + 1
+/// (the first, after the last), then the second half of sample i.
 pub fn grafted(set: &[&[u32]], i: usize) -> Vec<u32> {
     let (own, other) = (set[i], set[(i + 1) % set.len()]);
     let middle = half(own.len());
@@ -92,8 +95,9 @@ pub struct Measures {
     pub set_distinct_4: Option<Figure>,
     /// [`diversity::self_bleu`].
     pub self_bleu_4: Option<Figure>,
-    /// Pooled perplexity, on human text, of an interpolated bigram model fitted to the set: falls with quality and with coverage
-    /// (Zhao et al., "Adversarially regularized autoencoders", ICML 2018).
+    /// Pooled perplexity, on human text, of an interpolated bigram model fitted to the set: falls
+    /// with quality and with coverage (Zhao et al., "Adversarially regularized autoencoders", ICML
+    /// 2018).
     pub reverse_ppl: Option<Figure>,
     /// Mean and largest of [`Training::longest_run`].
     pub copied_run: Option<Figure>,
@@ -101,10 +105,12 @@ pub struct Measures {
     pub changed: Option<Figure>,
     /// Share of the names that come back ([`coherence::names`]), over all names of the set.
     pub names: Option<Figure>,
-    /// Share of paragraphs with paired quotation marks ([`coherence::quotes`]), over all paragraphs of the set.
+    /// Share of paragraphs with paired quotation marks ([`coherence::quotes`]), over all paragraphs
+    /// of the set.
     pub quotes: Option<Figure>,
-    /// Mean over samples of the loss per token of the second half behind another sample's first half, minus the same behind its own;
-    /// without the first [`SEAM`] tokens of the half. What the text remembers of itself, which no local fluency can buy.
+    /// Mean over samples of the loss per token of the second half behind another sample's first
+    /// half, minus the same behind its own; without the first [`SEAM`] tokens of the half. What the
+    /// text remembers of itself, which no local fluency can buy.
     pub context_gain: Option<Figure>,
 }
 
@@ -141,7 +147,8 @@ fn context_gain(sample: &Sample, end_of_text: u32) -> Option<f64> {
     Some(strange - own)
 }
 
-/// Measures a set. Panics if `resamples` was made for another number of samples, or likelihoods have other lengths than tokens.
+/// Measures a set. Panics if `resamples` was made for another number of samples, or likelihoods
+/// have other lengths than tokens.
 pub fn measure(set: &[Sample], reference: &Reference, resamples: &Resamples) -> (Measures, PerSample) {
     let end = reference.end_of_text;
     let tokens: Vec<&[u32]> = set.iter().map(|s| s.tokens.as_slice()).collect();
@@ -198,7 +205,8 @@ pub fn reverse_perplexity(set: &[&[u32]], human: &[Vec<u32>], reference: &Refere
     mean(loss).and_then(|nll| Figure::plain(nll.exp()))
 }
 
-/// A row against the first that refined the same drafts: differences sample by sample, this row minus that one.
+/// A row against the first that refined the same drafts: differences sample by sample, this row
+/// minus that one.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Paired {
     /// Loss per token under the judge: negative is better.
@@ -267,7 +275,8 @@ mod tests {
         assert_eq!(grafted(&set, 2), [1, 2, 3, 3, 3]);
     }
 
-    /// 20 tokens: the second half begins at 10, what counts at 18. Token 18 is an end of text and 19 counts alone.
+    /// 20 tokens: the second half begins at 10, what counts at 18. Token 18 is an end of text and
+    /// 19 counts alone.
     #[test]
     fn context_gain_counts_behind_the_seam() {
         let mut tokens = [1u32; 20];
@@ -299,7 +308,8 @@ mod tests {
         let copied = measures.copied_run.unwrap();
         assert_eq!((copied.value, copied.max), (2.5, Some(3.0)));
         assert_eq!((value(measures.changed), value(measures.names), value(measures.quotes)), (0.125, 1.0, 1.0));
-        // Every token of the first sample but the last follows the training text; 7 and 8 were never seen.
+        // Every token of the first sample but the last follows the training text; 7 and 8 were
+        // never seen.
         let loss = |tokens: &[u32]| trigram.loss(tokens).0;
         let both = (loss(&[1, 2, 3, 4]) + loss(&[7, 8, 2, 3])) / 8.0;
         assert!((value(measures.trigram_ppl) - both.exp()).abs() < 1e-9);

@@ -1,15 +1,17 @@
 //! Owns the counting judge: an interpolated n-gram model fitted to token ids.
 //!
-//! Witten-Bell interpolation (Witten and Bell, "The zero-frequency problem", IEEE Transactions on Information Theory 37, 1991; in
-//! the form of Chen and Goodman, "An empirical study of smoothing techniques for language modeling", 1998):
+//! Witten-Bell interpolation (Witten and Bell, "The zero-frequency problem", IEEE Transactions on
+//! Information Theory 37, 1991; in the form of Chen and Goodman, "An empirical study of smoothing
+//! techniques for language modeling", 1998):
 //!
 //! ```text
 //! p(w | h) = (c(h w) + T(h) p(w | h')) / (c(h) + T(h)),   T(h) = different tokens seen after h,   h' = h without its first token
 //! p(w)     = (c(w) + T / V) / (N + T)
 //! ```
 //!
-//! A history never seen says nothing: `p(w | h) = p(w | h')`. Nothing is tuned, and the probabilities of the V tokens sum to one.
-//! Text before a document's first token, and before an end-of-text token, reads as end of text.
+//! A history never seen says nothing: `p(w | h) = p(w | h')`. Nothing is tuned, and the
+//! probabilities of the V tokens sum to one. Text before a document's first token, and before an
+//! end-of-text token, reads as end of text.
 #![forbid(unsafe_code)]
 
 /// Bits of an id in a packed n-gram: three fit into a key.
@@ -21,7 +23,8 @@ pub const MAX_VOCAB: usize = 1 << ID_BITS;
 /// Longest n-grams a model may have.
 const MAX_ORDER: usize = 3;
 
-/// The n-grams of one order: different keys ascending, and how many n-grams lie before each (one entry more than keys).
+/// The n-grams of one order: different keys ascending, and how many n-grams lie before each (one
+/// entry more than keys).
 struct Grams {
     keys: Vec<u64>,
     before: Vec<u32>,
@@ -62,10 +65,11 @@ pub struct Interpolated {
 }
 
 impl Interpolated {
-    /// Counts n-grams up to `order` (2 or 3) in `texts`. A text may hold several documents, an end-of-text token after each but
-    /// the last; that token is counted like any other.
+    /// Counts n-grams up to `order` (2 or 3) in `texts`. A text may hold several documents, an
+    /// end-of-text token after each but the last; that token is counted like any other.
     ///
-    /// Panics if `order` is not 1 to 3, `vocab_size` is above [`MAX_VOCAB`], or an id is not below it: callers check.
+    /// Panics if `order` is not 1 to 3, `vocab_size` is above [`MAX_VOCAB`], or an id is not below
+    /// it: callers check.
     pub fn fit<'a>(order: usize, vocab_size: usize, end_of_text: u32, texts: impl Iterator<Item = &'a [u32]> + Clone) -> Interpolated {
         assert!((1..=MAX_ORDER).contains(&order) && vocab_size <= MAX_VOCAB, "order {order}, vocabulary of {vocab_size}");
         let orders = (1..=order)
@@ -94,7 +98,8 @@ impl Interpolated {
         p
     }
 
-    /// Negative log-likelihood in nats of a text that begins a document: sum and number of its tokens, end-of-text targets left out.
+    /// Negative log-likelihood in nats of a text that begins a document: sum and number of its
+    /// tokens, end-of-text targets left out.
     pub fn loss(&self, text: &[u32]) -> (f64, f64) {
         let targets = (0..text.len()).filter(|i| text[*i] != self.end_of_text);
         targets.fold((0.0, 0.0), |(sum, count), i| (sum - self.probability(text, i).ln(), count + 1.0))
@@ -120,8 +125,9 @@ mod tests {
 
     const END: u32 = 0;
 
-    /// `1 2 1 3` then the end, V = 4. Unigrams: N = 5, T = 4 different. p(1) = (2 + 4/4) / 9 = 1/3, p(2) = p(3) = p(0) = 2/9.
-    /// After 1 came 2 and 3: c = 2, T = 2. p(2 | 1) = (1 + 2 * 2/9) / 4 = 13/36. After 2 came 1: p(1 | 2) = (1 + 1/3) / 2 = 2/3.
+    /// `1 2 1 3` then the end, V = 4. Unigrams: N = 5, T = 4 different. p(1) = (2 + 4/4) / 9 = 1/3,
+    /// p(2) = p(3) = p(0) = 2/9. After 1 came 2 and 3: c = 2, T = 2. p(2 | 1) = (1 + 2 * 2/9) / 4 =
+    /// 13/36. After 2 came 1: p(1 | 2) = (1 + 1/3) / 2 = 2/3.
     #[test]
     fn a_model_small_enough_for_the_hand() {
         let text = [1, 2, 1, 3, END];
@@ -152,7 +158,8 @@ mod tests {
             let (sum, count) = Interpolated::fit(order, 8, END, std::iter::once(&text[..])).loss(&text);
             sum / count
         };
-        // One id before leaves two choices at two places of five; nothing before, the entropy of 2/5, 1/5, 1/5, 1/5.
+        // One id before leaves two choices at two places of five; nothing before, the entropy of
+        // 2/5, 1/5, 1/5, 1/5.
         assert!((loss(2) - 0.4 * 2f64.ln()).abs() < 0.05, "{}", loss(2));
         assert!((loss(1) - (0.4 * 2.5f64.ln() + 0.6 * 5f64.ln())).abs() < 0.05, "{}", loss(1));
         assert!(loss(3) < 0.1, "{}", loss(3));

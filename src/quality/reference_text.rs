@@ -4,7 +4,8 @@
 /// The line between two documents of a file.
 pub const SEPARATOR: &str = "<|endoftext|>";
 
-/// Documents of a text: what stands between separator lines, without space around it. Empty ones are left out.
+/// Documents of a text: what stands between separator lines, without space around it. Empty ones
+/// are left out.
 pub fn documents(text: &str) -> Vec<&str> {
     let mut found = Vec::new();
     let (mut start, mut at) = (0, 0);
@@ -29,10 +30,11 @@ pub struct Windows {
     pub spare: Vec<Vec<u32>>,
 }
 
-/// A window begins with a document and runs on into those after it, an end-of-text token between them, to `length` tokens. As many
-/// windows as documents, at most `count`: first those that begin after the end of the one before, and only where these are too
-/// few also the other documents, in order (text ends are then joined to the beginning). Absent where the whole text is shorter
-/// than a window.
+/// A window begins with a document and runs on into those after it, an end-of-text token between
+/// them, to `length` tokens. As many windows as documents, at most `count`: first those that begin
+/// after the end of the one before, and only where these are too few also the other documents, in
+/// order (text ends are then joined to the beginning). Absent where the whole text is shorter than
+/// a window.
 pub fn windows(documents: &[Vec<u32>], length: usize, count: usize, end_of_text: u32) -> Option<Windows> {
     let mut text = Vec::new();
     let mut starts = Vec::new();
@@ -75,7 +77,8 @@ mod tests {
     #[test]
     fn windows_begin_with_documents_and_do_not_overlap() {
         let documents = [vec![1, 2, 3], vec![4], vec![5, 6, 7], vec![8, 9]];
-        // Text: 1 2 3 0 4 0 5 6 7 0 8 9 0. Documents begin at 0, 4, 6 and 10; the second lies inside the first window.
+        // Text: 1 2 3 0 4 0 5 6 7 0 8 9 0. Documents begin at 0, 4, 6 and 10; the second lies
+        // inside the first window.
         let windows = windows(&documents, 5, 2, 0).unwrap();
         assert_eq!(windows.rows, [vec![1, 2, 3, 0, 4], vec![5, 6, 7, 0, 8]]);
         assert_eq!((windows.overlapping, windows.spare.len()), (0, 0));

@@ -3,7 +3,8 @@
 
 use crate::sampling::types::{Decision, Score};
 
-/// Score of a token by the answer of a scoring forward that was forced to it; `snapshot`: its probability when it was revealed.
+/// Score of a token by the answer of a scoring forward that was forced to it; `snapshot`: its
+/// probability when it was revealed.
 pub fn score(score: Score, decision: &Decision, snapshot: f32) -> f64 {
     match score {
         // The probability itself, not its logarithm: what events report.
@@ -13,7 +14,8 @@ pub fn score(score: Score, decision: &Decision, snapshot: f32) -> f64 {
     }
 }
 
-/// Positions to mask again: the `floor(ratio * N)` lowest of N scores over the whole sequence, ties to the lower position; ascending.
+/// Positions to mask again: the `floor(ratio * N)` lowest of N scores over the whole sequence, ties
+/// to the lower position; ascending.
 pub fn remask(ratio: f64, scores: &[(usize, f64)]) -> Vec<usize> {
     let count = ((ratio * scores.len() as f64).floor() as usize).min(scores.len());
     let mut order = scores.to_vec();

@@ -8,12 +8,15 @@
 use crate::error::{Error, Result};
 use crate::sampling::types::{Decision, Draw, TopK, TopKOrder, TopPRule};
 
-/// Token, confidence and shape of one row's distribution, in f64: the specification of `Backend::decide`.
+/// Token, confidence and shape of one row's distribution, in f64: the specification of
+/// `Backend::decide`.
 ///
-/// The draw is an inverse CDF over ascending token ids: the smallest kept id whose cumulative mass exceeds `u * total`.
-/// One 53-bit uniform per row keeps the full resolution of the distribution (docs/architecture.md, draws of full resolution).
+/// The draw is an inverse CDF over ascending token ids: the smallest kept id whose cumulative mass
+/// exceeds `u * total`. One 53-bit uniform per row keeps the full resolution of the distribution
+/// (docs/architecture.md, draws of full resolution).
 ///
-/// Errors: [`Error::Kernel`] if a logit that is not banned is NaN or +inf, or if every id is banned.
+/// Errors: [`Error::Kernel`] if a logit that is not banned is NaN or +inf, or if every id is
+/// banned.
 pub fn decide_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decision> {
     let allowed = |id: usize| !banned.contains(&(id as u32));
     let mut top = [(f64::NEG_INFINITY, usize::MAX); 2];
@@ -98,7 +101,8 @@ pub fn decide_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decisio
     })
 }
 
-/// Zeroes the mass of every token outside the nucleus. Order: larger logit first, ties to the lower id.
+/// Zeroes the mass of every token outside the nucleus. Order: larger logit first, ties to the lower
+/// id.
 fn nucleus(mass: &mut [f64], logits: &[f32], top_p: f64, rule: TopPRule) {
     let total: f64 = mass.iter().sum();
     let mut order: Vec<usize> = (0..mass.len()).filter(|&id| mass[id] > 0.0).collect();
@@ -163,14 +167,16 @@ mod tests {
         // Within: boundary at 0.3 / 0.7; crossing: 0.2 / 0.9 and 0.5 / 0.9.
         assert_eq!([0.428, 0.429].map(|u| token(u, TopPRule::Within)), [2, 3]);
         assert_eq!([0.222, 0.223, 0.555, 0.556].map(|u| token(u, TopPRule::Crossing)), [1, 2, 2, 3]);
-        // The first is kept even where it alone exceeds p; its truncated confidence is 1, its raw one is not.
+        // The first is kept even where it alone exceeds p; its truncated confidence is 1, its raw
+        // one is not.
         let draw = Draw { u: 0.99, top_p: 0.1, ..PLAIN };
         assert_eq!(decide_row(&l, &[], &draw).unwrap().confidence, 0.4);
         let d = decide_row(&l, &[], &Draw { truncated_confidence: true, ..draw }).unwrap();
         assert_eq!((d.token, d.confidence), (3, 1.0));
     }
 
-    /// Sorted 0.4 0.3 0.2 0.1 at temperature 0.5 is 16 9 4 1 of 30; crossing 0.75 keeps two, 16 and 9 of 25.
+    /// Sorted 0.4 0.3 0.2 0.1 at temperature 0.5 is 16 9 4 1 of 30; crossing 0.75 keeps two, 16 and
+    /// 9 of 25.
     #[test]
     fn truncated_quantities_are_those_of_what_is_left() {
         let l = logits(&[0.1, 0.2, 0.3, 0.4]);
@@ -186,7 +192,8 @@ mod tests {
         close(decide_row(&l, &[], &Draw { u: 0.5, ..draw }).unwrap(), [0.64, 0.36], 3, 0.64);
         // One is left.
         close(decide_row(&l, &[], &Draw { top_p: 0.1, ..draw }).unwrap(), [1.0, 0.0], 3, 1.0);
-        // [Dream] At temperature 0 the nucleus is that of temperature 1: 0.4 and 0.3 reach 0.6, and the first is taken.
+        // [Dream] At temperature 0 the nucleus is that of temperature 1: 0.4 and 0.3 reach 0.6, and
+        // the first is taken.
         close(decide_row(&l, &[], &Draw { temperature: 0.0, top_p: 0.6, ..draw }).unwrap(), [4.0 / 7.0, 3.0 / 7.0], 3, 4.0 / 7.0);
         let forced = decide_row(&l, &[], &Draw { forced: Some(0), ..draw }).unwrap();
         assert_eq!(forced, decide_row(&l, &[], &Draw { forced: Some(0), ..PLAIN }).unwrap());
@@ -202,7 +209,8 @@ mod tests {
         assert_eq!((forced.token, forced.confidence), (2, d.confidence));
         assert!(decide_row(&l, &[3], &Draw { forced: Some(3), ..PLAIN }).is_err());
         assert!(decide_row(&l, &[3], &Draw { forced: Some(4), ..PLAIN }).is_err());
-        // Equal logits under nucleus: ties are kept from the lower id on. 4 x 0.25, within 0.6 keeps ids 0 and 1.
+        // Equal logits under nucleus: ties are kept from the lower id on. 4 x 0.25, within 0.6
+        // keeps ids 0 and 1.
         let d = decide_row(&[2.0; 4], &[], &Draw { top_p: 0.6, u: 0.999, ..PLAIN }).unwrap();
         assert_eq!(d.token, 1);
     }

@@ -7,13 +7,15 @@
 /// Which published nucleus rule applies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TopPRule {
-    /// Keep tokens, most probable first, while the cumulative sum *including* the token is <= p; always the first. [BD3-LM]
+    /// Keep tokens, most probable first, while the cumulative sum *including* the token is <= p;
+    /// always the first. [BD3-LM]
     Within,
     /// Also keep the token that crosses p (Hugging Face, Dream).
     Crossing,
 }
 
-/// Which of the most probable tokens may be drawn: k of them, and those that are as probable as the last of these. Banned ids are none.
+/// Which of the most probable tokens may be drawn: k of them, and those that are as probable as the
+/// last of these. Banned ids are none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TopK {
     /// At least 1.
@@ -45,17 +47,20 @@ pub struct Draw {
     pub top_k: Option<TopK>,
     /// `Some(t)`: choose t instead of drawing (scoring, teacher forcing).
     pub forced: Option<u32>,
-    /// Report confidence, margin and entropy of the distribution that the token is drawn from, after temperature, top-k and nucleus, instead of the
-    /// raw ones. At temperature 0 that is what they leave at temperature 1. Nothing for a forced token.
+    /// Report confidence, margin and entropy of the distribution that the token is drawn from,
+    /// after temperature, top-k and nucleus, instead of the raw ones. At temperature 0 that is what
+    /// they leave at temperature 1. Nothing for a forced token.
     pub truncated_confidence: bool,
 }
 
-/// The answer for one row. Raw quantities are under softmax(logits) with banned ids excluded, before temperature, top-k and nucleus; `log_prob`
-/// always is, the others unless the draw asks otherwise.
+/// The answer for one row. Raw quantities are under softmax(logits) with banned ids excluded,
+/// before temperature, top-k and nucleus; `log_prob` always is, the others unless the draw asks
+/// otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decision {
     pub token: u32,
-    /// Probability of `token`: raw, or after temperature, top-k and nucleus where the draw asks for it.
+    /// Probability of `token`: raw, or after temperature, top-k and nucleus where the draw asks for
+    /// it.
     pub confidence: f32,
     /// ln of the raw probability of `token`.
     pub log_prob: f32,
@@ -68,7 +73,8 @@ pub struct Decision {
 /// The ranking by which masked positions are revealed, best first; ties to the lower position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rank {
-    /// A uniformly random order. With one reveal per forward this is BD3-LM's first-hitting sampler.
+    /// A uniformly random order. With one reveal per forward this is BD3-LM's first-hitting
+    /// sampler.
     Uniform,
     /// Highest probability of the chosen token first.
     Confidence,
@@ -85,25 +91,30 @@ pub enum Rank {
 pub enum Unmask {
     /// The best `n`.
     Count { rank: Rank, n: usize },
-    /// LLaDA's quota: m masks over `steps` forwards, `m / steps` each and one more in the first `m % steps`.
+    /// LLaDA's quota: m masks over `steps` forwards, `m / steps` each and one more in the first `m
+    /// % steps`.
     Linear { rank: Rank, steps: usize },
-    /// SDAR's quota: a block of L positions over `steps` forwards, `L / steps` each and one more in the first `L % steps`, however many
-    /// of them are masked.
+    /// SDAR's quota: a block of L positions over `steps` forwards, `L / steps` each and one more in
+    /// the first `L % steps`, however many of them are masked.
     Fixed { rank: Rank, steps: usize },
-    /// Dream's integer schedule over `linspace(1, eps, steps + 1)` in f32: `floor(masks left * (1 - s/t))`, the rest in the last step.
-    /// Steps whose count is zero are skipped without a forward: Dream runs them, and throws their result away.
+    /// Dream's integer schedule over `linspace(1, eps, steps + 1)` in f32: `floor(masks left * (1 -
+    /// s/t))`, the rest in the last step. Steps whose count is zero are skipped without a forward:
+    /// Dream runs them, and throws their result away.
     Timestep { rank: Rank, steps: usize, eps: f32 },
-    /// Dream's `origin` over the same times: each masked position by itself, with probability `1 - s/t` and in the last step surely. Drawn as
-    /// one time in [0, 1) for each position, revealed by the step in which it lies: the reverse process itself. Steps in which no time lies
-    /// are skipped without a forward.
+    /// Dream's `origin` over the same times: each masked position by itself, with probability `1 -
+    /// s/t` and in the last step surely. Drawn as one time in [0, 1) for each position, revealed by
+    /// the step in which it lies: the reverse process itself. Steps in which no time lies are
+    /// skipped without a forward.
     Ancestral { steps: usize, eps: f32 },
     /// Everything with confidence >= the threshold, and always the most confident (Fast-dLLM).
     Threshold(f32),
-    /// Everything with confidence > the bound, and at least the most confident ones of [`Unmask::Fixed`]'s quota over `steps`, one without
-    /// (SDAR `low_confidence_dynamic`, Fast-dLLM v2).
+    /// Everything with confidence > the bound, and at least the most confident ones of
+    /// [`Unmask::Fixed`]'s quota over `steps`, one without (SDAR `low_confidence_dynamic`,
+    /// Fast-dLLM v2).
     Above { bound: f32, steps: Option<usize> },
-    /// Fast-dLLM's factor f: of the confidences in descending order the first, and on from there while the r-th is at least `1 - f / (r + 1)`. As
-    /// in its code, a last mask that alone falls short goes along.
+    /// Fast-dLLM's factor f: of the confidences in descending order the first, and on from there
+    /// while the r-th is at least `1 - f / (r + 1)`. As in its code, a last mask that alone falls
+    /// short goes along.
     Factor(f32),
     /// Lowest entropies first while (cumulative sum - largest so far) <= the bound, in nats.
     EntropyBound(f32),
@@ -137,15 +148,18 @@ pub enum Reveal {
     EntropyBound(f32),
 }
 
-/// What a scoring forward (post-hoc, held-out) makes of the answer p at a position; the lowest are masked again.
+/// What a scoring forward (post-hoc, held-out) makes of the answer p at a position; the lowest are
+/// masked again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Score {
     /// `ln p(token)`: improbable tokens, mistakes and rare words alike.
     Probability,
-    /// `ln p(token) + H(p)`: less probable than a draw from p would be on average (after Meister et al., "Locally typical
-    /// sampling", arXiv 2202.00666, equation 6, one-sided). A rare word among many possible ones is not low.
+    /// `ln p(token) + H(p)`: less probable than a draw from p would be on average (after Meister et
+    /// al., "Locally typical sampling", arXiv 2202.00666, equation 6, one-sided). A rare word among
+    /// many possible ones is not low.
     Typicality,
-    /// `ln p(token) - ln snapshot(token)`: what the forward that revealed the token believed, and this one no longer does.
+    /// `ln p(token) - ln snapshot(token)`: what the forward that revealed the token believed, and
+    /// this one no longer does.
     Lift,
 }
 

@@ -29,8 +29,8 @@ pub struct BlockProgress {
     pub step: usize,
 }
 
-/// How many reveals `unmask` wants at this step, where it counts steps (of [`Unmask::Above`]: at least); `None` for rules that look at
-/// the candidates instead.
+/// How many reveals `unmask` wants at this step, where it counts steps (of [`Unmask::Above`]: at
+/// least); `None` for rules that look at the candidates instead.
 pub fn quota(unmask: &Unmask, progress: BlockProgress) -> Option<usize> {
     let BlockProgress { block_len, masks_at_start, masks, step } = progress;
     // The remainder goes to the first steps.
@@ -44,7 +44,8 @@ pub fn quota(unmask: &Unmask, progress: BlockProgress) -> Option<usize> {
         Unmask::Above { steps: None, .. } => Some(1),
         Unmask::Timestep { steps, .. } if step + 1 >= steps => Some(masks),
         Unmask::Timestep { steps, eps, .. } => {
-            // [Dream] f32 arithmetic decides the truncation: t and s are elements of linspace(1, eps, steps + 1).
+            // [Dream] f32 arithmetic decides the truncation: t and s are elements of linspace(1,
+            // eps, steps + 1).
             let (t, s) = (linspace_f32(eps, steps, step), linspace_f32(eps, steps, step + 1));
             Some((masks as f64 * f64::from(1.0 - s / t)) as usize)
         }
@@ -52,17 +53,19 @@ pub fn quota(unmask: &Unmask, progress: BlockProgress) -> Option<usize> {
     }
 }
 
-/// Element `index` of `linspace(1, eps, steps + 1)` as PyTorch computes it in f32: from the nearer end.
+/// Element `index` of `linspace(1, eps, steps + 1)` as PyTorch computes it in f32: from the nearer
+/// end.
 fn linspace_f32(eps: f32, steps: usize, index: usize) -> f32 {
     let delta = (eps - 1.0) / steps as f32;
     if index < steps.div_ceil(2) { 1.0 + delta * index as f32 } else { eps - delta * (steps - index) as f32 }
 }
 
-/// The first step at or after `progress.step` that reveals something: the others need no forward. `times` are the masked positions', of
-/// [`Unmask::Ancestral`].
+/// The first step at or after `progress.step` that reveals something: the others need no forward.
+/// `times` are the masked positions', of [`Unmask::Ancestral`].
 pub fn next_step(unmask: &Unmask, mut progress: BlockProgress, times: impl Iterator<Item = f64>) -> usize {
     if let Unmask::Ancestral { steps, eps } = *unmask {
-        // [Dream] `origin`: with p = 1 - s/t at every step, a position's step is the one in which its time lies.
+        // [Dream] `origin`: with p = 1 - s/t at every step, a position's step is the one in which
+        // its time lies.
         let latest = times.fold(0.0, f64::max);
         while progress.step + 1 < steps && latest < f64::from(linspace_f32(eps, steps, progress.step + 1)) {
             progress.step += 1;
@@ -80,17 +83,20 @@ pub fn next_step(unmask: &Unmask, mut progress: BlockProgress, times: impl Itera
     progress.step
 }
 
-/// The positions to reveal now: indices into `candidates`, ascending. At least one and never more than there are.
+/// The positions to reveal now: indices into `candidates`, ascending. At least one and never more
+/// than there are.
 ///
 /// Errors: [`Error::Kernel`] naming the position if a confidence, margin or entropy is NaN.
 pub fn select(unmask: &Unmask, progress: BlockProgress, candidates: &[Candidate]) -> Result<Vec<usize>> {
     select_tempered(unmask, 0.0, progress, candidates)
 }
 
-/// [`select`] where rankings by confidence, margin or entropy are draws of this `temperature`: positions one after the other, without
-/// putting back, with weights `exp(rank / temperature)` (Dream's `alg_temp`; the rank of an entropy is its negative).
+/// [`select`] where rankings by confidence, margin or entropy are draws of this `temperature`:
+/// positions one after the other, without putting back, with weights `exp(rank / temperature)`
+/// (Dream's `alg_temp`; the rank of an entropy is its negative).
 ///
-/// The n smallest of `E exp(-rank / temperature)`, E exponential, are such a draw (Efraimidis and Spirakis 2006; in logarithms, Gumbel-top-k).
+/// The n smallest of `E exp(-rank / temperature)`, E exponential, are such a draw (Efraimidis and
+/// Spirakis 2006; in logarithms, Gumbel-top-k).
 pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgress, candidates: &[Candidate]) -> Result<Vec<usize>> {
     for c in candidates {
         let Decision { confidence, margin, entropy, .. } = c.decision;
@@ -134,7 +140,8 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
         }
         Unmask::Factor(factor) => {
             let mut order = best_first(Rank::Confidence);
-            // The last one of all is never asked, see `Unmask::Factor`. Rank r counts from 1, i from 0.
+            // The last one of all is never asked, see `Unmask::Factor`. Rank r counts from 1, i
+            // from 0.
             let short = |i: &usize| f64::from(candidates[order[*i]].decision.confidence) < 1.0 - f64::from(factor) / (*i + 2) as f64;
             if let Some(n) = (1..order.len().saturating_sub(1)).find(short) {
                 order.truncate(n);
@@ -166,8 +173,9 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
     Ok(chosen)
 }
 
-/// Which tokens that stand give way (LLaDA2.1): indices, ascending, of the answers that name another token with a confidence above `bound`.
-/// Each candidate comes with the token that its position holds.
+/// Which tokens that stand give way (LLaDA2.1): indices, ascending, of the answers that name
+/// another token with a confidence above `bound`. Each candidate comes with the token that its
+/// position holds.
 ///
 /// Errors: [`Error::Kernel`] naming the position if a confidence is NaN.
 pub fn edits(bound: f32, standing: &[(Candidate, u32)]) -> Result<Vec<usize>> {
@@ -235,7 +243,8 @@ mod tests {
         assert_eq!(pick(0.35), [0, 1, 2]);
     }
 
-    /// [LLaDA] 10 masks over 4 steps: 3 3 2 2. 3 masks over 5 steps: 1 1 1, and the empty steps are never reached.
+    /// [LLaDA] 10 masks over 4 steps: 3 3 2 2. 3 masks over 5 steps: 1 1 1, and the empty steps are
+    /// never reached.
     #[test]
     fn linear_quota_gives_the_remainder_to_the_first_steps() {
         let rule = Unmask::Linear { rank: Rank::Confidence, steps: 4 };
@@ -274,7 +283,8 @@ mod tests {
         assert_eq!(next_step(&rule, at(32, 32, 0), std::iter::empty()), 1);
     }
 
-    /// [SDAR] Strictly above, and never fewer than the quota: 8 positions over 3 steps are 3 3 2, also where only 5 are masked.
+    /// [SDAR] Strictly above, and never fewer than the quota: 8 positions over 3 steps are 3 3 2,
+    /// also where only 5 are masked.
     #[test]
     fn above_is_strict_and_reveals_the_quota_at_least() {
         let c = confident(&[0.5, 0.8, 0.79, 0.1, 0.9]);
@@ -299,8 +309,9 @@ mod tests {
         assert_eq!(pick(&[0.1, 0.3, 0.2, 0.15], 9.0), [0, 1, 2, 3]);
     }
 
-    /// [Dream] `origin` reveals at step i with probability 1 - s/t what is still masked: over all steps, t - s of the positions, the rest
-    /// in the last one. 40,000 times: five deviations of a share are below 1.3 %.
+    /// [Dream] `origin` reveals at step i with probability 1 - s/t what is still masked: over all
+    /// steps, t - s of the positions, the rest in the last one. 40,000 times: five deviations of a
+    /// share are below 1.3 %.
     #[test]
     fn ancestral_steps_are_independent_draws() {
         let (steps, eps) = (6, 0.1);
@@ -331,7 +342,8 @@ mod tests {
         candidates(&[(0.5, 0.0, 0.0, 0.0)])[0]
     }
 
-    /// Draws without putting back: pairs of three positions with weights exp(c / 0.5), against their probabilities.
+    /// Draws without putting back: pairs of three positions with weights exp(c / 0.5), against
+    /// their probabilities.
     #[test]
     fn tempered_rankings_draw_without_putting_back() {
         let values = [0.9f32, 0.5, 0.1];

@@ -1,5 +1,6 @@
-//! Owns the spelling of stages: `key=value,...` as typed, resolved once against the request's defaults and checked. [`Stage`]'s `Display` is the
-//! canonical spelling and parses back to the same stage.
+//! Owns the spelling of stages: `key=value,...` as typed, resolved once against the request's
+//! defaults and checked. [`Stage`]'s `Display` is the canonical spelling and parses back to the
+//! same stage.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -360,7 +361,8 @@ impl StageSpec {
         };
         let scope = self.scope.unwrap_or(defaults.scope);
         if scope == Scope::Block && block_len.is_some() {
-            // [SDAR] Block-causal attention counts blocks from position 0, and finished blocks are never seen again anyway.
+            // [SDAR] Block-causal attention counts blocks from position 0, and finished blocks are
+            // never seen again anyway.
             if self.from_prompt == Some(true) {
                 return fail("from=prompt needs visible=canvas: block-causal attention counts from position 0");
             }

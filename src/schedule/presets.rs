@@ -22,7 +22,8 @@ pub const PRESETS: [(&str, &[&str]); 15] = [
         "did-lift",
         &["block=trained,unmask=uniform:1", "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
     ),
-    // The same over a draft of a forward or few a block, where there is a joint sampler: docs/joint.md.
+    // The same over a draft of a forward or few a block, where there is a joint sampler:
+    // docs/joint.md.
     (
         "did-joint",
         &["block=trained,sampler=joint:4", "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
@@ -53,7 +54,8 @@ pub const PRESETS: [(&str, &[&str]); 15] = [
 ];
 
 impl Schedule {
-    /// Resolves typed stages against the request's defaults. Errors name the stage and what it may hold.
+    /// Resolves typed stages against the request's defaults. Errors name the stage and what it may
+    /// hold.
     pub fn resolve(specs: &[StageSpec], defaults: &Defaults) -> Result<Schedule> {
         if specs.is_empty() {
             return Err(Error::request("a schedule needs at least one stage"));

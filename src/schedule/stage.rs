@@ -30,17 +30,21 @@ pub struct Remask {
 pub enum KvPolicy {
     /// Everything visible is recomputed wherever reuse would not be exact.
     Exact,
-    /// All rows every r forwards; between them only masked rows and rows revealed since the last forward. Approximate.
+    /// All rows every r forwards; between them only masked rows and rows revealed since the last
+    /// forward. Approximate.
     Refresh(usize),
-    /// As `Refresh`, without any full forward: the previous stage's K/V serve the kept tokens. Approximate.
-    Draft,
-    /// Nothing is reused: every forward recomputes all rows it can see. The slow twin of `Exact`, equal to it token for token.
-    Recompute,
-    /// Fast-dLLM's prefix cache for full attention: all rows in a block's first forward, in the others the block and everything behind it.
+    /// As `Refresh`, without any full forward: the previous stage's K/V serve the kept tokens.
     /// Approximate.
+    Draft,
+    /// Nothing is reused: every forward recomputes all rows it can see. The slow twin of `Exact`,
+    /// equal to it token for token.
+    Recompute,
+    /// Fast-dLLM's prefix cache for full attention: all rows in a block's first forward, in the
+    /// others the block and everything behind it. Approximate.
     Prefix,
-    /// Fast-dLLM's dual cache: all rows in a block's first forward, in the others the block alone. Under block-causal attention, Fast-dLLM v2's cache
-    /// inside a block: the block while the first position of the part is masked, then the part alone. Approximate.
+    /// Fast-dLLM's dual cache: all rows in a block's first forward, in the others the block alone.
+    /// Under block-causal attention, Fast-dLLM v2's cache inside a block: the block while the first
+    /// position of the part is masked, then the part alone. Approximate.
     Dual,
 }
 
@@ -52,8 +56,8 @@ pub enum Eos {
     Free,
     /// The end of text is never drawn (`logits_eos_inf`).
     Never,
-    /// They may be drawn but have confidence 0, so they are revealed behind all others, whose confidence is that among the others
-    /// alone (`confidence_eos_eot_inf`).
+    /// They may be drawn but have confidence 0, so they are revealed behind all others, whose
+    /// confidence is that among the others alone (`confidence_eos_eot_inf`).
     Last,
     /// Both: the end of text is never drawn, and of what else ends the confidence is 0.
     NeverLast,
@@ -62,9 +66,11 @@ pub enum Eos {
 /// Tokens that stand may give way while their block is decoded (LLaDA2.1).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Edit {
-    /// A token of the block that the model chose, and would now choose otherwise with a confidence above this, is overwritten.
+    /// A token of the block that the model chose, and would now choose otherwise with a confidence
+    /// above this, is overwritten.
     pub bound: f32,
-    /// Forwards at most over the block once no position of it is masked. The first of them that overwrites nothing is the last.
+    /// Forwards at most over the block once no position of it is masked. The first of them that
+    /// overwrites nothing is the last.
     pub passes: usize,
 }
 
@@ -74,8 +80,9 @@ pub enum Bans {
     /// In the model's answers and in the sampler's.
     #[default]
     Every,
-    /// In the model's alone, as the published code does. A pass that draws MASK leaves its position masked: one of the round's reveals is spent, and a
-    /// later pass or forward may take the position.
+    /// In the model's alone, as the published code does. A pass that draws MASK leaves its position
+    /// masked: one of the round's reveals is spent, and a later pass or forward may take the
+    /// position.
     First,
 }
 
@@ -84,7 +91,8 @@ pub enum Bans {
 pub enum Scope {
     /// Visibility `block_causal(block_len)`: what block diffusion models are trained with.
     Block,
-    /// Visibility full; only the decision is restricted to the block (LLaDA's semi-autoregressive mode).
+    /// Visibility full; only the decision is restricted to the block (LLaDA's semi-autoregressive
+    /// mode).
     Canvas,
 }
 
@@ -96,31 +104,35 @@ pub struct Stage {
     pub scope: Scope,
     /// Blocks count from the first position to be generated and not from position 0.
     pub from_prompt: bool,
-    /// Within a block, decisions go left to right in parts of this length; attention is the block's ([Fast-dLLM v2]).
+    /// Within a block, decisions go left to right in parts of this length; attention is the block's
+    /// ([Fast-dLLM v2]).
     pub sub_len: Option<usize>,
     pub remask: Option<Remask>,
     pub unmask: Unmask,
-    /// Above 0, a ranking by confidence, margin or entropy becomes a draw: positions one after the other, without putting back, with weights
-    /// `exp(rank / temperature)` (Dream's `alg_temp`).
+    /// Above 0, a ranking by confidence, margin or entropy becomes a draw: positions one after the
+    /// other, without putting back, with weights `exp(rank / temperature)` (Dream's `alg_temp`).
     pub order_temperature: f32,
     pub temperature: f32,
     pub top_p: f32,
     pub top_p_rule: TopPRule,
     pub top_k: Option<TopK>,
-    /// Classifier-free guidance: logits are `u + (guidance + 1) (l - u)`, u the logits where every given position is masked too; 0 is none
-    /// (LLaDA's `cfg_scale`).
+    /// Classifier-free guidance: logits are `u + (guidance + 1) (l - u)`, u the logits where every
+    /// given position is masked too; 0 is none (LLaDA's `cfg_scale`).
     pub guidance: f32,
     pub eos: Eos,
     pub edit: Option<Edit>,
     /// A forward's reveals are made one at a time, the joint sampler's passes in between (ADJUST).
     pub joint: bool,
     pub bans: Bans,
-    /// The sampler's passes choose among so many ids at each position, the most probable ones of the model's own answer there; `None` is all of them.
+    /// The sampler's passes choose among so many ids at each position, the most probable ones of
+    /// the model's own answer there; `None` is all of them.
     pub shortlist: Option<usize>,
-    /// The last block is decoded to its end, beyond the length that was asked for, and cut afterwards (SDAR, LLaDA2).
+    /// The last block is decoded to its end, beyond the length that was asked for, and cut
+    /// afterwards (SDAR, LLaDA2).
     pub fill: bool,
     pub kv: KvPolicy,
-    /// Record and rank by confidence, margin and entropy of the distribution after temperature, top-k and nucleus instead of the raw ones.
+    /// Record and rank by confidence, margin and entropy of the distribution after temperature,
+    /// top-k and nucleus instead of the raw ones.
     pub truncated_confidence: bool,
     /// Which of the engine's models runs the stage: 0 is the one it was loaded with.
     pub weights: usize,
@@ -140,7 +152,8 @@ impl Stage {
         self.block_len.unwrap_or(len).clamp(1, len.max(1))
     }
 
-    /// Positions that the stage decodes where `len` are asked for, the last of them to be generated.
+    /// Positions that the stage decodes where `len` are asked for, the last of them to be
+    /// generated.
     pub fn decoded_len(&self, len: usize) -> usize {
         if self.fill { len.next_multiple_of(self.block_len_in(len)) } else { len }
     }
@@ -158,7 +171,8 @@ pub struct Defaults {
     pub top_p: f32,
     pub top_p_rule: TopPRule,
     pub top_k: Option<TopK>,
-    /// Scope of stages that do not name one: `Block` for block diffusion models, `Canvas` for models trained with full attention.
+    /// Scope of stages that do not name one: `Block` for block diffusion models, `Canvas` for
+    /// models trained with full attention.
     pub scope: Scope,
     /// What `block=trained` is: the block length of a block diffusion model.
     pub block_len: usize,

@@ -1,4 +1,5 @@
-//! Owns the rounds of a joint sampler within one forward: the first reveal is the model's, the others follow one at a time, the sampler in between.
+//! Owns the rounds of a joint sampler within one forward: the first reveal is the model's, the
+//! others follow one at a time, the sampler in between.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -16,19 +17,21 @@ use crate::sequence::report::Event;
 const CALL_BITS: u32 = 20;
 
 impl Sequence {
-    /// Whether the pending step belongs to a stage whose reveals are joint: all of its rows are wanted.
+    /// Whether the pending step belongs to a stage whose reveals are joint: all of its rows are
+    /// wanted.
     pub fn is_joint(&self) -> bool {
         self.stage().joint && self.pending.as_ref().is_some_and(|step| step.kind != Kind::Score)
     }
 
-    /// Ids that the sampler's calls behind the pending step choose among at each position that it asks; `None`: all of them, or it makes no call.
+    /// Ids that the sampler's calls behind the pending step choose among at each position that it
+    /// asks; `None`: all of them, or it makes no call.
     pub fn joint_shortlist(&self) -> Option<usize> {
         let step = self.pending.as_ref().filter(|step| step.kind == Kind::Denoise)?;
         self.stage().shortlist.filter(|_| self.round_quota(step.asks.len()) > 1)
     }
 
-    /// Positions whose states the sampler carries on after the pending step: its block, or under full visibility everything. Empty where the step
-    /// reveals nothing.
+    /// Positions whose states the sampler carries on after the pending step: its block, or under
+    /// full visibility everything. Empty where the step reveals nothing.
     pub fn joint_window(&self) -> Range<usize> {
         match self.pending.as_ref().map(|step| step.kind) {
             Some(Kind::Denoise) => self.window(),
@@ -110,7 +113,8 @@ impl Sequence {
             .map(|(ask, decision)| Candidate { position: ask.position, decision: *decision, order: ask.order })
             .collect();
         let mut chosen = self.select_one(&candidates)?;
-        // MASK may be drawn where it is not banned: the position stays as it is, and the reveal is spent.
+        // MASK may be drawn where it is not banned: the position stays as it is, and the reveal is
+        // spent.
         chosen.retain(|i| candidates[*i].decision.token != self.spec.mask_id);
         let report = self.reports.last_mut().expect("opened with the stage");
         report.rows += ask.rows.len();

@@ -17,8 +17,9 @@ impl Sequence {
     ///
     /// A joint sampler's passes belong to the step whose forward they follow.
     ///
-    /// A copy of the session walks ahead and reveals anything: where a rule counts, only *which* positions remain is open, and rows of
-    /// an exact forward do not depend on that. A stop condition may end the text earlier than foreseen.
+    /// A copy of the session walks ahead and reveals anything: where a rule counts, only *which*
+    /// positions remain is open, and rows of an exact forward do not depend on that. A stop
+    /// condition may end the text earlier than foreseen.
     pub fn look_ahead(&self, max: usize) -> Result<Vec<LookaheadStep>, HostReason> {
         let mut foreseen = Vec::new();
         if !self.spec.forced.is_empty() || !self.spec.draft.is_empty() {
@@ -35,7 +36,8 @@ impl Sequence {
                 let stage = ghost.stage;
                 ghost.next(&mut Vec::new());
                 if ghost.stage != stage {
-                    // One remask that the device can do: by snapshot, where every later row is computed whatever is masked.
+                    // One remask that the device can do: by snapshot, where every later row is
+                    // computed whatever is masked.
                     let by_snapshot = ghost.stage().remask.is_some_and(|remask| remask.by == RemaskBy::Snapshot);
                     if ghost.stage != stage + 1
                         || !by_snapshot
@@ -268,7 +270,8 @@ mod tests {
         assert_eq!(found.len(), 5);
     }
 
-    /// A stage without a sampler behind one that has it, and a remask in between that the device does.
+    /// A stage without a sampler behind one that has it, and a remask in between that the device
+    /// does.
     #[test]
     fn joint_and_other_stages_are_foreseen_together() {
         let steps = foreseen_of(&["block=4,sampler=joint:4", "block=full,remask=0.5,unmask=uniform:3"], 3, false).unwrap();

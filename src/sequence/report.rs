@@ -11,12 +11,14 @@ pub const ENTROPY_WINDOW: usize = 256;
 /// Given the generated tokens so far: how many of them to keep, if the text should end there.
 pub type TextStop = Arc<dyn Fn(&[u32]) -> Option<usize> + Send + Sync>;
 
-/// When a draft ends before its length. Checked whenever a block of stage 0 is finished; needs generated positions up to the end.
+/// When a draft ends before its length. Checked whenever a block of stage 0 is finished; needs
+/// generated positions up to the end.
 #[derive(Clone, Default)]
 pub struct Stop {
     /// Any of these tokens ends the text, and is kept as its last token.
     pub tokens: Vec<u32>,
-    /// Ends the text before its last 256 tokens when their unigram entropy (nats) falls below this ([BD3-LM] uses 4.0).
+    /// Ends the text before its last 256 tokens when their unigram entropy (nats) falls below this
+    /// ([BD3-LM] uses 4.0).
     pub entropy: Option<f64>,
     pub text: Option<TextStop>,
 }
@@ -46,11 +48,13 @@ impl Finish {
 /// What happened to a set of positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventKind {
-    /// Masked positions took these tokens. Positions beyond the length that was asked for may be among them where the last block is decoded to its
-    /// end; they are cut before the block is committed.
+    /// Masked positions took these tokens. Positions beyond the length that was asked for may be
+    /// among them where the last block is decoded to its end; they are cut before the block is
+    /// committed.
     Reveal,
-    /// Tokens that stood were overwritten with these, by the forward of the same step whose reveals, if it had any, are the event before. `confidence`
-    /// is theirs, and their snapshot from now on. A position may be edited any number of times until its block is committed.
+    /// Tokens that stood were overwritten with these, by the forward of the same step whose
+    /// reveals, if it had any, are the event before. `confidence` is theirs, and their snapshot
+    /// from now on. A position may be edited any number of times until its block is committed.
     Edit,
     /// These tokens were masked again; `confidence` holds the scores that chose them.
     Remask,
@@ -73,7 +77,8 @@ pub struct Event {
     pub confidence: Vec<f32>,
 }
 
-/// Forwards of a stage by kind; each forward counts once (rows committed inside a denoising forward cost rows, not forwards).
+/// Forwards of a stage by kind; each forward counts once (rows committed inside a denoising forward
+/// cost rows, not forwards).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Forwards {
     pub prefill: usize,
@@ -112,7 +117,8 @@ pub struct StageReport {
 }
 
 impl StageReport {
-    /// Denoising forwards, as the papers count them: commits, prefill and scoring are not included ([BD3-LM] B.9).
+    /// Denoising forwards, as the papers count them: commits, prefill and scoring are not included
+    /// ([BD3-LM] B.9).
     pub fn nfe(&self) -> usize {
         self.forwards.denoise
     }

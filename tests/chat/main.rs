@@ -1,5 +1,5 @@
-//! Chat templates against transformers (`cases.json`, written by tools/fixtures/write_chat.py), hostile messages and templates, and
-//! `generate --chat`.
+//! Chat templates against transformers (`cases.json`, written by tools/fixtures/write_chat.py),
+//! hostile messages and templates, and `generate --chat`.
 
 use std::path::Path;
 use std::process::Command;

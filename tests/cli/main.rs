@@ -1,4 +1,5 @@
-//! The command line as scripts see it: bytes on stdout, lines on stderr, exit codes. Every test has a fresh directory.
+//! The command line as scripts see it: bytes on stdout, lines on stderr, exit codes. Every test has
+//! a fresh directory.
 
 mod score;
 mod work;
@@ -371,7 +372,8 @@ fn a_closed_pipe_is_success() {
     }
 }
 
-/// A full disk is an error with the file's name, and a trace that cannot be written does not cost the text.
+/// A full disk is an error with the file's name, and a trace that cannot be written does not cost
+/// the text.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk_is_an_error_and_not_a_panic() {
@@ -452,7 +454,8 @@ fn inspect_says_what_a_directory_holds() {
             _ => kind.to_lowercase().replace('_', "-"),
         };
         assert_eq!(object["family"], family, "{dir}");
-        // Decoders with Hugging Face's keys, diffusion models made from them, and LLaDA, which has keys of its own.
+        // Decoders with Hugging Face's keys, diffusion models made from them, and LLaDA, which has
+        // keys of its own.
         let plain = config["hidden_size"].is_u64();
         let adapted =
             ["Dream", "Fast_dLLM_Qwen", "sdar", "llada", "llada2_moe", "sdar_moe", "rnd1"].contains(&kind) || family == "stable-diffcoder";
@@ -516,7 +519,8 @@ fn an_unknown_family_is_refused_with_the_known_ones() {
     }
 }
 
-/// Counts do not depend on weights, so a tiny random shape is enough (the formulas are those of docs/schedules.md).
+/// Counts do not depend on weights, so a tiny random shape is enough (the formulas are those of
+/// docs/schedules.md).
 #[test]
 fn bench_counts_what_it_measures() {
     let work = Work::new();
@@ -543,7 +547,8 @@ fn bench_counts_what_it_measures() {
         assert_eq!(row["length"].as_u64(), Some(16), "{label}");
         assert!(row["tokens_per_s"].as_f64().is_some_and(|r| r > 0.0) && row["total_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{label}");
         let stages = row["stages"].as_array().expect("stages");
-        // 17 positions: 3 masks of a block of 4, three whole blocks, a block of one; four finished blocks ride along.
+        // 17 positions: 3 masks of a block of 4, three whole blocks, a block of one; four finished
+        // blocks ride along.
         assert_eq!((stages[0]["nfe"].as_u64(), stages[0]["rows"].as_u64()), (Some(16), Some(3 * 4 + 3 * 16 + 1 + 4 * 4)), "{label}");
         // floor(0.35 x 16) = 5 masks in 5 forwards.
         let refine = match row["schedule"].as_str() {
@@ -637,7 +642,8 @@ fn watch_without_a_terminal_prints_plain_text_only() {
     assert!(!plain.contains('\x1b') && plain.starts_with("Once"), "{plain:?}");
 }
 
-/// A stage that cannot be fulfilled, a model directory without a tokenizer, a text longer than was trained: each says so.
+/// A stage that cannot be fulfilled, a model directory without a tokenizer, a text longer than was
+/// trained: each says so.
 #[test]
 fn models_without_a_tokenizer_say_so() {
     let work = Work::new();

@@ -4,8 +4,8 @@ use serde_json::Value;
 
 use crate::work::{Work, fixture, ids, repository};
 
-/// A text in windows of the judge's length, each behind what stands before a text: BOS, or where there is none the end of text. The
-/// likelihoods are those of the logits that `forward` writes.
+/// A text in windows of the judge's length, each behind what stands before a text: BOS, or where
+/// there is none the end of text. The likelihoods are those of the logits that `forward` writes.
 #[test]
 fn an_autoregressive_checkpoint_scores_text() {
     let work = Work::new();
@@ -42,7 +42,8 @@ fn an_autoregressive_checkpoint_scores_text() {
     }
 }
 
-/// The shipped model judges its own samples here, left to right; a judge of its own kind goes the same way.
+/// The shipped model judges its own samples here, left to right; a judge of its own kind goes the
+/// same way.
 #[test]
 fn samples_are_scored_as_ids_behind_their_prompt() {
     let work = Work::new();
@@ -63,7 +64,8 @@ fn samples_are_scored_as_ids_behind_their_prompt() {
         assert_eq!((nll.len(), number(found, "num_tokens")), (ids(&line["tokens"]).len(), nll.len() as f64));
         let mean = nll.iter().sum::<f64>() / nll.len() as f64;
         assert!((number(found, "mean_nll") - mean).abs() < 1e-12 && (number(found, "perplexity") / mean.exp() - 1.0).abs() < 1e-12);
-        // The same tokens as a text of their own: what the prompt's tokens cost is left out, the rest is the same to the last bit.
+        // The same tokens as a text of their own: what the prompt's tokens cost is left out, the
+        // rest is the same to the last bit.
         let prompt = &line["prompt"];
         assert_eq!(
             (ids(&prompt["tokens"]).len() as u64, prompt["text"].as_str()),
@@ -87,7 +89,8 @@ fn samples_are_scored_as_ids_behind_their_prompt() {
     let means = found[..3].iter().map(|f| number(f, "perplexity")).sum::<f64>() / 3.0;
     assert!((number(total, "mean_perplexity") / means - 1.0).abs() < 1e-12);
     assert_eq!((&total["samples"], &total["read_as_ids"], number(total, "num_tokens")), (&3.into(), &3.into(), all.len() as f64));
-    // The judge that ships has the same vocabulary, and finds stories likelier than a shuffle of their tokens.
+    // The judge that ships has the same vocabulary, and finds stories likelier than a shuffle of
+    // their tokens.
     let judge = repository().join("models/redraft-judge").display().to_string();
     let judged = score(&file, &["--model", &judge]).remove(3);
     let mut backwards = lines.clone();
@@ -104,7 +107,8 @@ fn samples_are_scored_as_ids_behind_their_prompt() {
     let table = work.run(&["score", "--samples", &file]).ok();
     assert!(table.contains("ids scored as they are") && table.lines().count() == 6, "{table}");
 
-    // A judge with other ids reads the text, and so does one that cannot find the generator. Windows: 63 tokens and a BOS.
+    // A judge with other ids reads the text, and so does one that cannot find the generator.
+    // Windows: 63 tokens and a BOS.
     let judge = fixture("qwen2");
     let encoded = score(&file, &["--model", &judge]);
     let moved = written.replace("redraft-stories", "nowhere-stories");
@@ -123,7 +127,8 @@ fn samples_are_scored_as_ids_behind_their_prompt() {
     assert!(work.run(&["score", "--samples", &file, "--model", &judge]).ok().contains("texts encoded again"));
 }
 
-/// Infilled samples count what was generated, wherever it stands; `bench --quality --save` writes the same kind of lines.
+/// Infilled samples count what was generated, wherever it stands; `bench --quality --save` writes
+/// the same kind of lines.
 #[test]
 fn infilled_and_saved_samples_are_scored_too() {
     let work = Work::new();
@@ -199,7 +204,8 @@ fn sense_scores_better_than_its_shuffle() {
     assert!(table.contains("perplexity") && table.lines().count() > 20, "{table}");
 }
 
-/// A judge scores the same text on the CPU and on the emulated device, in both dtypes, up to their rounding.
+/// A judge scores the same text on the CPU and on the emulated device, in both dtypes, up to their
+/// rounding.
 #[cfg(feature = "cuda")]
 #[test]
 fn emulation_scores_the_same_text() {

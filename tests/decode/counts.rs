@@ -1,6 +1,8 @@
-//! Forwards, NFE and rows against closed formulas (docs/schedules.md), written here a second time and independently of the session.
+//! Forwards, NFE and rows against closed formulas (docs/schedules.md), written here a second time
+//! and independently of the session.
 //!
-//! P positions are given, N generated, L = P + N; blocks of B from position 0; block b has s_b positions, m_b of them masked at first.
+//! P positions are given, N generated, L = P + N; blocks of B from position 0; block b has s_b
+//! positions, m_b of them masked at first.
 //!
 //! ```text
 //! draft, uniform:1   prefill  floor(P/B) B rows in one forward, if P >= B
@@ -51,7 +53,8 @@ fn quota(masks: usize, steps: usize, i: usize) -> usize {
     masks / steps + usize::from(i < masks % steps)
 }
 
-/// Rows of `refresh` without a second refresh: all of them, then what is masked or was revealed by the forward before.
+/// Rows of `refresh` without a second refresh: all of them, then what is masked or was revealed by
+/// the forward before.
 fn refresh_rows(len: usize, masks: usize, steps: usize) -> usize {
     let n = steps.min(masks);
     let mut left = masks;
@@ -138,7 +141,8 @@ fn refresh_recomputes_all_rows_every_so_often() {
     for r in 1..=12 {
         let schedule = schedule(&["block=4,unmask=uniform:1", &format!("block=full,remask=0.5,unmask=uniform:1,kv=refresh:{r}")]);
         let output = one(&mut engine, request(&[1], 24, &schedule, 3, 0), "refresh");
-        // Twelve forwards with 12, 11, ... masks; one more row where a token was just revealed and everything was not computed since.
+        // Twelve forwards with 12, 11, ... masks; one more row where a token was just revealed and
+        // everything was not computed since.
         let rows: usize = (0..12).map(|i| if i % r == 0 { 25 } else { 12 - i + 1 }).sum();
         check(&output.stages[1], Forwards { denoise: 12, ..Forwards::default() }, rows, &format!("refresh:{r}"));
     }
@@ -190,8 +194,8 @@ fn global_and_semi_autoregressive_presets_see_everything() {
     check(&semi.stages[0], Forwards { denoise: 31 + 32 + 1, ..Forwards::default() }, 64 * len, "semi-ar");
 }
 
-/// `three`: the middle stage enters blocks of 64 that hold a remasked token; its first forward there reaches back to the block
-/// entered before.
+/// `three`: the middle stage enters blocks of 64 that hold a remasked token; its first forward
+/// there reaches back to the block entered before.
 #[test]
 fn the_middle_stage_of_three_costs_what_its_blocks_do() {
     let mut engine = tiny();

@@ -20,7 +20,8 @@ fn one(engine: &mut Engine<Cpu>, request: Request, label: &str) -> Output {
     together(engine, &[request], label).remove(0)
 }
 
-/// The text ends with the first end-of-text token, when the block that holds it is finished, and the rest of the canvas is gone.
+/// The text ends with the first end-of-text token, when the block that holds it is finished, and
+/// the rest of the canvas is gone.
 #[test]
 fn end_of_text_ends_the_draft() {
     let mut engine = engine(&fixture());
@@ -44,7 +45,8 @@ fn end_of_text_ends_the_draft() {
     }
 }
 
-/// Pages beyond an early end go back at once: a request that waits for them starts while the first is still being refined.
+/// Pages beyond an early end go back at once: a request that waits for them starts while the first
+/// is still being refined.
 #[test]
 fn an_early_end_gives_its_pages_back_before_the_refinement() {
     let options = EngineOptions { page_size: 4, kv_pages: Some(11), ..options() };
@@ -105,7 +107,8 @@ fn low_entropy_ends_the_draft() {
     let dull = vec![7; 400];
     let lively: Vec<u32> = (0..400).map(|i| 2 + i % 300).collect();
     for (tokens, limit, finish, len) in [
-        // The first block end beyond the window is position 264: everything before the last 256 tokens stays.
+        // The first block end beyond the window is position 264: everything before the last 256
+        // tokens stays.
         (&dull, Some(4.0), Finish::LowEntropy, 264 - ENTROPY_WINDOW),
         (&dull, None, Finish::Length, 401),
         (&lively, Some(4.0), Finish::Length, 401),
@@ -119,7 +122,8 @@ fn low_entropy_ends_the_draft() {
     }
 }
 
-/// Given tokens stay where they are, before and after the holes; only holes are generated, and no early end drops what follows.
+/// Given tokens stay where they are, before and after the holes; only holes are generated, and no
+/// early end drops what follows.
 #[test]
 fn infilling_leaves_given_tokens_alone() {
     for (name, dir) in [("tiny", fixture()), ("shipped", shipped())] {
@@ -181,7 +185,8 @@ fn temperature_zero_ignores_the_seed() {
     }
 }
 
-/// A nucleus too small for two tokens is greedy by either rule; a larger one is wider by the rule that keeps the token that crosses it.
+/// A nucleus too small for two tokens is greedy by either rule; a larger one is wider by the rule
+/// that keeps the token that crosses it.
 #[test]
 fn nucleus_rules() {
     let mut engine = engine(&fixture());

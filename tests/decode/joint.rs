@@ -1,4 +1,5 @@
-//! Joint sampling: what it decodes is what its definition says, computed without any cache; and it keeps the laws of the engine.
+//! Joint sampling: what it decodes is what its definition says, computed without any cache; and it
+//! keeps the laws of the engine.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -57,7 +58,8 @@ struct Defined {
     wasted: usize,
 }
 
-/// A uniform for each draw. A third of them lie at the end of the vocabulary, where some models have MASK.
+/// A uniform for each draw. A third of them lie at the end of the vocabulary, where some models
+/// have MASK.
 fn uniform(step: u32, position: usize) -> f64 {
     let mixed = u64::from(step).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (position as u64 + 1).wrapping_mul(0xD1B5_4A32_D192_ED03);
     let mixed = (mixed ^ mixed >> 29).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -68,7 +70,8 @@ fn draws() -> DrawSource {
     Arc::new(|key| Uniforms { token: uniform(key.step, key.position as usize), order: 0.5 })
 }
 
-/// Of the logits of the allowed ids: the best token, or that of a uniform at a temperature, and the entropy in nats.
+/// Of the logits of the allowed ids: the best token, or that of a uniform at a temperature, and the
+/// entropy in nats.
 fn answer(logits: &[f32], allowed: &[u32], u: f64, temperature: f64) -> (u32, f64) {
     let of = |token: &u32| f64::from(logits[*token as usize]);
     let best = allowed.iter().copied().reduce(|best, now| if of(&now) > of(&best) { now } else { best }).expect("some id is allowed");
@@ -88,8 +91,9 @@ fn answer(logits: &[f32], allowed: &[u32], u: f64, temperature: f64) -> (u32, f6
     (*reached.map_or(&allowed[allowed.len() - 1], |(token, _)| token), entropy)
 }
 
-/// The definition: block by block, a forward over everything up to the block's end from scratch, then one reveal after the other at the lowest
-/// entropy, the sampler chained from that forward's states over the block each time.
+/// The definition: block by block, a forward over everything up to the block's end from scratch,
+/// then one reveal after the other at the lowest entropy, the sampler chained from that forward's
+/// states over the block each time.
 fn defined(engine: &mut Engine<Cpu>, prompt: &[u32], length: usize, rules: &Rules) -> Defined {
     let mask_id = engine.config().mask_id.expect("a diffusion model");
     let (vocab_size, shift, banned) = (engine.config().vocab_size, engine.config().shift, engine.banned().to_vec());
@@ -147,7 +151,8 @@ fn defined(engine: &mut Engine<Cpu>, prompt: &[u32], length: usize, rules: &Rule
     Defined { canvas, forwards, wasted }
 }
 
-/// Runs a request that draws by [`uniform`], or takes the most probable tokens, alone and beside another of other settings.
+/// Runs a request that draws by [`uniform`], or takes the most probable tokens, alone and beside
+/// another of other settings.
 fn decoded(engine: &mut Engine<Cpu>, prompt: &[u32], length: usize, rules: &Rules, label: &str) -> Defined {
     let ask = |engine: &Engine<Cpu>, rules: &Rules| {
         let mut request = request(prompt, length, &stages(engine, &[&rules.stage()]), 3, 0);
@@ -189,7 +194,8 @@ fn decodes_are_those_of_the_definition() {
     }
 }
 
-/// Where the model's own rows alone ban MASK, passes may draw it: their position stays masked, and the decode goes on.
+/// Where the model's own rows alone ban MASK, passes may draw it: their position stays masked, and
+/// the decode goes on.
 #[test]
 fn passes_without_bans_may_leave_a_position_masked() {
     let mut wasted = 0;
@@ -208,7 +214,8 @@ fn passes_without_bans_may_leave_a_position_masked() {
     assert!(wasted > 20, "{wasted} passes drew MASK");
 }
 
-/// Every pass of every forward draws MASK, the last id of the vocabulary: a forward then reveals its own token and no other.
+/// Every pass of every forward draws MASK, the last id of the vocabulary: a forward then reveals
+/// its own token and no other.
 #[test]
 fn a_sampler_that_draws_mask_alone_ends_all_the_same() {
     for rule in ["sampler=joint:5", "unmask=linear:3,sampler=joint", "unmask=timestep:4,sampler=joint", "unmask=fixed:2,sampler=joint"] {
@@ -229,7 +236,8 @@ fn a_sampler_that_draws_mask_alone_ends_all_the_same() {
     }
 }
 
-/// Passes that choose among the most probable ids of the model's own rows are what their definition says, and among all ids they are what they were.
+/// Passes that choose among the most probable ids of the model's own rows are what their definition
+/// says, and among all ids they are what they were.
 #[test]
 fn shortlists_are_those_of_the_definition() {
     let mut changed = 0;
@@ -309,7 +317,8 @@ fn requests(engine: &Engine<Cpu>, kv: &str) -> Vec<Request> {
         // The same prompt, with and without a sampler's K/V in its pages.
         vec![format!("block=4,unmask=uniform:1,kv={kv}")],
         vec![format!("block=full,unmask=linear:4,order=margin,sampler=joint,kv={kv}")],
-        // A joint stage behind one of the same attention that had no sampler, and the other way round.
+        // A joint stage behind one of the same attention that had no sampler, and the other way
+        // round.
         vec![format!("block=4,unmask=uniform:1,kv={kv}"), format!("block=4,remask=0.6,sampler=joint:3,kv={kv}")],
         vec![format!("block=4,sampler=joint:3,kv={kv}"), format!("block=4,remask=0.6,unmask=uniform:1,kv={kv}")],
         vec![format!("block=4,sampler=joint:4,shortlist=6,kv={kv}")],

@@ -1,4 +1,5 @@
-//! A result depends on the request alone: not on neighbours, threads, page size, a tight pool, or what pages held before.
+//! A result depends on the request alone: not on neighbours, threads, page size, a tight pool, or
+//! what pages held before.
 
 use std::path::Path;
 
@@ -36,7 +37,8 @@ fn vocab(dir: &Path) -> u32 {
     engine(dir).config().vocab_size as u32
 }
 
-/// Alone, in a batch of eight, in a batch whose row budget makes sessions take turns, and joining a batch that is under way.
+/// Alone, in a batch of eight, in a batch whose row budget makes sessions take turns, and joining a
+/// batch that is under way.
 fn neighbours(dir: &Path, dtype: DType) {
     let requests = mixed(vocab(dir));
     let label = format!("{} {}", dir.display(), dtype.name());
@@ -103,7 +105,8 @@ fn page_size_and_pool_change_nothing() {
             let pages = longest.div_ceil(page_size) * sequences;
             let mut engine = engine_with(&dir, 1, DType::F32, EngineOptions { page_size, kv_pages: Some(pages), ..options() });
             assert_eq!(engine.free_pages(), pages, "{label}");
-            // In a pool that holds one of them at a time, requests wait for each other and none for ever.
+            // In a pool that holds one of them at a time, requests wait for each other and none for
+            // ever.
             same(&together(&mut engine, &requests, &label), &expected, false, &label);
             assert_eq!(engine.free_pages(), pages, "{label}: every page is back");
         }
@@ -175,7 +178,8 @@ fn impossible_requests_name_their_mistake() {
 
 const SEEDS: u64 = 20;
 
-/// One draft per seed, run three ways over the model that ships: reuse, no reuse, and commits in forwards of their own.
+/// One draft per seed, run three ways over the model that ships: reuse, no reuse, and commits in
+/// forwards of their own.
 fn twenty_seeds(dtype: DType) {
     let mut engine = engine_with(&shipped(), 2, dtype, options());
     let requests = |kv: &str, separate: bool| -> Vec<Request> {

@@ -1,5 +1,6 @@
-//! Laws of decoding: a session over a symbolic network, where a stale or unwritten slot cannot hide, and the engine over real
-//! checkpoints, where a result must depend on the request alone and every forward and row is accounted for.
+//! Laws of decoding: a session over a symbolic network, where a stale or unwritten slot cannot
+//! hide, and the engine over real checkpoints, where a result must depend on the request alone and
+//! every forward and row is accounted for.
 
 mod counts;
 mod ends;

@@ -18,8 +18,8 @@ fn samples(count: u32, length: usize) -> Vec<Request> {
     (0..count).map(|sample| request(&PROMPT, length, &schedule, 7, sample)).collect()
 }
 
-/// Eight samples of one prompt compute it once, and each writes what it writes alone. The shared prompt ends inside a page of 16, so
-/// every sample but one copies before it writes.
+/// Eight samples of one prompt compute it once, and each writes what it writes alone. The shared
+/// prompt ends inside a page of 16, so every sample but one copies before it writes.
 #[test]
 fn eight_samples_share_one_prefill() {
     for (name, dir) in [("tiny", fixture()), ("shipped", shipped())] {
@@ -46,7 +46,8 @@ fn eight_samples_share_one_prefill() {
     }
 }
 
-/// The first sample owes the prompt to the others; it goes away before, while or after it computes it.
+/// The first sample owes the prompt to the others; it goes away before, while or after it computes
+/// it.
 #[test]
 fn a_prompt_survives_its_owner() {
     let requests = samples(4, 14);
@@ -89,8 +90,8 @@ impl Revealed for Output {
     }
 }
 
-/// A request that is cancelled, or whose handle is dropped, gives its pages back at the next tick and leaves its neighbours alone: at
-/// every point of its life, also while it still waits.
+/// A request that is cancelled, or whose handle is dropped, gives its pages back at the next tick
+/// and leaves its neighbours alone: at every point of its life, also while it still waits.
 #[test]
 fn cancelling_frees_pages_and_leaves_neighbours_alone() {
     let dir = fixture();
@@ -171,8 +172,9 @@ fn events_join_to_the_outcome() {
     assert_eq!(output.draft.len(), 23);
 }
 
-/// Two models in one engine: each stage runs the model it names over K/V of its own, alone or beside requests that name others, and a
-/// prompt that one model has computed is not taken for the other's.
+/// Two models in one engine: each stage runs the model it names over K/V of its own, alone or
+/// beside requests that name others, and a prompt that one model has computed is not taken for the
+/// other's.
 #[test]
 fn stages_may_name_other_weights() {
     // Same vocabulary, nothing else in common.

@@ -16,7 +16,8 @@ pub fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bd3lm-adaln")
 }
 
-/// The model that ships: the one directory under `models/` that generates; the judge beside it scores.
+/// The model that ships: the one directory under `models/` that generates; the judge beside it
+/// scores.
 pub fn shipped() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
     let entries = std::fs::read_dir(&root).unwrap_or_else(|e| panic!("{}: {e}", root.display()));

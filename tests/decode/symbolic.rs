@@ -1,7 +1,8 @@
 //! A session alone, over a network of hashes.
 //!
-//! Two layers, each with a store of one key per position. A row's output hashes everything it can see, in order, so a run that
-//! reads one slot that is stale, missing or written under another visibility takes other tokens from there on.
+//! Two layers, each with a store of one key per position. A row's output hashes everything it can
+//! see, in order, so a run that reads one slot that is stale, missing or written under another
+//! visibility takes other tokens from there on.
 //!
 //! ```text
 //! k1[p] = H(token, p)      h1[p] = H(k1[p], k1[0..visible])      k2[p] = H(h1[p])      out[p] = H(h1[p], k2[0..visible])
@@ -42,7 +43,8 @@ struct Network {
 }
 
 impl Network {
-    /// Runs a step and answers its asks. `exact`: every slot read must hold the canvas's token, written under this step's visibility.
+    /// Runs a step and answers its asks. `exact`: every slot read must hold the canvas's token,
+    /// written under this step's visibility.
     fn forward(&mut self, step: &Step, canvas: &[u32], exact: bool, label: &str) -> Vec<Decision> {
         let weights = step.weights as u64;
         let slots = &mut self.slots[step.weights];
@@ -248,7 +250,8 @@ impl Watched {
         }
     }
 
-    /// A step's rows are ascending, hold what the canvas holds (or hide a group that is being scored), and include every row asked about.
+    /// A step's rows are ascending, hold what the canvas holds (or hide a group that is being
+    /// scored), and include every row asked about.
     fn check_step(&mut self, step: &Step) {
         let stage = self.session.reports().len() - 1;
         self.stage = stage;
@@ -372,7 +375,8 @@ impl Watched {
         assert_eq!(event.positions.len(), count, "{label}: floor({} x {})", remask.ratio, generated.len());
         let index = usize::from(event.stage);
         self.open(index);
-        // The lowest scores by (score, position); snapshot scores are those of the reveals, others those of the scoring forwards.
+        // The lowest scores by (score, position); snapshot scores are those of the reveals, others
+        // those of the scoring forwards.
         let scores: Option<Vec<(f64, usize)>> = match remask.by {
             RemaskBy::Snapshot => Some(generated.iter().map(|p| (f64::from(self.snapshots[*p]), *p)).collect()),
             RemaskBy::PostHoc | RemaskBy::HeldOut(_) => Some(self.scored.iter().map(|(p, s)| (*s, *p)).collect()),
@@ -426,7 +430,8 @@ impl Watched {
             self.settle(k);
             let report = &self.session.reports()[k];
             let label = format!("{label} stage {k}");
-            // The text may have been cut after a stage's masks were counted; then fewer forwards are enough.
+            // The text may have been cut after a stage's masks were counted; then fewer forwards
+            // are enough.
             let whole = k > 0 || self.session.finish() == Finish::Length;
             let (least, most) = nfe_bounds(&report.stage.unmask, &self.masks[k]);
             assert!(report.nfe() <= most && (!whole || report.nfe() >= least), "{label}: {} forwards, {least} to {most}", report.nfe());
@@ -495,7 +500,8 @@ struct Case {
 }
 
 impl Case {
-    /// Whether stage k may reuse the K/V of the one before: same weights, and no scoring forward in between that hides tokens.
+    /// Whether stage k may reuse the K/V of the one before: same weights, and no scoring forward in
+    /// between that hides tokens.
     fn may_keep(&self, k: usize) -> bool {
         let weights = |k: usize| self.stages[k].contains("weights=1");
         k > 0 && weights(k) == weights(k - 1) && !self.stages[k].contains("held-out")
@@ -600,7 +606,8 @@ fn case_of(fixed: &[Option<u32>], stages: &[&str]) -> Case {
     Case { fixed: fixed.to_vec(), stages: stages.iter().map(ToString::to_string).collect(), seed: 0, stop: None, shifted: false }
 }
 
-/// A full stage that remasks nothing runs no forward, so the fixed tail behind the last mask of the draft has no K/V yet.
+/// A full stage that remasks nothing runs no forward, so the fixed tail behind the last mask of the
+/// draft has no K/V yet.
 #[test]
 fn kv_draft_after_a_full_stage_without_reveals_reads_only_written_slots() {
     let stages = ["block=1,visible=block", "block=1,visible=canvas,remask=0", "block=3,visible=block,remask=1"];
@@ -618,7 +625,8 @@ fn an_exact_full_stage_after_kv_draft_recomputes_every_row() {
     assert_eq!(last("exact").events, last("recompute").events);
 }
 
-/// K/V of other weights are nobody's: a stage of the same visibility with another model starts from nothing.
+/// K/V of other weights are nobody's: a stage of the same visibility with another model starts from
+/// nothing.
 #[test]
 fn a_stage_with_other_weights_keeps_nothing() {
     let stages = ["block=2,visible=block", "block=2,visible=block,remask=0.5,weights=1", "block=2,visible=block,remask=0.5"];
@@ -630,8 +638,9 @@ fn a_stage_with_other_weights_keeps_nothing() {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
-    /// Reuse of K/V changes nothing: the cached run, the fused and the separate commit, a prompt computed by somebody else and a
-    /// refresh before every forward all equal recomputing every visible row every time, event for event.
+    /// Reuse of K/V changes nothing: the cached run, the fused and the separate commit, a prompt
+    /// computed by somebody else and a refresh before every forward all equal recomputing every
+    /// visible row every time, event for event.
     #[test]
     fn exact_reuse_equals_recomputing(case in case(), mixed in proptest::collection::vec(0usize..3, 4)) {
         let slow = run(&case, &case.schedule(|_| "recompute".into()), PLAIN);
@@ -659,8 +668,8 @@ proptest! {
         same(&run(&case, &mixed, How { separate_commit: true, shared_prompt: true }), &slow, "all at once and recompute")?;
     }
 
-    /// Approximate policies keep every law but equality: they end, count honestly, touch nothing they may not, and never read a slot that
-    /// was never written. (`run` checks all of it.)
+    /// Approximate policies keep every law but equality: they end, count honestly, touch nothing
+    /// they may not, and never read a slot that was never written. (`run` checks all of it.)
     #[test]
     fn approximate_policies_keep_the_laws(
         case in case(), kv in proptest::collection::vec((0usize..7, 2usize..6), 4), separate in any::<bool>()
@@ -677,7 +686,8 @@ proptest! {
         run(&case, &schedule, How { separate_commit: separate, ..PLAIN });
     }
 
-    /// Wherever a stage stands, also between approximate ones, `exact` is the fast form of `recompute`.
+    /// Wherever a stage stands, also between approximate ones, `exact` is the fast form of
+    /// `recompute`.
     #[test]
     fn exact_equals_recomputing_between_approximate_stages(case in case(), kv in proptest::collection::vec((0usize..6, 2usize..6), 4)) {
         let schedule = |same: &str| case.schedule(|k| match kv[k] {
@@ -695,7 +705,8 @@ proptest! {
         same(&run(&case, &schedule, PLAIN), &run(&case, &schedule, PLAIN), "twice the same")?;
     }
 
-    /// NaN from the network is an error that names a position, and leaves the session where it was: no loop, no half-written step.
+    /// NaN from the network is an error that names a position, and leaves the session where it was:
+    /// no loop, no half-written step.
     #[test]
     fn nan_is_an_error_and_not_a_loop(case in case(), which in 0usize..3, at in 0usize..20) {
         let schedule = case.schedule(|_| "exact".into());
@@ -748,7 +759,8 @@ proptest! {
     }
 }
 
-/// The network of hashes notices what it is there to notice: one stale slot, or one read under another visibility.
+/// The network of hashes notices what it is there to notice: one stale slot, or one read under
+/// another visibility.
 #[test]
 fn the_symbolic_network_is_sensitive() {
     let case =

@@ -1,4 +1,5 @@
-//! Determinism on the device, bit for bit: alone or in a batch, recorded or launched one by one, decided there or by the host.
+//! Determinism on the device, bit for bit: alone or in a batch, recorded or launched one by one,
+//! decided there or by the host.
 
 use std::path::Path;
 
@@ -111,14 +112,16 @@ fn graphs_change_nothing(dir: &Path) {
     }
 }
 
-/// Two requests whose refining steps have one signature; in one of them the device masks again in the middle of a run, in the other the
-/// host does between two. A graph recorded for either serves both.
+/// Two requests whose refining steps have one signature; in one of them the device masks again in
+/// the middle of a run, in the other the host does between two. A graph recorded for either serves
+/// both.
 #[test]
 fn a_graph_serves_steps_with_and_without_a_remask() {
     for backend in backends(DType::F32) {
         let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
         let stages = schedule(DID);
-        // Runs of 4, then 16: the draft of 20 ends with a run, that of 21 does not; 23 positions and 7 asked ones in both.
+        // Runs of 4, then 16: the draft of 20 ends with a run, that of 21 does not; 23 positions
+        // and 7 asked ones in both.
         let both = [request(&[1, 2, 3], 20, &stages, 9, 0), request(&[1, 2], 21, &stages, 9, 0)];
         engine.backend().set_replays(false);
         let plain: Vec<Essence> = alone(&mut engine, &both, "launched").iter().map(Essence::of).collect();
@@ -132,7 +135,8 @@ fn a_graph_serves_steps_with_and_without_a_remask() {
     }
 }
 
-/// Other seeds through the same graphs give other tokens: nothing of a request is frozen in a recording.
+/// Other seeds through the same graphs give other tokens: nothing of a request is frozen in a
+/// recording.
 #[test]
 fn a_replay_never_repeats_numbers() {
     for backend in backends(DType::F32) {
@@ -173,7 +177,8 @@ fn a_stop_inside_a_run() {
     }
 }
 
-/// Judges: likelihoods of sequences that share forwards are those of one alone, to the last bit, and close to the CPU's in f32.
+/// Judges: likelihoods of sequences that share forwards are those of one alone, to the last bit,
+/// and close to the CPU's in f32.
 #[test]
 fn likelihoods_do_not_depend_on_what_shares_a_forward() {
     for (name, dtype) in ["llama", "qwen2", "qwen3"].into_iter().flat_map(|name| [(name, DType::F32), (name, DType::Bf16)]) {
@@ -186,7 +191,8 @@ fn likelihoods_do_not_depend_on_what_shares_a_forward() {
             let together = engine.causal_nlls(&sequences).unwrap_or_else(|e| panic!("{name}: {e}"));
             for ((tokens, together), expected) in sequences.iter().zip(&together).zip(&expected) {
                 assert_eq!(engine.causal_nll(tokens).expect("likelihoods"), *together, "{name} {dtype:?}: {} tokens", tokens.len());
-                // Logits reach about 6 here: f32 errs by some 1e-5, bf16 by the bound of the parity tests.
+                // Logits reach about 6 here: f32 errs by some 1e-5, bf16 by the bound of the parity
+                // tests.
                 let bound = if dtype == DType::F32 { 2e-4 } else { 0.3 };
                 assert!(together.iter().zip(expected).all(|(found, expected)| (found - expected).abs() < bound), "{name} {dtype:?}");
             }
@@ -194,7 +200,8 @@ fn likelihoods_do_not_depend_on_what_shares_a_forward() {
     }
 }
 
-/// A step that the host decides beside a device that decides is counted by its reason; where nothing looks ahead there is none.
+/// A step that the host decides beside a device that decides is counted by its reason; where
+/// nothing looks ahead there is none.
 #[test]
 fn the_host_says_why_it_decides() {
     for backend in backends(DType::F32) {

@@ -1,4 +1,5 @@
-//! Joint sampling on the device: a forward and the sampler's passes behind it are foreseen, decided there, and recorded as one.
+//! Joint sampling on the device: a forward and the sampler's passes behind it are foreseen, decided
+//! there, and recorded as one.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,7 +21,8 @@ fn sampler(name: &str) -> PathBuf {
     fixture(name).join("joint")
 }
 
-/// Under block attention with final K/V of the sampler's layer, over the whole canvas, behind a remask inside a run, and by rules whose quota changes.
+/// Under block attention with final K/V of the sampler's layer, over the whole canvas, behind a
+/// remask inside a run, and by rules whose quota changes.
 #[test]
 fn tokens_equal_the_cpus() {
     for (name, stages) in [
@@ -47,7 +49,8 @@ fn tokens_equal_the_cpus_beside_other_schedules() {
     agree_with(&fixture(BASE), Some(&sampler(BASE)), &neighbours(), "neighbours");
 }
 
-/// Bit for bit: decided by the host, launched pass by pass, recorded and replayed, alone or with neighbours.
+/// Bit for bit: decided by the host, launched pass by pass, recorded and replayed, alone or with
+/// neighbours.
 #[test]
 fn whoever_decides_and_however_it_is_launched() {
     for dtype in [DType::F32, DType::Bf16] {
@@ -71,7 +74,8 @@ fn whoever_decides_and_however_it_is_launched() {
     }
 }
 
-/// A sampler comes with a K/V store of its own, and what was recorded before names the one that is gone.
+/// A sampler comes with a K/V store of its own, and what was recorded before names the one that is
+/// gone.
 #[test]
 fn recordings_end_with_the_store_that_they_name() {
     for backend in backends(DType::F32) {
@@ -199,8 +203,8 @@ impl Driver for Counting {
     }
 }
 
-/// A request that is recorded: its forwards with all of their passes are one replay each, and the host waits at the end of a run alone, for the
-/// log and the summaries.
+/// A request that is recorded: its forwards with all of their passes are one replay each, and the
+/// host waits at the end of a run alone, for the log and the summaries.
 #[test]
 fn a_forward_and_its_passes_are_one_replay_and_no_wait() {
     for driver in drivers() {

@@ -1,4 +1,5 @@
-//! The same request gives the same tokens on the CPU and on the device, in f32, for every kind of schedule.
+//! The same request gives the same tokens on the CPU and on the device, in f32, for every kind of
+//! schedule.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +14,8 @@ pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// Runs requests together on the CPU and on every device; tokens, places of reveal and costs must be equal, confidences close.
+/// Runs requests together on the CPU and on every device; tokens, places of reveal and costs must
+/// be equal, confidences close.
 fn agree(dir: &Path, requests: &[Request], label: &str) {
     agree_with(dir, None, requests, label);
 }
@@ -120,7 +122,8 @@ fn tokens_equal_the_cpus_for_the_adapted_families() {
     }
 }
 
-/// Shifted logits where every row is computed: the device decides steps, leads and a refine by itself.
+/// Shifted logits where every row is computed: the device decides steps, leads and a refine by
+/// itself.
 #[test]
 fn tokens_equal_the_cpus_under_shifted_logits() {
     for (name, scope) in [("dream", "canvas"), ("fast-dllm", "block"), ("rnd1", "canvas")] {
@@ -130,7 +133,8 @@ fn tokens_equal_the_cpus_under_shifted_logits() {
     }
 }
 
-/// What the published samplers add: some of it is decided on the device, some by the host behind a forward there.
+/// What the published samplers add: some of it is decided on the device, some by the host behind a
+/// forward there.
 #[test]
 fn tokens_equal_the_cpus_for_the_published_samplers() {
     for (name, stage) in [

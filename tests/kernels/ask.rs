@@ -1,4 +1,5 @@
-//! `ask` lists what `session.rs` would ask: masked positions ascending, with the uniforms of their keys.
+//! `ask` lists what `session.rs` would ask: masked positions ascending, with the uniforms of their
+//! keys.
 
 use redraft::cuda::machine::Machine;
 use redraft::cuda::ops::ask::{Ask, SequenceStep, SessionSummary, ask, trouble};
@@ -47,7 +48,8 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         });
         canvas_first += len;
     }
-    // Last session first: what session 1 asks beyond its count would land on the ask of session 0, which is written by then.
+    // Last session first: what session 1 asks beyond its count would land on the ask of session 0,
+    // which is written by then.
     let mut ask_first = 0;
     for step in steps.iter_mut().rev() {
         step.ask_first = ask_first;

@@ -1,4 +1,5 @@
-//! `attention` against the f64 oracle, against itself in the other regime, and against a row on its own.
+//! `attention` against the f64 oracle, against itself in the other regime, and against a row on its
+//! own.
 
 use redraft::backend::{DType, HeadShape};
 use redraft::cpu::oracle;
@@ -35,7 +36,8 @@ impl Case {
         let mut values = keys.clone();
         let mut next = 0;
         for (s, visible) in sequences.iter().enumerate() {
-            // Pages in falling order, so that neighbours in a sequence are not neighbours in memory; page 0 belongs to nobody.
+            // Pages in falling order, so that neighbours in a sequence are not neighbours in
+            // memory; page 0 belongs to nobody.
             let pages: Vec<u32> = (next..next + pages_of(visible)).map(|page| (num_pages - 1 - page) as u32).collect();
             next += pages.len();
             for position in 0..visible.iter().copied().max().unwrap_or(0) as usize {
@@ -54,7 +56,8 @@ impl Case {
             plan.pages.extend(pages);
             plan.page_indptr.push(plan.pages.len() as u32);
         }
-        // Scores of some size, so that weights differ; keys and values of the rows themselves are not for this kernel to read.
+        // Scores of some size, so that weights differ; keys and values of the rows themselves are
+        // not for this kernel to read.
         let mut qkv: Vec<f32> = noise(7, plan.num_rows() * heads.qkv_width()).iter().map(|x| 3.0 * x).collect();
         qkv.chunks_exact_mut(heads.qkv_width()).for_each(|row| row[heads.q_width()..].fill(f32::NAN));
         Case { dtype, heads, page_size, plan, qkv, keys, values }
@@ -72,7 +75,8 @@ impl Case {
         (0..store.len()).map(|i| store[at(i)]).collect()
     }
 
-    /// The result of the kernel. The list of tiles is padded and the bound on visible keys is not tight.
+    /// The result of the kernel. The list of tiles is padded and the bound on visible keys is not
+    /// tight.
     fn run(&self, machine: &Machine, plan: &Plan, qkv: &[f32], regime: Regime, out_dtype: DType) -> Result<Vec<f32>, String> {
         match self.dtype {
             DType::F32 => self.run_on(machine, plan, qkv, regime, out_dtype, |x| x),
@@ -230,7 +234,8 @@ fn isolates(machine: &Machine, dtype: DType, regime: Regime) -> Result<(), Strin
             return Err(format!("{dtype:?}, {regime:?}: row {row} does not show the NaN that it sees"));
         }
     }
-    // A single value that is not finite, in the first and the last column: it shows there and nowhere else.
+    // A single value that is not finite, in the first and the last column: it shows there and
+    // nowhere else.
     for (column, odd) in [(0, f32::NAN), (31, f32::INFINITY)] {
         let mut broken = Case::new(dtype, heads, 16, &[vec![37, 40, 35]]);
         let clean = run(&broken)?;
@@ -294,7 +299,8 @@ fn rows_attend_to_what_they_see() {
     }
 }
 
-/// Head dimensions with an odd share of fragments, and page sizes: one machine is enough, the threads meet as above.
+/// Head dimensions with an odd share of fragments, and page sizes: one machine is enough, the
+/// threads meet as above.
 #[test]
 fn any_shape_that_the_launcher_accepts() {
     let machine = &any_machine();

@@ -1,4 +1,5 @@
-//! Each barrier and each fence of every kernel is taken out in turn: a test must miss it. Whoever writes one more is asked for that test.
+//! Each barrier and each fence of every kernel is taken out in turn: a test must miss it. Whoever
+//! writes one more is asked for that test.
 
 use redraft::cuda::machine::Machine;
 use redraft::cuda::{Edit, headers, kernels};
@@ -23,7 +24,8 @@ const USERS: &[(&str, &[Check])] = &[
     ("select.cuh", &[reveal::holds, decide::edges_of_nuclei, decide::walks]),
 ];
 
-/// Words that nothing here misses, by the end of their line or the line behind, and why they stand all the same.
+/// Words that nothing here misses, by the end of their line or the line behind, and why they stand
+/// all the same.
 const SPARED: &[(&str, &str, &str)] = &[
     ("attention.cu", "__threadfence();  // the arrivals before", "the emulation does not reorder what the last CTA reads"),
     ("linear.cu", "__threadfence();  // the count before", "the emulation does not reorder what the last CTA reads"),
@@ -54,7 +56,8 @@ fn removals() -> Vec<Removal> {
                 let line = 1 + text[..at].matches('\n').count();
                 let user = USERS.iter().find(|(user, _)| *user == file);
                 let (_, checks) = user.unwrap_or_else(|| panic!("{file}:{line}: which test runs this {word}"));
-                // A text that occurs once: the word with as many lines in front of it as that takes.
+                // A text that occurs once: the word with as many lines in front of it as that
+                // takes.
                 let starts = text[..at].match_indices('\n').map(|(i, _)| i).rev();
                 let from = starts.map(|start| &text[start..at + word.len()]).find(|from| text.matches(from).count() == 1);
                 let from = from.unwrap_or_else(|| panic!("{file}:{line} cannot be told from others"));

@@ -1,7 +1,9 @@
-//! `decide` against `sampling::decide_row`: both routes in one batch, every kind of draw, and what each of them refuses.
+//! `decide` against `sampling::decide_row`: both routes in one batch, every kind of draw, and what
+//! each of them refuses.
 //!
-//! The law sees logits that are computed here by the sums that `gemm.cuh` promises, so that tokens compare exactly wherever a draw is
-//! clear of a boundary; statistics compare within the rounding of f32 exponentials.
+//! The law sees logits that are computed here by the sums that `gemm.cuh` promises, so that tokens
+//! compare exactly wherever a draw is clear of a boundary; statistics compare within the rounding
+//! of f32 exponentials.
 
 use half::bf16;
 use redraft::backend::DType;
@@ -29,7 +31,8 @@ struct Case {
 }
 
 impl Case {
-    /// Rows of given logits: row r is feature r of the head, chosen by a one-hot hidden state, so that a product is exact.
+    /// Rows of given logits: row r is feature r of the head, chosen by a one-hot hidden state, so
+    /// that a product is exact.
     fn of_rows(rows: &[Vec<f32>]) -> Case {
         let (k, vocab) = (rows.len(), rows[0].len());
         let head = (0..vocab * k).map(|i| rows[i % k][i / k]).collect();
@@ -114,8 +117,9 @@ impl Case {
         Ok(decisions)
     }
 
-    /// Every row of the case against the law. Counts (draws clear of a boundary, draws). Entropies and log probabilities err, all rows
-    /// together, at most twice as much as a plain loop in f32, plus the rounding of the answers.
+    /// Every row of the case against the law. Counts (draws clear of a boundary, draws). Entropies
+    /// and log probabilities err, all rows together, at most twice as much as a plain loop in f32,
+    /// plus the rounding of the answers.
     fn obeys(&self, machine: &Machine, draws: &[Draw], what: &str) -> Result<(usize, usize), String> {
         let asked: Vec<_> = draws.iter().copied().map(Some).collect();
         let found = self.run(machine, 0..self.rows(), &asked, 64 << 20)?;
@@ -161,7 +165,8 @@ fn record(row: usize, draw: Option<&Draw>) -> DrawRecord {
     DrawRecord { position: 1000 + row as u32, sequence: 3, ..draw.map_or(empty, DrawRecord::from) }
 }
 
-/// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p move by more than f32 sums err.
+/// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p
+/// move by more than f32 sums err.
 pub fn is_clear(logits: &[f32], banned: &[u32], draw: &Draw) -> bool {
     let decision = |du: f64, dp: f32| {
         let top_p = if draw.top_p < 1.0 { (draw.top_p + dp).clamp(1e-9, 0.999_999_9) } else { 1.0 };
@@ -228,7 +233,8 @@ pub fn kinds(seed: u64, vocab: usize) -> Vec<Draw> {
     draws
 }
 
-/// Both routes in one batch over the sizes around a piece (32), a tile (128) and a group of tiles (4096).
+/// Both routes in one batch over the sizes around a piece (32), a tile (128) and a group of tiles
+/// (4096).
 pub fn the_law(machine: &Machine) -> Result<(), String> {
     let (mut clear, mut total) = (0, 0);
     for (seed, vocab) in [1, 33, 200, 1000, 5000].into_iter().enumerate() {
@@ -264,7 +270,8 @@ pub fn walks(machine: &Machine) -> Result<(), String> {
     Ok(())
 }
 
-/// Equal logits across pieces, tiles and warps, clusters, neighbouring floats: where a nucleus ends among them.
+/// Equal logits across pieces, tiles and warps, clusters, neighbouring floats: where a nucleus ends
+/// among them.
 pub fn edges_of_nuclei(machine: &Machine) -> Result<(), String> {
     let vocab = 700;
     let mut peaks = vec![0.0; vocab];
@@ -278,7 +285,8 @@ pub fn edges_of_nuclei(machine: &Machine) -> Result<(), String> {
     if found.iter().map(|d| d.token).collect::<Vec<_>>() != [127, 128, 300, 127] || found[0].margin != 0.0 {
         return Err(format!("ties: {found:?}"));
     }
-    // Exact quarters: p of exactly one half keeps two under both rules. Zeros of either sign are one logit.
+    // Exact quarters: p of exactly one half keeps two under both rules. Zeros of either sign are
+    // one logit.
     let quarters = Case { hidden: vec![1.0; 4], ..Case::of_rows(&[vec![0.0, -0.0, -0.0, 0.0]]) };
     let half = |u, top_p_rule| Draw { u, top_p: 0.5, top_p_rule, truncated_confidence: true, ..PLAIN };
     let draws = [half(0.4, TopPRule::Within), half(0.9, TopPRule::Within), half(0.4, TopPRule::Crossing), half(0.9, TopPRule::Crossing)];
@@ -314,7 +322,8 @@ pub fn edges_of_nuclei(machine: &Machine) -> Result<(), String> {
     if clear < 30 { Err(format!("{clear} of 56 nuclei are clear of boundaries")) } else { Ok(()) }
 }
 
-/// Top-k with nuclei on either side of it, with ties at its end, of everything, and of what bans leave.
+/// Top-k with nuclei on either side of it, with ties at its end, of everything, and of what bans
+/// leave.
 pub fn most_probable(machine: &Machine) -> Result<(), String> {
     let vocab = 700;
     let levels: Vec<f32> = noise(41, vocab).iter().map(|v| (v * 8.0).round() * 0.5 + 0.0).collect();
@@ -364,7 +373,8 @@ fn extremes(machine: &Machine) -> Result<(), String> {
     Ok(())
 }
 
-/// What no decision can be made from is a status that names the token, on both routes; bans hide it.
+/// What no decision can be made from is a status that names the token, on both routes; bans hide
+/// it.
 pub fn refusals(machine: &Machine) -> Result<(), String> {
     let vocab = 300;
     for draw in [PLAIN, GREEDY, NUCLEUS, Draw { forced: Some(1), ..PLAIN }] {
@@ -404,10 +414,12 @@ pub fn refusals(machine: &Machine) -> Result<(), String> {
     Ok(())
 }
 
-/// The same bits alone, in batches that take every tile, in chunks, and beside rows of the other route or of padding.
+/// The same bits alone, in batches that take every tile, in chunks, and beside rows of the other
+/// route or of padding.
 fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
     for dtype in [DType::F32, DType::Bf16] {
-        // 304: two segments of K, and rows whose bytes are a multiple of 16; the cases of single features cover what is not.
+        // 304: two segments of K, and rows whose bytes are a multiple of 16; the cases of single
+        // features cover what is not.
         let case = Case::random(dtype, 70, 290, 304);
         let all_kinds = kinds(9, case.vocab);
         let draws: Vec<Option<Draw>> = (0..70).map(|i| (i % 9 != 4).then(|| all_kinds[i % all_kinds.len()])).collect();

@@ -1,7 +1,8 @@
-//! What is said about drivers, devices and compilers that are absent, empty or broken: always an error with the next move.
+//! What is said about drivers, devices and compilers that are absent, empty or broken: always an
+//! error with the next move.
 //!
-//! A process opens each library once, so every case runs in a child: this test binary again, asked for `driver_errors::child` alone, with a
-//! stub driver in front of the library path.
+//! A process opens each library once, so every case runs in a child: this test binary again, asked
+//! for `driver_errors::child` alone, with a stub driver in front of the library path.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

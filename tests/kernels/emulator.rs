@@ -1,4 +1,5 @@
-//! Emulated machines for the kernel tests: every thread schedule with every timing of copies, and buffers whose edges are watched.
+//! Emulated machines for the kernel tests: every thread schedule with every timing of copies, and
+//! buffers whose edges are watched.
 
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
@@ -62,7 +63,8 @@ pub fn gemm_dot(machine: &Machine, dtype: DType, x: &[f32], w: &[f32]) -> f32 {
     segments.fold(0.0, |total, (x, w)| total + x.iter().zip(w).fold(0.0f32, |sum, (x, w)| w.mul_add(*x, sum)))
 }
 
-/// Device memory of exactly these values. Accesses beyond it are errors of the launch or of the next read.
+/// Device memory of exactly these values. Accesses beyond it are errors of the launch or of the
+/// next read.
 pub struct Array<'m, T> {
     machine: &'m Machine,
     base: Address,
@@ -153,7 +155,8 @@ pub fn run(mut command: Command) {
     assert!(output.status.success(), "{command:?}\n{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// What `work` makes of the items, on as many threads as there are cores, in the order in which they are done.
+/// What `work` makes of the items, on as many threads as there are cores, in the order in which
+/// they are done.
 pub fn on_all_cores<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> Option<R> + Sync) -> Vec<R> {
     let next = AtomicUsize::new(0);
     let worker = || std::iter::from_fn(|| items.get(next.fetch_add(1, Ordering::Relaxed))).filter_map(&work).collect::<Vec<R>>();

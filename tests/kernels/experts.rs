@@ -1,5 +1,5 @@
-//! `experts` sums as `gemm.cuh` specifies, bit by bit, whatever the tile and however many rows share an expert; `experts_combine` adds in the order
-//! of the experts.
+//! `experts` sums as `gemm.cuh` specifies, bit by bit, whatever the tile and however many rows
+//! share an expert; `experts_combine` adds in the order of the experts.
 
 use redraft::backend::DType;
 use redraft::cpu::oracle;

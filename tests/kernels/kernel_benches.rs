@@ -1,4 +1,5 @@
-//! `kernels run` runs every kernel: random inputs of the right shapes, finite results, the same on every device.
+//! `kernels run` runs every kernel: random inputs of the right shapes, finite results, the same on
+//! every device.
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,5 @@
-//! `linear` sums as `gemm.cuh` specifies, bit by bit, by every tile, whole and split, for a row alone and among others, at any
-//! alignment; and errs at most twice as much as a plain f32 loop.
+//! `linear` sums as `gemm.cuh` specifies, bit by bit, by every tile, whole and split, for a row
+//! alone and among others, at any alignment; and errs at most twice as much as a plain f32 loop.
 
 use redraft::backend::{DType, Epilogue};
 use redraft::cpu::oracle;
@@ -9,7 +9,8 @@ use redraft::cuda::ops::linear::Linear;
 
 use crate::emulator::{Array, Operand, any_machine, gemm_dot, machines, noise, same_bits, words};
 
-/// Rows of NaN behind x and the weight, which nothing may read, and room behind the output, which nothing may write.
+/// Rows of NaN behind x and the weight, which nothing may read, and room behind the output, which
+/// nothing may write.
 const BEHIND: usize = 3;
 
 #[derive(Clone, Copy, Debug)]
@@ -116,7 +117,8 @@ impl Case {
         let exact = oracle::linear(self.dtype, &data.x, &data.weight, self.k, data.bias.as_deref(), self.epilogue, &data.before);
         let error = |values: &[f32]| values.iter().zip(&exact).map(|(v, e)| (f64::from(*v) - e).abs()).fold(0.0, f64::max);
         let largest = exact.iter().fold(1.0, |m: f64, v| m.max(v.abs()));
-        // The plain loop may be exact by luck: a few roundings of the largest element, and half a step of bf16 where that is stored.
+        // The plain loop may be exact by luck: a few roundings of the largest element, and half a
+        // step of bf16 where that is stored.
         let stored = if self.out_dtype == DType::Bf16 { largest / 256.0 } else { 0.0 };
         let allowed = 2.0 * error(&self.plain(data)) + 4.0 * f64::from(f32::EPSILON) * largest + stored;
         // `max` drops NaN, so it is looked for by itself.
@@ -195,7 +197,8 @@ fn gelu_is_accurate_over_its_whole_range() {
     let found = case.run(machine, &data, 0, rows, None).unwrap();
     for (v, found) in data.x.iter().zip(found) {
         let exact = oracle::gelu_tanh(f64::from(*v));
-        // Half a dozen roundings relative to the value, and the absolute size of a rounding near 0 on the far negative side.
+        // Half a dozen roundings relative to the value, and the absolute size of a rounding near 0
+        // on the far negative side.
         assert!((f64::from(found) - exact).abs() <= 1e-6 * exact.abs() + 1e-9, "gelu({v}) is {found}, expected {exact}");
     }
 }

@@ -1,7 +1,8 @@
-//! `listed` against `sampling::decide_row` over the listed logits alone: every kind of draw, lists of every length, and what it refuses.
+//! `listed` against `sampling::decide_row` over the listed logits alone: every kind of draw, lists
+//! of every length, and what it refuses.
 //!
-//! The law sees logits that are computed here in the order that the kernel promises, so that tokens compare exactly wherever a draw is
-//! clear of a boundary.
+//! The law sees logits that are computed here in the order that the kernel promises, so that tokens
+//! compare exactly wherever a draw is clear of a boundary.
 
 use half::bf16;
 use redraft::backend::DType;
@@ -52,7 +53,8 @@ impl Case {
         Case { dtype: DType::F32, vocab, k: 1, head: logits, hidden: vec![1.0; rows], bias: None, count: vocab + 3, lists }
     }
 
-    /// Logits of a list, as the kernel sums them: lane l takes quads l, l + 32, ... of k, then the lanes meet in a butterfly.
+    /// Logits of a list, as the kernel sums them: lane l takes quads l, l + 32, ... of k, then the
+    /// lanes meet in a butterfly.
     fn logits(&self, row: usize, list: usize) -> Vec<f32> {
         let x = &self.hidden[row * self.k..(row + 1) * self.k];
         let one = |id: &u32| {
@@ -105,7 +107,8 @@ impl Case {
         }
     }
 
-    /// Every row against the law. Forced tokens of `draws` are places in the list. Counts draws that are clear of a boundary.
+    /// Every row against the law. Forced tokens of `draws` are places in the list. Counts draws
+    /// that are clear of a boundary.
     fn obeys(&self, machine: &Machine, which: &[u32], draws: &[Draw], what: &str) -> Result<usize, String> {
         let ids = |row: usize| &self.lists[which[row] as usize];
         let asked: Vec<Draw> = draws
@@ -134,7 +137,8 @@ impl Case {
     }
 }
 
-/// Every kind of draw, over lists that fill a part of a warp and several threads' spans, and products that are aligned and not.
+/// Every kind of draw, over lists that fill a part of a warp and several threads' spans, and
+/// products that are aligned and not.
 pub fn the_law(machine: &Machine) -> Result<(), String> {
     let (mut clear, mut total) = (0, 0);
     for (seed, (vocab, k, count)) in [(5, 3, 2), (40, 40, 33), (700, 130, 300), (90, 268, 64)].into_iter().enumerate() {
@@ -155,7 +159,8 @@ pub fn the_law(machine: &Machine) -> Result<(), String> {
 
 /// Equal logits, and boundaries that are met exactly: nuclei, top-k, uniforms at both ends.
 pub fn edges(machine: &Machine) -> Result<(), String> {
-    // Exact quarters: p of exactly one half keeps two under both rules. Zeros of either sign are one logit.
+    // Exact quarters: p of exactly one half keeps two under both rules. Zeros of either sign are
+    // one logit.
     let quarters = Case::of_row(vec![0.0, -0.0, -0.0, 0.0], 4);
     let half = |u, top_p_rule| Draw { u, top_p: 0.5, top_p_rule, truncated_confidence: true, ..PLAIN };
     let tokens = |case: &Case, draws: &[Draw]| -> Result<Vec<(u32, f32, f32)>, String> {

@@ -1,7 +1,9 @@
-//! Every kernel, run on the CPU: the unmodified `kernels/*.cu` are compiled as host C++ and their threads run as fibers, under four
-//! schedules and two timings of copies, over shared memory filled with NaN, between guarded buffers, against plain Rust. Needs g++ on x86-64, no GPU.
+//! Every kernel, run on the CPU: the unmodified `kernels/*.cu` are compiled as host C++ and their
+//! threads run as fibers, under four schedules and two timings of copies, over shared memory filled
+//! with NaN, between guarded buffers, against plain Rust. Needs g++ on x86-64, no GPU.
 //!
-//! NVRTC compiles the same sources where it is found; `REDRAFT_REQUIRE_NVRTC=1` turns its absence into a failure.
+//! NVRTC compiles the same sources where it is found; `REDRAFT_REQUIRE_NVRTC=1` turns its absence
+//! into a failure.
 #![cfg(feature = "cuda")]
 
 mod ask;

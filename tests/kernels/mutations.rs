@@ -1,4 +1,5 @@
-//! The tests of the tests: each planted bug must be caught. Most are barriers that a GPU would miss only now and then.
+//! The tests of the tests: each planted bug must be caught. Most are barriers that a GPU would miss
+//! only now and then.
 
 use redraft::cuda::Edit;
 use redraft::cuda::machine::Machine;
@@ -10,7 +11,8 @@ use crate::{
 
 type Check = fn(&Machine) -> Result<(), String>;
 
-/// What is broken, the test that must notice, and the edit: (file, text that occurs once, replacement).
+/// What is broken, the test that must notice, and the edit: (file, text that occurs once,
+/// replacement).
 const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     (
         "sum read before every warp has written its part",

@@ -1,5 +1,5 @@
-//! `norm` stays within twice the error of a plain f32 loop, and gives the same bits on every machine, in place, after a residual and
-//! at any alignment.
+//! `norm` stays within twice the error of a plain f32 loop, and gives the same bits on every
+//! machine, in place, after a residual and at any alignment.
 
 use half::bf16;
 use redraft::backend::{self, DType, NormKind as Kind};
@@ -12,7 +12,8 @@ use crate::emulator::{Array, machines, noise, same_bits, words};
 const ROWS: usize = 4;
 const EPS: f32 = 1e-5;
 
-/// Rows of one width: noise, noise on a mean a thousand times its spread, a constant, and numbers near the end of f32's squares.
+/// Rows of one width: noise, noise on a mean a thousand times its spread, a constant, and numbers
+/// near the end of f32's squares.
 fn rows(width: usize) -> Vec<f32> {
     let noise = noise(2, ROWS * width);
     let shape = |(i, v): (usize, &f32)| match i / width {
@@ -102,8 +103,9 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
                 let exact = exact(kind, x, &case.weight, case.bias.as_deref());
                 let error = |values: &[f32]| values.iter().zip(&exact).map(|(v, e)| (f64::from(*v) - e).abs()).fold(0.0, f64::max);
                 let yardstick = error(&plain(kind, x, &case.weight, case.bias.as_deref()));
-                // The plain loop may be exact by luck: a few roundings of the largest element, and one of the mean, which moves every
-                // element of the row by its size over the spread.
+                // The plain loop may be exact by luck: a few roundings of the largest element, and
+                // one of the mean, which moves every element of the row by its size over the
+                // spread.
                 let average = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(f64::from(*v))).sum::<f64>() / width as f64;
                 let mean = average(&|v| v);
                 let spread = (average(&|v| (v - mean).powi(2)) + f64::from(EPS)).sqrt();

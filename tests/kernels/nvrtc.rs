@@ -1,4 +1,5 @@
-//! The real compiler accepts every kernel for every architecture, without spilling. Skipped, with a word, where NVRTC is absent.
+//! The real compiler accepts every kernel for every architecture, without spilling. Skipped, with a
+//! word, where NVRTC is absent.
 
 use redraft::cuda::{Build, Compiler, Kernel, builds, compiler, kernels, kernels_check, over_budget, report_table};
 use redraft::error::Error;

@@ -1,5 +1,5 @@
-//! The params structs have the same fields at the same offsets on both sides. Each compiler asserts its own numbers; here the two
-//! lists of numbers are compared.
+//! The params structs have the same fields at the same offsets on both sides. Each compiler asserts
+//! its own numbers; here the two lists of numbers are compared.
 
 use redraft::cuda::kernels;
 use redraft::cuda::ops::ask::{AskParams, SequenceStep, SessionSummary};

@@ -1,4 +1,5 @@
-//! `remask` takes what `sampling::remask` takes and leaves the canvas as `Canvas::remask` leaves it.
+//! `remask` takes what `sampling::remask` takes and leaves the canvas as `Canvas::remask` leaves
+//! it.
 
 use redraft::canvas::{Canvas, State};
 use redraft::cuda::machine::Machine;
@@ -16,7 +17,8 @@ struct Sequence {
     count: u32,
 }
 
-/// About a sixth fixed, a sixth masked, the rest revealed; `levels` distinct confidences, so that few levels mean many ties.
+/// About a sixth fixed, a sixth masked, the rest revealed; `levels` distinct confidences, so that
+/// few levels mean many ties.
 fn sequence(seed: u64, len: usize, levels: u32, count: u32) -> Sequence {
     let roles = noise(seed, len);
     let fixed: Vec<Option<u32>> = (0..len).map(|i| (roles[i] < -0.7).then_some(i as u32)).collect();
@@ -30,7 +32,8 @@ fn sequence(seed: u64, len: usize, levels: u32, count: u32) -> Sequence {
     Sequence { canvas, count }
 }
 
-/// Values whose order is easy to get wrong: zeros of both signs, infinities, NaN of both signs, negatives, subnormals.
+/// Values whose order is easy to get wrong: zeros of both signs, infinities, NaN of both signs,
+/// negatives, subnormals.
 fn odd_values(count: u32) -> Sequence {
     let odd = [0.0, -0.0, f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1.0, f32::MIN_POSITIVE, 1e-45, 1.0, -0.0, 0.0];
     let mut canvas = Canvas::new(&[None; 12], MASK);
@@ -130,7 +133,8 @@ fn check(machine: &Machine, sequences: &[Sequence]) -> Result<(), String> {
 }
 
 pub fn holds(machine: &Machine) -> Result<(), String> {
-    // Lengths around the CTA size, an empty sequence, nothing wanted, everything, and more than there is; distinct values and ties.
+    // Lengths around the CTA size, an empty sequence, nothing wanted, everything, and more than
+    // there is; distinct values and ties.
     let ragged = [
         sequence(10, 1, 1, 1),
         sequence(20, 0, 1, 3),

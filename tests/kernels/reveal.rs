@@ -13,7 +13,8 @@ use crate::emulator::{Array, machines, noise, words};
 const CANVAS: u32 = 700;
 const MASK: u32 = 50_257;
 
-/// A session that asks every second position from 1 on; `levels` distinct values, so that few levels mean many ties.
+/// A session that asks every second position from 1 on; `levels` distinct values, so that few
+/// levels mean many ties.
 struct Sequence {
     step: SequenceStep,
     reveal: Reveal,
@@ -147,7 +148,8 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
     Ok(())
 }
 
-/// Values whose order is easy to get wrong: zeros of both signs, infinities, negatives, subnormals, more than one.
+/// Values whose order is easy to get wrong: zeros of both signs, infinities, negatives, subnormals,
+/// more than one.
 fn odd_values(reveal: Reveal) -> Sequence {
     let odd = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, -1.0, f32::MIN_POSITIVE, 1e-45, 1.0, -0.0, 0.0, 1.5, 1e-45];
     let mut session = session(7, odd.len() as u32, 1.0, reveal);

@@ -1,4 +1,5 @@
-//! The device generator and the device rounding, bit for bit against the published answers, `rng.rs` and `half`.
+//! The device generator and the device rounding, bit for bit against the published answers,
+//! `rng.rs` and `half`.
 
 use half::bf16;
 use redraft::cuda::driver::Launch;
@@ -27,7 +28,8 @@ const KNOWN: [([u32; 6], [u32; 4]); 3] = [
     ([0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0], [0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1]),
 ];
 
-/// Known answers first; then every exponent with mantissas around the rounding boundary, both signs, in the word that is rounded.
+/// Known answers first; then every exponent with mantissas around the rounding boundary, both
+/// signs, in the word that is rounded.
 fn counters() -> Vec<[u32; 6]> {
     let mantissas = [0, 1, 0x7fff, 0x8000, 0x8001, 0x1_7fff, 0x1_8000, 0x7f_7fff, 0x7f_8000, 0x7f_ffff];
     let words = (0..512u32).flat_map(|sign_exponent| mantissas.map(|m| sign_exponent << 23 | m));

@@ -1,4 +1,5 @@
-//! `rope_append` against the numbers of the CPU, bit for bit without a norm, and against f64 with one.
+//! `rope_append` against the numbers of the CPU, bit for bit without a norm, and against f64 with
+//! one.
 
 use redraft::backend::rope::extend_rotations;
 use redraft::backend::{DType, HeadShape, Rope, Rotation};

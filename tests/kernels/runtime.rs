@@ -1,4 +1,5 @@
-//! The emulated machine itself: every kind of mistake ends its launch with a sentence that names the place, and right code runs.
+//! The emulated machine itself: every kind of mistake ends its launch with a sentence that names
+//! the place, and right code runs.
 
 use redraft::cuda::driver::{Function, Launch};
 use redraft::cuda::machine::Machine;
@@ -84,7 +85,8 @@ fn accesses_outside_of_buffers_are_named() {
         fails(options, "write_just_behind", &["a write 0 bytes behind the end of a buffer of 400 bytes"]);
         fails(options, "write_in_front", &["a write 4 bytes in front of a buffer of 400 bytes"]);
         fails(options, "dynamic_shared_too_small", &["thread 63: access outside of any buffer"]);
-        // What lies between the end and the page's end reads as NaN, and so does shared memory that nobody wrote.
+        // What lies between the end and the page's end reads as NaN, and so does shared memory that
+        // nobody wrote.
         let behind = outcome(options, "read_just_behind", [1; 3], &noise(3, LEN)).unwrap();
         assert_eq!(behind[..64].iter().filter(|x| x.is_nan()).count(), 1);
         let unwritten = outcome(options, "dynamic_shared_unwritten", [1; 3], &noise(3, LEN)).unwrap();

@@ -1,4 +1,5 @@
-//! `shortlist` lists what a sort would: the largest finite logits that are not banned, ties to the lower id, ascending.
+//! `shortlist` lists what a sort would: the largest finite logits that are not banned, ties to the
+//! lower id, ascending.
 
 use half::bf16;
 use redraft::backend::DType;
@@ -7,7 +8,8 @@ use redraft::cuda::ops::shortlist::{NO_ID, Shortlist, shortlist_in};
 
 use crate::emulator::{Array, machines, noise, words};
 
-/// Rows of given logits: row r is feature r of the head, chosen by a one-hot hidden state, so that a product is exact.
+/// Rows of given logits: row r is feature r of the head, chosen by a one-hot hidden state, so that
+/// a product is exact.
 fn lists(machine: &Machine, dtype: DType, rows: &[Vec<f32>], banned: &[u32], count: usize, chunk_bytes: usize) -> Result<Vec<u32>, String> {
     let (k, vocab) = (rows.len(), rows[0].len());
     let head: Vec<f32> = (0..vocab * k).map(|i| rows[i % k][i / k]).collect();

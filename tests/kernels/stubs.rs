@@ -1,6 +1,8 @@
-//! [`Gpu`] over a driver and a compiler that are stubs: what the driver is told, what is cached, and what is said when a call fails.
+//! [`Gpu`] over a driver and a compiler that are stubs: what the driver is told, what is cached,
+//! and what is said when a call fails.
 //!
-//! A process opens each library once, so every case runs in a child: this test binary again, asked for `stubs::child` alone.
+//! A process opens each library once, so every case runs in a child: this test binary again, asked
+//! for `stubs::child` alone.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -44,7 +46,8 @@ fn child() {
     }
 }
 
-/// Writes larger and smaller than the ring whose sources change right after, copies, fills, and reads of all sizes.
+/// Writes larger and smaller than the ring whose sources change right after, copies, fills, and
+/// reads of all sizes.
 fn memory(gpu: &Gpu) -> Result<String> {
     let pattern = |len: usize, seed: usize| -> Vec<u8> { (0..len).map(|i| (i * 7 + i / 251 + seed) as u8).collect() };
     let large = 37_000_001;

@@ -1,5 +1,6 @@
-//! `attention` over the paged store, and the store itself. ConfigJson and values enter through `rope_append` at position 0, where
-//! the rotation is exact, so that both sides hold the same numbers.
+//! `attention` over the paged store, and the store itself. ConfigJson and values enter through
+//! `rope_append` at position 0, where the rotation is exact, so that both sides hold the same
+//! numbers.
 
 use redraft::backend::{Backend, DType, HeadShape, KvShape, Rotation};
 use redraft::cpu::oracle;
@@ -79,7 +80,8 @@ impl<B: TestBackend> Store<B> {
         let rounded: Vec<f32> = qkv.iter().map(|&v| oracle::stored(b.dtype(), v)).collect();
         let want = oracle::attention(plan, self.heads, self.page_size, &rounded, &self.keys, &self.values);
         let tolerance = match b.dtype() {
-            // Scores up to 10 with a few roundings each move an exponential by 10 eps; weights sum to 1 and |v| < 1.
+            // Scores up to 10 with a few roundings each move an exponential by 10 eps; weights sum
+            // to 1 and |v| < 1.
             DType::F32 => 4e-6,
             // Each weight is rounded to 8 bits, numerator and denominator alike.
             DType::Bf16 => 2.0f64.powi(-8),
@@ -128,8 +130,8 @@ fn any_power_of_two_is_a_page_size() {
 
 #[test]
 fn slots_past_the_visible_end_hold_nan() {
-    // The store ends where the longest row sees; rows that see less share tiles with it. Everything after is NaN already;
-    // this adds NaN between the rows' own ends.
+    // The store ends where the longest row sees; rows that see less share tiles with it. Everything
+    // after is NaN already; this adds NaN between the rows' own ends.
     each!(b in cpus(2), {
         for page_size in [2, 16] {
             let mut store = Store::new(b, D64, page_size, &[100]);

@@ -10,8 +10,9 @@ use crate::{TestBackend, cpus, each, noise};
 pub const PLAIN: Draw =
     Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
 
-/// Runs rows of V logits through a head of 16 features whose products reproduce them: logits come from the bias, rows from a
-/// one-hot hidden state. Each row then has its own weight column, exact in f32; bf16 rounds the logits, which both sides see.
+/// Runs rows of V logits through a head of 16 features whose products reproduce them: logits come
+/// from the bias, rows from a one-hot hidden state. Each row then has its own weight column, exact
+/// in f32; bf16 rounds the logits, which both sides see.
 fn decide<B: TestBackend>(b: &B, rows: &[Vec<f32>], banned: &[u32], draws: &[Draw]) -> Result<Vec<Decision>, Error> {
     let (k, vocab) = (rows.len(), rows[0].len());
     let mut weight = vec![0.0; vocab * k];
@@ -30,7 +31,8 @@ pub fn stored(dtype: DType, row: &[f32]) -> Vec<f32> {
     row.iter().map(|&v| oracle::stored(dtype, v)).collect()
 }
 
-/// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p move by more than f32 sums err.
+/// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p
+/// move by more than f32 sums err.
 pub fn is_clear(row: &[f32], banned: &[u32], draw: &Draw) -> bool {
     let decision = |du: f64, dp: f32| {
         let moved = Draw { u: (draw.u + du).clamp(0.0, 1.0 - 1e-9), top_p: if draw.top_p < 1.0 { draw.top_p + dp } else { 1.0 }, ..*draw };
@@ -151,7 +153,8 @@ fn ties_go_to_the_lower_id() {
     });
 }
 
-/// With and without a nucleus on either side of it, over few tiles and more than k of them, tied and not.
+/// With and without a nucleus on either side of it, over few tiles and more than k of them, tied
+/// and not.
 #[test]
 fn the_most_probable_tokens() {
     let vocab = 4500;
@@ -196,7 +199,8 @@ fn top_k_keeps_ties_and_has_an_order() {
         }
         let draw = |k, order, top_p| Draw { top_k: Some(TopK { k, order }), top_p, top_p_rule: TopPRule::Crossing, truncated_confidence: true, ..PLAIN };
         let cases = [
-            // Of the three most probable and the fourth, tied with the third: 0.35, 0.15, 0.25, 0.15 in ascending order of ids.
+            // Of the three most probable and the fourth, tied with the third: 0.35, 0.15, 0.25,
+            // 0.15 in ascending order of ids.
             (draw(3, TopKOrder::Before, 1.0), 0.99, 4, 0.15 / 0.9),
             (draw(3, TopKOrder::Before, 1.0), 0.45, 2, 0.15 / 0.9),
             (draw(2, TopKOrder::After, 1.0), 0.99, 3, 0.25 / 0.6),
@@ -225,7 +229,8 @@ fn all_equal_huge_and_infinitely_small_logits() {
         let rows = [vec![0.0; 3000], vec![1e30; 3000], vec![-1e30; 3000], one_left, far];
         for draw in [PLAIN, Draw { temperature: 0.0, ..PLAIN }, Draw { top_p: 0.5003, temperature: 0.8, ..PLAIN }] {
             for (row, u) in rows.iter().zip([0.3001, 0.60011, 0.9999, 0.5, 0.5]) {
-                // -inf cannot come out of a product with zeros beside it: one row at a time, so nothing multiplies it by 0.
+                // -inf cannot come out of a product with zeros beside it: one row at a time, so
+                // nothing multiplies it by 0.
                 let hidden = b.put(&[1.0]);
                 let draw = Draw { u, ..draw };
                 let got = b.decide(&hidden, &b.pack(row, 3000, 1), None, Candidates::AllBut(&[]), &[draw]).unwrap()[0];
@@ -276,7 +281,8 @@ fn logits_that_are_not_finite_are_an_error_that_names_the_row() {
                     let mut weight = vec![rest; 3000];
                     weight[at] = bad;
                     let draws = vec![PLAIN; 70];
-                    // Only row 66 meets the weight; elsewhere 0 * NaN would spread it, so logits come in by the bias.
+                    // Only row 66 meets the weight; elsewhere 0 * NaN would spread it, so logits
+                    // come in by the bias.
                     let mut hidden = vec![0.0; 70];
                     hidden[66] = 1.0;
                     let one = b.decide(&b.put(&[1.0]), &b.pack(&weight, 3000, 1), None, Candidates::AllBut(&[]), &[PLAIN]);

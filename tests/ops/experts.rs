@@ -62,8 +62,9 @@ impl Layer {
         let got = self.run(b, 0, rows, rows);
         let choices = oracle::route(shape, &Router { score: SCORE, bias: None }, &self.logits);
         let want = oracle::experts(dtype, shape, &choices, &self.x, &self.up, &self.down, &self.before);
-        // f32 sums over C, then over F, of values near 1. In bf16 an inner value that lies between two steps may be rounded to the other one: half a
-        // percent of one of F terms, and a few of them.
+        // f32 sums over C, then over F, of values near 1. In bf16 an inner value that lies between
+        // two steps may be rounded to the other one: half a percent of one of F terms, and a few of
+        // them.
         let roundings = 2.0 * f64::from(f32::EPSILON) * ((shape.hidden_dim + shape.expert_dim) as f64 + 8.0);
         let flips = if dtype == DType::Bf16 { 4.0 / 256.0 * 4.0 / (shape.expert_dim as f64).sqrt() } else { 0.0 };
         assert_close(&format!("{} {dtype:?} {shape:?} {rows} rows", b.name()), &got, &want, |_| 4.0 * roundings + flips);

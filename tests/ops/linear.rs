@@ -18,11 +18,13 @@ fn agrees<B: TestBackend>(b: &B, rows: usize, n: usize, k: usize, with_bias: boo
     b.linear(rows, &b.put(&x), &packed, with_bias.then_some(&device_bias), epilogue, &mut out).unwrap();
     let got = b.read(&out, rows * width);
     let want = oracle::linear(dtype, &x, &w, k, with_bias.then_some(&bias[..]), epilogue, &before);
-    // A sequential f32 sum of k products errs by at most k eps/2 sum |a b|, typically sqrt(k) of it; |a b| averages 1/4.
-    // bf16 products are exact in f32, but the pairs of `vdpbf16ps` round once more each.
+    // A sequential f32 sum of k products errs by at most k eps/2 sum |a b|, typically sqrt(k) of
+    // it; |a b| averages 1/4. bf16 products are exact in f32, but the pairs of `vdpbf16ps` round
+    // once more each.
     let sum = 0.25 * k as f64;
     let tolerance = 2.0 * EPS * (sum * (k as f64).sqrt() / 2.0 + 2.0 + k as f64 / 16.0);
-    // A product of two sums: each one's error is scaled by the other, whose size is at most a few times the root of k.
+    // A product of two sums: each one's error is scaled by the other, whose size is at most a few
+    // times the root of k.
     let scale = if epilogue == Epilogue::SwiGlu { 2.0 + 2.0 * (k as f64).sqrt() } else { 1.0 };
     assert_close(&format!("{} {dtype:?} {rows} x {n} x {k} {epilogue:?} bias {with_bias}", b.name()), &got, &want, |_| scale * tolerance);
 }
@@ -109,7 +111,8 @@ fn gelu_is_accurate_over_its_whole_range() {
         let mut out = b.zeros(v.len());
         b.linear(v.len(), &b.put(&v), &packed, None, Epilogue::Gelu, &mut out).unwrap();
         let want: Vec<f64> = v.iter().map(|&v| oracle::gelu_tanh(f64::from(v))).collect();
-        // Half a dozen roundings relative to the value, and the absolute size of a rounding near 0 on the far negative side.
+        // Half a dozen roundings relative to the value, and the absolute size of a rounding near 0
+        // on the far negative side.
         assert_close(&b.name(), &b.read(&out, v.len()), &want, |i| 1e-6 * want[i].abs() + 1e-9);
     });
 }

@@ -1,5 +1,5 @@
-//! Every op of the seam against its oracle. A test body is generic over the backend and runs on each machine configuration
-//! that is present: every instruction set of the CPU, both dtypes.
+//! Every op of the seam against its oracle. A test body is generic over the backend and runs on
+//! each machine configuration that is present: every instruction set of the CPU, both dtypes.
 
 mod attention;
 mod decide;

@@ -19,12 +19,14 @@ fn run<B: TestBackend>(b: &B, kind: NormKind, rows: usize, x: &[f32], weight: &[
 fn agrees_with_the_oracle() {
     each!(b in cpus(2), {
         for (rows, width) in [(1, 1), (3, 15), (2, 16), (5, 100), (4, 768), (70, 257)] {
-            // An offset ten times the spread: the variance must not come from a difference of squares.
+            // An offset ten times the spread: the variance must not come from a difference of
+            // squares.
             let x: Vec<f32> = noise(rows * width, 1).iter().map(|v| v + 10.0).collect();
             let (weight, bias) = (noise(width, 2), noise(width, 3));
             for (kind, bias) in KINDS.into_iter().flat_map(|kind| [(kind, None), (kind, Some(&bias[..]))]) {
                 let want = oracle::norm(&x, &Norm { kind, eps: 1e-5, weight: &weight[..], bias });
-                // The mean errs by a rounding of 10, 1e-6 at most, over a spread of 0.58; width 1 divides it by sqrt(eps).
+                // The mean errs by a rounding of 10, 1e-6 at most, over a spread of 0.58; width 1
+                // divides it by sqrt(eps).
                 let scale = if width == 1 { 300.0 } else { 2.0 };
                 let what = format!("{} {kind:?} {rows} x {width}", b.name());
                 assert_close(&what, &run(b, kind, rows, &x, &weight, bias), &want, |_| 4e-6 * scale);

@@ -21,8 +21,8 @@ fn plan(rows: usize) -> Plan {
     plan
 }
 
-/// The rows afterwards. What is left in the place of the keys is the backend's own business (they are in their slots): where they are not
-/// rotated, they count as zeros.
+/// The rows afterwards. What is left in the place of the keys is the backend's own business (they
+/// are in their slots): where they are not rotated, they count as zeros.
 fn rotate<B: TestBackend>(b: &B, plan: &Plan, heads: HeadShape, rotation: &Rotation<[f32]>, qkv: &[f32]) -> Vec<f32> {
     let HeadShape { num_kv_heads, head_dim, .. } = heads;
     let mut kv = b.kv_cache(KvShape { num_layers: 2, num_pages: 80, page_size: 16, num_kv_heads, head_dim }).unwrap();
@@ -47,7 +47,8 @@ fn rotates_as_the_oracle_does() {
     each!(b in cpus(2), {
         let plain = Rope::plain;
         let llama3 = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_len: 100.0 };
-        // The rope changes between calls, once by its scaling alone: the table of rotations must follow.
+        // The rope changes between calls, once by its scaling alone: the table of rotations must
+        // follow.
         let ropes = [
             plain(10_000.0),
             plain(500_000.0),
@@ -75,8 +76,9 @@ fn rotates_as_the_oracle_does() {
                 forget_keys(heads, &mut want);
             }
             let want: Vec<f64> = want.iter().map(|&v| f64::from(v)).collect();
-            // Three roundings of values up to sqrt(2), and half a unit of the oracle's own store.
-            // A normed element is up to 1.5 sqrt(D), and its scale has seen a sum of squares, a root and a quotient in f32.
+            // Three roundings of values up to sqrt(2), and half a unit of the oracle's own store. A
+            // normed element is up to 1.5 sqrt(D), and its scale has seen a sum of squares, a root
+            // and a quotient in f32.
             let tolerance = if normed { 3e-7 * (1.0 + 4.0 * (heads.head_dim as f64).sqrt()) } else { 3e-7 };
             let what = format!("{} {heads:?} {rope:?}, norm {normed}", b.name());
             assert_close(&what, &rotate(b, &plan, heads, &rotation, &qkv), &want, |_| tolerance);
@@ -111,7 +113,8 @@ fn scaled_frequencies() {
     };
     close(RopeScaling::None, [1.0, 0.1, 0.01, 0.001]);
     close(RopeScaling::Linear { factor: 4.0 }, [0.25, 0.025, 0.0025, 0.00025]);
-    // Over 40 pi positions they turn 20, 2, 0.2 and 0.02 times. Kept from 5 turns on, divided below 1, in between by a quarter of the way.
+    // Over 40 pi positions they turn 20, 2, 0.2 and 0.02 times. Kept from 5 turns on, divided below
+    // 1, in between by a quarter of the way.
     let original_len = (40.0 * std::f64::consts::PI) as f32;
     let llama3 = RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 5.0, original_len };
     close(llama3, [1.0, 0.75 * 0.1 / 8.0 + 0.25 * 0.1, 0.01 / 8.0, 0.001 / 8.0]);

@@ -25,7 +25,8 @@ fn agrees<B: TestBackend>(b: &B, shape: ExpertShape, score: RouterScore, bias: O
     assert_eq!(got.len(), want.len(), "{what}");
     for (i, (got, (expert, weight))) in got.iter().zip(want).enumerate() {
         assert_eq!(got.expert, expert, "{what}: choice {i}");
-        // A dozen roundings; the exponential of a large argument errs by the argument's own rounding.
+        // A dozen roundings; the exponential of a large argument errs by the argument's own
+        // rounding.
         assert!((f64::from(got.weight) - weight).abs() <= 4e-6 * weight, "{what}: choice {i} weighs {}, expected {weight}", got.weight);
     }
 }
@@ -102,7 +103,8 @@ fn ties_go_to_the_lower_expert() {
     });
 }
 
-/// Numbers of any size give weights that are numbers, and a NaN neither hangs nor leaves the experts there are.
+/// Numbers of any size give weights that are numbers, and a NaN neither hangs nor leaves the
+/// experts there are.
 #[test]
 fn hostile_logits_choose_experts_that_exist() {
     each!(b in cpus(1)[..1], {

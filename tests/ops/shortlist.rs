@@ -1,5 +1,5 @@
-//! `shortlist` against a sort, and `decide` among listed ids against `sampling::decide_row` over the
-//! listed logits alone.
+//! `shortlist` against a sort, and `decide` among listed ids against `sampling::decide_row` over
+//! the listed logits alone.
 
 use redraft::backend::{Backend, Candidates, Epilogue, Inspect};
 use redraft::cpu::{Cpu, oracle};
@@ -8,7 +8,8 @@ use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
 use crate::decide::{PLAIN, assert_decision, is_clear, stored};
 use crate::{TestBackend, cpus, each, noise};
 
-/// Hidden states and a head whose products are these rows: a one-hot state for each, so that they are exact.
+/// Hidden states and a head whose products are these rows: a one-hot state for each, so that they
+/// are exact.
 fn exact<B: TestBackend>(b: &B, rows: &[Vec<f32>]) -> (B::Buffer, B::Weight) {
     let (k, vocab) = (rows.len(), rows[0].len());
     let weight: Vec<f32> = (0..vocab * k).map(|i| rows[i % k][i / k]).collect();
@@ -44,7 +45,8 @@ fn lists_hold_the_largest_in_the_order_of_the_ids() {
                 }
             }
         }
-        // What can never be drawn is not listed, with one feature, so that nothing multiplies it by zero.
+        // What can never be drawn is not listed, with one feature, so that nothing multiplies it by
+        // zero.
         let mut row = vec![f32::NEG_INFINITY; 300];
         row[299] = -3.0;
         row[7] = -9.0;
@@ -99,7 +101,8 @@ fn decisions_obey_the_law_over_what_is_listed() {
     });
 }
 
-/// Sums over k: within the rounding of f32 sums of those of an oracle in f64, for widths that fill no vector, and the same bits whoever is beside a row.
+/// Sums over k: within the rounding of f32 sums of those of an oracle in f64, for widths that fill
+/// no vector, and the same bits whoever is beside a row.
 #[test]
 fn products_are_close_and_rows_do_not_see_each_other() {
     each!(b in cpus(3), {

@@ -1,4 +1,5 @@
-//! Decodes of the dense diffusion families: the published loops, canvas by canvas, and draft-then-refine on each.
+//! Decodes of the dense diffusion families: the published loops, canvas by canvas, and
+//! draft-then-refine on each.
 
 use std::sync::Arc;
 
@@ -117,7 +118,8 @@ fn greedy_decodes_follow_the_published_loops() {
     }
 }
 
-/// The samplers' own code, or their loops where that cannot run here; draws included. What reuses K/V exactly does so without a trace.
+/// The samplers' own code, or their loops where that cannot run here; draws included. What reuses
+/// K/V exactly does so without a trace.
 #[test]
 fn published_samplers_are_followed() {
     let mut names = Vec::new();
@@ -132,7 +134,8 @@ fn published_samplers_are_followed() {
             for kv in if cached { &[""][..] } else { exact } {
                 let label = format!("{name} {}{kv}", recorded["name"]);
                 let output = follow(&fixture, recorded, format!("{stage}{kv}"), Some(draws(recorded)), &label);
-                // Fast-dLLM's caches compute less than everything, and the runs are there to show it.
+                // Fast-dLLM's caches compute less than everything, and the runs are there to show
+                // it.
                 let (all, stage) = (output.canvas.len() * output.stages[0].nfe(), &output.stages[0]);
                 assert!(!cached || stage.rows < all, "{label}: {} of {all} rows", stage.rows);
             }
@@ -142,8 +145,9 @@ fn published_samplers_are_followed() {
     assert!(names.len() >= 20 && names.iter().any(|n| n.contains("dual cache")), "{names:?}");
 }
 
-/// Blocks that are edited until they are stable, last blocks that are decoded whole, and what comes after them: alone, together, and with the
-/// K/V of finished blocks written by forwards of their own.
+/// Blocks that are edited until they are stable, last blocks that are decoded whole, and what comes
+/// after them: alone, together, and with the K/V of finished blocks written by forwards of their
+/// own.
 #[test]
 fn neighbours_change_nothing_where_tokens_give_way() {
     let fixture = Fixture::open("sdar");
@@ -192,7 +196,8 @@ fn neighbours_change_nothing_where_tokens_give_way() {
     assert_eq!(engine.free_pages(), free);
 }
 
-/// The token before a block answers its first position, and the block cannot ask it again; under full attention every row is there.
+/// The token before a block answers its first position, and the block cannot ask it again; under
+/// full attention every row is there.
 #[test]
 fn edits_need_rows_of_their_own() {
     let edit = |name: &str, stage: &str| {
@@ -237,14 +242,16 @@ fn ends_of_texts_are_last_or_never() {
             steps[usize::from(end)].push(*step);
         }
     }
-    // Held back, a position draws again with more around it, and seldom an end: they stand where nothing else was left.
+    // Held back, a position draws again with more around it, and seldom an end: they stand where
+    // nothing else was left.
     let [others, ends] = steps;
     assert!(free > 3 && !ends.is_empty() && 2 * ends.len() < free && others.len() > 400, "{free} ends, {} held back", ends.len());
     assert!(ends.iter().all(|step| *step >= 9), "ends at steps {ends:?} of 12");
 }
 
-/// [LLaDA] The Gumbel draw at T > 0 is a draw from softmax(logits / T): counts of one masked position against the softmax of the network's own
-/// logits, and against as many Gumbel draws in f64.
+/// [LLaDA] The Gumbel draw at T > 0 is a draw from softmax(logits / T): counts of one masked
+/// position against the softmax of the network's own logits, and against as many Gumbel draws in
+/// f64.
 #[test]
 fn draws_have_the_distribution_of_gumbel_noise() {
     let fixture = Fixture::open("llada");
@@ -297,7 +304,8 @@ fn draws_have_the_distribution_of_gumbel_noise() {
     }
 }
 
-/// A semi-autoregressive or block-causal draft, the weakest third by snapshot masked again, a global refine; reuse changes no bit.
+/// A semi-autoregressive or block-causal draft, the weakest third by snapshot masked again, a
+/// global refine; reuse changes no bit.
 #[test]
 fn drafts_are_refined_on_every_family() {
     for name in FAMILIES {
@@ -350,7 +358,8 @@ fn neighbours_change_nothing_under_shifted_logits_or_with_experts() {
     }
 }
 
-/// Requests with and without guidance, with their own ways of ending and of caching, in the same forwards.
+/// Requests with and without guidance, with their own ways of ending and of caching, in the same
+/// forwards.
 #[test]
 fn neighbours_change_nothing_under_the_published_samplers() {
     let fixture = Fixture::open("llada");

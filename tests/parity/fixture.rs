@@ -143,7 +143,8 @@ pub fn text<'a>(value: &'a Value, key: &str) -> &'a str {
     value[key].as_str().unwrap_or_else(|| panic!("`{key}` of {value}"))
 }
 
-/// What the engine says about `tokens`: the residual stream after the embedding and after each layer, then the logits; rows of `width`.
+/// What the engine says about `tokens`: the residual stream after the embedding and after each
+/// layer, then the logits; rows of `width`.
 pub fn forward<B: Backend>(engine: &mut Engine<B>, tokens: &[u32], visibility: Visibility) -> (Vec<Vec<f32>>, Vec<f32>) {
     let width = engine.config().hidden_dim;
     let mut hidden: Vec<Vec<f32>> = Vec::new();
@@ -164,8 +165,8 @@ pub fn forward<B: Backend>(engine: &mut Engine<B>, tokens: &[u32], visibility: V
     (hidden, logits)
 }
 
-/// The one measure of these tests: the largest difference within a row over the largest golden magnitude of that row, worst row.
-/// NaN anywhere is infinitely wrong.
+/// The one measure of these tests: the largest difference within a row over the largest golden
+/// magnitude of that row, worst row. NaN anywhere is infinitely wrong.
 pub fn relative(found: &[f32], golden: &[f32], width: usize) -> f64 {
     assert_eq!(found.len(), golden.len(), "as many values as golden ones");
     let row = |(found, golden): (&[f32], &[f32])| {

@@ -9,18 +9,20 @@ use redraft::{EngineOptions, Error};
 
 use crate::fixture::{self, Fixture, argmax, relative, text, visibility};
 
-/// Bound for f32. The golden values are f32 themselves and within 7e-6 of an f64 evaluation of the same formulas (fixtures/README.md);
-/// another f32 order of summation may be as far off on its own side, and half as much again is room. (Portable loops: 2e-6.)
+/// Bound for f32. The golden values are f32 themselves and within 7e-6 of an f64 evaluation of the
+/// same formulas (fixtures/README.md); another f32 order of summation may be as far off on its own
+/// side, and half as much again is room. (Portable loops: 2e-6.)
 const F32_BOUND: f64 = 2e-5;
 
-/// Standard deviation, relative to a dot product's own scale, that rounding both operands to bf16 gives it: each operand's
-/// relative error is uniform within half a unit, 2^-9, so its deviation is 2^-9 / sqrt 3, and there are two operands.
+/// Standard deviation, relative to a dot product's own scale, that rounding both operands to bf16
+/// gives it: each operand's relative error is uniform within half a unit, 2^-9, so its deviation is
+/// 2^-9 / sqrt 3, and there are two operands.
 const BF16_DEVIATION: f64 = 1.0 / 512.0 * 0.816_496_580_927_726;
 
-/// Bound for bf16 weights, K/V and operands after `layers` layers: each layer rounds seven times (the
-/// operands of qkv, output, up and down; keys, values and attention weights), the embedding or the head once more. Independent errors
-/// add in squares, a maximum over some thousand values reaches about four deviations, and a norm or scale may enlarge the stream's error
-/// by half.
+/// Bound for bf16 weights, K/V and operands after `layers` layers: each layer rounds seven times
+/// (the operands of qkv, output, up and down; keys, values and attention weights), the embedding or
+/// the head once more. Independent errors add in squares, a maximum over some thousand values
+/// reaches about four deviations, and a norm or scale may enlarge the stream's error by half.
 fn bf16_bound(layers: usize) -> f64 {
     4.0 * 1.5 * BF16_DEVIATION * ((7 * layers + 1) as f64).sqrt()
 }
@@ -41,7 +43,8 @@ fn print(title: &str, rows: &[Row]) {
     }
 }
 
-/// Compares every case of a fixture layer by layer and stops at the first difference, which it names.
+/// Compares every case of a fixture layer by layer and stops at the first difference, which it
+/// names.
 fn compare(fixture: &Fixture, backend: Cpu, dtype: DType, rows: &mut Vec<Row>) -> (usize, usize) {
     let mut engine = fixture.engine_on(backend);
     let (width, vocab) = (engine.config().hidden_dim, engine.config().vocab_size);
@@ -74,7 +77,8 @@ fn compare(fixture: &Fixture, backend: Cpu, dtype: DType, rows: &mut Vec<Row>) -
             let (found, best) = (argmax(found), argmax(golden));
             total += 1;
             equal += usize::from(found == best);
-            // Two logits, each off by at most the bound, change places only if they were closer than twice that.
+            // Two logits, each off by at most the bound, change places only if they were closer
+            // than twice that.
             let scale = golden.iter().fold(0.0f64, |m, g| m.max(f64::from(g.abs())));
             let gap = f64::from(golden[best] - golden[found]);
             let slack = if dtype == DType::F32 { 0.0 } else { 2.0 * bound * scale };
@@ -84,7 +88,8 @@ fn compare(fixture: &Fixture, backend: Cpu, dtype: DType, rows: &mut Vec<Row>) -
     (equal, total)
 }
 
-/// Every fixture with every instruction set that this machine runs. Returns rows with the golden argmax, and all rows.
+/// Every fixture with every instruction set that this machine runs. Returns rows with the golden
+/// argmax, and all rows.
 fn all(threads: usize, dtype: DType) -> (usize, usize) {
     let (mut equal, mut total) = (0, 0);
     let sets: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.is_available()).collect();
@@ -138,8 +143,8 @@ fn shards_are_the_same_model() {
     }
 }
 
-/// Stored as bf16, the weights are exactly the rounded ones: an f32 run of that file and of the rounded values agree, and a bf16 run of the
-/// f32 file packs the same weights.
+/// Stored as bf16, the weights are exactly the rounded ones: an f32 run of that file and of the
+/// rounded values agree, and a bf16 run of the f32 file packs the same weights.
 #[test]
 fn weights_stored_in_bf16_are_the_rounded_ones() {
     let (whole, rounded) = (Fixture::open("bd3lm-plain"), Fixture::open("bd3lm-plain-bf16"));
@@ -179,7 +184,8 @@ fn likelihoods_agree(fixture: &Fixture) {
     }
 }
 
-/// Sequences that share forwards, wait for pages or are cut into many forwards have the likelihoods of one alone, to the last bit.
+/// Sequences that share forwards, wait for pages or are cut into many forwards have the likelihoods
+/// of one alone, to the last bit.
 #[test]
 fn likelihoods_do_not_depend_on_what_shares_a_forward() {
     for (name, dtype) in

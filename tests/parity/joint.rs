@@ -1,4 +1,5 @@
-//! The joint sampler's layer against an independent implementation of its published equations, call by call.
+//! The joint sampler's layer against an independent implementation of its published equations, call
+//! by call.
 
 use redraft::backend::{Backend, DType};
 use redraft::cpu::Cpu;
@@ -8,7 +9,8 @@ use crate::fixture::{Fixture, relative, text, visibility};
 
 const BASES: [&str; 3] = ["bd3lm-adaln", "dream", "llada"];
 
-/// Chained calls carry their own rounding on: the state of call eight has been through eight layers.
+/// Chained calls carry their own rounding on: the state of call eight has been through eight
+/// layers.
 const F32_BOUND: f64 = 5e-5;
 
 fn numbers(value: &Value) -> Vec<u32> {

@@ -1,4 +1,5 @@
-//! Whole draft-then-refine runs of the reference sampler over the official networks, replayed draw by draw.
+//! Whole draft-then-refine runs of the reference sampler over the official networks, replayed draw
+//! by draw.
 
 use std::sync::Arc;
 
@@ -13,8 +14,9 @@ use serde_json::Value;
 
 use crate::fixture::{Fixture, block_len, text};
 
-/// Largest difference of a confidence: p (1 - p) bounds how fast a probability follows a difference of two logits, so it moves by at
-/// most half of what a logit moves, and logits of size 10 agree within 2e-4 at the bound of `golden.rs`.
+/// Largest difference of a confidence: p (1 - p) bounds how fast a probability follows a difference
+/// of two logits, so it moves by at most half of what a logit moves, and logits of size 10 agree
+/// within 2e-4 at the bound of `golden.rs`.
 const CONFIDENCE: f64 = 1e-4;
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -46,7 +48,8 @@ fn canvas(trace: &Value) -> Vec<Option<u32>> {
     canvas
 }
 
-/// How a trace is run: K/V policies of draft and refine, and whether blocks are committed in forwards of their own.
+/// How a trace is run: K/V policies of draft and refine, and whether blocks are committed in
+/// forwards of their own.
 #[derive(Clone, Copy, Debug)]
 struct Variant {
     draft: &'static str,
@@ -77,14 +80,16 @@ fn schedule(trace: &Value, variant: Variant) -> Schedule {
     Schedule::resolve(&specs, &Defaults::default()).expect("a schedule")
 }
 
-/// The recorded draws: the order uniform is 0 for the recorded position and 1 for all others, so `uniform:1` takes that one.
+/// The recorded draws: the order uniform is 0 for the recorded position and 1 for all others, so
+/// `uniform:1` takes that one.
 fn draws(trace: &Value) -> DrawSource {
     let recorded: Vec<Vec<(usize, f64)>> = stages(trace)
         .iter()
         .map(|stage| steps(stage).iter().map(|s| (number(&s["position"]) as usize, number(&s["u_token"]))).collect())
         .collect();
     Arc::new(move |key| {
-        // Recorded steps count from 0 in each block; the engine's count through the stage, as this list does.
+        // Recorded steps count from 0 in each block; the engine's count through the stage, as this
+        // list does.
         let (position, token) = recorded[usize::from(key.stage)][key.step as usize];
         Uniforms { token, order: if key.position as usize == position { 0.0 } else { 1.0 } }
     })
@@ -129,7 +134,8 @@ impl<'a> Follower<'a> {
                 let masked: Vec<usize> = (0..self.canvas.len())
                     .filter(|p| self.canvas[*p] == self.mask_id && p / block == number(&step["block"]) as usize)
                     .collect();
-                // The recorded position is the one that its uniform draws among the masks that the engine has now.
+                // The recorded position is the one that its uniform draws among the masks that the
+                // engine has now.
                 let drawn = masked[(number(&step["u_position"]) * masked.len() as f64) as usize];
                 assert_eq!(drawn, number(&step["position"]) as usize, "{label}: masked {masked:?}");
                 assert_eq!(event.block, number(&step["block"]) as usize, "{label}: block");
@@ -245,7 +251,8 @@ fn replay_all(name: &str, expected: usize) {
     }
 }
 
-/// Drafts of block 4 and 16 over block-causal attention, one whose length is not whole blocks, then a global refine.
+/// Drafts of block 4 and 16 over block-causal attention, one whose length is not whole blocks, then
+/// a global refine.
 #[test]
 fn block_diffusion_traces_replay_step_by_step() {
     replay_all("bd3lm-adaln", 5);

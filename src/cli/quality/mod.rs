@@ -1,7 +1,9 @@
-//! `redraft bench --quality`: samples of several schedules by the engine, measured for quality, variety, coherence and cost beside
-//! each other. The measures are the room `quality`'s; this one reads the flags, generates, asks the judge, and reports.
+//! `redraft bench --quality`: samples of several schedules by the engine, measured for quality,
+//! variety, coherence and cost beside each other. The measures are the room `quality`'s; this one
+//! reads the flags, generates, asks the judge, and reports.
 //!
-//! Everything is checked before anything is generated. What was measured is printed even if a later row fails.
+//! Everything is checked before anything is generated. What was measured is printed even if a later
+//! row fails.
 
 mod report;
 mod rows;
@@ -41,8 +43,9 @@ use crate::weights::Weights;
 /// Samples in flight together where `--batch` does not say.
 const DEFAULT_BATCH: u32 = 64;
 
-/// Query rows per forward. Whole samples of 256 rows by the four: no slower than everything at once (764-894 against 888-968 ms a
-/// sample, `did`, 32 in flight, one core), and activations stay small.
+/// Query rows per forward. Whole samples of 256 rows by the four: no slower than everything at once
+/// (764-894 against 888-968 ms a sample, `did`, 32 in flight, one core), and activations stay
+/// small.
 const MAX_ROWS: usize = 1024;
 
 /// Samples that share the judge's forwards.
@@ -319,7 +322,8 @@ impl<'a> Job<'a> {
         Sample { tokens, draft, documents, ..Sample::default() }
     }
 
-    /// Fills in what the judge says about every sample, and about every second half behind another's first half.
+    /// Fills in what the judge says about every sample, and about every second half behind
+    /// another's first half.
     fn ask(&self, judge: &mut dyn Judge, set: &mut [Sample]) -> Result<()> {
         let mut progress = Progress::new("judging");
         let tokens: Vec<Vec<u32>> = set.iter().map(|sample| sample.tokens.clone()).collect();
@@ -403,7 +407,8 @@ impl<B: Backend> Writer for Engine<B> {
 
 /// What scores, whichever machine it runs on.
 trait Judge {
-    /// Negative log-likelihood in nats of every token of every sample, behind BOS and those before it.
+    /// Negative log-likelihood in nats of every token of every sample, behind BOS and those before
+    /// it.
     fn losses(&mut self, samples: &[&[u32]]) -> Result<Vec<Vec<f64>>>;
 
     fn device(&self) -> String;
@@ -472,7 +477,8 @@ fn check_vocabularies(rows: &Rows, judge: &ModelConfig, tokenizer: &Tokenizer, f
     Ok(())
 }
 
-/// Whether two rows must have the same drafts: the counter-based draws of a draft depend on nothing else.
+/// Whether two rows must have the same drafts: the counter-based draws of a draft depend on nothing
+/// else.
 fn shares_drafts(a: &Row, b: &Row) -> bool {
     (a.model, a.seed, a.schedule.stages[0]) == (b.model, b.seed, b.schedule.stages[0])
 }

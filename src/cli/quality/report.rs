@@ -104,7 +104,8 @@ const COLUMNS: [Column; 14] = [
     ("gain [95 %]", 22, |m| interval(m.context_gain, 3)),
 ];
 
-/// Two tables and the notes: measures, then what each row cost and how it compares with the row that it refined.
+/// Two tables and the notes: measures, then what each row cost and how it compares with the row
+/// that it refined.
 pub(super) fn table(report: &Report) -> String {
     let Report { model, judge, device, dtype, samples, length, seed, batch, .. } = report;
     let mut out = format!(

@@ -1,5 +1,5 @@
-//! Owns what is compared: the rows of `bench --quality`, from a file, from flags, or the headline; resolved and checked before
-//! anything is generated.
+//! Owns what is compared: the rows of `bench --quality`, from a file, from flags, or the headline;
+//! resolved and checked before anything is generated.
 
 use std::path::{Path, PathBuf};
 
@@ -52,7 +52,8 @@ pub(super) struct Rows {
     sampling: Sampling,
 }
 
-/// The headline: the draft, and a full refine of the draft by each way to choose what is masked again.
+/// The headline: the draft, and a full refine of the draft by each way to choose what is masked
+/// again.
 const HEADLINE: [(&str, Option<RemaskBy>); 5] = [
     ("draft", None),
     ("snapshot", Some(RemaskBy::Snapshot)),

@@ -1,8 +1,10 @@
-//! The register tile under every matrix product: M rows by NV vectors of columns, accumulated over k in ascending order.
+//! The register tile under every matrix product: M rows by NV vectors of columns, accumulated over
+//! k in ascending order.
 //!
-//! Every (M, NV) does the same instruction sequence per output element, so a row's result does not depend on how many rows
-//! or columns share its tile. Closed over words: one f32, or two bf16 of neighbouring k. Each tile is a function of its own,
-//! called with its operands in memory: a call costs a few nanoseconds, and the crate compiles in a third of the time.
+//! Every (M, NV) does the same instruction sequence per output element, so a row's result does not
+//! depend on how many rows or columns share its tile. Closed over words: one f32, or two bf16 of
+//! neighbouring k. Each tile is a function of its own, called with its operands in memory: a call
+//! costs a few nanoseconds, and the crate compiles in a third of the time.
 
 use crate::cpu::simd::vector::{Kernel, LANES, Simd};
 
@@ -25,7 +27,8 @@ pub struct Product<'a, const NV: usize> {
     pub sums_stride: usize,
     /// Start from zeros instead of from `sums`.
     pub fresh: bool,
-    /// Address from which each step prefetches the next lines. Any address is safe; one that is not mapped costs a page walk.
+    /// Address from which each step prefetches the next lines. Any address is safe; one that is not
+    /// mapped costs a page walk.
     pub ahead: usize,
 }
 
@@ -120,11 +123,13 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
                 }
                 let mut columns = [simd.word(0); NV];
                 for (column, b) in columns.iter_mut().zip(piece.b) {
-                    // SAFETY: `step < steps`; the second assertion bounds the last vector of each `b[v]`.
+                    // SAFETY: `step < steps`; the second assertion bounds the last vector of each
+                    // `b[v]`.
                     *column = simd.words(unsafe { &*b.as_ptr().add(step * b_stride).cast() });
                 }
                 for (m, row) in sums.iter_mut().enumerate() {
-                    // SAFETY: `m < M` and `step < steps`; the first assertion bounds the last word of the last row.
+                    // SAFETY: `m < M` and `step < steps`; the first assertion bounds the last word
+                    // of the last row.
                     let x = simd.word(unsafe { *a.as_ptr().add(m * a_stride + first + step) });
                     for v in 0..NV {
                         row[v] = if BF16 { simd.step_bf16(row[v], x, columns[v]) } else { simd.step_f32(row[v], x, columns[v]) };

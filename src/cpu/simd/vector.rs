@@ -4,15 +4,16 @@
 /// Lanes of one vector value.
 pub const LANES: usize = 16;
 
-/// Code written once for every instruction set. `run` must be `#[inline(always)]`, and so must every generic function it
-/// calls and that touches vectors: only what is inlined below [`crate::cpu::simd::Isa::run`] is compiled with the features.
+/// Code written once for every instruction set. `run` must be `#[inline(always)]`, and so must
+/// every generic function it calls and that touches vectors: only what is inlined below
+/// [`crate::cpu::simd::Isa::run`] is compiled with the features.
 pub trait Kernel {
     type Output;
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// Sixteen f32 lanes and the operations the kernels need. A word is 32 bits of a weight stream: one f32 or a pair of bf16,
-/// the lower half first.
+/// Sixteen f32 lanes and the operations the kernels need. A word is 32 bits of a weight stream: one
+/// f32 or a pair of bf16, the lower half first.
 pub trait Simd: Copy {
     /// 16 x f32.
     type F: Copy;
@@ -20,7 +21,8 @@ pub trait Simd: Copy {
     type W: Copy;
     /// Whether the register file holds 24 accumulators beside the operands; else twelve.
     const WIDE: bool;
-    /// Rows of a register tile on bf16 pairs: six, or four where a pair is widened into two operands that need registers too.
+    /// Rows of a register tile on bf16 pairs: six, or four where a pair is widened into two
+    /// operands that need registers too.
     const BF16_ROWS: usize;
 
     /// Runs `kernel` as a function of its own, compiled for this set.
@@ -63,10 +65,12 @@ pub trait Simd: Copy {
     /// Asks for the line at `address` in L2; any address is allowed.
     fn prefetch(self, address: usize);
 
-    /// e^x with a relative error of at most 2^-22; below -87.3 it is 0, NaN stays NaN, and above 88.3 the result is meaningless.
+    /// e^x with a relative error of at most 2^-22; below -87.3 it is 0, NaN stays NaN, and above
+    /// 88.3 the result is meaningless.
     #[inline(always)]
     fn exp(self, x: Self::F) -> Self::F {
-        // Cephes expf: x = n ln 2 + r with ln 2 in two parts, a polynomial on |r| <= 0.35, then the scale by 2^n.
+        // Cephes expf: x = n ln 2 + r with ln 2 in two parts, a polynomial on |r| <= 0.35, then the
+        // scale by 2^n.
         let low = self.splat(-87.3);
         // With x second, a NaN passes through `max`.
         let clamped = self.max(low, x);
@@ -81,14 +85,16 @@ pub trait Simd: Copy {
         self.select_gt(low, x, self.splat(0.0), self.scale(y, n))
     }
 
-    /// `v/2 (1 + tanh(sqrt(2/pi) (v + 0.044715 v^3)))`, as `v / (1 + e^(-2u))`: no cancellation on the negative side.
+    /// `v/2 (1 + tanh(sqrt(2/pi) (v + 0.044715 v^3)))`, as `v / (1 + e^(-2u))`: no cancellation on
+    /// the negative side.
     #[inline(always)]
     fn gelu_tanh(self, v: Self::F) -> Self::F {
         // -2 sqrt(2/pi) and the same times 0.044715.
         let square = self.mul(v, v);
         let slope = self.fma(square, self.splat(-0.071_354_82), self.splat(-1.595_769));
         let u = self.mul(v, slope);
-        // Below -87.3 `exp` is 0 and the quotient is v; above 88 it would overflow and the value is below 1e-36.
+        // Below -87.3 `exp` is 0 and the quotient is v; above 88 it would overflow and the value is
+        // below 1e-36.
         let quotient = self.div(v, self.add(self.splat(1.0), self.exp(u)));
         self.select_gt(u, self.splat(88.0), self.splat(-0.0), quotient)
     }

@@ -144,7 +144,8 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn store_bf16(self, x: __m512, to: &mut [u16; LANES]) {
-        // SAFETY: writes the sixteen halves behind `to`, unaligned; features as in `op`, the first branch only with BF16.
+        // SAFETY: writes the sixteen halves behind `to`, unaligned; features as in `op`, the first
+        // branch only with BF16.
         unsafe {
             let rounded = if BF16 {
                 std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x))
@@ -152,7 +153,8 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
                 let bits = _mm512_castps_si512(x);
                 let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
                 let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-                // A NaN keeps its upper half and becomes quiet; the addition above could carry it to infinity.
+                // A NaN keeps its upper half and becomes quiet; the addition above could carry it
+                // to infinity.
                 let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
                 let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x0040_0000));
                 _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_mask_blend_epi32(nan, nearest, quiet)))
@@ -181,7 +183,8 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn step_bf16(self, acc: __m512, a: __m512i, b: __m512i) -> __m512 {
-        // SAFETY: features as in `op`, the first branch only with BF16; the transmutes rename 512 bits.
+        // SAFETY: features as in `op`, the first branch only with BF16; the transmutes rename 512
+        // bits.
         unsafe {
             if BF16 {
                 _mm512_dpbf16_ps(acc, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b))
@@ -319,7 +322,8 @@ impl Simd for Avx2 {
                 let bits = _mm256_castps_si256(x);
                 let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
                 let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-                // A NaN keeps its upper half and becomes quiet; the addition above could carry it to infinity.
+                // A NaN keeps its upper half and becomes quiet; the addition above could carry it
+                // to infinity.
                 let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
                 let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
                 _mm256_srli_epi32::<16>(_mm256_blendv_epi8(nearest, quiet, nan))

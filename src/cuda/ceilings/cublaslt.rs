@@ -69,7 +69,8 @@ functions! {
     /// (library, description, layouts of A B C D, preference, proposals wanted, proposals, given).
     propose = "cublasLtMatmulAlgoGetHeuristic"
         (Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut Proposal, *mut c_int);
-    /// (library, description, alpha, A and its layout, B, beta, C, D, algorithm, workspace, stream).
+    /// (library, description, alpha, A and its layout, B, beta, C, D, algorithm, workspace,
+    /// stream).
     matmul = "cublasLtMatmul"
         (Handle, Handle, *const f32, Address, Handle, Address, Handle, *const f32, Address, Handle, Address, Handle,
          *const [u64; 8], Address, usize, Handle);
@@ -167,7 +168,8 @@ impl Drop for SquareProduct {
         let f = &self.functions;
         let destroy = [f.destroy, f.desc_destroy, f.layout_destroy, f.preference_destroy];
         for (handle, destroy) in self.handles.into_iter().zip(destroy).rev().filter(|(handle, _)| *handle != 0) {
-            // SAFETY: made by the library, destroyed once; calls in flight keep copies of descriptions.
+            // SAFETY: made by the library, destroyed once; calls in flight keep copies of
+            // descriptions.
             unsafe { destroy(handle) };
         }
     }

@@ -1,9 +1,11 @@
-//! Owns built code on disk: one file per build, named after what it is, found again by the next process.
+//! Owns built code on disk: one file per build, named after what it is, found again by the next
+//! process.
 //!
-//! An entry is the payload followed by a trailer of sixteen bytes: a checksum over key and payload, and a magic word. A loader of ELF images
-//! ignores what follows the image, so an entry can be opened in place. Entries are written beside their name and renamed, so readers see all
-//! of one or none; one that is cut short, changed or misnamed is not there, and is built and written again. A directory that cannot be
-//! written costs a build per process and nothing else.
+//! An entry is the payload followed by a trailer of sixteen bytes: a checksum over key and payload,
+//! and a magic word. A loader of ELF images ignores what follows the image, so an entry can be
+//! opened in place. Entries are written beside their name and renamed, so readers see all of one or
+//! none; one that is cut short, changed or misnamed is not there, and is built and written again. A
+//! directory that cannot be written costs a build per process and nothing else.
 #![forbid(unsafe_code)]
 
 use std::env;
@@ -25,7 +27,8 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// The user's: `$REDRAFT_CACHE_DIR`, else `$XDG_CACHE_HOME/redraft`, else `~/.cache/redraft`. Made when something is first kept.
+    /// The user's: `$REDRAFT_CACHE_DIR`, else `$XDG_CACHE_HOME/redraft`, else `~/.cache/redraft`.
+    /// Made when something is first kept.
     pub fn open() -> Cache {
         let var = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let xdg = || var("XDG_CACHE_HOME").filter(|dir| dir.is_absolute()).map(|dir| dir.join("redraft"));
@@ -61,7 +64,8 @@ impl Cache {
         let whole = [bytes, &trailer(key, bytes)].concat();
         let kept = fs::write(&part, whole).and_then(|()| fs::rename(&part, &path));
         if kept.is_err() {
-            // A full disk: what was written of it goes. If even that fails, it is the next one's to overwrite.
+            // A full disk: what was written of it goes. If even that fails, it is the next one's to
+            // overwrite.
             let _ = fs::remove_file(&part);
         }
         kept.ok().map(|()| path)
@@ -88,7 +92,8 @@ fn trailer(key: &str, payload: &[u8]) -> [u8; TRAILER] {
     bytes
 }
 
-/// FNV-1a, 64 bits: finds damage, not forgery; whoever can write the directory can run code as its owner anyway.
+/// FNV-1a, 64 bits: finds damage, not forgery; whoever can write the directory can run code as its
+/// owner anyway.
 pub(in crate::cuda) fn fnv1a<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }

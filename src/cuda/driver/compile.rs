@@ -1,7 +1,9 @@
-//! Owns NVRTC: finds and opens it, compiles one kernel for one architecture, and reads what the assembler reports about it.
+//! Owns NVRTC: finds and opens it, compiles one kernel for one architecture, and reads what the
+//! assembler reports about it.
 //!
-//! Options are passed word for word, and every error is headed by the identity of the build: stem, defines, compiler, hash of the
-//! options, hash of the source. `REDRAFT_NVRTC_DIR` names a directory that holds libnvrtc and libnvrtc-builtins, such as the one inside the
+//! Options are passed word for word, and every error is headed by the identity of the build: stem,
+//! defines, compiler, hash of the options, hash of the source. `REDRAFT_NVRTC_DIR` names a
+//! directory that holds libnvrtc and libnvrtc-builtins, such as the one inside the
 //! `nvidia-cuda-nvrtc` Python package; without it the usual library search applies.
 
 use std::env;
@@ -81,7 +83,8 @@ impl Compiler {
         &self.architectures
     }
 
-    /// Accepts `sm_80`, or `sm_90a` and `sm_100f` for the specific and family variants of a listed architecture.
+    /// Accepts `sm_80`, or `sm_90a` and `sm_100f` for the specific and family variants of a listed
+    /// architecture.
     pub fn check_arch(&self, arch: &str) -> Result<()> {
         let number = arch_number(arch)
             .ok_or_else(|| Error::request(format!("architecture {arch:?}: expected sm_ and a number, as in sm_80 or sm_90a")))?;
@@ -199,18 +202,21 @@ fn open_library() -> Result<&'static Library> {
     if let Some(dir) = env::var_os("REDRAFT_NVRTC_DIR").filter(|dir| !dir.is_empty()) {
         return open_in(Path::new(&dir));
     }
-    // SAFETY: opens and closes the library by name; its initialisers may run at any time before use.
+    // SAFETY: opens and closes the library by name; its initialisers may run at any time before
+    // use.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::device(
             "no NVRTC: libnvrtc cannot be opened; install the CUDA toolkit or `pip install nvidia-cuda-nvrtc`, and set \
              REDRAFT_NVRTC_DIR to the directory that holds libnvrtc",
         ));
     }
-    // SAFETY: the library is present by the check above, which is all that keeps this from panicking.
+    // SAFETY: the library is present by the check above, which is all that keeps this from
+    // panicking.
     Ok(unsafe { sys::culib() })
 }
 
-/// Opens the compiler of one directory: first its built-in headers, which NVRTC looks up by bare name and so would not find there.
+/// Opens the compiler of one directory: first its built-in headers, which NVRTC looks up by bare
+/// name and so would not find there.
 fn open_in(dir: &Path) -> Result<&'static Library> {
     let refuse = |what: String| Error::device(format!("REDRAFT_NVRTC_DIR={}: {what}", dir.display()));
     let entries = std::fs::read_dir(dir).map_err(|e| refuse(format!("{e}; set it to the directory that holds libnvrtc")))?;
@@ -240,13 +246,15 @@ fn newest<'a>(names: &'a [String], stem: &str) -> Option<&'a String> {
 #[cfg(unix)]
 fn open_global(path: &OsStr) -> Result<Library, libloading::Error> {
     use libloading::os::unix::{Library as Unix, RTLD_GLOBAL, RTLD_NOW};
-    // SAFETY: the user names the directory as one that holds NVRTC, whose initialisers may run at any time.
+    // SAFETY: the user names the directory as one that holds NVRTC, whose initialisers may run at
+    // any time.
     unsafe { Unix::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map(Library::from)
 }
 
 #[cfg(not(unix))]
 fn open_global(path: &OsStr) -> Result<Library, libloading::Error> {
-    // SAFETY: the user names the directory as one that holds NVRTC, whose initialisers may run at any time.
+    // SAFETY: the user names the directory as one that holds NVRTC, whose initialisers may run at
+    // any time.
     unsafe { Library::new(path) }
 }
 
@@ -271,7 +279,8 @@ struct Functions {
 
 impl Functions {
     fn of(library: &'static Library) -> Result<Self> {
-        // SAFETY: signatures from nvrtc.h (nvrtcResult is an int-sized enum); the library is never closed.
+        // SAFETY: signatures from nvrtc.h (nvrtcResult is an int-sized enum); the library is never
+        // closed.
         unsafe {
             Ok(Functions {
                 version: symbol(library, "nvrtcVersion")?,
@@ -317,7 +326,8 @@ impl<'a> Program<'a> {
         let names = headers().iter().map(|(name, _)| c(name)).collect::<Result<Vec<_>, _>>()?;
         let (text_pointers, name_pointers) = (pointers(&texts), pointers(&names));
         let mut handle: Handle = std::ptr::null_mut();
-        // SAFETY: all strings outlive the call, which copies them; both header arrays hold `texts.len()` pointers.
+        // SAFETY: all strings outlive the call, which copies them; both header arrays hold
+        // `texts.len()` pointers.
         let code = unsafe {
             let count = texts.len() as c_int;
             (functions.create)(&mut handle, source.as_ptr(), name.as_ptr(), count, text_pointers.as_ptr(), name_pointers.as_ptr())
@@ -330,7 +340,8 @@ impl<'a> Program<'a> {
         let options = options.iter().map(|o| CString::new(o.as_str()).map_err(|_| "a NUL byte in an option".to_owned()));
         let options = options.collect::<Result<Vec<_>, _>>()?;
         let option_pointers = pointers(&options);
-        // SAFETY: the handle is live, and the array holds as many pointers to live strings as it says.
+        // SAFETY: the handle is live, and the array holds as many pointers to live strings as it
+        // says.
         self.functions.check(unsafe { (self.functions.compile)(self.handle, options.len() as c_int, option_pointers.as_ptr()) })
     }
 
@@ -353,7 +364,8 @@ impl<'a> Program<'a> {
         // SAFETY: the handle is live and `size` is writable.
         self.functions.check(unsafe { size_of(self.handle, &mut size) })?;
         let mut bytes = vec![0u8; size];
-        // SAFETY: the handle is live and `bytes` holds the size that the library has just asked for.
+        // SAFETY: the handle is live and `bytes` holds the size that the library has just asked
+        // for.
         self.functions.check(unsafe { bytes_of(self.handle, bytes.as_mut_ptr().cast()) })?;
         Ok(bytes)
     }
@@ -361,7 +373,8 @@ impl<'a> Program<'a> {
 
 impl Drop for Program<'_> {
     fn drop(&mut self) {
-        // SAFETY: the handle came from nvrtcCreateProgram and is destroyed once. Nothing can be done about a failure here.
+        // SAFETY: the handle came from nvrtcCreateProgram and is destroyed once. Nothing can be
+        // done about a failure here.
         let _ = unsafe { (self.functions.destroy)(&mut self.handle) };
     }
 }
@@ -380,7 +393,8 @@ fn entries_in(log: &str) -> Vec<EntryUse> {
             let entry = rest.split('\'').next().unwrap_or_default().to_owned();
             entries.push(EntryUse { entry, ..EntryUse::default() });
         } else if let Some(current) = entries.last_mut() {
-            // "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" or "Used 16 registers, used 1 barriers, 32 bytes smem"
+            // "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" or "Used 16
+            // registers, used 1 barriers, 32 bytes smem"
             for part in line.rsplit(" : ").next().unwrap_or(line).split(',') {
                 let words: Vec<&str> = part.split_whitespace().collect();
                 let number = |text: &str| text.parse::<u32>().unwrap_or(0);

@@ -1,4 +1,5 @@
-//! Owns the conversation with the CUDA driver: is it there, how many devices, what are they. Creates no context.
+//! Owns the conversation with the CUDA driver: is it there, how many devices, what are they.
+//! Creates no context.
 
 use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::fmt;
@@ -29,7 +30,8 @@ impl fmt::Display for DeviceInfo {
     }
 }
 
-/// How many CUDA devices this process sees. A driver that reports none is an error as well: zero never comes back.
+/// How many CUDA devices this process sees. A driver that reports none is an error as well: zero
+/// never comes back.
 pub fn device_count() -> Result<usize> {
     let driver = driver()?;
     let mut count: c_int = 0;
@@ -75,7 +77,8 @@ fn no_device(reason: &str) -> Error {
     Error::device(format!("no CUDA device: {reason}; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"))
 }
 
-/// What the driver says about a code: `CUDA_ERROR_NO_DEVICE, no CUDA-capable device is detected`, or the bare number.
+/// What the driver says about a code: `CUDA_ERROR_NO_DEVICE, no CUDA-capable device is detected`,
+/// or the bare number.
 pub(in crate::cuda) fn describe(code: c_int) -> String {
     driver().map_or_else(|_| format!("driver error {code}"), |driver| driver.describe(code))
 }
@@ -133,7 +136,8 @@ impl Driver {
     fn describe(&self, code: c_int) -> String {
         let text = |function: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
             let mut text: *const c_char = std::ptr::null();
-            // SAFETY: `text` is writable; the functions accept any code and answer with a static string or null.
+            // SAFETY: `text` is writable; the functions accept any code and answer with a static
+            // string or null.
             let answer = unsafe { function(code, &mut text) };
             // SAFETY: a non-null answer is a NUL-terminated static string.
             (answer == 0 && !text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())

@@ -1,8 +1,9 @@
 //! Facts in ELF images that no call tells: of machine code how many threads a CTA of an entry may
 //! have, the first number of its launch bounds; of a library its build ID.
 //!
-//! A cubin is an ELF image; section `.nv.info.<entry>` is a list of attributes, each (format, attribute, value) in four bytes, or,
-//! for format 4, with the number of bytes that follow as its value.
+//! A cubin is an ELF image; section `.nv.info.<entry>` is a list of attributes, each (format,
+//! attribute, value) in four bytes, or, for format 4, with the number of bytes that follow as its
+//! value.
 #![forbid(unsafe_code)]
 
 const EIFMT_SVAL: u8 = 4;

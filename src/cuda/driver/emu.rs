@@ -1,9 +1,11 @@
-//! The second machine behind the launchers: kernels compiled for the host by g++ and run by `kernels/emulate.cpp`.
+//! The second machine behind the launchers: kernels compiled for the host by g++ and run by
+//! `kernels/emulate.cpp`.
 //!
-//! A build is compiled once and kept on disk beside the cubins; each OS thread that runs CTAs loads a copy of the library of its own,
-//! so that a kernel's static shared memory and the runtime's state are never shared. Buffers lie between inaccessible pages, and the few bytes
-//! that alignment leaves around them are watched; fresh ones hold NaN. Work is done when it is enqueued, errors included, so `synchronize`
-//! only looks at the guards.
+//! A build is compiled once and kept on disk beside the cubins; each OS thread that runs CTAs loads
+//! a copy of the library of its own, so that a kernel's static shared memory and the runtime's
+//! state are never shared. Buffers lie between inaccessible pages, and the few bytes that alignment
+//! leaves around them are watched; fresh ones hold NaN. Work is done when it is enqueued, errors
+//! included, so `synchronize` only looks at the guards.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
@@ -21,7 +23,8 @@ use crate::cuda::driver::source::{EMULATION, define_options, headers, kernel};
 use crate::cuda::tensor_core::TensorCore;
 use crate::error::{Error, Result};
 
-/// The order in which the runtime resumes the threads of a CTA. A missing barrier shows under at least one of them.
+/// The order in which the runtime resumes the threads of a CTA. A missing barrier shows under at
+/// least one of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Schedule {
     Forward,
@@ -55,7 +58,8 @@ pub struct EmulatorOptions {
     pub copies: Copies,
     /// OS threads over which the CTAs of a launch are spread.
     pub threads: usize,
-    /// Whether threads of a CTA that touch the same shared memory must have a barrier between them. Several times slower.
+    /// Whether threads of a CTA that touch the same shared memory must have a barrier between them.
+    /// Several times slower.
     pub races: bool,
     pub edit: Option<Edit>,
 }
@@ -162,7 +166,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Emulator {
-    /// A machine of the host's memory and cores. Needs g++ (or what `CXX` names) and an x86-64 Linux.
+    /// A machine of the host's memory and cores. Needs g++ (or what `CXX` names) and an x86-64
+    /// Linux.
     ///
     /// Errors: [`Error::Request`] for an unknown architecture, [`Error::Device`] without a
     /// compiler, [`Error::Kernel`] with its words where it fails.
@@ -208,8 +213,8 @@ impl Emulator {
 
     fn enter(&self, module: Arc<Module>, entry: &str) -> Result<Function> {
         let find = |library: &Library| -> Result<(LaunchFn, Entry)> {
-            // SAFETY: signatures as in emulate.cpp, where an entry takes its params struct by reference; the entry point keeps the
-            // module and so the library.
+            // SAFETY: signatures as in emulate.cpp, where an entry takes its params struct by
+            // reference; the entry point keeps the module and so the library.
             unsafe {
                 Ok((
                     crate::cuda::driver::library::symbol(library, "redraft_launch")?,
@@ -237,8 +242,9 @@ impl Emulator {
         let workers = entry.copies.len().min(usize::try_from(ctas).unwrap_or(usize::MAX));
         let part = |worker: usize| {
             let (start, kernel) = entry.copies[worker];
-            // SAFETY: the params are those of the entry by the contract of `Driver::launch`; a copy of the library runs on one OS thread
-            // at a time, because launches follow each other and workers of a launch take different copies.
+            // SAFETY: the params are those of the entry by the contract of `Driver::launch`; a copy
+            // of the library runs on one OS thread at a time, because launches follow each other
+            // and workers of a launch take different copies.
             let failure = unsafe {
                 start(
                     entry.name.as_ptr(),
@@ -404,7 +410,8 @@ impl Driver for Emulator {
     fn fill(&self, dst: Address, word: u32, words: usize) -> Result<()> {
         self.check_recording("fill")?;
         self.check_range(dst, 4 * words, "a fill")?;
-        // SAFETY: the range lies in one buffer, checked above; buffers are aligned and fills begin at words.
+        // SAFETY: the range lies in one buffer, checked above; buffers are aligned and fills begin
+        // at words.
         unsafe { std::slice::from_raw_parts_mut(dst as *mut u32, words) }.fill(word);
         Ok(())
     }
@@ -558,7 +565,8 @@ impl Drop for Scratch {
     }
 }
 
-/// What g++ makes under a key: from the cache, or built now and kept. Threads that ask for the same one wait for each other.
+/// What g++ makes under a key: from the cache, or built now and kept. Threads that ask for the same
+/// one wait for each other.
 fn built(key: String, extension: &str, build: impl FnOnce(&Scratch) -> Result<Vec<u8>>) -> Result<Arc<Vec<u8>>> {
     type Slot = Arc<OnceLock<Result<Arc<Vec<u8>>>>>;
     static BUILT: Mutex<Option<HashMap<String, Slot>>> = Mutex::new(None);
@@ -605,7 +613,8 @@ fn runtime() -> Result<Arc<Vec<u8>>> {
     built(key.clone(), "o", |scratch| run_compiler(scratch, &key, "emulate.o", &["-c".into(), "emulate.cpp".into()]))
 }
 
-/// The shared library of a kernel, or of the runtime alone. With `races` it tells the runtime of every access to memory.
+/// The shared library of a kernel, or of the runtime alone. With `races` it tells the runtime of
+/// every access to memory.
 fn build_library(stem: &str, defines: &[String], kernel: Option<&Sources>, races: bool) -> Result<Arc<Vec<u8>>> {
     let texts = EMULATION.iter().map(|(_, text)| *text).chain(kernel.iter().flat_map(|k| k.files.iter().map(|(_, text)| text.as_str())));
     let kind = if races { "emu races" } else { "emu" };
@@ -621,10 +630,12 @@ fn build_library(stem: &str, defines: &[String], kernel: Option<&Sources>, races
             }
             let mut arguments = words(&["-c", "-x", "c++", &kernel.main]);
             arguments.extend(defines.iter().cloned());
-            // The compiler's half of the sanitizer: the calls. The other half is the runtime's own, so the linker does not hear of it.
+            // The compiler's half of the sanitizer: the calls. The other half is the runtime's own,
+            // so the linker does not hear of it.
             arguments.extend(races.then(|| "-fsanitize=thread".to_owned()));
             run_compiler(scratch, &key, "kernel.o", &arguments)?;
-            // Zeroed variables of a kernel are its shared memory. A section whose name is a C word has its ends known to the linker.
+            // Zeroed variables of a kernel are its shared memory. A section whose name is a C word
+            // has its ends known to the linker.
             let renamed = ["--rename-section", ".bss=redraft_shared,alloc,load,data,contents", "kernel.o"];
             run_tool(scratch, &key, Command::new("objcopy").args(renamed))?;
             objects.push("kernel.o".into());
@@ -639,11 +650,13 @@ fn fnv1a<'a>(texts: impl Iterator<Item = &'a str>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
-/// Loads a copy of a library that shares nothing with other copies: the loader knows libraries by their file, so each gets one.
+/// Loads a copy of a library that shares nothing with other copies: the loader knows libraries by
+/// their file, so each gets one.
 fn load(code: &[u8]) -> Result<Library> {
     let scratch = Scratch::new()?;
     let path = scratch.write("kernel.so", code)?;
-    // SAFETY: the library was built from the project's sources; it has no initialisers of its own beyond those of its static vectors.
+    // SAFETY: the library was built from the project's sources; it has no initialisers of its own
+    // beyond those of its static vectors.
     unsafe { Library::new(&path) }
         .map_err(|e| Error::device(format!("an emulated kernel cannot be loaded: {}", crate::cuda::driver::library::loader_words(&e))))
 }

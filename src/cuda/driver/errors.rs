@@ -1,4 +1,5 @@
-//! Owns the words about a failing driver call: which call, what the driver says, what it means for later calls, and the next move.
+//! Owns the words about a failing driver call: which call, what the driver says, what it means for
+//! later calls, and the next move.
 //!
 //! Pure: codes and texts come in, an [`Error`] goes out, so every case is tested without a driver.
 #![forbid(unsafe_code)]
@@ -37,9 +38,11 @@ impl DriverError {
             UNAVAILABLE => DriverError::Busy,
             // Invalid image, no binary for this GPU, invalid PTX, unsupported PTX version.
             200 | 209 | 218 | 222 => DriverError::OldDriver,
-            // Illegal address, timeout, assert, hardware stack, illegal instruction, misaligned address, address space, pc, launch failed.
+            // Illegal address, timeout, assert, hardware stack, illegal instruction, misaligned
+            // address, address space, pc, launch failed.
             700 | 702 | 710 | 714..=719 => DriverError::Fault,
-            // Deinitialised, uncorrectable ECC and NVLink errors, contained and uncontained memory errors, destroyed context.
+            // Deinitialised, uncorrectable ECC and NVLink errors, contained and uncontained memory
+            // errors, destroyed context.
             4 | 214 | 220 | 226 | 709 | UNKNOWN => DriverError::Lost,
             _ => DriverError::Other,
         }
@@ -67,8 +70,8 @@ impl DriverError {
     }
 }
 
-/// The error of one call: `cuda:0: cuLaunchKernel of embed_f32 failed: CUDA_ERROR_LAUNCH_FAILED, unspecified launch failure; ...`.
-/// `what` is the driver's own description of the code.
+/// The error of one call: `cuda:0: cuLaunchKernel of embed_f32 failed: CUDA_ERROR_LAUNCH_FAILED,
+/// unspecified launch failure; ...`. `what` is the driver's own description of the code.
 pub(in crate::cuda) fn failed(ordinal: usize, call: &str, what: &str, code: c_int) -> Error {
     Error::device(format!("cuda:{ordinal}: {call} failed: {what}; {}", DriverError::of(code).next_move()))
 }
@@ -89,7 +92,8 @@ pub(in crate::cuda) fn out_of_memory(ordinal: usize, asked: usize, free: u64, to
     ))
 }
 
-/// A module that the driver cannot use. Versions are those of CUDA: what the driver speaks and what NVRTC wrote.
+/// A module that the driver cannot use. Versions are those of CUDA: what the driver speaks and what
+/// NVRTC wrote.
 pub(in crate::cuda) fn unusable_code(ordinal: usize, identity: &str, what: &str, driver: (u32, u32), nvrtc: (u32, u32)) -> Error {
     // The first driver branch of each CUDA generation on Linux.
     let branch = match nvrtc.0 {

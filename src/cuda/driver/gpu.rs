@@ -1,11 +1,14 @@
-//! The GPU behind libcuda: memory, modules, launches and graphs on one stream of the device's primary context.
+//! The GPU behind libcuda: memory, modules, launches and graphs on one stream of the device's
+//! primary context.
 //!
-//! Every call makes the context current first, so a [`Gpu`] may move between threads. Writes go through page-locked memory in pieces
-//! and return when the source may be reused; the copies run behind. Nothing else waits but `read`, `synchronize` and `free`.
+//! Every call makes the context current first, so a [`Gpu`] may move between threads. Writes go
+//! through page-locked memory in pieces and return when the source may be reused; the copies run
+//! behind. Nothing else waits but `read`, `synchronize` and `free`.
 //!
-//! A failing kernel is reported by whichever call comes next, and ends the context: [`Gpu`] keeps the first such report and repeats it.
-//! Machine code is for the one architecture of this device. It comes from `REDRAFT_KERNELS_DIR`, else from the cache on disk, else from
-//! NVRTC, which is opened when the first kernel needs it.
+//! A failing kernel is reported by whichever call comes next, and ends the context: [`Gpu`] keeps
+//! the first such report and repeats it. Machine code is for the one architecture of this device.
+//! It comes from `REDRAFT_KERNELS_DIR`, else from the cache on disk, else from NVRTC, which is
+//! opened when the first kernel needs it.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -75,7 +78,8 @@ impl Gpu {
 
         let (mut version, mut device): (c_int, c_int) = (0, 0);
         let (mut context, mut stream): (Handle, Handle) = (0, 0);
-        // SAFETY: both results are writable; `probe` has initialised the driver and found the ordinal.
+        // SAFETY: both results are writable; `probe` has initialised the driver and found the
+        // ordinal.
         check("cuDriverGetVersion", unsafe { (functions.driver_get_version)(&mut version) })?;
         // SAFETY: as above; an ordinal that exists fits an int.
         check("cuDeviceGet", unsafe { (functions.device_get)(&mut device, ordinal as c_int) })?;
@@ -88,7 +92,8 @@ impl Gpu {
         let num_sms = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let shared_per_cta = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
 
-        // SAFETY: `context` is writable and the device exists. Released when the value below is dropped, or on failure here.
+        // SAFETY: `context` is writable and the device exists. Released when the value below is
+        // dropped, or on failure here.
         check("cuDevicePrimaryCtxRetain", unsafe { (functions.primary_context_retain)(&mut context, device) })?;
         // SAFETY: the context is live; `stream` is writable.
         let opened = check("cuCtxSetCurrent", unsafe { (functions.context_set_current)(context) }).and_then(|()| {
@@ -207,8 +212,8 @@ impl Gpu {
     fn load(&self, identity: &str, cubin: &[u8], nvrtc: Option<(u32, u32)>) -> Result<Handle> {
         let f = self.enter()?;
         let mut module: Handle = 0;
-        // SAFETY: `cubin` is a whole ELF image from NVRTC, which carries its own size, checked by the cache's checksum where it comes
-        // from there; the driver copies it.
+        // SAFETY: `cubin` is a whole ELF image from NVRTC, which carries its own size, checked by
+        // the cache's checksum where it comes from there; the driver copies it.
         let code = unsafe { (f.module_load_data)(&mut module, cubin.as_ptr().cast()) };
         if let Some(nvrtc) = nvrtc.filter(|_| errors::DriverError::of(code) == errors::DriverError::OldDriver) {
             return Err(errors::unusable_code(self.info.ordinal, identity, &describe(code), self.driver_version, nvrtc));
@@ -230,7 +235,8 @@ impl Gpu {
     /// Frees now; errors have nobody to go to, and a sticky one is kept for the next call.
     fn free_now(&self, address: Address) {
         if let Ok(f) = self.enter() {
-            // SAFETY: `address` came from `alloc`, is freed once by its owner, and the stream is done with it after the wait.
+            // SAFETY: `address` came from `alloc`, is freed once by its owner, and the stream is
+            // done with it after the wait.
             let codes = unsafe { [(f.stream_synchronize)(self.stream), (f.mem_free)(address)] };
             let _ = self.check("cuStreamSynchronize", codes[0]).and_then(|()| self.check("cuMemFree", codes[1]));
         }
@@ -241,8 +247,9 @@ fn checked(ordinal: usize, call: &str, code: c_int) -> Result<()> {
     if code == CUresult::CUDA_SUCCESS as c_int { Ok(()) } else { Err(errors::failed(ordinal, call, &describe(code), code)) }
 }
 
-/// The architecture to compile for: the device's own where NVRTC knows it, else the closest older one of the same generation, whose
-/// machine code the device also runs. sm_90 gets its `a`, which opens the instructions of that one chip.
+/// The architecture to compile for: the device's own where NVRTC knows it, else the closest older
+/// one of the same generation, whose machine code the device also runs. sm_90 gets its `a`, which
+/// opens the instructions of that one chip.
 fn arch_for(info: &DeviceInfo, known: &[u32], nvrtc: (u32, u32)) -> Result<String> {
     let (major, minor) = info.compute_capability;
     if major < 8 {
@@ -301,7 +308,8 @@ impl Driver for Gpu {
         if let Some(staging) = self.staging.borrow_mut().as_mut() {
             return staging.write(f, self.stream, dst, src, &|call, code| self.check(call, code));
         }
-        // SAFETY: the caller's buffer at `dst` holds as many bytes, and `src` is not touched before the copy is over.
+        // SAFETY: the caller's buffer at `dst` holds as many bytes, and `src` is not touched before
+        // the copy is over.
         self.check("cuMemcpyHtoDAsync", unsafe { (f.copy_to_device)(dst, src.as_ptr().cast(), src.len(), self.stream) })?;
         self.synchronize()
     }
@@ -312,8 +320,8 @@ impl Driver for Gpu {
         let mut place = staging.as_mut().and_then(|staging| staging.readback(dst.len()));
         let target: *mut c_void = place.as_mut().map_or(dst.as_mut_ptr().cast(), |place| place.as_mut_ptr().cast());
         if !dst.is_empty() {
-            // SAFETY: `target` has room for `dst.len()` bytes and is not touched before the wait below; the caller's buffer at `src` holds
-            // as many.
+            // SAFETY: `target` has room for `dst.len()` bytes and is not touched before the wait
+            // below; the caller's buffer at `src` holds as many.
             self.check("cuMemcpyDtoHAsync", unsafe { (f.copy_to_host)(target, src, dst.len(), self.stream) })?;
         }
         // SAFETY: the stream is this value's own.
@@ -363,7 +371,8 @@ impl Driver for Gpu {
         // SAFETY: the function is loaded, the result writable.
         self.check("cuFuncGetAttribute", unsafe { (f.function_get_attribute)(&mut fixed, shared, function) })?;
         let room = (self.limits.shared_per_cta as c_int - fixed).max(0);
-        // SAFETY: the function is loaded; the limit is what the device has beside the function's static part.
+        // SAFETY: the function is loaded; the limit is what the device has beside the function's
+        // static part.
         self.check("cuFuncSetAttribute", unsafe { (f.function_set_attribute)(function, dynamic, room) })?;
         let function = Function(function);
         self.names.borrow_mut().insert(function, entry.to_owned());
@@ -374,13 +383,15 @@ impl Driver for Gpu {
         let f = self.enter()?;
         assert!(params.len() <= MAX_PARAMS, "{} bytes of parameters", params.len());
         let Launch { grid: [x, y, z], block, shared_bytes } = launch;
-        // The driver wants 8-byte alignment for the addresses inside, which a slice of bytes does not promise.
+        // The driver wants 8-byte alignment for the addresses inside, which a slice of bytes does
+        // not promise.
         let mut aligned = [0u64; MAX_PARAMS / 8];
         bytemuck::cast_slice_mut::<u64, u8>(&mut aligned)[..params.len()].copy_from_slice(params);
         let mut pointers: [*mut c_void; 1] = [aligned.as_mut_ptr().cast()];
         let (pointers, none) = (pointers.as_mut_ptr(), std::ptr::null_mut());
-        // SAFETY: the function was loaded by `function` and its module lives as long as this value. Its one parameter is a struct of
-        // `params.len()` bytes, which the layout checks of `params!` and FIELD/LAYOUT state on both sides; the driver copies it.
+        // SAFETY: the function was loaded by `function` and its module lives as long as this value.
+        // Its one parameter is a struct of `params.len()` bytes, which the layout checks of
+        // `params!` and FIELD/LAYOUT state on both sides; the driver copies it.
         let code = unsafe { (f.launch_kernel)(function.0, x, y, z, block, 1, 1, shared_bytes, self.stream, pointers, none) };
         if code == CUresult::CUDA_SUCCESS as c_int {
             return Ok(());
@@ -395,7 +406,8 @@ impl Driver for Gpu {
             let _ = self.end_capture().map(|graph| self.drop_graph(graph));
         }
         let f = self.enter()?;
-        // Relaxed: a kernel that is used for the first time is loaded while others are being recorded.
+        // Relaxed: a kernel that is used for the first time is loaded while others are being
+        // recorded.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as c_int;
         // SAFETY: the stream is this value's own and not recording.
         self.check("cuStreamBeginCapture", unsafe { (f.stream_begin_capture)(self.stream, mode) })?;
@@ -409,7 +421,8 @@ impl Driver for Gpu {
         let (mut recorded, mut runnable): (Handle, Handle) = (0, 0);
         // SAFETY: the stream is recording; the result is writable.
         let outcome = self.check("cuStreamEndCapture", unsafe { (f.stream_end_capture)(self.stream, &mut recorded) }).and_then(|()| {
-            // SAFETY: the recording just ended; the result is writable. The recording itself is not needed after.
+            // SAFETY: the recording just ended; the result is writable. The recording itself is not
+            // needed after.
             let codes = unsafe { [(f.graph_instantiate)(&mut runnable, recorded, 0), (f.graph_destroy)(recorded)] };
             self.check("cuGraphInstantiate", codes[0]).and_then(|()| self.check("cuGraphDestroy", codes[1]))
         });
@@ -457,8 +470,8 @@ impl Driver for Gpu {
 impl Drop for Gpu {
     fn drop(&mut self) {
         let f = self.functions;
-        // SAFETY: everything below was made by this value and is destroyed once. After a lost context the calls fail and do nothing, and
-        // nobody is left to be told.
+        // SAFETY: everything below was made by this value and is destroyed once. After a lost
+        // context the calls fail and do nothing, and nobody is left to be told.
         unsafe {
             (f.context_set_current)(self.context);
             (f.stream_synchronize)(self.stream);

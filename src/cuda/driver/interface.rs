@@ -1,11 +1,14 @@
-//! The narrow interface between the launchers and a machine that runs kernels: memory, modules, launches, graphs.
+//! The narrow interface between the launchers and a machine that runs kernels: memory, modules,
+//! launches, graphs.
 //!
-//! Two machines implement it: the GPU behind libcuda (`gpu.rs`) and the host that executes the same kernel sources through g++
-//! (`emu.rs`). Everything above this trait (params structs, grids, launch order, graph replay) is the same code for both,
-//! which is what makes a machine without a GPU able to test it.
+//! Two machines implement it: the GPU behind libcuda (`gpu.rs`) and the host that executes the same
+//! kernel sources through g++ (`emu.rs`). Everything above this trait (params structs, grids,
+//! launch order, graph replay) is the same code for both, which is what makes a machine without a
+//! GPU able to test it.
 //!
-//! There is one stream: whatever is enqueued runs in the order of the calls. `write`, `copy`, `fill`, `launch` and `replay` enqueue;
-//! `read` and `synchronize` wait, and report what went wrong in anything enqueued before.
+//! There is one stream: whatever is enqueued runs in the order of the calls. `write`, `copy`,
+//! `fill`, `launch` and `replay` enqueue; `read` and `synchronize` wait, and report what went wrong
+//! in anything enqueued before.
 #![forbid(unsafe_code)]
 
 use crate::error::Result;
@@ -13,10 +16,12 @@ use crate::error::Result;
 /// An address in device memory. 0 is "none" where a params struct allows it.
 pub type Address = u64;
 
-/// How a launch is cut: CTAs in up to three dimensions, threads of a CTA in one, and the dynamic shared memory of a CTA.
+/// How a launch is cut: CTAs in up to three dimensions, threads of a CTA in one, and the dynamic
+/// shared memory of a CTA.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Launch {
-    /// No dimension is ever 0 at the driver: an empty launch is dropped by the caller. y and z are at most 65,535.
+    /// No dimension is ever 0 at the driver: an empty launch is dropped by the caller. y and z are
+    /// at most 65,535.
     pub grid: [u32; 3],
     pub block: u32,
     /// Bytes of `extern __shared__`, beside the static ones.
@@ -35,7 +40,8 @@ impl Launch {
     }
 }
 
-/// One specialised build of `kernels/<stem>.cu`: the stem and the preprocessor constants that make it.
+/// One specialised build of `kernels/<stem>.cu`: the stem and the preprocessor constants that make
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Build {
     pub stem: &'static str,
@@ -43,11 +49,13 @@ pub struct Build {
     pub defines: Vec<(&'static str, u32)>,
 }
 
-/// A loaded `extern "C"` entry; the number means something to its driver alone. Valid as long as the driver lives.
+/// A loaded `extern "C"` entry; the number means something to its driver alone. Valid as long as
+/// the driver lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Function(pub usize);
 
-/// A recorded sequence of launches that runs with one call; the number means something to its driver alone.
+/// A recorded sequence of launches that runs with one call; the number means something to its
+/// driver alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Graph(pub usize);
 
@@ -62,7 +70,8 @@ pub struct Limits {
     pub free_bytes: u64,
 }
 
-/// A machine that runs kernels. Addresses, functions and graphs belong to the driver that made them.
+/// A machine that runs kernels. Addresses, functions and graphs belong to the driver that made
+/// them.
 pub trait Driver: Send {
     /// For reports: `cuda:0 NVIDIA H200 (sm_90, 139.8 GiB)`, or `emu sm_90a (2 threads)`.
     fn name(&self) -> String;
@@ -91,13 +100,14 @@ pub trait Driver: Send {
     fn fill(&self, dst: Address, word: u32, words: usize) -> Result<()>;
     fn synchronize(&self) -> Result<()>;
 
-    /// Compiles and loads a build, or finds it in the cache, and looks up one entry. The entry's dynamic shared memory limit is raised to
-    /// what a CTA of this machine may have.
+    /// Compiles and loads a build, or finds it in the cache, and looks up one entry. The entry's
+    /// dynamic shared memory limit is raised to what a CTA of this machine may have.
     fn function(&self, build: &Build, entry: &str) -> Result<Function>;
     /// Enqueues one launch. `params` are the bytes of the kernel's one params struct.
     fn launch(&self, function: Function, launch: Launch, params: &[u8]) -> Result<()>;
 
-    /// From here on launches are recorded instead of run, until [`Driver::end_capture`]. Nothing but `launch` may be called between.
+    /// From here on launches are recorded instead of run, until [`Driver::end_capture`]. Nothing
+    /// but `launch` may be called between.
     fn begin_capture(&self) -> Result<()>;
     fn end_capture(&self) -> Result<Graph>;
     /// True from [`Driver::begin_capture`] to [`Driver::end_capture`].
@@ -107,13 +117,14 @@ pub trait Driver: Send {
     /// Forgets a graph.
     fn drop_graph(&self, graph: Graph);
 
-    /// The stream, with its context current on this thread, for a call of a vendor's library; or why
-    /// there is none.
+    /// The stream, with its context current on this thread, for a call of a vendor's library; or
+    /// why there is none.
     fn stream(&self) -> std::result::Result<usize, String> {
         Err("this machine has none".to_owned())
     }
 
-    /// Names what is enqueued until the matching [`Driver::pop_range`], for profilers. Free where no profiler listens.
+    /// Names what is enqueued until the matching [`Driver::pop_range`], for profilers. Free where
+    /// no profiler listens.
     fn push_range(&self, _name: &str) {}
     fn pop_range(&self) {}
 }

@@ -1,7 +1,7 @@
 //! Owns the table of driver functions that running kernels needs, looked up one by one in libcuda.
 //!
-//! Result codes, handles and device addresses are the plain integers they are: a foreign code is never read as an enum, and a value that
-//! holds handles crosses threads like any other number.
+//! Result codes, handles and device addresses are the plain integers they are: a foreign code is
+//! never read as an enum, and a value that holds handles crosses threads like any other number.
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::sync::OnceLock;
@@ -12,7 +12,8 @@ use libloading::Library;
 use crate::cuda::driver::library::symbol;
 use crate::error::{Error, Result};
 
-/// A context, stream, module, function, graph or event of the driver: an opaque pointer, 0 for none.
+/// A context, stream, module, function, graph or event of the driver: an opaque pointer, 0 for
+/// none.
 pub(in crate::cuda) type Handle = usize;
 
 macro_rules! functions {
@@ -24,7 +25,8 @@ macro_rules! functions {
 
         impl Functions {
             fn of(library: &'static Library) -> Result<Functions> {
-                // SAFETY: the signatures above are those of cuda.h, and the library is never closed.
+                // SAFETY: the signatures above are those of cuda.h, and the library is never
+                // closed.
                 unsafe { Ok(Functions { $($field: symbol(library, $symbol)?,)* }) }
             }
         }
@@ -63,7 +65,8 @@ functions! {
     module_get_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
     function_get_attribute = "cuFuncGetAttribute" (*mut c_int, c_int, Handle);
     function_set_attribute = "cuFuncSetAttribute" (Handle, c_int, c_int);
-    /// (function, grid x y z, block x y z, dynamic shared bytes, stream, pointers to the parameters, extra).
+    /// (function, grid x y z, block x y z, dynamic shared bytes, stream, pointers to the
+    /// parameters, extra).
     launch_kernel = "cuLaunchKernel"
         (Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void);
     graph_instantiate = "cuGraphInstantiateWithFlags" (*mut Handle, Handle, u64);
@@ -74,11 +77,13 @@ functions! {
 
 /// The library, opened once.
 pub(in crate::cuda) fn library() -> Result<&'static Library> {
-    // SAFETY: opens and closes the library by name; the driver's initialisers may run at any time before use.
+    // SAFETY: opens and closes the library by name; the driver's initialisers may run at any time
+    // before use.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::device("no CUDA driver: libcuda cannot be opened; install the NVIDIA driver, or use --device cpu"));
     }
-    // SAFETY: the library is present by the check above, which is all that keeps this from panicking.
+    // SAFETY: the library is present by the check above, which is all that keeps this from
+    // panicking.
     Ok(unsafe { sys::culib() })
 }
 

@@ -7,7 +7,8 @@ use crate::error::{Error, Result};
 /// One function of an opened library.
 ///
 /// # Safety
-/// `F` must be the C signature of `name`, and `library` must stay open as long as the function is used.
+/// `F` must be the C signature of `name`, and `library` must stay open as long as the function is
+/// used.
 pub(in crate::cuda) unsafe fn symbol<F: Copy>(library: &Library, name: &str) -> Result<F> {
     // SAFETY: the caller vouches for the signature and the lifetime.
     let found = unsafe { library.get::<F>(name) };

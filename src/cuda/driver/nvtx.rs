@@ -1,11 +1,13 @@
-//! Named ranges for profilers through NVTX. Where no NVTX library is installed, a range costs one load and one branch.
+//! Named ranges for profilers through NVTX. Where no NVTX library is installed, a range costs one
+//! load and one branch.
 
 use std::ffi::{CString, c_char, c_int};
 use std::sync::OnceLock;
 
 use libloading::Library;
 
-/// CUDA 13 ships the second name only, older toolkits the first. The bare names exist where development files are installed.
+/// CUDA 13 ships the second name only, older toolkits the first. The bare names exist where
+/// development files are installed.
 const NAMES: [&str; 4] = ["libnvToolsExt.so.1", "libnvtx3interop.so.1", "libnvToolsExt.so", "libnvtx3interop.so"];
 
 struct Nvtx {

@@ -1,9 +1,10 @@
-//! Page-locked host memory between the caller's buffers and the device, so that a write neither waits for the device nor holds on to its
-//! source.
+//! Page-locked host memory between the caller's buffers and the device, so that a write neither
+//! waits for the device nor holds on to its source.
 //!
-//! Writes fill segments of a ring one after the other; small ones share a segment. A segment is used again once the copies out of it
-//! are over, which an event behind its last copy tells. A separate area takes small reads: a copy into ordinary memory would go
-//! through the driver's own staging and cost one more wait.
+//! Writes fill segments of a ring one after the other; small ones share a segment. A segment is
+//! used again once the copies out of it are over, which an event behind its last copy tells. A
+//! separate area takes small reads: a copy into ordinary memory would go through the driver's own
+//! staging and cost one more wait.
 
 use std::ffi::{c_int, c_uint};
 
@@ -11,7 +12,8 @@ use crate::cuda::driver::interface::Address;
 use crate::cuda::driver::libcuda::{Functions, Handle};
 use crate::error::Result;
 
-/// Four of 4 MiB: while one is copied out the next is filled, and PCIe at 50 GB/s empties one in 80 us.
+/// Four of 4 MiB: while one is copied out the next is filled, and PCIe at 50 GB/s empties one in 80
+/// us.
 const SEGMENTS: usize = 4;
 const SEGMENT_BYTES: usize = 4 << 20;
 /// Summaries and decisions of one step are far smaller; a download of logits is far larger.
@@ -59,8 +61,9 @@ impl Staging {
             let start = self.segment * SEGMENT_BYTES + self.taken;
             let bytes = (SEGMENT_BYTES - self.taken).min(src.len() - done);
             let place = (self.memory + start) as *mut u8;
-            // SAFETY: [start, start + bytes) lies in the current segment, and no copy out of this part of it is under way: the part is
-            // untouched since the segment's event was waited for. `dst` holds `src.len()` bytes by the caller's word.
+            // SAFETY: [start, start + bytes) lies in the current segment, and no copy out of this
+            // part of it is under way: the part is untouched since the segment's event was waited
+            // for. `dst` holds `src.len()` bytes by the caller's word.
             let code = unsafe {
                 std::ptr::copy_nonoverlapping(src[done..].as_ptr(), place, bytes);
                 (f.copy_to_device)(dst + done as u64, place.cast(), bytes, stream)
@@ -90,8 +93,8 @@ impl Staging {
 
     /// Room for a small read, if it is small.
     pub(in crate::cuda) fn readback(&mut self, bytes: usize) -> Option<&mut [u8]> {
-        // SAFETY: the area behind the segments holds READBACK_BYTES that the driver has mapped and, as zeros or by a copy, initialised; only one
-        // borrow of it exists.
+        // SAFETY: the area behind the segments holds READBACK_BYTES that the driver has mapped and,
+        // as zeros or by a copy, initialised; only one borrow of it exists.
         (bytes <= READBACK_BYTES)
             .then(|| unsafe { std::slice::from_raw_parts_mut((self.memory + SEGMENTS * SEGMENT_BYTES) as *mut u8, bytes) })
     }

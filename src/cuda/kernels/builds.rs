@@ -17,8 +17,8 @@ use crate::cuda::ops::{
 };
 use crate::error::{Error, Result};
 
-/// The builds that are checked and measured: every kernel with the constants that the supported models ask for. A launcher may ask for
-/// others at load, such as an unusual page size.
+/// The builds that are checked and measured: every kernel with the constants that the supported
+/// models ask for. A launcher may ask for others at load, such as an unusual page size.
 pub fn builds() -> Vec<Build> {
     [
         ask::builds(),

@@ -1,8 +1,11 @@
-//! One kernel alone, over random inputs, in a loop: what `redraft kernels run` does, for timing and for profilers.
+//! One kernel alone, over random inputs, in a loop: what `redraft kernels run` does, for timing and
+//! for profilers.
 //!
-//! The table of kernels is `kernel_benches.rs`. Inputs are random, because zeros draw less power and so run at higher clocks. Where a launch moves
-//! less memory than a cache holds, several sets of buffers take turns, so that every launch finds its data where the engine would:
-//! in memory. Launches are recorded in a graph, so that the time of a short kernel is its own and not that of the calls.
+//! The table of kernels is `kernel_benches.rs`. Inputs are random, because zeros draw less power
+//! and so run at higher clocks. Where a launch moves less memory than a cache holds, several sets
+//! of buffers take turns, so that every launch finds its data where the engine would: in memory.
+//! Launches are recorded in a graph, so that the time of a short kernel is its own and not that of
+//! the calls.
 #![forbid(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
@@ -125,7 +128,8 @@ pub struct Inputs<'a> {
     random: RefCell<u64>,
 }
 
-/// Elements of the noise tile: a product of two of its stretches is no longer in step after 2^20 elements either.
+/// Elements of the noise tile: a product of two of its stretches is no longer in step after 2^20
+/// elements either.
 const TILE: usize = 1 << 20;
 
 impl<'a> Inputs<'a> {
@@ -233,7 +237,8 @@ pub struct Report {
     pub gflop_per_s: f64,
 }
 
-/// Traffic between two uses of one buffer: four times the largest cache in use (60 MB on H200, 126 MB on B200).
+/// Traffic between two uses of one buffer: four times the largest cache in use (60 MB on H200, 126
+/// MB on B200).
 const COLD_BYTES: u64 = 512 << 20;
 const MAX_SETS: u64 = 64;
 /// A launch may read a small part of what it is given, as `embed` does of its table.
@@ -257,7 +262,8 @@ pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, asked: &Asked
         ops.push((bench.prepare)(&inputs, &shape)?);
     }
 
-    // Every set once: compiles, loads, grows the workspace, and says how long a launch takes at most.
+    // Every set once: compiles, loads, grows the workspace, and says how long a launch takes at
+    // most.
     ops.iter().try_for_each(|op| (op.launch)(machine))?;
     driver.synchronize()?;
     check(driver, asked.name, &ops[0])?;

@@ -1,4 +1,5 @@
-//! The table of what `redraft kernels run` can run: for each launcher, the numbers of its shape, its inputs, and what it must move.
+//! The table of what `redraft kernels run` can run: for each launcher, the numbers of its shape,
+//! its inputs, and what it must move.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Rope, RouterScore};
@@ -30,7 +31,8 @@ const fn key(name: &'static str, device: u32, small: u32) -> Key {
     Key { name, device, small }
 }
 
-/// By name: those of a stem carry it. `copy` is no kernel of ours but the ceiling of those that memory bounds.
+/// By name: those of a stem carry it. `copy` is no kernel of ours but the ceiling of those that
+/// memory bounds.
 pub static KERNEL_BENCHES: &[KernelBench] = &[
     KernelBench { name: "ask", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: ask },
     KernelBench {

@@ -18,7 +18,8 @@ pub struct KernelInfo {
     /// One line of constants for each build that `check` compiles.
     pub builds: Vec<String>,
     pub hash: String,
-    /// Name under which `kernels run` runs it, alone or with the kernels of the same launcher, and the shape that it has by default.
+    /// Name under which `kernels run` runs it, alone or with the kernels of the same launcher, and
+    /// the shape that it has by default.
     pub run: &'static str,
     pub shape: String,
     /// The first line of its header comment.
@@ -89,8 +90,8 @@ const REGISTERS: u32 = 65_536;
 /// Shared memory that a CTA may have on the smallest of them (sm_86, sm_89, sm_120).
 const SHARED_BYTES: u32 = 99 << 10;
 
-/// The most registers that entries of these names may use, where fewer than a whole multiprocessor's share are part of the design. The
-/// longest matching name counts.
+/// The most registers that entries of these names may use, where fewer than a whole
+/// multiprocessor's share are part of the design. The longest matching name counts.
 const REGISTER_BUDGETS: [(&str, u32); 15] = [
     ("ask", 40),
     ("blend", 32),
@@ -115,7 +116,8 @@ fn register_budget(entry: &str, threads: u32) -> u32 {
     named.map_or_else(|| (REGISTERS / threads.max(1)).min(255), |(_, registers)| *registers)
 }
 
-/// What is over budget: no kernel spills or uses local memory, and a CTA of each fits every architecture.
+/// What is over budget: no kernel spills or uses local memory, and a CTA of each fits every
+/// architecture.
 pub fn over_budget(reports: &[KernelReport]) -> Vec<String> {
     let lines = |r: &KernelReport| {
         let budget = register_budget(&r.entry, r.threads);

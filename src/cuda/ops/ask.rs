@@ -1,5 +1,5 @@
-//! Launcher of `ask`: the masked positions of each session's range as rows of the plan and as draws; and the records of a session that
-//! `reveal` reads as well.
+//! Launcher of `ask`: the masked positions of each session's range as rows of the plan and as
+//! draws; and the records of a session that `reveal` reads as well.
 #![forbid(unsafe_code)]
 
 use crate::cuda::driver::interface::{Address, Build, Launch};
@@ -64,8 +64,8 @@ impl SequenceStep {
 }
 
 params! {
-    /// What became of a session, over the steps of a run. Zeros at its start; the first trouble stays, and nothing of the session is revealed from
-    /// there on.
+    /// What became of a session, over the steps of a run. Zeros at its start; the first trouble
+    /// stays, and nothing of the session is revealed from there on.
     SessionSummary, 16 bytes {
         /// See [`trouble`].
         trouble: u32 = 0,
@@ -82,7 +82,8 @@ pub mod trouble {
     pub const NONE: u32 = 0;
     /// Other masks than the host predicted; the detail is their number.
     pub const COUNT: u32 = 1;
-    /// A row could not be decided, see its record; the detail is the lowest such ask, counted within the session.
+    /// A row could not be decided, see its record; the detail is the lowest such ask, counted
+    /// within the session.
     pub const DECISION: u32 = 2;
     /// A confidence, margin or entropy is NaN; the detail as above.
     pub const NAN: u32 = 3;

@@ -1,5 +1,6 @@
-//! Launcher of `attention`: the work list of a plan, and how much of it runs side by side. No choice made here changes a bit of the result
-//! (the law of `kernels/attention.cu`), so both may follow the machine.
+//! Launcher of `attention`: the work list of a plan, and how much of it runs side by side. No
+//! choice made here changes a bit of the result (the law of `kernels/attention.cu`), so both may
+//! follow the machine.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, HeadShape};
@@ -82,9 +83,9 @@ impl Regime {
     }
 }
 
-/// The work list of a plan with these row offsets: (sequence, its first row, first query, queries) for each tile. The queries of a
-/// sequence are its (row, head of the group) pairs, rows first; a tile never mixes sequences. A list may be padded with
-/// zeros.
+/// The work list of a plan with these row offsets: (sequence, its first row, first query, queries)
+/// for each tile. The queries of a sequence are its (row, head of the group) pairs, rows first; a
+/// tile never mixes sequences. A list may be padded with zeros.
 pub fn tiles(indptr: &[u32], heads: HeadShape, tile_queries: u32) -> Vec<[u32; 4]> {
     let group = (heads.num_heads / heads.num_kv_heads) as u32;
     let of = |(s, rows): (usize, &[u32])| {
@@ -103,8 +104,9 @@ fn ring(head_dim: u32) -> u32 {
     }
 }
 
-/// What the kernel lays out in dynamic shared memory. bf16: the ring; where a CTA walks, the sums of its finished chunks, in whole fragments of
-/// eight columns to a warp; where warps share queries, the weights of a tile. f32: one tile of keys or values, the queries, their weights.
+/// What the kernel lays out in dynamic shared memory. bf16: the ring; where a CTA walks, the sums
+/// of its finished chunks, in whole fragments of eight columns to a warp; where warps share
+/// queries, the weights of a tile. f32: one tile of keys or values, the queries, their weights.
 fn shared_bytes(dtype: DType, regime: Regime, heads: HeadShape) -> u32 {
     let (head_dim, tile_queries) = (heads.head_dim as u32, regime.tile_queries(dtype, heads));
     match dtype {
@@ -129,7 +131,8 @@ pub struct Attention {
     /// (num_tiles) of four words: [`tiles`] of the regime's `tile_queries`.
     pub tiles: Address,
     pub num_tiles: u32,
-    /// At least the largest visible end. More costs CTAs that end at once in [`Regime::Few`], and nothing in [`Regime::Many`].
+    /// At least the largest visible end. More costs CTAs that end at once in [`Regime::Few`], and
+    /// nothing in [`Regime::Many`].
     pub max_visible: u32,
     pub qkv: Address,
     /// Of the layer.

@@ -1,8 +1,11 @@
 //! Launcher of `decide`: LM head and token choice of rows, by the law of `sampling::decide_row`.
 //!
-//! Two routes, chosen by each row's own draw. Most rows take A: `decide_tiles` computes logits tile by tile and keeps a few sums, `decide_draw` answers
-//! from those, and the logits of a row never exist. Draws from a nucleus (`top_p < 1`), and those that ask what is left of a distribution
-//! (`truncated_confidence`), take B: the logits of a chunk of rows are written by `linear`, and `decide_nucleus` reads them. Where both routes run, both compute all rows and each answers its own.
+//! Two routes, chosen by each row's own draw. Most rows take A: `decide_tiles` computes logits tile
+//! by tile and keeps a few sums, `decide_draw` answers from those, and the logits of a row never
+//! exist. Draws from a nucleus (`top_p < 1`), and those that ask what is left of a distribution
+//! (`truncated_confidence`), take B: the logits of a chunk of rows are written by `linear`, and
+//! `decide_nucleus` reads them. Where both routes run, both compute all rows and each answers its
+//! own.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue};
@@ -115,7 +118,8 @@ impl DecisionRecord {
     }
 }
 
-/// Whether a draw takes route B: [`Decide::any_nucleus`] if one does, [`Decide::any_fused`] if one does not.
+/// Whether a draw takes route B: [`Decide::any_nucleus`] if one does, [`Decide::any_fused`] if one
+/// does not.
 pub fn needs_nucleus(draw: &Draw) -> bool {
     // At temperatures 0 and 1, what is left where nothing is taken away is the raw distribution.
     let tempered = draw.temperature != 0.0 && draw.temperature != 1.0;
@@ -124,7 +128,8 @@ pub fn needs_nucleus(draw: &Draw) -> bool {
 }
 
 params! {
-    /// `decide_tiles`: entries `decide_tiles_f32` and `decide_tiles_bf16` by the type of hidden and head.
+    /// `decide_tiles`: entries `decide_tiles_f32` and `decide_tiles_bf16` by the type of hidden and
+    /// head.
     DecideTilesParams, 64 bytes {
         /// (rows, k) f32 or bf16.
         hidden: u64 = 0,
@@ -146,7 +151,8 @@ params! {
 }
 
 params! {
-    /// `decide_draw`: entries `decide_draw_f32` and `decide_draw_bf16`. Fields as in [`DecideTilesParams`].
+    /// `decide_draw`: entries `decide_draw_f32` and `decide_draw_bf16`. Fields as in
+    /// [`DecideTilesParams`].
     DecideDrawParams, 64 bytes {
         hidden: u64 = 0,
         head: u64 = 8,
@@ -182,8 +188,8 @@ const TILE_BYTES: usize = 32;
 const MAX_GROUPS: u32 = 1024;
 /// Threads of `decide_nucleus`, a row.
 const NUCLEUS_THREADS: u32 = 512;
-/// Workspace that tile records or logits may take; beyond it rows go through in chunks. 64 MiB are 333 rows of 50,258 logits, or 5,336 rows of
-/// their tiles.
+/// Workspace that tile records or logits may take; beyond it rows go through in chunks. 64 MiB are
+/// 333 rows of 50,258 logits, or 5,336 rows of their tiles.
 pub(in crate::cuda) const CHUNK_BYTES: usize = 64 << 20;
 
 /// One build of `decide_tiles`: `rows` rows of IDS ids.
@@ -198,7 +204,8 @@ struct Tile {
     resident: u32,
 }
 
-/// By rows; up to 64 all rows share one reading of the head. The last fills 96 of the 99 KiB that every machine has.
+/// By rows; up to 64 all rows share one reading of the head. The last fills 96 of the 99 KiB that
+/// every machine has.
 const TILES: [Tile; 5] = [
     Tile { rows: 8, threads: 128, col_warps: 4, stages: 4, resident: 3 },
     Tile { rows: 16, threads: 128, col_warps: 4, stages: 4, resident: 3 },
@@ -248,7 +255,8 @@ pub(in crate::cuda) fn builds() -> Vec<Build> {
     TILES.iter().map(Tile::build).chain([draw_build(), nucleus_build()]).collect()
 }
 
-/// Rows of a chunk: as many as `bytes` hold at `row_bytes` each, in whole tiles of 128 where there are several chunks.
+/// Rows of a chunk: as many as `bytes` hold at `row_bytes` each, in whole tiles of 128 where there
+/// are several chunks.
 pub(in crate::cuda) fn chunk_rows(rows: u32, row_bytes: usize, bytes: usize) -> u32 {
     let fit = u32::try_from(bytes / row_bytes.max(1)).unwrap_or(u32::MAX);
     if rows <= fit { rows } else { (fit / 128 * 128).max(128) }

@@ -1,4 +1,5 @@
-//! Launcher of `embed`: table rows of token ids, and of positions where those are learned, widened to f32.
+//! Launcher of `embed`: table rows of token ids, and of positions where those are learned, widened
+//! to f32.
 #![forbid(unsafe_code)]
 
 use crate::backend::DType;
@@ -43,7 +44,8 @@ fn build() -> Build {
 /// Positions (rows) u32, a second table of rows by position, and how many it has.
 pub type Positions = (Address, Address, u32);
 
-/// `out (rows, width) f32 = table[ids]`, ids through `index` if there is one, plus the rows of `positions` if there are any.
+/// `out (rows, width) f32 = table[ids]`, ids through `index` if there is one, plus the rows of
+/// `positions` if there are any.
 pub struct Embed {
     pub rows: u32,
     pub width: u32,

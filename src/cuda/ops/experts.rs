@@ -1,5 +1,5 @@
-//! Launchers of `experts` and `experts_combine`: the products of all experts as one launch, and their sum for each row; and [`Routes`], what
-//! the backend keeps of a routing between them.
+//! Launchers of `experts` and `experts_combine`: the products of all experts as one launch, and
+//! their sum for each row; and [`Routes`], what the backend keeps of a routing between them.
 #![forbid(unsafe_code)]
 
 use bytemuck::cast_slice_mut;
@@ -83,15 +83,17 @@ fn tile_of(tile_rows: u32) -> &'static Tile {
     found.unwrap_or_else(|| panic!("no tile of {tile_rows} rows"))
 }
 
-/// Rows of a tile for `rows` rows: the smallest that holds twice an expert's share, since routing is uneven and a second tile reads the weight
-/// again; the largest where none does. No choice changes a bit of the result.
+/// Rows of a tile for `rows` rows: the smallest that holds twice an expert's share, since routing
+/// is uneven and a second tile reads the weight again; the largest where none does. No choice
+/// changes a bit of the result.
 pub(in crate::cuda) fn tile_rows(shape: ExpertShape, rows: u32) -> u32 {
     let share = (rows as usize * shape.top_k).div_ceil(shape.num_experts) as u32;
     let all = every_tile_rows();
     all.into_iter().find(|tile| 2 * share <= *tile).unwrap_or(all[3])
 }
 
-/// `out (places, n) <- x (places, k) weight (experts, n, k)^T`, each place by the weight of its expert.
+/// `out (places, n) <- x (places, k) weight (experts, n, k)^T`, each place by the weight of its
+/// expert.
 pub struct Grouped {
     pub n: u32,
     pub k: u32,
@@ -227,7 +229,8 @@ impl Places {
     }
 }
 
-/// The choices of the last routing, and room for its rows between the products. Everything lies where it lay before, as recorded graphs need it.
+/// The choices of the last routing, and room for its rows between the products. Everything lies
+/// where it lay before, as recorded graphs need it.
 pub struct Routes {
     capacity: usize,
     _memory: Memory,

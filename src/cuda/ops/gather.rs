@@ -32,7 +32,8 @@ fn build() -> Build {
     Build { stem: "gather", defines: vec![("THREADS", THREADS)] }
 }
 
-/// `out[r, :] = x[rows[r], :]`, or `x[r, :]` without `rows`. Between equal types the bits are copied, so that other 32-bit words pass as f32.
+/// `out[r, :] = x[rows[r], :]`, or `x[r, :]` without `rows`. Between equal types the bits are
+/// copied, so that other 32-bit words pass as f32.
 pub struct Gather {
     pub count: u32,
     pub width: u32,

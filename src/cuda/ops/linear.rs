@@ -1,5 +1,6 @@
-//! Launcher of `linear`: which tile computes a product, and how many CTAs share one along K. Neither changes a bit of the result (the law
-//! of `kernels/gemm.cuh`), so the choice may follow the machine.
+//! Launcher of `linear`: which tile computes a product, and how many CTAs share one along K.
+//! Neither changes a bit of the result (the law of `kernels/gemm.cuh`), so the choice may follow
+//! the machine.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue};
@@ -49,8 +50,9 @@ pub(in crate::cuda) struct Tile {
     resident: u32,
 }
 
-/// By rows. The first three stream the weight: a CTA has most of a segment in flight (8 x 32: 20 of 20 KiB and 6 CTAs, so that 132
-/// multiprocessors ask for 16 MB at once). The last fills 96 of the 99 KiB that every machine has.
+/// By rows. The first three stream the weight: a CTA has most of a segment in flight (8 x 32: 20 of
+/// 20 KiB and 6 CTAs, so that 132 multiprocessors ask for 16 MB at once). The last fills 96 of the
+/// 99 KiB that every machine has.
 pub(in crate::cuda) const TILES: [Tile; 5] = [
     Tile { rows: 8, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 6 },
     Tile { rows: 16, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 5 },
@@ -105,8 +107,9 @@ impl Shape {
         self.segments.div_ceil(self.segments_per_cta).max(1)
     }
 
-    /// Time of the product where arithmetic is what it waits for, in no unit: the work of the multiprocessor that has most. A small tile
-    /// reads twice as many operand bytes per product, taken as two fifths more time.
+    /// Time of the product where arithmetic is what it waits for, in no unit: the work of the
+    /// multiprocessor that has most. A small tile reads twice as many operand bytes per product,
+    /// taken as two fifths more time.
     fn work(&self, num_sms: u32) -> u64 {
         let ctas = u64::from(self.tiles * self.splits());
         let cta = u64::from(self.tile.rows * self.tile.cols * self.segments_per_cta);
@@ -125,7 +128,8 @@ impl Shape {
     }
 }
 
-/// Up to 64 rows the weight should come from memory once: one tile holds all rows. Above, the tile that leaves the least to wait for.
+/// Up to 64 rows the weight should come from memory once: one tile holds all rows. Above, the tile
+/// that leaves the least to wait for.
 fn shape(rows: u32, n: u32, k: u32, num_sms: u32) -> Shape {
     let of = |tile: &Tile| Shape::new(*tile, rows, n, k, num_sms);
     match TILES.iter().find(|tile| rows <= tile.rows && tile.rows <= 64) {
@@ -161,7 +165,8 @@ pub(in crate::cuda) fn workspace_bytes(machine: &Machine, rows: u32, n: u32, k: 
     shape(rows, n, k, machine.driver.limits().num_sms).partial_bytes()
 }
 
-/// Every way to cut a product: each tile, with K whole and with K split as far as it goes. The same bits come out of all of them.
+/// Every way to cut a product: each tile, with K whole and with K split as far as it goes. The same
+/// bits come out of all of them.
 pub fn every_shape(rows: u32, n: u32, k: u32) -> Vec<Shape> {
     TILES.iter().flat_map(|tile| [1, 1 << 16].map(|num_sms| Shape::new(*tile, rows, n, k, num_sms))).collect()
 }

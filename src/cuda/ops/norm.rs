@@ -10,7 +10,8 @@ use crate::error::Result;
 const THREADS: u32 = 256;
 
 params! {
-    /// `norm`: entries `norm_layer_f32`, `norm_layer_bf16`, `norm_rms_f32` and `norm_rms_bf16` by the type of the output.
+    /// `norm`: entries `norm_layer_f32`, `norm_layer_bf16`, `norm_rms_f32` and `norm_rms_bf16` by
+    /// the type of the output.
     NormParams, 48 bytes {
         /// (rows, width) f32.
         x: u64 = 0,

@@ -1,4 +1,5 @@
-//! Launcher of `remask`: the lowest snapshot confidences of each sequence are masked again, on the device.
+//! Launcher of `remask`: the lowest snapshot confidences of each sequence are masked again, on the
+//! device.
 #![forbid(unsafe_code)]
 
 use crate::cuda::driver::interface::{Build, Launch};
@@ -9,7 +10,8 @@ use crate::error::Result;
 const THREADS: u32 = 256;
 
 params! {
-    /// `remask`: one entry. N is the number of positions of all sequences, S the number of sequences.
+    /// `remask`: one entry. N is the number of positions of all sequences, S the number of
+    /// sequences.
     RemaskParams, 80 bytes {
         /// (S + 1) u32 offsets of the sequences in the canvas arrays.
         indptr: u64 = 0,
@@ -34,7 +36,8 @@ params! {
     }
 }
 
-/// States of a canvas position on the device, the `STATE_*` of `kernels/canvas.cuh` and the variants of `canvas::State`.
+/// States of a canvas position on the device, the `STATE_*` of `kernels/canvas.cuh` and the
+/// variants of `canvas::State`.
 pub mod state {
     pub const FIXED: u8 = 0;
     pub const MASKED: u8 = 1;

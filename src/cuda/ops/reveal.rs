@@ -1,4 +1,5 @@
-//! Launcher of `reveal`: which asked positions take their token now, and their new place on the canvas.
+//! Launcher of `reveal`: which asked positions take their token now, and their new place on the
+//! canvas.
 #![forbid(unsafe_code)]
 
 use crate::cuda::driver::interface::{Build, Launch};
@@ -10,7 +11,8 @@ use crate::error::Result;
 const THREADS: u32 = 256;
 
 params! {
-    /// `reveal`: one entry. S is the number of sessions, N the number of positions of all sequences.
+    /// `reveal`: one entry. S is the number of sessions, N the number of positions of all
+    /// sequences.
     RevealParams, 64 bytes {
         /// (S) `ask::SequenceStep`.
         sessions: u64 = 0,

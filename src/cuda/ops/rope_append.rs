@@ -13,7 +13,8 @@ const THREADS: u32 = 128;
 pub const NO_SLOT: u32 = u32::MAX;
 
 params! {
-    /// `rope_append`: entries `rope_append_f32` and `rope_append_bf16` by the element type of the pages.
+    /// `rope_append`: entries `rope_append_f32` and `rope_append_bf16` by the element type of the
+    /// pages.
     RopeAppendParams, 80 bytes {
         /// (T, (H + 2 K) D) f32: queries, keys, values, head-major. Queries are rewritten in place.
         qkv: u64 = 0,
@@ -51,7 +52,8 @@ fn build(head_dim: u32, rotary_dim: u32, page_size: u32) -> Build {
     Build { stem: "rope_append", defines }
 }
 
-/// Lanes that share a head: a power of two that takes up to four pairs at a time in one go, up to a warp.
+/// Lanes that share a head: a power of two that takes up to four pairs at a time in one go, up to a
+/// warp.
 fn lanes(head_dim: u32, rotary_dim: u32) -> u32 {
     let by_four = head_dim.is_multiple_of(8) && rotary_dim.is_multiple_of(8);
     let units = head_dim / 2 / if by_four { 4 } else { 1 };
@@ -73,7 +75,8 @@ pub struct HeadNorm {
     pub eps: f32,
 }
 
-/// Norm (where there is one) and rotation of q, in place, and of k; k and v to the slots of one layer.
+/// Norm (where there is one) and rotation of q, in place, and of k; k and v to the slots of one
+/// layer.
 #[derive(Clone, Copy, Debug)]
 pub struct RopeAppend {
     pub rows: u32,
@@ -87,7 +90,8 @@ pub struct RopeAppend {
     pub qkv: Address,
     pub positions: Address,
     pub slots: Address,
-    /// What [`crate::backend::rope::extend_rotations`] makes, for every position that a row may have.
+    /// What [`crate::backend::rope::extend_rotations`] makes, for every position that a row may
+    /// have.
     pub rotations: Address,
     /// Of the layer.
     pub keys: Address,

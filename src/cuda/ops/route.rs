@@ -43,7 +43,8 @@ params! {
     }
 }
 
-/// Up to 64, 128 and 256 experts (LLaDA-MoE, Qwen3-MoE, LLaDA2); other numbers are built when they are met.
+/// Up to 64, 128 and 256 experts (LLaDA-MoE, Qwen3-MoE, LLaDA2); other numbers are built when they
+/// are met.
 pub(in crate::cuda) fn builds() -> Vec<Build> {
     [64, 128, 256].map(build).into()
 }
@@ -52,7 +53,8 @@ fn build(num_experts: u32) -> Build {
     Build { stem: "route", defines: vec![("THREADS", THREADS), ("EXPERTS_PER_LANE", num_experts.div_ceil(32).next_power_of_two())] }
 }
 
-/// Tiles of `tile_rows` rows that `rows` rows of this shape can make at most: whole ones, and one that is not for each expert.
+/// Tiles of `tile_rows` rows that `rows` rows of this shape can make at most: whole ones, and one
+/// that is not for each expert.
 pub fn max_tiles(shape: ExpertShape, rows: u32, tile_rows: u32) -> u32 {
     let places = rows * shape.top_k as u32;
     places.min(places / tile_rows + shape.num_experts as u32)
@@ -122,7 +124,8 @@ mod tests {
         for (num_experts, top_k, rows, tile_rows) in [(4, 2, 3, 8), (4, 2, 100, 8), (256, 8, 1, 8), (256, 8, 1024, 64), (8, 8, 33, 32)] {
             let shape = ExpertShape { num_experts, top_k, hidden_dim: 1, expert_dim: 1 };
             let room = max_tiles(shape, rows, tile_rows);
-            // One more row than whole tiles wherever that is possible, each expert at most once a row.
+            // One more row than whole tiles wherever that is possible, each expert at most once a
+            // row.
             let (mut left, mut tiles) = (rows * top_k as u32, 0);
             for _ in 0..num_experts {
                 let most = left.min(rows);

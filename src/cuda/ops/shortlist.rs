@@ -1,6 +1,8 @@
-//! Launchers of `shortlist` and `listed`: lists of the most probable ids of rows, and the token choice among the ids of a list.
+//! Launchers of `shortlist` and `listed`: lists of the most probable ids of rows, and the token
+//! choice among the ids of a list.
 //!
-//! Lists stay on the device. Every one has room for the same number of ids; a shorter one ends with [`NO_ID`].
+//! Lists stay on the device. Every one has room for the same number of ids; a shorter one ends with
+//! [`NO_ID`].
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue};

@@ -1,10 +1,11 @@
-//! BD3-LM (arXiv 2503.09573): config keys, tensor names, and the adaLN fold; MDLM shares the weight layout.
+//! BD3-LM (arXiv 2503.09573): config keys, tensor names, and the adaLN fold; MDLM shares the weight
+//! layout.
 //!
 //! The published models run with `time_conditioning: false`: sigma is forced to 0, so the condition
-//! `c = silu(W2 silu(W1 [cos 0 x 128, sin 0 x 128] + b1) + b2)` is one constant vector per model and every adaLN shift, scale and
-//! gate is a constant per layer. They are folded at load:
-//! `LN(x) w (1 + scale) + shift` is a LayerNorm with weight `w (1 + scale)` and bias `shift`; a gate multiplies the rows of the
-//! projection it follows, and that projection's bias.
+//! `c = silu(W2 silu(W1 [cos 0 x 128, sin 0 x 128] + b1) + b2)` is one constant vector per model
+//! and every adaLN shift, scale and gate is a constant per layer. They are folded at load: `LN(x) w
+//! (1 + scale) + shift` is a LayerNorm with weight `w (1 + scale)` and bias `shift`; a gate
+//! multiplies the rows of the projection it follows, and that projection's bias.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -72,7 +73,8 @@ pub(in crate::model) fn shared_config(
     if vocab_size < 3 {
         return Err(keys.error(format!("key `vocab_size`: expected at least 3 (a token, end of text, MASK), found {vocab_size}")));
     }
-    // [BD3-LM] MASK is one past the tokenizer's ids, so the last row; GPT-2's end of text, which is also BOS, is the row before it.
+    // [BD3-LM] MASK is one past the tokenizer's ids, so the last row; GPT-2's end of text, which is
+    // also BOS, is the row before it.
     let mask_id = keys.token("mask_token_id", vocab_size)?.unwrap_or(vocab_size as u32 - 1);
     let eos_id = keys.token("eos_token_id", vocab_size)?.unwrap_or(vocab_size as u32 - 2);
     Ok(ModelConfig {

@@ -1,4 +1,5 @@
-//! Dream (arXiv 2508.15487), Dream-Coder and DiffuCoder: the Qwen2 layout under full attention, with shifted logits.
+//! Dream (arXiv 2508.15487), Dream-Coder and DiffuCoder: the Qwen2 layout under full attention,
+//! with shifted logits.
 #![forbid(unsafe_code)]
 
 use std::path::Path;

@@ -1,5 +1,6 @@
-//! Fast-dLLM v2 (arXiv 2509.26328): the Qwen2 layout under block-causal attention, with shifted logits. The first position of a block is
-//! answered by the last row of the finished block before it, as in the autoregressive model that the weights were made from.
+//! Fast-dLLM v2 (arXiv 2509.26328): the Qwen2 layout under block-causal attention, with shifted
+//! logits. The first position of a block is answered by the last row of the finished block before
+//! it, as in the autoregressive model that the weights were made from.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -18,7 +19,8 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 /// MASK as the published sampler has it by default; config.json does not name it.
 const MASK_ID: u32 = 151_665;
 
-/// Reads the keys of Qwen2, MASK, and the block length `bd_size` (32 in the published configuration class).
+/// Reads the keys of Qwen2, MASK, and the block length `bd_size` (32 in the published configuration
+/// class).
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, &FAMILY, &qwen2::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);

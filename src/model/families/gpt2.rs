@@ -1,8 +1,9 @@
 //! GPT-2 (Radford et al. 2019) as Hugging Face publishes it: a judge with learned positions.
 //!
-//! LayerNorms with biases, biases everywhere but at the head, which is the embedding table; GELU in its tanh form; a table of positions that is
-//! added to the embedding, and no rotation. Weights of products are stored as (in, out), q, k and v as one. The published files name tensors
-//! without the `transformer.` in front that the class itself saves.
+//! LayerNorms with biases, biases everywhere but at the head, which is the embedding table; GELU in
+//! its tanh form; a table of positions that is added to the embedding, and no rotation. Weights of
+//! products are stored as (in, out), q, k and v as one. The published files name tensors without
+//! the `transformer.` in front that the class itself saves.
 #![forbid(unsafe_code)]
 
 use std::path::Path;

@@ -1,7 +1,8 @@
-//! LLaDA (arXiv 2502.09992): the Llama layout under names of its own, full attention, row i answers position i.
+//! LLaDA (arXiv 2502.09992): the Llama layout under names of its own, full attention, row i answers
+//! position i.
 //!
-//! 8B Base, 8B Instruct and 1.5 share it. The published configuration class can say far more (fused projections, ALiBi, layer groups);
-//! what no published checkpoint uses is refused by key.
+//! 8B Base, 8B Instruct and 1.5 share it. The published configuration class can say far more (fused
+//! projections, ALiBi, layer groups); what no published checkpoint uses is refused by key.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -20,7 +21,8 @@ pub static FAMILY: Family =
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
 
-/// `ff_proj` is the gate; a layer's `ff_out` is its down-projection, the one beside the layers is the head.
+/// `ff_proj` is the gate; a layer's `ff_out` is its down-projection, the one beside the layers is
+/// the head.
 static NAMES: Names = Names {
     table: "model.transformer.wte.weight",
     layers: "model.transformer.blocks",

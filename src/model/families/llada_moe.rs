@@ -1,5 +1,6 @@
-//! LLaDA-MoE (arXiv 2509.24389): the Llama layout with norms of the heads of q and k and softmax-routed experts, full attention, row i answers
-//! position i. It shares LLaDA's `model_type` and nothing else.
+//! LLaDA-MoE (arXiv 2509.24389): the Llama layout with norms of the heads of q and k and
+//! softmax-routed experts, full attention, row i answers position i. It shares LLaDA's `model_type`
+//! and nothing else.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -28,7 +29,8 @@ const DIALECT: Dialect = Dialect {
     ..llama::REQUIRED_KV_HEADS
 };
 
-/// Reads the published keys. What the configuration class can say and no published checkpoint uses is refused by key.
+/// Reads the published keys. What the configuration class can say and no published checkpoint uses
+/// is refused by key.
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     for (key, value) in
         [("clip_qkv", json!(null)), ("shared_expert_intermediate_size", json!(null)), ("moe_router_enable_expert_bias", json!(false))]

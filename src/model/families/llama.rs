@@ -143,7 +143,8 @@ pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Fam
         shift: false,
         cond_dim: None,
         mask_id: None,
-        // Texts of models without a BOS of their own are scored behind an end of text, as their training joined documents.
+        // Texts of models without a BOS of their own are scored behind an end of text, as their
+        // training joined documents.
         bos_id: keys.first_token("bos_token_id", vocab_size)?.or(eos_id),
         eos_id,
         stop_ids: Vec::new(),
@@ -152,7 +153,8 @@ pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Fam
     })
 }
 
-/// Rotary positions: `rope_parameters` with everything, or `rope_theta` beside an optional `rope_scaling`.
+/// Rotary positions: `rope_parameters` with everything, or `rope_theta` beside an optional
+/// `rope_scaling`.
 fn rope(keys: &ConfigJson, dialect: &Dialect, model_length: usize) -> Result<Rope> {
     let theta = keys.number("rope_theta")?;
     let full = |keys: &ConfigJson| match keys.number("partial_rotary_factor")? {
@@ -212,7 +214,8 @@ fn rotary_dim(keys: &ConfigJson, dialect: &Dialect, head_dim: usize) -> Result<O
     Ok(Some(width).filter(|width| *width < head_dim))
 }
 
-/// The window of the layers that have one; an error where it is shorter than the model's length, as attention here has none.
+/// The window of the layers that have one; an error where it is shorter than the model's length, as
+/// attention here has none.
 fn sliding_window(keys: &ConfigJson, dialect: &Dialect, num_layers: usize, model_length: usize) -> Result<Option<usize>> {
     const FULL: &str = "full_attention";
     const SLIDING: &str = "sliding_attention";

@@ -1,4 +1,5 @@
-//! MDLM (arXiv 2406.07524): the layout of BD3-LM under full attention. Config keys only; weights load through `bd3lm.rs`.
+//! MDLM (arXiv 2406.07524): the layout of BD3-LM under full attention. Config keys only; weights
+//! load through `bd3lm.rs`.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
@@ -12,7 +13,8 @@ pub static FAMILY: Family = Family { name: "mdlm", model_type: "mdlm", architect
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Bd3lm };
 
-/// Reads the published keys. MDLM checkpoints have no `block_size` and no `cross_attn`, and always carry adaLN.
+/// Reads the published keys. MDLM checkpoints have no `block_size` and no `cross_attn`, and always
+/// carry adaLN.
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     bd3lm::shared_config(dir, keys, &FAMILY, AttentionMask::Full)
 }

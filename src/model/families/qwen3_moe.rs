@@ -38,7 +38,8 @@ pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Fam
 
 fn moe(keys: &ConfigJson, renormalise: bool, base: &ModelConfig) -> Result<Moe> {
     let num_layers = base.num_layers;
-    // The class leaves the chosen weights as they are by default; every published checkpoint says otherwise.
+    // The class leaves the chosen weights as they are by default; every published checkpoint says
+    // otherwise.
     let score = RouterScore::Softmax { renormalise: keys.flag("norm_topk_prob", renormalise)? };
     // transformers 5 writes the second name.
     let num_experts = match keys.optional_size("num_experts", 1 << 16)? {

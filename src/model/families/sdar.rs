@@ -1,4 +1,5 @@
-//! SDAR (arXiv 2510.06303) and TraDo: the Qwen3 layout under block-causal attention, row i answers position i.
+//! SDAR (arXiv 2510.06303) and TraDo: the Qwen3 layout under block-causal attention, row i answers
+//! position i.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
