@@ -7,20 +7,18 @@
 //! thread of its own.
 #![forbid(unsafe_code)]
 
-mod builder;
+pub(crate) mod builder;
 mod core;
 pub(crate) mod device;
-mod engine;
+pub(crate) mod engine;
 mod handle;
 mod options;
 mod stream;
 mod thread;
 
 pub use builder::EngineBuilder;
-pub(crate) use builder::default_dtype;
 pub use device::Device;
 pub use engine::Engine;
-pub(crate) use engine::scoring_schedule;
 pub use handle::{Generation, RequestHandle};
 pub use options::{Options, Prompt};
 pub use stream::{Snapshot, TextEvent, TextStream};

@@ -57,6 +57,7 @@ pub mod api;
 pub mod backend;
 pub mod canvas;
 pub mod chat;
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod config;
 pub mod cpu;
@@ -67,6 +68,7 @@ pub mod error;
 pub mod model;
 pub mod pages;
 pub mod plan;
+#[cfg(feature = "cli")]
 pub mod quality;
 pub mod request;
 pub mod rng;

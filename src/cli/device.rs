@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use clap::Args;
 
-use crate::api::default_dtype;
+use crate::api::builder::default_dtype;
 use crate::api::device::{AnyBackend, Device};
 use crate::backend::{Backend, DType};
 use crate::cli::engine::load;

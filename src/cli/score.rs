@@ -15,7 +15,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::api::device::on_backend;
-use crate::api::scoring_schedule;
+use crate::api::engine::scoring_schedule;
 use crate::backend::Backend;
 use crate::cli::device::DeviceFlags;
 use crate::cli::engine::drain;
