@@ -237,14 +237,14 @@ impl Layout<'_> {
     /// The sessions as `ask` and `reveal` know them.
     fn records(&mut self, plan: &Plan, sessions: &[SequenceStep]) -> usize {
         let first_asks = offsets(sessions.iter().map(|part| part.asks as u32));
-        let records: Vec<ask::SequenceStep> = sessions
+        let records: Vec<ask::SessionStep> = sessions
             .iter()
             .enumerate()
             .map(|(i, part)| {
                 let (row_first, end) = (plan.indptr[i], plan.indptr[i + 1]);
                 let first_position = if row_first < end { plan.positions[row_first as usize] } else { 0 };
                 let draw = DrawRecord::from(&part.draw);
-                let step = ask::SequenceStep {
+                let step = ask::SessionStep {
                     seed: self.canvases[i].seed,
                     canvas_first: self.firsts[i],
                     range_begin: part.range.start as u32,
@@ -261,7 +261,7 @@ impl Layout<'_> {
                     temperature: draw.temperature,
                     top_p: draw.top_p,
                     flags: draw.flags,
-                    ..ask::SequenceStep::default()
+                    ..ask::SessionStep::default()
                 };
                 step.revealing(&part.reveal)
             })

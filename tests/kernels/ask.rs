@@ -2,7 +2,7 @@
 //! keys.
 
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::ask::{Ask, SequenceStep, SessionSummary, ask, trouble};
+use redraft::cuda::ops::ask::{Ask, SessionStep, SessionSummary, ask, trouble};
 use redraft::cuda::ops::decide::{DrawRecord, flag};
 use redraft::cuda::ops::remask::state;
 use redraft::rng::{DrawKey, uniforms};
@@ -28,7 +28,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     for (i, (len, range)) in SESSIONS.into_iter().enumerate() {
         let i = i as u32;
         let count = masked(&states, canvas_first, range.clone()).len() as u32;
-        steps.push(SequenceStep {
+        steps.push(SessionStep {
             seed: 1 << 40 | u64::from(i),
             canvas_first,
             range_begin: range.start,
@@ -44,7 +44,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
             temperature: 0.25 * i as f32,
             top_p: 0.9,
             flags: flag::TRUNCATED * (i % 2),
-            ..SequenceStep::default()
+            ..SessionStep::default()
         });
         canvas_first += len;
     }
@@ -79,7 +79,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     for (s, step) in steps.iter().enumerate() {
         let positions = masked(&states, step.canvas_first, step.range_begin..step.range_end);
         for (i, &position) in positions.iter().take(step.ask_count as usize).enumerate() {
-            let SequenceStep { seed, sample, stage, block, step: n, temperature, top_p, flags, .. } = *step;
+            let SessionStep { seed, sample, stage, block, step: n, temperature, top_p, flags, .. } = *step;
             let u = uniforms(DrawKey { seed, sample, stage: stage as u8, block, step: n, position }).token;
             let draw = DrawRecord { u, temperature, top_p, flags, forced: 0, position, sequence: s as u32 };
             expected[step.ask_first as usize + i] = (step.row_first + position - step.rows_begin, draw);

@@ -2,7 +2,7 @@
 //! its own numbers; here the two lists of numbers are compared.
 
 use redraft::cuda::kernels;
-use redraft::cuda::ops::ask::{AskParams, SequenceStep, SessionSummary};
+use redraft::cuda::ops::ask::{AskParams, SessionStep, SessionSummary};
 use redraft::cuda::ops::attention::AttentionParams;
 use redraft::cuda::ops::blend::BlendParams;
 use redraft::cuda::ops::decide::{DecideDrawParams, DecideNucleusParams, DecideTilesParams, DecisionRecord, DrawRecord};
@@ -46,7 +46,7 @@ fn both_sides_state_the_same_layout() {
         twin::<RopeAppendParams>("RopeAppendParams"),
         twin::<RevealParams>("RevealParams"),
         twin::<RouteParams>("RouteParams"),
-        twin::<SequenceStep>("SequenceStep"),
+        twin::<SessionStep>("SessionStep"),
         twin::<ShortlistParams>("ShortlistParams"),
         twin::<SessionSummary>("SessionSummary"),
     ];

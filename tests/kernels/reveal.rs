@@ -1,7 +1,7 @@
 //! `reveal` takes what `sampling::select` takes and leaves the canvas as `session.rs` leaves it.
 
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::ask::{SequenceStep, SessionSummary, trouble};
+use redraft::cuda::ops::ask::{SessionStep, SessionSummary, trouble};
 use redraft::cuda::ops::decide::{DecisionRecord, status};
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::reveal::{RevealParams, reveal};
@@ -16,7 +16,7 @@ const MASK: u32 = 50_257;
 /// A session that asks every second position from 1 on; `levels` distinct values, so that few
 /// levels mean many ties.
 struct Sequence {
-    step: SequenceStep,
+    step: SessionStep,
     reveal: Reveal,
     decisions: Vec<DecisionRecord>,
     before: SessionSummary,
@@ -34,7 +34,7 @@ fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Sequence {
         position: 1 + 2 * i,
         chosen: 0,
     };
-    let step = SequenceStep { seed, sample: 3, stage: 2, block: 1, step: 77, ask_count: asks, ..SequenceStep::default() };
+    let step = SessionStep { seed, sample: 3, stage: 2, block: 1, step: 77, ask_count: asks, ..SessionStep::default() };
     let step = step.revealing(&reveal);
     Sequence {
         step,
@@ -58,7 +58,7 @@ fn law(session: &Sequence) -> (Vec<usize>, SessionSummary) {
     let candidates: Vec<Candidate> = decisions
         .iter()
         .map(|d| {
-            let SequenceStep { seed, sample, stage, block, step, .. } = *step;
+            let SessionStep { seed, sample, stage, block, step, .. } = *step;
             let key = DrawKey { seed, sample, stage: stage as u8, block, step, position: d.position };
             let DecisionRecord { token, confidence, log_prob, margin, entropy, position, .. } = *d;
             let decision = Decision { token, confidence, log_prob, margin, entropy };

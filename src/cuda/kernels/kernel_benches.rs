@@ -6,7 +6,7 @@ use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Rope, Ro
 use crate::cuda::driver::interface::Address;
 use crate::cuda::kernels::kernel_bench::{self, Asked, Inputs, KernelBench, Key, Op, Report, Shape};
 use crate::cuda::machine::Machine;
-use crate::cuda::ops::ask::{Ask, SequenceStep, SessionSummary};
+use crate::cuda::ops::ask::{Ask, SessionStep, SessionSummary};
 use crate::cuda::ops::attention::{Attention, Regime};
 use crate::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord};
 use crate::cuda::ops::embed::Embed;
@@ -121,8 +121,8 @@ fn bytes4(byte: u8) -> u32 {
 fn sessions(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
     let (sessions, asks) = (shape.get("sessions"), shape.get("asks"));
     let total = small_count(sessions, asks)?;
-    let steps: Vec<SequenceStep> = (0..sessions)
-        .map(|s| SequenceStep {
+    let steps: Vec<SessionStep> = (0..sessions)
+        .map(|s| SessionStep {
             seed: 7,
             canvas_first: s * asks,
             range_end: asks,
@@ -132,7 +132,7 @@ fn sessions(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
             sample: s,
             temperature: 1.0,
             top_p: 1.0,
-            ..SequenceStep::default()
+            ..SessionStep::default()
         })
         .map(|step| step.revealing(&Reveal::Best { rank: Rank::Confidence, n: asks as usize / 2 }))
         .collect();

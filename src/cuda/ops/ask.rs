@@ -12,7 +12,7 @@ const THREADS: u32 = 256;
 
 params! {
     /// One session's part of a step on the device. Its plan rows are consecutive positions.
-    SequenceStep, 80 bytes {
+    SessionStep, 80 bytes {
         seed: u64 = 0,
         /// Place of position 0 in the canvas arrays.
         canvas_first: u32 = 8,
@@ -34,7 +34,7 @@ params! {
         temperature: f32 = 52,
         top_p: f32 = 56,
         flags: u32 = 60,
-        /// See [`SequenceStep::revealing`].
+        /// See [`SessionStep::revealing`].
         rule: u32 = 64,
         rank: u32 = 68,
         n: u32 = 72,
@@ -42,9 +42,9 @@ params! {
     }
 }
 
-impl SequenceStep {
+impl SessionStep {
     /// The same with the rule of its reveals: the `RULE_*` and `RANK_*` of `kernels/canvas.cuh`.
-    pub fn revealing(self, reveal: &Reveal) -> SequenceStep {
+    pub fn revealing(self, reveal: &Reveal) -> SessionStep {
         let rank = |rank: Rank| match rank {
             Rank::Uniform => 0,
             Rank::Confidence => 1,
@@ -55,10 +55,10 @@ impl SequenceStep {
         match *reveal {
             // More than there can be is as good as all.
             Reveal::Best { rank: by, n } => {
-                SequenceStep { rule: 0, rank: rank(by), n: u32::try_from(n).unwrap_or(u32::MAX), bound: 0.0, ..self }
+                SessionStep { rule: 0, rank: rank(by), n: u32::try_from(n).unwrap_or(u32::MAX), bound: 0.0, ..self }
             }
-            Reveal::Threshold(bound) => SequenceStep { rule: 1, rank: 0, n: 0, bound, ..self },
-            Reveal::EntropyBound(bound) => SequenceStep { rule: 2, rank: 0, n: 0, bound, ..self },
+            Reveal::Threshold(bound) => SessionStep { rule: 1, rank: 0, n: 0, bound, ..self },
+            Reveal::EntropyBound(bound) => SessionStep { rule: 2, rank: 0, n: 0, bound, ..self },
         }
     }
 }
@@ -92,7 +92,7 @@ pub mod trouble {
 params! {
     /// `ask`: one entry. S is the number of sessions.
     AskParams, 56 bytes {
-        /// (S) [`SequenceStep`].
+        /// (S) [`SessionStep`].
         sessions: u64 = 0,
         /// Canvas, u8: see `remask::state`.
         state: u64 = 8,
@@ -124,7 +124,7 @@ pub struct Ask {
     pub sessions: u32,
     pub asks: u32,
     pub bucket: u32,
-    /// (sessions) [`SequenceStep`].
+    /// (sessions) [`SessionStep`].
     pub steps: Address,
     /// (sessions) [`SessionSummary`].
     pub summaries: Address,
@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn rules_keep_their_numbers() {
         let of = |reveal: &Reveal| {
-            let step = SequenceStep { seed: 9, ..SequenceStep::default() }.revealing(reveal);
+            let step = SessionStep { seed: 9, ..SessionStep::default() }.revealing(reveal);
             assert_eq!(step.seed, 9);
             (step.rule, step.rank, step.n, step.bound)
         };

@@ -14,7 +14,7 @@ params! {
     /// `reveal`: one entry. S is the number of sessions, N the number of positions of all
     /// sequences.
     RevealParams, 64 bytes {
-        /// (S) `ask::SequenceStep`.
+        /// (S) `ask::SessionStep`.
         sessions: u64 = 0,
         /// (S) `ask::SessionSummary`.
         summaries: u64 = 8,
