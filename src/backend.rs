@@ -15,7 +15,7 @@
 //! network   a model and its K/V (Network): runs the layers over the runner's arrays and asks it
 //!           to decide, once for the forward and once for each pass of a joint sampler
 //! ```
-//! Whoever decides, the network runs the same ops in the same order.
+//! On the host or on the device, the network runs the same ops in the same order.
 #![forbid(unsafe_code)]
 
 pub mod host;

@@ -1,4 +1,4 @@
-//! Owns one sequence's positions: token, state, snapshot confidence, stage and step of the reveal.
+//! One sequence's positions: token, state, snapshot confidence, stage and step of the reveal.
 //!
 //! Transitions are the only way in: masked -> revealed ([`Canvas::reveal`]), revealed -> masked
 //! ([`Canvas::remask`]), and another token where one was revealed ([`Canvas::edit`]). Fixed

@@ -1,4 +1,4 @@
-//! Owns chat templates: what a checkpoint makes of a conversation before it is tokenised.
+//! Chat templates: what a checkpoint makes of a conversation before it is tokenised.
 //!
 //! A template is the Jinja text that the checkpoint ships, rendered as transformers renders it
 //! (`apply_chat_template`): blocks trimmed, Python's string and list methods, `raise_exception`.
@@ -93,7 +93,7 @@ impl ChatTemplate {
         env.set_syntax(syntax.map_err(|e| self.error("cannot be set up", &e))?);
         env.set_undefined_behavior(UndefinedBehavior::Lenient);
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        // A template is somebody's program.
+        // A template is a program from outside.
         env.set_fuel(Some(10_000_000));
         env.add_function("raise_exception", |message: String| -> std::result::Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))

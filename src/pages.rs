@@ -1,4 +1,4 @@
-//! Owns the K/V page pool, page tables and the sharing of prompt pages: counting only, no tensors.
+//! K/V page pool, page tables and the sharing of prompt pages: counting only, no tensors.
 //!
 //! Admission is by commitment: a session commits the pages of its whole length, and the sum of
 //! commitments never exceeds the capacity. Live pages are at most the table entries of all
@@ -44,7 +44,7 @@ struct Prefix {
 /// What the pool knows of a prefix.
 #[derive(Debug, PartialEq, Eq)]
 pub enum PrefixState {
-    /// Nobody computes it: the caller is now its owner and must [`PagePool::publish`] it.
+    /// No sequence computes it yet: the caller now owns it and must [`PagePool::publish`] it.
     Yours,
     /// Another session is computing it.
     Pending,
@@ -202,7 +202,7 @@ impl PageTable {
         copies
     }
 
-    /// Drops the pages beyond `len` positions. Returns those that nobody holds any more.
+    /// Drops the pages beyond `len` positions. Returns those that no sequence holds any more.
     pub fn truncate(&mut self, pool: &mut PagePool, len: usize) -> Vec<u32> {
         let keep = pool.pages_for(len).min(self.pages.len());
         let dropped: Vec<u32> = self.pages.drain(keep..).collect();

@@ -1,4 +1,4 @@
-//! Owns the description of one forward: which rows run, where their K/V goes, and which keys each
+//! Description of one forward: which rows run, where their K/V goes, and which keys each
 //! row sees.
 //!
 //! A plan is data. The scheduler concatenates what every session asks for; a backend uploads the

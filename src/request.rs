@@ -1,4 +1,4 @@
-//! Owns what callers hand in and get back: requests, their handles, finished samples.
+//! What callers hand in and get back: requests, their handles, finished samples.
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;

@@ -1,4 +1,4 @@
-//! Owns randomness: a counter-based generator keyed by what a draw is *for*, so that a result never
+//! Randomness: a counter-based generator keyed by what a draw is *for*, so that a result never
 //! depends on the order in which draws are made, on neighbours in a batch, or on threads
 //! (docs/architecture.md, determinism).
 //!

@@ -1,4 +1,4 @@
-//! Owns forwards outside any session: logits of given tokens, likelihood under an autoregressive
+//! Forwards outside of any request: logits of given tokens, likelihood under an autoregressive
 //! judge, timed single forwards.
 //!
 //! Each takes pages of its own from the engine's pool and gives them back, so it may run between

@@ -1,4 +1,4 @@
-//! Owns one request's life: fixed tokens, place in the schedule, canvas, which K/V is final,
+//! One request's life: fixed tokens, place in the schedule, canvas, which K/V is final,
 //! counters.
 //!
 //! A session is asked for its next forward ([`Sequence::next`]) and told what came of it

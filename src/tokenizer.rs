@@ -1,4 +1,4 @@
-//! Owns text <-> ids: `tokenizer.json` as published, with user text always read as text.
+//! Text to ids and back: `tokenizer.json` as published, with user text always read as text.
 //!
 //! Special tokens spelled out in a prompt are encoded letter by letter: a literal `<|mask|>` in
 //! user text is text, never a MASK.

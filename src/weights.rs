@@ -1,4 +1,4 @@
-//! Owns checkpoint files: safetensors, single or sharded with an index, mapped and read as named,
+//! Checkpoint files: safetensors, single or sharded with an index, mapped and read as named,
 //! shape-checked views.
 //!
 //! Weights are read once, straight into their packed form, and the mapped pages are handed back as
@@ -22,8 +22,8 @@ use crate::error::{Error, Result};
 /// other threads for little memory.
 const RELEASE_BYTES: usize = 1 << 20;
 
-/// What is asked of the disk in advance of whoever reads a tensor front to back: the system's own
-/// reading ahead, 128 KiB where a mapping is concerned, leaves a fast disk idle.
+/// Bytes requested from the disk ahead of a sequential read of a tensor. The system's own
+/// read-ahead, 128 KiB where a mapping is concerned, leaves a fast disk idle.
 const AHEAD_BYTES: usize = 16 << 20;
 
 /// Problems of one checkpoint that an error names.

@@ -85,7 +85,7 @@ impl Drop for EngineThread {
     }
 }
 
-/// Serves until nobody can submit any more and nothing is in flight.
+/// Serves until all submitters are gone and nothing is in flight.
 fn serve(mut engine: Engine, inbox: &Receiver<Submission>, failure: &Failure) -> Result<()> {
     let mut open = true;
     loop {

@@ -1,9 +1,8 @@
-//! Owns the command line: typed flags, resolved once into what the commands need, and the exit
-//! code.
+//! Command line: typed flags, resolved once into what the commands need, and the exit code.
 //!
 //! Text goes to stdout and nothing else does; progress, tables meant for reading along and errors
-//! go to stderr. Exit codes: 0 done, 1 failed, 2 misused. A closed pipe is success: whoever reads
-//! has seen enough.
+//! go to stderr. Exit codes: 0 done, 1 failed, 2 misused. A closed pipe is success: its
+//! reader has seen enough.
 #![forbid(unsafe_code)]
 
 mod bench;

@@ -235,8 +235,8 @@ fn step<S: Simd, const BF16: bool>(
         (least, most) = (least.min(count), most.max(count));
     }
 
-    // Scores of everybody with every group that somebody sees. What lies past a query's own end
-    // stays in lanes of its own.
+    // Compute q.k for each group of keys that at least one query can see. Keys beyond a query's
+    // own limit are masked below.
     let q = &state.q[from * layout.key_steps..];
     let (scores, _) = state.scores.as_chunks_mut::<LANES>();
     let num_groups = most.div_ceil(LANES);

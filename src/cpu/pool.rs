@@ -1,4 +1,4 @@
-//! Owns the threads. One call runs numbered tasks on the calling thread and the workers and returns
+//! Threads. One call runs numbered tasks on the calling thread and the workers and returns
 //! when all are done.
 //!
 //! Each thread starts on its own share of the tasks, so repeated calls find the same weights in the

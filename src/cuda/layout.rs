@@ -222,7 +222,7 @@ impl Layout<'_> {
         places
     }
 
-    /// A list of rows. Padding is row 0, and nobody looks at what it becomes.
+    /// A list of rows. Padding is row 0, and its result is never read.
     fn rows(&mut self, rows: &[u32]) -> usize {
         self.words.push(rows.iter().copied().chain(repeat_n(0, padded(rows.len()) - rows.len())))
     }

@@ -1,8 +1,8 @@
 //! What every launcher stands on: a driver, device memory that returns by itself, the functions
 //! loaded so far, and the workspace that ops share.
 //!
-//! Ops run one after the other on one stream, so one workspace serves them all; whoever needs more
-//! makes it grow, which moves it and so outdates every recorded graph (see
+//! Ops run one after the other on one stream, so one workspace serves them all. An op that needs
+//! more makes it grow, which moves it and so outdates every recorded graph (see
 //! [`Machine::generation`]). For the same reason memory that was dropped may be handed out again at
 //! once: what was enqueued before is done with it when what is enqueued next begins.
 #![forbid(unsafe_code)]

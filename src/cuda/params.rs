@@ -1,4 +1,4 @@
-//! Owns the form of the contract between host and kernels: one `#[repr(C)]` params struct per
+//! Form of the contract between host and kernels: one `#[repr(C)]` params struct per
 //! kernel, its layout stated twice.
 //!
 //! Each struct lives with its launcher in `cuda/<stem>.rs` and is the twin of the one at the head

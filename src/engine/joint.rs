@@ -1,4 +1,4 @@
-//! Owns the joint sampler beside a model: its weights, its layer's place in the K/V store, and what
+//! Joint sampler beside a model: its weights, its layer's place in the K/V store, and what
 //! a window of rows carries from call to call.
 #![forbid(unsafe_code)]
 

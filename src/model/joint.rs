@@ -222,7 +222,7 @@ impl<B: Backend> Joint<B> {
         backend.norm(count, &mut state.hidden, None, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
-    /// Decides the asked rows of a pass by their states, whoever decides.
+    /// Decides the asked rows of a pass by their states, on the host or on the device.
     #[allow(clippy::too_many_arguments)] // as the model's forward
     pub(super) fn decide(
         &self,

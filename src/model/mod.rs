@@ -1,4 +1,4 @@
-//! Owns the forward pass, generic over the machine: one decoder with switches, in the order of the
+//! Forward pass, generic over the machine: one decoder with switches, in the order of the
 //! papers.
 //!
 //! ```text

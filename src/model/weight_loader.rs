@@ -1,4 +1,4 @@
-//! Owns the way of a checkpoint's tensors into packed weights: which rows of which tensor become
+//! Way of a checkpoint's tensors into packed weights: which rows of which tensor become
 //! which rows of a matrix, and how far loading is. Which tensors there are is a family's business.
 #![forbid(unsafe_code)]
 

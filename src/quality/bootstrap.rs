@@ -1,4 +1,4 @@
-//! Owns uncertainty: percentile bootstrap intervals over samples (Efron, "Bootstrap methods:
+//! Uncertainty: percentile bootstrap intervals over samples (Efron, "Bootstrap methods:
 //! another look at the jackknife", Annals of Statistics 7, 1979).
 //!
 //! Every figure is a ratio of sums over samples, mapped: a mean has 1 in every denominator, a

@@ -1,4 +1,4 @@
-//! Owns the two measures that read words rather than tokens: whether names are kept, whether
+//! Two measures that read words rather than tokens: whether names are kept, whether
 //! quotation marks pair up.
 //!
 //! A sample comes as its documents: the text between end-of-text tokens, the last one cut off by

@@ -1,4 +1,4 @@
-//! Owns measures that count tokens: unigram entropy, distinct n-grams, self-BLEU, tokens changed.
+//! Measures that count tokens: unigram entropy, distinct n-grams, self-BLEU, tokens changed.
 #![forbid(unsafe_code)]
 
 use std::collections::{HashMap, HashSet};
@@ -65,7 +65,7 @@ const NOTHING: f64 = 0.1;
 /// candidates nor references. Absent for fewer than two samples that are.
 ///
 /// Linear in the tokens: the largest count over the *others* is the second largest over all for
-/// whoever has the largest.
+/// the sample that has the largest.
 pub fn self_bleu(samples: &[&[u32]]) -> Option<f64> {
     let samples: Vec<&[u32]> = samples.iter().copied().filter(|tokens| tokens.len() >= ORDER).collect();
     if samples.len() < 2 {

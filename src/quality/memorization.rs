@@ -1,4 +1,4 @@
-//! Owns the search for copied text: the longest run of tokens that a sample shares with the
+//! Search for copied text: the longest run of tokens that a sample shares with the
 //! training text.
 //!
 //! A suffix array over the ids (Manber and Myers, "Suffix arrays: a new method for on-line string

@@ -1,4 +1,4 @@
-//! Owns measures of text given as token ids: what a judge's likelihoods, counts and comparisons say
+//! Measures of text given as token ids: what a judge's likelihoods, counts and comparisons say
 //! about a set of samples, with intervals. Knows no engine: likelihoods and text come in with the
 //! samples.
 //!

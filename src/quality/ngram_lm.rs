@@ -1,4 +1,4 @@
-//! Owns the counting judge: an interpolated n-gram model fitted to token ids.
+//! Counting judge: an interpolated n-gram model fitted to token ids.
 //!
 //! Witten-Bell interpolation (Witten and Bell, "The zero-frequency problem", IEEE Transactions on
 //! Information Theory 37, 1991; in the form of Chen and Goodman, "An empirical study of smoothing

@@ -1,4 +1,4 @@
-//! Owns human text: documents of a file, and windows over them that are measured like samples.
+//! Human text: documents of a file, and windows over them that are measured like samples.
 #![forbid(unsafe_code)]
 
 /// The line between two documents of a file.

@@ -221,7 +221,7 @@ mod tests {
         assert!(decide_row(&[0.0, f32::INFINITY], &[], &PLAIN).is_err());
         assert!(decide_row(&[f32::NEG_INFINITY; 3], &[], &PLAIN).is_err());
         assert!(decide_row(&[0.0; 2], &[0, 1], &PLAIN).is_err());
-        // A banned NaN is nobody's business; huge logits do not overflow.
+        // A banned NaN is ignored; huge logits do not overflow.
         assert_eq!(decide_row(&[3e38, f32::NAN, -3e38], &[1], &Draw { u: 0.9, ..PLAIN }).unwrap().token, 0);
     }
 }

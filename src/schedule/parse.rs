@@ -1,4 +1,4 @@
-//! Owns the spelling of stages: `key=value,...` as typed, resolved once against the request's
+//! Spelling of stages: `key=value,...` as typed, resolved once against the request's
 //! defaults and checked. [`Stage`]'s `Display` is the canonical spelling and parses back to the
 //! same stage.
 #![forbid(unsafe_code)]

@@ -1,4 +1,4 @@
-//! Owns the rounds of a joint sampler within one forward: the first reveal is the model's, the
+//! Rounds of a joint sampler within one forward: the first reveal is the model's, the
 //! others follow one at a time, the sampler in between.
 #![forbid(unsafe_code)]
 

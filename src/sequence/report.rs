@@ -1,4 +1,4 @@
-//! Owns what a session tells about itself: events, reports of stages, and where a text ends.
+//! What a session tells about itself: events, reports of stages, and where a text ends.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Owns what `bench --quality` prints: the JSON object, and the tables.
+//! What `bench --quality` prints: the JSON object, and the tables.
 
 use std::fmt::Write as _;
 

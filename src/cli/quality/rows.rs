@@ -1,4 +1,4 @@
-//! Owns what is compared: the rows of `bench --quality`, from a file, from flags, or the headline;
+//! What is compared: the rows of `bench --quality`, from a file, from flags, or the headline;
 //! resolved and checked before anything is generated.
 
 use std::path::{Path, PathBuf};

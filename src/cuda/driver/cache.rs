@@ -1,4 +1,4 @@
-//! Owns built code on disk: one file per build, named after what it is, found again by the next
+//! Built code on disk: one file per build, named after what it is, found again by the next
 //! process.
 //!
 //! An entry is the payload followed by a trailer of sixteen bytes: a checksum over key and payload,
@@ -92,8 +92,8 @@ fn trailer(key: &str, payload: &[u8]) -> [u8; TRAILER] {
     bytes
 }
 
-/// FNV-1a, 64 bits: finds damage, not forgery; whoever can write the directory can run code as its
-/// owner anyway.
+/// FNV-1a, 64 bits: finds damage, not forgery. A process that can write the directory can run code
+/// as its owner anyway.
 pub(in crate::cuda) fn fnv1a<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3))
 }

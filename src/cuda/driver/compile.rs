@@ -1,4 +1,4 @@
-//! Owns NVRTC: finds and opens it, compiles one kernel for one architecture, and reads what the
+//! NVRTC: finds and opens it, compiles one kernel for one architecture, and reads what the
 //! assembler reports about it.
 //!
 //! Options are passed word for word, and every error is headed by the identity of the build: stem,

@@ -1,4 +1,4 @@
-//! Owns the conversation with the CUDA driver: is it there, how many devices, what are they.
+//! CUDA driver and its devices: whether it is there, how many devices it has, what they are.
 //! Creates no context.
 
 use std::ffi::{CStr, c_char, c_int, c_uint};

@@ -375,7 +375,7 @@ impl Driver for Emulator {
         let allocation = locked(&self.allocations).remove(&address);
         let allocation = allocation.unwrap_or_else(|| panic!("{address:#x} was not allocated, or was freed before"));
         if let Err(error) = allocation.check(address) {
-            // Nobody hears it here; the next one who waits does.
+            // The error is returned by the next call that waits.
             locked(&self.damage).get_or_insert(error);
         }
         // SAFETY: mapped by `alloc` with this size, unmapped once: the entry is gone.
@@ -560,7 +560,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What cannot be removed stays in the temporary directory; nobody reads it.
+        // What cannot be removed stays in the temporary directory and is never read.
         let _ = fs::remove_dir_all(&self.0);
     }
 }

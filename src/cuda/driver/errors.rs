@@ -1,4 +1,4 @@
-//! Owns the words about a failing driver call: which call, what the driver says, what it means for
+//! Words about a failing driver call: which call, what the driver says, what it means for
 //! later calls, and the next move.
 //!
 //! Pure: codes and texts come in, an [`Error`] goes out, so every case is tested without a driver.

@@ -232,7 +232,7 @@ impl Gpu {
         }
     }
 
-    /// Frees now; errors have nobody to go to, and a sticky one is kept for the next call.
+    /// Frees now. Errors cannot be returned; a sticky one is kept for the next call.
     fn free_now(&self, address: Address) {
         if let Ok(f) = self.enter() {
             // SAFETY: `address` came from `alloc`, is freed once by its owner, and the stream is
@@ -471,7 +471,7 @@ impl Drop for Gpu {
     fn drop(&mut self) {
         let f = self.functions;
         // SAFETY: everything below was made by this value and is destroyed once. After a lost
-        // context the calls fail and do nothing, and nobody is left to be told.
+        // context the calls fail and do nothing; their codes are dropped.
         unsafe {
             (f.context_set_current)(self.context);
             (f.stream_synchronize)(self.stream);

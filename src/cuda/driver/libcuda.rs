@@ -1,4 +1,4 @@
-//! Owns the table of driver functions that running kernels needs, looked up one by one in libcuda.
+//! Table of driver functions that running kernels needs, looked up one by one in libcuda.
 //!
 //! Result codes, handles and device addresses are the plain integers they are: a foreign code is
 //! never read as an enum, and a value that holds handles crosses threads like any other number.

@@ -54,7 +54,7 @@ pub mod flag {
     pub const CROSSING: u32 = 1;
     pub const TRUNCATED: u32 = 2;
     pub const FORCED: u32 = 4;
-    /// A row that nobody asks for: it gets no answer.
+    /// A padding row: it gets no answer.
     pub const PADDING: u32 = 8;
     /// The nucleus is one of the whole distribution, not of what top-k leaves.
     pub const TOP_K_AFTER: u32 = 16;
