@@ -10,9 +10,9 @@
 pub(crate) mod builder;
 mod core;
 pub(crate) mod device;
-pub(crate) mod engine;
+mod engine;
 mod handle;
-mod options;
+pub(crate) mod options;
 mod stream;
 mod thread;
 

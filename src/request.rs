@@ -157,6 +157,18 @@ pub fn find_stop(text: &str, texts: &[String]) -> Option<usize> {
     texts.iter().filter_map(|t| text.find(t.as_str())).min()
 }
 
+/// Text of generated tokens, up to `end_of_text` and the first of the texts in `stop`, and whether
+/// it ends at one of them.
+pub(crate) fn generated_text(tokenizer: &Tokenizer, tokens: &[u32], end_of_text: Option<u32>, stop: &[String]) -> (String, bool) {
+    let end = end_of_text.and_then(|eos| tokens.iter().position(|token| *token == eos));
+    let mut text = tokenizer.decode(&tokens[..end.unwrap_or(tokens.len())]);
+    let at = find_stop(&text, stop);
+    if let Some(at) = at {
+        text.truncate(at);
+    }
+    (text, end.is_some() || at.is_some())
+}
+
 /// The fewest tokens whose text holds a stop text.
 pub(crate) fn stop_at(tokenizer: &Tokenizer, texts: &[String], tokens: &[u32]) -> Option<usize> {
     find_stop(&tokenizer.decode(tokens), texts)?;

@@ -19,11 +19,30 @@ use crate::error::{Error, Result};
 use crate::model::{Model, Probe, Scratch};
 use crate::pages::PageTable;
 use crate::plan::{Plan, Visibility};
+use crate::request::{Prompt, Request};
 use crate::sampling::{Draw, Rank, Reveal, TopPRule};
+use crate::schedule::{Defaults, Schedule};
 
 /// Draws of scoring and of benches: the plain distribution.
 const PLAIN_DRAW: Draw =
     Draw { u: 0.0, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
+
+/// The request by which a diffusion model scores `with_bos`, BOS first: every token is revealed in
+/// turn, left to right, under `visibility`, and must be the given one. The confidences of its
+/// output are the probabilities of the tokens after BOS: the chain rule in an order that the model
+/// can decode.
+pub fn scoring_request(with_bos: Vec<u32>, visibility: Visibility) -> Result<Request> {
+    let stage = match visibility {
+        Visibility::BlockCausal(block_len) => format!("block={block_len},visible=block,unmask=left:1"),
+        Visibility::Full => "block=full,visible=canvas,unmask=left:1".into(),
+    };
+    let schedule = Schedule::resolve(&[stage.parse()?], &Defaults { top_p: 1.0, ..Defaults::default() })?;
+    let canvas = with_bos.iter().enumerate().map(|(i, token)| (i == 0).then_some(*token)).collect();
+    let mut request = Request::new(Prompt::Canvas(canvas), schedule, 0, 0);
+    request.stop.ignore_eos = true;
+    request.forced = with_bos;
+    Ok(request)
+}
 
 /// A sequence that is being scored, in pages of its own.
 struct Scored {

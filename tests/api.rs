@@ -33,6 +33,20 @@ fn a_text_is_the_one_that_the_command_line_writes() {
     assert_eq!(serde_json::json!(generation.output.tokens), object["tokens"]);
 }
 
+/// Preset and length that no request names are the same behind both doors.
+#[test]
+fn defaults_are_those_of_the_command_line() {
+    let generation = engine().generate("One day", Options::default().ignore_eos(true)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_redraft"))
+        .args(["generate", "--prompt", "One day", "--ignore-eos", "--device", "cpu", "--format", "json"])
+        .arg("--model")
+        .arg(model())
+        .output()
+        .expect("the binary");
+    let object: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(serde_json::json!(generation.output.tokens), object["tokens"]);
+}
+
 #[test]
 fn a_batch_gives_the_texts_of_its_requests_alone() {
     let mut engine = engine();

@@ -6,18 +6,15 @@ use std::sync::Arc;
 
 use super::core::{AnyCore, on_core};
 use super::handle::{Generation, RequestHandle, TextRules};
-use super::options::{Options, Prompt};
+use super::options::{Options, Prompt, default_length};
 use crate::chat::ChatTemplate;
 use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::Engine as EngineCore;
 use crate::error::{Error, Result};
-use crate::plan::Visibility;
 use crate::request::{self, Request, StopOptions};
-use crate::schedule::{Defaults, Schedule};
+use crate::schedule::Defaults;
+use crate::scoring::scoring_request;
 use crate::tokenizer::Tokenizer;
-
-/// Tokens that are generated where a request names no length and the model serves as many.
-const DEFAULT_LENGTH: usize = 256;
 
 /// A loaded model that serves requests.
 ///
@@ -119,10 +116,7 @@ impl Engine {
         if attention == AttentionMask::Causal {
             return on_core!(&mut self.core, |core| core.causal_nll(&with_bos));
         }
-        let visibility = attention.visibility();
-        let mut request = Request::new(request::Prompt::Canvas(canvas_to_score(&with_bos)), scoring_schedule(visibility)?, 0, 0);
-        request.stop.ignore_eos = true;
-        request.forced = with_bos;
+        let request = scoring_request(with_bos, attention.visibility())?;
         let handle = on_core!(&mut self.core, |core| core.submit(request))?;
         let output = loop {
             let busy = self.tick()?;
@@ -162,10 +156,7 @@ impl Engine {
         let schedule = options.resolve(&options.defaults(config)?)?;
         let infills = matches!(prompt, Prompt::Infill(_) | Prompt::Canvas(_));
         let mut draft = Vec::new();
-        let length = |fixed: usize| {
-            let room = config.model_length.saturating_sub(fixed);
-            options.length.unwrap_or(if room == 0 { DEFAULT_LENGTH } else { DEFAULT_LENGTH.min(room) })
-        };
+        let length = |fixed: usize| options.length.unwrap_or_else(|| default_length(config, fixed));
         let prompt = match prompt {
             Prompt::Text(text) => {
                 let fixed = 1 + self.tokenizer()?.encode(&text)?.len();
@@ -213,19 +204,4 @@ impl Engine {
     pub fn defaults(&self) -> Defaults {
         EngineCore::<crate::cpu::Cpu>::defaults(self.config())
     }
-}
-
-/// BOS given, every other token to be revealed.
-fn canvas_to_score(with_bos: &[u32]) -> Vec<Option<u32>> {
-    std::iter::once(Some(with_bos[0])).chain(with_bos[1..].iter().map(|_| None)).collect()
-}
-
-/// Reveals left to right, one token a forward, under `visibility`: the chain rule in an order that
-/// the model can decode.
-pub(crate) fn scoring_schedule(visibility: Visibility) -> Result<Schedule> {
-    let stage = match visibility {
-        Visibility::BlockCausal(block_len) => format!("block={block_len},visible=block,unmask=left:1"),
-        Visibility::Full => "block=full,visible=canvas,unmask=left:1".into(),
-    };
-    Schedule::resolve(&[stage.parse()?], &Defaults { top_p: 1.0, ..Defaults::default() })
 }

@@ -5,7 +5,7 @@ use std::sync::mpsc::TryRecvError;
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Result};
-use crate::request::{Handle, Message, Output, find_stop};
+use crate::request::{Handle, Message, Output, generated_text};
 use crate::sequence::Event;
 use crate::tokenizer::Tokenizer;
 
@@ -28,13 +28,7 @@ impl TextRules {
     /// there.
     pub(crate) fn text(&self, tokens: &[u32]) -> (String, bool) {
         let Some(tokenizer) = &self.tokenizer else { return (String::new(), false) };
-        let end = self.end_of_text.and_then(|eos| tokens.iter().position(|token| *token == eos));
-        let mut text = tokenizer.decode(&tokens[..end.unwrap_or(tokens.len())]);
-        let stop = find_stop(&text, &self.stop);
-        if let Some(at) = stop {
-            text.truncate(at);
-        }
-        (text, end.is_some() || stop.is_some())
+        generated_text(tokenizer, tokens, self.end_of_text, &self.stop)
     }
 
     pub(crate) fn decode(&self, tokens: &[u32]) -> String {
@@ -65,6 +59,11 @@ impl Generation {
 /// Why the thread of an engine ended, where it failed.
 pub(super) type Failure = Arc<Mutex<Option<Error>>>;
 
+/// What ended the thread of an engine: its failure, where it had one.
+pub(super) fn cause_of(failure: &Failure) -> Error {
+    failure.lock().ok().and_then(|failure| failure.clone()).unwrap_or(Error::EngineGone)
+}
+
 /// A request in flight. Dropping the handle cancels the request.
 pub struct RequestHandle {
     core: Handle,
@@ -92,7 +91,7 @@ impl RequestHandle {
     /// The result if the request is finished, given once; never waits. Unread events are dropped.
     pub fn try_wait(&self) -> Option<Result<Generation>> {
         self.core.events().for_each(drop);
-        self.core.take_output().map(|output| output.map(|output| Generation::new(output, &self.rules)))
+        self.take()
     }
 
     /// Whether no result has arrived yet.
@@ -129,36 +128,27 @@ impl RequestHandle {
         let Some(failure) = &self.thread else {
             return Err(Error::request("this engine is driven by its caller: use Engine::wait, or tick it between two looks"));
         };
-        match self.core.messages.recv() {
-            Ok(Message::Event(event)) => Ok(Some(event)),
-            Ok(Message::Finished(result)) => {
-                *self.core.finished.borrow_mut() = Some(*result);
-                Ok(None)
-            }
-            Err(_) => Err(failure.lock().ok().and_then(|failure| failure.clone()).unwrap_or(Error::EngineGone)),
-        }
+        self.core.messages.recv().map(|message| self.event_of(message)).map_err(|_| cause_of(failure))
     }
 
     /// The next event that is there already. `Err`: the engine is gone and no result has come.
     pub(super) fn poll(&self) -> Result<Option<Event>> {
         match self.core.messages.try_recv() {
-            Ok(Message::Event(event)) => Ok(Some(event)),
-            Ok(Message::Finished(result)) => {
-                *self.core.finished.borrow_mut() = Some(*result);
-                Ok(None)
-            }
-            Err(TryRecvError::Empty) => Ok(None),
-            Err(TryRecvError::Disconnected) if !self.is_pending() => Ok(None),
-            Err(TryRecvError::Disconnected) => {
-                let failure = self.thread.as_ref().and_then(|failure| failure.lock().ok()?.clone());
-                Err(failure.unwrap_or(Error::EngineGone))
-            }
+            Ok(message) => Ok(self.event_of(message)),
+            Err(TryRecvError::Disconnected) if self.is_pending() => Err(self.thread.as_ref().map_or(Error::EngineGone, cause_of)),
+            Err(_) => Ok(None),
         }
     }
 
-    /// Returns a result that was taken too early.
-    pub(super) fn put_back(&self, result: Result<Generation>) {
-        *self.core.finished.borrow_mut() = Some(result.map(|generation| generation.output));
+    /// The event that a message is; a result is kept.
+    fn event_of(&self, message: Message) -> Option<Event> {
+        match message {
+            Message::Event(event) => Some(event),
+            Message::Finished(result) => {
+                *self.core.finished.borrow_mut() = Some(*result);
+                None
+            }
+        }
     }
 
     /// The result that has come, given once.

@@ -13,6 +13,15 @@ use crate::schedule::{Defaults, Schedule, StageSpec};
 /// Schedule of requests that name none.
 pub(crate) const DEFAULT_PRESET: &str = "did-lift";
 
+/// Tokens that are generated where a request names no length and the model serves as many.
+const DEFAULT_LENGTH: usize = 192;
+
+/// Tokens to generate after `fixed` given ones where a request names no length.
+pub(crate) fn default_length(config: &ModelConfig, fixed: usize) -> usize {
+    let room = config.model_length.saturating_sub(fixed);
+    if room == 0 { DEFAULT_LENGTH } else { DEFAULT_LENGTH.min(room) }
+}
+
 /// What is given of the text. `&str` and `String` are text, `Vec<u32>` is tokens, `Vec<Message>` is
 /// a chat.
 #[derive(Clone, Debug, PartialEq)]
@@ -127,7 +136,7 @@ impl Options {
         self
     }
 
-    /// Tokens to generate, for prompts that are continued. By default 256, or as many as the model
+    /// Tokens to generate, for prompts that are continued. By default 192, or as many as the model
     /// serves.
     pub fn length(mut self, tokens: usize) -> Self {
         self.length = Some(tokens);

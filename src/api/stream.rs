@@ -55,6 +55,10 @@ pub struct TextStream {
     sent: String,
     /// Something provisional changed since the last snapshot.
     changed: bool,
+    /// `final_end` when the final text was last looked at.
+    seen_end: usize,
+    /// The result, while its last text is told.
+    result: Option<Result<Generation>>,
     finished: bool,
 }
 
@@ -67,7 +71,17 @@ impl RequestHandle {
 
 impl TextStream {
     fn new(handle: RequestHandle) -> TextStream {
-        TextStream { handle, cells: BTreeMap::new(), stage: 0, final_end: 0, sent: String::new(), changed: false, finished: false }
+        TextStream {
+            handle,
+            cells: BTreeMap::new(),
+            stage: 0,
+            final_end: 0,
+            sent: String::new(),
+            changed: false,
+            seen_end: 0,
+            result: None,
+            finished: false,
+        }
     }
 
     /// Ends the request at the next tick.
@@ -81,7 +95,7 @@ impl TextStream {
         if self.finished {
             return None;
         }
-        loop {
+        while self.result.is_none() {
             match self.handle.poll() {
                 Ok(Some(event)) => self.apply(&event),
                 Ok(None) => break,
@@ -96,15 +110,15 @@ impl TextStream {
         if let Some(delta) = self.delta() {
             return Some(TextEvent::Delta(delta));
         }
-        if !self.handle.is_pending() {
-            let result = self.handle.take()?;
+        self.result = self.result.take().or_else(|| self.handle.take());
+        if let Some(result) = self.result.take() {
             if let Ok(generation) = &result
                 && !self.handle.rules().infills
                 && let Some(rest) = generation.text.strip_prefix(&self.sent).filter(|rest| !rest.is_empty())
             {
                 let rest = rest.to_owned();
                 self.sent.clone_from(&generation.text);
-                self.handle.put_back(result);
+                self.result = Some(result);
                 return Some(TextEvent::Delta(rest));
             }
             return Some(self.finish(result));
@@ -143,9 +157,11 @@ impl TextStream {
     /// stop text.
     fn delta(&mut self) -> Option<String> {
         let rules = self.handle.rules();
-        if rules.infills || self.final_end == 0 {
+        // Nothing became final since the last time: the text of what is final is the same.
+        if rules.infills || self.final_end == self.seen_end {
             return None;
         }
+        self.seen_end = self.final_end;
         let tokens: Vec<u32> = self.cells.range(..self.final_end).map_while(|(_, (token, _))| *token).collect();
         let (mut text, ended) = rules.text(&tokens);
         if !ended {

@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use super::engine::Engine;
-use super::handle::{Failure, RequestHandle};
+use super::handle::{Failure, RequestHandle, cause_of};
 use super::options::{Options, Prompt};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// A request on its way to the engine's thread, and where its handle goes.
 struct Submission {
@@ -39,12 +39,13 @@ impl Engine {
 }
 
 impl EngineThread {
-    pub(super) fn start(engine: Engine) -> EngineThread {
+    pub(super) fn start(mut engine: Engine) -> EngineThread {
         let (submissions, inbox) = channel();
         let failure: Failure = Arc::default();
         let kept = failure.clone();
         let handle = std::thread::spawn(move || {
-            if let Err(error) = serve(engine, &inbox, &kept)
+            // Told before the engine is dropped, which is how handles notice.
+            if let Err(error) = serve(&mut engine, &inbox, &kept)
                 && let Ok(mut failure) = kept.lock()
             {
                 *failure = Some(error);
@@ -56,18 +57,14 @@ impl EngineThread {
     /// Queues a request; it is batched with those in flight. Waits only until the engine's thread
     /// has looked at it, between two ticks.
     ///
-    /// Errors: [`Error::Request`] for a prompt, length or schedule that the model cannot serve;
-    /// what ended the engine, or [`Error::EngineGone`], where it ended.
+    /// Errors: [`crate::Error::Request`] for a prompt, length or schedule that the model cannot
+    /// serve; what ended the engine, or [`crate::Error::EngineGone`], where it ended.
     pub fn submit(&self, prompt: impl Into<Prompt>, options: Options) -> Result<RequestHandle> {
         let (reply, answer) = channel();
         let submission = Submission { prompt: prompt.into(), options, reply };
         let sent = self.submissions.as_ref().is_some_and(|submissions| submissions.send(submission).is_ok());
         let answer = if sent { answer.recv().ok() } else { None };
-        answer.unwrap_or_else(|| Err(self.failure()))
-    }
-
-    fn failure(&self) -> Error {
-        self.thread.failure.lock().ok().and_then(|failure| failure.clone()).unwrap_or(Error::EngineGone)
+        answer.unwrap_or_else(|| Err(cause_of(&self.thread.failure)))
     }
 }
 
@@ -86,24 +83,22 @@ impl Drop for EngineThread {
 }
 
 /// Serves until all submitters are gone and nothing is in flight.
-fn serve(mut engine: Engine, inbox: &Receiver<Submission>, failure: &Failure) -> Result<()> {
+fn serve(engine: &mut Engine, inbox: &Receiver<Submission>, failure: &Failure) -> Result<()> {
     let mut open = true;
     loop {
-        let mut busy = false;
         while open {
             match inbox.try_recv() {
-                Ok(submission) => accept(&mut engine, submission, failure),
+                Ok(submission) => accept(engine, submission, failure),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => open = false,
             }
         }
-        busy |= engine.tick()?;
-        if !busy {
+        if !engine.tick()? {
             if !open {
                 return Ok(());
             }
             match inbox.recv() {
-                Ok(submission) => accept(&mut engine, submission, failure),
+                Ok(submission) => accept(engine, submission, failure),
                 Err(_) => open = false,
             }
         }

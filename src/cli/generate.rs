@@ -8,6 +8,7 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use crate::api::device::on_backend;
+use crate::api::options::{DEFAULT_PRESET, default_length};
 use crate::backend::Backend;
 use crate::chat::{ChatTemplate, Message};
 use crate::cli::device::DeviceFlags;
@@ -26,9 +27,6 @@ use crate::request::{Prompt, Request, Segment, StopOptions, parse_infill};
 use crate::sampling::{TopKOrder, top_k_of, valid_temperature, valid_top_p};
 use crate::schedule::{Defaults, Schedule, StageSpec};
 use crate::tokenizer::Tokenizer;
-
-/// Generated tokens where `--length` does not say, if the model is long enough.
-const DEFAULT_LENGTH: usize = 192;
 
 #[derive(Args)]
 pub(super) struct Flags {
@@ -59,7 +57,7 @@ pub(super) struct Flags {
     length: Option<usize>,
     /// draft, did, did-fast, did-lift, did-joint, global, semi-ar, three, or a published sampler:
     /// llada, dream, sdar, llada2, llada21, fast-dllm-v1, fast-dllm-v2
-    #[arg(long, default_value = "did-lift", conflicts_with = "stage")]
+    #[arg(long, default_value = DEFAULT_PRESET, conflicts_with = "stage")]
     preset: String,
     /// A stage, e.g. block=4,unmask=uniform:1 then
     /// block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact
@@ -192,8 +190,7 @@ impl Flags {
             Some(tokens) => tokens.len(),
             None => 1 + tokenizer.encode(&text)?.len(),
         };
-        let room = config.model_length.saturating_sub(fixed);
-        let length = self.length.unwrap_or(if room == 0 { DEFAULT_LENGTH } else { DEFAULT_LENGTH.min(room) });
+        let length = self.length.unwrap_or_else(|| default_length(config, fixed));
         let prompt = match chat {
             Some(tokens) => Prompt::Tokens { tokens, length },
             None => Prompt::Text { text, length },

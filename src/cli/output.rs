@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::json;
 
-use crate::request::{Output, find_stop};
+use crate::request::{Output, generated_text};
 use crate::schedule::Schedule;
 use crate::sequence::{Event, EventKind, Forwards};
 use crate::tokenizer::Tokenizer;
@@ -26,12 +26,7 @@ impl Run {
     /// Text of generated tokens: up to the end of text and the first stop text, wherever the last
     /// stage left them.
     fn text(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> String {
-        let end = self.end_of_text.and_then(|eos| tokens.iter().position(|t| *t == eos)).unwrap_or(tokens.len());
-        let mut text = tokenizer.decode(&tokens[..end]);
-        if let Some(at) = find_stop(&text, &self.stop) {
-            text.truncate(at);
-        }
-        text
+        generated_text(tokenizer, tokens, self.end_of_text, &self.stop).0
     }
 }
 

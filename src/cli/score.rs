@@ -15,7 +15,6 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::api::device::on_backend;
-use crate::api::engine::scoring_schedule;
 use crate::backend::Backend;
 use crate::cli::device::DeviceFlags;
 use crate::cli::engine::drain;
@@ -28,7 +27,7 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::plan::Visibility;
-use crate::request::{Prompt, Request};
+use crate::scoring::scoring_request;
 use crate::tokenizer::Tokenizer;
 
 /// Windows handed to the engine together, so that progress shows; how many share a forward is its
@@ -211,14 +210,9 @@ fn score<B: Backend>(engine: &mut Engine<B>, windows: &[&[u32]], visibility: Vis
             nll.extend(engine.causal_nlls(&sequences)?.concat());
         }
     } else {
-        let schedule = scoring_schedule(visibility)?;
         let mut handles = Vec::new();
         for window in windows {
-            let canvas: Vec<Option<u32>> = std::iter::once(Some(bos_id)).chain(window.iter().map(|_| None)).collect();
-            let mut request = Request::new(Prompt::Canvas(canvas), schedule.clone(), 0, 0);
-            request.stop.ignore_eos = true;
-            request.forced = std::iter::once(bos_id).chain(window.iter().copied()).collect();
-            handles.push(engine.submit(request)?);
+            handles.push(engine.submit(scoring_request([&[bos_id], *window].concat(), visibility)?)?);
         }
         drain(engine, &handles)?;
         for handle in &handles {
