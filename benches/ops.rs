@@ -253,8 +253,8 @@ fn norm(c: &mut Criterion) {
     group.finish();
 }
 
-fn decide(c: &mut Criterion) {
-    let mut group = c.benchmark_group("decide");
+fn sample(c: &mut Criterion) {
+    let mut group = c.benchmark_group("sample");
     let (vocab, k) = (50258, 192);
     let cpu = &cpus()[0];
     // Spread 0.9: nearly flat, the dear case of a nucleus.
@@ -263,7 +263,8 @@ fn decide(c: &mut Criterion) {
     for rows in [1, 4, 64] {
         let hidden = Buffer::from(&noise(rows * k, 6)[..]);
         let [mut logits] = cpu.alloc([Activation::F32(rows * vocab)]).expect("memory");
-        // Below, decisions are held to these, also where a filter leaves out the product's own row.
+        // Below, sampled tokens are held to these, also where a filter leaves out the product's own
+        // row.
         cpu.linear(rows, &hidden, &head, None, Epilogue::Store, &mut logits).expect("product");
         group.throughput(Throughput::Elements(rows as u64));
         group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-head-alone")), |b| {
@@ -284,11 +285,11 @@ fn decide(c: &mut Criterion) {
                 truncated_confidence: false,
             };
             let draws: Vec<Draw> = (0..rows).map(draw).collect();
-            let got = cpu.decide(&hidden, &head, None, Candidates::AllBut(&[]), &draws).expect("decisions")[0];
-            let want = redraft::sampling::decide_row(&host, &[], &draws[0]).expect("decision");
+            let got = cpu.sample(&hidden, &head, None, Candidates::AllBut(&[]), &draws).expect("sampled tokens")[0];
+            let want = redraft::sampling::sample_row(&host, &[], &draws[0]).expect("sampled token");
             assert_eq!(got.token, want.token, "{name}");
             group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-{name}")), |b| {
-                b.iter(|| cpu.decide(&hidden, &head, None, Candidates::AllBut(&[]), &draws).expect("decisions"));
+                b.iter(|| cpu.sample(&hidden, &head, None, Candidates::AllBut(&[]), &draws).expect("sampled tokens"));
             });
         }
     }
@@ -322,18 +323,18 @@ fn shortlist(c: &mut Criterion) {
             let which: Vec<u32> = (0..rows as u32).collect();
             group.throughput(Throughput::Elements(rows as u64));
             group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-all")), |b| {
-                b.iter(|| cpu.decide(&hidden, &head, None, Candidates::AllBut(&[]), &draws).expect("decisions"));
+                b.iter(|| cpu.sample(&hidden, &head, None, Candidates::AllBut(&[]), &draws).expect("sampled tokens"));
             });
             for n in [64, 256] {
                 let lists = cpu.shortlist(rows, &hidden, &head, None, &[], n).expect("lists");
                 let greedy: Vec<Draw> = draws.iter().map(|draw| Draw { temperature: 0.0, ..*draw }).collect();
-                let tokens = |decisions: Vec<redraft::sampling::Decision>| decisions.iter().map(|d| d.token).collect::<Vec<_>>();
+                let tokens = |sampled: Vec<redraft::sampling::SampledToken>| sampled.iter().map(|d| d.token).collect::<Vec<_>>();
                 let among = tokens(
-                    cpu.decide(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &which }, &greedy).expect("decisions"),
+                    cpu.sample(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &which }, &greedy).expect("sampled tokens"),
                 );
                 assert_eq!(
                     among,
-                    tokens(cpu.decide(&hidden, &head, None, Candidates::AllBut(&[]), &greedy).expect("decisions")),
+                    tokens(cpu.sample(&hidden, &head, None, Candidates::AllBut(&[]), &greedy).expect("sampled tokens")),
                     "the most probable are listed"
                 );
                 group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-lists-of-{n}")), |b| {
@@ -341,7 +342,8 @@ fn shortlist(c: &mut Criterion) {
                 });
                 group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-among-{n}")), |b| {
                     b.iter(|| {
-                        cpu.decide(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &which }, &draws).expect("decisions")
+                        cpu.sample(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &which }, &draws)
+                            .expect("sampled tokens")
                     });
                 });
             }
@@ -358,5 +360,5 @@ fn config() -> Criterion {
         .without_plots()
 }
 
-criterion_group! { name = ops; config = config(); targets = linear, attention, experts, norm, decide, shortlist }
+criterion_group! { name = ops; config = config(); targets = linear, attention, experts, norm, sample, shortlist }
 criterion_main!(ops);

@@ -8,7 +8,7 @@
 // session's own numbers (`rng.rs`), so it depends on nothing beside it.
 // Cost: one byte read per position, 36 bytes written per ask; bound by latency.
 #include "canvas.cuh"
-#include "decide.cuh"
+#include "sample.cuh"
 
 struct AskParams {
     const SessionStep* sessions;  // (sessions)

@@ -1,7 +1,7 @@
-// blend: out[i] = base[i] + scale * (out[i] - base[i]) over f32: the guidance of rows that decide.
+// blend: out[i] = base[i] + scale * (out[i] - base[i]) over f32: the guidance of rows that are sampled.
 //
 // Layout: one flat line of elements, a thread each.
-// Cost: 12 bytes moved per element; few rows decide, so it is bound by its launch.
+// Cost: 12 bytes moved per element; few rows are sampled, so it is bound by its launch.
 #include "common.cuh"
 
 struct BlendParams {

@@ -60,7 +60,7 @@ FIELD(SessionStep, bound, 76);
 LAYOUT(SessionStep, 80);
 
 #define TROUBLE_COUNT 1u     // other masks than the host predicted; `detail` is their number
-#define TROUBLE_DECISION 2u  // a row could not be decided; `detail` is the lowest such ask of the session
+#define TROUBLE_SAMPLING 2u  // a row could not be sampled; `detail` is the lowest such ask of the session
 #define TROUBLE_NAN 3u       // a confidence, margin or entropy is NaN; `detail` as above
 
 // What became of a session, over the steps of a run. The first trouble stays, and nothing of the session is revealed from there on.

@@ -1,5 +1,5 @@
 // The matrix product of the project: a CTA computes a tile of out[r, c] = sum over k of x[r, k] w[c, k], both operands K-major,
-// and keeps it in registers. `linear` stores it, `decide` reduces it without storing it.
+// and keeps it in registers. `linear` stores it, `sample` reduces it without storing it.
 //
 // The law of an element, obeyed by every tile shape and element type and so by every number of rows:
 //   K is cut at multiples of K_SEGMENT = 256. Inside a segment a sum starts from zero and takes k in ascending order: 16 at a time by

@@ -1,13 +1,13 @@
-// listed: the LM head at the listed ids of each row, and the token choice among them, by the law of `policy::decide_row` with -inf elsewhere.
+// listed: the LM head at the listed ids of each row, and the token choice among them, by the law of `sampling::sample_row` with -inf elsewhere.
 //
 // A list is short, so everything after the products happens in shared memory, in f64: the masses of the ids, their order by a bitonic sort where
 // a nucleus or top-k asks for one (larger logit first, ties to the lower id; what is kept is a prefix of it), and the draw as an inverse CDF over ascending ids.
 // A logit is a dot product of one warp: lane l takes quads l, l + 32, ... of k in ascending order, then the lanes meet in a butterfly. It is
-// not the sum of `gemm.cuh`, so its last bits may differ from those of `decide`.
+// not the sum of `gemm.cuh`, so its last bits may differ from those of `sample`.
 //
 // Layout: one CTA per row; a warp per id, a thread per few neighbouring ids in the scans. Every sum has a fixed order.
 // Cost: count k weights per row, gathered; bound by their latency. The sort takes 55 rounds for 1,024 ids, each with a barrier.
-#include "decide.cuh"
+#include "sample.cuh"
 
 struct ListedParams {
     const void* hidden;         // (rows, k) f32 or bf16
@@ -16,7 +16,7 @@ struct ListedParams {
     const u32* ids;             // (lists, count) ascending, NO_ID at the end of a shorter list
     const u32* which;           // (rows) the list of each row
     const DrawRecord* draws;    // (rows)
-    DecisionRecord* decisions;  // (rows) out
+    SampledRecord* sampled;  // (rows) out
     u32 count;                  // at most LONGEST
     u32 k;
 };
@@ -26,7 +26,7 @@ FIELD(ListedParams, bias, 16);
 FIELD(ListedParams, ids, 24);
 FIELD(ListedParams, which, 32);
 FIELD(ListedParams, draws, 40);
-FIELD(ListedParams, decisions, 48);
+FIELD(ListedParams, sampled, 48);
 FIELD(ListedParams, count, 56);
 FIELD(ListedParams, k, 60);
 LAYOUT(ListedParams, 64);
@@ -131,7 +131,7 @@ __device__ __forceinline__ void listed_row(const ListedParams& p) {
     __shared__ double masses[LONGEST];
     __shared__ u64 order[LONGEST];
     const DrawRecord draw = p.draws[blockIdx.x];
-    DecisionRecord* out = p.decisions + blockIdx.x;
+    SampledRecord* out = p.sampled + blockIdx.x;
     const u32* list = p.ids + (u64)p.which[blockIdx.x] * p.count;
     const T* x = (const T*)p.hidden + (u64)blockIdx.x * p.k;
     const bool aligned = (u64)p.hidden % 16 == 0 && (u64)p.head % 16 == 0 && p.k % 4 == 0;

@@ -3,20 +3,20 @@
 // `RULE_BEST` takes the n smallest of (key, position) by radix select (`select.cuh`): keys are the order uniform, the entropy, or the
 // complement of confidence or margin, as integers in the order of `total_cmp`. `RULE_THRESHOLD` needs the best alone. `RULE_ENTROPY` adds entropies in
 // ascending order in f64, one position per round, exactly as the law does: a sum in another order could end elsewhere.
-// At least one position is revealed. A session with trouble, a row that could not be decided, or a statistic that is NaN reveals nothing.
+// At least one position is revealed. A session with trouble, a row that could not be sampled, or a statistic that is NaN reveals nothing.
 //
 // Layout: one CTA per session, asks in position order, so a lower ask is a lower position. Integer sums only, but for that one in f64.
 // Cost: 32 bytes read per ask and pass; 4 passes (8 for the uniform's 64 bits) of 5 barriers, or 2 barriers per revealed position under
 // `RULE_ENTROPY`. Bound by latency.
 #include "canvas.cuh"
-#include "decide.cuh"
+#include "sample.cuh"
 #include "select.cuh"
 static_assert(THREADS == 256, "one histogram bin per thread");
 
 struct RevealParams {
     const SessionStep* sessions;  // (sessions)
     SessionSummary* summaries;    // (sessions)
-    DecisionRecord* decisions;    // (asks of all sessions); `chosen` is set here
+    SampledRecord* sampled;    // (asks of all sessions); `chosen` is set here
     u32* token;                   // canvas, as in `remask`
     float* confidence;
     u8* state;
@@ -25,7 +25,7 @@ struct RevealParams {
 };
 FIELD(RevealParams, sessions, 0);
 FIELD(RevealParams, summaries, 8);
-FIELD(RevealParams, decisions, 16);
+FIELD(RevealParams, sampled, 16);
 FIELD(RevealParams, token, 24);
 FIELD(RevealParams, confidence, 32);
 FIELD(RevealParams, state, 40);
@@ -34,7 +34,7 @@ FIELD(RevealParams, step, 56);
 LAYOUT(RevealParams, 64);
 
 // Place of a position in its session's order: smaller goes first, equals by position.
-__device__ __forceinline__ u64 rank_key(const SessionStep& s, u32 rank, const DecisionRecord& d) {
+__device__ __forceinline__ u64 rank_key(const SessionStep& s, u32 rank, const SampledRecord& d) {
     switch (rank) {
         case RANK_UNIFORM:  // not negative, so its bits are in order
             return (u64)__double_as_longlong(draw_uniforms(s.seed, s.sample, s.stage, s.block, s.step, d.position).order);
@@ -49,7 +49,7 @@ __device__ __forceinline__ u64 rank_key(const SessionStep& s, u32 rank, const De
     }
 }
 
-__device__ __forceinline__ void take(const RevealParams& p, const SessionStep& s, DecisionRecord& d) {
+__device__ __forceinline__ void take(const RevealParams& p, const SessionStep& s, SampledRecord& d) {
     const u32 at = s.canvas_first + d.position;
     d.chosen = 1;
     p.token[at] = d.token;
@@ -62,10 +62,10 @@ __device__ __forceinline__ void take(const RevealParams& p, const SessionStep& s
 }
 
 // The smallest key << 32 | ask that is not below `from`, or all ones: the next in the order of a 32-bit rank.
-__device__ __forceinline__ u64 next_best(const SessionStep& s, u32 rank, const DecisionRecord* decisions, u64 from) {
+__device__ __forceinline__ u64 next_best(const SessionStep& s, u32 rank, const SampledRecord* sampled, u64 from) {
     u64 best = ~0ull;
     for (u32 i = threadIdx.x; i < s.ask_count; i += THREADS) {
-        const u64 key = rank_key(s, rank, decisions[i]) << 32 | i;
+        const u64 key = rank_key(s, rank, sampled[i]) << 32 | i;
         if (key >= from && key < best) best = key;
     }
     return block_min(best);
@@ -74,14 +74,14 @@ __device__ __forceinline__ u64 next_best(const SessionStep& s, u32 rank, const D
 KERNEL(reveal, RevealParams) {
     const SessionStep s = p.sessions[blockIdx.x];
     SessionSummary* summary = p.summaries + blockIdx.x;
-    DecisionRecord* decisions = p.decisions + s.ask_first;
+    SampledRecord* sampled = p.sampled + s.ask_first;
     if (summary->trouble != 0 || s.ask_count == 0) return;  // uniform over the CTA
 
     u64 broken = ~0ull;  // the lowest ask that cannot be used, with its trouble in the low half
     for (u32 i = threadIdx.x; i < s.ask_count; i += THREADS) {
-        const DecisionRecord& d = decisions[i];
+        const SampledRecord& d = sampled[i];
         const bool nan = d.confidence != d.confidence || d.margin != d.margin || d.entropy != d.entropy;
-        if ((d.status != 0 || nan) && broken == ~0ull) broken = (u64)i << 32 | (d.status != 0 ? TROUBLE_DECISION : TROUBLE_NAN);
+        if ((d.status != 0 || nan) && broken == ~0ull) broken = (u64)i << 32 | (d.status != 0 ? TROUBLE_SAMPLING : TROUBLE_NAN);
     }
     broken = block_min(broken);  // its barriers also stand between the read of `trouble` above and the write below
     if (broken != ~0ull) {
@@ -97,7 +97,7 @@ KERNEL(reveal, RevealParams) {
         const u32 at_least = s.n < 1 ? 1 : s.n;
         const u32 wanted = at_least < s.ask_count ? at_least : s.ask_count;
         const auto key = [&](u32 i, u64& k) {
-            k = rank_key(s, s.rank, decisions[i]);
+            k = rank_key(s, s.rank, sampled[i]);
             return true;
         };
         const Cut cut = radix_select(s.ask_count, wanted, s.rank == RANK_UNIFORM ? 64 : 32, key);
@@ -108,16 +108,16 @@ KERNEL(reveal, RevealParams) {
             const bool candidate = i < s.ask_count && key(i, mine);
             u32 equals;
             const u32 equal_before = equal_seen + block_exclusive_sum(candidate && mine == cut.key, equals);
-            if (candidate && (mine < cut.key || (mine == cut.key && equal_before < cut.equal))) take(p, s, decisions[i]);
+            if (candidate && (mine < cut.key || (mine == cut.key && equal_before < cut.equal))) take(p, s, sampled[i]);
             equal_seen += equals;
         }
         revealed = wanted;
     } else if (s.rule == RULE_THRESHOLD) {
-        const u32 best = (u32)next_best(s, RANK_CONFIDENCE, decisions, 0);
+        const u32 best = (u32)next_best(s, RANK_CONFIDENCE, sampled, 0);
         u32 mine = 0;
         for (u32 i = threadIdx.x; i < s.ask_count; i += THREADS) {
-            if (i == best || decisions[i].confidence >= s.bound) {
-                take(p, s, decisions[i]);
+            if (i == best || sampled[i].confidence >= s.bound) {
+                take(p, s, sampled[i]);
                 ++mine;
             }
         }
@@ -126,8 +126,8 @@ KERNEL(reveal, RevealParams) {
         double sum = 0.0;
         u64 next = 0;
         while (revealed < s.ask_count) {
-            const u64 best = next_best(s, RANK_ENTROPY, decisions, next);
-            DecisionRecord& d = decisions[(u32)best];
+            const u64 best = next_best(s, RANK_ENTROPY, sampled, next);
+            SampledRecord& d = sampled[(u32)best];
             const double entropy = d.entropy;
             sum += entropy;
             // In ascending order the largest so far is the newest.

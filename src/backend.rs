@@ -3,17 +3,17 @@
 //!
 //! Buffers are contiguous, row-major and owned by the caller; inputs are `&`, outputs `&mut`;
 //! shapes travel as small structs with named fields. Methods enqueue work; `download`,
-//! `synchronize` and `decide` wait for it. The result of a row depends on that row and its own
+//! `synchronize` and `sample` wait for it. The result of a row depends on that row and its own
 //! sequence alone: every reduction has an order fixed by the row's own length, never by the number
 //! of rows beside it or the number of threads (docs/architecture.md, determinism).
 //!
 //! Steps of a model over these ops have a protocol of their own:
 //! ```text
 //! engine    plans steps (PlannedStep), hands them to a runner, applies each StepOutcome
-//! runner    makes a step's arrays and decides its rows (StepParts): on the host, or on a device
+//! runner    makes a step's arrays and samples its rows (StepParts): on the host, or on a device
 //!           that returns after the last step
 //! network   a model and its K/V (Network): runs the layers over the runner's arrays and asks it
-//!           to decide, once for the forward and once for each pass of a joint sampler
+//!           to sample, once for the forward and once for each pass of a joint sampler
 //! ```
 //! On the host or on the device, the network runs the same ops in the same order.
 #![forbid(unsafe_code)]
@@ -31,7 +31,7 @@ pub use steps::{
 
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::sampling::{Decision, Draw};
+use crate::sampling::{Draw, SampledToken};
 
 /// Element type of weights and K/V. The residual stream is f32 everywhere, and so is accumulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,7 +225,7 @@ pub struct Choice {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     F32(usize),
-    /// What only `linear` and `decide` read: they round to the weight dtype anyway, so a backend
+    /// What only `linear` and `sample` read: they round to the weight dtype anyway, so a backend
     /// may store it in that.
     Input(usize),
 }
@@ -237,7 +237,7 @@ pub type RowSource<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
 /// How a weight lies in memory, which follows from the ops that read it. Row-major at the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WeightShape {
-    /// (n, k) for `linear`, `decide`, `shortlist` and `embed`.
+    /// (n, k) for `linear`, `sample`, `shortlist` and `embed`.
     Matrix { n: usize, k: usize },
     /// (n, k) for `embed` alone.
     Table { n: usize, k: usize },
@@ -245,7 +245,7 @@ pub enum WeightShape {
     Experts { num: usize, n: usize, k: usize },
 }
 
-/// Ids that `decide` may choose.
+/// Ids that `sample` may choose.
 #[derive(Debug)]
 pub enum Candidates<'a, L> {
     /// All ids but these.
@@ -266,7 +266,7 @@ impl RowList for Vec<u32> {
     }
 }
 
-/// What `decide` says about a forced token that it cannot choose.
+/// What `sample` says about a forced token that it cannot choose.
 pub(crate) fn not_listed(row: usize, token: u32) -> Error {
     Error::request(format!("row {row}: token {token} is not on the shortlist of the row: it cannot be chosen there (shortlist=all)"))
 }
@@ -288,7 +288,7 @@ pub trait Backend: Sized {
     /// The experts of every row, in the order of the experts, and room for the rows on their way
     /// through them.
     type Routes;
-    /// Runs planned steps, on the host or on a device that decides by itself.
+    /// Runs planned steps, on the host or on a device that samples by itself.
     type Runner: StepRunner<Self> + Default;
 
     /// Maximum number of ids that a list of `shortlist` may hold.
@@ -399,22 +399,22 @@ pub trait Backend: Sized {
     fn copy(&self, len: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// LM head and token choice for `draws.len()` rows of `hidden` (width k of `head`): logits =
     /// hidden head^T + bias, those of ids that are no candidates -inf, then the law of
-    /// `sampling::decide_row`. Logits of all rows never exist at once. NaN logits are an error
+    /// `sampling::sample_row`. Logits of all rows never exist at once. NaN logits are an error
     /// naming the row. Waits.
     ///
     /// Logits of listed ids alone are products over k in a fixed order that may be another than
     /// that of all ids. A forced token that is not on the list is an error.
-    fn decide(
+    fn sample(
         &self,
         hidden: &Self::Buffer,
         head: &Self::Weight,
         bias: Option<&Self::Buffer>,
         candidates: Candidates<Self::Lists>,
         draws: &[Draw],
-    ) -> Result<Vec<Decision>>;
-    /// The ids of the `n` largest logits of each of the first `rows` rows of `hidden`, as `decide`
+    ) -> Result<Vec<SampledToken>>;
+    /// The ids of the `n` largest logits of each of the first `rows` rows of `hidden`, as `sample`
     /// sees them: banned ids and logits of -inf excluded, ties to the lower id, fewer where there
-    /// are fewer. Of a row with a NaN, which `decide` refuses, the list is any list. `n` is at most
+    /// are fewer. Of a row with a NaN, which `sample` refuses, the list is any list. `n` is at most
     /// `MAX_SHORTLIST`.
     fn shortlist(
         &self,
@@ -437,9 +437,9 @@ pub trait Inspect: Backend {
 
 /// Runs planned steps on a backend.
 pub trait StepRunner<B: Backend> {
-    /// Whether this runner takes several steps at once that are decided by rules.
+    /// Whether this runner takes several steps at once that are sampled by rules.
     fn looks_ahead(&self, backend: &B) -> bool;
-    /// Runs the steps, and hands what was decided to `sequences`.
+    /// Runs the steps, and hands what was sampled to `sequences`.
     fn run(&mut self, backend: &B, network: &mut dyn Network<B>, run: &PlannedRun, sequences: &mut dyn Sequences) -> Result<()>;
     /// Times the run's one step: once unmeasured, then `runs` times.
     fn time(
@@ -461,16 +461,16 @@ pub trait Network<B: Backend> {
     fn key(&self, joint: bool) -> [u64; 3];
     /// Heads of its layers.
     fn heads(&self) -> HeadShape;
-    /// Enqueues a step: forward, decisions, and a joint sampler's passes with theirs.
+    /// Enqueues a step: forward, sampling, and a joint sampler's passes with theirs.
     fn step(&mut self, backend: &B, parts: &mut dyn StepParts<B>) -> Result<()>;
 }
 
-/// One step as its runner has it: where its arrays lie, and who decides.
+/// One step as its runner has it: where its arrays lie, and what samples its rows.
 pub trait StepParts<B: Backend> {
     /// What the step's forward runs over; called once, at first.
     fn begin(&mut self, backend: &B) -> Result<StepBatches<B>>;
-    /// Decides the asked rows: of the forward, then of each pass.
-    fn decide(&mut self, backend: &B, asked: AskedRows<B>) -> Result<()>;
+    /// Samples the asked rows: of the forward, then of each pass.
+    fn sample(&mut self, backend: &B, asked: AskedRows<B>) -> Result<()>;
     /// The next pass of a joint sampler; called where the step has windows.
     fn pass(&mut self, backend: &B) -> Result<Option<PassBatch<B>>>;
 }

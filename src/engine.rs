@@ -1,5 +1,5 @@
 //! The one place that knows everyone: [`Engine::tick`] admits, schedules, plans steps, runs them,
-//! applies what they decide, and retires.
+//! applies their outcomes, and retires.
 //!
 //! Requests are submitted at any time and come back through their [`Handle`]: events as they
 //! happen, then one [`Output`]. Requests of different lengths, schedules and stages share forwards.
@@ -124,7 +124,7 @@ pub struct Engine<B: Backend> {
     tokenizer: std::result::Result<Arc<Tokenizer>, Error>,
     pub(crate) banned: BannedIds,
     pub(crate) runner: B::Runner,
-    /// Ticks that the host decided where a device might have, by the reason.
+    /// Ticks that the host sampled where a device might have, by the reason.
     host_steps: BTreeMap<HostReason, usize>,
     pub(crate) options: EngineOptions,
     pub(crate) pool: PagePool,
@@ -247,7 +247,7 @@ impl<B: Backend> Engine<B> {
         &self.banned.never
     }
 
-    /// Ticks that the host decided although the backend has a device that decides, by the reason.
+    /// Ticks that the host sampled although the backend has a device that samples, by the reason.
     pub fn host_steps(&self) -> &BTreeMap<HostReason, usize> {
         &self.host_steps
     }
@@ -262,7 +262,7 @@ impl<B: Backend> Engine<B> {
             top_p: config.sampling.top_p.unwrap_or(general.top_p),
             top_k: top_k_of(config.sampling.top_k.unwrap_or(0), TopKOrder::Before),
             scope,
-            // Under full attention a block is only what is decided together.
+            // Under full attention a block is only what is sampled together.
             block_len: if let AttentionMask::BlockCausal(len) = config.attention { len } else { general.block_len },
             ..general
         }
@@ -411,7 +411,7 @@ impl<B: Backend> Engine<B> {
         Ok(())
     }
 
-    /// One iteration: admit, schedule, plan steps, run them and apply what they decide, retire.
+    /// One iteration: admit, schedule, plan steps, run them, apply their outcomes, retire.
     /// False when idle. A request that fails ends with its error in its handle and leaves the
     /// others alone; an error here means the engine itself cannot go on.
     pub fn tick(&mut self) -> Result<bool> {

@@ -18,7 +18,7 @@
 //! # The path of data
 //!
 //! ```text
-//! text -> tokenizer -> sequence (schedule) -> scheduler -> plan -> model on a Backend -> decide (sampling) -> canvas
+//! text -> tokenizer -> sequence (schedule) -> scheduler -> plan -> model on a Backend -> sample (sampling) -> canvas
 //!                                                        | K/V                                   | block final
 //!                                                        v                                       v
 //!                                                      pages <------------- commit --------------+-> events, text

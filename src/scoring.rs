@@ -193,22 +193,22 @@ impl<B: Backend> Engine<B> {
         let banned: Vec<u32> = self.config().mask_id.into_iter().collect();
         let LoadedModel { model, kv, scratch, .. } = &mut self.models[0];
         model.forward(&self.backend, &plan, &all, kv, scratch, None)?;
-        let mut decisions = model.decide(&self.backend, &all, &draws, &banned, scratch)?.into_iter();
+        let mut sampled = model.sample(&self.backend, &all, &draws, &banned, scratch)?.into_iter();
         for (index, count) in parts {
-            nlls[index].extend(decisions.by_ref().take(count).map(|d| -f64::from(d.log_prob)));
+            nlls[index].extend(sampled.by_ref().take(count).map(|d| -f64::from(d.log_prob)));
         }
         Ok(())
     }
 
-    /// Times one forward: once unmeasured, then `runs` times. Where the backend decides steps by
+    /// Times one forward: once unmeasured, then `runs` times. Where the backend samples steps by
     /// itself, a run is many launches of the recorded forward between two waits, so that the time
     /// is the device's and not that of the calls.
     ///
     /// Errors: [`Error::OutOfPages`] for a sequence longer than the pool, and those of the forward.
     pub fn time_forward(&mut self, timed: &TimedForward, runs: usize) -> Result<Timing> {
         let mask_id = self.config().masking()?;
-        let TimedForward { ref range, decided, visibility, len, .. } = *timed;
-        assert!(range.end <= len && (1..=range.len()).contains(&decided), "{decided} rows of {range:?} of {len}");
+        let TimedForward { ref range, sampled, visibility, len, .. } = *timed;
+        assert!(range.end <= len && (1..=range.len()).contains(&sampled), "{sampled} rows of {range:?} of {len}");
         let rows: Vec<_> = (0..len).map(|position| (position, mask_id)).collect();
         let needed = self.pool.pages_for(len);
         if !self.pool.commit(needed) {
@@ -234,14 +234,14 @@ impl<B: Backend> Engine<B> {
         outcome
     }
 
-    /// The forward as a step, decided by rules where the runner takes them. What was decided last
+    /// The forward as a step, sampled by rules where the runner takes them. What was sampled last
     /// is checked: every asked row has a token.
     fn time_step(&mut self, timed: &TimedForward, plan: Plan, runs: usize) -> Result<Timing> {
         let mask_id = self.config().masking()?;
-        let TimedForward { ref range, decided, len, .. } = *timed;
+        let TimedForward { ref range, sampled, len, .. } = *timed;
         let sampling = if self.runner.looks_ahead(&self.backend) {
             let logits = self.config().logits_rows();
-            let asked = logits.position_of(range.end - decided)..range.end;
+            let asked = logits.position_of(range.end - sampled)..range.end;
             let session = SequenceStep {
                 remask: None,
                 stage: 0,
@@ -255,8 +255,8 @@ impl<B: Backend> Engine<B> {
             };
             Sampling::Rules(RuleSampling { sessions: vec![session], joint: None })
         } else {
-            let rows = (range.len() - decided) as u32..range.len() as u32;
-            let (positions, draws) = ((range.end - decided..range.end).collect(), vec![timed.draw(); decided]);
+            let rows = (range.len() - sampled) as u32..range.len() as u32;
+            let (positions, draws) = ((range.end - sampled..range.end).collect(), vec![timed.draw(); sampled]);
             let asks = HostAsks { positions, rows: rows.collect(), draws, rule: HostRule::default(), window: None };
             Sampling::Draws(HostSampling { sequences: vec![asks], guide: None, because: None })
         };
@@ -268,7 +268,7 @@ impl<B: Backend> Engine<B> {
     }
 }
 
-/// A sequence of masks that a step is timed over: what is decided about it is looked at, and
+/// A sequence of masks that a step is timed over: the outcome is looked at, and
 /// forgotten.
 struct TimedSequence {
     canvas: Canvas,
@@ -281,8 +281,8 @@ impl Sequences for TimedSequence {
     }
 
     fn apply(&mut self, outcome: StepOutcome) {
-        let decided: Result<()> = outcome.sequences.into_iter().flatten().try_for_each(|rows| rows.map(|_| ()));
-        self.outcome = std::mem::replace(&mut self.outcome, Ok(())).and(decided);
+        let sampled: Result<()> = outcome.sequences.into_iter().flatten().try_for_each(|rows| rows.map(|_| ()));
+        self.outcome = std::mem::replace(&mut self.outcome, Ok(())).and(sampled);
     }
 
     fn next_pass(&mut self) -> Option<HostPass> {
@@ -296,7 +296,7 @@ pub struct TimedForward {
     /// Positions of its rows. K/V of the positions before are cached.
     pub range: Range<usize>,
     /// How many of its last rows draw a token; at least one.
-    pub decided: usize,
+    pub sampled: usize,
     pub visibility: Visibility,
     /// Positions of the sequence.
     pub len: usize,

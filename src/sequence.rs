@@ -2,7 +2,7 @@
 //! counters.
 //!
 //! A session is asked for its next forward ([`Sequence::next`]) and told what came of it
-//! ([`Sequence::apply`]). It says which rows it needs, who sees whom, and which rows decide; it
+//! ([`Sequence::apply`]). It says which rows it needs, who sees whom, and which rows to sample; it
 //! never touches a page, a tensor or another session, so the whole of draft-then-refine runs in
 //! tests without a model.
 //!
@@ -42,7 +42,7 @@ use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};
 use crate::plan::{Kind, LogitsRows, Visibility};
 use crate::rng::{self, DrawKey, STAGE_STEP, TIME_STEP, Uniforms};
-use crate::sampling::{self, BlockProgress, Candidate, Decision, Draw, Rank, Unmask};
+use crate::sampling::{self, BlockProgress, Candidate, Draw, Rank, SampledToken, Unmask};
 use crate::schedule::{Edit, Eos, KvPolicy, Remask, RemaskBy, Schedule, Stage};
 
 /// What one session generates, fully resolved.
@@ -121,7 +121,7 @@ pub struct Sequence {
     /// Positions below hold final K/V under the current stage's visibility.
     committed: usize,
     block: usize,
-    /// The positions among which is decided now: the block, or a part of it.
+    /// The positions that are sampled now: the block, or a part of it.
     unit: Range<usize>,
     progress: BlockProgress,
     /// Denoising forwards of this stage so far.
@@ -567,14 +567,14 @@ impl Sequence {
 
     /// Takes the answers to the pending step's asks, in their order. On an error the session is as
     /// before the call.
-    pub fn apply(&mut self, decisions: &[Decision], events: &mut Vec<Event>) -> Result<()> {
+    pub fn apply(&mut self, sampled: &[SampledToken], events: &mut Vec<Event>) -> Result<()> {
         let step = self.pending.as_ref().expect("apply follows a step");
-        assert_eq!(step.asks.len(), decisions.len(), "one decision per ask");
+        assert_eq!(step.asks.len(), sampled.len(), "one sampled token per ask");
         let candidates: Vec<Candidate> = step
             .asks
             .iter()
-            .zip(decisions)
-            .map(|(ask, decision)| Candidate { position: ask.position, decision: *decision, order: ask.order })
+            .zip(sampled)
+            .map(|(ask, sampled)| Candidate { position: ask.position, sampled: *sampled, order: ask.order })
             .collect();
         let mut edits = Vec::new();
         let chosen = match step.kind {
@@ -623,7 +623,7 @@ impl Sequence {
             Kind::Score => {
                 report.forwards.score += 1;
                 let score = self.stage().remask.expect("scored for a remask").score;
-                let score = |c: &Candidate| sampling::score(score, &c.decision, self.canvas.confidence(c.position));
+                let score = |c: &Candidate| sampling::score(score, &c.sampled, self.canvas.confidence(c.position));
                 self.scores.extend(candidates.iter().map(|c| (c.position, score(c))));
                 self.end_score(events);
             }
@@ -653,15 +653,15 @@ impl Sequence {
         let step = self.denoised;
         self.fresh.clear();
         // Below f32's normal range a probability is still not zero.
-        let confidence = |decision: &Decision| decision.confidence.clamp(f32::MIN_POSITIVE, 1.0);
+        let confidence = |sampled: &SampledToken| sampled.confidence.clamp(f32::MIN_POSITIVE, 1.0);
         for &i in chosen {
-            let Candidate { position, decision, .. } = candidates[i];
-            self.canvas.reveal(position, decision.token, confidence(&decision), self.stage as u8, step);
+            let Candidate { position, sampled, .. } = candidates[i];
+            self.canvas.reveal(position, sampled.token, confidence(&sampled), self.stage as u8, step);
             self.fresh.push(position);
         }
         for &i in edits {
-            let Candidate { position, decision, .. } = candidates[i];
-            self.canvas.edit(position, decision.token, confidence(&decision), self.stage as u8, step);
+            let Candidate { position, sampled, .. } = candidates[i];
+            self.canvas.edit(position, sampled.token, confidence(&sampled), self.stage as u8, step);
         }
         self.reports.last_mut().expect("opened with the stage").edited += edits.len();
         let revealed = self.fresh.clone();

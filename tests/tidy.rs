@@ -251,8 +251,8 @@ fn every_dependency_has_its_reason() {
     fail_on("dependencies without a reason beside them", broken);
 }
 
-/// A kernel has a test of its own name, or of the op that it is a part of (`decide_draw` belongs to
-/// `decide`), which runs it on the CPU.
+/// A kernel has a test of its own name, or of the op that it is a part of (`sample_draw` belongs to
+/// `sample`), which runs it on the CPU.
 #[test]
 fn every_kernel_has_its_test() {
     let stems =

@@ -71,7 +71,7 @@ impl Engine {
         Ok(RequestHandle::new(handle, text))
     }
 
-    /// One iteration: admits queued requests, runs one forward (or several that the device decides
+    /// One iteration: admits queued requests, runs one forward (or several that the device samples
     /// by itself) over the requests in flight, and sends their events. False once nothing is left
     /// to do.
     ///

@@ -1,4 +1,4 @@
-//! Steps that the host decides, one at a time, on any backend.
+//! Steps that the host samples, one at a time, on any backend.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -13,9 +13,9 @@ use crate::backend::{
 };
 use crate::error::Result;
 use crate::plan::Plan;
-use crate::sampling::{Decision, Draw};
+use crate::sampling::{Draw, SampledToken};
 
-/// The runner that decides on the host.
+/// The runner that samples on the host.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct HostSteps;
 
@@ -52,7 +52,7 @@ impl<B: Backend> StepRunner<B> for HostSteps {
     }
 }
 
-/// One step that the host decides.
+/// One step that the host samples.
 struct HostParts<'a> {
     plan: &'a Plan,
     sampling: &'a HostSampling,
@@ -78,7 +78,7 @@ struct Listed {
     positions: Vec<usize>,
 }
 
-/// One sequence's part of the asked rows, or neighbours' that are decided together.
+/// One sequence's part of the asked rows, or neighbours' that are sampled together.
 #[derive(Clone)]
 struct Part {
     rule: HostRule,
@@ -209,10 +209,10 @@ impl<B: Backend> StepParts<B> for HostParts<'_> {
         Ok(StepBatches { guide, forward, asked, windows })
     }
 
-    /// A row that cannot be decided fails its own sequence only.
-    fn decide(&mut self, backend: &B, mut asked: AskedRows<B>) -> Result<()> {
+    /// A row that cannot be sampled fails its own sequence only.
+    fn sample(&mut self, backend: &B, mut asked: AskedRows<B>) -> Result<()> {
         let parts = self.parts();
-        let mut answers: Vec<Result<Vec<Decision>>> = Vec::with_capacity(parts.len());
+        let mut answers: Vec<Result<Vec<SampledToken>>> = Vec::with_capacity(parts.len());
         let alike = |(_, a): &(usize, Part), (_, b): &(usize, Part)| (a.rule, a.lists) == (b.rule, b.lists);
         // Neighbours that ask alike are answered together.
         for group in parts.chunk_by(alike) {
@@ -236,8 +236,8 @@ impl<B: Backend> StepParts<B> for HostParts<'_> {
         let mut outcomes: Vec<Option<Result<Vec<RowOutcome>>>> = self.sampling.sequences.iter().map(|_| None).collect();
         for ((s, _), answer) in parts.iter().zip(answers) {
             let asks = self.pass.as_ref().map_or(Some(&self.sampling.sequences[*s]), |pass| pass[*s].as_ref()).expect("it asks");
-            let row = |(position, decision): (&usize, Decision)| RowOutcome { position: *position, decision, revealed: None };
-            outcomes[*s] = Some(answer.map(|decisions| asks.positions.iter().zip(decisions).map(row).collect()));
+            let row = |(position, sampled): (&usize, SampledToken)| RowOutcome { position: *position, sampled, revealed: None };
+            outcomes[*s] = Some(answer.map(|sampled| asks.positions.iter().zip(sampled).map(row).collect()));
         }
         let pass = self.pass.as_ref().map(|_| self.passes - 1);
         self.sequences.apply(StepOutcome { pass, began: None, sequences: outcomes });
@@ -280,8 +280,8 @@ pub(crate) fn forward_batch<B: Backend>(backend: &B, plan: &Plan, picked: &[u32]
     Ok(ForwardBatch { batch, rows, picked })
 }
 
-/// The decisions of a part's rows.
-fn answer<B: Backend>(backend: &B, asked: &mut AskedRows<B>, banned: &BannedIds, part: &Part) -> Result<Vec<Decision>> {
+/// The sampled tokens of a part's rows.
+fn answer<B: Backend>(backend: &B, asked: &mut AskedRows<B>, banned: &BannedIds, part: &Part) -> Result<Vec<SampledToken>> {
     let Part { rule, lists, ref rows, guide, ref draws, ref which } = *part;
     if rows.is_empty() {
         return Ok(Vec::new());
@@ -301,22 +301,22 @@ fn answer<B: Backend>(backend: &B, asked: &mut AskedRows<B>, banned: &BannedIds,
         hidden = &**room;
     }
     if let Some(lists) = lists {
-        return backend.decide(hidden, head, bias, Candidates::Listed { lists: &made[lists], which }, draws);
+        return backend.sample(hidden, head, bias, Candidates::Listed { lists: &made[lists], which }, draws);
     }
-    let mut answers = backend.decide(hidden, head, bias, Candidates::AllBut(banned.of(rule.banned)), draws)?;
+    let mut answers = backend.sample(hidden, head, bias, Candidates::AllBut(banned.of(rule.banned)), draws)?;
     if rule.ends_last {
-        let ends = |answer: &Decision| banned.last.contains(&answer.token);
+        let ends = |answer: &SampledToken| banned.last.contains(&answer.token);
         // [LLaDA] Tokens first, from everything; then what each is worth where the ends do not
         // count.
-        let again = |(draw, answer): (&Draw, &Decision)| match ends(answer) {
+        let again = |(draw, answer): (&Draw, &SampledToken)| match ends(answer) {
             true => Draw { temperature: 0.0, forced: None, ..*draw },
             false => Draw { forced: Some(answer.token), ..*draw },
         };
         let again: Vec<Draw> = draws.iter().zip(&answers).map(again).collect();
-        let others = backend.decide(hidden, head, bias, Candidates::AllBut(&banned.never_and_last), &again)?;
+        let others = backend.sample(hidden, head, bias, Candidates::AllBut(&banned.never_and_last), &again)?;
         for (answer, other) in answers.iter_mut().zip(others) {
             let (confidence, log_prob) = if ends(answer) { (0.0, answer.log_prob) } else { (other.confidence, other.log_prob) };
-            *answer = Decision { confidence, log_prob, ..*answer };
+            *answer = SampledToken { confidence, log_prob, ..*answer };
         }
     }
     Ok(answers)

@@ -8,9 +8,9 @@ use std::time::Instant;
 use crate::canvas::Canvas;
 use crate::error::Result;
 use crate::plan::{LogitsRows, Plan};
-use crate::sampling::{Decision, Draw, Reveal};
+use crate::sampling::{Draw, Reveal, SampledToken};
 
-/// One forward over rows of several sequences, and how its rows are decided.
+/// One forward over rows of several sequences, and how its rows are sampled.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedStep {
     /// Under [`Sampling::Rules`] token ids are ignored, since the device reads its canvas, and the
@@ -19,16 +19,16 @@ pub struct PlannedStep {
     pub sampling: Sampling,
 }
 
-/// How the rows of a step are decided.
+/// How the rows of a step are sampled.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Sampling {
-    /// By rules that are known before the steps ahead of this one are decided.
+    /// By rules that are known before the steps ahead of this one are sampled.
     Rules(RuleSampling),
     /// Row by row on the host.
     Draws(HostSampling),
 }
 
-/// What a device needs to decide a step by itself.
+/// What a device needs to sample a step by itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RuleSampling {
     /// One for each sequence of the plan.
@@ -37,7 +37,7 @@ pub struct RuleSampling {
     pub joint: Option<PlannedJoint>,
 }
 
-/// One session's part of a step that is decided on the device: which masked positions are asked,
+/// One session's part of a step that is sampled on the device: which masked positions are asked,
 /// and how they are revealed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SequenceStep {
@@ -70,7 +70,7 @@ pub struct PlannedJoint {
     pub passes: Vec<PlannedPass>,
 }
 
-/// One pass of a joint sampler, and what is decided by it.
+/// One pass of a joint sampler, and what is sampled by it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedPass {
     /// The windows of the sequences that still reveal something, ascending; all of them are among
@@ -80,14 +80,14 @@ pub struct PlannedPass {
     pub sessions: Vec<SequenceStep>,
 }
 
-/// What the host needs to decide a step.
+/// What the host needs to sample a step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostSampling {
     /// One for each sequence of the plan.
     pub sequences: Vec<HostAsks>,
     /// The same forward without the prompt, of the sequences that are guided.
     pub guide: Option<Plan>,
-    /// Why a runner that could let a device decide leaves this step to the host.
+    /// Why a runner that could let a device sample leaves this step to the host.
     pub because: Option<HostReason>,
 }
 
@@ -103,7 +103,7 @@ pub struct HostAsks {
     pub window: Option<HostWindow>,
 }
 
-/// What neighbours have in common that are decided together.
+/// What neighbours have in common that are sampled together.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct HostRule {
     pub banned: BannedSet,
@@ -126,7 +126,7 @@ pub struct HostWindow {
     pub shortlist: Option<usize>,
 }
 
-/// A pass of a joint sampler that the host decides.
+/// A pass of a joint sampler that the host samples.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPass {
     /// The windows of the sequences that still reveal something, with their tokens as they are now.
@@ -180,10 +180,10 @@ impl BannedIds {
     }
 }
 
-/// Why a step is decided on the host although the backend has a device that decides.
+/// Why a step is sampled on the host although the backend has a device that samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HostReason {
-    NothingToDecide,
+    NothingToSample,
     Scoring,
     ForcedTokens,
     InjectedDraws,
@@ -202,7 +202,7 @@ impl HostReason {
     /// The words of the schedule where there are any.
     pub fn name(self) -> &'static str {
         match self {
-            HostReason::NothingToDecide => "a prefill or commit decides nothing",
+            HostReason::NothingToSample => "a prefill or commit samples nothing",
             HostReason::Scoring => "scoring for a remask",
             HostReason::ForcedTokens => "forced tokens",
             HostReason::InjectedDraws => "draws of a test",
@@ -228,7 +228,7 @@ impl fmt::Display for HostReason {
 /// Steps of the same sequences that were planned together.
 #[derive(Clone, Debug)]
 pub struct PlannedRun<'a> {
-    /// At least one. Several only where all of them are decided by rules.
+    /// At least one. Several only where all of them are sampled by rules.
     pub steps: Vec<PlannedStep>,
     pub banned: &'a BannedIds,
     pub mask_id: u32,
@@ -242,7 +242,7 @@ pub struct RunCanvas<'a> {
     pub sample: u32,
 }
 
-/// What was decided by a forward, or by a pass of a joint sampler after it.
+/// What was sampled by a forward, or by a pass of a joint sampler after it.
 #[derive(Clone, Debug)]
 pub struct StepOutcome {
     /// `None`: the forward's.
@@ -253,11 +253,11 @@ pub struct StepOutcome {
     pub sequences: Vec<Option<Result<Vec<RowOutcome>>>>,
 }
 
-/// What was decided about one asked position.
+/// What was sampled at one asked position.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RowOutcome {
     pub position: usize,
-    pub decision: Decision,
+    pub sampled: SampledToken,
     /// Whether the device revealed it; `None` where the host has yet to choose.
     pub revealed: Option<bool>,
 }
@@ -266,7 +266,7 @@ pub struct RowOutcome {
 pub trait Sequences {
     /// As they are when the run begins.
     fn canvases(&self) -> Vec<RunCanvas<'_>>;
-    /// Takes what was decided, in the order of the steps and passes.
+    /// Takes what was sampled, in the order of the steps and passes.
     fn apply(&mut self, outcome: StepOutcome);
     /// The pass that a joint sampler runs next, after what was applied; `None`: the step is
     /// through.

@@ -66,13 +66,14 @@ struct Probe {
     rows: usize,
     /// Of the first row.
     position: usize,
-    /// Rows that draw a token.
-    decided: usize,
+    /// Rows that draw a token. The key is that of published reports.
+    #[serde(rename = "decided")]
+    sampled: usize,
     top_p: f32,
     median_ms: f64,
     best_ms: f64,
     /// Launched from a recording, as many times between two waits; otherwise the host launches and
-    /// waits for the decisions.
+    /// waits for the sampled tokens.
     recorded: bool,
     launches: usize,
     /// Weight products of the layers and the head over all rows.
@@ -212,10 +213,10 @@ fn sweep<B: Measure>(
     Ok(Measured { device: engine.backend().name(), load_ms, ceilings, probes, rows })
 }
 
-/// Multiply-adds of the weight products over `rows` rows, of which `decided` go on past the last
+/// Multiply-adds of the weight products over `rows` rows, of which `sampled` go on past the last
 /// layer's K/V, in GFLOP.
-fn gflop(config: &ModelConfig, rows: usize, decided: usize) -> f64 {
-    2.0 * products(config, rows as f64, decided as f64, |rows, top_k, _| rows * top_k) / 1e9
+fn gflop(config: &ModelConfig, rows: usize, sampled: usize) -> f64 {
+    2.0 * products(config, rows as f64, sampled as f64, |rows, top_k, _| rows * top_k) / 1e9
 }
 
 /// Bytes of the weights a forward of `rows` rows reads: layers and head, without the embedding
@@ -227,15 +228,15 @@ fn weight_bytes(config: &ModelConfig, dtype: DType, rows: usize) -> usize {
 
 /// Elements of the weights of a forward, each counted once for each of the rows that go through it;
 /// those of an expert `experts(rows, k, E)` times for all of them together.
-fn products(config: &ModelConfig, rows: f64, decided: f64, experts: impl Fn(f64, f64, f64) -> f64) -> f64 {
+fn products(config: &ModelConfig, rows: f64, sampled: f64, experts: impl Fn(f64, f64, f64) -> f64) -> f64 {
     let c = config.hidden_dim;
     let products = match config.switches.mlp {
         Mlp::Gelu => 2,
         Mlp::SwiGlu => 3,
     };
     let layer = |i: usize| {
-        // Behind the last layer's K/V only decided rows go on.
-        let on = if i + 1 == config.num_layers { decided } else { rows };
+        // Behind the last layer's K/V only sampled rows go on.
+        let on = if i + 1 == config.num_layers { sampled } else { rows };
         let mlp = match config.experts(i) {
             None => on * (products * c * config.mlp_dim) as f64,
             Some(moe) => {
@@ -246,15 +247,15 @@ fn products(config: &ModelConfig, rows: f64, decided: f64, experts: impl Fn(f64,
         };
         rows * (c * config.heads.qkv_width()) as f64 + on * (config.heads.q_width() * c) as f64 + mlp
     };
-    (0..config.num_layers).map(layer).sum::<f64>() + decided * (c * config.vocab_size) as f64
+    (0..config.num_layers).map(layer).sum::<f64>() + sampled * (c * config.vocab_size) as f64
 }
 
 /// Forwards by name: those asked for, or over `len` positions a draft step of 4 rows over a cached
-/// prefix, the same with a fused commit, and a full pass, each deciding its masked rows.
+/// prefix, the same with a fused commit, and a full pass, each sampling its masked rows.
 fn forwards(flags: &Flags, len: usize) -> Vec<(String, TimedForward)> {
-    let timed = |range: std::ops::Range<usize>, decided: usize, visibility: Visibility, len: usize| TimedForward {
+    let timed = |range: std::ops::Range<usize>, sampled: usize, visibility: Visibility, len: usize| TimedForward {
         range,
-        decided,
+        sampled,
         visibility,
         len,
         top_p: 1.0,
@@ -268,7 +269,7 @@ fn forwards(flags: &Flags, len: usize) -> Vec<(String, TimedForward)> {
         return flags.forward.iter().map(of).collect();
     }
     let half = (len / 2 / 4 * 4).max(4).min(len);
-    let mut cases = vec![("full pass, all rows decided".to_string(), timed(0..len, len, Visibility::Full, len))];
+    let mut cases = vec![("full pass, all rows sampled".to_string(), timed(0..len, len, Visibility::Full, len))];
     if len >= half + 4 {
         let step = |first: usize| timed(first..half + 4, 4, Visibility::BlockCausal(4), len);
         cases.push((format!("draft step at position {half}"), step(half)));
@@ -285,14 +286,14 @@ fn probe<B: Backend>(engine: &mut Engine<B>, ceilings: &CeilingsRow, flags: &Fla
     {
         let Timing { mut times_ms, launches, recorded } = engine.time_forward(&timed, flags.runs.max(5) as usize)?;
         let (rows, median_ms) = (timed.range.len(), median(&mut times_ms));
-        let gflop = gflop(engine.config(), rows, timed.decided);
+        let gflop = gflop(engine.config(), rows, timed.sampled);
         let read_ms = weight_bytes(engine.config(), engine.backend().dtype(), rows) as f64 / ceilings.read_gb_per_s / 1e6;
         let floor_ms = (gflop / ceilings.matrix_gflop_per_s * 1e3).max(read_ms);
         probes.push(Probe {
             name: name.clone(),
             rows,
             position: timed.range.start,
-            decided: timed.decided,
+            sampled: timed.sampled,
             top_p: timed.top_p,
             median_ms,
             best_ms: times_ms[0],

@@ -1,4 +1,5 @@
-//! What guidance makes of two rows. Few rows decide, so a plain loop is as fast as it needs to be.
+//! What guidance makes of two rows. Few rows are sampled, so a plain loop is as fast as it needs to
+//! be.
 #![forbid(unsafe_code)]
 
 /// See [`crate::backend::Backend::blend`].

@@ -8,7 +8,6 @@
 
 mod attention;
 mod blend;
-mod decide;
 mod embed;
 mod experts;
 mod kv;
@@ -22,6 +21,7 @@ pub mod oracle;
 pub mod pool;
 mod rope;
 mod route;
+mod sample;
 mod shortlist;
 #[allow(unsafe_code)]
 pub mod simd;
@@ -35,7 +35,7 @@ use crate::backend::{
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::sampling::{Decision, Draw};
+use crate::sampling::{Draw, SampledToken};
 
 use machine::Machine;
 use memory::Aligned;
@@ -174,7 +174,7 @@ impl Backend for Cpu {
     type Rows = Vec<u32>;
     type Lists = Lists;
     type Routes = Routes;
-    /// The host is where the network runs: nothing is saved by deciding elsewhere.
+    /// The host is where the network runs: nothing is saved by sampling elsewhere.
     type Runner = HostSteps;
 
     const MAX_SHORTLIST: usize = usize::MAX;
@@ -366,24 +366,24 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn decide(
+    fn sample(
         &self,
         hidden: &Buffer,
         head: &Weight,
         bias: Option<&Buffer>,
         candidates: Candidates<Lists>,
         draws: &[Draw],
-    ) -> Result<Vec<Decision>> {
+    ) -> Result<Vec<SampledToken>> {
         let (head, bias, rows) = (head.packed(), bias.map(|b| &b.0[..]), draws.len());
         assert!(hidden.0.len() >= rows * head.k, "hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
         assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
         match candidates {
-            Candidates::AllBut(banned) => decide::decide(&self.machine, &hidden.0, head, bias, banned, draws),
+            Candidates::AllBut(banned) => sample::sample(&self.machine, &hidden.0, head, bias, banned, draws),
             Candidates::Listed { lists, which } => {
                 let num_lists = lists.0.ids().len();
                 assert!(which.len() == rows, "{} lists for {rows} rows", which.len());
                 assert!(which.iter().all(|list| (*list as usize) < num_lists), "{which:?} of {num_lists} lists");
-                shortlist::decide_listed(&self.machine, &hidden.0, head, bias, &lists.0, which, draws)
+                shortlist::sample_shortlist(&self.machine, &hidden.0, head, bias, &lists.0, which, draws)
             }
         }
     }

@@ -2,8 +2,8 @@
 //! Every backend is tested against these on the same inputs; they ship so that a port can be
 //! checked where it runs.
 //!
-//! Slices in, slices or vectors out; shapes are those of `Backend`. The oracle of `decide` is
-//! [`crate::sampling::decide_row`].
+//! Slices in, slices or vectors out; shapes are those of `Backend`. The oracle of `sample` is
+//! [`crate::sampling::sample_row`].
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, ExpertShape, HeadNorm, HeadShape, Norm, NormKind, Rope, Rotation, Router, RouterScore};

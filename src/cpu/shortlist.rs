@@ -8,12 +8,12 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, not_listed};
-use crate::cpu::decide::{Between, CHUNK, decide_row};
 use crate::cpu::linear::{self, ByRows, Packed};
 use crate::cpu::machine::Machine;
+use crate::cpu::sample::{Between, CHUNK, sample_row};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
-use crate::sampling::{Decision, Draw};
+use crate::sampling::{Draw, SampledToken};
 
 /// Ids of a group whose maximum is kept: four vectors.
 const GROUP: usize = 4 * LANES;
@@ -97,8 +97,8 @@ impl Kernel for Maxima<'_> {
     }
 }
 
-/// See [`crate::backend::Backend::decide`] with a list for each row.
-pub fn decide_listed(
+/// See [`crate::backend::Backend::sample`] with a list for each row.
+pub fn sample_shortlist(
     machine: &Machine,
     hidden: &[f32],
     head: &Packed,
@@ -106,10 +106,10 @@ pub fn decide_listed(
     lists: &Lists,
     which: &[u32],
     draws: &[Draw],
-) -> Result<Vec<Decision>> {
+) -> Result<Vec<SampledToken>> {
     let by_rows = head.by_rows(machine);
     let longest = which.iter().map(|list| lists.ids[*list as usize].len()).max().unwrap_or(0);
-    let mut results: Vec<Option<Result<Decision>>> = vec![None; draws.len()];
+    let mut results: Vec<Option<Result<SampledToken>>> = vec![None; draws.len()];
     let mut rows: Vec<_> = results.iter_mut().zip(which).zip(draws).collect();
     machine.pool_for(draws.len() * longest * by_rows.stride).chunks(&mut rows, 1, &|i, row| {
         let ((result, which), draw) = &mut row[0];
@@ -120,14 +120,14 @@ pub fn decide_listed(
         if let Some(bias) = bias {
             logits.iter_mut().zip(ids).for_each(|(logit, id)| *logit += bias[*id as usize]);
         }
-        **result = Some(decide_among(machine, i, ids, &logits, draw));
+        **result = Some(sample_from_list(machine, i, ids, &logits, draw));
     });
-    results.into_iter().map(|result| result.expect("every row was decided")).collect()
+    results.into_iter().map(|result| result.expect("every row was sampled")).collect()
 }
 
 /// Row `row`, whose logits are those of `ids` and -inf elsewhere. Ids ascend, so ties and the
 /// inverse CDF are those of whole rows.
-fn decide_among(machine: &Machine, row: usize, ids: &[u32], logits: &[f32], draw: &Draw) -> Result<Decision> {
+fn sample_from_list(machine: &Machine, row: usize, ids: &[u32], logits: &[f32], draw: &Draw) -> Result<SampledToken> {
     if let Some((id, logit)) = ids.iter().zip(logits).find(|(_, logit)| logit.is_nan() || **logit == f32::INFINITY) {
         return Err(Error::kernel(format!("row {row}: logit of token {id} is {logit}: the weights or activations are not finite")));
     }
@@ -136,8 +136,8 @@ fn decide_among(machine: &Machine, row: usize, ids: &[u32], logits: &[f32], draw
     }
     let place = |token: u32| ids.binary_search(&token).map(|at| at as u32).map_err(|_| not_listed(row, token));
     let forced = draw.forced.map(place).transpose()?;
-    let decision = decide_row(machine, logits, &[], &Draw { forced, ..*draw })?;
-    Ok(Decision { token: ids[decision.token as usize], ..decision })
+    let sampled = sample_row(machine, logits, &[], &Draw { forced, ..*draw })?;
+    Ok(SampledToken { token: ids[sampled.token as usize], ..sampled })
 }
 
 /// `out[i] = x . row ids[i]`: lane l takes words l, l + 16, ... in ascending order, then the lanes

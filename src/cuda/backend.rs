@@ -24,16 +24,16 @@ use crate::backend::{
 };
 use crate::cuda::driver::interface::Address;
 use crate::cuda::ops::attention::Attention;
-use crate::cuda::ops::decide::Decide;
 use crate::cuda::ops::embed::Embed;
 use crate::cuda::ops::experts::Routes;
 use crate::cuda::ops::gather::Gather;
 use crate::cuda::ops::linear::Linear;
 use crate::cuda::ops::rope_append::{HeadNorm, RopeAppend};
-use crate::cuda::ops::{attention, blend, decide, embed, gather, linear, norm, rope_append, shortlist};
+use crate::cuda::ops::sample::SampleOp;
+use crate::cuda::ops::{attention, blend, embed, gather, linear, norm, rope_append, sample, shortlist};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::sampling::{Decision, Draw};
+use crate::sampling::{Draw, SampledToken};
 
 impl Backend for Cuda {
     type Buffer = Buffer;
@@ -327,27 +327,27 @@ impl Backend for Cuda {
         gather::gather(&self.machine, &op)
     }
 
-    fn decide(
+    fn sample(
         &self,
         hidden: &Buffer,
         head: &Weight,
         bias: Option<&Buffer>,
         candidates: Candidates<Lists>,
         draws: &[Draw],
-    ) -> Result<Vec<Decision>> {
+    ) -> Result<Vec<SampledToken>> {
         if draws.is_empty() {
             return Ok(Vec::new());
         }
         let banned = match candidates {
             Candidates::AllBut(banned) => banned,
-            Candidates::Listed { lists, which } => return self.decide_lists(hidden, head, bias, lists, which, draws),
+            Candidates::Listed { lists, which } => return self.sample_shortlist(hidden, head, bias, lists, which, draws),
         };
         let Weight { n, k, .. } = *head;
         assert!(hidden.len >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.len, draws.len());
         let draws_memory = self.upload_draws(draws)?;
-        let answers = self.machine.memory(draws.len() * size_of::<decide::DecisionRecord>())?;
+        let answers = self.machine.memory(draws.len() * size_of::<sample::SampledRecord>())?;
         let (hidden, _copy) = self.as_input(hidden, draws.len() * k)?;
-        let op = Decide {
+        let op = SampleOp {
             rows: draws.len() as u32,
             k: k as u32,
             vocab: n as u32,
@@ -357,13 +357,13 @@ impl Backend for Cuda {
             bias: bias.map(Buffer::address),
             banned: self.banned_mask(banned, n)?,
             draws: draws_memory.address(),
-            decisions: answers.address(),
-            any_fused: draws.iter().any(|draw| !decide::needs_nucleus(draw)),
-            any_nucleus: draws.iter().any(decide::needs_nucleus),
+            sampled: answers.address(),
+            any_fused: draws.iter().any(|draw| !sample::needs_nucleus(draw)),
+            any_nucleus: draws.iter().any(sample::needs_nucleus),
         };
-        decide::decide(&self.machine, &op)?;
-        let records = self.read_decisions(&answers, draws.len())?;
-        records.iter().enumerate().map(|(row, record)| record.decision(row)).collect()
+        sample::sample(&self.machine, &op)?;
+        let records = self.read_sampled(&answers, draws.len())?;
+        records.iter().enumerate().map(|(row, record)| record.sampled(row)).collect()
     }
 
     fn shortlist(&self, rows: usize, hidden: &Buffer, head: &Weight, bias: Option<&Buffer>, banned: &[u32], n: usize) -> Result<Lists> {

@@ -14,8 +14,8 @@ use crate::cuda::current::Current;
 use crate::cuda::driver::interface::{Address, Driver, Graph};
 use crate::cuda::machine::{Machine, Memory};
 use crate::cuda::ops::attention::{self, Regime};
-use crate::cuda::ops::decide;
 use crate::cuda::ops::gather::{self, Gather};
+use crate::cuda::ops::sample;
 use crate::cuda::signature::{BatchShape, Signature, TileShape};
 use crate::cuda::words::Arrays;
 use crate::error::Result;
@@ -137,7 +137,7 @@ impl Cuda {
         self.replays.set(on);
     }
 
-    /// Whether steps are decided on the device where the engine allows it (they are, unless a test
+    /// Whether steps are sampled on the device where the engine allows it (they are, unless a test
     /// compares).
     pub fn set_runs(&self, on: bool) {
         self.runs.set(on);
@@ -233,7 +233,7 @@ impl Cuda {
         Rows { address, len: len as usize, _memory: None }
     }
 
-    /// Whether steps are decided on the device: see [`Cuda::set_runs`].
+    /// Whether steps are sampled on the device: see [`Cuda::set_runs`].
     pub(super) fn runs_steps(&self) -> bool {
         self.runs.get()
     }
@@ -283,15 +283,15 @@ impl Cuda {
         self.machine.driver.pop_range();
     }
 
-    /// What is asked of rows, for the kernels that decide.
+    /// What is asked of rows, for the kernels that sample.
     pub(super) fn upload_draws(&self, draws: &[Draw]) -> Result<Memory> {
-        let records: Vec<decide::DrawRecord> = draws.iter().map(decide::DrawRecord::from).collect();
+        let records: Vec<sample::DrawRecord> = draws.iter().map(sample::DrawRecord::from).collect();
         self.upload_words(bytemuck::cast_slice(&records))
     }
 
     /// Their answers to `rows` rows. Waits.
-    pub(super) fn read_decisions(&self, answers: &Memory, rows: usize) -> Result<Vec<decide::DecisionRecord>> {
-        let mut records = vec![decide::DecisionRecord::default(); rows];
+    pub(super) fn read_sampled(&self, answers: &Memory, rows: usize) -> Result<Vec<sample::SampledRecord>> {
+        let mut records = vec![sample::SampledRecord::default(); rows];
         self.machine.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
         Ok(records)
     }

@@ -12,7 +12,7 @@ pub(super) struct Current {
     pub(super) canvas: Place,
     pub(super) arrays: Place,
     pub(super) draws: Place,
-    pub(super) decisions: Place,
+    pub(super) sampled: Place,
     pub(super) summaries: Place,
 }
 

@@ -1,7 +1,7 @@
-//! Steps that the device decides: several planned ones without returning, each a recorded graph
+//! Steps that the device samples: several planned ones without returning, each a recorded graph
 //! from its third time on.
 //!
-//! A step that is not decided by rules goes to the host.
+//! A step that is not sampled by rules goes to the host.
 #![forbid(unsafe_code)]
 
 use std::time::Instant;
@@ -21,7 +21,7 @@ use crate::error::Result;
 const TIMED_MS: f64 = 20.0;
 const MAX_LAUNCHES: usize = 200;
 
-/// The runner that lets the device decide where it can.
+/// The runner that lets the device sample where it can.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DeviceSteps {
     host: HostSteps,
@@ -84,12 +84,12 @@ impl StepRunner<Cuda> for DeviceSteps {
                 cuda.range(&format!("block {block}"), || cuda.range(&format!("step {count}"), &mut launch))
             })?;
         }
-        let mut decided = device.end(cuda)?.into_iter();
+        let mut sampled = device.end(cuda)?.into_iter();
         for (index, (step, entered)) in steps.iter().zip(entered).enumerate() {
             let began = (index > 0).then(|| entered.unwrap_or_else(Instant::now));
             let passes = step.sampling.joint.as_ref().map_or(0, |joint| joint.passes.len());
             for pass in std::iter::once(None).chain((0..passes).map(Some)) {
-                let sequences_of = decided.next().expect("decisions of every forward and pass");
+                let sequences_of = sampled.next().expect("sampled tokens of every forward and pass");
                 sequences.apply(StepOutcome { pass, began: began.filter(|_| pass.is_none()), sequences: sequences_of });
             }
         }
@@ -166,10 +166,10 @@ impl StepParts<Cuda> for DeviceParts<'_> {
         self.run.batches(cuda)
     }
 
-    fn decide(&mut self, cuda: &Cuda, asked: AskedRows<Cuda>) -> Result<()> {
+    fn sample(&mut self, cuda: &Cuda, asked: AskedRows<Cuda>) -> Result<()> {
         let AskedRows { hidden, head, bias, .. } = asked;
         assert!(hidden.dtype == cuda.dtype(), "hidden states of a run are inputs of a product");
-        let outcome = self.run.decide(cuda, hidden.address(), head, bias);
+        let outcome = self.run.sample(cuda, hidden.address(), head, bias);
         self.leave_range();
         outcome
     }

@@ -18,11 +18,11 @@ use super::context::Cuda;
 use super::signature::{BatchShape, JointShape, PartShape, Signature, padded};
 use super::words::{Places, Words};
 use crate::backend::{HeadShape, PlannedJoint, PlannedPass, RuleSampling, RunCanvas, SequenceStep};
-use crate::cuda::ops::decide::DrawRecord;
-use crate::cuda::ops::{ask, decide};
+use crate::cuda::ops::sample::DrawRecord;
+use crate::cuda::ops::{ask, sample};
 use crate::plan::Plan;
 
-/// A step that is decided by rules.
+/// A step that is sampled by rules.
 #[derive(Clone, Copy)]
 pub(super) struct RuleStep<'a> {
     pub plan: &'a Plan,
@@ -174,7 +174,7 @@ impl Layout<'_> {
         let records = self.records(plan, sessions);
         let index = self.index(plan, rows);
         let (tiles, list) = self.cuda.tiles_of(self.heads, &plan.indptr);
-        let nucleus = |s: &SequenceStep| decide::needs_nucleus(&s.draw);
+        let nucleus = |s: &SequenceStep| sample::needs_nucleus(&s.draw);
         let mut asking = sessions.iter().filter(|s| s.asks > 0);
         let shape = PartShape {
             batch: BatchShape::of(plan, rows as u32),

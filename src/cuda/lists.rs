@@ -1,13 +1,13 @@
-//! Lists of ids on the device: the backend's shortlists, and decisions among them.
+//! Lists of ids on the device: the backend's shortlists, and sampled tokens among them.
 #![forbid(unsafe_code)]
 
 use crate::backend::not_listed;
 use crate::cuda::context::{Buffer, Cuda, Weight};
 use crate::cuda::machine::Memory;
-use crate::cuda::ops::decide::{DecisionRecord, status};
+use crate::cuda::ops::sample::{SampledRecord, status};
 use crate::cuda::ops::shortlist::{Listed, NO_ID, Shortlist, listed, shortlist};
 use crate::error::Result;
-use crate::sampling::{Decision, Draw};
+use crate::sampling::{Draw, SampledToken};
 
 /// Lists on the device.
 pub struct Lists {
@@ -53,7 +53,7 @@ impl Cuda {
         Ok(ids.chunks_exact(lists.count).map(|ids| ids.iter().copied().take_while(|id| *id != NO_ID).collect()).collect())
     }
 
-    pub(super) fn decide_lists(
+    pub(super) fn sample_shortlist(
         &self,
         hidden: &Buffer,
         head: &Weight,
@@ -61,7 +61,7 @@ impl Cuda {
         lists: &Lists,
         which: &[u32],
         draws: &[Draw],
-    ) -> Result<Vec<Decision>> {
+    ) -> Result<Vec<SampledToken>> {
         if draws.is_empty() {
             return Ok(Vec::new());
         }
@@ -70,7 +70,7 @@ impl Cuda {
         assert!(which.iter().all(|list| (*list as usize) < lists.rows), "{which:?} of {} lists", lists.rows);
         let draws = self.upload_draws(draws)?;
         let which = self.upload_words(which)?;
-        let answers = self.machine.memory(rows * size_of::<DecisionRecord>())?;
+        let answers = self.machine.memory(rows * size_of::<SampledRecord>())?;
         let (hidden, _copy) = self.as_input(hidden, rows * k)?;
         let op = Listed {
             rows: rows as u32,
@@ -83,14 +83,14 @@ impl Cuda {
             ids: lists.memory.address(),
             which: which.address(),
             draws: draws.address(),
-            decisions: answers.address(),
+            sampled: answers.address(),
         };
         listed(&self.machine, &op)?;
-        let records = self.read_decisions(&answers, rows)?;
-        let decision = |(row, record): (usize, &DecisionRecord)| match record.status {
+        let records = self.read_sampled(&answers, rows)?;
+        let sampled = |(row, record): (usize, &SampledRecord)| match record.status {
             status::FORCED => Err(not_listed(row, record.token)),
-            _ => record.decision(row),
+            _ => record.sampled(row),
         };
-        records.iter().enumerate().map(decision).collect()
+        records.iter().enumerate().map(sampled).collect()
     }
 }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `backend`, `lists` | the contracts of [`crate::Backend`] on device memory |
 //! | `context` | the backend's state: weights, buffers, batches, recorded graphs |
-//! | `device_steps` | the runner of steps that the device decides by itself |
+//! | `device_steps` | the runner of steps that the device samples by itself |
 //! | `run`, `layout`, `words`, `signature`, `current` | one run of such steps, and where its arrays lie |
 //! | `ceilings` | a large copy and a large product, which bound every forward |
 //! | [`ops`] | one launcher per kernel: params struct, grid, launch |

@@ -1,17 +1,17 @@
-//! A run: several denoising steps of the same sequences that the device decides by itself, while
+//! A run: several denoising steps of the same sequences that the device samples by itself, while
 //! the host only enqueues.
 //!
 //! ```text
 //! begin   canvases and the arrays of all steps go up in two copies
 //! step    arrays -> the fixed places; (remask); ask: which positions are still masked, their draws
-//! replay  embed .. layers .. final norm, decide, reveal, and all passes of a joint sampler, each with an ask of its own: one recorded graph per
+//! replay  embed .. layers .. final norm, sample, reveal, and all passes of a joint sampler, each with an ask of its own: one recorded graph per
 //!         signature, reading the fixed places only
-//! log     the step's decisions move to their place in the log
+//! log     the step's sampled tokens move to their place in the log
 //! end     the log comes down: the one time the host waits
 //! ```
 //! What a step needs from the host is known before the first one runs (`Sequence::look_ahead`). A
 //! graph holds addresses, so whatever it reads or writes lies where it lay when it was recorded:
-//! canvases, the current step's arrays, draws and decisions have fixed places
+//! canvases, the current step's arrays, draws and sampled tokens have fixed places
 //! ([`Current`](super::current::Current)), laid out by nothing but the signature. The counters of
 //! the random generator are part of those arrays, in device memory: a replay never repeats numbers.
 #![forbid(unsafe_code)]
@@ -28,15 +28,15 @@ use crate::canvas::{Canvas, State};
 use crate::cuda::driver::interface::Address;
 use crate::cuda::ops::ask::{Ask, SessionSummary, trouble};
 use crate::cuda::ops::attention::Regime;
-use crate::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord};
 use crate::cuda::ops::gather::{self, Gather};
 use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::reveal::RevealParams;
-use crate::cuda::ops::{ask, decide, remask, reveal};
+use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
+use crate::cuda::ops::{ask, remask, reveal, sample};
 use crate::error::{Error, Result};
 
-/// What was decided by one forward or pass, for each of its sequences.
-type StepDecisions = Vec<Option<Result<Vec<RowOutcome>>>>;
+/// What was sampled by one forward or pass, for each of its sequences.
+type StepSamples = Vec<Option<Result<Vec<RowOutcome>>>>;
 
 /// The canvases of a run, one after the other, as arrays over N positions of which there is room
 /// for more.
@@ -75,11 +75,11 @@ pub struct Run {
     canvas: CanvasArrays,
     arrays: Address,
     draws: Address,
-    decisions: Address,
+    sampled: Address,
     summaries: Address,
     steps: Vec<StepPlan>,
     current: usize,
-    /// Of the current step: what `decide` decides. A replay does not move it.
+    /// Of the current step: the output of `sample`. A replay does not move it.
     part: usize,
     num_sequences: usize,
     banned: Vec<u32>,
@@ -113,21 +113,21 @@ impl Run {
         let canvas = CanvasArrays::at(base, room);
         let arrays = fixed.arrays.reserve(machine, 4 * most_words)?;
         let draws = fixed.draws.reserve(machine, most_asks * size_of::<DrawRecord>())?;
-        let decisions = fixed.decisions.reserve(machine, most_asks * size_of::<DecisionRecord>())?;
+        let sampled = fixed.sampled.reserve(machine, most_asks * size_of::<SampledRecord>())?;
 
         let summaries = fixed.summaries.reserve(machine, lens.len() * size_of::<SessionSummary>())?;
         machine.driver.fill(summaries, 0, lens.len() * size_of::<SessionSummary>() / 4)?;
 
         upload(machine, canvas, canvases.iter().map(|s| s.canvas))?;
         let arena = cuda.upload_words(&words.0)?;
-        let log = machine.memory(log.max(1) * size_of::<DecisionRecord>())?;
+        let log = machine.memory(log.max(1) * size_of::<SampledRecord>())?;
         Ok(Run {
             arena,
             log,
             canvas,
             arrays,
             draws,
-            decisions,
+            sampled,
             summaries,
             steps,
             current: 0,
@@ -222,7 +222,7 @@ impl Run {
         }
     }
 
-    /// Makes pass `pass` of the current step the one that is decided next. Passes follow in order.
+    /// Makes pass `pass` of the current step the one that is sampled next. Passes follow in order.
     pub(super) fn pass(&mut self, cuda: &Cuda, pass: usize) -> Result<PassBatch<Cuda>> {
         self.part = pass + 1;
         let plan = &self.steps[self.current];
@@ -256,10 +256,10 @@ impl Run {
         ask::ask(machine, &op)
     }
 
-    pub(super) fn decide(&mut self, cuda: &Cuda, hidden: Address, head: &Weight, bias: Option<&Buffer>) -> Result<()> {
+    pub(super) fn sample(&mut self, cuda: &Cuda, hidden: Address, head: &Weight, bias: Option<&Buffer>) -> Result<()> {
         let part = &self.steps[self.current].parts[self.part];
-        let decisions = self.decisions + (part.first_ask * size_of::<DecisionRecord>()) as u64;
-        let op = Decide {
+        let sampled = self.sampled + (part.first_ask * size_of::<SampledRecord>()) as u64;
+        let op = SampleOp {
             rows: part.shape.asks,
             k: head.k as u32,
             vocab: head.n as u32,
@@ -269,34 +269,34 @@ impl Run {
             bias: bias.map(Buffer::address),
             banned: cuda.banned_mask(&self.banned, head.n)?,
             draws: self.draws + (part.first_ask * size_of::<DrawRecord>()) as u64,
-            decisions,
+            sampled,
             any_fused: part.shape.any_fused,
             any_nucleus: part.shape.any_nucleus,
         };
-        decide::decide(&cuda.machine, &op)?;
+        sample::sample(&cuda.machine, &op)?;
         let CanvasArrays { token, confidence, state, stage, step, .. } = self.canvas;
         let (sessions, summaries) = (self.arrays + 4 * part.records as u64, self.summaries);
-        let params = RevealParams { sessions, summaries, decisions, token, confidence, state, stage, step };
+        let params = RevealParams { sessions, summaries, sampled, token, confidence, state, stage, step };
         reveal::reveal(&cuda.machine, self.num_sequences as u32, &params)
     }
 
-    /// Moves the decisions of a step to the log.
+    /// Moves the sampled tokens of a step to the log.
     fn keep(&self, machine: &Machine, step: usize) -> Result<()> {
         let StepPlan { asks, log, .. } = self.steps[step];
-        let record = size_of::<DecisionRecord>();
+        let record = size_of::<SampledRecord>();
         if asks == 0 {
             return Ok(());
         }
-        machine.driver.copy(self.decisions, self.log.address() + (log * record) as u64, asks * record)
+        machine.driver.copy(self.sampled, self.log.address() + (log * record) as u64, asks * record)
     }
 
-    pub(super) fn end(self, cuda: &Cuda) -> Result<Vec<StepDecisions>> {
+    pub(super) fn end(self, cuda: &Cuda) -> Result<Vec<StepSamples>> {
         let machine = &cuda.machine;
         if !self.steps.is_empty() {
             self.keep(machine, self.current)?;
         }
         let last = self.steps.last().map_or(0, |plan| plan.log + plan.asks);
-        let mut records = vec![DecisionRecord::default(); last];
+        let mut records = vec![SampledRecord::default(); last];
         machine.driver.read(self.log.address(), bytemuck::cast_slice_mut(&mut records))?;
         let mut summaries = vec![SessionSummary::default(); self.num_sequences];
         machine.driver.read(self.summaries, bytemuck::cast_slice_mut(&mut summaries))?;
@@ -318,26 +318,26 @@ impl Run {
 
 /// One sequence's part of a step. Records of steps behind a trouble hold whatever stood there: the
 /// first of them ends the session anyway.
-fn answer(records: &[DecisionRecord], summary: &SessionSummary) -> Result<Vec<RowOutcome>> {
-    let decided: Result<Vec<RowOutcome>> = records
+fn answer(records: &[SampledRecord], summary: &SessionSummary) -> Result<Vec<RowOutcome>> {
+    let sampled: Result<Vec<RowOutcome>> = records
         .iter()
         .enumerate()
         .map(|(row, record)| {
-            let decision = record.decision(row).map_err(|error| match error {
+            let sampled = record.sampled(row).map_err(|error| match error {
                 Error::Kernel { what } => Error::kernel(format!("position {}: {what}", record.position)),
                 other => other,
             })?;
-            Ok(RowOutcome { position: record.position as usize, decision, revealed: Some(record.chosen != 0) })
+            Ok(RowOutcome { position: record.position as usize, sampled, revealed: Some(record.chosen != 0) })
         })
         .collect();
-    let decided = decided?;
+    let sampled = sampled?;
     // Statistics that are NaN are the law's own error, which the host finds when it applies it; so
-    // is a row without a decision, above.
+    // is a row without a token, above.
     match summary.trouble {
         trouble::COUNT => {
             Err(Error::kernel(format!("the device found {} masked positions, the session foresaw another number", summary.detail)))
         }
-        _ => Ok(decided),
+        _ => Ok(sampled),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::pages::PagePool;
 use crate::plan::Plan;
-use crate::sampling::Decision;
+use crate::sampling::SampledToken;
 use crate::schedule::{Bans, Eos};
 use crate::sequence::{Ask, EventKind, JointAsk, LookaheadStep, Next, Sequence};
 
@@ -98,7 +98,7 @@ impl<B: Backend> Engine<B> {
         Ok(())
     }
 
-    /// Runs the steps and applies what they decide to the chosen sequences.
+    /// Runs the steps and applies their outcomes to the chosen sequences.
     pub(super) fn run_steps(&mut self, chosen: &[usize], weights: usize, steps: Vec<PlannedStep>) -> Result<()> {
         if let Sampling::Draws(HostSampling { because: Some(reason), .. }) = &steps[0].sampling {
             *self.host_steps.entry(*reason).or_default() += 1;
@@ -202,7 +202,7 @@ impl Sequences for RunningSequences<'_> {
 }
 
 impl RunningSequences<'_> {
-    /// Applies what was decided about one chosen sequence by a forward, or by a joint sampler's
+    /// Applies what was sampled for one chosen sequence by a forward, or by a joint sampler's
     /// `pass`. Whatever the device revealed, the law of the schedule reveals it here, and both must
     /// agree. False where the sequence leaves the run.
     fn apply_to(&mut self, c: usize, pass: bool, began: Option<Instant>, rows: Result<Vec<RowOutcome>>) -> bool {
@@ -220,13 +220,13 @@ impl RunningSequences<'_> {
         let prefill = active.session.is_prefilling();
         let applied = rows.and_then(|rows| {
             if !pass {
-                let decisions = accept(&active.session.step().expect("foreseen").asks, rows)?;
-                return active.session.apply(&decisions, &mut events);
+                let sampled = accept(&active.session.step().expect("foreseen").asks, rows)?;
+                return active.session.apply(&sampled, &mut events);
             }
             let waiting = self.waiting[c].take().or_else(|| active.session.joint_ask());
             let ask = waiting.ok_or_else(|| Error::kernel("the device ran a pass that the session does not wait for"))?;
-            let decisions = accept(&ask.asks, rows)?;
-            active.session.apply_joint(&ask, &decisions, &mut events)
+            let sampled = accept(&ask.asks, rows)?;
+            active.session.apply_joint(&ask, &sampled, &mut events)
         });
         match applied {
             Err(error) => active.fail(error),
@@ -255,10 +255,10 @@ impl RunningSequences<'_> {
     }
 }
 
-/// The decisions of a sequence's own asks, which the rows must match.
-fn accept(asks: &[Ask], rows: Vec<RowOutcome>) -> Result<Vec<Decision>> {
+/// The sampled tokens of a sequence's own asks, which the rows must match.
+fn accept(asks: &[Ask], rows: Vec<RowOutcome>) -> Result<Vec<SampledToken>> {
     if !asks.iter().map(|ask| ask.position).eq(rows.iter().map(|row| row.position)) {
         return Err(Error::kernel("the device asked other positions than the session"));
     }
-    Ok(rows.into_iter().map(|row| row.decision).collect())
+    Ok(rows.into_iter().map(|row| row.sampled).collect())
 }

@@ -222,9 +222,9 @@ impl<B: Backend> Joint<B> {
         backend.norm(count, &mut state.hidden, None, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
-    /// Decides the asked rows of a pass by their states, on the host or on the device.
+    /// Samples the asked rows of a pass by their states, on the host or on the device.
     #[allow(clippy::too_many_arguments)] // as the model's forward
-    pub(super) fn decide(
+    pub(super) fn sample(
         &self,
         backend: &B,
         model: &Model<B>,
@@ -237,7 +237,7 @@ impl<B: Backend> Joint<B> {
         let (Scratch { x, h, picked, .. }, width) = (scratch, model.config.hidden_dim);
         backend.gather(asked, width, &state.hidden, h)?;
         let (head, bias) = (&model.head.weight, model.head.bias.as_ref());
-        parts.decide(backend, AskedRows { hidden: h, width, head, bias, guide: None, room: [picked, x], lists })
+        parts.sample(backend, AskedRows { hidden: h, width, head, bias, guide: None, room: [picked, x], lists })
     }
 
     /// The most probable ids of rows of the window, by their states as they are now: what passes

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! ids -> embed (+ positions) -> [ norm -> qkv -> (q/k norm,) rope + K/V append -> attention -> out (+x) -> norm -> up, activation -> down (+x) ] x N
-//!     -> (deciding rows) -> final norm -> head + decide
+//!     -> (sampled rows) -> final norm -> head + sample
 //! ```
 //! A file under `families/` maps config keys and tensor names onto it, and `registry.rs` finds the
 //! family of a checkpoint; what families do differently is [`crate::config::DecoderFlags`], and
@@ -33,7 +33,7 @@ use crate::config::{Mlp, ModelConfig};
 use crate::error::Result;
 use crate::model::layers::{Dense, Linear, Norm};
 use crate::plan::Plan;
-use crate::sampling::{Decision, Draw};
+use crate::sampling::{Draw, SampledToken};
 
 /// Rows whose logits are materialised together by [`Model::logits`].
 const LOGIT_ROWS: usize = 64;
@@ -200,7 +200,7 @@ impl<B: Backend> Model<B> {
 
     /// Runs the plan's rows through all layers, writing their K/V. The residual stream of the
     /// `wanted` rows (ascending, some maybe twice) stays in `scratch`, one after the other, for
-    /// [`Model::decide`] or [`Model::logits`].
+    /// [`Model::sample`] or [`Model::logits`].
     pub fn forward(
         &self,
         backend: &B,
@@ -215,7 +215,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// The forward itself. In the last layer a row that is not picked gives its K/V and stops:
-    /// nothing reads the rest of it. A refining forward that decides a sixth of its rows saves most
+    /// nothing reads the rest of it. A refining forward that samples a sixth of its rows saves most
     /// of one layer that way.
     fn layers(
         &self,
@@ -260,15 +260,15 @@ impl<B: Backend> Model<B> {
         self.final_norm.apply(backend, &self.config, rows.len(), &mut scratch.qkv, &mut scratch.h)
     }
 
-    /// Decides rows, counted among the wanted ones of the last forward: `rows[i]` is answered by
+    /// Samples rows, counted among the wanted ones of the last forward: `rows[i]` is answered by
     /// `draws[i]`.
-    pub fn decide(&self, backend: &B, rows: &[u32], draws: &[Draw], banned: &[u32], scratch: &mut Scratch<B>) -> Result<Vec<Decision>> {
+    pub fn sample(&self, backend: &B, rows: &[u32], draws: &[Draw], banned: &[u32], scratch: &mut Scratch<B>) -> Result<Vec<SampledToken>> {
         assert_eq!(rows.len(), draws.len(), "one draw per row");
         if rows.is_empty() {
             return Ok(Vec::new());
         }
         self.final_rows(backend, rows, scratch)?;
-        backend.decide(&scratch.h, &self.head.weight, self.head.bias.as_ref(), Candidates::AllBut(banned), draws)
+        backend.sample(&scratch.h, &self.head.weight, self.head.bias.as_ref(), Candidates::AllBut(banned), draws)
     }
 
     /// Logits of all `num_rows` wanted rows of the last forward, before any ban or shift, a few

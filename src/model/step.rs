@@ -1,12 +1,12 @@
 //! A step as the network runs it: a forward, and the passes of a joint sampler after it. Arrays and
-//! decisions are the runner's.
+//! sampling is the runner's.
 //!
 //! ```text
 //! (layers without the prompt -> their final rows)
 //! layers -> (final rows of the windows and outside of them -> states)
-//!     -> asked rows -> final norm -> head, decided by the runner
+//!     -> asked rows -> final norm -> head, sampled by the runner
 //!     -> (K/V of the sampler's layer outside)
-//!     -> [ sampler over the windows -> asked states -> head, decided by the runner ] x passes
+//!     -> [ sampler over the windows -> asked states -> head, sampled by the runner ] x passes
 //! ```
 #![forbid(unsafe_code)]
 
@@ -65,7 +65,7 @@ impl<B: Backend> Network<B> for StepNetwork<'_, B> {
             Some(windows) => self.begin_windows(backend, windows)?,
             None => Vec::new(),
         };
-        self.decide_forward(backend, parts, &forward, asked.as_ref(), guide.is_some(), &lists)?;
+        self.sample_forward(backend, parts, &forward, asked.as_ref(), guide.is_some(), &lists)?;
         if let Some(Windows { outside, outside_batch, .. }) = &windows {
             let StepNetwork { model, kv, scratch, joint } = &mut *self;
             let Sampler { sampler, state, outside: outside_state } = joint.as_mut().expect("a joint step has its sampler");
@@ -77,7 +77,7 @@ impl<B: Backend> Network<B> for StepNetwork<'_, B> {
                     sampler.keep_rows(backend, model, &kept, scratch, state)?;
                 }
                 sampler.call_batch(backend, model, rows, &batch, kv, scratch, state)?;
-                sampler.decide(backend, model, parts, &asked, scratch, state, &lists)?;
+                sampler.sample(backend, model, parts, &asked, scratch, state, &lists)?;
             }
         }
         Ok(())
@@ -108,10 +108,10 @@ impl<B: Backend> StepNetwork<'_, B> {
         windows.shortlists.iter().map(|list| sampler.shortlist(backend, model, list, scratch, state)).collect()
     }
 
-    /// The final norm of the asked rows, and their decisions. The head is linear, so guidance
+    /// The final norm of the asked rows, and their sampled tokens. The head is linear, so guidance
     /// combines final rows, in f32 so that nothing is rounded before it is scaled, and no logits
     /// are kept.
-    fn decide_forward(
+    fn sample_forward(
         &mut self,
         backend: &B,
         parts: &mut dyn StepParts<B>,
@@ -141,7 +141,7 @@ impl<B: Backend> StepNetwork<'_, B> {
         let hidden = if guided { &*qkv } else { &*h };
         let guide = guide.as_ref().map(|(_, rows)| rows).filter(|_| guided);
         let (weight, bias) = (&head.weight, head.bias.as_ref());
-        parts.decide(backend, AskedRows { hidden, width, head: weight, bias, guide, room: [picked, x], lists })
+        parts.sample(backend, AskedRows { hidden, width, head: weight, bias, guide, room: [picked, x], lists })
     }
 }
 

@@ -1,16 +1,16 @@
 //! Remask rules: scores of revealed positions, and which of the positions are masked again.
 #![forbid(unsafe_code)]
 
-use crate::sampling::types::{Decision, Score};
+use crate::sampling::types::{SampledToken, Score};
 
 /// Score of a token by the answer of a scoring forward that was forced to it; `snapshot`: its
 /// probability when it was revealed.
-pub fn score(score: Score, decision: &Decision, snapshot: f32) -> f64 {
+pub fn score(score: Score, sampled: &SampledToken, snapshot: f32) -> f64 {
     match score {
         // The probability itself, not its logarithm: what events report.
-        Score::Probability => f64::from(decision.confidence),
-        Score::Typicality => f64::from(decision.log_prob) + f64::from(decision.entropy),
-        Score::Lift => f64::from(decision.log_prob) - f64::from(snapshot).ln(),
+        Score::Probability => f64::from(sampled.confidence),
+        Score::Typicality => f64::from(sampled.log_prob) + f64::from(sampled.entropy),
+        Score::Lift => f64::from(sampled.log_prob) - f64::from(snapshot).ln(),
     }
 }
 

@@ -1,15 +1,15 @@
 //! Reference of sampling: the logits of a row to a token, a confidence, a margin and an entropy.
 //!
-//! Plain numbers in, plain numbers out. The backends' `decide` kernels are tested against
-//! [`decide_row`]. Ties go to the lower token id; NaN is an error (docs/architecture.md, one
+//! Plain numbers in, plain numbers out. The backends' `sample` kernels are tested against
+//! [`sample_row`]. Ties go to the lower token id; NaN is an error (docs/architecture.md, one
 //! specification of sampling).
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, Result};
-use crate::sampling::types::{Decision, Draw, TopK, TopKOrder, TopPRule};
+use crate::sampling::types::{Draw, SampledToken, TopK, TopKOrder, TopPRule};
 
 /// Token, confidence and shape of one row's distribution, in f64: the specification of
-/// `Backend::decide`.
+/// `Backend::sample`.
 ///
 /// The draw is an inverse CDF over ascending token ids: the smallest kept id whose cumulative mass
 /// exceeds `u * total`. One 53-bit uniform per row keeps the full resolution of the distribution
@@ -17,7 +17,7 @@ use crate::sampling::types::{Decision, Draw, TopK, TopKOrder, TopPRule};
 ///
 /// Errors: [`Error::Kernel`] if a logit that is not banned is NaN or +inf, or if every id is
 /// banned.
-pub fn decide_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decision> {
+pub fn sample_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<SampledToken> {
     let allowed = |id: usize| !banned.contains(&(id as u32));
     let mut top = [(f64::NEG_INFINITY, usize::MAX); 2];
     for (id, &logit) in logits.iter().enumerate() {
@@ -92,7 +92,7 @@ pub fn decide_row(logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decisio
     };
     let log_prob = f64::from(logit) - max - sum.ln();
     let confidence = kept_share.unwrap_or_else(|| log_prob.exp());
-    Ok(Decision {
+    Ok(SampledToken {
         token: token as u32,
         confidence: confidence as f32,
         log_prob: log_prob as f32,
@@ -149,9 +149,9 @@ mod tests {
     fn draw_is_an_inverse_cdf_over_ascending_ids() {
         let l = logits(&[0.1, 0.2, 0.3, 0.4]);
         for (u, token) in [(0.0, 0), (0.0999, 0), (0.1001, 1), (0.2999, 1), (0.3001, 2), (0.5999, 2), (0.6001, 3), (0.9999, 3)] {
-            assert_eq!(decide_row(&l, &[], &Draw { u, ..PLAIN }).unwrap().token, token, "u = {u}");
+            assert_eq!(sample_row(&l, &[], &Draw { u, ..PLAIN }).unwrap().token, token, "u = {u}");
         }
-        let d = decide_row(&l, &[], &Draw { u: 0.5, ..PLAIN }).unwrap();
+        let d = sample_row(&l, &[], &Draw { u: 0.5, ..PLAIN }).unwrap();
         assert!((d.confidence - 0.3).abs() < 1e-6 && (d.margin - 0.1).abs() < 1e-6 && (d.log_prob - 0.3f32.ln()).abs() < 1e-6);
         let entropy: f32 = [0.1f32, 0.2, 0.3, 0.4].iter().map(|p| -p * p.ln()).sum();
         assert!((d.entropy - entropy).abs() < 1e-6);
@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn the_two_nucleus_rules_differ_by_the_crossing_token() {
         let l = logits(&[0.1, 0.2, 0.3, 0.4]);
-        let token = |u, rule| decide_row(&l, &[], &Draw { u, top_p: 0.75, top_p_rule: rule, ..PLAIN }).unwrap().token;
+        let token = |u, rule| sample_row(&l, &[], &Draw { u, top_p: 0.75, top_p_rule: rule, ..PLAIN }).unwrap().token;
         assert_eq!(token(0.0, TopPRule::Within), 2);
         assert_eq!(token(0.0, TopPRule::Crossing), 1);
         // Within: boundary at 0.3 / 0.7; crossing: 0.2 / 0.9 and 0.5 / 0.9.
@@ -170,8 +170,8 @@ mod tests {
         // The first is kept even where it alone exceeds p; its truncated confidence is 1, its raw
         // one is not.
         let draw = Draw { u: 0.99, top_p: 0.1, ..PLAIN };
-        assert_eq!(decide_row(&l, &[], &draw).unwrap().confidence, 0.4);
-        let d = decide_row(&l, &[], &Draw { truncated_confidence: true, ..draw }).unwrap();
+        assert_eq!(sample_row(&l, &[], &draw).unwrap().confidence, 0.4);
+        let d = sample_row(&l, &[], &Draw { truncated_confidence: true, ..draw }).unwrap();
         assert_eq!((d.token, d.confidence), (3, 1.0));
     }
 
@@ -181,47 +181,47 @@ mod tests {
     fn truncated_quantities_are_those_of_what_is_left() {
         let l = logits(&[0.1, 0.2, 0.3, 0.4]);
         let draw = Draw { temperature: 0.5, top_p: 0.75, top_p_rule: TopPRule::Crossing, truncated_confidence: true, ..PLAIN };
-        let close = |d: Decision, p: [f64; 2], token, confidence: f64| {
+        let close = |d: SampledToken, p: [f64; 2], token, confidence: f64| {
             let entropy: f64 = p.iter().filter(|p| **p > 0.0).map(|p| -p * p.ln()).sum();
             let found = [d.confidence, d.margin, d.entropy].map(f64::from);
             let wanted = [confidence, p[0] - p[1], entropy];
             assert!(d.token == token && found.iter().zip(wanted).all(|(f, w)| (f - w).abs() < 1e-6), "{d:?}, expected {wanted:?}");
             assert!((f64::from(d.log_prob) - f64::from(l[token as usize])).abs() < 1e-6, "{d:?}: a log probability is raw");
         };
-        close(decide_row(&l, &[], &Draw { u: 0.2, ..draw }).unwrap(), [0.64, 0.36], 2, 0.36);
-        close(decide_row(&l, &[], &Draw { u: 0.5, ..draw }).unwrap(), [0.64, 0.36], 3, 0.64);
+        close(sample_row(&l, &[], &Draw { u: 0.2, ..draw }).unwrap(), [0.64, 0.36], 2, 0.36);
+        close(sample_row(&l, &[], &Draw { u: 0.5, ..draw }).unwrap(), [0.64, 0.36], 3, 0.64);
         // One is left.
-        close(decide_row(&l, &[], &Draw { top_p: 0.1, ..draw }).unwrap(), [1.0, 0.0], 3, 1.0);
+        close(sample_row(&l, &[], &Draw { top_p: 0.1, ..draw }).unwrap(), [1.0, 0.0], 3, 1.0);
         // [Dream] At temperature 0 the nucleus is that of temperature 1: 0.4 and 0.3 reach 0.6, and
         // the first is taken.
-        close(decide_row(&l, &[], &Draw { temperature: 0.0, top_p: 0.6, ..draw }).unwrap(), [4.0 / 7.0, 3.0 / 7.0], 3, 4.0 / 7.0);
-        let forced = decide_row(&l, &[], &Draw { forced: Some(0), ..draw }).unwrap();
-        assert_eq!(forced, decide_row(&l, &[], &Draw { forced: Some(0), ..PLAIN }).unwrap());
+        close(sample_row(&l, &[], &Draw { temperature: 0.0, top_p: 0.6, ..draw }).unwrap(), [4.0 / 7.0, 3.0 / 7.0], 3, 4.0 / 7.0);
+        let forced = sample_row(&l, &[], &Draw { forced: Some(0), ..draw }).unwrap();
+        assert_eq!(forced, sample_row(&l, &[], &Draw { forced: Some(0), ..PLAIN }).unwrap());
     }
 
     #[test]
     fn bans_ties_temperature_zero_and_forced_tokens() {
         let l = [1.0, 3.0, 3.0, 9.0];
-        let d = decide_row(&l, &[3], &Draw { temperature: 0.0, u: 0.999, ..PLAIN }).unwrap();
+        let d = sample_row(&l, &[3], &Draw { temperature: 0.0, u: 0.999, ..PLAIN }).unwrap();
         assert_eq!((d.token, d.margin), (1, 0.0));
         assert!(d.confidence < 0.5);
-        let forced = decide_row(&l, &[3], &Draw { forced: Some(2), ..PLAIN }).unwrap();
+        let forced = sample_row(&l, &[3], &Draw { forced: Some(2), ..PLAIN }).unwrap();
         assert_eq!((forced.token, forced.confidence), (2, d.confidence));
-        assert!(decide_row(&l, &[3], &Draw { forced: Some(3), ..PLAIN }).is_err());
-        assert!(decide_row(&l, &[3], &Draw { forced: Some(4), ..PLAIN }).is_err());
+        assert!(sample_row(&l, &[3], &Draw { forced: Some(3), ..PLAIN }).is_err());
+        assert!(sample_row(&l, &[3], &Draw { forced: Some(4), ..PLAIN }).is_err());
         // Equal logits under nucleus: ties are kept from the lower id on. 4 x 0.25, within 0.6
         // keeps ids 0 and 1.
-        let d = decide_row(&[2.0; 4], &[], &Draw { top_p: 0.6, u: 0.999, ..PLAIN }).unwrap();
+        let d = sample_row(&[2.0; 4], &[], &Draw { top_p: 0.6, u: 0.999, ..PLAIN }).unwrap();
         assert_eq!(d.token, 1);
     }
 
     #[test]
     fn broken_logits_are_errors() {
-        assert!(decide_row(&[0.0, f32::NAN], &[], &PLAIN).is_err());
-        assert!(decide_row(&[0.0, f32::INFINITY], &[], &PLAIN).is_err());
-        assert!(decide_row(&[f32::NEG_INFINITY; 3], &[], &PLAIN).is_err());
-        assert!(decide_row(&[0.0; 2], &[0, 1], &PLAIN).is_err());
+        assert!(sample_row(&[0.0, f32::NAN], &[], &PLAIN).is_err());
+        assert!(sample_row(&[0.0, f32::INFINITY], &[], &PLAIN).is_err());
+        assert!(sample_row(&[f32::NEG_INFINITY; 3], &[], &PLAIN).is_err());
+        assert!(sample_row(&[0.0; 2], &[0, 1], &PLAIN).is_err());
         // A banned NaN is ignored; huge logits do not overflow.
-        assert_eq!(decide_row(&[3e38, f32::NAN, -3e38], &[1], &Draw { u: 0.9, ..PLAIN }).unwrap().token, 0);
+        assert_eq!(sample_row(&[3e38, f32::NAN, -3e38], &[1], &Draw { u: 0.9, ..PLAIN }).unwrap().token, 0);
     }
 }

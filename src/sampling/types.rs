@@ -57,7 +57,7 @@ pub struct Draw {
 /// before temperature, top-k and nucleus; `log_prob` always is, the others unless the draw asks
 /// otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Decision {
+pub struct SampledToken {
     pub token: u32,
     /// Probability of `token`: raw, or after temperature, top-k and nucleus where the draw asks for
     /// it.

@@ -5,13 +5,13 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, Result};
-use crate::sampling::types::{Decision, Rank, Unmask};
+use crate::sampling::types::{Rank, SampledToken, Unmask};
 
 /// A masked position of the current block with what the forward said about it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
     pub position: usize,
-    pub decision: Decision,
+    pub sampled: SampledToken,
     /// The order uniform of this position and step; its time under [`Unmask::Ancestral`].
     pub order: f64,
 }
@@ -99,7 +99,7 @@ pub fn select(unmask: &Unmask, progress: BlockProgress, candidates: &[Candidate]
 /// Spirakis 2006; in logarithms, Gumbel-top-k).
 pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgress, candidates: &[Candidate]) -> Result<Vec<usize>> {
     for c in candidates {
-        let Decision { confidence, margin, entropy, .. } = c.decision;
+        let SampledToken { confidence, margin, entropy, .. } = c.sampled;
         if confidence.is_nan() || margin.is_nan() || entropy.is_nan() {
             return Err(Error::kernel(format!("position {}: confidence {confidence}, margin {margin}, entropy {entropy}", c.position)));
         }
@@ -110,9 +110,9 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
             let value = match rank {
                 Rank::Uniform => return c.order,
                 Rank::Left => return 0.0,
-                Rank::Confidence => -f64::from(c.decision.confidence),
-                Rank::Margin => -f64::from(c.decision.margin),
-                Rank::Entropy => f64::from(c.decision.entropy),
+                Rank::Confidence => -f64::from(c.sampled.confidence),
+                Rank::Margin => -f64::from(c.sampled.margin),
+                Rank::Entropy => f64::from(c.sampled.entropy),
             };
             if temperature > 0.0 { (-(-c.order).ln_1p()).ln() + value / f64::from(temperature) } else { value }
         };
@@ -131,18 +131,18 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
         }
         Unmask::Threshold(threshold) => {
             let order = best_first(Rank::Confidence);
-            order.iter().enumerate().filter(|(i, c)| *i == 0 || candidates[**c].decision.confidence >= threshold).map(|(_, c)| *c).collect()
+            order.iter().enumerate().filter(|(i, c)| *i == 0 || candidates[**c].sampled.confidence >= threshold).map(|(_, c)| *c).collect()
         }
         Unmask::Above { bound, .. } => {
             let least = quota(unmask, progress).unwrap_or(1).max(1);
             let order = best_first(Rank::Confidence).into_iter().enumerate();
-            order.filter(|(i, c)| *i < least || candidates[*c].decision.confidence > bound).map(|(_, c)| c).collect()
+            order.filter(|(i, c)| *i < least || candidates[*c].sampled.confidence > bound).map(|(_, c)| c).collect()
         }
         Unmask::Factor(factor) => {
             let mut order = best_first(Rank::Confidence);
             // The last one of all is never asked, see `Unmask::Factor`. Rank r counts from 1, i
             // from 0.
-            let short = |i: &usize| f64::from(candidates[order[*i]].decision.confidence) < 1.0 - f64::from(factor) / (*i + 2) as f64;
+            let short = |i: &usize| f64::from(candidates[order[*i]].sampled.confidence) < 1.0 - f64::from(factor) / (*i + 2) as f64;
             if let Some(n) = (1..order.len().saturating_sub(1)).find(short) {
                 order.truncate(n);
             }
@@ -161,7 +161,7 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
             let order = best_first(Rank::Entropy);
             let mut sum = 0.0;
             let mut within = |c: &usize| {
-                let entropy = f64::from(candidates[*c].decision.entropy);
+                let entropy = f64::from(candidates[*c].sampled.entropy);
                 sum += entropy;
                 // In ascending order the largest so far is the newest.
                 sum - entropy <= f64::from(bound)
@@ -179,10 +179,10 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
 ///
 /// Errors: [`Error::Kernel`] naming the position if a confidence is NaN.
 pub fn edits(bound: f32, standing: &[(Candidate, u32)]) -> Result<Vec<usize>> {
-    if let Some((c, _)) = standing.iter().find(|(c, _)| c.decision.confidence.is_nan()) {
+    if let Some((c, _)) = standing.iter().find(|(c, _)| c.sampled.confidence.is_nan()) {
         return Err(Error::kernel(format!("position {}: confidence NaN", c.position)));
     }
-    let gives_way = |(c, token): &(Candidate, u32)| c.decision.token != *token && c.decision.confidence > bound;
+    let gives_way = |(c, token): &(Candidate, u32)| c.sampled.token != *token && c.sampled.confidence > bound;
     Ok((0..standing.len()).filter(|i| gives_way(&standing[*i])).collect())
 }
 
@@ -196,7 +196,7 @@ mod tests {
             .enumerate()
             .map(|(i, &(confidence, margin, entropy, order))| Candidate {
                 position: 10 + i,
-                decision: Decision { token: 0, confidence, log_prob: confidence.ln(), margin, entropy },
+                sampled: SampledToken { token: 0, confidence, log_prob: confidence.ln(), margin, entropy },
                 order,
             })
             .collect()
@@ -373,7 +373,7 @@ mod tests {
     fn another_token_above_the_bound_takes_the_place() {
         let standing = |confidence: f32, token: u32, held: u32| {
             let mut candidate = confident(&[confidence])[0];
-            candidate.decision.token = token;
+            candidate.sampled.token = token;
             (candidate, held)
         };
         let all = [standing(0.9, 5, 5), standing(0.9, 6, 5), standing(0.5, 6, 5), standing(0.500_001, 6, 5), standing(0.1, 6, 5)];

@@ -395,7 +395,7 @@ impl StageSpec {
             (None, None) => None,
         };
         if edit.is_some() && (self.sub.is_some() || !matches!(kv, KvPolicy::Exact | KvPolicy::Recompute)) {
-            return fail("edit decides again about the whole block: it needs kv=exact and no sub");
+            return fail("edit samples the whole block again: it needs kv=exact and no sub");
         }
         let joint = self.joint.is_some();
         if joint {

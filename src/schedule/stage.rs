@@ -91,7 +91,7 @@ pub enum Bans {
 pub enum Scope {
     /// Visibility `block_causal(block_len)`: what block diffusion models are trained with.
     Block,
-    /// Visibility full; only the decision is restricted to the block (LLaDA's semi-autoregressive
+    /// Visibility full; only sampling is restricted to the block (LLaDA's semi-autoregressive
     /// mode).
     Canvas,
 }
@@ -104,8 +104,8 @@ pub struct Stage {
     pub scope: Scope,
     /// Blocks count from the first position to be generated and not from position 0.
     pub from_prompt: bool,
-    /// Within a block, decisions go left to right in parts of this length; attention is the block's
-    /// ([Fast-dLLM v2]).
+    /// Within a block, tokens are sampled left to right in parts of this length; attention is the
+    /// block's ([Fast-dLLM v2]).
     pub sub_len: Option<usize>,
     pub remask: Option<Remask>,
     pub unmask: Unmask,
@@ -147,7 +147,7 @@ impl Stage {
         }
     }
 
-    /// Length of a decision block in a sequence of `len` positions.
+    /// Length of a block that is sampled together in a sequence of `len` positions.
     pub fn block_len_in(&self, len: usize) -> usize {
         self.block_len.unwrap_or(len).clamp(1, len.max(1))
     }

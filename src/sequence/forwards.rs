@@ -1,4 +1,4 @@
-//! What a session asks of a forward: rows to decide, foreseen steps, passes of a joint sampler.
+//! What a session asks of a forward: rows to sample, foreseen steps, passes of a joint sampler.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -8,7 +8,7 @@ use crate::plan::Visibility;
 use crate::sampling::Draw;
 use crate::schedule::{Bans, Eos};
 
-/// One row that decides: an index into the step's rows and what is asked of it.
+/// One row to sample: an index into the step's rows and what is asked of it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ask {
     pub row: usize,
@@ -17,7 +17,7 @@ pub struct Ask {
     pub(super) order: f64,
 }
 
-/// A step as far as it is known before the ones in front of it are decided.
+/// A step as far as it is known before the ones in front of it are sampled.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LookaheadStep {
     pub part: SequenceStep,

@@ -8,7 +8,7 @@ use super::Sequence;
 use crate::backend::SequenceStep;
 use crate::error::Result;
 use crate::plan::{Kind, LogitsRows, Visibility};
-use crate::sampling::{self, Candidate, Decision, Reveal, Unmask};
+use crate::sampling::{self, Candidate, Reveal, SampledToken, Unmask};
 use crate::schedule::Stage;
 use crate::sequence::forwards::{Ask, JointAsk, Round};
 use crate::sequence::report::Event;
@@ -105,17 +105,17 @@ impl Sequence {
     }
 
     /// Takes the answers to [`Sequence::joint_ask`], in the order of its asks.
-    pub fn apply_joint(&mut self, ask: &JointAsk, decisions: &[Decision], events: &mut Vec<Event>) -> Result<()> {
+    pub fn apply_joint(&mut self, ask: &JointAsk, sampled: &[SampledToken], events: &mut Vec<Event>) -> Result<()> {
         let candidates: Vec<Candidate> = ask
             .asks
             .iter()
-            .zip(decisions)
-            .map(|(ask, decision)| Candidate { position: ask.position, decision: *decision, order: ask.order })
+            .zip(sampled)
+            .map(|(ask, sampled)| Candidate { position: ask.position, sampled: *sampled, order: ask.order })
             .collect();
         let mut chosen = self.select_one(&candidates)?;
         // MASK may be drawn where it is not banned: the position stays as it is, and the reveal is
         // spent.
-        chosen.retain(|i| candidates[*i].decision.token != self.spec.mask_id);
+        chosen.retain(|i| candidates[*i].sampled.token != self.spec.mask_id);
         let report = self.reports.last_mut().expect("opened with the stage");
         report.rows += ask.rows.len();
         report.forwards.joint += 1;

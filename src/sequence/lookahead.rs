@@ -1,4 +1,4 @@
-//! Lookahead: the steps of a session that a device may run and decide by itself, since their shape
+//! Lookahead: the steps of a session that a device may run and sample by itself, since their shape
 //! does not depend on what they reveal.
 #![forbid(unsafe_code)]
 
@@ -6,7 +6,7 @@ use super::{Sequence, Step};
 use crate::backend::{HostReason, RunCanvas, SequenceStep};
 use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
-use crate::sampling::{self, Decision, Rank, Reveal, Unmask};
+use crate::sampling::{self, Rank, Reveal, SampledToken, Unmask};
 use crate::schedule::{Bans, Eos, KvPolicy, RemaskBy, Stage};
 use crate::sequence::forwards::{LookaheadJoint, LookaheadStep};
 use crate::sequence::report::Stop;
@@ -83,7 +83,7 @@ impl Sequence {
             if !matches!(reveal, Reveal::Best { .. }) {
                 break;
             }
-            let anything = Decision { token: 0, confidence: 0.5, log_prob: 0.0, margin: 0.0, entropy: 0.0 };
+            let anything = SampledToken { token: 0, confidence: 0.5, log_prob: 0.0, margin: 0.0, entropy: 0.0 };
             let len = ghost.canvas.len();
             if ghost.apply(&vec![anything; step.asks.len()], &mut Vec::new()).is_err() {
                 break;
@@ -102,13 +102,13 @@ impl Sequence {
         Ok(foreseen)
     }
 
-    /// How a device decides the pending `step`, or why it cannot.
+    /// How a device samples the pending `step`, or why it cannot.
     fn device_rule(&self, step: &Step) -> Result<Reveal, HostReason> {
         let stage = self.stage();
         match step.kind {
             Kind::Denoise | Kind::Lead => {}
             Kind::Score => return Err(HostReason::Scoring),
-            Kind::Prefill | Kind::Commit => return Err(HostReason::NothingToDecide),
+            Kind::Prefill | Kind::Commit => return Err(HostReason::NothingToSample),
         }
         if stage.shortlist.is_some() {
             return Err(HostReason::Shortlist);
@@ -145,7 +145,7 @@ impl Sequence {
     }
 }
 
-/// The unmask rule of a stage as the device knows it, or why the host decides.
+/// The unmask rule of a stage as the device knows it, or why the host samples.
 fn stage_rule(stage: &Stage, progress: sampling::BlockProgress) -> Result<Reveal, HostReason> {
     if stage.order_temperature > 0.0 {
         return Err(HostReason::OrderTemperature);
@@ -208,7 +208,7 @@ mod tests {
         }
     }
 
-    /// What the host decides, and why.
+    /// What the host samples, and why.
     #[test]
     fn steps_of_the_host_say_why() {
         for (stage, reason) in [

@@ -11,7 +11,7 @@
 use proptest::prelude::*;
 use redraft::canvas::State;
 use redraft::plan::{Kind, Visibility};
-use redraft::sampling::{Decision, Draw, Score, Unmask};
+use redraft::sampling::{Draw, SampledToken, Score, Unmask};
 use redraft::schedule::{Defaults, KvPolicy, RemaskBy, Schedule, Stage};
 use redraft::sequence::{Event, EventKind, Finish, Forwards, Next, Sequence, SequenceSpec, StageReport, Step, Stop};
 
@@ -45,7 +45,7 @@ struct Network {
 impl Network {
     /// Runs a step and answers its asks. `exact`: every slot read must hold the canvas's token,
     /// written under this step's visibility.
-    fn forward(&mut self, step: &Step, canvas: &[u32], exact: bool, label: &str) -> Vec<Decision> {
+    fn forward(&mut self, step: &Step, canvas: &[u32], exact: bool, label: &str) -> Vec<SampledToken> {
         let weights = step.weights as u64;
         let slots = &mut self.slots[step.weights];
         slots.resize(step.len.max(slots.len()), None);
@@ -76,16 +76,16 @@ impl Network {
         }
         let out = |row: usize| hash([4, middle[row]].into_iter().chain(see(slots, step.rows[row].0, 1)));
         let asked: Vec<(u64, Draw)> = step.asks.iter().map(|ask| (out(ask.row), ask.draw)).collect();
-        asked.iter().map(|(out, draw)| decision(*out, draw)).collect()
+        asked.iter().map(|(out, draw)| sampled(*out, draw)).collect()
     }
 }
 
 /// Coarse values, so that ties are common.
-fn decision(out: u64, draw: &Draw) -> Decision {
+fn sampled(out: u64, draw: &Draw) -> SampledToken {
     let token = draw.forced.unwrap_or((hash([5, out, draw.u.to_bits()]) % VOCAB) as u32);
     let eighths = |n: u64| (hash([n, out, u64::from(token)]) % 8) as f32 / 8.0;
     let confidence = eighths(6) + 0.125;
-    Decision { token, confidence, log_prob: confidence.ln(), margin: eighths(7), entropy: 4.0 * eighths(8) }
+    SampledToken { token, confidence, log_prob: confidence.ln(), margin: eighths(7), entropy: 4.0 * eighths(8) }
 }
 
 /// What a run did.
@@ -224,10 +224,10 @@ impl Watched {
             let step = self.session.step().expect("a forward").clone();
             self.check_step(&step);
             let label = format!("{} stage {} forward {forward}", self.label, self.stage);
-            let decisions = self.network.forward(&step, self.session.canvas().tokens(), self.exact, &label);
+            let sampled = self.network.forward(&step, self.session.canvas().tokens(), self.exact, &label);
             if step.kind == Kind::Score {
                 let score = self.session.reports().last().expect("a stage").stage.remask.expect("scored for a remask").score;
-                self.scored.extend(step.asks.iter().zip(&decisions).map(|(ask, d)| {
+                self.scored.extend(step.asks.iter().zip(&sampled).map(|(ask, d)| {
                     let value = match score {
                         Score::Probability => f64::from(d.confidence),
                         Score::Typicality => f64::from(d.log_prob) + f64::from(d.entropy),
@@ -236,7 +236,7 @@ impl Watched {
                     (ask.position, value)
                 }));
             }
-            self.session.apply(&decisions, &mut new).unwrap_or_else(|e| panic!("{label}: {e}"));
+            self.session.apply(&sampled, &mut new).unwrap_or_else(|e| panic!("{label}: {e}"));
             self.follow(&new, schedule);
             events.append(&mut new);
             self.check_canvas();
@@ -319,7 +319,7 @@ impl Watched {
             let part = stage.sub_len.unwrap_or(block_len);
             let first = block + (asked[0] - block) / part * part;
             let masked = (first..(first + part).min(step.len)).filter(|p| self.shadow[*p].is_none());
-            assert_eq!(asked, masked.collect::<Vec<_>>(), "{label}: every mask of the block decides, and nothing else");
+            assert_eq!(asked, masked.collect::<Vec<_>>(), "{label}: every mask of the block is sampled, and nothing else");
             assert!(self.shadow[origin..first].iter().all(Option::is_some), "{label}: a mask before position {first}");
         } else if step.kind != Kind::Score {
             assert!(asked.is_empty(), "{label}: asks {asked:?}");
@@ -716,25 +716,25 @@ proptest! {
         let mut denoised = 0;
         while session.next(&mut events) == Next::Forward {
             let step = session.step().unwrap().clone();
-            let mut decisions = network.forward(&step, session.canvas().tokens(), true, "nan");
+            let mut sampled = network.forward(&step, session.canvas().tokens(), true, "nan");
             let canvas = session.canvas().clone();
             if matches!(step.kind, Kind::Denoise | Kind::Lead) && denoised == at {
-                let good = decisions.clone();
-                let worst = decisions.last_mut().unwrap();
+                let good = sampled.clone();
+                let worst = sampled.last_mut().unwrap();
                 *[&mut worst.confidence, &mut worst.margin, &mut worst.entropy][which] = f32::NAN;
                 let before = events.clone();
                 for _ in 0..3 {
-                    let error = session.apply(&decisions, &mut events).expect_err("NaN").to_string();
+                    let error = session.apply(&sampled, &mut events).expect_err("NaN").to_string();
                     let position = step.asks.last().unwrap().position;
                     prop_assert!(error.contains(&format!("position {position}")) && error.contains("NaN"), "{}", error);
                     prop_assert_eq!(session.canvas(), &canvas);
                     prop_assert_eq!(session.step(), Some(&step));
                     prop_assert_eq!(&events, &before);
                 }
-                decisions = good;
+                sampled = good;
             }
             denoised += usize::from(matches!(step.kind, Kind::Denoise | Kind::Lead));
-            session.apply(&decisions, &mut events).unwrap();
+            session.apply(&sampled, &mut events).unwrap();
         }
         prop_assert_eq!(session.canvas().num_masks(), 0);
     }
@@ -751,8 +751,8 @@ proptest! {
         let mut network = Network::default();
         while session.next(&mut Vec::new()) == Next::Forward {
             let step = session.step().unwrap().clone();
-            let decisions = network.forward(&step, session.canvas().tokens(), true, "forced");
-            session.apply(&decisions, &mut Vec::new()).unwrap();
+            let sampled = network.forward(&step, session.canvas().tokens(), true, "forced");
+            session.apply(&sampled, &mut Vec::new()).unwrap();
         }
         prop_assert_eq!(session.canvas().tokens(), expected);
         prop_assert!(session.reports().iter().all(|r| r.changed == 0));
@@ -777,8 +777,8 @@ fn the_symbolic_network_is_sensitive() {
                 damage(&mut network);
             }
             forwards += 1;
-            let decisions = network.forward(&step, session.canvas().tokens(), false, "damaged");
-            session.apply(&decisions, &mut Vec::new()).unwrap();
+            let sampled = network.forward(&step, session.canvas().tokens(), false, "damaged");
+            session.apply(&sampled, &mut Vec::new()).unwrap();
         }
         session.canvas().tokens().to_vec()
     };

@@ -1,5 +1,5 @@
 //! Determinism on the device, bit for bit: alone or in a batch, recorded or launched one by one,
-//! decided there or by the host.
+//! sampled there or by the host.
 
 use std::path::Path;
 
@@ -66,8 +66,8 @@ fn a_timed_forward_is_recorded() {
         let request = || [request(&[1, 2], 30, &schedule(DID), 5, 0)];
         let before = Essence::of(&together(&mut engine, &request(), "before")[0]);
         let (free, graphs) = (engine.free_pages(), engine.backend().num_graphs());
-        for (range, decided, top_p) in [(8..12, 4, 1.0), (8..12, 4, 0.9), (0..20, 20, 0.9), (0..20, 1, 1.0)] {
-            let timed = TimedForward { decided, visibility: Visibility::Full, len: range.end, range, top_p };
+        for (range, sampled, top_p) in [(8..12, 4, 1.0), (8..12, 4, 0.9), (0..20, 20, 0.9), (0..20, 1, 1.0)] {
+            let timed = TimedForward { sampled, visibility: Visibility::Full, len: range.end, range, top_p };
             let timing = engine.time_forward(&timed, 3).unwrap_or_else(|e| panic!("{timed:?}: {e}"));
             assert!(timing.recorded && timing.launches > 0 && timing.times_ms.len() == 3, "{timing:?}");
             assert!(timing.times_ms.iter().all(|ms| *ms > 0.0), "{timing:?}");
@@ -75,9 +75,9 @@ fn a_timed_forward_is_recorded() {
         assert_eq!(engine.free_pages(), free);
         assert!(engine.backend().num_graphs() >= graphs + 4, "{} graphs, {graphs} before", engine.backend().num_graphs());
         assert_eq!(Essence::of(&together(&mut engine, &request(), "after")[0]), before);
-        // Decided by the host, as a backend without runs decides.
+        // Sampled by the host, as a backend without runs samples.
         engine.backend().set_runs(false);
-        let timed = TimedForward { range: 8..12, decided: 4, visibility: Visibility::Full, len: 12, top_p: 0.9 };
+        let timed = TimedForward { range: 8..12, sampled: 4, visibility: Visibility::Full, len: 12, top_p: 0.9 };
         assert!(!engine.time_forward(&timed, 1).expect("a forward").recorded);
     }
 }
@@ -200,10 +200,10 @@ fn likelihoods_do_not_depend_on_what_shares_a_forward() {
     }
 }
 
-/// A step that the host decides beside a device that decides is counted by its reason; where
+/// A step that the host samples beside a device that samples is counted by its reason; where
 /// nothing looks ahead there is none.
 #[test]
-fn the_host_says_why_it_decides() {
+fn the_host_says_why_it_samples() {
     for backend in backends(DType::F32) {
         let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
         let mut run = |stage: &str| together(&mut engine, &[request(&[1, 2], 10, &schedule(&[stage]), 3, 0)], stage).len();

@@ -1,4 +1,4 @@
-//! Joint sampling on the device: a forward and the sampler's passes behind it are foreseen, decided
+//! Joint sampling on the device: a forward and the sampler's passes behind it are foreseen, sampled
 //! there, and recorded as one.
 
 use std::path::PathBuf;
@@ -49,10 +49,10 @@ fn tokens_equal_the_cpus_beside_other_schedules() {
     agree_with(&fixture(BASE), Some(&sampler(BASE)), &neighbours(), "neighbours");
 }
 
-/// Bit for bit: decided by the host, launched pass by pass, recorded and replayed, alone or with
+/// Bit for bit: sampled by the host, launched pass by pass, recorded and replayed, alone or with
 /// neighbours.
 #[test]
-fn whoever_decides_and_however_it_is_launched() {
+fn the_tokens_are_equal_on_host_and_device_and_however_it_is_launched() {
     for dtype in [DType::F32, DType::Bf16] {
         for backend in backends(dtype) {
             let mut engine = Engine::load(&fixture(BASE), backend, options()).expect("a fixture");

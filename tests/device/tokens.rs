@@ -122,7 +122,7 @@ fn tokens_equal_the_cpus_for_the_adapted_families() {
     }
 }
 
-/// Shifted logits where every row is computed: the device decides steps, leads and a refine by
+/// Shifted logits where every row is computed: the device samples steps, leads and a refine by
 /// itself.
 #[test]
 fn tokens_equal_the_cpus_under_shifted_logits() {
@@ -133,7 +133,7 @@ fn tokens_equal_the_cpus_under_shifted_logits() {
     }
 }
 
-/// What the published samplers add: some of it is decided on the device, some by the host behind a
+/// What the published samplers add: some of it is sampled on the device, some by the host behind a
 /// forward there.
 #[test]
 fn tokens_equal_the_cpus_for_the_published_samplers() {
@@ -159,9 +159,9 @@ fn tokens_equal_the_cpus_on_the_shipped_model() {
     agree(&shipped(), &requests, "shipped");
 }
 
-/// Confidence bits aside, nothing of a bf16 run depends on whether the host or the device decides.
+/// Confidence bits aside, nothing of a bf16 run depends on whether the host or the device samples.
 #[test]
-fn bf16_runs_decide_as_the_host_would() {
+fn bf16_runs_sample_as_the_host_would() {
     let stages = schedule(SCHEDULES[1]);
     for backend in backends(DType::Bf16) {
         backend.set_runs(false);

@@ -3,8 +3,8 @@
 
 use redraft::cuda::machine::Machine;
 use redraft::cuda::ops::ask::{Ask, SessionStep, SessionSummary, ask, trouble};
-use redraft::cuda::ops::decide::{DrawRecord, flag};
 use redraft::cuda::ops::remask::state;
+use redraft::cuda::ops::sample::{DrawRecord, flag};
 use redraft::rng::{DrawKey, uniforms};
 
 use crate::emulator::{Array, machines, noise, words};

@@ -5,7 +5,7 @@ use redraft::cuda::machine::Machine;
 use redraft::cuda::{Edit, headers, kernels};
 
 use crate::emulator::{edited_machines, on_all_cores};
-use crate::{ask, attention, decide, experts, linear, listed, norm, reveal};
+use crate::{ask, attention, experts, linear, listed, norm, reveal, sample};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
@@ -13,15 +13,15 @@ type Check = fn(&Machine) -> Result<(), String>;
 const USERS: &[(&str, &[Check])] = &[
     ("attention.cu", &[attention::holds]),
     ("common.cuh", &[norm::holds, ask::holds]),
-    ("decide.cuh", &[decide::the_law]),
-    ("decide_draw.cu", &[decide::the_law]),
-    ("decide_nucleus.cu", &[decide::edges_of_nuclei, decide::walks]),
-    ("decide_tiles.cu", &[decide::the_law]),
+    ("sample.cuh", &[sample::the_law]),
+    ("sample_draw.cu", &[sample::the_law]),
+    ("sample_nucleus.cu", &[sample::edges_of_nuclei, sample::walks]),
+    ("sample_tiles.cu", &[sample::the_law]),
     ("experts.cu", &[experts::holds]),
     ("gemm.cuh", &[linear::holds]),
     ("linear.cu", &[linear::holds]),
     ("listed.cu", &[listed::the_law, listed::edges]),
-    ("select.cuh", &[reveal::holds, decide::edges_of_nuclei, decide::walks]),
+    ("select.cuh", &[reveal::holds, sample::edges_of_nuclei, sample::walks]),
 ];
 
 /// Words that nothing here misses, by the end of their line or the line behind, and why they stand
@@ -30,11 +30,11 @@ const SPARED: &[(&str, &str, &str)] = &[
     ("attention.cu", "__threadfence();  // the arrivals before", "the emulation does not reorder what the last CTA reads"),
     ("linear.cu", "__threadfence();  // the count before", "the emulation does not reorder what the last CTA reads"),
     ("linear.cu", "__syncthreads();\n    if (threadIdx.x == 0) arrived", "`product` ends with a barrier, behind the last partial result"),
-    ("decide.cuh", "__syncthreads();  // `partial` may be", "callers of today have a barrier of their own between two calls"),
+    ("sample.cuh", "__syncthreads();  // `partial` may be", "callers of today have a barrier of their own between two calls"),
     ("select.cuh", "__syncthreads();  // `partial` may be rewritten by the next call\n    return before", "the same"),
     ("listed.cu", "__syncthreads();  // `partial` may be", "the same"),
-    ("decide_nucleus.cu", "__syncthreads();  // `found` may be", "the same"),
-    ("decide_nucleus.cu", "__syncthreads();\n    return mass;", "the same"),
+    ("sample_nucleus.cu", "__syncthreads();  // `found` may be", "the same"),
+    ("sample_nucleus.cu", "__syncthreads();\n    return mass;", "the same"),
 ];
 
 struct Removal {

@@ -15,7 +15,7 @@ fn every_launcher_runs_alone() {
     assert!(names.len() >= 10, "{names:?}");
     let nucleus = ["top_p_percent=90".to_owned()];
     let layer = ["rms=2".to_owned()];
-    let asked = names.into_iter().map(|name| (name, &[][..])).chain([("copy", &[][..]), ("decide", &nucleus), ("norm", &layer)]);
+    let asked = names.into_iter().map(|name| (name, &[][..])).chain([("copy", &[][..]), ("sample", &nucleus), ("norm", &layer)]);
     for (name, shape) in asked {
         for dtype in [DType::F32, DType::Bf16] {
             let asked = Asked { name, shape, dtype, repeat: 2, plain: dtype == DType::F32, small: true };

@@ -1,4 +1,4 @@
-//! `listed` against `sampling::decide_row` over the listed logits alone: every kind of draw, lists
+//! `listed` against `sampling::sample_row` over the listed logits alone: every kind of draw, lists
 //! of every length, and what it refuses.
 //!
 //! The law sees logits that are computed here in the order that the kernel promises, so that tokens
@@ -7,12 +7,12 @@
 use half::bf16;
 use redraft::backend::DType;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::decide::{DecisionRecord, DrawRecord, status};
+use redraft::cuda::ops::sample::{DrawRecord, SampledRecord, status};
 use redraft::cuda::ops::shortlist::{Listed, NO_ID, listed};
-use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule, decide_row};
+use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule, sample_row};
 
-use crate::decide::{PLAIN, agree, is_clear, kinds};
 use crate::emulator::{Array, machines, noise, words};
+use crate::sample::{PLAIN, agree, is_clear, kinds};
 
 /// A head, rows of hidden states for it, already rounded to `dtype`, and lists of ids.
 struct Case {
@@ -72,7 +72,7 @@ impl Case {
     }
 
     /// Rows `rows` of the case, row i by list `which[i]`.
-    fn run(&self, machine: &Machine, rows: std::ops::Range<usize>, which: &[u32], draws: &[Draw]) -> Result<Vec<DecisionRecord>, String> {
+    fn run(&self, machine: &Machine, rows: std::ops::Range<usize>, which: &[u32], draws: &[Draw]) -> Result<Vec<SampledRecord>, String> {
         let half = |v: &[f32]| -> Vec<bf16> { v.iter().map(|v| bf16::from_f32(*v)).collect() };
         let hidden = &self.hidden[rows.start * self.k..rows.end * self.k];
         let (head32, hidden32) = (Array::new(machine, &self.head), Array::new(machine, hidden));
@@ -84,7 +84,7 @@ impl Case {
         let records: Vec<DrawRecord> =
             draws.iter().enumerate().map(|(i, d)| DrawRecord { position: 1000 + i as u32, ..DrawRecord::from(d) }).collect();
         let draws = Array::new(machine, &records);
-        let decisions = Array::new(machine, &vec![DecisionRecord { token: 77, chosen: 77, ..DecisionRecord::default() }; records.len()]);
+        let sampled = Array::new(machine, &vec![SampledRecord { token: 77, chosen: 77, ..SampledRecord::default() }; records.len()]);
         let wide = self.dtype == DType::F32;
         let op = Listed {
             rows: records.len() as u32,
@@ -97,10 +97,10 @@ impl Case {
             ids: ids.address(),
             which: which.address(),
             draws: draws.address(),
-            decisions: decisions.address(),
+            sampled: sampled.address(),
         };
         words(listed(machine, &op))?;
-        let found = decisions.read()?;
+        let found = sampled.read()?;
         match found.iter().enumerate().find(|(i, found)| (found.position, found.chosen) != (1000 + *i as u32, 0)) {
             Some((i, found)) => Err(format!("row {i}: {found:?} does not pass on its position, or is chosen already")),
             None => Ok(found),
@@ -120,7 +120,7 @@ impl Case {
         let mut clear = 0;
         for (row, (draw, found)) in draws.iter().zip(&found).enumerate() {
             let what = format!("{what}, {} of V {}, k {}, row {row}, {draw:?}", ids(row).len(), self.vocab, self.k);
-            let mut got = found.decision(row).map_err(|e| format!("{what}: {e}"))?;
+            let mut got = found.sampled(row).map_err(|e| format!("{what}: {e}"))?;
             got.token = ids(row).binary_search(&got.token).map_err(|_| format!("{what}: {} is not listed", got.token))? as u32;
             let logits = self.logits(row, which[row] as usize);
             let mut held = Draw { forced: draw.forced.map(|place| place % ids(row).len() as u32), ..*draw };
@@ -131,7 +131,7 @@ impl Case {
             } else {
                 held.forced = Some(got.token);
             }
-            agree(&got, &decide_row(&logits, &[], &held).map_err(|e| format!("{what}: {e}"))?).map_err(|e| format!("{what}: {e}"))?;
+            agree(&got, &sample_row(&logits, &[], &held).map_err(|e| format!("{what}: {e}"))?).map_err(|e| format!("{what}: {e}"))?;
         }
         Ok(clear)
     }
@@ -207,7 +207,7 @@ pub fn edges(machine: &Machine) -> Result<(), String> {
     if clear < 70 { Err(format!("{clear} of 99 draws are clear of boundaries")) } else { Ok(()) }
 }
 
-/// What no decision can be made from is a status that names the token.
+/// A row that cannot be sampled is a status that names the token.
 pub fn refusals(machine: &Machine) -> Result<(), String> {
     let nucleus = Draw { top_p: 0.9, ..PLAIN };
     for draw in [PLAIN, Draw { temperature: 0.0, ..PLAIN }, nucleus, Draw { forced: Some(9), ..PLAIN }] {
@@ -251,7 +251,7 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
     let all = case.run(machine, 0..asked.len(), &which, &asked)?;
     for row in 0..asked.len() {
         let found = case.run(machine, row..row + 1, &which[row..row + 1], &asked[row..row + 1])?[0];
-        if (DecisionRecord { position: all[row].position, ..found }) != all[row] {
+        if (SampledRecord { position: all[row].position, ..found }) != all[row] {
             return Err(format!("row {row}: {found:?}, among all rows {:?}", all[row]));
         }
     }
@@ -259,7 +259,7 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
 }
 
 #[test]
-fn decisions_among_listed_ids_obey_the_law() {
+fn sampled_tokens_among_listed_ids_equal_the_reference() {
     for machine in machines() {
         [the_law, edges, refusals, alone_as_in_company].iter().try_for_each(|part| part(&machine)).unwrap();
     }

@@ -5,7 +5,6 @@ use redraft::cuda::kernels;
 use redraft::cuda::ops::ask::{AskParams, SessionStep, SessionSummary};
 use redraft::cuda::ops::attention::AttentionParams;
 use redraft::cuda::ops::blend::BlendParams;
-use redraft::cuda::ops::decide::{DecideDrawParams, DecideNucleusParams, DecideTilesParams, DecisionRecord, DrawRecord};
 use redraft::cuda::ops::embed::EmbedParams;
 use redraft::cuda::ops::experts::{ExpertsCombineParams, ExpertsParams};
 use redraft::cuda::ops::gather::GatherParams;
@@ -15,6 +14,7 @@ use redraft::cuda::ops::remask::RemaskParams;
 use redraft::cuda::ops::reveal::RevealParams;
 use redraft::cuda::ops::rope_append::RopeAppendParams;
 use redraft::cuda::ops::route::RouteParams;
+use redraft::cuda::ops::sample::{DrawRecord, SampleDrawParams, SampleNucleusParams, SampleTilesParams, SampledRecord};
 use redraft::cuda::ops::shortlist::{ListedParams, ShortlistParams};
 use redraft::cuda::params::Params;
 
@@ -30,10 +30,10 @@ fn both_sides_state_the_same_layout() {
         twin::<AttentionParams>("AttentionParams"),
         twin::<AskParams>("AskParams"),
         twin::<BlendParams>("BlendParams"),
-        twin::<DecideDrawParams>("DecideDrawParams"),
-        twin::<DecideNucleusParams>("DecideNucleusParams"),
-        twin::<DecideTilesParams>("DecideTilesParams"),
-        twin::<DecisionRecord>("DecisionRecord"),
+        twin::<SampleDrawParams>("SampleDrawParams"),
+        twin::<SampleNucleusParams>("SampleNucleusParams"),
+        twin::<SampleTilesParams>("SampleTilesParams"),
+        twin::<SampledRecord>("SampledRecord"),
         twin::<DrawRecord>("DrawRecord"),
         twin::<EmbedParams>("EmbedParams"),
         twin::<ExpertsCombineParams>("ExpertsCombineParams"),

@@ -2,11 +2,11 @@
 
 use redraft::cuda::machine::Machine;
 use redraft::cuda::ops::ask::{SessionStep, SessionSummary, trouble};
-use redraft::cuda::ops::decide::{DecisionRecord, status};
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::reveal::{RevealParams, reveal};
+use redraft::cuda::ops::sample::{SampledRecord, status};
 use redraft::rng::{DrawKey, uniforms};
-use redraft::sampling::{BlockProgress, Candidate, Decision, Rank, Reveal, Unmask, select};
+use redraft::sampling::{BlockProgress, Candidate, Rank, Reveal, SampledToken, Unmask, select};
 
 use crate::emulator::{Array, machines, noise, words};
 
@@ -18,13 +18,13 @@ const MASK: u32 = 50_257;
 struct Sequence {
     step: SessionStep,
     reveal: Reveal,
-    decisions: Vec<DecisionRecord>,
+    sampled: Vec<SampledRecord>,
     before: SessionSummary,
 }
 
 fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Sequence {
     let value = |n: u64, i: u32| (noise(1000 * seed + n, asks as usize)[i as usize].abs() * levels).ceil() / levels;
-    let decision = |i: u32| DecisionRecord {
+    let sampled = |i: u32| SampledRecord {
         token: 40 + i,
         confidence: value(1, i),
         log_prob: -1.0,
@@ -39,30 +39,30 @@ fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Sequence {
     Sequence {
         step,
         reveal,
-        decisions: (0..asks).map(decision).collect(),
+        sampled: (0..asks).map(sampled).collect(),
         before: SessionSummary { asked: asks, ..SessionSummary::default() },
     }
 }
 
 /// What the law takes, or the trouble it is in.
 fn law(session: &Sequence) -> (Vec<usize>, SessionSummary) {
-    let Sequence { step, reveal, decisions, before } = session;
+    let Sequence { step, reveal, sampled, before } = session;
     let nothing = |trouble, detail| (Vec::new(), SessionSummary { trouble, detail, ..*before });
-    if before.trouble != trouble::NONE || decisions.is_empty() {
+    if before.trouble != trouble::NONE || sampled.is_empty() {
         return (Vec::new(), *before);
     }
-    let nan = |d: &DecisionRecord| d.confidence.is_nan() || d.margin.is_nan() || d.entropy.is_nan();
-    if let Some(i) = decisions.iter().position(|d| d.status != status::OK || nan(d)) {
-        return nothing(if decisions[i].status != status::OK { trouble::DECISION } else { trouble::NAN }, i as u32);
+    let nan = |d: &SampledRecord| d.confidence.is_nan() || d.margin.is_nan() || d.entropy.is_nan();
+    if let Some(i) = sampled.iter().position(|d| d.status != status::OK || nan(d)) {
+        return nothing(if sampled[i].status != status::OK { trouble::SAMPLING } else { trouble::NAN }, i as u32);
     }
-    let candidates: Vec<Candidate> = decisions
+    let candidates: Vec<Candidate> = sampled
         .iter()
         .map(|d| {
             let SessionStep { seed, sample, stage, block, step, .. } = *step;
             let key = DrawKey { seed, sample, stage: stage as u8, block, step, position: d.position };
-            let DecisionRecord { token, confidence, log_prob, margin, entropy, position, .. } = *d;
-            let decision = Decision { token, confidence, log_prob, margin, entropy };
-            Candidate { position: position as usize, decision, order: uniforms(key).order }
+            let SampledRecord { token, confidence, log_prob, margin, entropy, position, .. } = *d;
+            let sampled = SampledToken { token, confidence, log_prob, margin, entropy };
+            Candidate { position: position as usize, sampled, order: uniforms(key).order }
         })
         .collect();
     let unmask = match *reveal {
@@ -96,10 +96,10 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
     let n = sessions.len() * CANVAS as usize;
     let mut expected =
         Flat { token: vec![MASK; n], confidence: vec![0; n], state: vec![state::MASKED; n], stage: vec![9; n], step: vec![0; n] };
-    let mut decisions: Vec<DecisionRecord> = sessions.iter().flat_map(|s| s.decisions.iter().copied()).collect();
+    let mut sampled: Vec<SampledRecord> = sessions.iter().flat_map(|s| s.sampled.iter().copied()).collect();
     let steps = Array::new(machine, &sessions.iter().map(|s| s.step).collect::<Vec<_>>());
     let summaries = Array::new(machine, &sessions.iter().map(|s| s.before).collect::<Vec<_>>());
-    let records = Array::new(machine, &decisions);
+    let records = Array::new(machine, &sampled);
     let token = Array::new(machine, &expected.token);
     let confidence = Array::new(machine, &expected.confidence);
     let (state, stage) = (Array::new(machine, &expected.state), Array::new(machine, &expected.stage));
@@ -107,7 +107,7 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
     let params = RevealParams {
         sessions: steps.address(),
         summaries: summaries.address(),
-        decisions: records.address(),
+        sampled: records.address(),
         token: token.address(),
         confidence: confidence.address(),
         state: state.address(),
@@ -120,7 +120,7 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
     for (s, session) in sessions.iter().enumerate() {
         let (chosen, summary) = law(session);
         for &i in &chosen {
-            let record = &mut decisions[session.step.ask_first as usize + i];
+            let record = &mut sampled[session.step.ask_first as usize + i];
             record.chosen = 1;
             let at = (session.step.canvas_first + record.position) as usize;
             expected.token[at] = record.token;
@@ -135,15 +135,15 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
     }
     let found = records.read()?;
     // By their bits: NaN equals itself.
-    let bits = |records: &[DecisionRecord]| bytemuck::cast_slice::<_, [u32; 8]>(records).to_vec();
-    if let Some(i) = (0..found.len()).find(|i| bits(&found)[*i] != bits(&decisions)[*i]) {
+    let bits = |records: &[SampledRecord]| bytemuck::cast_slice::<_, [u32; 8]>(records).to_vec();
+    if let Some(i) = (0..found.len()).find(|i| bits(&found)[*i] != bits(&sampled)[*i]) {
         let s = sessions.iter().position(|s| i < (s.step.ask_first + s.step.ask_count) as usize).expect("an ask of a session");
-        return Err(format!("session {s}, {:?}: {:?}, expected {:?}", sessions[s].reveal, found[i], decisions[i]));
+        return Err(format!("session {s}, {:?}: {:?}, expected {:?}", sessions[s].reveal, found[i], sampled[i]));
     }
     let after =
         Flat { token: token.read()?, confidence: confidence.read()?, state: state.read()?, stage: stage.read()?, step: step.read()? };
     if after != expected {
-        return Err("the right decisions, but not the canvas that a session leaves".to_owned());
+        return Err("the right sampled tokens, but not the canvas that a session leaves".to_owned());
     }
     Ok(())
 }
@@ -153,8 +153,8 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
 fn odd_values(reveal: Reveal) -> Sequence {
     let odd = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, -1.0, f32::MIN_POSITIVE, 1e-45, 1.0, -0.0, 0.0, 1.5, 1e-45];
     let mut session = session(7, odd.len() as u32, 1.0, reveal);
-    for (i, decision) in session.decisions.iter_mut().enumerate() {
-        (decision.confidence, decision.margin, decision.entropy) = (odd[i], odd[(i + 3) % 12], odd[(i + 5) % 12]);
+    for (i, sampled) in session.sampled.iter_mut().enumerate() {
+        (sampled.confidence, sampled.margin, sampled.entropy) = (odd[i], odd[(i + 3) % 12], odd[(i + 5) % 12]);
     }
     session
 }
@@ -187,12 +187,12 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     // What stops a session stops it alone.
     let all = Reveal::Best { rank: Rank::Confidence, n: 400 };
     let mut sessions: Vec<Sequence> = (0..8).map(|i| session(20 + i, 290, 9.0, all)).collect();
-    sessions[1].decisions[288].confidence = f32::NAN;
-    sessions[2].decisions[3].margin = -f32::NAN;
-    sessions[3].decisions[289].entropy = f32::NAN;
-    sessions[4].decisions[270].status = status::BROKEN;
-    sessions[4].decisions[280].confidence = f32::NAN;
-    sessions[5].decisions[0].status = status::FORCED;
+    sessions[1].sampled[288].confidence = f32::NAN;
+    sessions[2].sampled[3].margin = -f32::NAN;
+    sessions[3].sampled[289].entropy = f32::NAN;
+    sessions[4].sampled[270].status = status::BROKEN;
+    sessions[4].sampled[280].confidence = f32::NAN;
+    sessions[5].sampled[0].status = status::FORCED;
     sessions[6].before = SessionSummary { trouble: trouble::COUNT, detail: 12, asked: 290, revealed: 0 };
     check(machine, sessions)
 }

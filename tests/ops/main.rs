@@ -2,7 +2,6 @@
 //! each machine configuration that is present: every instruction set of the CPU, both dtypes.
 
 mod attention;
-mod decide;
 mod embed;
 mod experts;
 mod linear;
@@ -14,6 +13,7 @@ mod norm;
 mod pool;
 mod rope;
 mod route;
+mod sample;
 mod shortlist;
 mod simd;
 

@@ -59,7 +59,7 @@ fn agrees_with_the_oracle() {
     });
 }
 
-/// The bias decides who is chosen and is not in the weight: by hand.
+/// The bias decides which experts are chosen and is not in the weight: by hand.
 #[test]
 fn the_bias_is_for_the_choice_alone() {
     each!(b in cpus(1)[..1], {

@@ -1,11 +1,11 @@
-//! `shortlist` against a sort, and `decide` among listed ids against `sampling::decide_row` over
+//! `shortlist` against a sort, and `sample` among listed ids against `sampling::sample_row` over
 //! the listed logits alone.
 
 use redraft::backend::{Backend, Candidates, Epilogue, Inspect};
 use redraft::cpu::{Cpu, oracle};
-use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
+use redraft::sampling::{Draw, SampledToken, TopK, TopKOrder, TopPRule, sample_row};
 
-use crate::decide::{PLAIN, assert_decision, is_clear, stored};
+use crate::sample::{PLAIN, assert_sampled, is_clear, stored};
 use crate::{TestBackend, cpus, each, noise};
 
 /// Hidden states and a head whose products are these rows: a one-hot state for each, so that they
@@ -58,7 +58,7 @@ fn lists_hold_the_largest_in_the_order_of_the_ids() {
 
 /// Every kind of draw, among lists of different lengths that rows share and leave out.
 #[test]
-fn decisions_obey_the_law_over_what_is_listed() {
+fn sampled_tokens_equal_the_reference_over_a_shortlist() {
     each!(b in cpus(2), {
         let (mut clear, mut total) = (0, 0);
         for (case, n) in [2, 15, 64, 1000].into_iter().enumerate() {
@@ -82,7 +82,7 @@ fn decisions_obey_the_law_over_what_is_listed() {
                 truncated_confidence: !i.is_multiple_of(3),
             };
             let draws: Vec<Draw> = (0..24).map(draw).collect();
-            let got = b.decide(&hidden, &head, Some(&b.put(&bias)), Candidates::Listed { lists: &lists, which: &which }, &draws).unwrap();
+            let got = b.sample(&hidden, &head, Some(&b.put(&bias)), Candidates::Listed { lists: &lists, which: &which }, &draws).unwrap();
             for i in 0..24 {
                 let (ids, row) = (&ids[which[i] as usize], stored(b.dtype(), &rows[i]));
                 let logits: Vec<f32> = ids.iter().map(|id| row[*id as usize] + bias[*id as usize]).collect();
@@ -91,9 +91,9 @@ fn decisions_obey_the_law_over_what_is_listed() {
                 total += 1;
                 if is_clear(&logits, &[], &held) {
                     clear += 1;
-                    let got = Decision { token: place(got[i].token), ..got[i] };
+                    let got = SampledToken { token: place(got[i].token), ..got[i] };
                     let what = format!("{} {:?}, {n} of V {vocab}, {held:?}", b.name(), b.dtype());
-                    assert_decision(&what, &got, &decide_row(&logits, &[], &held).unwrap());
+                    assert_sampled(&what, &got, &sample_row(&logits, &[], &held).unwrap());
                 }
             }
         }
@@ -113,7 +113,7 @@ fn products_are_close_and_rows_do_not_see_each_other() {
             let ids = b.listed(&lists).unwrap();
             let which: Vec<u32> = (0..6).collect();
             let draws = vec![Draw { u: 0.3, ..PLAIN }; 6];
-            let got = b.decide(&hidden, &head, Some(&bias_there), Candidates::Listed { lists: &lists, which: &which }, &draws).unwrap();
+            let got = b.sample(&hidden, &head, Some(&bias_there), Candidates::Listed { lists: &lists, which: &which }, &draws).unwrap();
             for row in 0..6 {
                 let x = &host[row * k..][..k];
                 let logits = oracle::linear(b.dtype(), x, &weight, k, Some(&bias), Epilogue::Store, &vec![0.0; vocab]);
@@ -122,12 +122,12 @@ fn products_are_close_and_rows_do_not_see_each_other() {
                 let others = (0..vocab as u32).filter(|id| !ids[row].contains(id)).map(|id| logits[id as usize] as f32);
                 assert!(others.fold(f32::NEG_INFINITY, f32::max) < least + 1e-4, "{}: V {vocab}, k {k}, row {row}", b.name());
                 let place = ids[row].binary_search(&got[row].token).expect("a listed id") as u32;
-                let want = decide_row(&listed, &[], &Draw { forced: Some(place), ..PLAIN }).unwrap();
+                let want = sample_row(&listed, &[], &Draw { forced: Some(place), ..PLAIN }).unwrap();
                 let off = [(got[row].log_prob, want.log_prob), (got[row].entropy, want.entropy), (got[row].margin, want.margin)];
                 assert!(off.iter().all(|(got, want)| (got - want).abs() < 1e-4), "{}: V {vocab}, k {k}, row {row}: {off:?}", b.name());
                 let alone = b.put(x);
                 assert_eq!(b.listed(&b.shortlist(1, &alone, &head, Some(&bias_there), &[], 20).unwrap()).unwrap()[0], ids[row], "{}", b.name());
-                let again = b.decide(&alone, &head, Some(&bias_there), Candidates::Listed { lists: &lists, which: &[row as u32] }, &draws[..1]).unwrap();
+                let again = b.sample(&alone, &head, Some(&bias_there), Candidates::Listed { lists: &lists, which: &[row as u32] }, &draws[..1]).unwrap();
                 assert_eq!(again, got[row..row + 1], "{}: V {vocab}, k {k}, row {row}", b.name());
             }
         }
@@ -135,7 +135,7 @@ fn products_are_close_and_rows_do_not_see_each_other() {
 }
 
 #[test]
-fn what_cannot_be_decided_among_a_list_is_named() {
+fn a_row_that_cannot_be_sampled_from_its_shortlist_is_named() {
     each!(b in cpus(1), {
         let rows: Vec<Vec<f32>> = (0..3).map(|i| noise(50, 90 + i)).collect();
         let (hidden, head) = exact(b, &rows);
@@ -143,7 +143,7 @@ fn what_cannot_be_decided_among_a_list_is_named() {
         let ids = b.listed(&lists).unwrap();
         let off = (0..50).find(|id| !ids[1].contains(id)).expect("eight of fifty are listed");
         let forced = |token| Draw { forced: Some(token), ..PLAIN };
-        let ask = |draws: &[Draw]| b.decide(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &[0, 1, 2] }, draws);
+        let ask = |draws: &[Draw]| b.sample(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &[0, 1, 2] }, draws);
         for bad in [off, 50, u32::MAX] {
             let error = ask(&[PLAIN, forced(bad), PLAIN]).unwrap_err().to_string();
             assert!(["row 1", "shortlist", &bad.to_string()].iter().all(|word| error.contains(word)), "{}: {error}", b.name());
@@ -153,12 +153,12 @@ fn what_cannot_be_decided_among_a_list_is_named() {
         let broken = b.pack(&[0.1, f32::NAN, 0.3, 0.2], 4, 1);
         let one = b.put(&[1.0, 1.0]);
         let lists = |ids: [f32; 4]| b.shortlist(1, &b.put(&[1.0]), &b.pack(&ids, 4, 1), None, &[], 2).unwrap();
-        let error = b.decide(&one, &broken, None, Candidates::Listed { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
+        let error = b.sample(&one, &broken, None, Candidates::Listed { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
         assert!(error.contains("row 0") && error.contains("token 1") && error.contains("NaN"), "{}: {error}", b.name());
-        let fine = b.decide(&one, &broken, None, Candidates::Listed { lists: &lists([9.0, 0.0, 8.0, 0.0]), which: &[0, 0] }, &[PLAIN, Draw { u: 0.0, ..PLAIN }]).unwrap();
+        let fine = b.sample(&one, &broken, None, Candidates::Listed { lists: &lists([9.0, 0.0, 8.0, 0.0]), which: &[0, 0] }, &[PLAIN, Draw { u: 0.0, ..PLAIN }]).unwrap();
         assert!([0, 2].contains(&fine[0].token) && fine[1].token == 0, "{}: {fine:?}", b.name());
         let nothing = b.pack(&[f32::NEG_INFINITY; 4], 4, 1);
-        let error = b.decide(&one, &nothing, None, Candidates::Listed { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
+        let error = b.sample(&one, &nothing, None, Candidates::Listed { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
         assert!(error.contains("row 0") && error.contains("finite"), "{}: {error}", b.name());
     });
 }

@@ -16,7 +16,7 @@ use crate::error::Result;
 /// us.
 const SEGMENTS: usize = 4;
 const SEGMENT_BYTES: usize = 4 << 20;
-/// Summaries and decisions of one step are far smaller; a download of logits is far larger.
+/// Summaries and sampled tokens of one step are far smaller; a download of logits is far larger.
 const READBACK_BYTES: usize = 64 << 10;
 const EVENT_DISABLE_TIMING: c_uint = 2;
 

@@ -13,7 +13,7 @@ use crate::cuda::driver::interface::Build;
 use crate::cuda::driver::prebuilt::EXTENSION;
 use crate::cuda::driver::source::{kernel, kernels, portable_identity};
 use crate::cuda::ops::{
-    ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, shortlist,
+    ask, attention, blend, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, sample, shortlist,
 };
 use crate::error::{Error, Result};
 
@@ -24,7 +24,7 @@ pub fn builds() -> Vec<Build> {
         ask::builds(),
         attention::builds(),
         blend::builds(),
-        decide::builds(),
+        sample::builds(),
         embed::builds(),
         experts::builds(),
         gather::builds(),

@@ -8,7 +8,6 @@ use crate::cuda::kernels::kernel_bench::{self, Asked, Inputs, KernelBench, Key, 
 use crate::cuda::machine::Machine;
 use crate::cuda::ops::ask::{Ask, SessionStep, SessionSummary};
 use crate::cuda::ops::attention::{Attention, Regime};
-use crate::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord};
 use crate::cuda::ops::embed::Embed;
 use crate::cuda::ops::experts::Places;
 use crate::cuda::ops::gather::Gather;
@@ -17,9 +16,10 @@ use crate::cuda::ops::norm::Norm;
 use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::reveal::RevealParams;
 use crate::cuda::ops::rope_append::RopeAppend;
+use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
 use crate::cuda::ops::shortlist::{Listed, Shortlist};
 use crate::cuda::ops::{
-    ask, attention, blend, decide, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, shortlist,
+    ask, attention, blend, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, sample, shortlist,
 };
 use crate::error::{Error, Result};
 use crate::sampling::{Rank, Reveal};
@@ -50,9 +50,9 @@ pub static KERNEL_BENCHES: &[KernelBench] = &[
     KernelBench { name: "blend", keys: &[key("rows", 128, 5), key("width", 4096, 66)], prepare: blend },
     KernelBench { name: "copy", keys: &[key("mebibytes", 1024, 1)], prepare: copy },
     KernelBench {
-        name: "decide",
+        name: "sample",
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("top_p_percent", 100, 100)],
-        prepare: decide,
+        prepare: sample,
     },
     KernelBench { name: "embed", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("vocab", 50_258, 100)], prepare: embed },
     KernelBench {
@@ -245,11 +245,11 @@ fn draws(inputs: &Inputs, shape: &Shape) -> Result<Address> {
     inputs.records(&(0..shape.get("rows")).map(|_| draw(inputs.next())).collect::<Vec<DrawRecord>>())
 }
 
-fn decide(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+fn sample(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
     let (top_p, draws) = (top_p_of(shape), draws(inputs, shape)?);
-    let decisions = inputs.records(&vec![DecisionRecord::default(); rows as usize])?;
-    let op = Decide {
+    let sampled = inputs.records(&vec![SampledRecord::default(); rows as usize])?;
+    let op = SampleOp {
         rows,
         k,
         vocab,
@@ -259,14 +259,14 @@ fn decide(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         bias: Some(inputs.noise(1, vocab, DType::F32)?),
         banned: Some(inputs.words(vocab.div_ceil(32), |index, _| u32::from(index == 0))?),
         draws,
-        decisions,
+        sampled,
         any_fused: top_p == 1.0,
         any_nucleus: top_p < 1.0,
     };
     let bytes = (count(rows, k) + count(vocab, k)) * dtype.bytes() as u64;
-    let words = rows * (size_of::<DecisionRecord>() / 4) as u32;
-    Ok(Op::new(bytes, move |machine| decide::decide(machine, &op)).flop(2 * count(rows, k) * u64::from(vocab)).result(
-        decisions,
+    let words = rows * (size_of::<SampledRecord>() / 4) as u32;
+    Ok(Op::new(bytes, move |machine| sample::sample(machine, &op)).flop(2 * count(rows, k) * u64::from(vocab)).result(
+        sampled,
         u64::from(words),
         DType::F32,
     ))
@@ -305,7 +305,7 @@ fn listed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
     let ids = list_len(shape)?;
     let draws = draws(inputs, shape)?;
-    let decisions = inputs.records(&vec![DecisionRecord::default(); rows as usize])?;
+    let sampled = inputs.records(&vec![SampledRecord::default(); rows as usize])?;
     let part = vocab / ids;
     let op = Listed {
         rows,
@@ -318,12 +318,12 @@ fn listed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         ids: inputs.words(small_count(rows, ids)?, |at, random| at % ids * part + random % part)?,
         which: inputs.words(rows, |row, _| row)?,
         draws,
-        decisions,
+        sampled,
     };
     let (bytes, words) =
-        ((count(rows, ids) + u64::from(rows)) * u64::from(k) * dtype.bytes() as u64, rows * (size_of::<DecisionRecord>() / 4) as u32);
+        ((count(rows, ids) + u64::from(rows)) * u64::from(k) * dtype.bytes() as u64, rows * (size_of::<SampledRecord>() / 4) as u32);
     let launch = move |machine: &_| shortlist::listed(machine, &op);
-    Ok(Op::new(bytes, launch).flop(2 * count(rows, ids) * u64::from(k)).result(decisions, u64::from(words), DType::F32))
+    Ok(Op::new(bytes, launch).flop(2 * count(rows, ids) * u64::from(k)).result(sampled, u64::from(words), DType::F32))
 }
 
 fn embed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
@@ -479,22 +479,22 @@ fn remask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
 fn reveal(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (sessions, asks, steps) = sessions(inputs, shape)?;
     let per_session = shape.get("asks");
-    let decision = |ask: u32| {
+    let sampled = |ask: u32| {
         let confidence = inputs.next() as f32 / u32::MAX as f32;
-        DecisionRecord { token: ask, confidence, position: ask % per_session, ..DecisionRecord::default() }
+        SampledRecord { token: ask, confidence, position: ask % per_session, ..SampledRecord::default() }
     };
     let confidence = inputs.noise(1, asks, DType::F32)?;
     let params = RevealParams {
         sessions: steps,
         summaries: inputs.records(&vec![SessionSummary::default(); sessions as usize])?,
-        decisions: inputs.records(&(0..asks).map(decision).collect::<Vec<_>>())?,
+        sampled: inputs.records(&(0..asks).map(sampled).collect::<Vec<_>>())?,
         token: inputs.words(asks, |_, _| 0)?,
         confidence,
         state: inputs.words(asks.div_ceil(4), |_, _| bytes4(state::MASKED))?,
         stage: inputs.words(asks.div_ceil(4), |_, _| 0)?,
         step: inputs.words(asks, |_, _| 0)?,
     };
-    let bytes = u64::from(asks) * size_of::<DecisionRecord>() as u64;
+    let bytes = u64::from(asks) * size_of::<SampledRecord>() as u64;
     let launch = move |machine: &_| reveal::reveal(machine, sessions, &params);
     Ok(Op::new(bytes, launch).result(confidence, u64::from(asks), DType::F32))
 }

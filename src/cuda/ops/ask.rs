@@ -82,9 +82,9 @@ pub mod trouble {
     pub const NONE: u32 = 0;
     /// Other masks than the host predicted; the detail is their number.
     pub const COUNT: u32 = 1;
-    /// A row could not be decided, see its record; the detail is the lowest such ask, counted
+    /// A row could not be sampled, see its record; the detail is the lowest such ask, counted
     /// within the session.
-    pub const DECISION: u32 = 2;
+    pub const SAMPLING: u32 = 2;
     /// A confidence, margin or entropy is NaN; the detail as above.
     pub const NAN: u32 = 3;
 }
@@ -100,7 +100,7 @@ params! {
         summaries: u64 = 16,
         /// (bucket) u32 out: plan rows.
         rows: u64 = 24,
-        /// (bucket) `decide::DrawRecord` out.
+        /// (bucket) `sample::DrawRecord` out.
         draws: u64 = 32,
         sessions_count: u32 = 40,
         /// Of all sessions, as the host predicts; the rest of the bucket is padding.
@@ -132,7 +132,7 @@ pub struct Ask {
     pub state: Address,
     /// (bucket) u32 out.
     pub rows: Address,
-    /// (bucket) `decide::DrawRecord` out.
+    /// (bucket) `sample::DrawRecord` out.
     pub draws: Address,
 }
 

@@ -4,7 +4,6 @@
 pub mod ask;
 pub mod attention;
 pub mod blend;
-pub mod decide;
 pub mod embed;
 pub mod experts;
 pub mod gather;
@@ -14,4 +13,5 @@ pub mod remask;
 pub mod reveal;
 pub mod rope_append;
 pub mod route;
+pub mod sample;
 pub mod shortlist;

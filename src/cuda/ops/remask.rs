@@ -23,7 +23,7 @@ params! {
         confidence: u64 = 24,
         /// (N) u8, see [`state`].
         state: u64 = 32,
-        /// (N) u8 stage that decides the position.
+        /// (N) u8 stage that sampled the position.
         stage: u64 = 40,
         /// (N) u32 step of the reveal; 0 where nothing is revealed.
         step: u64 = 48,

@@ -18,8 +18,8 @@ params! {
         sessions: u64 = 0,
         /// (S) `ask::SessionSummary`.
         summaries: u64 = 8,
-        /// `decide::DecisionRecord` of all asks; `chosen` is set.
-        decisions: u64 = 16,
+        /// `sample::SampledRecord` of all asks; `chosen` is set.
+        sampled: u64 = 16,
         /// (N) u32 canvas, as in `remask`.
         token: u64 = 24,
         /// (N) f32.

@@ -8,13 +8,13 @@
 use crate::backend::{DType, Epilogue};
 use crate::cuda::driver::interface::{Address, Build, Launch};
 use crate::cuda::machine::Machine;
-use crate::cuda::ops::decide::{CHUNK_BYTES, chunk_rows};
 use crate::cuda::ops::linear;
 use crate::cuda::ops::linear::Linear;
+use crate::cuda::ops::sample::{CHUNK_BYTES, chunk_rows};
 use crate::cuda::params::params;
 use crate::error::Result;
 
-/// An id that no vocabulary has: the rest of a list, the `NO_ID` of `kernels/decide.cuh`.
+/// An id that no vocabulary has: the rest of a list, the `NO_ID` of `kernels/sample.cuh`.
 pub const NO_ID: u32 = u32::MAX;
 /// Ids that a list may hold, LONGEST in `kernels/listed.cu`: 24 KiB of shared memory.
 pub const LONGEST: u32 = 1024;
@@ -48,10 +48,10 @@ params! {
         ids: u64 = 24,
         /// (rows) u32.
         which: u64 = 32,
-        /// (rows) [`DrawRecord`](crate::cuda::ops::decide::DrawRecord).
+        /// (rows) [`DrawRecord`](crate::cuda::ops::sample::DrawRecord).
         draws: u64 = 40,
-        /// (rows) `DecisionRecord`.
-        decisions: u64 = 48,
+        /// (rows) `SampledRecord`.
+        sampled: u64 = 48,
         count: u32 = 56,
         k: u32 = 60,
     }
@@ -118,7 +118,7 @@ pub fn shortlist_in(machine: &Machine, op: &Shortlist, chunk_bytes: usize) -> Re
     Ok(())
 }
 
-/// `decisions[r] = decide_row` of the logits of list `which[r]`, under `draws[r]`.
+/// `sampled[r] = sample_row` of the logits of list `which[r]`, under `draws[r]`.
 pub struct Listed {
     pub rows: u32,
     pub k: u32,
@@ -136,19 +136,19 @@ pub struct Listed {
     pub ids: Address,
     /// (rows) u32.
     pub which: Address,
-    /// (rows) [`DrawRecord`](crate::cuda::ops::decide::DrawRecord).
+    /// (rows) [`DrawRecord`](crate::cuda::ops::sample::DrawRecord).
     pub draws: Address,
-    /// (rows) `DecisionRecord` out.
-    pub decisions: Address,
+    /// (rows) `SampledRecord` out.
+    pub sampled: Address,
 }
 
 pub fn listed(machine: &Machine, op: &Listed) -> Result<()> {
-    let Listed { rows, k, hidden, dtype, head, bias, count, ids, which, draws, decisions } = *op;
+    let Listed { rows, k, hidden, dtype, head, bias, count, ids, which, draws, sampled } = *op;
     assert!(k > 0 && (1..=LONGEST).contains(&count), "lists of {count} of a head of {k} columns");
     let entry = match dtype {
         DType::F32 => "listed_f32",
         DType::Bf16 => "listed_bf16",
     };
-    let params = ListedParams { hidden, head, bias: bias.unwrap_or(0), ids, which, draws, decisions, count, k };
+    let params = ListedParams { hidden, head, bias: bias.unwrap_or(0), ids, which, draws, sampled, count, k };
     machine.launch(listed_build(), entry, Launch::line(rows, THREADS), &params)
 }

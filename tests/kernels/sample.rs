@@ -1,4 +1,4 @@
-//! `decide` against `sampling::decide_row`: both routes in one batch, every kind of draw, and what
+//! `sample` against `sampling::sample_row`: both routes in one batch, every kind of draw, and what
 //! each of them refuses.
 //!
 //! The law sees logits that are computed here by the sums that `gemm.cuh` promises, so that tokens
@@ -9,8 +9,8 @@ use half::bf16;
 use redraft::backend::DType;
 use redraft::cuda::Edit;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::decide::{Decide, DecisionRecord, DrawRecord, decide_in, flag, needs_nucleus, status};
-use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
+use redraft::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord, flag, needs_nucleus, sample_in, status};
+use redraft::sampling::{Draw, SampledToken, TopK, TopKOrder, TopPRule, sample_row};
 
 use crate::emulator::{Array, edited_machines, gemm_dot, machines, noise, words};
 
@@ -69,7 +69,7 @@ impl Case {
         rows: std::ops::Range<usize>,
         draws: &[Option<Draw>],
         chunk_bytes: usize,
-    ) -> Result<Vec<DecisionRecord>, String> {
+    ) -> Result<Vec<SampledRecord>, String> {
         let asked: Vec<DrawRecord> = draws.iter().enumerate().map(|(i, draw)| record(i, draw.as_ref())).collect();
         let hidden = &self.hidden[rows.start * self.k..rows.end * self.k];
         let rounded = |v: &[f32]| -> Vec<bf16> { v.iter().map(|v| bf16::from_f32(*v)).collect() };
@@ -88,9 +88,9 @@ impl Case {
         self.banned.iter().filter(|id| (**id as usize) < self.vocab).for_each(|id| mask[*id as usize / 32] |= 1 << (id % 32));
         let banned = (!self.banned.is_empty()).then(|| Array::new(machine, &mask));
         let draw_records = Array::new(machine, &asked);
-        let untouched = DecisionRecord { token: 77, chosen: 77, ..DecisionRecord::default() };
-        let decisions = Array::new(machine, &vec![untouched; draws.len()]);
-        let op = Decide {
+        let untouched = SampledRecord { token: 77, chosen: 77, ..SampledRecord::default() };
+        let sampled = Array::new(machine, &vec![untouched; draws.len()]);
+        let op = SampleOp {
             rows: draws.len() as u32,
             k: self.k as u32,
             vocab: self.vocab as u32,
@@ -100,13 +100,13 @@ impl Case {
             bias: bias.as_ref().map(Array::address),
             banned: banned.as_ref().map(Array::address),
             draws: draw_records.address(),
-            decisions: decisions.address(),
+            sampled: sampled.address(),
             any_fused: draws.iter().flatten().any(|draw| !needs_nucleus(draw)),
             any_nucleus: draws.iter().flatten().any(needs_nucleus),
         };
-        words(decide_in(machine, &op, chunk_bytes))?;
-        let decisions = decisions.read()?;
-        for (i, (draw, found)) in draws.iter().zip(&decisions).enumerate() {
+        words(sample_in(machine, &op, chunk_bytes))?;
+        let sampled = sampled.read()?;
+        for (i, (draw, found)) in draws.iter().zip(&sampled).enumerate() {
             if draw.is_none() && *found != untouched {
                 return Err(format!("row {i} is padding, but it was answered: {found:?}"));
             }
@@ -114,7 +114,7 @@ impl Case {
                 return Err(format!("row {i}: {found:?} does not pass on its position, or is chosen already"));
             }
         }
-        Ok(decisions)
+        Ok(sampled)
     }
 
     /// Every row of the case against the law. Counts (draws clear of a boundary, draws). Entropies
@@ -127,7 +127,7 @@ impl Case {
         let (mut errors, mut allowed) = ([0.0f64; 2], [0.0f64; 2]);
         for (row, (draw, found)) in draws.iter().zip(&found).enumerate() {
             let what = format!("{what}, V {}, row {row}, {draw:?}", self.vocab);
-            let got = found.decision(row).map_err(|e| format!("{what}: {e}"))?;
+            let got = found.sampled(row).map_err(|e| format!("{what}: {e}"))?;
             let logits = self.logits(machine, row);
             let mut held = *draw;
             if is_clear(&logits, &self.banned, draw) {
@@ -138,7 +138,7 @@ impl Case {
                 // Still held to the law in everything that does not hang on the boundary.
                 held.forced = Some(got.token);
             }
-            let want = decide_row(&logits, &self.banned, &held).map_err(|e| format!("{what}: {e}"))?;
+            let want = sample_row(&logits, &self.banned, &held).map_err(|e| format!("{what}: {e}"))?;
             agree(&got, &want).map_err(|e| format!("{what}: {e}"))?;
             let loops = plain(&logits, &self.banned, got.token);
             // The loop knows nothing of what temperature and nucleus leave.
@@ -168,13 +168,13 @@ fn record(row: usize, draw: Option<&Draw>) -> DrawRecord {
 /// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p
 /// move by more than f32 sums err.
 pub fn is_clear(logits: &[f32], banned: &[u32], draw: &Draw) -> bool {
-    let decision = |du: f64, dp: f32| {
+    let sampled = |du: f64, dp: f32| {
         let top_p = if draw.top_p < 1.0 { (draw.top_p + dp).clamp(1e-9, 0.999_999_9) } else { 1.0 };
-        decide_row(logits, banned, &Draw { u: (draw.u + du).clamp(0.0, 1.0 - 1e-9), top_p, ..*draw }).expect("finite logits")
+        sample_row(logits, banned, &Draw { u: (draw.u + du).clamp(0.0, 1.0 - 1e-9), top_p, ..*draw }).expect("finite logits")
     };
-    let at = decision(0.0, 0.0);
-    let same = |moved: Decision| moved.token == at.token && moved.confidence == at.confidence;
-    [(1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-5), (0.0, -1e-5), (1e-5, 1e-5), (-1e-5, -1e-5)].iter().all(|&(du, dp)| same(decision(du, dp)))
+    let at = sampled(0.0, 0.0);
+    let same = |moved: SampledToken| moved.token == at.token && moved.confidence == at.confidence;
+    [(1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-5), (0.0, -1e-5), (1e-5, 1e-5), (-1e-5, -1e-5)].iter().all(|&(du, dp)| same(sampled(du, dp)))
 }
 
 /// Entropy, and log probability of a token, by one loop in f32.
@@ -189,7 +189,7 @@ fn plain(logits: &[f32], banned: &[u32], token: u32) -> [f32; 2] {
     [(sum.ln() - moment / sum).max(0.0), logits[token as usize] - max - sum.ln()]
 }
 
-pub fn agree(got: &Decision, want: &Decision) -> Result<(), String> {
+pub fn agree(got: &SampledToken, want: &SampledToken) -> Result<(), String> {
     let close = |a: f32, b: f32, tolerance: f32| (a - b).abs() <= tolerance || a == b;
     // f32 exponentials with wider sums: 1e-6 relative; entropy sums terms of up to ln V.
     let holds = got.token == want.token
@@ -373,7 +373,7 @@ fn extremes(machine: &Machine) -> Result<(), String> {
     Ok(())
 }
 
-/// What no decision can be made from is a status that names the token, on both routes; bans hide
+/// A row that cannot be sampled is a status that names the token, on both routes; bans hide
 /// it.
 pub fn refusals(machine: &Machine) -> Result<(), String> {
     let vocab = 300;
@@ -430,8 +430,8 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
             let draw = draws[row].expect("not padding");
             if is_clear(&logits, &case.banned, &draw) {
                 clear += 1;
-                let want = decide_row(&logits, &case.banned, &draw).map_err(|e| e.to_string())?;
-                let got = all[row].decision(row).map_err(|e| e.to_string())?;
+                let want = sample_row(&logits, &case.banned, &draw).map_err(|e| e.to_string())?;
+                let got = all[row].sampled(row).map_err(|e| e.to_string())?;
                 agree(&got, &want).map_err(|e| format!("{dtype:?}, row {row}, {draw:?}: {e}"))?;
             }
         }
@@ -441,7 +441,7 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
         for (rows, chunk_bytes) in [(0..1, 64 << 20), (69..70, 64 << 20), (5..17, 64 << 20), (30..60, 64 << 20), (6..70, 64 << 20)] {
             let part = case.run(machine, rows.clone(), &draws[rows.clone()], chunk_bytes)?;
             for (i, (got, want)) in part.iter().zip(&all[rows.clone()]).enumerate() {
-                if draws[rows.start + i].is_some() && (DecisionRecord { position: want.position, ..*got }) != *want {
+                if draws[rows.start + i].is_some() && (SampledRecord { position: want.position, ..*got }) != *want {
                     return Err(format!("{dtype:?}, row {i} of {rows:?}: {got:?}, among all rows {want:?}"));
                 }
             }
@@ -451,7 +451,7 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
     let case = Case::random(DType::F32, 150, 40, 3);
     let draws: Vec<_> = (0..150).map(|i| Some([PLAIN, NUCLEUS][i % 2])).collect();
     if case.run(machine, 0..150, &draws, 1)? != case.run(machine, 0..150, &draws, 64 << 20)? {
-        return Err("in chunks of rows: other decisions".to_owned());
+        return Err("in chunks of rows: other sampled tokens".to_owned());
     }
     Ok(())
 }
@@ -465,12 +465,12 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
 #[test]
 fn a_draw_that_reaches_no_token_ends() {
     let from = "if (target >= kept) target = kept - 1;";
-    let edit = Edit { file: "decide_nucleus.cu", from, to: "target = kept + 5;" };
+    let edit = Edit { file: "sample_nucleus.cu", from, to: "target = kept + 5;" };
     let case = Case { hidden: vec![1.0; 2], ..Case::of_rows(&[noise(11, 4500)]) };
     for machine in edited_machines(Some(edit)) {
         let found = case.run(&machine, 0..2, &[Some(NUCLEUS), Some(PLAIN)], 64 << 20).unwrap();
         assert_eq!((found[0].status, found[1].status), (status::CHANGED, status::OK));
-        assert!(found[0].decision(0).unwrap_err().to_string().contains("logits changed"));
+        assert!(found[0].sampled(0).unwrap_err().to_string().contains("logits changed"));
     }
     // So few that one warp's ids are all there is.
     let case = Case::of_rows(&[noise(12, 20)]);
@@ -479,7 +479,7 @@ fn a_draw_that_reaches_no_token_ends() {
 }
 
 #[test]
-fn decisions_obey_the_law() {
+fn sampled_tokens_equal_the_reference() {
     for machine in machines() {
         holds(&machine).unwrap();
     }

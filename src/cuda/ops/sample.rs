@@ -1,10 +1,10 @@
-//! Launcher of `decide`: LM head and token choice of rows, by the law of `sampling::decide_row`.
+//! Launcher of `sample`: LM head and token choice of rows, by the law of `sampling::sample_row`.
 //!
-//! Two routes, chosen by each row's own draw. Most rows take A: `decide_tiles` computes logits tile
-//! by tile and keeps a few sums, `decide_draw` answers from those, and the logits of a row never
+//! Two routes, chosen by each row's own draw. Most rows take A: `sample_tiles` computes logits tile
+//! by tile and keeps a few sums, `sample_draw` answers from those, and the logits of a row never
 //! exist. Draws from a nucleus (`top_p < 1`), and those that ask what is left of a distribution
 //! (`truncated_confidence`), take B: the logits of a chunk of rows are written by `linear`, and
-//! `decide_nucleus` reads them. Where both routes run, both compute all rows and each answers its
+//! `sample_nucleus` reads them. Where both routes run, both compute all rows and each answers its
 //! own.
 #![forbid(unsafe_code)]
 
@@ -15,7 +15,7 @@ use crate::cuda::ops::linear;
 use crate::cuda::ops::linear::Linear;
 use crate::cuda::params::params;
 use crate::error::{Error, Result};
-use crate::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule};
+use crate::sampling::{Draw, SampledToken, TopK, TopKOrder, TopPRule};
 
 params! {
     /// What is asked of a row.
@@ -35,7 +35,7 @@ params! {
 
 params! {
     /// The answer for a row.
-    DecisionRecord, 32 bytes {
+    SampledRecord, 32 bytes {
         token: u32 = 0,
         confidence: f32 = 4,
         log_prob: f32 = 8,
@@ -49,7 +49,7 @@ params! {
     }
 }
 
-/// Flags of a [`DrawRecord`], the `DRAW_*` of `kernels/decide.cuh`.
+/// Flags of a [`DrawRecord`], the `DRAW_*` of `kernels/sample.cuh`.
 pub mod flag {
     pub const CROSSING: u32 = 1;
     pub const TRUNCATED: u32 = 2;
@@ -62,7 +62,7 @@ pub mod flag {
     pub const TOP_K_SHIFT: u32 = 8;
 }
 
-/// Status of a [`DecisionRecord`], the `STATUS_*` of `kernels/decide.cuh`.
+/// Status of a [`SampledRecord`], the `STATUS_*` of `kernels/sample.cuh`.
 pub mod status {
     pub const OK: u32 = 0;
     /// A logit is NaN or +inf; `token` is the lowest id of such.
@@ -97,14 +97,14 @@ impl From<&Draw> for DrawRecord {
     }
 }
 
-impl DecisionRecord {
+impl SampledRecord {
     /// The answer in the words of the backend.
     ///
-    /// Errors: as `sampling::decide_row`, naming `row`.
-    pub fn decision(&self, row: usize) -> Result<Decision> {
-        let DecisionRecord { token, confidence, log_prob, margin, entropy, .. } = *self;
+    /// Errors: as `sampling::sample_row`, naming `row`.
+    pub fn sampled(&self, row: usize) -> Result<SampledToken> {
+        let SampledRecord { token, confidence, log_prob, margin, entropy, .. } = *self;
         match self.status {
-            status::OK => Ok(Decision { token, confidence, log_prob, margin, entropy }),
+            status::OK => Ok(SampledToken { token, confidence, log_prob, margin, entropy }),
             status::BROKEN => {
                 Err(Error::kernel(format!("row {row}: logit of token {token} is NaN or inf: the weights or activations are not finite")))
             }
@@ -113,13 +113,13 @@ impl DecisionRecord {
             status::CHANGED => Err(Error::kernel(format!(
                 "row {row}: the logits changed while a token was drawn from them: device memory is damaged or overwritten"
             ))),
-            other => Err(Error::kernel(format!("row {row}: no decision, its status is {other}"))),
+            other => Err(Error::kernel(format!("row {row}: nothing sampled, its status is {other}"))),
         }
     }
 }
 
-/// Whether a draw takes route B: [`Decide::any_nucleus`] if one does, [`Decide::any_fused`] if one
-/// does not.
+/// Whether a draw takes route B: [`SampleOp::any_nucleus`] if one does, [`SampleOp::any_fused`] if
+/// one does not.
 pub fn needs_nucleus(draw: &Draw) -> bool {
     // At temperatures 0 and 1, what is left where nothing is taken away is the raw distribution.
     let tempered = draw.temperature != 0.0 && draw.temperature != 1.0;
@@ -128,9 +128,9 @@ pub fn needs_nucleus(draw: &Draw) -> bool {
 }
 
 params! {
-    /// `decide_tiles`: entries `decide_tiles_f32` and `decide_tiles_bf16` by the type of hidden and
+    /// `sample_tiles`: entries `sample_tiles_f32` and `sample_tiles_bf16` by the type of hidden and
     /// head.
-    DecideTilesParams, 64 bytes {
+    SampleTilesParams, 64 bytes {
         /// (rows, k) f32 or bf16.
         hidden: u64 = 0,
         /// (vocab, k), the same type.
@@ -151,48 +151,48 @@ params! {
 }
 
 params! {
-    /// `decide_draw`: entries `decide_draw_f32` and `decide_draw_bf16`. Fields as in
-    /// [`DecideTilesParams`].
-    DecideDrawParams, 64 bytes {
+    /// `sample_draw`: entries `sample_draw_f32` and `sample_draw_bf16`. Fields as in
+    /// [`SampleTilesParams`].
+    SampleDrawParams, 64 bytes {
         hidden: u64 = 0,
         head: u64 = 8,
         bias: u64 = 16,
         banned: u64 = 24,
         draws: u64 = 32,
         tiles: u64 = 40,
-        /// (rows) [`DecisionRecord`].
-        decisions: u64 = 48,
+        /// (rows) [`SampledRecord`].
+        sampled: u64 = 48,
         vocab: u32 = 56,
         k: u32 = 60,
     }
 }
 
 params! {
-    /// `decide_nucleus`: one entry.
-    DecideNucleusParams, 40 bytes {
+    /// `sample_nucleus`: one entry.
+    SampleNucleusParams, 40 bytes {
         /// (rows, vocab) f32.
         logits: u64 = 0,
         banned: u64 = 8,
         draws: u64 = 16,
-        decisions: u64 = 24,
+        sampled: u64 = 24,
         vocab: u32 = 32,
         padding: u32 = 36,
     }
 }
 
-/// Ids of a vocabulary tile, IDS in `kernels/decide.cuh`.
+/// Ids of a vocabulary tile, IDS in `kernels/sample.cuh`.
 const IDS: u32 = 128;
 /// Bytes of a TileRecord there.
 const TILE_BYTES: usize = 32;
-/// Groups of 32 tiles that `decide_draw` has room for, 8 bytes each: 4,194,304 ids.
+/// Groups of 32 tiles that `sample_draw` has room for, 8 bytes each: 4,194,304 ids.
 const MAX_GROUPS: u32 = 1024;
-/// Threads of `decide_nucleus`, a row.
+/// Threads of `sample_nucleus`, a row.
 const NUCLEUS_THREADS: u32 = 512;
 /// Workspace that tile records or logits may take; beyond it rows go through in chunks. 64 MiB are
 /// 333 rows of 50,258 logits, or 5,336 rows of their tiles.
 pub(in crate::cuda) const CHUNK_BYTES: usize = 64 << 20;
 
-/// One build of `decide_tiles`: `rows` rows of IDS ids.
+/// One build of `sample_tiles`: `rows` rows of IDS ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tile {
     rows: u32,
@@ -223,7 +223,7 @@ impl Tile {
             ("TILE_STAGES", self.stages),
             ("TILE_CTAS", self.resident),
         ];
-        Build { stem: "decide_tiles", defines }
+        Build { stem: "sample_tiles", defines }
     }
 
     fn launch(&self, rows: u32, vocab: u32) -> Launch {
@@ -238,7 +238,7 @@ fn tile(rows: u32) -> Tile {
 }
 
 fn draw_build() -> Build {
-    Build { stem: "decide_draw", defines: vec![("THREADS", 64), ("MAX_GROUPS", MAX_GROUPS)] }
+    Build { stem: "sample_draw", defines: vec![("THREADS", 64), ("MAX_GROUPS", MAX_GROUPS)] }
 }
 
 /// Five stages of 8 + 32 rows of 128 bytes.
@@ -247,7 +247,7 @@ fn draw_launch(rows: u32) -> Launch {
 }
 
 fn nucleus_build() -> Build {
-    Build { stem: "decide_nucleus", defines: vec![("THREADS", NUCLEUS_THREADS)] }
+    Build { stem: "sample_nucleus", defines: vec![("THREADS", NUCLEUS_THREADS)] }
 }
 
 /// The builds of these kernels.
@@ -262,8 +262,8 @@ pub(in crate::cuda) fn chunk_rows(rows: u32, row_bytes: usize, bytes: usize) -> 
     if rows <= fit { rows } else { (fit / 128 * 128).max(128) }
 }
 
-/// `decisions[r] = decide_row(hidden[r] head^T + bias)` under `draws[r]`.
-pub struct Decide {
+/// `sampled[r] = sample_row(hidden[r] head^T + bias)` under `draws[r]`.
+pub struct SampleOp {
     pub rows: u32,
     pub k: u32,
     pub vocab: u32,
@@ -279,24 +279,24 @@ pub struct Decide {
     pub banned: Option<Address>,
     /// (rows) [`DrawRecord`].
     pub draws: Address,
-    /// (rows) [`DecisionRecord`] out; rows of padding are left as they are.
-    pub decisions: Address,
+    /// (rows) [`SampledRecord`] out; rows of padding are left as they are.
+    pub sampled: Address,
     /// Some row does not need route B.
     pub any_fused: bool,
     /// Some row does: [`needs_nucleus`].
     pub any_nucleus: bool,
 }
 
-pub fn decide(machine: &Machine, op: &Decide) -> Result<()> {
-    decide_in(machine, op, CHUNK_BYTES)
+pub fn sample(machine: &Machine, op: &SampleOp) -> Result<()> {
+    sample_in(machine, op, CHUNK_BYTES)
 }
 
-/// [`decide`] with another bound on the bytes of a chunk, for tests.
-pub fn decide_in(machine: &Machine, op: &Decide, chunk_bytes: usize) -> Result<()> {
-    let Decide { rows, vocab, k, .. } = *op;
+/// [`sample`] with another bound on the bytes of a chunk, for tests.
+pub fn sample_in(machine: &Machine, op: &SampleOp, chunk_bytes: usize) -> Result<()> {
+    let SampleOp { rows, vocab, k, .. } = *op;
     assert!(vocab > 0 && k > 0, "a head of {vocab} rows of {k}");
     if vocab > MAX_GROUPS * 32 * IDS {
-        return Err(Error::request(format!("decide: a vocabulary of {vocab} ids, at most {} are supported", MAX_GROUPS * 32 * IDS)));
+        return Err(Error::request(format!("sample: a vocabulary of {vocab} ids, at most {} are supported", MAX_GROUPS * 32 * IDS)));
     }
     let tile_bytes = vocab.div_ceil(IDS) as usize * TILE_BYTES;
     let logit_bytes = vocab as usize * 4;
@@ -318,37 +318,37 @@ pub fn decide_in(machine: &Machine, op: &Decide, chunk_bytes: usize) -> Result<(
 }
 
 /// The op in pieces of at most `chunk` rows.
-fn chunks(op: &Decide, chunk: u32) -> impl Iterator<Item = Decide> + '_ {
-    (0..op.rows).step_by(chunk.max(1) as usize).map(move |first| Decide {
+fn chunks(op: &SampleOp, chunk: u32) -> impl Iterator<Item = SampleOp> + '_ {
+    (0..op.rows).step_by(chunk.max(1) as usize).map(move |first| SampleOp {
         rows: chunk.min(op.rows - first),
         hidden: op.hidden + u64::from(first) * u64::from(op.k) * op.dtype.bytes() as u64,
         draws: op.draws + u64::from(first) * size_of::<DrawRecord>() as u64,
-        decisions: op.decisions + u64::from(first) * size_of::<DecisionRecord>() as u64,
+        sampled: op.sampled + u64::from(first) * size_of::<SampledRecord>() as u64,
         ..*op
     })
 }
 
-fn fused(machine: &Machine, op: &Decide, tiles: Address) -> Result<()> {
-    let Decide { rows, k, vocab, hidden, dtype, head, bias, banned, draws, decisions, .. } = *op;
+fn fused(machine: &Machine, op: &SampleOp, tiles: Address) -> Result<()> {
+    let SampleOp { rows, k, vocab, hidden, dtype, head, bias, banned, draws, sampled, .. } = *op;
     let (bias, banned) = (bias.unwrap_or(0), banned.unwrap_or(0));
     let [tiles_entry, draw_entry] = match dtype {
-        DType::F32 => ["decide_tiles_f32", "decide_draw_f32"],
-        DType::Bf16 => ["decide_tiles_bf16", "decide_draw_bf16"],
+        DType::F32 => ["sample_tiles_f32", "sample_draw_f32"],
+        DType::Bf16 => ["sample_tiles_bf16", "sample_draw_bf16"],
     };
     let tile = tile(rows);
-    let params = DecideTilesParams { hidden, head, bias, banned, draws, tiles, rows, vocab, k, padding: 0 };
+    let params = SampleTilesParams { hidden, head, bias, banned, draws, tiles, rows, vocab, k, padding: 0 };
     machine.launch(tile.build(), tiles_entry, tile.launch(rows, vocab), &params)?;
-    let params = DecideDrawParams { hidden, head, bias, banned, draws, tiles, decisions, vocab, k };
+    let params = SampleDrawParams { hidden, head, bias, banned, draws, tiles, sampled, vocab, k };
     machine.launch(draw_build(), draw_entry, draw_launch(rows), &params)
 }
 
-fn nucleus(machine: &Machine, op: &Decide, logits: Address) -> Result<()> {
-    let Decide { rows, k, vocab, hidden, dtype, head, bias, banned, draws, decisions, .. } = *op;
+fn nucleus(machine: &Machine, op: &SampleOp, logits: Address) -> Result<()> {
+    let SampleOp { rows, k, vocab, hidden, dtype, head, bias, banned, draws, sampled, .. } = *op;
     let product =
         Linear { rows, n: vocab, k, dtype, x: hidden, weight: head, bias, epilogue: Epilogue::Store, out: logits, out_dtype: DType::F32 };
     linear::linear(machine, &product)?;
-    let params = DecideNucleusParams { logits, banned: banned.unwrap_or(0), draws, decisions, vocab, padding: 0 };
-    machine.launch(nucleus_build(), "decide_nucleus", Launch::line(rows, NUCLEUS_THREADS), &params)
+    let params = SampleNucleusParams { logits, banned: banned.unwrap_or(0), draws, sampled, vocab, padding: 0 };
+    machine.launch(nucleus_build(), "sample_nucleus", Launch::line(rows, NUCLEUS_THREADS), &params)
 }
 
 #[cfg(test)]
@@ -375,7 +375,7 @@ mod tests {
         assert_eq!(chunk_rows(1000, 4 * 50_258, CHUNK_BYTES), 256);
         assert_eq!(chunk_rows(1000, 32 * 393, CHUNK_BYTES), 1000);
         assert_eq!(chunk_rows(1000, 1 << 30, CHUNK_BYTES), 128, "one tile is the least");
-        let op = Decide {
+        let op = SampleOp {
             rows: 300,
             k: 10,
             vocab: 7,
@@ -385,11 +385,11 @@ mod tests {
             bias: None,
             banned: None,
             draws: 0,
-            decisions: 64,
+            sampled: 64,
             any_fused: true,
             any_nucleus: true,
         };
-        let parts: Vec<_> = chunks(&op, 128).map(|c| (c.rows, c.hidden, c.draws, c.decisions)).collect();
+        let parts: Vec<_> = chunks(&op, 128).map(|c| (c.rows, c.hidden, c.draws, c.sampled)).collect();
         assert_eq!(parts, [(128, 1000, 0, 64), (128, 1000 + 2560, 4096, 64 + 4096), (44, 1000 + 5120, 8192, 64 + 8192)]);
     }
 
@@ -431,8 +431,8 @@ mod tests {
 
     #[test]
     fn every_status_has_its_words() {
-        let record = |status| DecisionRecord { token: 17, status, ..DecisionRecord::default() };
-        assert_eq!(record(status::OK).decision(5).unwrap().token, 17);
+        let record = |status| SampledRecord { token: 17, status, ..SampledRecord::default() };
+        assert_eq!(record(status::OK).sampled(5).unwrap().token, 17);
         for (code, words) in [
             (status::BROKEN, "token 17 is NaN or inf"),
             (status::NOTHING, "no token"),
@@ -440,7 +440,7 @@ mod tests {
             (status::CHANGED, "changed"),
             (9, "is 9"),
         ] {
-            let error = record(code).decision(5).unwrap_err();
+            let error = record(code).sampled(5).unwrap_err();
             assert!(error.to_string().contains("row 5") && error.to_string().contains(words), "{error}");
             assert_eq!(matches!(error, Error::Request { .. }), code == status::FORCED);
         }

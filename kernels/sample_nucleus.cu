@@ -1,4 +1,4 @@
-// decide_nucleus: the answer of a row that draws from a nucleus, from its logits in memory, by the law of `policy::decide_row`.
+// sample_nucleus: the answer of a row that draws from a nucleus, from its logits in memory, by the law of `sampling::sample_row`.
 //
 // Route B. A nucleus is a prefix of the order (larger logit first, ties to the lower id), and where it ends depends on the mass of the whole
 // row, so the logits of a chunk of rows are written by `linear` (f32, with bias) and read here several times, mostly from L2.
@@ -23,23 +23,23 @@
 // Cost: V f32 written and read four times, three times more where a bin's keys do not fit, five times
 // more with top-k; an exponential per logit in step 2 and a few more in the end. Equal logits all fall
 // into one bin and then queue at eight addresses.
-#include "decide.cuh"
+#include "sample.cuh"
 
-struct DecideNucleusParams {
+struct SampleNucleusParams {
     const float* logits;        // (rows, vocab)
     const u32* banned;          // a bit for every id, or null
     const DrawRecord* draws;    // (rows)
-    DecisionRecord* decisions;  // (rows) out, for the rows of route B
+    SampledRecord* sampled;  // (rows) out, for the rows of route B
     u32 vocab;
     u32 padding;
 };
-FIELD(DecideNucleusParams, logits, 0);
-FIELD(DecideNucleusParams, banned, 8);
-FIELD(DecideNucleusParams, draws, 16);
-FIELD(DecideNucleusParams, decisions, 24);
-FIELD(DecideNucleusParams, vocab, 32);
-FIELD(DecideNucleusParams, padding, 36);
-LAYOUT(DecideNucleusParams, 40);
+FIELD(SampleNucleusParams, logits, 0);
+FIELD(SampleNucleusParams, banned, 8);
+FIELD(SampleNucleusParams, draws, 16);
+FIELD(SampleNucleusParams, sampled, 24);
+FIELD(SampleNucleusParams, vocab, 32);
+FIELD(SampleNucleusParams, padding, 36);
+LAYOUT(SampleNucleusParams, 40);
 
 #define BINS 256
 #define COPIES 8
@@ -256,13 +256,13 @@ __device__ __forceinline__ u32 draw_id(const Row& row, const Edge& edge, u32 voc
     return begin + lane;
 }
 
-KERNEL(decide_nucleus, DecideNucleusParams) {
+KERNEL(sample_nucleus, SampleNucleusParams) {
     __shared__ Histogram histogram;
     __shared__ u32 keys[KEYS];
     __shared__ u32 num_keys;
     const DrawRecord draw = p.draws[blockIdx.x];
     if (!is_nucleus(draw)) return;
-    DecisionRecord* out = p.decisions + blockIdx.x;
+    SampledRecord* out = p.sampled + blockIdx.x;
     const bool greedy = draw.temperature == 0.0f;  // of the nucleus at temperature 1, its first
     const float temperature = greedy ? 1.0f : draw.temperature;
     Row row = {p.logits + (u64)blockIdx.x * p.vocab, p.banned, 0.0f, temperature, fminf(BINS / 29.0f / temperature, 1e30f)};

@@ -1,36 +1,36 @@
-// decide_draw: the answer of a row of route A from its tiles, by the law of `policy::decide_row`.
+// sample_draw: the answer of a row of route A from its tiles, by the law of `sampling::sample_row`.
 //
 // Second kernel of route A. Maximum, mass and moment of the tiles are joined in f64. A draw is an inverse CDF over ascending ids on four levels: groups
 // of 32 tiles, tiles, pieces of 32 ids, ids. Only the logits of that last piece are needed, and they are computed again, by the product of
-// `gemm.cuh` with this one row: the same bits as in `decide_tiles`. So is the one logit of a forced token. Temperature 0 needs none.
+// `gemm.cuh` with this one row: the same bits as in `sample_tiles`. So is the one logit of a forced token. Temperature 0 needs none.
 // Should the rounding of a sum leave the target past the last part of a level, its last part with any mass is the answer.
 //
 // Layout: one CTA of two warps per row. Every sum has a fixed order: tiles of a group in a butterfly, groups ascending, parts of the walk ascending.
 // Cost: 32 bytes per tile read twice, 32 k weights (48 KiB for k = 768 in bf16, mostly from L2); bound by latency.
-#include "decide.cuh"
+#include "sample.cuh"
 #include "gemm.cuh"
 
-struct DecideDrawParams {
+struct SampleDrawParams {
     const void* hidden;         // (rows, k) f32 or bf16
     const void* head;           // (vocab, k), the same type
     const float* bias;          // (vocab) or null
     const u32* banned;          // a bit for every id, or null
     const DrawRecord* draws;    // (rows)
     const TileRecord* tiles;    // (rows, ceil(vocab / IDS))
-    DecisionRecord* decisions;  // (rows) out, for the rows of route A
+    SampledRecord* sampled;  // (rows) out, for the rows of route A
     u32 vocab;                  // at most MAX_GROUPS * 32 * IDS
     u32 k;
 };
-FIELD(DecideDrawParams, hidden, 0);
-FIELD(DecideDrawParams, head, 8);
-FIELD(DecideDrawParams, bias, 16);
-FIELD(DecideDrawParams, banned, 24);
-FIELD(DecideDrawParams, draws, 32);
-FIELD(DecideDrawParams, tiles, 40);
-FIELD(DecideDrawParams, decisions, 48);
-FIELD(DecideDrawParams, vocab, 56);
-FIELD(DecideDrawParams, k, 60);
-LAYOUT(DecideDrawParams, 64);
+FIELD(SampleDrawParams, hidden, 0);
+FIELD(SampleDrawParams, head, 8);
+FIELD(SampleDrawParams, bias, 16);
+FIELD(SampleDrawParams, banned, 24);
+FIELD(SampleDrawParams, draws, 32);
+FIELD(SampleDrawParams, tiles, 40);
+FIELD(SampleDrawParams, sampled, 48);
+FIELD(SampleDrawParams, vocab, 56);
+FIELD(SampleDrawParams, k, 60);
+LAYOUT(SampleDrawParams, 64);
 
 static_assert(THREADS == 64, "two warps side by side along the 32 ids of a piece");
 #define STAGES 5
@@ -74,7 +74,7 @@ __device__ __forceinline__ double choice_mass(const TileRecord& t, float max, do
 
 // The logits of a piece of ids, of one row: written to shared memory, -inf beyond the vocabulary and where banned.
 template <typename T>
-__device__ __forceinline__ const float* piece_logits(const DecideDrawParams& p, u32 piece, u8* shared) {
+__device__ __forceinline__ const float* piece_logits(const SampleDrawParams& p, u32 piece, u8* shared) {
     typedef ProductTile<T, 8, PIECE_IDS, 2, STAGES> Tile;
     typename Tile::Sums total;
     clear<Tile>(total);
@@ -95,11 +95,11 @@ __device__ __forceinline__ const float* piece_logits(const DecideDrawParams& p, 
 }
 
 template <typename T>
-__device__ __forceinline__ void decide_row(const DecideDrawParams& p, u8* shared) {
+__device__ __forceinline__ void sample_row(const SampleDrawParams& p, u8* shared) {
     __shared__ double group_mass[MAX_GROUPS];
     const DrawRecord draw = p.draws[blockIdx.x];
     if (!is_fused(draw)) return;
-    DecisionRecord* out = p.decisions + blockIdx.x;
+    SampledRecord* out = p.sampled + blockIdx.x;
     const u32 num_tiles = (p.vocab + IDS - 1) / IDS;
     const u32 num_groups = (num_tiles + 31) / 32;
     const TileRecord* tiles = p.tiles + (u64)blockIdx.x * num_tiles;
@@ -174,11 +174,11 @@ __device__ __forceinline__ void decide_row(const DecideDrawParams& p, u8* shared
     if (threadIdx.x == 0) answer(out, draw, token, logit, share, top.max, top.second, sum, moment);
 }
 
-KERNEL_BOUNDS(decide_draw_f32, DecideDrawParams, THREADS, RESIDENT) {
+KERNEL_BOUNDS(sample_draw_f32, SampleDrawParams, THREADS, RESIDENT) {
     DYNAMIC_SHARED(shared);
-    decide_row<float>(p, shared);
+    sample_row<float>(p, shared);
 }
-KERNEL_BOUNDS(decide_draw_bf16, DecideDrawParams, THREADS, RESIDENT) {
+KERNEL_BOUNDS(sample_draw_bf16, SampleDrawParams, THREADS, RESIDENT) {
     DYNAMIC_SHARED(shared);
-    decide_row<u16>(p, shared);
+    sample_row<u16>(p, shared);
 }

@@ -2,7 +2,7 @@
 //!
 //! A row is cut into vocabulary tiles of 2048 at fixed ids. One pass gives each tile its maximum,
 //! its mass `sum exp(l - max)` and the moment that the entropy needs, all in f32 lanes over a tile
-//! that stays in L1; tiles are joined in f64. The draw is the inverse CDF of `sampling::decide_row`
+//! that stays in L1; tiles are joined in f64. The draw is the inverse CDF of `sampling::sample_row`
 //! on two levels: the tile by cumulative mass, then the id inside it. The nucleus sorts nothing but
 //! its own edge: tokens below `(1 - p) / V` can never be kept, since whatever follows a kept token
 //! weighs at least `1 - p` together and no more than that token each; above that, thresholds close
@@ -17,7 +17,7 @@ use crate::cpu::linear::{self, Packed};
 use crate::cpu::machine::Machine;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
-use crate::sampling::{self, Decision, Draw, TopK, TopKOrder, TopPRule};
+use crate::sampling::{self, Draw, SampledToken, TopK, TopKOrder, TopPRule};
 
 /// Rows whose logits exist at once: 64 rows of 50,258 are 12.9 MB, and the head is read once per 64
 /// rows, which leaves the product bound by arithmetic.
@@ -26,23 +26,23 @@ pub const CHUNK: usize = 64;
 /// Ids of a vocabulary tile: 8 KiB of logits.
 const TILE: usize = 2048;
 
-/// See [`crate::backend::Backend::decide`].
-pub fn decide(
+/// See [`crate::backend::Backend::sample`].
+pub fn sample(
     machine: &Machine,
     hidden: &[f32],
     head: &Packed,
     bias: Option<&[f32]>,
     banned: &[u32],
     draws: &[Draw],
-) -> Result<Vec<Decision>> {
+) -> Result<Vec<SampledToken>> {
     let Packed { n: vocab, k, .. } = *head;
-    let mut decisions = Vec::with_capacity(draws.len());
+    let mut sampled = Vec::with_capacity(draws.len());
     let mut scratch = machine.logits();
     for (chunk, draws) in draws.chunks(CHUNK).enumerate() {
         let first = chunk * CHUNK;
         let logits = scratch.reserve(draws.len() * vocab);
         linear::linear(machine, draws.len(), &hidden[first * k..], head, bias, Epilogue::Store, logits);
-        let mut results: Vec<Option<Result<Decision>>> = vec![None; draws.len()];
+        let mut results: Vec<Option<Result<SampledToken>>> = vec![None; draws.len()];
         let mut rows: Vec<_> = logits.chunks_exact_mut(vocab).zip(&mut results).zip(draws).collect();
         machine.pool_for(draws.len() * vocab * 4).chunks(&mut rows, 1, &|i, row| {
             let ((logits, result), draw) = &mut row[0];
@@ -51,17 +51,17 @@ pub fn decide(
                     *logit = f32::NEG_INFINITY;
                 }
             }
-            **result = Some(decide_row(machine, logits, banned, draw).map_err(|error| match error {
+            **result = Some(sample_row(machine, logits, banned, draw).map_err(|error| match error {
                 Error::Kernel { what } => Error::kernel(format!("row {}: {what}", first + i)),
                 Error::Request { what } => Error::request(format!("row {}: {what}", first + i)),
                 other => other,
             }));
         });
         for result in results.into_iter().flatten() {
-            decisions.push(result?);
+            sampled.push(result?);
         }
     }
-    Ok(decisions)
+    Ok(sampled)
 }
 
 /// What one pass leaves of a vocabulary tile.
@@ -75,7 +75,7 @@ struct TileSums {
 }
 
 /// One row whose banned logits are -inf.
-pub fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw) -> Result<Decision> {
+pub fn sample_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw) -> Result<SampledToken> {
     let tiles = machine.isa.run(Summarise { logits });
     let mut max = f32::NEG_INFINITY;
     let mut argtile = 0;
@@ -87,7 +87,7 @@ pub fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw
     // NaN and +inf leave a NaN mass; the law words the error, and that a row has nothing to choose
     // from.
     if max == f32::NEG_INFINITY || tiles.iter().any(|tile| tile.mass.is_nan()) {
-        return sampling::decide_row(logits, banned, draw);
+        return sampling::sample_row(logits, banned, draw);
     }
     let (mut sum, mut moment) = (0.0, 0.0);
     for tile in tiles.iter().filter(|tile| tile.max > f32::NEG_INFINITY) {
@@ -129,14 +129,14 @@ pub fn decide_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw
             if greedy { argmax } else { kept.token }
         }
         None if draw.temperature == 0.0 => argmax,
-        None => sample(machine, logits, &tiles, max, argmax, draw),
+        None => draw_token(machine, logits, &tiles, max, argmax, draw),
     };
     let Some(&logit) = logits.get(token).filter(|_| !banned.contains(&(token as u32))) else {
         return Err(Error::request(format!("token {token} is banned or outside the vocabulary of {}", logits.len())));
     };
     let log_prob = f64::from(logit) - f64::from(max) - sum.ln();
     let confidence = kept_share.unwrap_or_else(|| log_prob.exp());
-    Ok(Decision {
+    Ok(SampledToken {
         token: token as u32,
         confidence: confidence as f32,
         log_prob: log_prob as f32,
@@ -155,7 +155,7 @@ fn tile_masses(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, 
 }
 
 /// Draws a token after temperature and nucleus.
-fn sample(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> usize {
+fn draw_token(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> usize {
     if draw.top_p < 1.0 || draw.top_k.is_some() {
         return kept(machine, logits, tiles, max, argmax, draw).token;
     }

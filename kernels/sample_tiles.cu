@@ -1,18 +1,18 @@
-// decide_tiles: the LM head, tile by tile, of which only the sums that a token choice needs are kept; logits stay on the chip.
+// sample_tiles: the LM head, tile by tile, of which only the sums that a token choice needs are kept; logits stay on the chip.
 //
 // First kernel of route A (rows that do not draw from a nucleus). A tile of `gemm.cuh`, TILE_ROWS rows by IDS = 128 ids, is laid out in shared
 // memory; eight threads share a row of it, 16 ids each, and leave its maximum, second maximum, mass, moment and the mass of each 32 ids at the
-// draw's temperature, relative to the tile's own maximum. `decide_draw` joins the tiles of a row in f64.
+// draw's temperature, relative to the tile's own maximum. `sample_draw` joins the tiles of a row in f64.
 // The ids of a tile and of a thread, and the order of every sum, are the same for all tile heights: so is every bit.
 //
 // Layout: CTAs count row tiles first, eight at a time, so that those that share ids run together and the head is read from memory once.
 // Cost: the product, 2 rows V k operations or V k weights, and 32 bytes written per row and tile (a 1 / 16 of the logits in f32).
 // Bank conflicts: thread (piece s, half h) of a row takes the quads of its ids in the rotated order (q + s) % 4, so that eight threads read
 // eight different groups of four banks.
-#include "decide.cuh"
+#include "sample.cuh"
 #include "gemm.cuh"
 
-struct DecideTilesParams {
+struct SampleTilesParams {
     const void* hidden;        // (rows, k) f32 or bf16
     const void* head;          // (vocab, k), the same type
     const float* bias;         // (vocab) or null
@@ -24,23 +24,23 @@ struct DecideTilesParams {
     u32 k;
     u32 padding;
 };
-FIELD(DecideTilesParams, hidden, 0);
-FIELD(DecideTilesParams, head, 8);
-FIELD(DecideTilesParams, bias, 16);
-FIELD(DecideTilesParams, banned, 24);
-FIELD(DecideTilesParams, draws, 32);
-FIELD(DecideTilesParams, tiles, 40);
-FIELD(DecideTilesParams, rows, 48);
-FIELD(DecideTilesParams, vocab, 52);
-FIELD(DecideTilesParams, k, 56);
-FIELD(DecideTilesParams, padding, 60);
-LAYOUT(DecideTilesParams, 64);
+FIELD(SampleTilesParams, hidden, 0);
+FIELD(SampleTilesParams, head, 8);
+FIELD(SampleTilesParams, bias, 16);
+FIELD(SampleTilesParams, banned, 24);
+FIELD(SampleTilesParams, draws, 32);
+FIELD(SampleTilesParams, tiles, 40);
+FIELD(SampleTilesParams, rows, 48);
+FIELD(SampleTilesParams, vocab, 52);
+FIELD(SampleTilesParams, k, 56);
+FIELD(SampleTilesParams, padding, 60);
+LAYOUT(SampleTilesParams, 64);
 
 #define SHARERS 8  // threads of a row
 static_assert(IDS == SHARERS * 16 && PIECE_IDS == 2 * 16, "two threads to a piece");
 
 // One row of the tile, whose logits without bias start at `logits` in shared memory. All lanes of the warp take part.
-__device__ __forceinline__ void summarise(const DecideTilesParams& p, const float* logits, u32 first_id, const DrawRecord& draw, TileRecord* out,
+__device__ __forceinline__ void summarise(const SampleTilesParams& p, const float* logits, u32 first_id, const DrawRecord& draw, TileRecord* out,
                                           bool wanted) {
     const u32 piece = threadIdx.x % SHARERS / 2, half = threadIdx.x % 2;
     float l[16];
@@ -100,7 +100,7 @@ __device__ __forceinline__ void summarise(const DecideTilesParams& p, const floa
 }
 
 template <typename T>
-__device__ __forceinline__ void decide_tile(const DecideTilesParams& p, u8* shared) {
+__device__ __forceinline__ void sample_tile(const SampleTilesParams& p, u8* shared) {
     typedef ProductTile<T, TILE_ROWS, IDS, TILE_COL_WARPS, TILE_STAGES> Tile;
     const u32 row_tiles = (p.rows + Tile::rows - 1) / Tile::rows;
     const u32 id_tiles = (p.vocab + IDS - 1) / IDS;
@@ -132,11 +132,11 @@ __device__ __forceinline__ void decide_tile(const DecideTilesParams& p, u8* shar
     }
 }
 
-KERNEL_BOUNDS(decide_tiles_f32, DecideTilesParams, THREADS, TILE_CTAS) {
+KERNEL_BOUNDS(sample_tiles_f32, SampleTilesParams, THREADS, TILE_CTAS) {
     DYNAMIC_SHARED(shared);
-    decide_tile<float>(p, shared);
+    sample_tile<float>(p, shared);
 }
-KERNEL_BOUNDS(decide_tiles_bf16, DecideTilesParams, THREADS, TILE_CTAS) {
+KERNEL_BOUNDS(sample_tiles_bf16, SampleTilesParams, THREADS, TILE_CTAS) {
     DYNAMIC_SHARED(shared);
-    decide_tile<u16>(p, shared);
+    sample_tile<u16>(p, shared);
 }

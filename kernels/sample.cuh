@@ -1,7 +1,7 @@
-// What the kernels of `decide` share: the records of a row, its place on one of the two routes, and the answer from its sums.
+// What the kernels of `sample` share: the records of a row, its place on one of the two routes, and the answer from its sums.
 //
-// The law is `policy::decide_row`. A row's route follows from its own draw alone: a draw from a nucleus or from the most probable tokens, or one
-// that asks what is left of the row, takes route B (`decide_nucleus`), everything else route A (`decide_tiles`, then `decide_draw`).
+// The law is `sampling::sample_row`. A row's route follows from its own draw alone: a draw from a nucleus or from the most probable tokens, or one
+// that asks what is left of the row, takes route B (`sample_nucleus`), everything else route A (`sample_tiles`, then `sample_draw`).
 #pragma once
 #include "select.cuh"
 
@@ -37,8 +37,8 @@ LAYOUT(DrawRecord, 32);
 #define STATUS_CHANGED 4u  // the logits differ between two passes over them
 #define NO_ID 0xffffffffu
 
-// The answer: `backend::Decision`. Where `status` is not 0 the statistics are zeros.
-struct DecisionRecord {
+// The answer: `backend::SampledToken`. Where `status` is not 0 the statistics are zeros.
+struct SampledRecord {
     u32 token;  // under a status: the lowest broken id, 0, or the forced token
     float confidence;
     float log_prob;
@@ -48,15 +48,15 @@ struct DecisionRecord {
     u32 position;
     u32 chosen;  // 0; `reveal` sets 1
 };
-FIELD(DecisionRecord, token, 0);
-FIELD(DecisionRecord, confidence, 4);
-FIELD(DecisionRecord, log_prob, 8);
-FIELD(DecisionRecord, margin, 12);
-FIELD(DecisionRecord, entropy, 16);
-FIELD(DecisionRecord, status, 20);
-FIELD(DecisionRecord, position, 24);
-FIELD(DecisionRecord, chosen, 28);
-LAYOUT(DecisionRecord, 32);
+FIELD(SampledRecord, token, 0);
+FIELD(SampledRecord, confidence, 4);
+FIELD(SampledRecord, log_prob, 8);
+FIELD(SampledRecord, margin, 12);
+FIELD(SampledRecord, entropy, 16);
+FIELD(SampledRecord, status, 20);
+FIELD(SampledRecord, position, 24);
+FIELD(SampledRecord, chosen, 28);
+LAYOUT(SampledRecord, 32);
 
 // Ids of a vocabulary tile, and of a piece of it: the smallest part whose mass route A keeps.
 #define IDS 128
@@ -131,13 +131,13 @@ __device__ __forceinline__ Top block_join(Top top) {
     return top;
 }
 
-__device__ __forceinline__ void refuse(DecisionRecord* out, const DrawRecord& draw, u32 status, u32 token) {
-    if (threadIdx.x == 0) *out = DecisionRecord{token, 0.0f, 0.0f, 0.0f, 0.0f, status, draw.position, 0};
+__device__ __forceinline__ void refuse(SampledRecord* out, const DrawRecord& draw, u32 status, u32 token) {
+    if (threadIdx.x == 0) *out = SampledRecord{token, 0.0f, 0.0f, 0.0f, 0.0f, status, draw.position, 0};
 }
 
 // One thread writes the answer. `logit` is the token's; `share` its mass among what was kept after temperature, 1 for the most probable
 // token under temperature 0. `sum` and `moment` are relative to `max`, at temperature 1.
-__device__ __forceinline__ void answer(DecisionRecord* out, const DrawRecord& draw, u32 token, float logit, double share, float max, float second,
+__device__ __forceinline__ void answer(SampledRecord* out, const DrawRecord& draw, u32 token, float logit, double share, float max, float second,
                                        double sum, double moment) {
     const double log_sum = log(sum);
     const double log_prob = (double)logit - (double)max - log_sum;
@@ -147,7 +147,7 @@ __device__ __forceinline__ void answer(DecisionRecord* out, const DrawRecord& dr
     const double inverse = exp(-log_sum);  // of the sum; a division is a call, and costs more registers
     const double margin = (1.0 - exp((double)second - (double)max)) * inverse;
     const double entropy = log_sum - moment * inverse;
-    *out = DecisionRecord{token,
+    *out = SampledRecord{token,
                           (float)(raw ? exp(log_prob) : share),
                           (float)log_prob,
                           (float)margin,

@@ -1,9 +1,9 @@
-//! `decide` against `sampling::decide_row`. The head is an identity, so hidden rows are the logits.
+//! `sample` against `sampling::sample_row`. The head is an identity, so hidden rows are the logits.
 
 use redraft::backend::{Backend, Candidates, DType, Epilogue};
 use redraft::cpu::{Cpu, oracle};
 use redraft::error::Error;
-use redraft::sampling::{Decision, Draw, TopK, TopKOrder, TopPRule, decide_row};
+use redraft::sampling::{Draw, SampledToken, TopK, TopKOrder, TopPRule, sample_row};
 
 use crate::{TestBackend, cpus, each, noise};
 
@@ -13,7 +13,7 @@ pub const PLAIN: Draw =
 /// Runs rows of V logits through a head of 16 features whose products reproduce them: logits come
 /// from the bias, rows from a one-hot hidden state. Each row then has its own weight column, exact
 /// in f32; bf16 rounds the logits, which both sides see.
-fn decide<B: TestBackend>(b: &B, rows: &[Vec<f32>], banned: &[u32], draws: &[Draw]) -> Result<Vec<Decision>, Error> {
+fn sample<B: TestBackend>(b: &B, rows: &[Vec<f32>], banned: &[u32], draws: &[Draw]) -> Result<Vec<SampledToken>, Error> {
     let (k, vocab) = (rows.len(), rows[0].len());
     let mut weight = vec![0.0; vocab * k];
     for (feature, row) in rows.iter().enumerate() {
@@ -23,7 +23,7 @@ fn decide<B: TestBackend>(b: &B, rows: &[Vec<f32>], banned: &[u32], draws: &[Dra
     }
     let mut hidden = vec![0.0; k * k];
     (0..k).for_each(|i| hidden[i * k + i] = 1.0);
-    b.decide(&b.put(&hidden), &b.pack(&weight, vocab, k), None, Candidates::AllBut(banned), draws)
+    b.sample(&b.put(&hidden), &b.pack(&weight, vocab, k), None, Candidates::AllBut(banned), draws)
 }
 
 /// The logits as the backend sees them.
@@ -34,17 +34,17 @@ pub fn stored(dtype: DType, row: &[f32]) -> Vec<f32> {
 /// Whether the token of `draw`, and what it shares the nucleus with, stay the same when u and p
 /// move by more than f32 sums err.
 pub fn is_clear(row: &[f32], banned: &[u32], draw: &Draw) -> bool {
-    let decision = |du: f64, dp: f32| {
+    let sampled = |du: f64, dp: f32| {
         let moved = Draw { u: (draw.u + du).clamp(0.0, 1.0 - 1e-9), top_p: if draw.top_p < 1.0 { draw.top_p + dp } else { 1.0 }, ..*draw };
-        decide_row(row, banned, &moved).unwrap()
+        sample_row(row, banned, &moved).unwrap()
     };
-    let at = decision(0.0, 0.0);
-    let same = |moved: Decision| moved.token == at.token && moved.confidence == at.confidence;
-    [(1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-5), (0.0, -1e-5), (1e-5, 1e-5), (-1e-5, -1e-5)].iter().all(|&(du, dp)| same(decision(du, dp)))
+    let at = sampled(0.0, 0.0);
+    let same = |moved: SampledToken| moved.token == at.token && moved.confidence == at.confidence;
+    [(1e-5, 0.0), (-1e-5, 0.0), (0.0, 1e-5), (0.0, -1e-5), (1e-5, 1e-5), (-1e-5, -1e-5)].iter().all(|&(du, dp)| same(sampled(du, dp)))
 }
 
 #[track_caller]
-pub fn assert_decision(what: &str, got: &Decision, want: &Decision) {
+pub fn assert_sampled(what: &str, got: &SampledToken, want: &SampledToken) {
     assert_eq!(got.token, want.token, "{what}: {got:?}, expected {want:?}");
     let close = |a: f32, b: f32, tolerance: f32| (a - b).abs() <= tolerance || a == b;
     // f32 exponentials with f64 sums: 1e-6 relative; entropy sums terms of up to ln V.
@@ -86,7 +86,7 @@ fn agrees_with_the_law_over_many_draws() {
                 };
                 let draws: Vec<Draw> = (0..12).map(draw).collect();
                 let banned: &[u32] = if vocab > 2 { &[1, vocab as u32 - 1] } else { &[] };
-                let got = decide(b, &rows, banned, &draws).unwrap();
+                let got = sample(b, &rows, banned, &draws).unwrap();
                 for i in 0..12 {
                     total += 1;
                     let row = stored(b.dtype(), &rows[i]);
@@ -101,8 +101,8 @@ fn agrees_with_the_law_over_many_draws() {
                     } else {
                         clear += 1;
                     }
-                    let want = decide_row(&row, banned, &draw).unwrap();
-                    assert_decision(&format!("{} {:?} V {vocab} variant {variant} row {i}", b.name(), b.dtype()), &got[i], &want);
+                    let want = sample_row(&row, banned, &draw).unwrap();
+                    assert_sampled(&format!("{} {:?} V {vocab} variant {variant} row {i}", b.name(), b.dtype()), &got[i], &want);
                 }
             }
         }
@@ -122,10 +122,10 @@ fn draws_walk_the_whole_distribution() {
         let rows = vec![row.clone(); 1];
         for draws in draws.chunks(100) {
             let hidden = b.put(&vec![1.0; draws.len()]);
-            let got = b.decide(&hidden, &b.pack(&rows[0], 5000, 1), None, Candidates::AllBut(&[]), draws).unwrap();
+            let got = b.sample(&hidden, &b.pack(&rows[0], 5000, 1), None, Candidates::AllBut(&[]), draws).unwrap();
             assert!(got.is_sorted_by_key(|d| d.token));
             for (draw, got) in draws.iter().zip(&got).filter(|(draw, _)| is_clear(&row, &[], draw)) {
-                assert_decision(&b.name(), got, &decide_row(&row, &[], draw).unwrap());
+                assert_sampled(&b.name(), got, &sample_row(&row, &[], draw).unwrap());
             }
         }
     });
@@ -143,12 +143,12 @@ fn ties_go_to_the_lower_id() {
         let nucleus = |u, top_p_rule| Draw { u, top_p: 0.06, top_p_rule, truncated_confidence: true, ..PLAIN };
         let draws = [greedy, nucleus(0.99, TopPRule::Within), nucleus(0.99, TopPRule::Crossing), nucleus(0.0, TopPRule::Crossing)];
         let rows = vec![row; 4];
-        let got = decide(b, &rows, &[], &draws).unwrap();
+        let got = sample(b, &rows, &[], &draws).unwrap();
         assert_eq!(got.iter().map(|d| d.token).collect::<Vec<_>>(), [2047, 2048, 2500, 2047], "{}", b.name());
         assert_eq!(got[0].margin, 0.0);
         assert_eq!((got[0].confidence > 0.02, got[1].confidence, got[2].confidence), (true, 0.5, 1.0 / 3.0));
         for (got, draw) in got.iter().zip(&draws) {
-            assert_decision(&b.name(), got, &decide_row(&rows[0], &[], draw).unwrap());
+            assert_sampled(&b.name(), got, &sample_row(&rows[0], &[], draw).unwrap());
         }
     });
 }
@@ -174,13 +174,13 @@ fn the_most_probable_tokens() {
             for row in [levels.clone(), noise(vocab, 52 + i as u64).iter().map(|v| v * 6.0).collect()] {
                 let rows = vec![row; draws.len()];
                 let banned = &[3, 77, 4499];
-                let got = decide(b, &rows, banned, &draws).unwrap();
+                let got = sample(b, &rows, banned, &draws).unwrap();
                 for (draw, got) in draws.iter().zip(&got) {
                     let row = stored(b.dtype(), &rows[0]);
                     total += 1;
                     if is_clear(&row, banned, draw) {
                         clear += 1;
-                        assert_decision(&format!("{} {draw:?}", b.name()), got, &decide_row(&row, banned, draw).unwrap());
+                        assert_sampled(&format!("{} {draw:?}", b.name()), got, &sample_row(&row, banned, draw).unwrap());
                     }
                 }
             }
@@ -211,10 +211,10 @@ fn top_k_keeps_ties_and_has_an_order() {
             (draw(5, TopKOrder::After, 0.7), 0.99, 3, 0.25 / 0.75),
         ];
         let draws = cases.map(|(draw, u, ..)| Draw { u, ..draw });
-        let got = decide(b, &vec![row.clone(); 6], &[], &draws).unwrap();
+        let got = sample(b, &vec![row.clone(); 6], &[], &draws).unwrap();
         for ((got, (.., token, share)), draw) in got.iter().zip(cases).zip(&draws) {
             assert_eq!((got.token, (got.confidence - share).abs() < 1e-6), (token, true), "{} {draw:?}: {got:?}", b.name());
-            assert_decision(&b.name(), got, &decide_row(&row, &[], draw).unwrap());
+            assert_sampled(&b.name(), got, &sample_row(&row, &[], draw).unwrap());
         }
     });
 }
@@ -233,8 +233,8 @@ fn all_equal_huge_and_infinitely_small_logits() {
                 // nothing multiplies it by 0.
                 let hidden = b.put(&[1.0]);
                 let draw = Draw { u, ..draw };
-                let got = b.decide(&hidden, &b.pack(row, 3000, 1), None, Candidates::AllBut(&[]), &[draw]).unwrap()[0];
-                assert_decision(&format!("{} {draw:?}", b.name()), &got, &decide_row(&stored(b.dtype(), row), &[], &draw).unwrap());
+                let got = b.sample(&hidden, &b.pack(row, 3000, 1), None, Candidates::AllBut(&[]), &[draw]).unwrap()[0];
+                assert_sampled(&format!("{} {draw:?}", b.name()), &got, &sample_row(&stored(b.dtype(), row), &[], &draw).unwrap());
             }
         }
     });
@@ -249,9 +249,9 @@ fn banned_ids_are_never_chosen_and_take_no_mass() {
         let banned = [3, 2100, 9999];
         for u in [0.0, 0.4, 0.999_999_9] {
             let draw = Draw { u, ..PLAIN };
-            let got = b.decide(&b.put(&[1.0]), &b.pack(&row, 4000, 1), None, Candidates::AllBut(&banned), &[draw]).unwrap()[0];
+            let got = b.sample(&b.put(&[1.0]), &b.pack(&row, 4000, 1), None, Candidates::AllBut(&banned), &[draw]).unwrap()[0];
             assert!(!banned.contains(&got.token));
-            let want = decide_row(&stored(b.dtype(), &row), &banned, &draw).unwrap();
+            let want = sample_row(&stored(b.dtype(), &row), &banned, &draw).unwrap();
             assert!((got.entropy - want.entropy).abs() < 2e-5);
         }
     });
@@ -262,11 +262,11 @@ fn forced_tokens_are_scored() {
     each!(b in cpus(1), {
         let rows = vec![noise(3000, 13); 3];
         let draws = [0, 1500, 2999].map(|t| Draw { forced: Some(t), truncated_confidence: true, temperature: 0.3, top_p: 0.1, ..PLAIN });
-        for (got, draw) in decide(b, &rows, &[5], &draws).unwrap().iter().zip(&draws) {
-            assert_decision(&b.name(), got, &decide_row(&stored(b.dtype(), &rows[0]), &[5], draw).unwrap());
+        for (got, draw) in sample(b, &rows, &[5], &draws).unwrap().iter().zip(&draws) {
+            assert_sampled(&b.name(), got, &sample_row(&stored(b.dtype(), &rows[0]), &[5], draw).unwrap());
         }
         for bad in [5, 3000, u32::MAX] {
-            let error = decide(b, &rows, &[5], &[Draw { forced: Some(bad), ..PLAIN }]).unwrap_err();
+            let error = sample(b, &rows, &[5], &[Draw { forced: Some(bad), ..PLAIN }]).unwrap_err();
             assert!(matches!(&error, Error::Request { what } if what.contains(&bad.to_string()) && what.contains("row 0")), "{error:?}");
         }
     });
@@ -285,27 +285,27 @@ fn logits_that_are_not_finite_are_an_error_that_names_the_row() {
                     // come in by the bias.
                     let mut hidden = vec![0.0; 70];
                     hidden[66] = 1.0;
-                    let one = b.decide(&b.put(&[1.0]), &b.pack(&weight, 3000, 1), None, Candidates::AllBut(&[]), &[PLAIN]);
+                    let one = b.sample(&b.put(&[1.0]), &b.pack(&weight, 3000, 1), None, Candidates::AllBut(&[]), &[PLAIN]);
                     assert!(
                         matches!(&one, Err(Error::Kernel { what }) if what.contains("row 0") && what.contains(&at.to_string())),
                         "{one:?}"
                     );
                     hidden.fill(1.0);
                     hidden[66] = f32::NAN;
-                    let many = b.decide(&b.put(&hidden), &b.pack(&vec![1.0; 3000], 3000, 1), None, Candidates::AllBut(&[]), &draws);
+                    let many = b.sample(&b.put(&hidden), &b.pack(&vec![1.0; 3000], 3000, 1), None, Candidates::AllBut(&[]), &draws);
                     assert!(matches!(&many, Err(Error::Kernel { what }) if what.contains("row 66")), "{many:?}");
                 }
             }
         }
-        let nothing = b.decide(&b.put(&[1.0]), &b.pack(&[f32::NEG_INFINITY; 20], 20, 1), None, Candidates::AllBut(&[]), &[PLAIN]);
+        let nothing = b.sample(&b.put(&[1.0]), &b.pack(&[f32::NEG_INFINITY; 20], 20, 1), None, Candidates::AllBut(&[]), &[PLAIN]);
         assert!(matches!(nothing, Err(Error::Kernel { .. })));
-        let banned = b.decide(&b.put(&[1.0]), &b.pack(&[1.0, 2.0], 2, 1), None, Candidates::AllBut(&[0, 1]), &[PLAIN]);
+        let banned = b.sample(&b.put(&[1.0]), &b.pack(&[1.0, 2.0], 2, 1), None, Candidates::AllBut(&[0, 1]), &[PLAIN]);
         assert!(matches!(banned, Err(Error::Kernel { .. })));
     });
 }
 
 #[test]
-fn a_decision_does_not_depend_on_its_neighbours_or_on_threads() {
+fn a_sampled_token_does_not_depend_on_its_neighbours_or_on_threads() {
     let (vocab, k, rows) = (3001, 40, 130);
     let (weight, hidden, bias) = (noise(vocab * k, 14), noise(rows * k, 15), noise(vocab, 16));
     let draws: Vec<Draw> = noise(rows, 17)
@@ -317,7 +317,7 @@ fn a_decision_does_not_depend_on_its_neighbours_or_on_threads() {
         let run = |b: &Cpu, rows: std::ops::Range<usize>| {
             let bias = b.put(&bias);
             let hidden = b.put(&hidden[rows.start * k..rows.end * k]);
-            b.decide(&hidden, &b.pack(&weight, vocab, k), Some(&bias), Candidates::AllBut(&[7]), &draws[rows]).unwrap()
+            b.sample(&hidden, &b.pack(&weight, vocab, k), Some(&bias), Candidates::AllBut(&[7]), &draws[rows]).unwrap()
         };
         let all = run(one, 0..rows);
         assert_eq!(all, run(two, 0..rows));
@@ -337,8 +337,8 @@ fn the_head_is_the_product_of_linear() {
         b.linear(3, &hidden, &packed, Some(&bias), Epilogue::Store, &mut logits).unwrap();
         let logits = b.read(&logits, 3 * vocab);
         let greedy = Draw { temperature: 0.0, ..PLAIN };
-        for (row, got) in logits.chunks(vocab).zip(b.decide(&hidden, &packed, Some(&bias), Candidates::AllBut(&[]), &[greedy; 3]).unwrap()) {
-            assert_decision(&b.name(), &got, &decide_row(row, &[], &greedy).unwrap());
+        for (row, got) in logits.chunks(vocab).zip(b.sample(&hidden, &packed, Some(&bias), Candidates::AllBut(&[]), &[greedy; 3]).unwrap()) {
+            assert_sampled(&b.name(), &got, &sample_row(row, &[], &greedy).unwrap());
         }
     });
 }
@@ -362,10 +362,10 @@ fn the_edge_of_a_nucleus_among_ties_and_clusters() {
                     for temperature in [0.5, 1.0, 2.0] {
                         let u = 0.137 * (i + 1) as f64;
                         let draw = Draw { u, temperature, top_p, top_p_rule, truncated_confidence: true, ..PLAIN };
-                        let got = b.decide(&b.put(&[1.0]), &packed, None, Candidates::AllBut(&[]), &[draw]).unwrap()[0];
+                        let got = b.sample(&b.put(&[1.0]), &packed, None, Candidates::AllBut(&[]), &[draw]).unwrap()[0];
                         if is_clear(row, &[], &draw) {
                             clear += 1;
-                            assert_decision(&format!("{} {draw:?}", b.name()), &got, &decide_row(row, &[], &draw).unwrap());
+                            assert_sampled(&format!("{} {draw:?}", b.name()), &got, &sample_row(row, &[], &draw).unwrap());
                         }
                     }
                 }
