@@ -36,8 +36,10 @@
 //! | [`sequence`], [`scheduler`], [`request`] | one request's life; which sequences advance; what callers hand in and get back |
 //! | [`api`] | the public engine on a device chosen at run time, its requests, their streams |
 //! | [`engine`], [`scoring`] | the tick; likelihoods, logits and timed forwards outside of any request |
-//! | [`quality`] | measures of text given as token ids; knows no engine |
 //! | [`cli`] | the command line |
+//!
+//! The measures of text that `bench --quality` prints are the crate `redraft-evaluation`, which
+//! knows no engine.
 //!
 //! # Sources
 //!
@@ -68,8 +70,6 @@ pub mod error;
 pub mod model;
 pub mod pages;
 pub mod plan;
-#[cfg(feature = "cli")]
-pub mod quality;
 pub mod request;
 pub mod rng;
 pub mod sampling;

@@ -1,6 +1,6 @@
 //! `redraft bench --quality`: samples of several schedules by the engine, measured for quality,
-//! variety, coherence and cost beside each other. The measures are the room `quality`'s; this one
-//! reads the flags, generates, asks the judge, and reports.
+//! variety, coherence and cost beside each other. The crate `redraft-evaluation` has the measures;
+//! this module reads the flags, generates, lets the judge score, and reports.
 //!
 //! Everything is checked before anything is generated. What was measured is printed even if a later
 //! row fails.
@@ -14,6 +14,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use redraft_evaluation::bootstrap::Resamples;
+use redraft_evaluation::memorization::Training;
+use redraft_evaluation::ngram_lm::{Interpolated, MAX_VOCAB};
+use redraft_evaluation::reference_text::{self, Windows};
+use redraft_evaluation::{self as evaluation, Measures, PerSample, Reference, Sample};
 use serde::Serialize;
 
 use self::report::{Cost, Human, PairedRow, Report};
@@ -30,12 +35,8 @@ use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
-use crate::quality::bootstrap::Resamples;
-use crate::quality::memorization::Training;
-use crate::quality::ngram_lm::{Interpolated, MAX_VOCAB};
-use crate::quality::reference_text::{self, Windows};
-use crate::quality::{self, Measures, PerSample, Reference, Sample};
 use crate::request::{Output, Prompt, Request};
+use crate::rng::{DrawKey, uniforms};
 use crate::schedule::Schedule;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -56,6 +57,10 @@ const ENOUGH_SAMPLES: u32 = 200;
 
 /// Documents encoded between two looks at the clock.
 const DOCUMENTS_AT_ONCE: usize = 256;
+
+/// Key of the draws of intervals: an interval is a function of the values alone, whatever seed the
+/// text was generated from.
+const INTERVAL_SEED: u64 = 0x7265_6472_6166_7421;
 
 /// Everything that is known before the first sample.
 struct Job<'a> {
@@ -262,16 +267,16 @@ impl<'a> Job<'a> {
             self.ask(judge.as_mut(), &mut set)?;
             let mut reference = self.reference();
             reference.human = None;
-            let (mut measures, single) = quality::measure(&set, &reference, &Resamples::new(set.len()));
+            let (mut measures, single) = evaluation::measure(&set, &reference, &resamples(set.len()));
             if !windows.spare.is_empty() {
                 let spare: Vec<&[u32]> = windows.spare.iter().map(Vec::as_slice).collect();
-                measures.reverse_ppl = quality::reverse_perplexity(&spare, &windows.rows, &reference);
+                measures.reverse_ppl = evaluation::reverse_perplexity(&spare, &windows.rows, &reference);
             }
             say("human text", &measures, None);
             let (windows, overlapping) = (windows.rows.len(), windows.overlapping);
             report.human = Some(Human { windows, overlapping, measures, samples: per_sample.then_some(single) });
         }
-        let resamples = Resamples::new(self.flags.quality.samples as usize);
+        let resamples = resamples(self.flags.quality.samples as usize);
         let mut done: Vec<(PerSample, Vec<Vec<u32>>)> = Vec::new();
         let mut writer: Option<(usize, Box<dyn Writer>)> = None;
         for row in &self.rows.rows {
@@ -292,7 +297,7 @@ impl<'a> Job<'a> {
             let drafts: Vec<Vec<u32>> = outputs.iter().map(|output| output.draft.clone()).collect();
             let mut set: Vec<Sample> = outputs.into_iter().map(|output| self.sample(output.tokens, Some(output.draft))).collect();
             self.ask(judge.as_mut(), &mut set).map_err(failed)?;
-            let (measures, single) = quality::measure(&set, &self.reference(), &resamples);
+            let (measures, single) = evaluation::measure(&set, &self.reference(), &resamples);
             say(&row.name, &measures, Some(&cost));
             let paired = self.rows.rows[..done.len()].iter().position(|base| shares_drafts(base, row)).and_then(|base| {
                 let to = self.rows.rows[base].name.clone();
@@ -300,7 +305,7 @@ impl<'a> Job<'a> {
                     report.notes.push(format!("{}: drafts differ from those of {to}, no pairs", row.name));
                     return None;
                 }
-                Some(PairedRow { to, paired: quality::paired(&single, &done[base].0, &resamples) })
+                Some(PairedRow { to, paired: evaluation::paired(&single, &done[base].0, &resamples) })
             });
             report.rows.push(report::Row {
                 name: row.name.clone(),
@@ -329,9 +334,9 @@ impl<'a> Job<'a> {
         let tokens: Vec<Vec<u32>> = set.iter().map(|sample| sample.tokens.clone()).collect();
         let tokens: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
         let grafted: Vec<Vec<u32>> =
-            if set.len() > 1 { (0..set.len()).map(|i| quality::grafted(&tokens, i)).collect() } else { Vec::new() };
+            if set.len() > 1 { (0..set.len()).map(|i| evaluation::grafted(&tokens, i)).collect() } else { Vec::new() };
         let grafted: Vec<&[u32]> = grafted.iter().map(Vec::as_slice).collect();
-        let (num, half) = (set.len(), quality::half(self.length));
+        let (num, half) = (set.len(), evaluation::half(self.length));
         for (i, part) in set.chunks_mut(JUDGED_AT_ONCE).enumerate() {
             let first = i * JUDGED_AT_ONCE;
             progress.show(|| format!("sample {first} of {num}"));
@@ -489,6 +494,14 @@ fn name_row(row: &Row, error: Error) -> Error {
         Error::Kernel { what } => Error::kernel(format!("row `{}`: {what}", row.name)),
         other => other,
     }
+}
+
+/// Draws for intervals over `num_samples` samples.
+fn resamples(num_samples: usize) -> Resamples {
+    Resamples::draw(num_samples, |resample, position| {
+        let drawn = uniforms(DrawKey { seed: INTERVAL_SEED, sample: resample, stage: 0, block: 0, step: 0, position });
+        [drawn.token, drawn.order]
+    })
 }
 
 fn cost(outputs: &[Output], wall_ms: f64) -> Cost {

@@ -2,10 +2,9 @@
 
 use std::fmt::Write as _;
 
+use redraft_evaluation::bootstrap::Figure;
+use redraft_evaluation::{Measures, Paired, PerSample};
 use serde::Serialize;
-
-use crate::quality::bootstrap::Figure;
-use crate::quality::{Measures, Paired, PerSample};
 
 /// Everything that was measured.
 #[derive(Serialize)]

@@ -2,7 +2,7 @@
 //! about a set of samples, with intervals. Knows no engine: likelihoods and text come in with the
 //! samples.
 //!
-//! | room | owns |
+//! | module | contains |
 //! |---|---|
 //! | [`bootstrap`] | intervals over samples |
 //! | [`diversity`] | entropy, distinct n-grams, self-BLEU, tokens changed |
@@ -234,6 +234,14 @@ pub fn paired(row: &PerSample, base: &PerSample, resamples: &Resamples) -> Paire
 mod tests {
     use super::*;
 
+    /// Draws of a generator with a fixed seed.
+    pub(crate) fn resamples(num_samples: usize) -> Resamples {
+        Resamples::draw(num_samples, |resample, pair| {
+            let mut random = fastrand::Rng::with_seed(u64::from(resample) << 32 | u64::from(pair));
+            [random.f64(), random.f64()]
+        })
+    }
+
     const END: u32 = 0;
     const NOTHING: Reference = Reference { end_of_text: END, vocab_size: 10, trigram: None, training: None, human: None };
 
@@ -248,7 +256,7 @@ mod tests {
     #[test]
     fn judge_figures_leave_end_of_text_out() {
         let set = [sample(&[1, 2, END], &[1.0, 3.0, 99.0]), sample(&[3, 4, 5], &[0.0, 0.0, 3.0])];
-        let (measures, single) = measure(&set, &NOTHING, &Resamples::new(2));
+        let (measures, single) = measure(&set, &NOTHING, &resamples(2));
         assert_eq!((single.judge_nll, single.judge_tokens), (vec![Some(2.0), Some(1.0)], vec![2, 3]));
         assert_eq!(value(measures.judge_nll), 1.5);
         assert!((value(measures.judge_ppl_mean) - (2.0f64.exp() + 1.0f64.exp()) / 2.0).abs() < 1e-12);
@@ -262,7 +270,7 @@ mod tests {
     #[test]
     fn a_sample_of_nothing_but_ends_says_nothing() {
         let set = [sample(&[END, END], &[1.0, 1.0]), sample(&[3, 4], &[2.0, 4.0])];
-        let (measures, single) = measure(&set, &NOTHING, &Resamples::new(2));
+        let (measures, single) = measure(&set, &NOTHING, &resamples(2));
         assert_eq!(single.judge_nll, [None, Some(3.0)]);
         assert_eq!(value(measures.judge_nll), 3.0);
         assert!((value(measures.judge_ppl_pooled) - 3.0f64.exp()).abs() < 1e-12);
@@ -304,7 +312,7 @@ mod tests {
         set[0].draft = Some(vec![1, 2, 9, 4]);
         set[1].draft = Some(vec![7, 8, 2, 3]);
         set[0].documents = vec!["Tom saw Tim and Tim.\n".into()];
-        let (measures, _) = measure(&set, &reference, &Resamples::new(2));
+        let (measures, _) = measure(&set, &reference, &resamples(2));
         let copied = measures.copied_run.unwrap();
         assert_eq!((copied.value, copied.max), (2.5, Some(3.0)));
         assert_eq!((value(measures.changed), value(measures.names), value(measures.quotes)), (0.125, 1.0, 1.0));
@@ -325,7 +333,7 @@ mod tests {
         let row = PerSample { judge_nll: vec![Some(1.5), Some(2.0), Some(4.5), Some(1.0)], ..PerSample::default() };
         let blank = |n| vec![None; n];
         let fill = |p: PerSample| PerSample { entropy: blank(4), context_gain: blank(4), ..p };
-        let paired = paired(&fill(row), &fill(base), &Resamples::new(4));
+        let paired = paired(&fill(row), &fill(base), &resamples(4));
         assert!((value(paired.judge_nll) - (-1.0 / 3.0)).abs() < 1e-15);
         assert_eq!((paired.improved, paired.entropy), (Some(2.0 / 3.0), None));
     }

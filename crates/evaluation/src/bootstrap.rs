@@ -8,17 +8,11 @@
 
 use serde::Serialize;
 
-use crate::rng::{DrawKey, uniforms};
-
 /// Resamples behind an interval.
 pub const NUM_RESAMPLES: usize = 2000;
 
 /// Share of the resamples inside an interval.
 pub const LEVEL: f64 = 0.95;
-
-/// Key of the draws: an interval is a function of the values alone, whatever seed the text was
-/// generated from.
-const SEED: u64 = 0x7265_6472_6166_7421;
 
 /// A measured value with its interval, absent where the value is not a statistic over samples.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -56,16 +50,14 @@ pub struct Resamples {
 }
 
 impl Resamples {
-    /// Draws for sets of `num_samples` samples.
-    pub fn new(num_samples: usize) -> Resamples {
-        let draw = |resample: usize, position: usize| {
-            let key = DrawKey { seed: SEED, sample: resample as u32, stage: 0, block: 0, step: 0, position: position as u32 };
-            let u = uniforms(key);
-            [u.token, u.order].map(|u| ((u * num_samples as f64) as usize).min(num_samples - 1) as u32)
-        };
+    /// Draws for sets of `num_samples` samples. `uniforms` returns two independent uniforms in
+    /// [0, 1) for a resample and a pair of its positions; equal uniforms give equal intervals.
+    pub fn draw(num_samples: usize, uniforms: impl Fn(u32, u32) -> [f64; 2]) -> Resamples {
+        let chosen = |u: f64| ((u * num_samples as f64) as usize).min(num_samples - 1) as u32;
         let mut index = Vec::with_capacity(NUM_RESAMPLES * num_samples);
-        for resample in 0..NUM_RESAMPLES {
-            index.extend((0..num_samples.div_ceil(2)).flat_map(|pair| draw(resample, pair)).take(num_samples));
+        for resample in 0..NUM_RESAMPLES as u32 {
+            let pairs = 0..num_samples.div_ceil(2) as u32;
+            index.extend(pairs.flat_map(|pair| uniforms(resample, pair).map(chosen)).take(num_samples));
         }
         Resamples { num_samples, index }
     }
@@ -112,6 +104,7 @@ fn quantile(sorted: &[f64], q: f64) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tests::resamples;
 
     #[test]
     fn quantiles_of_a_small_list() {
@@ -125,7 +118,7 @@ mod tests {
 
     #[test]
     fn figures_are_ratios_of_sums() {
-        let resamples = Resamples::new(3);
+        let resamples = resamples(3);
         let pooled = resamples.figure(&[(2.0, 1.0), (9.0, 3.0), (0.0, 0.0)], f64::exp).unwrap();
         assert!((pooled.value - (11.0f64 / 4.0).exp()).abs() < 1e-12, "{pooled:?}");
         // Every resample that says anything lies between the two samples' own values.
@@ -138,9 +131,9 @@ mod tests {
 
     #[test]
     fn equal_values_have_no_spread_and_one_sample_has_no_choice() {
-        let same = Resamples::new(5).mean(&[Some(0.25); 5]).unwrap();
+        let same = resamples(5).mean(&[Some(0.25); 5]).unwrap();
         assert_eq!((same.low, same.value, same.high), (Some(0.25), 0.25, Some(0.25)));
-        let one = Resamples::new(1).mean(&[Some(7.0)]).unwrap();
+        let one = resamples(1).mean(&[Some(7.0)]).unwrap();
         assert_eq!((one.low, one.value, one.high), (Some(7.0), 7.0, Some(7.0)));
     }
 
@@ -149,13 +142,11 @@ mod tests {
     /// the bounds are those of 93 % plus and minus 4 standard errors.
     #[test]
     fn intervals_cover_what_they_should() {
-        let resamples = Resamples::new(40);
-        let covered = (0..300u32)
-            .filter(|set| {
-                let values: Vec<Option<f64>> = (0..40)
-                    .map(|position| uniforms(DrawKey { seed: 1, sample: *set, stage: 0, block: 0, step: 0, position }).token)
-                    .map(|u| Some(u * u))
-                    .collect();
+        let resamples = resamples(40);
+        let mut random = fastrand::Rng::with_seed(1);
+        let covered = (0..300)
+            .filter(|_| {
+                let values: Vec<Option<f64>> = (0..40).map(|_| random.f64()).map(|u| Some(u * u)).collect();
                 let figure = resamples.mean(&values).unwrap();
                 figure.low.unwrap() <= 1.0 / 3.0 && 1.0 / 3.0 <= figure.high.unwrap()
             })
@@ -168,7 +159,7 @@ mod tests {
     /// count.
     #[test]
     fn draws_are_even() {
-        let resamples = Resamples::new(7);
+        let resamples = resamples(7);
         let mut counts = [0f64; 7];
         resamples.index.iter().for_each(|i| counts[*i as usize] += 1.0);
         let (n, p) = ((NUM_RESAMPLES * 7) as f64, 1.0 / 7.0);
