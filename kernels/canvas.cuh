@@ -1,4 +1,4 @@
-// States of a canvas position on the device, and one session's part of a step: what `ask`, `reveal` and `remask` share.
+// States of a canvas position on the device, and one session's part of a step: what `select_masked`, `reveal` and `remask` share.
 #pragma once
 #include "common.cuh"
 
@@ -20,12 +20,12 @@
 struct SessionStep {
     u64 seed;
     u32 canvas_first;  // place of position 0 in the canvas arrays
-    u32 range_begin;   // positions whose masks are asked: [range_begin, range_end)
+    u32 range_begin;   // masked positions in it are sampled: [range_begin, range_end)
     u32 range_end;
     u32 row_first;   // plan row of position rows_begin
     u32 rows_begin;
-    u32 ask_first;  // place of its first ask among all
-    u32 ask_count;  // how many there are, as the host predicts
+    u32 sample_first;  // place of its first sampled row among all
+    u32 sample_count;  // how many there are, as the host predicts
     u32 sample;
     u32 stage;
     u32 block;
@@ -44,8 +44,8 @@ FIELD(SessionStep, range_begin, 12);
 FIELD(SessionStep, range_end, 16);
 FIELD(SessionStep, row_first, 20);
 FIELD(SessionStep, rows_begin, 24);
-FIELD(SessionStep, ask_first, 28);
-FIELD(SessionStep, ask_count, 32);
+FIELD(SessionStep, sample_first, 28);
+FIELD(SessionStep, sample_count, 32);
 FIELD(SessionStep, sample, 36);
 FIELD(SessionStep, stage, 40);
 FIELD(SessionStep, block, 44);
@@ -60,18 +60,18 @@ FIELD(SessionStep, bound, 76);
 LAYOUT(SessionStep, 80);
 
 #define TROUBLE_COUNT 1u     // other masks than the host predicted; `detail` is their number
-#define TROUBLE_SAMPLING 2u  // a row could not be sampled; `detail` is the lowest such ask of the session
+#define TROUBLE_SAMPLING 2u  // a row could not be sampled; `detail` is the lowest such row of the session
 #define TROUBLE_NAN 3u       // a confidence, margin or entropy is NaN; `detail` as above
 
 // What became of a session, over the steps of a run. The first trouble stays, and nothing of the session is revealed from there on.
 struct SessionSummary {
     u32 trouble;  // 0 or TROUBLE_*
     u32 detail;
-    u32 asked;     // in the last step
+    u32 sampled;     // in the last step
     u32 revealed;  // in the last step
 };
 FIELD(SessionSummary, trouble, 0);
 FIELD(SessionSummary, detail, 4);
-FIELD(SessionSummary, asked, 8);
+FIELD(SessionSummary, sampled, 8);
 FIELD(SessionSummary, revealed, 12);
 LAYOUT(SessionSummary, 16);

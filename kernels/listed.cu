@@ -176,8 +176,8 @@ __device__ __forceinline__ void listed_row(const ListedParams& p) {
     moment = block_sum64(moment);
 
     const bool greedy = draw.temperature == 0.0f;  // the first of what temperature 1 leaves
-    const bool asks = !forced && (draw.flags & DRAW_TRUNCATED);
-    if (forced || (greedy && !asks)) {
+    const bool truncated_statistics = !forced && (draw.flags & DRAW_TRUNCATED);
+    if (forced || (greedy && !truncated_statistics)) {
         const u32 chosen = forced ? (u32)place : top.at;
         if (threadIdx.x == 0) answer(out, draw, ids[chosen], logits[chosen], 1.0, top.max, top.second, sum, moment);
         return;
@@ -222,7 +222,7 @@ __device__ __forceinline__ void listed_row(const ListedParams& p) {
     const u32 chosen = greedy ? top.at : reached != NO_ID ? (u32)reached : NO_ID - (u32)last;
     if (threadIdx.x != 0) return;
     answer(out, draw, ids[chosen], logits[chosen], masses[chosen] / total, top.max, top.second, sum, moment);
-    if (asks) {
+    if (truncated_statistics) {
         const double next = kept > 1 ? exp(((double)top.second - (double)top.max) * inverse_temperature) : 0.0;
         const double entropy = log(total) - spread / total;
         out->margin = (float)((1.0 - next) / total);

@@ -1,12 +1,12 @@
-// reveal: which of a session's asked positions take their token now, by the law of `policy::select`, and their new place on the canvas.
+// reveal: which of a session's sampled positions take their token now, by the law of `policy::select`, and their new place on the canvas.
 //
 // `RULE_BEST` takes the n smallest of (key, position) by radix select (`select.cuh`): keys are the order uniform, the entropy, or the
 // complement of confidence or margin, as integers in the order of `total_cmp`. `RULE_THRESHOLD` needs the best alone. `RULE_ENTROPY` adds entropies in
 // ascending order in f64, one position per round, exactly as the law does: a sum in another order could end elsewhere.
 // At least one position is revealed. A session with trouble, a row that could not be sampled, or a statistic that is NaN reveals nothing.
 //
-// Layout: one CTA per session, asks in position order, so a lower ask is a lower position. Integer sums only, but for that one in f64.
-// Cost: 32 bytes read per ask and pass; 4 passes (8 for the uniform's 64 bits) of 5 barriers, or 2 barriers per revealed position under
+// Layout: one CTA per session, rows in position order. Integer sums only, but for that one in f64.
+// Cost: 32 bytes read per row and pass; 4 passes (8 for the uniform's 64 bits) of 5 barriers, or 2 barriers per revealed position under
 // `RULE_ENTROPY`. Bound by latency.
 #include "canvas.cuh"
 #include "sample.cuh"
@@ -16,7 +16,7 @@ static_assert(THREADS == 256, "one histogram bin per thread");
 struct RevealParams {
     const SessionStep* sessions;  // (sessions)
     SessionSummary* summaries;    // (sessions)
-    SampledRecord* sampled;    // (asks of all sessions); `chosen` is set here
+    SampledRecord* sampled;    // (rows of all sessions); `chosen` is set here
     u32* token;                   // canvas, as in `remask`
     float* confidence;
     u8* state;
@@ -61,10 +61,10 @@ __device__ __forceinline__ void take(const RevealParams& p, const SessionStep& s
     p.step[at] = s.step;
 }
 
-// The smallest key << 32 | ask that is not below `from`, or all ones: the next in the order of a 32-bit rank.
+// The smallest key << 32 | row that is not below `from`, or all ones: the next in the order of a 32-bit rank.
 __device__ __forceinline__ u64 next_best(const SessionStep& s, u32 rank, const SampledRecord* sampled, u64 from) {
     u64 best = ~0ull;
-    for (u32 i = threadIdx.x; i < s.ask_count; i += THREADS) {
+    for (u32 i = threadIdx.x; i < s.sample_count; i += THREADS) {
         const u64 key = rank_key(s, rank, sampled[i]) << 32 | i;
         if (key >= from && key < best) best = key;
     }
@@ -74,11 +74,11 @@ __device__ __forceinline__ u64 next_best(const SessionStep& s, u32 rank, const S
 KERNEL(reveal, RevealParams) {
     const SessionStep s = p.sessions[blockIdx.x];
     SessionSummary* summary = p.summaries + blockIdx.x;
-    SampledRecord* sampled = p.sampled + s.ask_first;
-    if (summary->trouble != 0 || s.ask_count == 0) return;  // uniform over the CTA
+    SampledRecord* sampled = p.sampled + s.sample_first;
+    if (summary->trouble != 0 || s.sample_count == 0) return;  // uniform over the CTA
 
-    u64 broken = ~0ull;  // the lowest ask that cannot be used, with its trouble in the low half
-    for (u32 i = threadIdx.x; i < s.ask_count; i += THREADS) {
+    u64 broken = ~0ull;  // the lowest row that cannot be used, with its trouble in the low half
+    for (u32 i = threadIdx.x; i < s.sample_count; i += THREADS) {
         const SampledRecord& d = sampled[i];
         const bool nan = d.confidence != d.confidence || d.margin != d.margin || d.entropy != d.entropy;
         if ((d.status != 0 || nan) && broken == ~0ull) broken = (u64)i << 32 | (d.status != 0 ? TROUBLE_SAMPLING : TROUBLE_NAN);
@@ -95,17 +95,17 @@ KERNEL(reveal, RevealParams) {
     u32 revealed = 0;
     if (s.rule == RULE_BEST) {
         const u32 at_least = s.n < 1 ? 1 : s.n;
-        const u32 wanted = at_least < s.ask_count ? at_least : s.ask_count;
+        const u32 wanted = at_least < s.sample_count ? at_least : s.sample_count;
         const auto key = [&](u32 i, u64& k) {
             k = rank_key(s, s.rank, sampled[i]);
             return true;
         };
-        const Cut cut = radix_select(s.ask_count, wanted, s.rank == RANK_UNIFORM ? 64 : 32, key);
+        const Cut cut = radix_select(s.sample_count, wanted, s.rank == RANK_UNIFORM ? 64 : 32, key);
         u32 equal_seen = 0;
-        for (u32 tile = 0; tile < s.ask_count; tile += THREADS) {
+        for (u32 tile = 0; tile < s.sample_count; tile += THREADS) {
             const u32 i = tile + threadIdx.x;
             u64 mine;
-            const bool candidate = i < s.ask_count && key(i, mine);
+            const bool candidate = i < s.sample_count && key(i, mine);
             u32 equals;
             const u32 equal_before = equal_seen + block_exclusive_sum(candidate && mine == cut.key, equals);
             if (candidate && (mine < cut.key || (mine == cut.key && equal_before < cut.equal))) take(p, s, sampled[i]);
@@ -115,7 +115,7 @@ KERNEL(reveal, RevealParams) {
     } else if (s.rule == RULE_THRESHOLD) {
         const u32 best = (u32)next_best(s, RANK_CONFIDENCE, sampled, 0);
         u32 mine = 0;
-        for (u32 i = threadIdx.x; i < s.ask_count; i += THREADS) {
+        for (u32 i = threadIdx.x; i < s.sample_count; i += THREADS) {
             if (i == best || sampled[i].confidence >= s.bound) {
                 take(p, s, sampled[i]);
                 ++mine;
@@ -125,7 +125,7 @@ KERNEL(reveal, RevealParams) {
     } else {
         double sum = 0.0;
         u64 next = 0;
-        while (revealed < s.ask_count) {
+        while (revealed < s.sample_count) {
             const u64 best = next_best(s, RANK_ENTROPY, sampled, next);
             SampledRecord& d = sampled[(u32)best];
             const double entropy = d.entropy;

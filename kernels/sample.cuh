@@ -1,18 +1,18 @@
 // What the kernels of `sample` share: the records of a row, its place on one of the two routes, and the answer from its sums.
 //
 // The law is `sampling::sample_row`. A row's route follows from its own draw alone: a draw from a nucleus or from the most probable tokens, or one
-// that asks what is left of the row, takes route B (`sample_nucleus`), everything else route A (`sample_tiles`, then `sample_draw`).
+// that wants the statistics of what is left of the row, takes route B (`sample_nucleus`), everything else route A (`sample_tiles`, then `sample_draw`).
 #pragma once
 #include "select.cuh"
 
 #define DRAW_CROSSING 1u   // the nucleus includes the token that crosses top_p
 #define DRAW_TRUNCATED 2u  // confidence, margin and entropy after temperature, top-k and nucleus
 #define DRAW_FORCED 4u     // `forced` instead of a draw
-#define DRAW_PADDING 8u    // nothing is asked
+#define DRAW_PADDING 8u    // nothing is sampled
 #define DRAW_TOP_K_AFTER 16u  // the nucleus is one of the whole distribution, not of what top-k leaves
 #define DRAW_TOP_K_SHIFT 8    // the bits above hold the k of top-k, 0 for none
 
-// What is asked of a row: `backend::Draw`.
+// How a row is sampled: `backend::Draw`.
 struct DrawRecord {
     double u;  // uniform in [0, 1)
     float temperature;
@@ -81,9 +81,9 @@ __device__ __forceinline__ u32 top_k(const DrawRecord& d) { return d.flags >> DR
 // Whether anything is taken away from a drawn row.
 __device__ __forceinline__ bool is_cut(const DrawRecord& d) { return d.top_p < 1.0f || top_k(d) > 0; }
 __device__ __forceinline__ bool is_nucleus(const DrawRecord& d) {
-    const bool asks = (d.flags & (DRAW_TRUNCATED | DRAW_FORCED)) == DRAW_TRUNCATED;
+    const bool truncated_statistics = (d.flags & (DRAW_TRUNCATED | DRAW_FORCED)) == DRAW_TRUNCATED;
     const bool tempered = d.temperature != 0.0f && d.temperature != 1.0f;
-    return !(d.flags & DRAW_PADDING) && ((asks && (tempered || is_cut(d))) || (draws(d) && is_cut(d)));
+    return !(d.flags & DRAW_PADDING) && ((truncated_statistics && (tempered || is_cut(d))) || (draws(d) && is_cut(d)));
 }
 __device__ __forceinline__ bool is_fused(const DrawRecord& d) { return !(d.flags & DRAW_PADDING) && !is_nucleus(d); }
 

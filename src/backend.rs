@@ -25,7 +25,7 @@ mod steps;
 
 pub use rope::{Rope, RopeScaling};
 pub use steps::{
-    BannedIds, BannedSet, HostAsks, HostPass, HostReason, HostRule, HostSampling, HostWindow, PlannedJoint, PlannedPass, PlannedRun,
+    BannedIds, BannedSet, HostPass, HostReason, HostRule, HostSampling, HostSequence, HostWindow, PlannedJoint, PlannedPass, PlannedRun,
     PlannedStep, RowOutcome, RuleSampling, RunCanvas, Sampling, SequenceStep, Sequences, StepOutcome, StepRows, Timing, WindowShortlist,
 };
 
@@ -469,8 +469,8 @@ pub trait Network<B: Backend> {
 pub trait StepParts<B: Backend> {
     /// What the step's forward runs over; called once, at first.
     fn begin(&mut self, backend: &B) -> Result<StepBatches<B>>;
-    /// Samples the asked rows: of the forward, then of each pass.
-    fn sample(&mut self, backend: &B, asked: AskedRows<B>) -> Result<()>;
+    /// Samples the rows to sample: of the forward, then of each pass.
+    fn sample(&mut self, backend: &B, sample_rows: RowsToSample<B>) -> Result<()>;
     /// The next pass of a joint sampler; called where the step has windows.
     fn pass(&mut self, backend: &B) -> Result<Option<PassBatch<B>>>;
 }
@@ -481,8 +481,8 @@ pub struct StepBatches<B: Backend> {
     /// guided.
     pub guide: Option<ForwardBatch<B>>,
     pub forward: ForwardBatch<B>,
-    /// Those of the picked rows that are asked; `None`: all of them, in order.
-    pub asked: Option<B::Rows>,
+    /// Those of the picked rows that are sampled; `None`: all of them, in order.
+    pub sample_rows: Option<B::Rows>,
     pub windows: Option<Windows<B>>,
 }
 
@@ -518,15 +518,15 @@ pub struct PassBatch<B: Backend> {
     pub batch: B::Batch,
     /// Rows of it, padding included.
     pub rows: usize,
-    /// Rows of it that are asked.
-    pub asked: B::Rows,
+    /// Rows of it that are sampled.
+    pub sample_rows: B::Rows,
     /// Which rows of the pass before it are its own, where not all are.
     pub kept: Option<B::Rows>,
 }
 
-/// The final rows of those asked, and the head over them.
-pub struct AskedRows<'a, B: Backend> {
-    /// (asked, C), in f32 where the step is guided.
+/// The final hidden rows to sample from, and the head over them.
+pub struct RowsToSample<'a, B: Backend> {
+    /// (sampled rows, C), in f32 where the step is guided.
     pub hidden: &'a B::Buffer,
     /// C.
     pub width: usize,
@@ -534,7 +534,7 @@ pub struct AskedRows<'a, B: Backend> {
     pub bias: Option<&'a B::Buffer>,
     /// Final rows of the guide's picked rows, in f32.
     pub guide: Option<&'a B::Buffer>,
-    /// Room for (asked, C) f32 each.
+    /// Room for (sampled rows, C) f32 each.
     pub room: [&'a mut B::Buffer; 2],
     /// Of [`Windows::shortlists`].
     pub lists: &'a [B::Lists],

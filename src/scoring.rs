@@ -9,7 +9,7 @@ use std::ops::Range;
 
 pub use crate::backend::Timing;
 use crate::backend::{
-    Backend, HostAsks, HostPass, HostRule, HostSampling, PlannedRun, PlannedStep, RuleSampling, RunCanvas, Sampling, SequenceStep,
+    Backend, HostPass, HostRule, HostSampling, HostSequence, PlannedRun, PlannedStep, RuleSampling, RunCanvas, Sampling, SequenceStep,
     Sequences, StepOutcome, StepRunner,
 };
 use crate::canvas::Canvas;
@@ -141,7 +141,7 @@ impl<B: Backend> Engine<B> {
             }
         }
         let mut nlls: Vec<Vec<f64>> = sequences.iter().map(|tokens| Vec::with_capacity(tokens.len() - 1)).collect();
-        // The last token of a sequence predicts nothing that is asked: it has no row.
+        // The last token of a sequence predicts nothing that is scored: it has no row.
         let mut waiting = (0..sequences.len()).filter(|s| sequences[*s].len() > 1).peekable();
         let mut open: Vec<Scored> = Vec::new();
         let mut outcome = Ok(());
@@ -235,20 +235,20 @@ impl<B: Backend> Engine<B> {
     }
 
     /// The forward as a step, sampled by rules where the runner takes them. What was sampled last
-    /// is checked: every asked row has a token.
+    /// is checked: every sampled row has a token.
     fn time_step(&mut self, timed: &TimedForward, plan: Plan, runs: usize) -> Result<Timing> {
         let mask_id = self.config().masking()?;
         let TimedForward { ref range, sampled, len, .. } = *timed;
         let sampling = if self.runner.looks_ahead(&self.backend) {
             let logits = self.config().logits_rows();
-            let asked = logits.position_of(range.end - sampled)..range.end;
+            let sample_rows = logits.position_of(range.end - sampled)..range.end;
             let session = SequenceStep {
                 remask: None,
                 stage: 0,
                 block: 0,
                 step: 0,
-                asks: asked.len(),
-                range: asked,
+                num_sampled: sample_rows.len(),
+                range: sample_rows,
                 logits,
                 draw: timed.draw(),
                 reveal: Reveal::Best { rank: Rank::Confidence, n: 1 },
@@ -257,8 +257,8 @@ impl<B: Backend> Engine<B> {
         } else {
             let rows = (range.len() - sampled) as u32..range.len() as u32;
             let (positions, draws) = ((range.end - sampled..range.end).collect(), vec![timed.draw(); sampled]);
-            let asks = HostAsks { positions, rows: rows.collect(), draws, rule: HostRule::default(), window: None };
-            Sampling::Draws(HostSampling { sequences: vec![asks], guide: None, because: None })
+            let sample_rows = HostSequence { positions, rows: rows.collect(), draws, rule: HostRule::default(), window: None };
+            Sampling::Draws(HostSampling { sequences: vec![sample_rows], guide: None, because: None })
         };
         let steps = vec![PlannedStep { plan, sampling }];
         let run = PlannedRun { steps, banned: &self.banned, mask_id };

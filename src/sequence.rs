@@ -35,7 +35,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use forwards::{Ask, JointAsk, LookaheadJoint, LookaheadStep};
+pub use forwards::{JointPass, LookaheadJoint, LookaheadStep, SampleRow};
 pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport, Stop, TextStop, unigram_entropy};
 
 use crate::canvas::{Canvas, State};
@@ -84,7 +84,7 @@ pub struct Step {
     pub weights: usize,
     /// Sequence length: no row sees a key at or beyond it.
     pub len: usize,
-    pub asks: Vec<Ask>,
+    pub sample_rows: Vec<SampleRow>,
     /// What the answers do with tokens that end the text.
     pub eos: Eos,
     /// Above 0: the same rows run once more before, with every given position masked, and lead the
@@ -147,7 +147,7 @@ pub struct Sequence {
     finish: Finish,
     prompt_len: usize,
     /// Positions that the request asked for; until the first stage ends there may be more.
-    asked_len: usize,
+    requested_len: usize,
 }
 
 impl Sequence {
@@ -174,7 +174,7 @@ impl Sequence {
         let shifted = |stage: &Stage| spec.shifted[stage.weights] && matches!(stage.visibility(), Visibility::BlockCausal(_));
         if let Some(index) = spec.schedule.stages.iter().position(|stage| stage.edit.is_some() && shifted(stage)) {
             return Err(Error::request(format!(
-                "stage {index}: edit asks about a whole block again, and shifted logits answer its first position from the block before; use visible=canvas"
+                "stage {index}: edit samples a whole block again, and shifted logits predict its first position from the block before; use visible=canvas"
             )));
         }
         let prompt_len = canvas.fixed_prefix();
@@ -200,7 +200,7 @@ impl Sequence {
             draft: Vec::new(),
             finish: Finish::Length,
             prompt_len,
-            asked_len: spec.fixed.len(),
+            requested_len: spec.fixed.len(),
             spec,
         };
         session.open_report();
@@ -293,7 +293,7 @@ impl Sequence {
     /// Ends the session as it stands.
     pub fn cancel(&mut self) {
         self.pending = None;
-        self.cut(self.asked_len);
+        self.cut(self.requested_len);
         self.finish = Finish::Cancelled;
         self.phase = Phase::Finished;
     }
@@ -386,13 +386,13 @@ impl Sequence {
         }
     }
 
-    fn set_step(&mut self, kind: Kind, positions: impl IntoIterator<Item = usize>, asks: Vec<Ask>) {
+    fn set_step(&mut self, kind: Kind, positions: impl IntoIterator<Item = usize>, sample_rows: Vec<SampleRow>) {
         let rows: Vec<_> = positions.into_iter().map(|p| (p, self.canvas.tokens()[p])).collect();
         let Stage { weights, eos, guidance, .. } = *self.stage();
-        // Scoring asks about what stands there.
+        // Scoring keeps the tokens that are there.
         let (eos, guidance) = if matches!(kind, Kind::Denoise | Kind::Lead) { (eos, guidance) } else { (Eos::Free, 0.0) };
         self.pending =
-            Some(Step { kind, rows, visibility: self.stage().visibility(), weights, len: self.canvas.len(), asks, eos, guidance });
+            Some(Step { kind, rows, visibility: self.stage().visibility(), weights, len: self.canvas.len(), sample_rows, eos, guidance });
     }
 
     /// Positions of block `block` of the stage.
@@ -491,14 +491,14 @@ impl Sequence {
             rows.dedup();
             rows
         };
-        let asks = match stage.edit {
-            None => masked.iter().map(|p| self.ask(block, *p, &positions)).collect(),
+        let sample_rows = match stage.edit {
+            None => masked.iter().map(|p| self.sample_row(block, *p, &positions)).collect(),
             Some(_) => {
-                self.unit.clone().filter(|p| self.canvas.state(*p) != State::Fixed).map(|p| self.ask(block, p, &positions)).collect()
+                self.unit.clone().filter(|p| self.canvas.state(*p) != State::Fixed).map(|p| self.sample_row(block, p, &positions)).collect()
             }
         };
         self.since_full = Some(if partial { self.since_full.unwrap_or(0) + 1 } else { 1 });
-        self.set_step(Kind::Denoise, positions, asks);
+        self.set_step(Kind::Denoise, positions, sample_rows);
         true
     }
 
@@ -507,14 +507,14 @@ impl Sequence {
         self.uniforms(block, TIME_STEP, position).order
     }
 
-    /// What is asked about the masked `position` of a forward over the rows at `positions`
+    /// How the masked `position` is sampled in of a forward over the rows at `positions`
     /// (ascending).
-    fn ask(&self, block: usize, position: usize, positions: &[usize]) -> Ask {
+    fn sample_row(&self, block: usize, position: usize, positions: &[usize]) -> SampleRow {
         let row = positions.binary_search(&self.logits_row_for(position)).expect("a row that answers is always computed");
         let Uniforms { token, order } = self.uniforms(block, self.denoised, position);
         let order = if matches!(self.stage().unmask, Unmask::Ancestral { .. }) { self.time(block, position) } else { order };
         let forced = self.forced(position);
-        Ask { row, position, draw: self.draw(token, forced), order }
+        SampleRow { row, position, draw: self.draw(token, forced), order }
     }
 
     /// The forward that reveals the first position of a block from the last row before it: of the
@@ -533,8 +533,8 @@ impl Sequence {
             KvPolicy::Recompute => (0..start).collect(),
             KvPolicy::Draft => self.fresh.iter().copied().filter(|p| *p < last).chain([last]).collect(),
         };
-        let ask = self.ask(block, start, &positions);
-        self.set_step(Kind::Lead, positions, vec![ask]);
+        let row = self.sample_row(block, start, &positions);
+        self.set_step(Kind::Lead, positions, vec![row]);
     }
 
     /// Scoring forward `group`: visible text for post-hoc, one interleaved group hidden for
@@ -546,16 +546,16 @@ impl Sequence {
         };
         let scored: Vec<usize> =
             self.canvas.generated().enumerate().filter(|(i, _)| groups.is_none_or(|g| i % g == group)).map(|(_, p)| p).collect();
-        let asks = scored
+        let sample_rows = scored
             .iter()
-            .map(|&position| Ask {
+            .map(|&position| SampleRow {
                 row: self.logits_row_for(position),
                 position,
                 draw: self.draw(0.0, Some(self.canvas.tokens()[position])),
                 order: 0.0,
             })
             .collect();
-        self.set_step(Kind::Score, 0..self.canvas.len(), asks);
+        self.set_step(Kind::Score, 0..self.canvas.len(), sample_rows);
         if groups.is_some() {
             let mask_id = self.spec.mask_id;
             let step = self.pending.as_mut().expect("just set");
@@ -565,16 +565,16 @@ impl Sequence {
         }
     }
 
-    /// Takes the answers to the pending step's asks, in their order. On an error the session is as
-    /// before the call.
+    /// Takes the sampled tokens of the pending step, in the order of its rows. On an error the
+    /// session is as before the call.
     pub fn apply(&mut self, sampled: &[SampledToken], events: &mut Vec<Event>) -> Result<()> {
         let step = self.pending.as_ref().expect("apply follows a step");
-        assert_eq!(step.asks.len(), sampled.len(), "one sampled token per ask");
+        assert_eq!(step.sample_rows.len(), sampled.len(), "one sampled token per row");
         let candidates: Vec<Candidate> = step
-            .asks
+            .sample_rows
             .iter()
             .zip(sampled)
-            .map(|(ask, sampled)| Candidate { position: ask.position, sampled: *sampled, order: ask.order })
+            .map(|(row, sampled)| Candidate { position: row.position, sampled: *sampled, order: row.order })
             .collect();
         let mut edits = Vec::new();
         let chosen = match step.kind {
@@ -690,9 +690,9 @@ impl Sequence {
         if self.canvas.masked_in(start..end).next().is_none() && self.is_settled(edited) {
             self.progress.masks_at_start = 0;
             if self.stage == 0 {
-                self.check_stop(end.min(self.asked_len));
+                self.check_stop(end.min(self.requested_len));
                 if self.canvas.num_masks() == 0 {
-                    self.cut(self.asked_len);
+                    self.cut(self.requested_len);
                 }
             }
             let end = end.min(self.canvas.len());

@@ -5,11 +5,11 @@ use std::ops::Range;
 use std::time::Instant;
 
 use crate::backend::steps::{
-    BannedIds, HostAsks, HostRule, HostSampling, PlannedRun, PlannedStep, RowOutcome, Sampling, Sequences, StepOutcome, StepRows, Timing,
-    WindowShortlist,
+    BannedIds, HostRule, HostSampling, HostSequence, PlannedRun, PlannedStep, RowOutcome, Sampling, Sequences, StepOutcome, StepRows,
+    Timing, WindowShortlist,
 };
 use crate::backend::{
-    AskedRows, Backend, Candidates, ForwardBatch, Network, PassBatch, Picked, StepBatches, StepParts, StepRunner, Windows,
+    Backend, Candidates, ForwardBatch, Network, PassBatch, Picked, RowsToSample, StepBatches, StepParts, StepRunner, Windows,
 };
 use crate::error::Result;
 use crate::plan::Plan;
@@ -64,8 +64,8 @@ struct HostParts<'a> {
     passes: usize,
     /// Rows of each sequence in the pass before; those of its window ahead of the first.
     window_rows: Vec<usize>,
-    /// What the current pass asks; `None`: the forward is current.
-    pass: Option<Vec<Option<HostAsks>>>,
+    /// What the current pass samples; `None`: the forward is current.
+    pass: Option<Vec<Option<HostSequence>>>,
 }
 
 /// Where the lists of a sequence's masked positions are.
@@ -78,13 +78,13 @@ struct Listed {
     positions: Vec<usize>,
 }
 
-/// One sequence's part of the asked rows, or neighbours' that are sampled together.
+/// One sequence's part of the sampled rows, or neighbours' that are sampled together.
 #[derive(Clone)]
 struct Part {
     rule: HostRule,
     /// Among [`Windows::shortlists`].
     lists: Option<usize>,
-    /// Among the asked rows.
+    /// Among the sampled rows.
     rows: Range<usize>,
     /// First of its rows among those of the guide.
     guide: usize,
@@ -95,14 +95,14 @@ struct Part {
 
 impl<'a> HostParts<'a> {
     fn new(plan: &'a Plan, sampling: &'a HostSampling, banned: &'a BannedIds, sequences: &'a mut dyn Sequences) -> Self {
-        let window = |asks: &HostAsks| asks.window.as_ref().map_or(0, |window| window.inside.len());
+        let window = |sequence: &HostSequence| sequence.window.as_ref().map_or(0, |window| window.inside.len());
         let window_rows = sampling.sequences.iter().map(window).collect();
         let listed = sampling.sequences.iter().map(|_| None).collect();
         HostParts { plan, sampling, banned, sequences, listed, passes: 0, window_rows, pass: None }
     }
 
     fn room(&self) -> StepRows {
-        let outside = |asks: &HostAsks| asks.window.as_ref().map_or(0, |window| window.outside.len());
+        let outside = |sequence: &HostSequence| sequence.window.as_ref().map_or(0, |window| window.outside.len());
         StepRows {
             forward: self.plan.num_rows(),
             inside: self.window_rows.iter().sum(),
@@ -111,9 +111,9 @@ impl<'a> HostParts<'a> {
     }
 
     /// The rows of each sequence in the plan.
-    fn sequence_rows(&self) -> impl Iterator<Item = (&'a HostAsks, Range<u32>)> {
+    fn sequence_rows(&self) -> impl Iterator<Item = (&'a HostSequence, Range<u32>)> {
         let plan = self.plan;
-        self.sampling.sequences.iter().enumerate().map(move |(s, asks)| (asks, plan.indptr[s]..plan.indptr[s + 1]))
+        self.sampling.sequences.iter().enumerate().map(move |(s, sequence)| (sequence, plan.indptr[s]..plan.indptr[s + 1]))
     }
 
     /// The lists that the windows' masked positions will choose from; those of sequences that list
@@ -121,82 +121,82 @@ impl<'a> HostParts<'a> {
     fn shortlists(&mut self) -> Vec<WindowShortlist> {
         let mut shortlists: Vec<WindowShortlist> = Vec::new();
         let mut before = 0;
-        for (asks, listed) in self.sampling.sequences.iter().zip(&mut self.listed) {
-            let Some(window) = &asks.window else { continue };
+        for (sequence, listed) in self.sampling.sequences.iter().zip(&mut self.listed) {
+            let Some(window) = &sequence.window else { continue };
             if let Some(n) = window.shortlist {
-                let banned = self.banned.of(asks.rule.banned);
+                let banned = self.banned.of(sequence.rule.banned);
                 let lists = shortlists.iter().position(|list| (list.n, &list.banned[..]) == (n, banned)).unwrap_or_else(|| {
                     shortlists.push(WindowShortlist { rows: Vec::new(), n, banned: banned.to_vec() });
                     shortlists.len() - 1
                 });
                 let rows = &mut shortlists[lists].rows;
                 let start = window.start as usize;
-                *listed = Some(Listed { lists, first: rows.len() as u32, positions: asks.positions.clone() });
-                rows.extend(asks.positions.iter().map(|position| (before + position - start) as u32));
+                *listed = Some(Listed { lists, first: rows.len() as u32, positions: sequence.positions.clone() });
+                rows.extend(sequence.positions.iter().map(|position| (before + position - start) as u32));
             }
             before += window.inside.len();
         }
         shortlists
     }
 
-    /// Where the answers of the asked rows come from, sequence by sequence.
+    /// Where the hidden rows to sample from lie, sequence by sequence.
     fn parts(&self) -> Vec<(usize, Part)> {
         let forward = self.sampling.sequences.iter().map(Some);
-        let asks: Vec<Option<&HostAsks>> = match &self.pass {
+        let sequence: Vec<Option<&HostSequence>> = match &self.pass {
             None => forward.collect(),
             Some(pass) => pass.iter().map(Option::as_ref).collect(),
         };
         let (mut first, mut guides) = (0, 0);
-        let part = |(s, asks): (usize, Option<&HostAsks>)| {
-            let asks = asks?;
-            let count = asks.draws.len();
+        let part = |(s, sequence): (usize, Option<&HostSequence>)| {
+            let sequence = sequence?;
+            let count = sequence.draws.len();
             let (rows, guide) = (first..first + count, guides);
             first += count;
-            guides += if asks.rule.guidance > 0.0 { count } else { 0 };
+            guides += if sequence.rule.guidance > 0.0 { count } else { 0 };
             let listed = self.listed[s].as_ref().filter(|_| self.pass.is_some());
             let which = listed.map_or_else(Vec::new, |listed| {
                 let list = |p: &usize| listed.positions.binary_search(p).expect("masked since the forward") as u32;
-                asks.positions.iter().map(|position| listed.first + list(position)).collect()
+                sequence.positions.iter().map(|position| listed.first + list(position)).collect()
             });
             let lists = listed.map(|listed| listed.lists);
-            Some((s, Part { rule: asks.rule, lists, rows, guide, draws: asks.draws.clone(), which }))
+            Some((s, Part { rule: sequence.rule, lists, rows, guide, draws: sequence.draws.clone(), which }))
         };
-        asks.into_iter().enumerate().filter_map(part).collect()
+        sequence.into_iter().enumerate().filter_map(part).collect()
     }
 }
 
 impl<B: Backend> StepParts<B> for HostParts<'_> {
     fn begin(&mut self, backend: &B) -> Result<StepBatches<B>> {
         // Where reveals are joint the sampler wants all rows of the sequence, else those that are
-        // asked are all that is wanted.
-        let (mut picked, mut asked) = (Vec::new(), Vec::new());
+        // sampled rows are all that is wanted.
+        let (mut picked, mut sample_rows) = (Vec::new(), Vec::new());
         let (mut inside, mut outside, mut outside_rows, mut guided) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut guide_first = 0;
-        for (asks, rows) in self.sequence_rows() {
+        for (sequence, rows) in self.sequence_rows() {
             let base = picked.len() as u32;
-            match &asks.window {
+            match &sequence.window {
                 None => {
-                    asked.extend(base..base + asks.rows.len() as u32);
-                    picked.extend(asks.rows.iter().map(|row| rows.start + row));
+                    sample_rows.extend(base..base + sequence.rows.len() as u32);
+                    picked.extend(sequence.rows.iter().map(|row| rows.start + row));
                 }
                 Some(window) => {
-                    asked.extend(asks.rows.iter().map(|row| base + row));
+                    sample_rows.extend(sequence.rows.iter().map(|row| base + row));
                     inside.extend(window.inside.iter().map(|row| base + row));
                     outside.extend(window.outside.iter().map(|row| base + row));
                     outside_rows.extend(window.outside.iter().map(|row| rows.start + row));
                     picked.extend(rows.clone());
                 }
             }
-            if asks.rule.guidance > 0.0 {
-                guided.extend(asks.rows.iter().map(|row| guide_first + row));
+            if sequence.rule.guidance > 0.0 {
+                guided.extend(sequence.rows.iter().map(|row| guide_first + row));
                 guide_first += rows.len() as u32;
             }
         }
         let guide = self.sampling.guide.as_ref().map(|plan| forward_batch(backend, plan, &guided)).transpose()?;
         let forward = forward_batch(backend, self.plan, &picked)?;
-        let all = asked.len() == picked.len() && asked.iter().zip(0..).all(|(asked, row)| *asked == row);
-        let asked = if all { None } else { Some(backend.rows(&asked)?) };
-        let joint = self.sampling.sequences.iter().any(|asks| asks.window.is_some());
+        let all = sample_rows.len() == picked.len() && sample_rows.iter().zip(0..).all(|(sampled, row)| *sampled == row);
+        let sample_rows = if all { None } else { Some(backend.rows(&sample_rows)?) };
+        let joint = self.sampling.sequences.iter().any(|sequence| sequence.window.is_some());
         let windows = match joint {
             true => Some(Windows {
                 inside: backend.rows(&inside)?,
@@ -206,15 +206,15 @@ impl<B: Backend> StepParts<B> for HostParts<'_> {
             }),
             false => None,
         };
-        Ok(StepBatches { guide, forward, asked, windows })
+        Ok(StepBatches { guide, forward, sample_rows, windows })
     }
 
     /// A row that cannot be sampled fails its own sequence only.
-    fn sample(&mut self, backend: &B, mut asked: AskedRows<B>) -> Result<()> {
+    fn sample(&mut self, backend: &B, mut sample_rows: RowsToSample<B>) -> Result<()> {
         let parts = self.parts();
         let mut answers: Vec<Result<Vec<SampledToken>>> = Vec::with_capacity(parts.len());
         let alike = |(_, a): &(usize, Part), (_, b): &(usize, Part)| (a.rule, a.lists) == (b.rule, b.lists);
-        // Neighbours that ask alike are answered together.
+        // Neighbours with equal rules are sampled together.
         for group in parts.chunk_by(alike) {
             let of = |list: fn(&Part) -> &[u32]| group.iter().flat_map(|(_, part)| list(part).iter().copied()).collect();
             let (first, last) = (&group[0].1, &group[group.len() - 1].1);
@@ -224,20 +224,20 @@ impl<B: Backend> StepParts<B> for HostParts<'_> {
                 which: of(|part| &part.which),
                 ..first.clone()
             };
-            match answer(backend, &mut asked, self.banned, &all) {
+            match answer(backend, &mut sample_rows, self.banned, &all) {
                 Ok(all) => {
                     let own = |part: &Part| part.rows.start - first.rows.start..part.rows.end - first.rows.start;
                     answers.extend(group.iter().map(|(_, part)| Ok(all[own(part)].to_vec())));
                 }
-                // Found by asking again, one sequence at a time.
-                Err(_) => answers.extend(group.iter().map(|(_, part)| answer(backend, &mut asked, self.banned, part))),
+                // Found by sampling again, one sequence at a time.
+                Err(_) => answers.extend(group.iter().map(|(_, part)| answer(backend, &mut sample_rows, self.banned, part))),
             }
         }
         let mut outcomes: Vec<Option<Result<Vec<RowOutcome>>>> = self.sampling.sequences.iter().map(|_| None).collect();
         for ((s, _), answer) in parts.iter().zip(answers) {
-            let asks = self.pass.as_ref().map_or(Some(&self.sampling.sequences[*s]), |pass| pass[*s].as_ref()).expect("it asks");
+            let sequence = self.pass.as_ref().map_or(Some(&self.sampling.sequences[*s]), |pass| pass[*s].as_ref()).expect("it samples");
             let row = |(position, sampled): (&usize, SampledToken)| RowOutcome { position: *position, sampled, revealed: None };
-            outcomes[*s] = Some(answer.map(|sampled| asks.positions.iter().zip(sampled).map(row).collect()));
+            outcomes[*s] = Some(answer.map(|sampled| sequence.positions.iter().zip(sampled).map(row).collect()));
         }
         let pass = self.pass.as_ref().map(|_| self.passes - 1);
         self.sequences.apply(StepOutcome { pass, began: None, sequences: outcomes });
@@ -247,19 +247,20 @@ impl<B: Backend> StepParts<B> for HostParts<'_> {
     fn pass(&mut self, backend: &B) -> Result<Option<PassBatch<B>>> {
         let Some(pass) = self.sequences.next_pass() else { return Ok(None) };
         // Sequences that are through leave, and the states of the others move up.
-        let (mut kept, mut asked, mut row, mut first, mut next) = (Vec::new(), Vec::new(), 0, 0, 0);
-        for (asks, rows) in pass.sequences.iter().zip(&mut self.window_rows) {
-            if let Some(asks) = asks {
+        let (mut kept, mut sample_rows, mut row, mut first, mut next) = (Vec::new(), Vec::new(), 0, 0, 0);
+        for (sequence, rows) in pass.sequences.iter().zip(&mut self.window_rows) {
+            if let Some(sequence) = sequence {
                 kept.extend(row..row + *rows as u32);
-                asked.extend(asks.rows.iter().map(|row| first + row));
+                sample_rows.extend(sequence.rows.iter().map(|row| first + row));
                 first += pass.plan.indptr[next + 1] - pass.plan.indptr[next];
                 next += 1;
             }
             row += *rows as u32;
-            *rows = if asks.is_some() { *rows } else { 0 };
+            *rows = if sequence.is_some() { *rows } else { 0 };
         }
         let kept = if kept.len() < row as usize { Some(backend.rows(&kept)?) } else { None };
-        let batch = PassBatch { batch: backend.batch(&pass.plan)?, rows: pass.plan.num_rows(), asked: backend.rows(&asked)?, kept };
+        let batch =
+            PassBatch { batch: backend.batch(&pass.plan)?, rows: pass.plan.num_rows(), sample_rows: backend.rows(&sample_rows)?, kept };
         self.pass = Some(pass.sequences);
         self.passes += 1;
         Ok(Some(batch))
@@ -281,12 +282,12 @@ pub(crate) fn forward_batch<B: Backend>(backend: &B, plan: &Plan, picked: &[u32]
 }
 
 /// The sampled tokens of a part's rows.
-fn answer<B: Backend>(backend: &B, asked: &mut AskedRows<B>, banned: &BannedIds, part: &Part) -> Result<Vec<SampledToken>> {
+fn answer<B: Backend>(backend: &B, sample_rows: &mut RowsToSample<B>, banned: &BannedIds, part: &Part) -> Result<Vec<SampledToken>> {
     let Part { rule, lists, ref rows, guide, ref draws, ref which } = *part;
     if rows.is_empty() {
         return Ok(Vec::new());
     }
-    let AskedRows { hidden, width, head, bias, guide: guides, ref mut room, lists: made } = *asked;
+    let RowsToSample { hidden, width, head, bias, guide: guides, ref mut room, lists: made } = *sample_rows;
     let [room, base] = room;
     let list = |rows: Range<usize>| backend.rows(&rows.map(|row| row as u32).collect::<Vec<_>>());
     let mut hidden = hidden;

@@ -37,7 +37,7 @@ pub struct RuleSampling {
     pub joint: Option<PlannedJoint>,
 }
 
-/// One session's part of a step that is sampled on the device: which masked positions are asked,
+/// One session's part of a step that is sampled on the device: which masked positions are sampled,
 /// and how they are revealed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SequenceStep {
@@ -48,12 +48,12 @@ pub struct SequenceStep {
     pub block: u32,
     /// Denoising forward within the stage.
     pub step: u32,
-    /// Every position of it that is masked then is asked.
+    /// Every position of it that is masked then is sampled.
     pub range: Range<usize>,
     /// How many those are.
-    pub asks: usize,
+    pub num_sampled: usize,
     /// Which rows answer them. Under [`LogitsRows::Before`] position 0, which no row is before, is
-    /// not among those asked.
+    /// not among those sampled.
     pub logits: LogitsRows,
     /// Without `u`, which the device takes from the counter RNG, and `forced`.
     pub draw: Draw,
@@ -76,7 +76,7 @@ pub struct PlannedPass {
     /// The windows of the sequences that still reveal something, ascending; all of them are among
     /// those of the pass before.
     pub rows: Vec<u32>,
-    /// One for each sequence of the plan; those that are through ask nothing.
+    /// One for each sequence of the plan; those that are through sample nothing.
     pub sessions: Vec<SequenceStep>,
 }
 
@@ -84,17 +84,17 @@ pub struct PlannedPass {
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostSampling {
     /// One for each sequence of the plan.
-    pub sequences: Vec<HostAsks>,
+    pub sequences: Vec<HostSequence>,
     /// The same forward without the prompt, of the sequences that are guided.
     pub guide: Option<Plan>,
     /// Why a runner that could let a device sample leaves this step to the host.
     pub because: Option<HostReason>,
 }
 
-/// What the host asks of one sequence in a forward or in a pass.
+/// What the host samples of one sequence in a forward or in a pass.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct HostAsks {
-    /// Asked positions, their rows (counted among the sequence's own) and draws.
+pub struct HostSequence {
+    /// Sampled positions, their rows (counted among the sequence's own) and draws.
     pub positions: Vec<usize>,
     pub rows: Vec<u32>,
     pub draws: Vec<Draw>,
@@ -122,7 +122,7 @@ pub struct HostWindow {
     /// For each position of the window, the row whose final row its state begins as.
     pub inside: Vec<u32>,
     pub outside: Vec<u32>,
-    /// Ids that the passes choose among at each asked position; `None`: all.
+    /// Ids that the passes choose among at each sampled position; `None`: all.
     pub shortlist: Option<usize>,
 }
 
@@ -132,7 +132,7 @@ pub struct HostPass {
     /// The windows of the sequences that still reveal something, with their tokens as they are now.
     pub plan: Plan,
     /// One for each sequence of the step; `None` where it is through.
-    pub sequences: Vec<Option<HostAsks>>,
+    pub sequences: Vec<Option<HostSequence>>,
 }
 
 /// Which ids a row may not choose.
@@ -253,7 +253,7 @@ pub struct StepOutcome {
     pub sequences: Vec<Option<Result<Vec<RowOutcome>>>>,
 }
 
-/// What was sampled at one asked position.
+/// What was sampled at one position.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RowOutcome {
     pub position: usize,

@@ -204,7 +204,7 @@ fn bench_list(asked: &Run, list: &Path) -> Result<()> {
             Some(name) => DTypeFlag::from_str(name, false).map_err(|_| Error::request(format!("dtype={name}: expected bf16 or f32")))?,
         };
         let Run { repeat, plain, small, .. } = *asked;
-        cuda::bench_kernel(&machine, &cuda::Asked { name: line.name, shape: &line.shape, dtype: dtype.into(), repeat, plain, small })
+        cuda::bench_kernel(&machine, &cuda::BenchRequest { name: line.name, shape: &line.shape, dtype: dtype.into(), repeat, plain, small })
     };
     let mut failed = 0;
     for line in &lines {
@@ -228,7 +228,7 @@ fn bench_list(asked: &Run, list: &Path) -> Result<()> {
 fn bench_kernel(asked: &Run) -> Result<()> {
     let Run { name, shape, repeat, plain, small, .. } = asked;
     let name = name.as_deref().expect("clap demands a name or a list");
-    let bench = cuda::Asked { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
+    let bench = cuda::BenchRequest { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
     bench.check()?;
     let report = cuda::bench_kernel(&machine(asked.device)?, &bench)?;
     let text = if asked.format == Format::Json {

@@ -283,7 +283,7 @@ impl Cuda {
         self.machine.driver.pop_range();
     }
 
-    /// What is asked of rows, for the kernels that sample.
+    /// How rows are sampled, for the kernels that sample.
     pub(super) fn upload_draws(&self, draws: &[Draw]) -> Result<Memory> {
         let records: Vec<sample::DrawRecord> = draws.iter().map(sample::DrawRecord::from).collect();
         self.upload_words(bytemuck::cast_slice(&records))

@@ -12,7 +12,7 @@ use super::run::Run;
 use super::signature::padded;
 use crate::backend::host::HostSteps;
 use crate::backend::{
-    AskedRows, Backend, Network, PassBatch, PlannedRun, Sampling, Sequences, StepBatches, StepOutcome, StepParts, StepRows, StepRunner,
+    Backend, Network, PassBatch, PlannedRun, RowsToSample, Sampling, Sequences, StepBatches, StepOutcome, StepParts, StepRows, StepRunner,
     Timing,
 };
 use crate::error::Result;
@@ -166,8 +166,8 @@ impl StepParts<Cuda> for DeviceParts<'_> {
         self.run.batches(cuda)
     }
 
-    fn sample(&mut self, cuda: &Cuda, asked: AskedRows<Cuda>) -> Result<()> {
-        let AskedRows { hidden, head, bias, .. } = asked;
+    fn sample(&mut self, cuda: &Cuda, sample_rows: RowsToSample<Cuda>) -> Result<()> {
+        let RowsToSample { hidden, head, bias, .. } = sample_rows;
         assert!(hidden.dtype == cuda.dtype(), "hidden states of a run are inputs of a product");
         let outcome = self.run.sample(cuda, hidden.address(), head, bias);
         self.leave_range();

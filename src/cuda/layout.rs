@@ -2,9 +2,9 @@
 //! behind it.
 //!
 //! ```text
-//! forward  sessions, canvas places, work list, rows; of the asked rows, their work list and how far they see
+//! forward  sessions, canvas places, work list, rows; of the sampled rows, their work list and how far they see
 //! sampler  rows that the windows begin as, rows outside, and these as a batch; for each pass: sessions, canvas places, work list, rows, kept rows
-//! all      asked rows, pages, (remask)
+//! all      sampled rows, pages, (remask)
 //! ```
 //! All of a step goes to the fixed places at once. Order and sizes follow from its [`Signature`] up
 //! to the pages; what varies otherwise stands behind them, out of the sight of recorded graphs.
@@ -19,7 +19,7 @@ use super::signature::{BatchShape, JointShape, PartShape, Signature, padded};
 use super::words::{Places, Words};
 use crate::backend::{HeadShape, PlannedJoint, PlannedPass, RuleSampling, RunCanvas, SequenceStep};
 use crate::cuda::ops::sample::DrawRecord;
-use crate::cuda::ops::{ask, sample};
+use crate::cuda::ops::{sample, select_masked};
 use crate::plan::Plan;
 
 /// A step that is sampled by rules.
@@ -29,7 +29,7 @@ pub(super) struct RuleStep<'a> {
     pub sampling: &'a RuleSampling,
 }
 
-/// A forward or a pass: where it lies within its step's arrays, and who asks how much.
+/// A forward or a pass: where it lies within its step's arrays, and how much each sequence samples.
 pub(super) struct Part {
     pub shape: PartShape,
     pub records: usize,
@@ -38,9 +38,9 @@ pub(super) struct Part {
     pub places: Places,
     /// Of `shape.kept`.
     pub kept: usize,
-    /// First of its asks among those of the step.
-    pub first_ask: usize,
-    /// Asked positions of each sequence.
+    /// First of its sampled rows among those of the step.
+    pub first_sampled: usize,
+    /// Sampled positions of each sequence.
     pub counts: Vec<usize>,
 }
 
@@ -63,16 +63,16 @@ pub(super) struct StepPlan {
     pub signature: Arc<Signature>,
     /// The forward, and behind it the passes of a sampler.
     pub parts: Vec<Part>,
-    /// The asked rows, found on the device, of all parts; how far those of the forward see, and
+    /// The sampled rows, found on the device, of all parts; how far those of the forward see, and
     /// their work list.
-    pub asked: usize,
+    pub sample_rows: usize,
     pub selected_visible: usize,
     pub selected_tiles: usize,
     pub joint: Option<JointPlan>,
     /// A remask before the step.
     pub remask: Option<RemaskPlaces>,
     /// Of all parts, padded.
-    pub asks: usize,
+    pub num_sampled: usize,
     /// First record in the log.
     pub log: usize,
 }
@@ -100,19 +100,19 @@ pub(super) fn lay_out(
     let (plan, sessions, joint) = (step.plan, &step.sampling.sessions, &step.sampling.joint);
     let start = words.0.len().next_multiple_of(4);
     words.0.resize(start, 0);
-    let mut layout = Layout { cuda, heads, canvases, firsts, words: Words::default(), asks: 0 };
+    let mut layout = Layout { cuda, heads, canvases, firsts, words: Words::default(), num_sampled: 0 };
 
     let mut parts = vec![layout.part(plan, sessions)];
-    // Of the asked rows only their number is known.
-    let asks = parts[0].counts.iter().sum::<usize>();
+    // Of the sampled rows only their number is known.
+    let num_sampled = parts[0].counts.iter().sum::<usize>();
     let ends: Vec<u32> = offsets(parts[0].counts.iter().map(|count| *count as u32));
     let (selected_shape, selected_list) = cuda.tiles_of(heads, &ends);
     let selected_tiles = layout.words.push(selected_list.as_flattened().iter().copied());
-    let selected_visible = layout.words.push(repeat_n(0, padded(asks)));
+    let selected_visible = layout.words.push(repeat_n(0, padded(num_sampled)));
     let mut joint = joint.as_ref().map(|joint| layout.joint(plan, joint, &mut parts));
 
-    let Layout { words: mut own, asks: all_asks, .. } = layout;
-    let asked = own.push(repeat_n(0, all_asks));
+    let Layout { words: mut own, num_sampled: all_sampled, .. } = layout;
+    let sample_rows = own.push(repeat_n(0, all_sampled));
     // Of all sequences in every part, with or without rows.
     let (page_indptr, pages) = (own.push(plan.page_indptr.iter().copied()), own.push(plan.pages.iter().copied()));
     let outside = joint.as_mut().map(|joint| &mut joint.outside_places);
@@ -131,9 +131,9 @@ pub(super) fn lay_out(
     let forward = parts[0].shape;
     let signature = Signature {
         forward,
-        selected: BatchShape { rows: forward.asks, ..forward.batch },
+        selected: BatchShape { rows: forward.num_sampled, ..forward.batch },
         selected_tiles: selected_shape,
-        all: asks == plan.num_rows(),
+        all: num_sampled == plan.num_rows(),
         joint: joint.as_ref().map(|joint| JointShape {
             inside: joint.inside_rows,
             outside: joint.outside_shape,
@@ -144,12 +144,12 @@ pub(super) fn lay_out(
         words: start..words.0.len(),
         signature: Arc::new(signature),
         parts,
-        asked,
+        sample_rows,
         selected_visible,
         selected_tiles,
         joint,
         remask,
-        asks: all_asks,
+        num_sampled: all_sampled,
         log,
     }
 }
@@ -162,29 +162,29 @@ struct Layout<'a> {
     firsts: &'a [u32],
     words: Words,
     /// Of the parts so far, padded.
-    asks: usize,
+    num_sampled: usize,
 }
 
 impl Layout<'_> {
     /// A forward or a pass over the rows of `plan`.
     fn part(&mut self, plan: &Plan, sessions: &[SequenceStep]) -> Part {
         let rows = padded(plan.num_rows());
-        let counts: Vec<usize> = sessions.iter().map(|s| s.asks).collect();
-        let asks = padded(counts.iter().sum());
+        let counts: Vec<usize> = sessions.iter().map(|s| s.num_sampled).collect();
+        let num_sampled = padded(counts.iter().sum());
         let records = self.records(plan, sessions);
         let index = self.index(plan, rows);
         let (tiles, list) = self.cuda.tiles_of(self.heads, &plan.indptr);
         let nucleus = |s: &SequenceStep| sample::needs_nucleus(&s.draw);
-        let mut asking = sessions.iter().filter(|s| s.asks > 0);
+        let mut sampling = sessions.iter().filter(|s| s.num_sampled > 0);
         let shape = PartShape {
             batch: BatchShape::of(plan, rows as u32),
             tiles,
-            asks: asks as u32,
-            any_fused: asking.clone().any(|s| !nucleus(s)),
-            any_nucleus: asking.any(nucleus),
+            num_sampled: num_sampled as u32,
+            any_fused: sampling.clone().any(|s| !nucleus(s)),
+            any_nucleus: sampling.any(nucleus),
             kept: None,
         };
-        self.asks += asks;
+        self.num_sampled += num_sampled;
         Part {
             shape,
             records,
@@ -192,7 +192,7 @@ impl Layout<'_> {
             tiles: self.words.push(list.as_flattened().iter().copied()),
             places: self.words.rows(plan, rows),
             kept: 0,
-            first_ask: self.asks - asks,
+            first_sampled: self.num_sampled - num_sampled,
             counts,
         }
     }
@@ -234,17 +234,17 @@ impl Layout<'_> {
         self.words.push(places.into_iter().chain(repeat_n(0, rows - plan.num_rows())))
     }
 
-    /// The sessions as `ask` and `reveal` know them.
+    /// The sessions as `select_masked` and `reveal` know them.
     fn records(&mut self, plan: &Plan, sessions: &[SequenceStep]) -> usize {
-        let first_asks = offsets(sessions.iter().map(|part| part.asks as u32));
-        let records: Vec<ask::SessionStep> = sessions
+        let first_sampled = offsets(sessions.iter().map(|part| part.num_sampled as u32));
+        let records: Vec<select_masked::SessionStep> = sessions
             .iter()
             .enumerate()
             .map(|(i, part)| {
                 let (row_first, end) = (plan.indptr[i], plan.indptr[i + 1]);
                 let first_position = if row_first < end { plan.positions[row_first as usize] } else { 0 };
                 let draw = DrawRecord::from(&part.draw);
-                let step = ask::SessionStep {
+                let step = select_masked::SessionStep {
                     seed: self.canvases[i].seed,
                     canvas_first: self.firsts[i],
                     range_begin: part.range.start as u32,
@@ -252,8 +252,8 @@ impl Layout<'_> {
                     row_first,
                     // The position that the first row answers.
                     rows_begin: part.logits.position_of(first_position as usize) as u32,
-                    ask_first: first_asks[i],
-                    ask_count: part.asks as u32,
+                    sample_first: first_sampled[i],
+                    sample_count: part.num_sampled as u32,
                     sample: self.canvases[i].sample,
                     stage: u32::from(part.stage),
                     block: part.block,
@@ -261,7 +261,7 @@ impl Layout<'_> {
                     temperature: draw.temperature,
                     top_p: draw.top_p,
                     flags: draw.flags,
-                    ..ask::SessionStep::default()
+                    ..select_masked::SessionStep::default()
                 };
                 step.revealing(&part.reveal)
             })

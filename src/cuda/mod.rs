@@ -48,6 +48,6 @@ pub use driver::interface::{Build, Driver};
 pub use driver::prebuilt::line_of;
 pub use driver::source::{Kernel, headers, kernels};
 pub use kernels::builds::{builds, kernels_build, parse_builds};
-pub use kernels::kernel_bench::{Asked, Report};
+pub use kernels::kernel_bench::{BenchRequest, Report};
 pub use kernels::kernel_benches::bench_kernel;
 pub use kernels::report::{KernelInfo, KernelReport, kernels_check, kernels_list, list_table, over_budget, report_table};

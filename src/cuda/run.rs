@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! begin   canvases and the arrays of all steps go up in two copies
-//! step    arrays -> the fixed places; (remask); ask: which positions are still masked, their draws
-//! replay  embed .. layers .. final norm, sample, reveal, and all passes of a joint sampler, each with an ask of its own: one recorded graph per
+//! step    arrays -> the fixed places; (remask); select_masked: which positions are still masked, their draws
+//! replay  embed .. layers .. final norm, sample, reveal, and all passes of a joint sampler, each with a selection of its own: one recorded graph per
 //!         signature, reading the fixed places only
 //! log     the step's sampled tokens move to their place in the log
 //! end     the log comes down: the one time the host waits
@@ -26,13 +26,13 @@ use super::words::{Arrays, Places, Words};
 use crate::backend::{DType, ForwardBatch, HeadShape, PassBatch, Picked, PlannedRun, RowOutcome, RunCanvas, StepBatches, Windows};
 use crate::canvas::{Canvas, State};
 use crate::cuda::driver::interface::Address;
-use crate::cuda::ops::ask::{Ask, SessionSummary, trouble};
 use crate::cuda::ops::attention::Regime;
 use crate::cuda::ops::gather::{self, Gather};
 use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::reveal::RevealParams;
 use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
-use crate::cuda::ops::{ask, remask, reveal, sample};
+use crate::cuda::ops::select_masked::{SelectMasked, SessionSummary, trouble};
+use crate::cuda::ops::{remask, reveal, sample, select_masked};
 use crate::error::{Error, Result};
 
 /// What was sampled by one forward or pass, for each of its sequences.
@@ -95,12 +95,12 @@ impl Run {
 
         let mut words = Words::default();
         let mut steps = Vec::with_capacity(rule_steps.len());
-        let (mut log, mut most_words, mut most_asks) = (0, 0, 0);
+        let (mut log, mut most_words, mut max_sampled) = (0, 0, 0);
         for step in rule_steps {
             let plan = lay_out(cuda, &mut words, heads, canvases, step, &firsts, log);
-            log += plan.asks;
+            log += plan.num_sampled;
             most_words = most_words.max(plan.words.len());
-            most_asks = most_asks.max(plan.asks);
+            max_sampled = max_sampled.max(plan.num_sampled);
             steps.push(plan);
         }
 
@@ -112,8 +112,8 @@ impl Run {
         let room = fixed.canvas.0.as_ref().expect("reserved").bytes() / CanvasArrays::BYTES / 4 * 4;
         let canvas = CanvasArrays::at(base, room);
         let arrays = fixed.arrays.reserve(machine, 4 * most_words)?;
-        let draws = fixed.draws.reserve(machine, most_asks * size_of::<DrawRecord>())?;
-        let sampled = fixed.sampled.reserve(machine, most_asks * size_of::<SampledRecord>())?;
+        let draws = fixed.draws.reserve(machine, max_sampled * size_of::<DrawRecord>())?;
+        let sampled = fixed.sampled.reserve(machine, max_sampled * size_of::<SampledRecord>())?;
 
         let summaries = fixed.summaries.reserve(machine, lens.len() * size_of::<SessionSummary>())?;
         machine.driver.fill(summaries, 0, lens.len() * size_of::<SessionSummary>() / 4)?;
@@ -138,7 +138,7 @@ impl Run {
         })
     }
 
-    /// Makes step `step` the current one: its arrays, and the rows that it asks. Steps follow in
+    /// Makes step `step` the current one: its arrays, and the rows that it samples. Steps follow in
     /// order.
     pub(super) fn step(&mut self, cuda: &Cuda, step: usize) -> Result<Arc<Signature>> {
         let machine = &cuda.machine;
@@ -166,9 +166,9 @@ impl Run {
             };
             remask::remask(machine, self.num_sequences as u32, &params)?;
         }
-        // What the parts behind the forward ask stands there as padding until they do.
+        // The rows of the passes after the forward stand there as padding until they do.
         let part = &plan.parts[0];
-        self.ask(machine, part, part.counts.iter().sum(), plan.asks)?;
+        self.select_masked(machine, part, part.counts.iter().sum(), plan.num_sampled)?;
         Ok(plan.signature.clone())
     }
 
@@ -184,18 +184,18 @@ impl Run {
         let at = |place: usize| self.arrays + 4 * place as u64;
         let arrays = self.arrays_of(part.index, &part.places);
         let batch = Cuda::run_batch(arrays, part.shape.batch, (part.shape.tiles, at(part.tiles)));
-        let asked = Cuda::run_rows(at(plan.asked), part.shape.asks);
-        let (picked, asked) = match (signature.all, &plan.joint) {
+        let sample_rows = Cuda::run_rows(at(plan.sample_rows), part.shape.num_sampled);
+        let (picked, sample_rows) = match (signature.all, &plan.joint) {
             (true, _) => (Picked::All, None),
             // The states want all rows.
-            (false, Some(_)) => (Picked::All, Some(asked)),
+            (false, Some(_)) => (Picked::All, Some(sample_rows)),
             (false, None) => {
                 // Everything else is known beforehand; how far a row sees moves with the row.
                 let visible = at(plan.selected_visible);
                 let op = Gather {
-                    count: part.shape.asks,
+                    count: part.shape.num_sampled,
                     width: 1,
-                    rows: Some(at(plan.asked)),
+                    rows: Some(at(plan.sample_rows)),
                     x: arrays.visible,
                     x_dtype: DType::F32,
                     out: visible,
@@ -203,11 +203,11 @@ impl Run {
                 };
                 gather::gather(&cuda.machine, &op)?;
                 let tiles = (signature.selected_tiles, at(plan.selected_tiles));
-                (Picked::Rows(asked, Cuda::run_batch(Arrays { visible, ..arrays }, signature.selected, tiles)), None)
+                (Picked::Rows(sample_rows, Cuda::run_batch(Arrays { visible, ..arrays }, signature.selected, tiles)), None)
             }
         };
         let forward = ForwardBatch { batch, rows: part.shape.batch.rows as usize, picked };
-        Ok(StepBatches { guide: None, forward, asked, windows: plan.joint.as_ref().map(|joint| self.windows(joint)) })
+        Ok(StepBatches { guide: None, forward, sample_rows, windows: plan.joint.as_ref().map(|joint| self.windows(joint)) })
     }
 
     /// What a sampler takes from the current step's forward.
@@ -229,11 +229,11 @@ impl Run {
         let part = &plan.parts[self.part];
         let at = |place: usize| self.arrays + 4 * place as u64;
         // Recorded, so it must not depend on how many there are: the padding is there already.
-        self.ask(&cuda.machine, part, part.shape.asks as usize, part.shape.asks as usize)?;
+        self.select_masked(&cuda.machine, part, part.shape.num_sampled as usize, part.shape.num_sampled as usize)?;
         let batch = Cuda::run_batch(self.arrays_of(part.index, &part.places), part.shape.batch, (part.shape.tiles, at(part.tiles)));
         let kept = part.shape.kept.map(|rows| Cuda::run_rows(at(part.kept), rows));
-        let asked = Cuda::run_rows(at(plan.asked + part.first_ask), part.shape.asks);
-        Ok(PassBatch { batch, rows: part.shape.batch.rows as usize, asked, kept })
+        let sample_rows = Cuda::run_rows(at(plan.sample_rows + part.first_sampled), part.shape.num_sampled);
+        Ok(PassBatch { batch, rows: part.shape.batch.rows as usize, sample_rows, kept })
     }
 
     /// The arrays of a part, whose rows stand at `index` on the canvas.
@@ -241,26 +241,26 @@ impl Run {
         Arrays { ids: self.canvas.token, index: Some(self.arrays + 4 * index as u64), ..places.at(self.arrays) }
     }
 
-    /// Lists what a part asks, and padding from `asks` to `bucket`.
-    fn ask(&self, machine: &Machine, part: &Part, asks: usize, bucket: usize) -> Result<()> {
-        let op = Ask {
+    /// Lists what a part samples, and padding from `num_sampled` to `bucket`.
+    fn select_masked(&self, machine: &Machine, part: &Part, num_sampled: usize, bucket: usize) -> Result<()> {
+        let op = SelectMasked {
             sessions: self.num_sequences as u32,
-            asks: asks as u32,
+            num_sampled: num_sampled as u32,
             bucket: bucket as u32,
             steps: self.arrays + 4 * part.records as u64,
             summaries: self.summaries,
             state: self.canvas.state,
-            rows: self.arrays + 4 * (self.steps[self.current].asked + part.first_ask) as u64,
-            draws: self.draws + (part.first_ask * size_of::<DrawRecord>()) as u64,
+            rows: self.arrays + 4 * (self.steps[self.current].sample_rows + part.first_sampled) as u64,
+            draws: self.draws + (part.first_sampled * size_of::<DrawRecord>()) as u64,
         };
-        ask::ask(machine, &op)
+        select_masked::select_masked(machine, &op)
     }
 
     pub(super) fn sample(&mut self, cuda: &Cuda, hidden: Address, head: &Weight, bias: Option<&Buffer>) -> Result<()> {
         let part = &self.steps[self.current].parts[self.part];
-        let sampled = self.sampled + (part.first_ask * size_of::<SampledRecord>()) as u64;
+        let sampled = self.sampled + (part.first_sampled * size_of::<SampledRecord>()) as u64;
         let op = SampleOp {
-            rows: part.shape.asks,
+            rows: part.shape.num_sampled,
             k: head.k as u32,
             vocab: head.n as u32,
             hidden,
@@ -268,7 +268,7 @@ impl Run {
             head: head.memory.address(),
             bias: bias.map(Buffer::address),
             banned: cuda.banned_mask(&self.banned, head.n)?,
-            draws: self.draws + (part.first_ask * size_of::<DrawRecord>()) as u64,
+            draws: self.draws + (part.first_sampled * size_of::<DrawRecord>()) as u64,
             sampled,
             any_fused: part.shape.any_fused,
             any_nucleus: part.shape.any_nucleus,
@@ -282,12 +282,12 @@ impl Run {
 
     /// Moves the sampled tokens of a step to the log.
     fn keep(&self, machine: &Machine, step: usize) -> Result<()> {
-        let StepPlan { asks, log, .. } = self.steps[step];
+        let StepPlan { num_sampled, log, .. } = self.steps[step];
         let record = size_of::<SampledRecord>();
-        if asks == 0 {
+        if num_sampled == 0 {
             return Ok(());
         }
-        machine.driver.copy(self.sampled, self.log.address() + (log * record) as u64, asks * record)
+        machine.driver.copy(self.sampled, self.log.address() + (log * record) as u64, num_sampled * record)
     }
 
     pub(super) fn end(self, cuda: &Cuda) -> Result<Vec<StepSamples>> {
@@ -295,7 +295,7 @@ impl Run {
         if !self.steps.is_empty() {
             self.keep(machine, self.current)?;
         }
-        let last = self.steps.last().map_or(0, |plan| plan.log + plan.asks);
+        let last = self.steps.last().map_or(0, |plan| plan.log + plan.num_sampled);
         let mut records = vec![SampledRecord::default(); last];
         machine.driver.read(self.log.address(), bytemuck::cast_slice_mut(&mut records))?;
         let mut summaries = vec![SessionSummary::default(); self.num_sequences];
@@ -303,7 +303,7 @@ impl Run {
         let mut answers = Vec::new();
         for plan in &self.steps {
             for (pass, part) in plan.parts.iter().enumerate() {
-                let mut first = plan.log + part.first_ask;
+                let mut first = plan.log + part.first_sampled;
                 let sequence = |(count, summary): (&usize, &SessionSummary)| {
                     first += count;
                     // A sequence that is through takes no part in a pass.

@@ -25,15 +25,15 @@ pub(super) fn padded(rows: usize) -> usize {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Signature {
     pub forward: PartShape,
-    /// The asked rows alone.
+    /// The sampled rows alone.
     pub selected: BatchShape,
     pub selected_tiles: TileShape,
-    /// Every row is asked, so none is picked.
+    /// Every row is sampled, so none is picked.
     pub all: bool,
     pub joint: Option<JointShape>,
 }
 
-/// What a batch asks of the grids.
+/// What the grids depend on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct BatchShape {
     /// Rows that are computed, padding included.
@@ -49,7 +49,7 @@ pub(super) struct PartShape {
     pub batch: BatchShape,
     pub tiles: TileShape,
     /// Padded.
-    pub asks: u32,
+    pub num_sampled: u32,
     pub any_fused: bool,
     pub any_nucleus: bool,
     /// Rows of the part before it that it keeps, padded, where it does not keep all.

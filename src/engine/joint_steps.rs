@@ -40,7 +40,7 @@ pub(super) fn planned_joint(plan: &Plan, steps: &[&LookaheadStep], logits: Logit
             .iter()
             .map(|step| match step.joint.as_ref().and_then(|joint| joint.passes.get(index)) {
                 Some(pass) => pass.clone(),
-                None => SequenceStep { remask: None, range: 0..0, asks: 0, ..step.part.clone() },
+                None => SequenceStep { remask: None, range: 0..0, num_sampled: 0, ..step.part.clone() },
             })
             .collect(),
     };
@@ -62,7 +62,7 @@ mod tests {
     use crate::plan::Visibility;
     use crate::sampling::{Draw, Rank, Reveal, TopPRule};
 
-    fn asking(asks: usize, range: Range<usize>) -> SequenceStep {
+    fn sampling(num_sampled: usize, range: Range<usize>) -> SequenceStep {
         let draw = Draw {
             u: 0.0,
             temperature: 1.0,
@@ -73,7 +73,7 @@ mod tests {
             truncated_confidence: false,
         };
         let reveal = Reveal::Best { rank: Rank::Entropy, n: 1 };
-        SequenceStep { remask: None, stage: 0, block: 0, step: 0, range, asks, logits: LogitsRows::Own, draw, reveal }
+        SequenceStep { remask: None, stage: 0, block: 0, step: 0, range, num_sampled, logits: LogitsRows::Own, draw, reveal }
     }
 
     /// A block behind the one before it, a neighbour without a sampler, and a whole canvas of
@@ -81,13 +81,13 @@ mod tests {
     #[test]
     fn rows_of_windows_are_rows_of_the_forward() {
         let step = |rows: Range<usize>, joint: Option<(Range<usize>, usize)>| LookaheadStep {
-            part: asking(3, rows.clone()),
+            part: sampling(3, rows.clone()),
             rows: rows.clone().collect(),
             visibility: Visibility::Full,
             len: 8,
             joint: joint.map(|(window, passes)| LookaheadJoint {
                 window: window.clone(),
-                passes: (0..passes).map(|pass| asking(2 - pass, window.clone())).collect(),
+                passes: (0..passes).map(|pass| sampling(2 - pass, window.clone())).collect(),
             }),
         };
         let steps = [step(2..8, Some((4..8, 2))), step(0..3, None), step(0..3, Some((0..3, 1)))];
@@ -101,8 +101,8 @@ mod tests {
         assert_eq!(joint.outside, [0, 1]);
         let rows: Vec<&[u32]> = joint.passes.iter().map(|pass| pass.rows.as_slice()).collect();
         assert_eq!(rows, [&[2, 3, 4, 5, 9, 10, 11][..], &[2, 3, 4, 5]]);
-        let asks: Vec<Vec<usize>> = joint.passes.iter().map(|pass| pass.sessions.iter().map(|s| s.asks).collect()).collect();
-        assert_eq!(asks, [[2, 0, 2], [1, 0, 0]]);
+        let num_sampled: Vec<Vec<usize>> = joint.passes.iter().map(|pass| pass.sessions.iter().map(|s| s.num_sampled).collect()).collect();
+        assert_eq!(num_sampled, [[2, 0, 2], [1, 0, 0]]);
         assert_eq!(planned_joint(&plan, &[&steps[1]], LogitsRows::Own), None);
     }
 }

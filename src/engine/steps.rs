@@ -10,7 +10,7 @@ use std::time::Instant;
 use super::joint_steps::planned_joint;
 use super::{Engine, RunningSequence, ms};
 use crate::backend::{
-    Backend, BannedSet, HostAsks, HostPass, HostReason, HostRule, HostSampling, HostWindow, PlannedRun, PlannedStep, RowOutcome,
+    Backend, BannedSet, HostPass, HostReason, HostRule, HostSampling, HostSequence, HostWindow, PlannedRun, PlannedStep, RowOutcome,
     RuleSampling, RunCanvas, Sampling, Sequences, StepOutcome, StepRunner,
 };
 use crate::canvas::State;
@@ -20,7 +20,7 @@ use crate::pages::PagePool;
 use crate::plan::Plan;
 use crate::sampling::SampledToken;
 use crate::schedule::{Bans, Eos};
-use crate::sequence::{Ask, EventKind, JointAsk, LookaheadStep, Next, Sequence};
+use crate::sequence::{EventKind, JointPass, LookaheadStep, Next, SampleRow, Sequence};
 
 /// Maximum number of steps submitted to a device at once, and the shorter one of a request's first
 /// submission, so that its first tokens arrive early. Sixteen block-4 steps are four blocks; the
@@ -83,7 +83,7 @@ impl<B: Backend> Engine<B> {
             if step.guidance > 0.0 {
                 guide.push(&active.session.unprompted(), pages, page_size, step.visibility, step.len);
             }
-            sequences.push(host_asks(&active.session, self.models[weights].model.config()));
+            sequences.push(host_sequence(&active.session, self.models[weights].model.config()));
         }
         let guide = Some(guide).filter(|guide| guide.num_sequences() > 0);
         Ok((plan, HostSampling { sequences, guide, because }))
@@ -122,8 +122,8 @@ impl<B: Backend> Engine<B> {
     }
 }
 
-/// What the host asks of the pending step of a session.
-fn host_asks(session: &Sequence, config: &ModelConfig) -> HostAsks {
+/// What the host samples of the pending step of a session.
+fn host_sequence(session: &Sequence, config: &ModelConfig) -> HostSequence {
     let step = session.step().expect("chosen for its step");
     let banned = match step.eos {
         Eos::Free | Eos::Last => BannedSet::Never,
@@ -140,14 +140,14 @@ fn host_asks(session: &Sequence, config: &ModelConfig) -> HostAsks {
         }
     });
     let ends_last = matches!(step.eos, Eos::Last | Eos::NeverLast);
-    HostAsks { window, ..asks_of(&step.asks, HostRule { banned, ends_last, guidance: step.guidance }) }
+    HostSequence { window, ..rows_to_sample(&step.sample_rows, HostRule { banned, ends_last, guidance: step.guidance }) }
 }
 
-fn asks_of(asks: &[Ask], rule: HostRule) -> HostAsks {
-    HostAsks {
-        positions: asks.iter().map(|ask| ask.position).collect(),
-        rows: asks.iter().map(|ask| ask.row as u32).collect(),
-        draws: asks.iter().map(|ask| ask.draw).collect(),
+fn rows_to_sample(sample_rows: &[SampleRow], rule: HostRule) -> HostSequence {
+    HostSequence {
+        positions: sample_rows.iter().map(|row| row.position).collect(),
+        rows: sample_rows.iter().map(|row| row.row as u32).collect(),
+        draws: sample_rows.iter().map(|row| row.draw).collect(),
         rule,
         window: None,
     }
@@ -162,7 +162,7 @@ struct RunningSequences<'a> {
     /// Sequences that left the run: finished, failed, or with a draft that ended early.
     over: Vec<bool>,
     /// Passes that sequences wait for.
-    waiting: Vec<Option<JointAsk>>,
+    waiting: Vec<Option<JointPass>>,
     /// Pages of drafts that ended early.
     freed: Vec<u32>,
 }
@@ -184,17 +184,17 @@ impl Sequences for RunningSequences<'_> {
         let (mut plan, mut sequences) = (Plan::new(), Vec::with_capacity(self.chosen.len()));
         for (c, &i) in self.chosen.iter().enumerate() {
             let RunningSequence { session, table, .. } = &self.active[i];
-            self.waiting[c] = session.joint_ask().filter(|_| !self.over[c]);
-            sequences.push(self.waiting[c].as_ref().map(|ask| {
-                plan.push(&ask.rows, table.pages(), self.page_size, ask.visibility, ask.len);
-                let banned = match (ask.eos, ask.bans) {
+            self.waiting[c] = session.joint_pass().filter(|_| !self.over[c]);
+            sequences.push(self.waiting[c].as_ref().map(|pass| {
+                plan.push(&pass.rows, table.pages(), self.page_size, pass.visibility, pass.len);
+                let banned = match (pass.eos, pass.bans) {
                     (Eos::Never, Bans::Every) => BannedSet::NeverAndEnd,
                     // What the request itself does not want is not drawn by a pass either.
                     (Eos::Never, Bans::First) => BannedSet::End,
                     (_, Bans::Every) => BannedSet::Never,
                     (_, Bans::First) => BannedSet::Nothing,
                 };
-                asks_of(&ask.asks, HostRule { banned, ..HostRule::default() })
+                rows_to_sample(&pass.sample_rows, HostRule { banned, ..HostRule::default() })
             }));
         }
         sequences.iter().any(Option::is_some).then_some(HostPass { plan, sequences })
@@ -220,13 +220,13 @@ impl RunningSequences<'_> {
         let prefill = active.session.is_prefilling();
         let applied = rows.and_then(|rows| {
             if !pass {
-                let sampled = accept(&active.session.step().expect("foreseen").asks, rows)?;
+                let sampled = accept(&active.session.step().expect("foreseen").sample_rows, rows)?;
                 return active.session.apply(&sampled, &mut events);
             }
-            let waiting = self.waiting[c].take().or_else(|| active.session.joint_ask());
-            let ask = waiting.ok_or_else(|| Error::kernel("the device ran a pass that the session does not wait for"))?;
-            let sampled = accept(&ask.asks, rows)?;
-            active.session.apply_joint(&ask, &sampled, &mut events)
+            let waiting = self.waiting[c].take().or_else(|| active.session.joint_pass());
+            let pass = waiting.ok_or_else(|| Error::kernel("the device ran a pass that the session does not wait for"))?;
+            let sampled = accept(&pass.sample_rows, rows)?;
+            active.session.apply_joint(&pass, &sampled, &mut events)
         });
         match applied {
             Err(error) => active.fail(error),
@@ -255,10 +255,10 @@ impl RunningSequences<'_> {
     }
 }
 
-/// The sampled tokens of a sequence's own asks, which the rows must match.
-fn accept(asks: &[Ask], rows: Vec<RowOutcome>) -> Result<Vec<SampledToken>> {
-    if !asks.iter().map(|ask| ask.position).eq(rows.iter().map(|row| row.position)) {
-        return Err(Error::kernel("the device asked other positions than the session"));
+/// The sampled tokens of a sequence's own rows, which the rows must match.
+fn accept(sample_rows: &[SampleRow], rows: Vec<RowOutcome>) -> Result<Vec<SampledToken>> {
+    if !sample_rows.iter().map(|row| row.position).eq(rows.iter().map(|row| row.position)) {
+        return Err(Error::kernel("the device sampled other positions than the session"));
     }
     Ok(rows.into_iter().map(|row| row.sampled).collect())
 }

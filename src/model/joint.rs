@@ -16,7 +16,7 @@
 
 use std::path::Path;
 
-use crate::backend::{self, Activation, AskedRows, Backend, Epilogue, NormKind, RowList, StepParts, WindowShortlist};
+use crate::backend::{self, Activation, Backend, Epilogue, NormKind, RowList, RowsToSample, StepParts, WindowShortlist};
 use crate::config::{ConfigJson, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::layers::Linear;
@@ -222,22 +222,22 @@ impl<B: Backend> Joint<B> {
         backend.norm(count, &mut state.hidden, None, &rms(config, &self.hidden_norm), &mut state.normed)
     }
 
-    /// Samples the asked rows of a pass by their states, on the host or on the device.
+    /// Samples the rows of a pass by their states, on the host or on the device.
     #[allow(clippy::too_many_arguments)] // as the model's forward
     pub(super) fn sample(
         &self,
         backend: &B,
         model: &Model<B>,
         parts: &mut dyn StepParts<B>,
-        asked: &B::Rows,
+        sample_rows: &B::Rows,
         scratch: &mut Scratch<B>,
         state: &JointState<B>,
         lists: &[B::Lists],
     ) -> Result<()> {
         let (Scratch { x, h, picked, .. }, width) = (scratch, model.config.hidden_dim);
-        backend.gather(asked, width, &state.hidden, h)?;
+        backend.gather(sample_rows, width, &state.hidden, h)?;
         let (head, bias) = (&model.head.weight, model.head.bias.as_ref());
-        parts.sample(backend, AskedRows { hidden: h, width, head, bias, guide: None, room: [picked, x], lists })
+        parts.sample(backend, RowsToSample { hidden: h, width, head, bias, guide: None, room: [picked, x], lists })
     }
 
     /// The most probable ids of rows of the window, by their states as they are now: what passes

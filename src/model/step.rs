@@ -4,16 +4,17 @@
 //! ```text
 //! (layers without the prompt -> their final rows)
 //! layers -> (final rows of the windows and outside of them -> states)
-//!     -> asked rows -> final norm -> head, sampled by the runner
+//!     -> sampled rows -> final norm -> head, sampled by the runner
 //!     -> (K/V of the sampler's layer outside)
-//!     -> [ sampler over the windows -> asked states -> head, sampled by the runner ] x passes
+//!     -> [ sampler over the windows -> sampled states -> head, sampled by the runner ] x passes
 //! ```
 #![forbid(unsafe_code)]
 
 use super::joint::{Joint, JointState};
 use super::{Model, Scratch};
 use crate::backend::{
-    Activation, AskedRows, Backend, ForwardBatch, HeadShape, Network, PassBatch, Picked, RowList, StepBatches, StepParts, StepRows, Windows,
+    Activation, Backend, ForwardBatch, HeadShape, Network, PassBatch, Picked, RowList, RowsToSample, StepBatches, StepParts, StepRows,
+    Windows,
 };
 use crate::error::Result;
 
@@ -55,7 +56,7 @@ impl<B: Backend> Network<B> for StepNetwork<'_, B> {
     }
 
     fn step(&mut self, backend: &B, parts: &mut dyn StepParts<B>) -> Result<()> {
-        let StepBatches { guide, forward, asked, windows } = parts.begin(backend)?;
+        let StepBatches { guide, forward, sample_rows, windows } = parts.begin(backend)?;
         if let Some(guide) = &guide {
             self.keep_guide(backend, guide)?;
         }
@@ -65,19 +66,19 @@ impl<B: Backend> Network<B> for StepNetwork<'_, B> {
             Some(windows) => self.begin_windows(backend, windows)?,
             None => Vec::new(),
         };
-        self.sample_forward(backend, parts, &forward, asked.as_ref(), guide.is_some(), &lists)?;
+        self.sample_forward(backend, parts, &forward, sample_rows.as_ref(), guide.is_some(), &lists)?;
         if let Some(Windows { outside, outside_batch, .. }) = &windows {
             let StepNetwork { model, kv, scratch, joint } = &mut *self;
             let Sampler { sampler, state, outside: outside_state } = joint.as_mut().expect("a joint step has its sampler");
             if outside.num_rows() > 0 {
                 sampler.keys(backend, model, outside.num_rows(), outside_batch, kv, scratch, outside_state)?;
             }
-            while let Some(PassBatch { batch, rows, asked, kept }) = parts.pass(backend)? {
+            while let Some(PassBatch { batch, rows, sample_rows, kept }) = parts.pass(backend)? {
                 if let Some(kept) = kept {
                     sampler.keep_rows(backend, model, &kept, scratch, state)?;
                 }
                 sampler.call_batch(backend, model, rows, &batch, kv, scratch, state)?;
-                sampler.sample(backend, model, parts, &asked, scratch, state, &lists)?;
+                sampler.sample(backend, model, parts, &sample_rows, scratch, state, &lists)?;
             }
         }
         Ok(())
@@ -108,7 +109,7 @@ impl<B: Backend> StepNetwork<'_, B> {
         windows.shortlists.iter().map(|list| sampler.shortlist(backend, model, list, scratch, state)).collect()
     }
 
-    /// The final norm of the asked rows, and their sampled tokens. The head is linear, so guidance
+    /// The final norm of the rows to sample, and their tokens. The head is linear, so guidance
     /// combines final rows, in f32 so that nothing is rounded before it is scaled, and no logits
     /// are kept.
     fn sample_forward(
@@ -116,24 +117,24 @@ impl<B: Backend> StepNetwork<'_, B> {
         backend: &B,
         parts: &mut dyn StepParts<B>,
         forward: &ForwardBatch<B>,
-        asked: Option<&B::Rows>,
+        sample_rows: Option<&B::Rows>,
         guided: bool,
         lists: &[B::Lists],
     ) -> Result<()> {
         let Model { config, final_norm, head, .. } = self.model;
         let Scratch { x, h, qkv, picked, guide, .. } = &mut *self.scratch;
         let width = config.hidden_dim;
-        let count = asked.map_or(forward.num_picked(), B::Rows::num_rows);
+        let count = sample_rows.map_or(forward.num_picked(), B::Rows::num_rows);
         if count > 0 {
-            match (asked, guided) {
+            match (sample_rows, guided) {
                 (None, false) => final_norm.apply(backend, config, count, x, h)?,
                 (None, true) => final_norm.apply(backend, config, count, x, qkv)?,
-                (Some(asked), false) => {
-                    backend.gather(asked, width, x, qkv)?;
+                (Some(sample_rows), false) => {
+                    backend.gather(sample_rows, width, x, qkv)?;
                     final_norm.apply(backend, config, count, qkv, h)?;
                 }
-                (Some(asked), true) => {
-                    backend.gather(asked, width, x, picked)?;
+                (Some(sample_rows), true) => {
+                    backend.gather(sample_rows, width, x, picked)?;
                     final_norm.apply(backend, config, count, picked, qkv)?;
                 }
             }
@@ -141,7 +142,7 @@ impl<B: Backend> StepNetwork<'_, B> {
         let hidden = if guided { &*qkv } else { &*h };
         let guide = guide.as_ref().map(|(_, rows)| rows).filter(|_| guided);
         let (weight, bias) = (&head.weight, head.bias.as_ref());
-        parts.sample(backend, AskedRows { hidden, width, head: weight, bias, guide, room: [picked, x], lists })
+        parts.sample(backend, RowsToSample { hidden, width, head: weight, bias, guide, room: [picked, x], lists })
     }
 }
 

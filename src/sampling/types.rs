@@ -33,7 +33,7 @@ pub enum TopKOrder {
     After,
 }
 
-/// What is asked of one masked row: a token draw, or the probability of a given token.
+/// How one masked row is sampled: a token draw, or the probability of a given token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
     /// Uniform in [0, 1) with 53 random bits.

@@ -140,7 +140,7 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
         }
         Unmask::Factor(factor) => {
             let mut order = best_first(Rank::Confidence);
-            // The last one of all is never asked, see `Unmask::Factor`. Rank r counts from 1, i
+            // The last one of all is never compared, see `Unmask::Factor`. Rank r counts from 1, i
             // from 0.
             let short = |i: &usize| f64::from(candidates[order[*i]].sampled.confidence) < 1.0 - f64::from(factor) / (*i + 2) as f64;
             if let Some(n) = (1..order.len().saturating_sub(1)).find(short) {

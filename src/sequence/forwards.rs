@@ -1,4 +1,4 @@
-//! What a session asks of a forward: rows to sample, foreseen steps, passes of a joint sampler.
+//! What a session needs of a forward: rows to sample, foreseen steps, passes of a joint sampler.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -8,9 +8,9 @@ use crate::plan::Visibility;
 use crate::sampling::Draw;
 use crate::schedule::{Bans, Eos};
 
-/// One row to sample: an index into the step's rows and what is asked of it.
+/// One row to sample: an index into the step's rows and how it is sampled.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Ask {
+pub struct SampleRow {
     pub row: usize,
     pub position: usize,
     pub draw: Draw,
@@ -48,11 +48,11 @@ pub(super) struct Round {
 
 /// A call of the sampler for one session.
 #[derive(Clone, Debug, PartialEq)]
-pub struct JointAsk {
+pub struct JointPass {
     /// (position, token id) of the window, as it is now.
     pub rows: Vec<(usize, u32)>,
     /// `row` counts within the window.
-    pub asks: Vec<Ask>,
+    pub sample_rows: Vec<SampleRow>,
     pub visibility: Visibility,
     /// Sequence length.
     pub len: usize,

@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::plan::{Kind, LogitsRows, Visibility};
 use crate::sampling::{self, Candidate, Reveal, SampledToken, Unmask};
 use crate::schedule::Stage;
-use crate::sequence::forwards::{Ask, JointAsk, Round};
+use crate::sequence::forwards::{JointPass, Round, SampleRow};
 use crate::sequence::report::Event;
 
 /// Where a sampler's calls begin among the bits of a draw's step.
@@ -27,7 +27,7 @@ impl Sequence {
     /// asks; `None`: all of them, or it makes no call.
     pub fn joint_shortlist(&self) -> Option<usize> {
         let step = self.pending.as_ref().filter(|step| step.kind == Kind::Denoise)?;
-        self.stage().shortlist.filter(|_| self.round_quota(step.asks.len()) > 1)
+        self.stage().shortlist.filter(|_| self.round_quota(step.sample_rows.len()) > 1)
     }
 
     /// Positions whose states the sampler carries on after the pending step: its block, or under
@@ -54,9 +54,9 @@ impl Sequence {
         Ok(chosen)
     }
 
-    /// Reveals of a forward that asks `asks` positions.
-    fn round_quota(&self, asks: usize) -> usize {
-        sampling::quota(&self.stage().unmask, self.progress).unwrap_or(1).clamp(1, asks.max(1))
+    /// Reveals of a forward that samples `num_sampled` positions.
+    fn round_quota(&self, num_sampled: usize) -> usize {
+        sampling::quota(&self.stage().unmask, self.progress).unwrap_or(1).clamp(1, num_sampled.max(1))
     }
 
     fn select_one(&self, candidates: &[Candidate]) -> Result<Vec<usize>> {
@@ -70,9 +70,9 @@ impl Sequence {
         self.denoised | (round.calls + 1) << CALL_BITS
     }
 
-    /// The pass in which the sampler answers `ask`, as a device runs it.
-    pub(super) fn joint_pass(&self, ask: &JointAsk) -> SequenceStep {
-        let round = self.round.expect("asked in a round");
+    /// `pass` as a device runs it.
+    pub(super) fn planned_pass(&self, pass: &JointPass) -> SequenceStep {
+        let round = self.round.expect("a pass belongs to a round");
         let rank = self.stage().unmask.rank().expect("checked with the schedule");
         SequenceStep {
             remask: None,
@@ -80,47 +80,47 @@ impl Sequence {
             block: self.block as u32,
             step: self.call_step(round),
             range: self.unit.clone(),
-            asks: ask.asks.len(),
+            num_sampled: pass.sample_rows.len(),
             // A state belongs to its own position, whichever row it began as.
             logits: LogitsRows::Own,
-            draw: ask.asks.first().expect("a quota never exceeds the masks").draw,
+            draw: pass.sample_rows.first().expect("a quota never exceeds the masks").draw,
             reveal: Reveal::Best { rank, n: 1 },
         }
     }
 
     /// The next call of the sampler that this session waits for.
-    pub fn joint_ask(&self) -> Option<JointAsk> {
+    pub fn joint_pass(&self) -> Option<JointPass> {
         let round = self.round?;
         let window = self.window();
         let step = self.call_step(round);
-        let ask = |position: usize| {
+        let pass = |position: usize| {
             let draws = self.uniforms(self.block, step, position);
             let forced = self.forced(position);
-            Ask { row: position - window.start, position, draw: self.draw(draws.token, forced), order: draws.order }
+            SampleRow { row: position - window.start, position, draw: self.draw(draws.token, forced), order: draws.order }
         };
-        let asks = self.canvas.masked_in(self.unit.clone()).map(ask).collect();
+        let sample_rows = self.canvas.masked_in(self.unit.clone()).map(pass).collect();
         let rows = window.clone().map(|p| (p, self.canvas.tokens()[p])).collect();
         let Stage { eos, bans, .. } = *self.stage();
-        Some(JointAsk { rows, asks, visibility: self.stage().visibility(), len: self.canvas.len(), eos, bans })
+        Some(JointPass { rows, sample_rows, visibility: self.stage().visibility(), len: self.canvas.len(), eos, bans })
     }
 
-    /// Takes the answers to [`Sequence::joint_ask`], in the order of its asks.
-    pub fn apply_joint(&mut self, ask: &JointAsk, sampled: &[SampledToken], events: &mut Vec<Event>) -> Result<()> {
-        let candidates: Vec<Candidate> = ask
-            .asks
+    /// Takes the sampled tokens of [`Sequence::joint_pass`], in the order of its rows.
+    pub fn apply_joint(&mut self, pass: &JointPass, sampled: &[SampledToken], events: &mut Vec<Event>) -> Result<()> {
+        let candidates: Vec<Candidate> = pass
+            .sample_rows
             .iter()
             .zip(sampled)
-            .map(|(ask, sampled)| Candidate { position: ask.position, sampled: *sampled, order: ask.order })
+            .map(|(row, sampled)| Candidate { position: row.position, sampled: *sampled, order: row.order })
             .collect();
         let mut chosen = self.select_one(&candidates)?;
         // MASK may be drawn where it is not banned: the position stays as it is, and the reveal is
         // spent.
         chosen.retain(|i| candidates[*i].sampled.token != self.spec.mask_id);
         let report = self.reports.last_mut().expect("opened with the stage");
-        report.rows += ask.rows.len();
+        report.rows += pass.rows.len();
         report.forwards.joint += 1;
         self.write(&candidates, &chosen, &[], events);
-        let round = self.round.expect("asked in a round");
+        let round = self.round.expect("a pass belongs to a round");
         self.round = Some(Round { left: round.left - 1, calls: round.calls + 1 }).filter(|round| round.left > 0);
         if self.round.is_none() {
             self.close(false, events);

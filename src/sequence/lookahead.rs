@@ -62,7 +62,7 @@ impl Sequence {
                 Err(reason) if foreseen.is_empty() => return Err(reason),
                 Err(_) => break,
             };
-            let draw = step.asks.first().expect("a denoising step asks").draw;
+            let draw = step.sample_rows.first().expect("a denoising step samples").draw;
             foreseen.push(LookaheadStep {
                 part: SequenceStep {
                     remask: remask.take(),
@@ -70,7 +70,7 @@ impl Sequence {
                     block: ghost.block as u32,
                     step: ghost.denoised,
                     range: ghost.unit.clone(),
-                    asks: step.asks.len(),
+                    num_sampled: step.sample_rows.len(),
                     logits: ghost.logits_rows(),
                     draw,
                     reveal,
@@ -85,14 +85,14 @@ impl Sequence {
             }
             let anything = SampledToken { token: 0, confidence: 0.5, log_prob: 0.0, margin: 0.0, entropy: 0.0 };
             let len = ghost.canvas.len();
-            if ghost.apply(&vec![anything; step.asks.len()], &mut Vec::new()).is_err() {
+            if ghost.apply(&vec![anything; step.sample_rows.len()], &mut Vec::new()).is_err() {
                 break;
             }
-            while let Some(ask) = ghost.joint_ask() {
-                let pass = ghost.joint_pass(&ask);
+            while let Some(pass) = ghost.joint_pass() {
+                let planned = ghost.planned_pass(&pass);
                 let step = foreseen.last_mut().and_then(|step| step.joint.as_mut()).expect("a round belongs to a joint stage");
-                step.passes.push(pass);
-                ghost.apply_joint(&ask, &vec![anything; ask.asks.len()], &mut Vec::new()).expect("answers without NaN");
+                step.passes.push(planned);
+                ghost.apply_joint(&pass, &vec![anything; pass.sample_rows.len()], &mut Vec::new()).expect("answers without NaN");
             }
             // A last block that was decoded whole is cut.
             if ghost.canvas.len() != len {
@@ -228,9 +228,9 @@ mod tests {
     #[test]
     fn steps_of_shifted_models_hold_the_rows_that_answer() {
         let full = foreseen("block=full,unmask=uniform:3", 2).unwrap();
-        assert_eq!(full.iter().map(|s| s.part.asks).collect::<Vec<_>>(), [10, 7, 4, 1]);
+        assert_eq!(full.iter().map(|s| s.part.num_sampled).collect::<Vec<_>>(), [10, 7, 4, 1]);
         let blocks = foreseen("block=4,unmask=left:2", 3).unwrap();
-        let parts: Vec<_> = blocks.iter().map(|s| (s.part.range.clone(), s.part.asks, s.rows.clone())).collect();
+        let parts: Vec<_> = blocks.iter().map(|s| (s.part.range.clone(), s.part.num_sampled, s.rows.clone())).collect();
         assert_eq!(parts[0], (0..4, 1, (0..4).collect()));
         assert_eq!(parts[1], (4..5, 1, (0..4).collect()), "a lead writes the block before it");
         assert_eq!(parts[2], (4..8, 3, (4..8).collect()));
@@ -242,15 +242,15 @@ mod tests {
         assert_eq!(foreseen("block=full,unmask=uniform:3", 0), host, "position 0 is answered by its own row");
     }
 
-    /// Asks and windows of a joint step: those of the forward, then those of its passes.
-    fn joint_asks(step: &LookaheadStep) -> (Vec<usize>, Range<usize>) {
+    /// Sampled rows and windows of a joint step: those of the forward, then those of its passes.
+    fn joint_rows(step: &LookaheadStep) -> (Vec<usize>, Range<usize>) {
         let joint = step.joint.as_ref().expect("a joint stage");
         for (call, pass) in (1..).zip(&joint.passes) {
             assert_eq!((pass.step, pass.block, pass.stage), (step.part.step | call << 20, step.part.block, step.part.stage));
             assert_eq!((&pass.range, pass.reveal, pass.logits), (&step.part.range, step.part.reveal, LogitsRows::Own), "{pass:?}");
         }
         assert!(matches!(step.part.reveal, Reveal::Best { n: 1, .. }));
-        (std::iter::once(&step.part).chain(&joint.passes).map(|part| part.asks).collect(), joint.window.clone())
+        (std::iter::once(&step.part).chain(&joint.passes).map(|part| part.num_sampled).collect(), joint.window.clone())
     }
 
     /// A forward reveals one of its quota, and every pass behind it one of what is left.
@@ -258,14 +258,14 @@ mod tests {
     fn passes_of_a_joint_sampler_belong_to_their_forward() {
         let full = foreseen("block=full,sampler=joint:3", 2).unwrap();
         let expected = [vec![10, 9, 8], vec![7, 6, 5], vec![4, 3, 2], vec![1]];
-        assert_eq!(full.iter().map(joint_asks).collect::<Vec<_>>(), expected.map(|asks| (asks, 0..12)));
+        assert_eq!(full.iter().map(joint_rows).collect::<Vec<_>>(), expected.map(|sample_rows| (sample_rows, 0..12)));
         assert!(full.iter().all(|step| step.part.logits.are_shifted() && step.rows.len() == 12));
 
         // Three of the first block are given: its one mask needs no pass.
         let blocks = foreseen_of(&["block=4,unmask=linear:2,sampler=joint"], 3, false).unwrap();
-        let found: Vec<_> = blocks.iter().map(|step| (joint_asks(step), step.rows.clone())).collect();
+        let found: Vec<_> = blocks.iter().map(|step| (joint_rows(step), step.rows.clone())).collect();
         let expected = [(vec![1], 0..4, 0..4), (vec![4, 3], 4..8, 0..8), (vec![2, 1], 4..8, 4..8), (vec![4, 3], 8..12, 4..12)];
-        let expected = expected.map(|(asks, window, rows)| ((asks, window), rows.collect::<Vec<usize>>()));
+        let expected = expected.map(|(sample_rows, window, rows)| ((sample_rows, window), rows.collect::<Vec<usize>>()));
         assert_eq!(found[..4], expected);
         assert_eq!(found.len(), 5);
     }

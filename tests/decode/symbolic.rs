@@ -43,7 +43,7 @@ struct Network {
 }
 
 impl Network {
-    /// Runs a step and answers its asks. `exact`: every slot read must hold the canvas's token,
+    /// Runs a step and samples its rows. `exact`: every slot read must hold the canvas's token,
     /// written under this step's visibility.
     fn forward(&mut self, step: &Step, canvas: &[u32], exact: bool, label: &str) -> Vec<SampledToken> {
         let weights = step.weights as u64;
@@ -75,8 +75,8 @@ impl Network {
             slots[p].as_mut().expect("just written").keys[1] = hash([3, *h1]);
         }
         let out = |row: usize| hash([4, middle[row]].into_iter().chain(see(slots, step.rows[row].0, 1)));
-        let asked: Vec<(u64, Draw)> = step.asks.iter().map(|ask| (out(ask.row), ask.draw)).collect();
-        asked.iter().map(|(out, draw)| sampled(*out, draw)).collect()
+        let rows: Vec<(u64, Draw)> = step.sample_rows.iter().map(|row| (out(row.row), row.draw)).collect();
+        rows.iter().map(|(out, draw)| sampled(*out, draw)).collect()
     }
 }
 
@@ -227,13 +227,13 @@ impl Watched {
             let sampled = self.network.forward(&step, self.session.canvas().tokens(), self.exact, &label);
             if step.kind == Kind::Score {
                 let score = self.session.reports().last().expect("a stage").stage.remask.expect("scored for a remask").score;
-                self.scored.extend(step.asks.iter().zip(&sampled).map(|(ask, d)| {
+                self.scored.extend(step.sample_rows.iter().zip(&sampled).map(|(row, d)| {
                     let value = match score {
                         Score::Probability => f64::from(d.confidence),
                         Score::Typicality => f64::from(d.log_prob) + f64::from(d.entropy),
-                        Score::Lift => f64::from(d.log_prob) - f64::from(self.snapshots[ask.position]).ln(),
+                        Score::Lift => f64::from(d.log_prob) - f64::from(self.snapshots[row.position]).ln(),
                     };
-                    (ask.position, value)
+                    (row.position, value)
                 }));
             }
             self.session.apply(&sampled, &mut new).unwrap_or_else(|e| panic!("{label}: {e}"));
@@ -251,7 +251,7 @@ impl Watched {
     }
 
     /// A step's rows are ascending, hold what the canvas holds (or hide a group that is being
-    /// scored), and include every row asked about.
+    /// scored), and include every sampled row.
     fn check_step(&mut self, step: &Step) {
         let stage = self.session.reports().len() - 1;
         self.stage = stage;
@@ -261,12 +261,12 @@ impl Watched {
         assert!(step.rows.windows(2).all(|w| w[0].0 < w[1].0), "{label}: rows {:?}", step.rows);
         assert!(!step.rows.is_empty() && step.rows.last().expect("a row").0 < step.len, "{label}: rows {:?}", step.rows);
         assert_eq!(step.len, self.session.canvas().len(), "{label}");
-        for ask in &step.asks {
+        for row in &step.sample_rows {
             // Under shifted logits the row before a position answers it, and the first row itself.
-            let answering = if self.shifted { ask.position.saturating_sub(1) } else { ask.position };
-            assert_eq!(step.rows[ask.row].0, answering, "{label}: position {} is asked of another row", ask.position);
+            let answering = if self.shifted { row.position.saturating_sub(1) } else { row.position };
+            assert_eq!(step.rows[row.row].0, answering, "{label}: position {} is sampled from another row", row.position);
         }
-        let asked: Vec<usize> = step.asks.iter().map(|a| a.position).collect();
+        let sampled: Vec<usize> = step.sample_rows.iter().map(|a| a.position).collect();
         let hidden: Vec<usize> = step.rows.iter().filter(|(p, token)| *token == MASK && self.shadow[*p].is_some()).map(|r| r.0).collect();
         for &(p, token) in step.rows.iter().filter(|(p, _)| !hidden.contains(p)) {
             assert_eq!(token, self.shadow[p].unwrap_or(MASK), "{label}: token of row {p}");
@@ -288,10 +288,10 @@ impl Watched {
                     RemaskBy::HeldOut(g) => generated.into_iter().skip(group).step_by(g).collect(),
                     other => panic!("{label}: {other} needs no forward"),
                 };
-                assert_eq!(asked, expected, "{label}: group {group}");
+                assert_eq!(sampled, expected, "{label}: group {group}");
                 assert_eq!(hidden, if by == RemaskBy::PostHoc { vec![] } else { expected }, "{label}: group {group}: hidden rows");
-                let forced: Vec<_> = step.asks.iter().map(|a| a.draw.forced).collect();
-                assert_eq!(forced, asked.iter().map(|p| self.shadow[*p]).collect::<Vec<_>>(), "{label}: scored tokens");
+                let forced: Vec<_> = step.sample_rows.iter().map(|a| a.draw.forced).collect();
+                assert_eq!(forced, sampled.iter().map(|p| self.shadow[*p]).collect::<Vec<_>>(), "{label}: scored tokens");
             }
         }
         if step.kind != Kind::Score {
@@ -301,28 +301,28 @@ impl Watched {
             let Stage { kv, .. } = self.session.reports()[stage].stage;
             let block_len = self.session.reports()[stage].stage.block_len_in(step.len);
             let last = step.rows.last().expect("a row").0;
-            assert!(self.shifted && asked.len() == 1 && self.shadow[asked[0]].is_none(), "{label}: asks {asked:?}");
+            assert!(self.shifted && sampled.len() == 1 && self.shadow[sampled[0]].is_none(), "{label}: samples {sampled:?}");
             if step.visibility == Visibility::Full {
                 // The forward that fills the caches of a block computes everything.
                 assert!(matches!(kv, KvPolicy::Prefix | KvPolicy::Dual), "{label}: {kv} has no caches to fill");
                 assert_eq!(step.rows.len(), step.len, "{label}: it fills everything");
             } else {
-                assert!(asked == [last + 1] && (last + 1).is_multiple_of(block_len), "{label}: asks {asked:?} of row {last}");
+                assert!(sampled == [last + 1] && (last + 1).is_multiple_of(block_len), "{label}: samples {sampled:?} of row {last}");
                 assert!(step.visibility == Visibility::BlockCausal(block_len), "{label}: the last row of a block sees its block");
             }
-            assert!(self.shadow[..asked[0]].iter().all(Option::is_some), "{label}: a mask before position {}", asked[0]);
+            assert!(self.shadow[..sampled[0]].iter().all(Option::is_some), "{label}: a mask before position {}", sampled[0]);
         } else if step.kind == Kind::Denoise {
-            assert!(!asked.is_empty() && asked.iter().all(|p| self.shadow[*p].is_none()), "{label}: asks {asked:?}");
+            assert!(!sampled.is_empty() && sampled.iter().all(|p| self.shadow[*p].is_none()), "{label}: samples {sampled:?}");
             let stage = self.session.reports()[stage].stage;
             let (origin, block_len) = (self.origin(&stage), stage.block_len_in(step.len));
-            let block = origin + (asked[0] - origin) / block_len * block_len;
+            let block = origin + (sampled[0] - origin) / block_len * block_len;
             let part = stage.sub_len.unwrap_or(block_len);
-            let first = block + (asked[0] - block) / part * part;
+            let first = block + (sampled[0] - block) / part * part;
             let masked = (first..(first + part).min(step.len)).filter(|p| self.shadow[*p].is_none());
-            assert_eq!(asked, masked.collect::<Vec<_>>(), "{label}: every mask of the block is sampled, and nothing else");
+            assert_eq!(sampled, masked.collect::<Vec<_>>(), "{label}: every mask of the block is sampled, and nothing else");
             assert!(self.shadow[origin..first].iter().all(Option::is_some), "{label}: a mask before position {first}");
         } else if step.kind != Kind::Score {
-            assert!(asked.is_empty(), "{label}: asks {asked:?}");
+            assert!(sampled.is_empty(), "{label}: samples {sampled:?}");
         }
     }
 
@@ -725,7 +725,7 @@ proptest! {
                 let before = events.clone();
                 for _ in 0..3 {
                     let error = session.apply(&sampled, &mut events).expect_err("NaN").to_string();
-                    let position = step.asks.last().unwrap().position;
+                    let position = step.sample_rows.last().unwrap().position;
                     prop_assert!(error.contains(&format!("position {position}")) && error.contains("NaN"), "{}", error);
                     prop_assert_eq!(session.canvas(), &canvas);
                     prop_assert_eq!(session.step(), Some(&step));
@@ -794,7 +794,7 @@ fn the_symbolic_network_is_sensitive() {
         session.next(&mut Vec::new());
         let mut step = session.step().unwrap().clone();
         step.rows.remove(0);
-        step.asks.clear();
+        step.sample_rows.clear();
         network.forward(&step, session.canvas().tokens(), false, "missing");
     });
     assert!(caught.unwrap_err().downcast_ref::<String>().unwrap().contains("slot 0, which was never written"));

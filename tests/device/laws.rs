@@ -121,7 +121,7 @@ fn a_graph_serves_steps_with_and_without_a_remask() {
         let mut engine = Engine::load(&fixture(), backend, options()).expect("a fixture");
         let stages = schedule(DID);
         // Runs of 4, then 16: the draft of 20 ends with a run, that of 21 does not; 23 positions
-        // and 7 asked ones in both.
+        // and 7 sampled ones in both.
         let both = [request(&[1, 2, 3], 20, &stages, 9, 0), request(&[1, 2], 21, &stages, 9, 0)];
         engine.backend().set_replays(false);
         let plain: Vec<Essence> = alone(&mut engine, &both, "launched").iter().map(Essence::of).collect();

@@ -225,7 +225,7 @@ fn one_replay_and_no_wait(driver: Box<dyn Driver>) {
         together(&mut engine, &ask, "recorded");
         counts.take();
         assert_eq!(Essence::of(&together(&mut engine, &ask, "replayed")[0]), first);
-        // One launch a forward lists what it asks; the rest is in the recording.
+        // One launch a forward lists what it samples; the rest is in the recording.
         assert_eq!(counts.take(), [2, forwards, forwards], "{stage}: waits, launches, replays");
     }
 }

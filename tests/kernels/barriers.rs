@@ -5,14 +5,14 @@ use redraft::cuda::machine::Machine;
 use redraft::cuda::{Edit, headers, kernels};
 
 use crate::emulator::{edited_machines, on_all_cores};
-use crate::{ask, attention, experts, linear, listed, norm, reveal, sample};
+use crate::{attention, experts, linear, listed, norm, reveal, sample, select_masked};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
 /// Which tests run the code of a file.
 const USERS: &[(&str, &[Check])] = &[
     ("attention.cu", &[attention::holds]),
-    ("common.cuh", &[norm::holds, ask::holds]),
+    ("common.cuh", &[norm::holds, select_masked::holds]),
     ("sample.cuh", &[sample::the_law]),
     ("sample_draw.cu", &[sample::the_law]),
     ("sample_nucleus.cu", &[sample::edges_of_nuclei, sample::walks]),

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use redraft::backend::DType;
-use redraft::cuda::{Asked, bench_kernel, kernels_list};
+use redraft::cuda::{BenchRequest, bench_kernel, kernels_list};
 
 use crate::emulator::any_machine;
 
@@ -15,11 +15,11 @@ fn every_launcher_runs_alone() {
     assert!(names.len() >= 10, "{names:?}");
     let nucleus = ["top_p_percent=90".to_owned()];
     let layer = ["rms=2".to_owned()];
-    let asked = names.into_iter().map(|name| (name, &[][..])).chain([("copy", &[][..]), ("sample", &nucleus), ("norm", &layer)]);
-    for (name, shape) in asked {
+    let request = names.into_iter().map(|name| (name, &[][..])).chain([("copy", &[][..]), ("sample", &nucleus), ("norm", &layer)]);
+    for (name, shape) in request {
         for dtype in [DType::F32, DType::Bf16] {
-            let asked = Asked { name, shape, dtype, repeat: 2, plain: dtype == DType::F32, small: true };
-            let report = bench_kernel(&machine, &asked).unwrap_or_else(|e| panic!("{name} {shape:?} {}: {e}", dtype.name()));
+            let request = BenchRequest { name, shape, dtype, repeat: 2, plain: dtype == DType::F32, small: true };
+            let report = bench_kernel(&machine, &request).unwrap_or_else(|e| panic!("{name} {shape:?} {}: {e}", dtype.name()));
             assert!(report.launches == 1 && report.sets == 1 && report.bytes > 0 && report.median_us > 0.0, "{report:?}");
         }
     }

@@ -6,7 +6,6 @@
 //! into a failure.
 #![cfg(feature = "cuda")]
 
-mod ask;
 mod attention;
 mod barriers;
 mod blend;
@@ -31,6 +30,7 @@ mod rope_append;
 mod route;
 mod runtime;
 mod sample;
+mod select_masked;
 mod shortlist;
 mod stubs;
 mod tensor_core;

@@ -6,7 +6,8 @@ use redraft::cuda::machine::Machine;
 
 use crate::emulator::{edited_machines, on_all_cores};
 use crate::{
-    ask, attention, blend, embed, experts, gather, linear, listed, norm, remask, reveal, rng, rope_append, route, sample, shortlist,
+    attention, blend, embed, experts, gather, linear, listed, norm, remask, reveal, rng, rope_append, route, sample, select_masked,
+    shortlist,
 };
 
 type Check = fn(&Machine) -> Result<(), String>;
@@ -181,10 +182,14 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     ("a second token where one is left", listed::edges, ("listed.cu", "kept > 1 ? exp(", "kept > 0 ? exp(")),
     ("the end of a list forced", listed::refusals, ("listed.cu", " && ids[i] != NO_ID) place", ") place")),
     ("a place instead of an id refused", listed::refusals, ("listed.cu", "broken = ids[i];", "broken = i;")),
-    ("asks beyond the prediction", ask::holds, ("ask.cu", "if (masked && i < s.ask_count)", "if (masked)")),
-    ("every tile starts from the first ask", ask::holds, ("ask.cu", "        seen += count;\n", "        seen = count;\n")),
-    ("the wrong half of a key", ask::holds, ("ask.cu", "s.step, position).token", "s.step, position).order")),
-    ("a later trouble hides the first", ask::holds, ("ask.cu", " && summary->trouble == 0", "")),
+    ("rows beyond the prediction", select_masked::holds, ("select_masked.cu", "if (masked && i < s.sample_count)", "if (masked)")),
+    (
+        "every tile starts from the first row",
+        select_masked::holds,
+        ("select_masked.cu", "        seen += count;\n", "        seen = count;\n"),
+    ),
+    ("the wrong half of a key", select_masked::holds, ("select_masked.cu", "s.step, position).token", "s.step, position).order")),
+    ("a later trouble hides the first", select_masked::holds, ("select_masked.cu", " && summary->trouble == 0", "")),
     ("one tie too many", reveal::holds, ("reveal.cu", "equal_before < cut.equal", "equal_before <= cut.equal")),
     ("above the threshold only", reveal::holds, ("reveal.cu", "confidence >= s.bound", "confidence > s.bound")),
     ("the newest entropy counted against itself", reveal::holds, ("reveal.cu", "sum - entropy <=", "sum <=")),

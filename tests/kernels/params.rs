@@ -2,7 +2,6 @@
 //! its own numbers; here the two lists of numbers are compared.
 
 use redraft::cuda::kernels;
-use redraft::cuda::ops::ask::{AskParams, SessionStep, SessionSummary};
 use redraft::cuda::ops::attention::AttentionParams;
 use redraft::cuda::ops::blend::BlendParams;
 use redraft::cuda::ops::embed::EmbedParams;
@@ -15,6 +14,7 @@ use redraft::cuda::ops::reveal::RevealParams;
 use redraft::cuda::ops::rope_append::RopeAppendParams;
 use redraft::cuda::ops::route::RouteParams;
 use redraft::cuda::ops::sample::{DrawRecord, SampleDrawParams, SampleNucleusParams, SampleTilesParams, SampledRecord};
+use redraft::cuda::ops::select_masked::{SelectMaskedParams, SessionStep, SessionSummary};
 use redraft::cuda::ops::shortlist::{ListedParams, ShortlistParams};
 use redraft::cuda::params::Params;
 
@@ -28,7 +28,7 @@ fn twin<P: Params>(name: &'static str) -> (&'static str, Vec<String>) {
 fn both_sides_state_the_same_layout() {
     let twins = [
         twin::<AttentionParams>("AttentionParams"),
-        twin::<AskParams>("AskParams"),
+        twin::<SelectMaskedParams>("SelectMaskedParams"),
         twin::<BlendParams>("BlendParams"),
         twin::<SampleDrawParams>("SampleDrawParams"),
         twin::<SampleNucleusParams>("SampleNucleusParams"),

@@ -1,10 +1,10 @@
 //! `reveal` takes what `sampling::select` takes and leaves the canvas as `session.rs` leaves it.
 
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::ask::{SessionStep, SessionSummary, trouble};
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::reveal::{RevealParams, reveal};
 use redraft::cuda::ops::sample::{SampledRecord, status};
+use redraft::cuda::ops::select_masked::{SessionStep, SessionSummary, trouble};
 use redraft::rng::{DrawKey, uniforms};
 use redraft::sampling::{BlockProgress, Candidate, Rank, Reveal, SampledToken, Unmask, select};
 
@@ -13,8 +13,8 @@ use crate::emulator::{Array, machines, noise, words};
 const CANVAS: u32 = 700;
 const MASK: u32 = 50_257;
 
-/// A session that asks every second position from 1 on; `levels` distinct values, so that few
-/// levels mean many ties.
+/// A session that num_sampled every second position from 1 on; `levels` distinct values, so that
+/// few levels mean many ties.
 struct Sequence {
     step: SessionStep,
     reveal: Reveal,
@@ -22,8 +22,8 @@ struct Sequence {
     before: SessionSummary,
 }
 
-fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Sequence {
-    let value = |n: u64, i: u32| (noise(1000 * seed + n, asks as usize)[i as usize].abs() * levels).ceil() / levels;
+fn session(seed: u64, num_sampled: u32, levels: f32, reveal: Reveal) -> Sequence {
+    let value = |n: u64, i: u32| (noise(1000 * seed + n, num_sampled as usize)[i as usize].abs() * levels).ceil() / levels;
     let sampled = |i: u32| SampledRecord {
         token: 40 + i,
         confidence: value(1, i),
@@ -34,13 +34,13 @@ fn session(seed: u64, asks: u32, levels: f32, reveal: Reveal) -> Sequence {
         position: 1 + 2 * i,
         chosen: 0,
     };
-    let step = SessionStep { seed, sample: 3, stage: 2, block: 1, step: 77, ask_count: asks, ..SessionStep::default() };
+    let step = SessionStep { seed, sample: 3, stage: 2, block: 1, step: 77, sample_count: num_sampled, ..SessionStep::default() };
     let step = step.revealing(&reveal);
     Sequence {
         step,
         reveal,
-        sampled: (0..asks).map(sampled).collect(),
-        before: SessionSummary { asked: asks, ..SessionSummary::default() },
+        sampled: (0..num_sampled).map(sampled).collect(),
+        before: SessionSummary { sampled: num_sampled, ..SessionSummary::default() },
     }
 }
 
@@ -87,11 +87,11 @@ struct Flat {
 }
 
 fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
-    let mut asks = 0;
+    let mut num_sampled = 0;
     for (s, session) in sessions.iter_mut().enumerate() {
         session.step.canvas_first = s as u32 * CANVAS;
-        session.step.ask_first = asks;
-        asks += session.step.ask_count;
+        session.step.sample_first = num_sampled;
+        num_sampled += session.step.sample_count;
     }
     let n = sessions.len() * CANVAS as usize;
     let mut expected =
@@ -120,7 +120,7 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
     for (s, session) in sessions.iter().enumerate() {
         let (chosen, summary) = law(session);
         for &i in &chosen {
-            let record = &mut sampled[session.step.ask_first as usize + i];
+            let record = &mut sampled[session.step.sample_first as usize + i];
             record.chosen = 1;
             let at = (session.step.canvas_first + record.position) as usize;
             expected.token[at] = record.token;
@@ -137,7 +137,7 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
     // By their bits: NaN equals itself.
     let bits = |records: &[SampledRecord]| bytemuck::cast_slice::<_, [u32; 8]>(records).to_vec();
     if let Some(i) = (0..found.len()).find(|i| bits(&found)[*i] != bits(&sampled)[*i]) {
-        let s = sessions.iter().position(|s| i < (s.step.ask_first + s.step.ask_count) as usize).expect("an ask of a session");
+        let s = sessions.iter().position(|s| i < (s.step.sample_first + s.step.sample_count) as usize).expect("a row of a session");
         return Err(format!("session {s}, {:?}: {:?}, expected {:?}", sessions[s].reveal, found[i], sampled[i]));
     }
     let after =
@@ -193,7 +193,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     sessions[4].sampled[270].status = status::BROKEN;
     sessions[4].sampled[280].confidence = f32::NAN;
     sessions[5].sampled[0].status = status::FORCED;
-    sessions[6].before = SessionSummary { trouble: trouble::COUNT, detail: 12, asked: 290, revealed: 0 };
+    sessions[6].before = SessionSummary { trouble: trouble::COUNT, detail: 12, sampled: 290, revealed: 0 };
     check(machine, sessions)
 }
 

@@ -202,8 +202,8 @@ impl Drop for Inputs<'_> {
     }
 }
 
-/// What is asked of [`crate::cuda::bench_kernel`].
-pub struct Asked<'a> {
+/// What [`crate::cuda::bench_kernel`] runs.
+pub struct BenchRequest<'a> {
     pub name: &'a str,
     /// "KEY=VALUE".
     pub shape: &'a [String],
@@ -248,10 +248,10 @@ const BATCH_SECONDS: f64 = 2e-3;
 const MAX_LAUNCHES: usize = 512;
 
 /// Runs one kernel on a machine and times it.
-pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, asked: &Asked) -> Result<Report> {
+pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, request: &BenchRequest) -> Result<Report> {
     let driver = machine.driver.as_ref();
-    let small = asked.small || driver.is_emulated();
-    let shape = Shape::resolve(bench, asked.shape, asked.dtype, small)?;
+    let small = request.small || driver.is_emulated();
+    let shape = Shape::resolve(bench, request.shape, request.dtype, small)?;
     let inputs = Inputs::new(driver)?;
     let before = inputs.lent_bytes.get();
     let mut ops = vec![(bench.prepare)(&inputs, &shape)?];
@@ -266,7 +266,7 @@ pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, asked: &Asked
     // most.
     ops.iter().try_for_each(|op| (op.launch)(machine))?;
     driver.synchronize()?;
-    check(driver, asked.name, &ops[0])?;
+    check(driver, request.name, &ops[0])?;
     let start = Instant::now();
     ops.iter().try_for_each(|op| (op.launch)(machine))?;
     driver.synchronize()?;
@@ -275,9 +275,9 @@ pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, asked: &Asked
 
     let launches = rounds * ops.len();
     let batch = || (0..rounds).try_for_each(|_| ops.iter().try_for_each(|op| (op.launch)(machine)));
-    let recorded = if asked.plain || !ops[0].recordable { None } else { Some(Recorded { driver, graph: machine.record(batch)? }) };
+    let recorded = if request.plain || !ops[0].recordable { None } else { Some(Recorded { driver, graph: machine.record(batch)? }) };
     let mut times = Vec::new();
-    for timed in 0..=asked.repeat {
+    for timed in 0..=request.repeat {
         let start = Instant::now();
         match &recorded {
             Some(recorded) => driver.launch_graph(recorded.graph)?,
@@ -288,7 +288,7 @@ pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, asked: &Asked
             times.push(start.elapsed().as_secs_f64() / launches as f64);
         }
     }
-    check(driver, asked.name, &ops[0])?;
+    check(driver, request.name, &ops[0])?;
     times.sort_by(f64::total_cmp);
     let (median, best) = (times[times.len() / 2], times[0]);
     Ok(Report {
@@ -298,7 +298,7 @@ pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, asked: &Asked
         arch: driver.arch(),
         launches,
         sets: ops.len(),
-        repeat: asked.repeat,
+        repeat: request.repeat,
         median_us: median * 1e6,
         best_us: best * 1e6,
         bytes,
@@ -359,6 +359,6 @@ mod tests {
             let text = of(&[given], false).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
         }
-        assert!(kernel_bench_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are ask, attention, blend, copy, "));
+        assert!(kernel_bench_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are attention, blend, copy, "));
     }
 }

@@ -4,9 +4,8 @@
 
 use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::cuda::driver::interface::Address;
-use crate::cuda::kernels::kernel_bench::{self, Asked, Inputs, KernelBench, Key, Op, Report, Shape};
+use crate::cuda::kernels::kernel_bench::{self, BenchRequest, Inputs, KernelBench, Key, Op, Report, Shape};
 use crate::cuda::machine::Machine;
-use crate::cuda::ops::ask::{Ask, SessionStep, SessionSummary};
 use crate::cuda::ops::attention::{Attention, Regime};
 use crate::cuda::ops::embed::Embed;
 use crate::cuda::ops::experts::Places;
@@ -17,9 +16,10 @@ use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::reveal::RevealParams;
 use crate::cuda::ops::rope_append::RopeAppend;
 use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
+use crate::cuda::ops::select_masked::{SelectMasked, SessionStep, SessionSummary};
 use crate::cuda::ops::shortlist::{Listed, Shortlist};
 use crate::cuda::ops::{
-    ask, attention, blend, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, sample, shortlist,
+    attention, blend, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, sample, select_masked, shortlist,
 };
 use crate::error::{Error, Result};
 use crate::sampling::{Rank, Reveal};
@@ -34,7 +34,7 @@ const fn key(name: &'static str, device: u32, small: u32) -> Key {
 /// By name: those of a stem carry it. `copy` is no kernel of ours but the ceiling of those that
 /// memory bounds.
 pub static KERNEL_BENCHES: &[KernelBench] = &[
-    KernelBench { name: "ask", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: ask },
+    KernelBench { name: "select_masked", keys: &[key("sessions", 64, 3), key("rows", 32, 5)], prepare: select_masked },
     KernelBench {
         name: "attention",
         keys: &[
@@ -80,7 +80,7 @@ pub static KERNEL_BENCHES: &[KernelBench] = &[
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9)],
         prepare: shortlist,
     },
-    KernelBench { name: "reveal", keys: &[key("sessions", 64, 3), key("asks", 32, 5)], prepare: reveal },
+    KernelBench { name: "reveal", keys: &[key("sessions", 64, 3), key("rows", 32, 5)], prepare: reveal },
 ];
 
 /// The entry of a name.
@@ -90,7 +90,7 @@ pub(super) fn kernel_bench_named(name: &str) -> Result<&'static KernelBench> {
     found.ok_or_else(|| Error::request(format!("kernel {name:?}: there are {}", names())))
 }
 
-impl Asked<'_> {
+impl BenchRequest<'_> {
     /// Refuses names and shapes that are not there, before any machine is opened.
     pub fn check(&self) -> Result<()> {
         Shape::resolve(kernel_bench_named(self.name)?, self.shape, self.dtype, self.small).map(drop)
@@ -98,8 +98,8 @@ impl Asked<'_> {
 }
 
 /// Runs one kernel on a machine and times it.
-pub fn bench_kernel(machine: &Machine, asked: &Asked) -> Result<Report> {
-    kernel_bench::run(machine, kernel_bench_named(asked.name)?, asked)
+pub fn bench_kernel(machine: &Machine, request: &BenchRequest) -> Result<Report> {
+    kernel_bench::run(machine, kernel_bench_named(request.name)?, request)
 }
 
 fn count(rows: u32, width: u32) -> u64 {
@@ -119,41 +119,41 @@ fn bytes4(byte: u8) -> u32 {
 
 /// Sessions whose ranges are masked throughout, one after the other on the canvas and in the plan.
 fn sessions(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
-    let (sessions, asks) = (shape.get("sessions"), shape.get("asks"));
-    let total = small_count(sessions, asks)?;
+    let (sessions, rows) = (shape.get("sessions"), shape.get("rows"));
+    let total = small_count(sessions, rows)?;
     let steps: Vec<SessionStep> = (0..sessions)
         .map(|s| SessionStep {
             seed: 7,
-            canvas_first: s * asks,
-            range_end: asks,
-            row_first: s * asks,
-            ask_first: s * asks,
-            ask_count: asks,
+            canvas_first: s * rows,
+            range_end: rows,
+            row_first: s * rows,
+            sample_first: s * rows,
+            sample_count: rows,
             sample: s,
             temperature: 1.0,
             top_p: 1.0,
             ..SessionStep::default()
         })
-        .map(|step| step.revealing(&Reveal::Best { rank: Rank::Confidence, n: asks as usize / 2 }))
+        .map(|step| step.revealing(&Reveal::Best { rank: Rank::Confidence, n: rows as usize / 2 }))
         .collect();
     Ok((sessions, total, inputs.records(&steps)?))
 }
 
-fn ask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
-    let (sessions, asks, steps) = sessions(inputs, shape)?;
-    let draws = inputs.records(&vec![DrawRecord::default(); asks as usize])?;
-    let op = Ask {
+fn select_masked(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+    let (sessions, rows, steps) = sessions(inputs, shape)?;
+    let draws = inputs.records(&vec![DrawRecord::default(); rows as usize])?;
+    let op = SelectMasked {
         sessions,
-        asks,
-        bucket: asks,
+        num_sampled: rows,
+        bucket: rows,
         steps,
         summaries: inputs.records(&vec![SessionSummary::default(); sessions as usize])?,
-        state: inputs.words(asks.div_ceil(4), |_, _| bytes4(state::MASKED))?,
-        rows: inputs.words(asks, |_, _| 0)?,
+        state: inputs.words(rows.div_ceil(4), |_, _| bytes4(state::MASKED))?,
+        rows: inputs.words(rows, |_, _| 0)?,
         draws,
     };
-    let bytes = u64::from(asks) * (1 + 4 + size_of::<DrawRecord>() as u64);
-    Ok(Op::new(bytes, move |machine| ask::ask(machine, &op)))
+    let bytes = u64::from(rows) * (1 + 4 + size_of::<DrawRecord>() as u64);
+    Ok(Op::new(bytes, move |machine| select_masked::select_masked(machine, &op)))
 }
 
 fn heads(shape: &Shape) -> Result<HeadShape> {
@@ -477,24 +477,24 @@ fn remask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
 }
 
 fn reveal(inputs: &Inputs, shape: &Shape) -> Result<Op> {
-    let (sessions, asks, steps) = sessions(inputs, shape)?;
-    let per_session = shape.get("asks");
-    let sampled = |ask: u32| {
+    let (sessions, rows, steps) = sessions(inputs, shape)?;
+    let per_session = shape.get("rows");
+    let sampled = |row: u32| {
         let confidence = inputs.next() as f32 / u32::MAX as f32;
-        SampledRecord { token: ask, confidence, position: ask % per_session, ..SampledRecord::default() }
+        SampledRecord { token: row, confidence, position: row % per_session, ..SampledRecord::default() }
     };
-    let confidence = inputs.noise(1, asks, DType::F32)?;
+    let confidence = inputs.noise(1, rows, DType::F32)?;
     let params = RevealParams {
         sessions: steps,
         summaries: inputs.records(&vec![SessionSummary::default(); sessions as usize])?,
-        sampled: inputs.records(&(0..asks).map(sampled).collect::<Vec<_>>())?,
-        token: inputs.words(asks, |_, _| 0)?,
+        sampled: inputs.records(&(0..rows).map(sampled).collect::<Vec<_>>())?,
+        token: inputs.words(rows, |_, _| 0)?,
         confidence,
-        state: inputs.words(asks.div_ceil(4), |_, _| bytes4(state::MASKED))?,
-        stage: inputs.words(asks.div_ceil(4), |_, _| 0)?,
-        step: inputs.words(asks, |_, _| 0)?,
+        state: inputs.words(rows.div_ceil(4), |_, _| bytes4(state::MASKED))?,
+        stage: inputs.words(rows.div_ceil(4), |_, _| 0)?,
+        step: inputs.words(rows, |_, _| 0)?,
     };
-    let bytes = u64::from(asks) * size_of::<SampledRecord>() as u64;
+    let bytes = u64::from(rows) * size_of::<SampledRecord>() as u64;
     let launch = move |machine: &_| reveal::reveal(machine, sessions, &params);
-    Ok(Op::new(bytes, launch).result(confidence, u64::from(asks), DType::F32))
+    Ok(Op::new(bytes, launch).result(confidence, u64::from(rows), DType::F32))
 }

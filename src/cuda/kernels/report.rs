@@ -93,7 +93,7 @@ const SHARED_BYTES: u32 = 99 << 10;
 /// The most registers that entries of these names may use, where fewer than a whole
 /// multiprocessor's share are part of the design. The longest matching name counts.
 const REGISTER_BUDGETS: [(&str, u32); 15] = [
-    ("ask", 40),
+    ("select_masked", 40),
     ("blend", 32),
     ("sample_draw", 128),
     ("sample_nucleus", 64),
@@ -196,7 +196,7 @@ mod tests {
         assert_eq!(
             list.iter().map(|k| k.stem).collect::<Vec<_>>(),
             [
-                "ask",
+                "select_masked",
                 "attention",
                 "blend",
                 "sample_draw",

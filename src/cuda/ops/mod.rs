@@ -1,7 +1,6 @@
 //! Launchers, one for each kernel: params struct, grid, launch.
 #![forbid(unsafe_code)]
 
-pub mod ask;
 pub mod attention;
 pub mod blend;
 pub mod embed;
@@ -14,4 +13,5 @@ pub mod reveal;
 pub mod rope_append;
 pub mod route;
 pub mod sample;
+pub mod select_masked;
 pub mod shortlist;

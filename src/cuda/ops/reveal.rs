@@ -1,4 +1,4 @@
-//! Launcher of `reveal`: which asked positions take their token now, and their new place on the
+//! Launcher of `reveal`: which sampled positions take their token now, and their new place on the
 //! canvas.
 #![forbid(unsafe_code)]
 
@@ -14,11 +14,11 @@ params! {
     /// `reveal`: one entry. S is the number of sessions, N the number of positions of all
     /// sequences.
     RevealParams, 64 bytes {
-        /// (S) `ask::SessionStep`.
+        /// (S) `select_masked::SessionStep`.
         sessions: u64 = 0,
-        /// (S) `ask::SessionSummary`.
+        /// (S) `select_masked::SessionSummary`.
         summaries: u64 = 8,
-        /// `sample::SampledRecord` of all asks; `chosen` is set.
+        /// `sample::SampledRecord` of all rows; `chosen` is set.
         sampled: u64 = 16,
         /// (N) u32 canvas, as in `remask`.
         token: u64 = 24,

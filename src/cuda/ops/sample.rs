@@ -2,10 +2,10 @@
 //!
 //! Two routes, chosen by each row's own draw. Most rows take A: `sample_tiles` computes logits tile
 //! by tile and keeps a few sums, `sample_draw` answers from those, and the logits of a row never
-//! exist. Draws from a nucleus (`top_p < 1`), and those that ask what is left of a distribution
-//! (`truncated_confidence`), take B: the logits of a chunk of rows are written by `linear`, and
-//! `sample_nucleus` reads them. Where both routes run, both compute all rows and each answers its
-//! own.
+//! exist. Draws from a nucleus (`top_p < 1`), and those that want the statistics of what is left of
+//! a distribution (`truncated_confidence`), take B: the logits of a chunk of rows are written by
+//! `linear`, and `sample_nucleus` reads them. Where both routes run, both compute all rows and each
+//! answers its own.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue};
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::sampling::{Draw, SampledToken, TopK, TopKOrder, TopPRule};
 
 params! {
-    /// What is asked of a row.
+    /// How a row is sampled.
     DrawRecord, 32 bytes {
         u: f64 = 0,
         temperature: f32 = 8,

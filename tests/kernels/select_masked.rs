@@ -1,10 +1,10 @@
-//! `ask` lists what `session.rs` would ask: masked positions ascending, with the uniforms of their
-//! keys.
+//! `select_masked` lists what `sequence.rs` would sample: masked positions ascending, with the
+//! uniforms of their keys.
 
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::ask::{Ask, SessionStep, SessionSummary, ask, trouble};
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::sample::{DrawRecord, flag};
+use redraft::cuda::ops::select_masked::{SelectMasked, SessionStep, SessionSummary, select_masked, trouble};
 use redraft::rng::{DrawKey, uniforms};
 
 use crate::emulator::{Array, machines, noise, words};
@@ -36,7 +36,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
             row_first: 100 * i,
             rows_begin: range.start / 2,
             // One prediction too low, one too high.
-            ask_count: count + u32::from(i == 3) - u32::from(i == 1),
+            sample_count: count + u32::from(i == 3) - u32::from(i == 1),
             sample: 2 + i,
             stage: i % 3,
             block: 5 + i,
@@ -48,12 +48,12 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         });
         canvas_first += len;
     }
-    // Last session first: what session 1 asks beyond its count would land on the ask of session 0,
-    // which is written by then.
-    let mut ask_first = 0;
+    // Last session first: what session 1 samples beyond its count would land on the row of session
+    // 0, which is written by then.
+    let mut sample_first = 0;
     for step in steps.iter_mut().rev() {
-        step.ask_first = ask_first;
-        ask_first += step.ask_count;
+        step.sample_first = sample_first;
+        sample_first += step.sample_count;
     }
     let earlier = SessionSummary { trouble: trouble::NAN, detail: 4, ..SessionSummary::default() };
     let before: Vec<_> = (0..steps.len()).map(|i| if i == 3 { earlier } else { SessionSummary::default() }).collect();
@@ -61,9 +61,9 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     let (device_steps, device_states) = (Array::new(machine, &steps), Array::new(machine, &states));
     let (summaries, rows, draws) =
         (Array::new(machine, &before), Array::<u32>::fresh(machine, BUCKET), Array::<DrawRecord>::fresh(machine, BUCKET));
-    let op = Ask {
+    let op = SelectMasked {
         sessions: steps.len() as u32,
-        asks: ask_first,
+        num_sampled: sample_first,
         bucket: BUCKET as u32,
         steps: device_steps.address(),
         summaries: summaries.address(),
@@ -71,34 +71,34 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         rows: rows.address(),
         draws: draws.address(),
     };
-    words(ask(machine, &op))?;
+    words(select_masked(machine, &op))?;
     let (summaries, rows, draws) = (summaries.read()?, rows.read()?, draws.read()?);
 
     let padding = (0, DrawRecord { temperature: 0.0, top_p: 1.0, flags: flag::PADDING, ..DrawRecord::default() });
     let mut expected = vec![padding; BUCKET];
     for (s, step) in steps.iter().enumerate() {
         let positions = masked(&states, step.canvas_first, step.range_begin..step.range_end);
-        for (i, &position) in positions.iter().take(step.ask_count as usize).enumerate() {
+        for (i, &position) in positions.iter().take(step.sample_count as usize).enumerate() {
             let SessionStep { seed, sample, stage, block, step: n, temperature, top_p, flags, .. } = *step;
             let u = uniforms(DrawKey { seed, sample, stage: stage as u8, block, step: n, position }).token;
             let draw = DrawRecord { u, temperature, top_p, flags, forced: 0, position, sequence: s as u32 };
-            expected[step.ask_first as usize + i] = (step.row_first + position - step.rows_begin, draw);
+            expected[step.sample_first as usize + i] = (step.row_first + position - step.rows_begin, draw);
         }
-        let asked = positions.len() as u32;
-        let differs = asked != step.ask_count;
+        let sampled = positions.len() as u32;
+        let differs = sampled != step.sample_count;
         let told = match s {
             3 => earlier,
-            _ if differs => SessionSummary { trouble: trouble::COUNT, detail: asked, ..SessionSummary::default() },
+            _ if differs => SessionSummary { trouble: trouble::COUNT, detail: sampled, ..SessionSummary::default() },
             _ => SessionSummary::default(),
         };
-        let told = SessionSummary { asked, ..told };
+        let told = SessionSummary { sampled, ..told };
         if summaries[s] != told || differs != [1, 3].contains(&s) {
             return Err(format!("session {s}: {:?}, expected {told:?}", summaries[s]));
         }
     }
     match (0..BUCKET).find(|i| (rows[*i], draws[*i]) != expected[*i]) {
         None => Ok(()),
-        Some(i) => Err(format!("ask {i} of {ask_first}: {:?}, expected {:?}", (rows[i], draws[i]), expected[i])),
+        Some(i) => Err(format!("row {i} of {sample_first}: {:?}, expected {:?}", (rows[i], draws[i]), expected[i])),
     }
 }
 

@@ -1,47 +1,47 @@
-// ask: lists the masked positions of each session's range, ascending, as rows of the plan and as draws.
+// select_masked: lists the masked positions of each session's range, ascending, as rows of the plan and as draws.
 //
 // Runs before a denoising forward whose canvas the host has not seen: it predicts how many positions are masked, not which.
-// If the count differs, the session's summary says so. Asks that exist only in the host's count, and those beyond the last session's
+// If the count differs, the session's summary says so. Rows that exist only in the host's count, and those beyond the last session's
 // up to `bucket` (a recorded graph has one fixed number of rows), become padding: row 0 is computed for them and nobody looks.
 //
 // Layout: one CTA per session and a last one for the padding; a block scan per THREADS positions. A draw's uniform is keyed by the
 // session's own numbers (`rng.rs`), so it depends on nothing beside it.
-// Cost: one byte read per position, 36 bytes written per ask; bound by latency.
+// Cost: one byte read per position, 36 bytes written per row; bound by latency.
 #include "canvas.cuh"
 #include "sample.cuh"
 
-struct AskParams {
+struct SelectMaskedParams {
     const SessionStep* sessions;  // (sessions)
     const u8* state;              // canvas
     SessionSummary* summaries;    // (sessions)
     u32* rows;                    // (bucket) out: plan rows
     DrawRecord* draws;            // (bucket) out
     u32 sessions_count;
-    u32 asks;    // of all sessions
+    u32 sample_count;    // of all sessions
     u32 bucket;  // rows and draws to fill
     u32 padding;
 };
-FIELD(AskParams, sessions, 0);
-FIELD(AskParams, state, 8);
-FIELD(AskParams, summaries, 16);
-FIELD(AskParams, rows, 24);
-FIELD(AskParams, draws, 32);
-FIELD(AskParams, sessions_count, 40);
-FIELD(AskParams, asks, 44);
-FIELD(AskParams, bucket, 48);
-FIELD(AskParams, padding, 52);
-LAYOUT(AskParams, 56);
+FIELD(SelectMaskedParams, sessions, 0);
+FIELD(SelectMaskedParams, state, 8);
+FIELD(SelectMaskedParams, summaries, 16);
+FIELD(SelectMaskedParams, rows, 24);
+FIELD(SelectMaskedParams, draws, 32);
+FIELD(SelectMaskedParams, sessions_count, 40);
+FIELD(SelectMaskedParams, sample_count, 44);
+FIELD(SelectMaskedParams, bucket, 48);
+FIELD(SelectMaskedParams, padding, 52);
+LAYOUT(SelectMaskedParams, 56);
 
-__device__ __forceinline__ void pad(const AskParams& p, u32 begin, u32 end) {
+__device__ __forceinline__ void pad(const SelectMaskedParams& p, u32 begin, u32 end) {
     for (u32 i = begin + threadIdx.x; i < end; i += THREADS) {
         p.rows[i] = 0;
         p.draws[i] = DrawRecord{0.0, 0.0f, 1.0f, DRAW_PADDING, 0, 0, 0};
     }
 }
 
-KERNEL(ask, AskParams) {
+KERNEL(select_masked, SelectMaskedParams) {
     if (blockIdx.x == p.sessions_count) {
-        pad(p, p.asks, p.bucket);
+        pad(p, p.sample_count, p.bucket);
         return;
     }
     const SessionStep s = p.sessions[blockIdx.x];
@@ -52,19 +52,19 @@ KERNEL(ask, AskParams) {
         const bool masked = position < s.range_end && state[position] == STATE_MASKED;
         u32 count;
         const u32 i = seen + block_exclusive_sum(masked, count);
-        if (masked && i < s.ask_count) {
+        if (masked && i < s.sample_count) {
             const double u = draw_uniforms(s.seed, s.sample, s.stage, s.block, s.step, position).token;
-            p.rows[s.ask_first + i] = s.row_first + position - s.rows_begin;
-            p.draws[s.ask_first + i] = DrawRecord{u, s.temperature, s.top_p, s.flags, 0, position, blockIdx.x};
+            p.rows[s.sample_first + i] = s.row_first + position - s.rows_begin;
+            p.draws[s.sample_first + i] = DrawRecord{u, s.temperature, s.top_p, s.flags, 0, position, blockIdx.x};
         }
         seen += count;
     }
-    if (seen < s.ask_count) pad(p, s.ask_first + seen, s.ask_first + s.ask_count);
+    if (seen < s.sample_count) pad(p, s.sample_first + seen, s.sample_first + s.sample_count);
     if (threadIdx.x == 0) {
         SessionSummary* summary = p.summaries + blockIdx.x;
-        summary->asked = seen;
+        summary->sampled = seen;
         summary->revealed = 0;
-        if (seen != s.ask_count && summary->trouble == 0) {
+        if (seen != s.sample_count && summary->trouble == 0) {
             summary->trouble = TROUBLE_COUNT;
             summary->detail = seen;
         }

@@ -1,5 +1,5 @@
-//! Launcher of `ask`: the masked positions of each session's range as rows of the plan and as
-//! draws; and the records of a session that `reveal` reads as well.
+//! Launcher of `select_masked`: the masked positions of each session's range as rows of the plan
+//! and as draws; and the records of a session that `reveal` reads as well.
 #![forbid(unsafe_code)]
 
 use crate::cuda::driver::interface::{Address, Build, Launch};
@@ -16,16 +16,16 @@ params! {
         seed: u64 = 0,
         /// Place of position 0 in the canvas arrays.
         canvas_first: u32 = 8,
-        /// Positions whose masks are asked, up to `range_end`.
+        /// Its masked positions are sampled, up to `range_end`.
         range_begin: u32 = 12,
         range_end: u32 = 16,
         /// Plan row that answers position `rows_begin`, the next one answers the next position.
         row_first: u32 = 20,
         rows_begin: u32 = 24,
-        /// Place of its first ask among all.
-        ask_first: u32 = 28,
+        /// Place of its first sampled row among all.
+        sample_first: u32 = 28,
         /// How many there are, as the host predicts.
-        ask_count: u32 = 32,
+        sample_count: u32 = 32,
         sample: u32 = 36,
         stage: u32 = 40,
         block: u32 = 44,
@@ -70,8 +70,8 @@ params! {
         /// See [`trouble`].
         trouble: u32 = 0,
         detail: u32 = 4,
-        /// Asks of the last step.
-        asked: u32 = 8,
+        /// Rows sampled in the last step.
+        sampled: u32 = 8,
         /// How many of them were revealed.
         revealed: u32 = 12,
     }
@@ -82,7 +82,7 @@ pub mod trouble {
     pub const NONE: u32 = 0;
     /// Other masks than the host predicted; the detail is their number.
     pub const COUNT: u32 = 1;
-    /// A row could not be sampled, see its record; the detail is the lowest such ask, counted
+    /// A row could not be sampled, see its record; the detail is the lowest such row, counted
     /// within the session.
     pub const SAMPLING: u32 = 2;
     /// A confidence, margin or entropy is NaN; the detail as above.
@@ -90,8 +90,8 @@ pub mod trouble {
 }
 
 params! {
-    /// `ask`: one entry. S is the number of sessions.
-    AskParams, 56 bytes {
+    /// `select_masked`: one entry. S is the number of sessions.
+    SelectMaskedParams, 56 bytes {
         /// (S) [`SessionStep`].
         sessions: u64 = 0,
         /// Canvas, u8: see `remask::state`.
@@ -104,7 +104,7 @@ params! {
         draws: u64 = 32,
         sessions_count: u32 = 40,
         /// Of all sessions, as the host predicts; the rest of the bucket is padding.
-        asks: u32 = 44,
+        sample_count: u32 = 44,
         bucket: u32 = 48,
         padding: u32 = 52,
     }
@@ -116,13 +116,13 @@ pub(in crate::cuda) fn builds() -> Vec<Build> {
 }
 
 fn build() -> Build {
-    Build { stem: "ask", defines: vec![("THREADS", THREADS)] }
+    Build { stem: "select_masked", defines: vec![("THREADS", THREADS)] }
 }
 
-/// The asks of `sessions` sessions, `asks` together, and padding up to `bucket`.
-pub struct Ask {
+/// The sampled rows of `sessions` sessions, `num_sampled` together, and padding up to `bucket`.
+pub struct SelectMasked {
     pub sessions: u32,
-    pub asks: u32,
+    pub num_sampled: u32,
     pub bucket: u32,
     /// (sessions) [`SessionStep`].
     pub steps: Address,
@@ -136,11 +136,21 @@ pub struct Ask {
     pub draws: Address,
 }
 
-pub fn ask(machine: &Machine, op: &Ask) -> Result<()> {
-    let Ask { sessions, asks, bucket, steps, summaries, state, rows, draws } = *op;
-    assert!(asks <= bucket, "{asks} asks in a bucket of {bucket}");
-    let params = AskParams { sessions: steps, state, summaries, rows, draws, sessions_count: sessions, asks, bucket, padding: 0 };
-    machine.launch(build(), "ask", launch(sessions), &params)
+pub fn select_masked(machine: &Machine, op: &SelectMasked) -> Result<()> {
+    let SelectMasked { sessions, num_sampled, bucket, steps, summaries, state, rows, draws } = *op;
+    assert!(num_sampled <= bucket, "{num_sampled} num_sampled in a bucket of {bucket}");
+    let params = SelectMaskedParams {
+        sessions: steps,
+        state,
+        summaries,
+        rows,
+        draws,
+        sessions_count: sessions,
+        sample_count: num_sampled,
+        bucket,
+        padding: 0,
+    };
+    machine.launch(build(), "select_masked", launch(sessions), &params)
 }
 
 /// One CTA more than there are sessions: it writes the padding.
