@@ -1,4 +1,4 @@
-// States of a canvas position on the device, and one session's part of a step: what `select_masked`, `reveal` and `remask` share.
+// States of a canvas position on the device, and one sequence's part of a step: what `select_masked`, `reveal` and `remask` share.
 #pragma once
 #include "common.cuh"
 
@@ -16,8 +16,8 @@
 #define RANK_ENTROPY 3u     // smallest first
 #define RANK_LEFT 4u        // lowest position first
 
-// One session's part of a step. Its plan rows are consecutive positions.
-struct SessionStep {
+// One sequence's part of a step. Its plan rows are consecutive positions.
+struct StepRecord {
     u64 seed;
     u32 canvas_first;  // place of position 0 in the canvas arrays
     u32 range_begin;   // masked positions in it are sampled: [range_begin, range_end)
@@ -38,40 +38,40 @@ struct SessionStep {
     u32 n;
     float bound;
 };
-FIELD(SessionStep, seed, 0);
-FIELD(SessionStep, canvas_first, 8);
-FIELD(SessionStep, range_begin, 12);
-FIELD(SessionStep, range_end, 16);
-FIELD(SessionStep, row_first, 20);
-FIELD(SessionStep, rows_begin, 24);
-FIELD(SessionStep, sample_first, 28);
-FIELD(SessionStep, sample_count, 32);
-FIELD(SessionStep, sample, 36);
-FIELD(SessionStep, stage, 40);
-FIELD(SessionStep, block, 44);
-FIELD(SessionStep, step, 48);
-FIELD(SessionStep, temperature, 52);
-FIELD(SessionStep, top_p, 56);
-FIELD(SessionStep, flags, 60);
-FIELD(SessionStep, rule, 64);
-FIELD(SessionStep, rank, 68);
-FIELD(SessionStep, n, 72);
-FIELD(SessionStep, bound, 76);
-LAYOUT(SessionStep, 80);
+FIELD(StepRecord, seed, 0);
+FIELD(StepRecord, canvas_first, 8);
+FIELD(StepRecord, range_begin, 12);
+FIELD(StepRecord, range_end, 16);
+FIELD(StepRecord, row_first, 20);
+FIELD(StepRecord, rows_begin, 24);
+FIELD(StepRecord, sample_first, 28);
+FIELD(StepRecord, sample_count, 32);
+FIELD(StepRecord, sample, 36);
+FIELD(StepRecord, stage, 40);
+FIELD(StepRecord, block, 44);
+FIELD(StepRecord, step, 48);
+FIELD(StepRecord, temperature, 52);
+FIELD(StepRecord, top_p, 56);
+FIELD(StepRecord, flags, 60);
+FIELD(StepRecord, rule, 64);
+FIELD(StepRecord, rank, 68);
+FIELD(StepRecord, n, 72);
+FIELD(StepRecord, bound, 76);
+LAYOUT(StepRecord, 80);
 
 #define TROUBLE_COUNT 1u     // other masks than the host predicted; `detail` is their number
-#define TROUBLE_SAMPLING 2u  // a row could not be sampled; `detail` is the lowest such row of the session
+#define TROUBLE_SAMPLING 2u  // a row could not be sampled; `detail` is the lowest such row of the sequence
 #define TROUBLE_NAN 3u       // a confidence, margin or entropy is NaN; `detail` as above
 
-// What became of a session, over the steps of a run. The first trouble stays, and nothing of the session is revealed from there on.
-struct SessionSummary {
+// What became of a sequence, over the steps of a run. The first trouble stays, and nothing of the sequence is revealed from there on.
+struct SequenceSummary {
     u32 trouble;  // 0 or TROUBLE_*
     u32 detail;
     u32 sampled;     // in the last step
     u32 revealed;  // in the last step
 };
-FIELD(SessionSummary, trouble, 0);
-FIELD(SessionSummary, detail, 4);
-FIELD(SessionSummary, sampled, 8);
-FIELD(SessionSummary, revealed, 12);
-LAYOUT(SessionSummary, 16);
+FIELD(SequenceSummary, trouble, 0);
+FIELD(SequenceSummary, detail, 4);
+FIELD(SequenceSummary, sampled, 8);
+FIELD(SequenceSummary, revealed, 12);
+LAYOUT(SequenceSummary, 16);

@@ -1,11 +1,11 @@
-// reveal: which of a session's sampled positions take their token now, by the law of `policy::select`, and their new place on the canvas.
+// reveal: which of a sequence's sampled positions take their token now, by the law of `policy::select`, and their new place on the canvas.
 //
 // `RULE_BEST` takes the n smallest of (key, position) by radix select (`select.cuh`): keys are the order uniform, the entropy, or the
 // complement of confidence or margin, as integers in the order of `total_cmp`. `RULE_THRESHOLD` needs the best alone. `RULE_ENTROPY` adds entropies in
 // ascending order in f64, one position per round, exactly as the law does: a sum in another order could end elsewhere.
-// At least one position is revealed. A session with trouble, a row that could not be sampled, or a statistic that is NaN reveals nothing.
+// At least one position is revealed. A sequence with trouble, a row that could not be sampled, or a statistic that is NaN reveals nothing.
 //
-// Layout: one CTA per session, rows in position order. Integer sums only, but for that one in f64.
+// Layout: one CTA per sequence, rows in position order. Integer sums only, but for that one in f64.
 // Cost: 32 bytes read per row and pass; 4 passes (8 for the uniform's 64 bits) of 5 barriers, or 2 barriers per revealed position under
 // `RULE_ENTROPY`. Bound by latency.
 #include "canvas.cuh"
@@ -14,16 +14,16 @@
 static_assert(THREADS == 256, "one histogram bin per thread");
 
 struct RevealParams {
-    const SessionStep* sessions;  // (sessions)
-    SessionSummary* summaries;    // (sessions)
-    SampledRecord* sampled;    // (rows of all sessions); `chosen` is set here
+    const StepRecord* sequences;  // (sequences)
+    SequenceSummary* summaries;    // (sequences)
+    SampledRecord* sampled;    // (rows of all sequences); `chosen` is set here
     u32* token;                   // canvas, as in `remask`
     float* confidence;
     u8* state;
     u8* stage;
     u32* step;
 };
-FIELD(RevealParams, sessions, 0);
+FIELD(RevealParams, sequences, 0);
 FIELD(RevealParams, summaries, 8);
 FIELD(RevealParams, sampled, 16);
 FIELD(RevealParams, token, 24);
@@ -33,8 +33,8 @@ FIELD(RevealParams, stage, 48);
 FIELD(RevealParams, step, 56);
 LAYOUT(RevealParams, 64);
 
-// Place of a position in its session's order: smaller goes first, equals by position.
-__device__ __forceinline__ u64 rank_key(const SessionStep& s, u32 rank, const SampledRecord& d) {
+// Place of a position in its sequence's order: smaller goes first, equals by position.
+__device__ __forceinline__ u64 rank_key(const StepRecord& s, u32 rank, const SampledRecord& d) {
     switch (rank) {
         case RANK_UNIFORM:  // not negative, so its bits are in order
             return (u64)__double_as_longlong(draw_uniforms(s.seed, s.sample, s.stage, s.block, s.step, d.position).order);
@@ -49,7 +49,7 @@ __device__ __forceinline__ u64 rank_key(const SessionStep& s, u32 rank, const Sa
     }
 }
 
-__device__ __forceinline__ void take(const RevealParams& p, const SessionStep& s, SampledRecord& d) {
+__device__ __forceinline__ void take(const RevealParams& p, const StepRecord& s, SampledRecord& d) {
     const u32 at = s.canvas_first + d.position;
     d.chosen = 1;
     p.token[at] = d.token;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void take(const RevealParams& p, const SessionStep& s
 }
 
 // The smallest key << 32 | row that is not below `from`, or all ones: the next in the order of a 32-bit rank.
-__device__ __forceinline__ u64 next_best(const SessionStep& s, u32 rank, const SampledRecord* sampled, u64 from) {
+__device__ __forceinline__ u64 next_best(const StepRecord& s, u32 rank, const SampledRecord* sampled, u64 from) {
     u64 best = ~0ull;
     for (u32 i = threadIdx.x; i < s.sample_count; i += THREADS) {
         const u64 key = rank_key(s, rank, sampled[i]) << 32 | i;
@@ -72,8 +72,8 @@ __device__ __forceinline__ u64 next_best(const SessionStep& s, u32 rank, const S
 }
 
 KERNEL(reveal, RevealParams) {
-    const SessionStep s = p.sessions[blockIdx.x];
-    SessionSummary* summary = p.summaries + blockIdx.x;
+    const StepRecord s = p.sequences[blockIdx.x];
+    SequenceSummary* summary = p.summaries + blockIdx.x;
     SampledRecord* sampled = p.sampled + s.sample_first;
     if (summary->trouble != 0 || s.sample_count == 0) return;  // uniform over the CTA
 

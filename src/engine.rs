@@ -51,7 +51,7 @@ pub struct EngineOptions {
 }
 
 impl Default for EngineOptions {
-    /// 512 rows a forward, 8 sessions, pages of 16.
+    /// 512 rows a forward, 8 sequences, pages of 16.
     fn default() -> Self {
         EngineOptions {
             budget: Budget { max_rows: 512, max_sequences: 8 },
@@ -73,7 +73,7 @@ impl EngineOptions {
 
 struct RunningSequence {
     id: u64,
-    session: Sequence,
+    sequence: Sequence,
     table: PageTable,
     committed_pages: usize,
     prefix: Option<PrefixKey>,
@@ -168,7 +168,7 @@ impl<B: Backend> Engine<B> {
         let model = registry::load(&backend, config, weights, progress)?;
         let config = model.config();
         if options.page_size == 0 || options.budget.max_rows == 0 || options.budget.max_sequences == 0 {
-            return Err(Error::request("page size, row budget and session limit must be at least 1"));
+            return Err(Error::request("page size, row budget and sequence limit must be at least 1"));
         }
         let per_sequence = config.model_length.div_ceil(options.page_size);
         let num_pages = options.kv_pages.unwrap_or(per_sequence.saturating_mul(options.budget.max_sequences)).max(1);
@@ -355,7 +355,7 @@ impl<B: Backend> Engine<B> {
         if needed > self.pool.capacity() {
             return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
         }
-        let session = Sequence::new(SequenceSpec {
+        let sequence = Sequence::new(SequenceSpec {
             fixed,
             mask_id,
             schedule: request.schedule,
@@ -370,17 +370,17 @@ impl<B: Backend> Engine<B> {
         })?;
         let (sender, messages) = channel();
         let cancel = Arc::new(AtomicBool::new(false));
-        let prefix_len = session.prefix_len();
+        let prefix_len = sequence.prefix_len();
         let prefix = (prefix_len > 0).then(|| PrefixKey {
-            weights: session.prefix_weights(),
-            block_len: session.prefix_block_len(),
+            weights: sequence.prefix_weights(),
+            block_len: sequence.prefix_block_len(),
             joint: stages_joint,
-            tokens: session.canvas().tokens()[..prefix_len].to_vec(),
+            tokens: sequence.canvas().tokens()[..prefix_len].to_vec(),
         });
         let now = Instant::now();
         self.queue.push_back(RunningSequence {
             id: self.next_id,
-            session,
+            sequence,
             table: PageTable::default(),
             committed_pages: needed,
             prefix,
@@ -430,7 +430,7 @@ impl<B: Backend> Engine<B> {
     fn drop_cancelled(&mut self) {
         let gone = |a: &RunningSequence| a.cancel.load(Ordering::Relaxed) || Arc::strong_count(&a.cancel) == 1;
         for active in self.active.iter_mut().chain(&mut self.queue).filter(|a| gone(a)) {
-            active.session.cancel();
+            active.sequence.cancel();
         }
     }
 
@@ -442,7 +442,7 @@ impl<B: Backend> Engine<B> {
             let mut active = self.queue.pop_front().expect("looked at above");
             active.admitted = Instant::now();
             active.timings.queued_ms = ms(active.submitted, active.admitted);
-            active.session.start();
+            active.sequence.start();
             self.active.push(active);
         }
     }
@@ -455,13 +455,13 @@ impl<B: Backend> Engine<B> {
         (weights, chosen)
     }
 
-    /// Brings every session to its next forward and says how many rows it needs; `None` for those
+    /// Brings every sequence to its next forward and says how many rows it needs; `None` for those
     /// that wait or are done.
     fn advance(&mut self) -> Vec<Option<Need>> {
         let mut needs = Vec::with_capacity(self.active.len());
         for active in &mut self.active {
-            if active.session.wants_prefix()
-                && active.session.step().is_none()
+            if active.sequence.wants_prefix()
+                && active.sequence.step().is_none()
                 && let Some(key) = &active.prefix
             {
                 match self.pool.prefix(key, active.id) {
@@ -472,28 +472,28 @@ impl<B: Backend> Engine<B> {
                     }
                     PrefixState::Ready(pages) => {
                         active.table.adopt(pages);
-                        active.session.skip_prefill();
+                        active.sequence.skip_prefill();
                     }
                 }
             }
             let mut events = Vec::new();
-            let next = active.session.next(&mut events);
+            let next = active.sequence.next(&mut events);
             active.send(events);
             needs.push(match next {
-                Next::Forward => active.session.step().map(|s| Need { rows: s.rows.len(), weights: s.weights }),
+                Next::Forward => active.sequence.step().map(|s| Need { rows: s.rows.len(), weights: s.weights }),
                 Next::Finished => None,
             });
         }
         needs
     }
 
-    /// Finished sessions leave: their pages return, their output goes to the handle.
+    /// Finished sequences leave: their pages return, their output goes to the handle.
     fn retire(&mut self) {
         for queue in [true, false] {
             let count = if queue { self.queue.len() } else { self.active.len() };
             for i in (0..count).rev() {
                 let active = if queue { &self.queue[i] } else { &self.active[i] };
-                if active.session.is_finished() {
+                if active.sequence.is_finished() {
                     let mut done = if queue { self.queue.remove(i).expect("counted") } else { self.active.remove(i) };
                     let freed = done.table.truncate(&mut self.pool, 0);
                     self.pool.abandon(done.id);
@@ -522,19 +522,19 @@ impl<B: Backend> Engine<B> {
 impl RunningSequence {
     /// The step that it was chosen for.
     fn step(&self) -> &Step {
-        self.session.step().expect("chosen for its step")
+        self.sequence.step().expect("chosen for its step")
     }
 
     /// Ends with an error.
     fn fail(&mut self, error: Error) {
         self.failed = Some(error);
-        self.session.cancel();
+        self.sequence.cancel();
     }
 
     /// Gives back what lies beyond the end of a draft that ended early: the pages that are free
     /// now.
     fn shorten(&mut self, pool: &mut PagePool) -> Vec<u32> {
-        let len = self.session.canvas().len();
+        let len = self.sequence.canvas().len();
         let freed = self.table.truncate(pool, len);
         let needed = pool.pages_for(len);
         pool.uncommit(self.committed_pages - needed);
@@ -558,18 +558,18 @@ impl RunningSequence {
     }
 
     fn output(&self) -> Output {
-        let canvas = self.session.canvas();
+        let canvas = self.sequence.canvas();
         let positions: Vec<usize> = canvas.generated().collect();
-        let stages = self.session.reports().to_vec();
+        let stages = self.sequence.reports().to_vec();
         let draft_ms = stages.first().map_or(0.0, |s| s.ms);
         let refine_ms = stages.iter().skip(1).map(|s| s.ms).sum();
         Output {
-            sample: self.session.sample(),
-            finish: self.session.finish(),
-            prompt_tokens: self.session.prompt_len(),
+            sample: self.sequence.sample(),
+            finish: self.sequence.finish(),
+            prompt_tokens: self.sequence.prompt_len(),
             canvas: canvas.tokens().to_vec(),
             tokens: positions.iter().map(|p| canvas.tokens()[*p]).collect(),
-            draft: self.session.draft().to_vec(),
+            draft: self.sequence.draft().to_vec(),
             confidence: positions.iter().map(|p| canvas.confidence(*p)).collect(),
             revealed_at: positions.iter().map(|p| canvas.revealed_at(*p)).collect(),
             positions,

@@ -1,11 +1,11 @@
 //! K/V page pool, page tables and the sharing of prompt pages: counting only, no tensors.
 //!
-//! Admission is by commitment: a session commits the pages of its whole length, and the sum of
+//! Admission is by commitment: a sequence commits the pages of its whole length, and the sum of
 //! commitments never exceeds the capacity. Live pages are at most the table entries of all
-//! sessions, so once a session is admitted an allocation cannot fail and no session waits halfway.
-//! Shared pages only make the pool emptier than promised.
+//! sequences, so once a sequence is admitted an allocation cannot fail and no sequence waits
+//! halfway. Shared pages only make the pool emptier than promised.
 //!
-//! A page is written only by a session that holds it alone; anyone else gets a copy first. The
+//! A page is written only by a sequence that holds it alone; anyone else gets a copy first. The
 //! prefix index holds no reference of its own: it forgets a page as soon as that page is freed or
 //! written again.
 #![forbid(unsafe_code)]
@@ -46,7 +46,7 @@ struct Prefix {
 pub enum PrefixState {
     /// No sequence computes it yet: the caller now owns it and must [`PagePool::publish`] it.
     Yours,
-    /// Another session is computing it.
+    /// Another sequence is computing it.
     Pending,
     /// These pages hold it; one reference to each was taken for the caller.
     Ready(Vec<u32>),
@@ -89,7 +89,7 @@ impl PagePool {
         len.div_ceil(self.page_size)
     }
 
-    /// Commits `pages` for a session; false if that would promise more than there is.
+    /// Commits `pages` for a sequence; false if that would promise more than there is.
     pub fn commit(&mut self, pages: usize) -> bool {
         let fits = pages <= self.capacity() - self.committed;
         self.committed += if fits { pages } else { 0 };
@@ -125,14 +125,14 @@ impl PagePool {
         self.prefixes.retain(|_, prefix| !prefix.pages.contains(&page));
     }
 
-    /// Looks a prefix up for `session`, see [`PrefixState`].
-    pub fn prefix(&mut self, key: &PrefixKey, session: u64) -> PrefixState {
+    /// Looks a prefix up for `sequence`, see [`PrefixState`].
+    pub fn prefix(&mut self, key: &PrefixKey, sequence: u64) -> PrefixState {
         match self.prefixes.get(key) {
             None => {
-                self.prefixes.insert(key.clone(), Prefix { owner: session, pages: Vec::new() });
+                self.prefixes.insert(key.clone(), Prefix { owner: sequence, pages: Vec::new() });
                 PrefixState::Yours
             }
-            Some(prefix) if prefix.pages.is_empty() && prefix.owner == session => PrefixState::Yours,
+            Some(prefix) if prefix.pages.is_empty() && prefix.owner == sequence => PrefixState::Yours,
             Some(prefix) if prefix.pages.is_empty() => PrefixState::Pending,
             Some(prefix) => {
                 let pages = prefix.pages.clone();
@@ -145,15 +145,15 @@ impl PagePool {
     }
 
     /// The owner has computed the prefix: others may share its pages from now on.
-    pub fn publish(&mut self, key: &PrefixKey, session: u64, pages: &[u32]) {
-        if let Some(prefix) = self.prefixes.get_mut(key).filter(|p| p.owner == session) {
+    pub fn publish(&mut self, key: &PrefixKey, sequence: u64, pages: &[u32]) {
+        if let Some(prefix) = self.prefixes.get_mut(key).filter(|p| p.owner == sequence) {
             prefix.pages = pages.to_vec();
         }
     }
 
-    /// A session ends: prefixes it owed to others are up for grabs again.
-    pub fn abandon(&mut self, session: u64) {
-        self.prefixes.retain(|_, prefix| prefix.owner != session || !prefix.pages.is_empty());
+    /// A sequence ends: prefixes it owed to others are up for grabs again.
+    pub fn abandon(&mut self, sequence: u64) {
+        self.prefixes.retain(|_, prefix| prefix.owner != sequence || !prefix.pages.is_empty());
     }
 }
 
@@ -250,8 +250,8 @@ mod tests {
     }
 
     proptest! {
-        /// Random sessions that share, write and leave: free + live = capacity, no page has two
-        /// writers, no prefix names a free page, and a committed session always gets its pages.
+        /// Random sequences that share, write and leave: free + live = capacity, no page has two
+        /// writers, no prefix names a free page, and a committed sequence always gets its pages.
         #[test]
         fn page_laws(moves in proptest::collection::vec((0usize..6, 0usize..4, 0usize..24), 1..200)) {
             const LEN: usize = 24;

@@ -1,7 +1,7 @@
 //! Description of one forward: which rows run, where their K/V goes, and which keys each
 //! row sees.
 //!
-//! A plan is data. The scheduler concatenates what every session asks for; a backend uploads the
+//! A plan is data. The scheduler concatenates what every sequence asks for; a backend uploads the
 //! arrays once and each layer reads them. Visibility is a *prefix* of the own sequence for every
 //! row: block-causal rows see up to the end of their block, rows of a full stage see the whole
 //! sequence, so one exclusive end per row covers all of them ([BD3-LM] mask `M_BC`: a query in

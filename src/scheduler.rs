@@ -1,7 +1,7 @@
-//! Scheduling: which of the running sessions share this tick's forward. (Which requests are
+//! Scheduling: which of the running sequences share this tick's forward. (Which requests are
 //! admitted is decided in `engine`.)
 //!
-//! A tick takes sessions in turn while their rows fit the budget, and at least one, so a full pass
+//! A tick takes sequences in turn while their rows fit the budget, and at least one, so a full pass
 //! larger than the budget still runs. The choice never changes a result (docs/architecture.md,
 //! determinism); taking turns only keeps waiting fair.
 #![forbid(unsafe_code)]
@@ -9,13 +9,13 @@
 /// Limits of one engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// Query rows per forward, unless a single session needs more.
+    /// Query rows per forward, unless a single sequence needs more.
     pub max_rows: usize,
-    /// Sessions in flight.
+    /// Sequences in flight.
     pub max_sequences: usize,
 }
 
-/// What a session asks of the next forward.
+/// What a sequence asks of the next forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Need {
     pub rows: usize,
@@ -23,8 +23,8 @@ pub struct Need {
     pub weights: usize,
 }
 
-/// The model that runs now, and the indices of the sessions that share its forward. `needs[i]` is
-/// what session i wants, `None` if it waits; `turn` is who is asked first, and names the model.
+/// The model that runs now, and the indices of the sequences that share its forward. `needs[i]` is
+/// what sequence i wants, `None` if it waits; `turn` is who is asked first, and names the model.
 pub fn schedule(needs: &[Option<Need>], turn: usize, budget: &Budget) -> (usize, Vec<usize>) {
     let mut chosen = Vec::new();
     let (mut total, mut weights) = (0, 0);

@@ -242,7 +242,7 @@ impl<B: Backend> Engine<B> {
         let sampling = if self.runner.looks_ahead(&self.backend) {
             let logits = self.config().logits_rows();
             let sample_rows = logits.position_of(range.end - sampled)..range.end;
-            let session = SequenceStep {
+            let sequence = SequenceStep {
                 remask: None,
                 stage: 0,
                 block: 0,
@@ -253,7 +253,7 @@ impl<B: Backend> Engine<B> {
                 draw: timed.draw(),
                 reveal: Reveal::Best { rank: Rank::Confidence, n: 1 },
             };
-            Sampling::Rules(RuleSampling { sessions: vec![session], joint: None })
+            Sampling::Rules(RuleSampling { sequences: vec![sequence], joint: None })
         } else {
             let rows = (range.len() - sampled) as u32..range.len() as u32;
             let (positions, draws) = ((range.end - sampled..range.end).collect(), vec![timed.draw(); sampled]);

@@ -1,9 +1,9 @@
 //! One request's life: fixed tokens, place in the schedule, canvas, which K/V is final,
 //! counters.
 //!
-//! A session is asked for its next forward ([`Sequence::next`]) and told what came of it
+//! A sequence is asked for its next forward ([`Sequence::next`]) and told what came of it
 //! ([`Sequence::apply`]). It says which rows it needs, who sees whom, and which rows to sample; it
-//! never touches a page, a tensor or another session, so the whole of draft-then-refine runs in
+//! never touches a page, a tensor or another sequence, so the whole of draft-then-refine runs in
 //! tests without a model.
 //!
 //! ```text
@@ -45,7 +45,7 @@ use crate::rng::{self, DrawKey, STAGE_STEP, TIME_STEP, Uniforms};
 use crate::sampling::{self, BlockProgress, Candidate, Draw, Rank, SampledToken, Unmask};
 use crate::schedule::{Edit, Eos, KvPolicy, Remask, RemaskBy, Schedule, Stage};
 
-/// What one session generates, fully resolved.
+/// What one sequence generates, fully resolved.
 #[derive(Clone)]
 pub struct SequenceSpec {
     /// The canvas: `Some(token)` fixed, `None` to be generated.
@@ -73,7 +73,7 @@ pub struct SequenceSpec {
 /// Replaces the counter RNG.
 pub type DrawSource = Arc<dyn Fn(&DrawKey) -> Uniforms + Send + Sync>;
 
-/// One forward of one session.
+/// One forward of one sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Step {
     pub kind: Kind,
@@ -103,7 +103,7 @@ enum Phase {
     Finished,
 }
 
-/// What a session wants next.
+/// What a sequence wants next.
 #[derive(Debug, PartialEq)]
 pub enum Next {
     /// Run the step of [`Sequence::step`].
@@ -178,7 +178,7 @@ impl Sequence {
             )));
         }
         let prompt_len = canvas.fixed_prefix();
-        let mut session = Sequence {
+        let mut sequence = Sequence {
             canvas,
             phase: Phase::Prefill,
             stage: 0,
@@ -203,8 +203,8 @@ impl Sequence {
             requested_len: spec.fixed.len(),
             spec,
         };
-        session.open_report();
-        Ok(session)
+        sequence.open_report();
+        Ok(sequence)
     }
 
     /// Positions of the canvas on which `schedule` decodes `fixed`: a last block that is generated
@@ -277,7 +277,7 @@ impl Sequence {
         self.phase == Phase::Finished && self.pending.is_none()
     }
 
-    /// Another session's pages hold the prefix already.
+    /// Another sequence's pages hold the prefix already.
     pub fn skip_prefill(&mut self) {
         assert!(self.wants_prefix());
         self.committed = self.prefix_len();
@@ -290,7 +290,7 @@ impl Sequence {
         self.stage_start = Instant::now();
     }
 
-    /// Ends the session as it stands.
+    /// Ends the sequence as it stands.
     pub fn cancel(&mut self) {
         self.pending = None;
         self.cut(self.requested_len);
@@ -566,7 +566,7 @@ impl Sequence {
     }
 
     /// Takes the sampled tokens of the pending step, in the order of its rows. On an error the
-    /// session is as before the call.
+    /// sequence is as before the call.
     pub fn apply(&mut self, sampled: &[SampledToken], events: &mut Vec<Event>) -> Result<()> {
         let step = self.pending.as_ref().expect("apply follows a step");
         assert_eq!(step.sample_rows.len(), sampled.len(), "one sampled token per row");

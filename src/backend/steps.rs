@@ -32,12 +32,12 @@ pub enum Sampling {
 #[derive(Clone, Debug, PartialEq)]
 pub struct RuleSampling {
     /// One for each sequence of the plan.
-    pub sessions: Vec<SequenceStep>,
+    pub sequences: Vec<SequenceStep>,
     /// Where the reveals of a sequence are joint.
     pub joint: Option<PlannedJoint>,
 }
 
-/// One session's part of a step that is sampled on the device: which masked positions are sampled,
+/// One sequence's part of a step that is sampled on the device: which masked positions are sampled,
 /// and how they are revealed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SequenceStep {
@@ -77,7 +77,7 @@ pub struct PlannedPass {
     /// those of the pass before.
     pub rows: Vec<u32>,
     /// One for each sequence of the plan; those that are through sample nothing.
-    pub sessions: Vec<SequenceStep>,
+    pub sequences: Vec<SequenceStep>,
 }
 
 /// What the host needs to sample a step.

@@ -56,7 +56,7 @@ impl DeviceFlags {
         }
     }
 
-    /// Loads a model for sequences of `len` positions, `sessions` at a time, with just the pages
+    /// Loads a model for sequences of `len` positions, `sequences` at a time, with just the pages
     /// they need.
     pub(crate) fn engine<B: Backend>(
         &self,
@@ -64,9 +64,9 @@ impl DeviceFlags {
         dir: &Path,
         tokenizer: Option<Arc<Tokenizer>>,
         len: usize,
-        sessions: usize,
+        sequences: usize,
     ) -> Result<Engine<B>> {
-        let options = EngineOptions { tokenizer, ..self.options(len, sessions) };
+        let options = EngineOptions { tokenizer, ..self.options(len, sequences) };
         let engine = load(dir, backend, options)?;
         if len > engine.config().model_length {
             eprintln!(
@@ -84,10 +84,10 @@ impl DeviceFlags {
         Tokenizer::load(&path, config.vocab_size).map(Arc::new)
     }
 
-    pub(crate) fn options(&self, len: usize, sessions: usize) -> EngineOptions {
+    pub(crate) fn options(&self, len: usize, sequences: usize) -> EngineOptions {
         let defaults = EngineOptions::default();
-        let sessions = sessions.clamp(1, defaults.budget.max_sequences);
-        let pages = len.div_ceil(defaults.page_size).saturating_mul(sessions);
-        EngineOptions { budget: Budget { max_sequences: sessions, ..defaults.budget }, kv_pages: Some(pages), ..defaults }
+        let sequences = sequences.clamp(1, defaults.budget.max_sequences);
+        let pages = len.div_ceil(defaults.page_size).saturating_mul(sequences);
+        EngineOptions { budget: Budget { max_sequences: sequences, ..defaults.budget }, kv_pages: Some(pages), ..defaults }
     }
 }

@@ -48,7 +48,7 @@ fn rows_of(step: &RuleStep) -> StepRows {
 
 /// The stage of each sequence.
 fn stages_of(step: &RuleStep) -> impl Iterator<Item = u8> {
-    step.sampling.sessions.iter().map(|session| session.stage)
+    step.sampling.sequences.iter().map(|sequence| sequence.stage)
 }
 
 impl StepRunner<Cuda> for DeviceSteps {
@@ -74,7 +74,7 @@ impl StepRunner<Cuda> for DeviceSteps {
                 None
             });
             // Sequences of a batch share the forward; the first one names it.
-            let (stage, block, count) = step.sampling.sessions.first().map(|s| (s.stage, s.block, s.step)).unwrap_or_default();
+            let (stage, block, count) = step.sampling.sequences.first().map(|s| (s.stage, s.block, s.step)).unwrap_or_default();
             let mut launch = || {
                 let signature = device.step(cuda, index)?;
                 let key = network.key(step.sampling.joint.is_some());

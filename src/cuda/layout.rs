@@ -2,8 +2,8 @@
 //! behind it.
 //!
 //! ```text
-//! forward  sessions, canvas places, work list, rows; of the sampled rows, their work list and how far they see
-//! sampler  rows that the windows begin as, rows outside, and these as a batch; for each pass: sessions, canvas places, work list, rows, kept rows
+//! forward  sequences, canvas places, work list, rows; of the sampled rows, their work list and how far they see
+//! sampler  rows that the windows begin as, rows outside, and these as a batch; for each pass: sequences, canvas places, work list, rows, kept rows
 //! all      sampled rows, pages, (remask)
 //! ```
 //! All of a step goes to the fixed places at once. Order and sizes follow from its [`Signature`] up
@@ -97,12 +97,12 @@ pub(super) fn lay_out(
     firsts: &[u32],
     log: usize,
 ) -> StepPlan {
-    let (plan, sessions, joint) = (step.plan, &step.sampling.sessions, &step.sampling.joint);
+    let (plan, sequences, joint) = (step.plan, &step.sampling.sequences, &step.sampling.joint);
     let start = words.0.len().next_multiple_of(4);
     words.0.resize(start, 0);
     let mut layout = Layout { cuda, heads, canvases, firsts, words: Words::default(), num_sampled: 0 };
 
-    let mut parts = vec![layout.part(plan, sessions)];
+    let mut parts = vec![layout.part(plan, sequences)];
     // Of the sampled rows only their number is known.
     let num_sampled = parts[0].counts.iter().sum::<usize>();
     let ends: Vec<u32> = offsets(parts[0].counts.iter().map(|count| *count as u32));
@@ -120,11 +120,11 @@ pub(super) fn lay_out(
         *places = Places { page_indptr, pages, ..*places };
     }
     // A step with a remask has the signature of one without.
-    let remask = sessions.iter().any(|s| s.remask.is_some()).then(|| RemaskPlaces {
+    let remask = sequences.iter().any(|s| s.remask.is_some()).then(|| RemaskPlaces {
         indptr: own.push(firsts.iter().copied()),
-        count: own.push(sessions.iter().map(|s| s.remask.unwrap_or(0) as u32)),
-        taken: own.push(sessions.iter().map(|_| 0)),
-        stage: sessions.iter().find(|s| s.remask.is_some()).expect("one of them").stage,
+        count: own.push(sequences.iter().map(|s| s.remask.unwrap_or(0) as u32)),
+        taken: own.push(sequences.iter().map(|_| 0)),
+        stage: sequences.iter().find(|s| s.remask.is_some()).expect("one of them").stage,
     });
     words.0.extend(own.0);
 
@@ -167,15 +167,15 @@ struct Layout<'a> {
 
 impl Layout<'_> {
     /// A forward or a pass over the rows of `plan`.
-    fn part(&mut self, plan: &Plan, sessions: &[SequenceStep]) -> Part {
+    fn part(&mut self, plan: &Plan, sequences: &[SequenceStep]) -> Part {
         let rows = padded(plan.num_rows());
-        let counts: Vec<usize> = sessions.iter().map(|s| s.num_sampled).collect();
+        let counts: Vec<usize> = sequences.iter().map(|s| s.num_sampled).collect();
         let num_sampled = padded(counts.iter().sum());
-        let records = self.records(plan, sessions);
+        let records = self.records(plan, sequences);
         let index = self.index(plan, rows);
         let (tiles, list) = self.cuda.tiles_of(self.heads, &plan.indptr);
         let nucleus = |s: &SequenceStep| sample::needs_nucleus(&s.draw);
-        let mut sampling = sessions.iter().filter(|s| s.num_sampled > 0);
+        let mut sampling = sequences.iter().filter(|s| s.num_sampled > 0);
         let shape = PartShape {
             batch: BatchShape::of(plan, rows as u32),
             tiles,
@@ -210,7 +210,7 @@ impl Layout<'_> {
         };
         let mut before: Option<&PlannedPass> = None;
         for pass in &joint.passes {
-            let mut part = self.part(&plan.select(&pass.rows), &pass.sessions);
+            let mut part = self.part(&plan.select(&pass.rows), &pass.sequences);
             if let Some(before) = before.filter(|before| before.rows != pass.rows) {
                 let kept = |row: &u32| before.rows.binary_search(row).expect("a pass keeps rows of the one before") as u32;
                 part.kept = self.rows(&pass.rows.iter().map(kept).collect::<Vec<_>>());
@@ -234,17 +234,17 @@ impl Layout<'_> {
         self.words.push(places.into_iter().chain(repeat_n(0, rows - plan.num_rows())))
     }
 
-    /// The sessions as `select_masked` and `reveal` know them.
-    fn records(&mut self, plan: &Plan, sessions: &[SequenceStep]) -> usize {
-        let first_sampled = offsets(sessions.iter().map(|part| part.num_sampled as u32));
-        let records: Vec<select_masked::SessionStep> = sessions
+    /// The sequences as `select_masked` and `reveal` know them.
+    fn records(&mut self, plan: &Plan, sequences: &[SequenceStep]) -> usize {
+        let first_sampled = offsets(sequences.iter().map(|part| part.num_sampled as u32));
+        let records: Vec<select_masked::StepRecord> = sequences
             .iter()
             .enumerate()
             .map(|(i, part)| {
                 let (row_first, end) = (plan.indptr[i], plan.indptr[i + 1]);
                 let first_position = if row_first < end { plan.positions[row_first as usize] } else { 0 };
                 let draw = DrawRecord::from(&part.draw);
-                let step = select_masked::SessionStep {
+                let step = select_masked::StepRecord {
                     seed: self.canvases[i].seed,
                     canvas_first: self.firsts[i],
                     range_begin: part.range.start as u32,
@@ -261,7 +261,7 @@ impl Layout<'_> {
                     temperature: draw.temperature,
                     top_p: draw.top_p,
                     flags: draw.flags,
-                    ..select_masked::SessionStep::default()
+                    ..select_masked::StepRecord::default()
                 };
                 step.revealing(&part.reveal)
             })

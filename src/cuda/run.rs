@@ -31,7 +31,7 @@ use crate::cuda::ops::gather::{self, Gather};
 use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::reveal::RevealParams;
 use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
-use crate::cuda::ops::select_masked::{SelectMasked, SessionSummary, trouble};
+use crate::cuda::ops::select_masked::{SelectMasked, SequenceSummary, trouble};
 use crate::cuda::ops::{remask, reveal, sample, select_masked};
 use crate::error::{Error, Result};
 
@@ -115,8 +115,8 @@ impl Run {
         let draws = fixed.draws.reserve(machine, max_sampled * size_of::<DrawRecord>())?;
         let sampled = fixed.sampled.reserve(machine, max_sampled * size_of::<SampledRecord>())?;
 
-        let summaries = fixed.summaries.reserve(machine, lens.len() * size_of::<SessionSummary>())?;
-        machine.driver.fill(summaries, 0, lens.len() * size_of::<SessionSummary>() / 4)?;
+        let summaries = fixed.summaries.reserve(machine, lens.len() * size_of::<SequenceSummary>())?;
+        machine.driver.fill(summaries, 0, lens.len() * size_of::<SequenceSummary>() / 4)?;
 
         upload(machine, canvas, canvases.iter().map(|s| s.canvas))?;
         let arena = cuda.upload_words(&words.0)?;
@@ -244,7 +244,7 @@ impl Run {
     /// Lists what a part samples, and padding from `num_sampled` to `bucket`.
     fn select_masked(&self, machine: &Machine, part: &Part, num_sampled: usize, bucket: usize) -> Result<()> {
         let op = SelectMasked {
-            sessions: self.num_sequences as u32,
+            sequences: self.num_sequences as u32,
             num_sampled: num_sampled as u32,
             bucket: bucket as u32,
             steps: self.arrays + 4 * part.records as u64,
@@ -275,8 +275,8 @@ impl Run {
         };
         sample::sample(&cuda.machine, &op)?;
         let CanvasArrays { token, confidence, state, stage, step, .. } = self.canvas;
-        let (sessions, summaries) = (self.arrays + 4 * part.records as u64, self.summaries);
-        let params = RevealParams { sessions, summaries, sampled, token, confidence, state, stage, step };
+        let (sequences, summaries) = (self.arrays + 4 * part.records as u64, self.summaries);
+        let params = RevealParams { sequences, summaries, sampled, token, confidence, state, stage, step };
         reveal::reveal(&cuda.machine, self.num_sequences as u32, &params)
     }
 
@@ -298,13 +298,13 @@ impl Run {
         let last = self.steps.last().map_or(0, |plan| plan.log + plan.num_sampled);
         let mut records = vec![SampledRecord::default(); last];
         machine.driver.read(self.log.address(), bytemuck::cast_slice_mut(&mut records))?;
-        let mut summaries = vec![SessionSummary::default(); self.num_sequences];
+        let mut summaries = vec![SequenceSummary::default(); self.num_sequences];
         machine.driver.read(self.summaries, bytemuck::cast_slice_mut(&mut summaries))?;
         let mut answers = Vec::new();
         for plan in &self.steps {
             for (pass, part) in plan.parts.iter().enumerate() {
                 let mut first = plan.log + part.first_sampled;
-                let sequence = |(count, summary): (&usize, &SessionSummary)| {
+                let sequence = |(count, summary): (&usize, &SequenceSummary)| {
                     first += count;
                     // A sequence that is through takes no part in a pass.
                     (pass == 0 || *count > 0).then(|| answer(&records[first - count..first], summary))
@@ -317,8 +317,8 @@ impl Run {
 }
 
 /// One sequence's part of a step. Records of steps behind a trouble hold whatever stood there: the
-/// first of them ends the session anyway.
-fn answer(records: &[SampledRecord], summary: &SessionSummary) -> Result<Vec<RowOutcome>> {
+/// first of them ends the sequence anyway.
+fn answer(records: &[SampledRecord], summary: &SequenceSummary) -> Result<Vec<RowOutcome>> {
     let sampled: Result<Vec<RowOutcome>> = records
         .iter()
         .enumerate()
@@ -335,7 +335,7 @@ fn answer(records: &[SampledRecord], summary: &SessionSummary) -> Result<Vec<Row
     // is a row without a token, above.
     match summary.trouble {
         trouble::COUNT => {
-            Err(Error::kernel(format!("the device found {} masked positions, the session foresaw another number", summary.detail)))
+            Err(Error::kernel(format!("the device found {} masked positions, the sequence foresaw another number", summary.detail)))
         }
         _ => Ok(sampled),
     }

@@ -24,7 +24,7 @@ impl<B: Backend> LoadedJoint<B> {
     }
 }
 
-/// What the sampler does after a foreseen forward over `plan`: `None` where no session's reveals
+/// What the sampler does after a foreseen forward over `plan`: `None` where no sequence's reveals
 /// are joint. `logits` are the model's.
 pub(super) fn planned_joint(plan: &Plan, steps: &[&LookaheadStep], logits: LogitsRows) -> Option<PlannedJoint> {
     if steps.iter().all(|step| step.joint.is_none()) {
@@ -36,7 +36,7 @@ pub(super) fn planned_joint(plan: &Plan, steps: &[&LookaheadStep], logits: Logit
     let windows = |pass: usize| joint().filter(move |(_, joint)| pass < joint.passes.len()).map(|(s, joint)| (s, joint.window.clone()));
     let pass = |index: usize| PlannedPass {
         rows: windows(index).flat_map(|(s, window)| window.map(move |p| row(s, p))).collect(),
-        sessions: steps
+        sequences: steps
             .iter()
             .map(|step| match step.joint.as_ref().and_then(|joint| joint.passes.get(index)) {
                 Some(pass) => pass.clone(),
@@ -101,7 +101,7 @@ mod tests {
         assert_eq!(joint.outside, [0, 1]);
         let rows: Vec<&[u32]> = joint.passes.iter().map(|pass| pass.rows.as_slice()).collect();
         assert_eq!(rows, [&[2, 3, 4, 5, 9, 10, 11][..], &[2, 3, 4, 5]]);
-        let num_sampled: Vec<Vec<usize>> = joint.passes.iter().map(|pass| pass.sessions.iter().map(|s| s.num_sampled).collect()).collect();
+        let num_sampled: Vec<Vec<usize>> = joint.passes.iter().map(|pass| pass.sequences.iter().map(|s| s.num_sampled).collect()).collect();
         assert_eq!(num_sampled, [[2, 0, 2], [1, 0, 0]]);
         assert_eq!(planned_joint(&plan, &[&steps[1]], LogitsRows::Own), None);
     }

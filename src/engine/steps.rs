@@ -36,7 +36,7 @@ impl<B: Backend> Engine<B> {
             // A request that joins waits for the end of a run, and tokens are streamed then.
             let young = chosen.iter().any(|i| self.active[*i].timings.first_token_ms == 0.0);
             let max = if young { FIRST_RUN } else { LONGEST_RUN };
-            match chosen.iter().map(|i| self.active[*i].session.look_ahead(max)).collect() {
+            match chosen.iter().map(|i| self.active[*i].sequence.look_ahead(max)).collect() {
                 Ok(foreseen) => return self.plan_by_rules(chosen, weights, foreseen),
                 Err(reason) => because = Some(reason),
             }
@@ -64,8 +64,8 @@ impl<B: Backend> Engine<B> {
             }
             let of: Vec<&LookaheadStep> = foreseen.iter().map(|steps| &steps[index]).collect();
             let joint = planned_joint(&plan, &of, self.models[weights].model.config().logits_rows());
-            let sessions = of.iter().map(|step| step.part.clone()).collect();
-            steps.push(PlannedStep { plan, sampling: Sampling::Rules(RuleSampling { sessions, joint }) });
+            let sequences = of.iter().map(|step| step.part.clone()).collect();
+            steps.push(PlannedStep { plan, sampling: Sampling::Rules(RuleSampling { sequences, joint }) });
         }
         Ok(steps)
     }
@@ -81,9 +81,9 @@ impl<B: Backend> Engine<B> {
             let (step, pages) = (active.step(), active.table.pages());
             plan.push(&step.rows, pages, page_size, step.visibility, step.len);
             if step.guidance > 0.0 {
-                guide.push(&active.session.unprompted(), pages, page_size, step.visibility, step.len);
+                guide.push(&active.sequence.unprompted(), pages, page_size, step.visibility, step.len);
             }
-            sequences.push(host_sequence(&active.session, self.models[weights].model.config()));
+            sequences.push(host_sequence(&active.sequence, self.models[weights].model.config()));
         }
         let guide = Some(guide).filter(|guide| guide.num_sequences() > 0);
         Ok((plan, HostSampling { sequences, guide, because }))
@@ -122,21 +122,21 @@ impl<B: Backend> Engine<B> {
     }
 }
 
-/// What the host samples of the pending step of a session.
-fn host_sequence(session: &Sequence, config: &ModelConfig) -> HostSequence {
-    let step = session.step().expect("chosen for its step");
+/// What the host samples of the pending step of a sequence.
+fn host_sequence(sequence: &Sequence, config: &ModelConfig) -> HostSequence {
+    let step = sequence.step().expect("chosen for its step");
     let banned = match step.eos {
         Eos::Free | Eos::Last => BannedSet::Never,
         Eos::Never | Eos::NeverLast => BannedSet::NeverAndEnd,
     };
-    let window = session.is_joint().then(|| {
-        let window = session.joint_window();
+    let window = sequence.is_joint().then(|| {
+        let window = sequence.joint_window();
         let row = |position: usize| step.rows.binary_search_by_key(&position, |(p, _)| *p).expect("a row of the forward") as u32;
         HostWindow {
             start: window.start as u32,
             inside: window.clone().map(|position| row(config.logits_rows().logits_row_for(position))).collect(),
             outside: (0..).zip(&step.rows).filter(|(_, (position, _))| !window.contains(position)).map(|(row, _)| row).collect(),
-            shortlist: session.joint_shortlist().filter(|n| *n < config.vocab_size),
+            shortlist: sequence.joint_shortlist().filter(|n| *n < config.vocab_size),
         }
     });
     let ends_last = matches!(step.eos, Eos::Last | Eos::NeverLast);
@@ -169,7 +169,7 @@ struct RunningSequences<'a> {
 
 impl Sequences for RunningSequences<'_> {
     fn canvases(&self) -> Vec<RunCanvas<'_>> {
-        self.chosen.iter().map(|i| self.active[*i].session.run_canvas()).collect()
+        self.chosen.iter().map(|i| self.active[*i].sequence.run_canvas()).collect()
     }
 
     fn apply(&mut self, outcome: StepOutcome) {
@@ -183,8 +183,8 @@ impl Sequences for RunningSequences<'_> {
     fn next_pass(&mut self) -> Option<HostPass> {
         let (mut plan, mut sequences) = (Plan::new(), Vec::with_capacity(self.chosen.len()));
         for (c, &i) in self.chosen.iter().enumerate() {
-            let RunningSequence { session, table, .. } = &self.active[i];
-            self.waiting[c] = session.joint_pass().filter(|_| !self.over[c]);
+            let RunningSequence { sequence, table, .. } = &self.active[i];
+            self.waiting[c] = sequence.joint_pass().filter(|_| !self.over[c]);
             sequences.push(self.waiting[c].as_ref().map(|pass| {
                 plan.push(&pass.rows, table.pages(), self.page_size, pass.visibility, pass.len);
                 let banned = match (pass.eos, pass.bans) {
@@ -210,23 +210,23 @@ impl RunningSequences<'_> {
         let mut events = Vec::new();
         // What lies between two steps: the end of a stage and its remask.
         if let Some(clock) = began
-            && active.session.next_at(&mut events, clock) == Next::Finished
+            && active.sequence.next_at(&mut events, clock) == Next::Finished
         {
             active.send(events);
             return false;
         }
-        let len = active.session.canvas().len();
+        let len = active.sequence.canvas().len();
         let revealed: Vec<(usize, bool)> = rows.iter().flatten().filter_map(|row| Some((row.position, row.revealed?))).collect();
-        let prefill = active.session.is_prefilling();
+        let prefill = active.sequence.is_prefilling();
         let applied = rows.and_then(|rows| {
             if !pass {
-                let sampled = accept(&active.session.step().expect("foreseen").sample_rows, rows)?;
-                return active.session.apply(&sampled, &mut events);
+                let sampled = accept(&active.sequence.step().expect("foreseen").sample_rows, rows)?;
+                return active.sequence.apply(&sampled, &mut events);
             }
-            let waiting = self.waiting[c].take().or_else(|| active.session.joint_pass());
-            let pass = waiting.ok_or_else(|| Error::kernel("the device ran a pass that the session does not wait for"))?;
+            let waiting = self.waiting[c].take().or_else(|| active.sequence.joint_pass());
+            let pass = waiting.ok_or_else(|| Error::kernel("the device ran a pass that the sequence does not wait for"))?;
             let sampled = accept(&pass.sample_rows, rows)?;
-            active.session.apply_joint(&pass, &sampled, &mut events)
+            active.sequence.apply_joint(&pass, &sampled, &mut events)
         });
         match applied {
             Err(error) => active.fail(error),
@@ -239,13 +239,13 @@ impl RunningSequences<'_> {
                 }
             }
         }
-        let now = active.session.canvas().len();
+        let now = active.sequence.canvas().len();
         if now < len {
             self.freed.extend(active.shorten(self.pool));
         }
         active.send(events);
         let agree = |(position, chosen): &(usize, bool)| {
-            *position >= now || (active.session.canvas().state(*position) == State::Revealed) == *chosen
+            *position >= now || (active.sequence.canvas().state(*position) == State::Revealed) == *chosen
         };
         if active.failed.is_none() && !revealed.iter().all(agree) {
             active.fail(Error::kernel("the device revealed other positions than the law of the schedule"));
@@ -258,7 +258,7 @@ impl RunningSequences<'_> {
 /// The sampled tokens of a sequence's own rows, which the rows must match.
 fn accept(sample_rows: &[SampleRow], rows: Vec<RowOutcome>) -> Result<Vec<SampledToken>> {
     if !sample_rows.iter().map(|row| row.position).eq(rows.iter().map(|row| row.position)) {
-        return Err(Error::kernel("the device sampled other positions than the session"));
+        return Err(Error::kernel("the device sampled other positions than the sequence"));
     }
     Ok(rows.into_iter().map(|row| row.sampled).collect())
 }

@@ -1,4 +1,4 @@
-//! What a session needs of a forward: rows to sample, foreseen steps, passes of a joint sampler.
+//! What a sequence needs of a forward: rows to sample, foreseen steps, passes of a joint sampler.
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
@@ -46,7 +46,7 @@ pub(super) struct Round {
     pub(super) calls: u32,
 }
 
-/// A call of the sampler for one session.
+/// A call of the sampler for one sequence.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JointPass {
     /// (position, token id) of the window, as it is now.

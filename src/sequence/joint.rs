@@ -88,7 +88,7 @@ impl Sequence {
         }
     }
 
-    /// The next call of the sampler that this session waits for.
+    /// The next call of the sampler that this sequence waits for.
     pub fn joint_pass(&self) -> Option<JointPass> {
         let round = self.round?;
         let window = self.window();

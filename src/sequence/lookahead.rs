@@ -1,4 +1,4 @@
-//! Lookahead: the steps of a session that a device may run and sample by itself, since their shape
+//! Lookahead: the steps of a sequence that a device may run and sample by itself, since their shape
 //! does not depend on what they reveal.
 #![forbid(unsafe_code)]
 
@@ -17,7 +17,7 @@ impl Sequence {
     ///
     /// A joint sampler's passes belong to the step whose forward they follow.
     ///
-    /// A copy of the session walks ahead and reveals anything: where a rule counts, only *which*
+    /// A copy of the sequence walks ahead and reveals anything: where a rule counts, only *which*
     /// positions remain is open, and rows of an exact forward do not depend on that. A stop
     /// condition may end the text earlier than foreseen.
     pub fn look_ahead(&self, max: usize) -> Result<Vec<LookaheadStep>, HostReason> {
@@ -181,7 +181,7 @@ mod tests {
         let stages: Vec<_> = stages.iter().map(|stage| stage.parse().unwrap()).collect();
         let schedule = Schedule::resolve(&stages, &Defaults::default()).unwrap();
         let fixed = (0..given as u32).map(Some).chain(std::iter::repeat_n(None, 12 - given)).collect();
-        let mut session = Sequence::new(SequenceSpec {
+        let mut sequence = Sequence::new(SequenceSpec {
             fixed,
             mask_id: 99,
             schedule,
@@ -195,8 +195,8 @@ mod tests {
             draws: None,
         })
         .unwrap();
-        assert_eq!(session.next(&mut Vec::new()), Next::Forward);
-        session.look_ahead(99)
+        assert_eq!(sequence.next(&mut Vec::new()), Next::Forward);
+        sequence.look_ahead(99)
     }
 
     /// Passes among listed ids, or without bans, are the host's; other passes are the device's.

@@ -1,4 +1,4 @@
-//! What a session tells about itself: events, reports of stages, and where a text ends.
+//! What a sequence tells about itself: events, reports of stages, and where a text ends.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub struct Stop {
     pub text: Option<TextStop>,
 }
 
-/// Why a session ended where it did.
+/// Why a sequence ended where it did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
     Length,

@@ -1,5 +1,5 @@
 //! Forwards, NFE and rows against closed formulas (docs/schedules.md), written here a second time
-//! and independently of the session.
+//! and independently of the sequence.
 //!
 //! P positions are given, N generated, L = P + N; blocks of B from position 0; block b has s_b
 //! positions, m_b of them masked at first.

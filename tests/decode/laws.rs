@@ -37,8 +37,8 @@ fn vocab(dir: &Path) -> u32 {
     engine(dir).config().vocab_size as u32
 }
 
-/// Alone, in a batch of eight, in a batch whose row budget makes sessions take turns, and joining a
-/// batch that is under way.
+/// Alone, in a batch of eight, in a batch whose row budget makes sequences take turns, and joining
+/// a batch that is under way.
 fn neighbours(dir: &Path, dtype: DType) {
     let requests = mixed(vocab(dir));
     let label = format!("{} {}", dir.display(), dtype.name());
@@ -46,7 +46,7 @@ fn neighbours(dir: &Path, dtype: DType) {
     let expected = alone(&mut one, &requests, &label);
     assert!(expected.iter().all(|o| o.finish == Finish::Length), "{label}: nothing ended early");
     for (max_rows, max_sequences) in [(512, 8), (24, 8), (1, 3)] {
-        let label = format!("{label}, at most {max_rows} rows and {max_sequences} sessions");
+        let label = format!("{label}, at most {max_rows} rows and {max_sequences} sequences");
         let mut engine = engine_with(dir, 1, dtype, EngineOptions { budget: budget(max_rows, max_sequences), ..options() });
         same(&together(&mut engine, &requests, &label), &expected, false, &label);
     }

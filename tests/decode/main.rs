@@ -1,4 +1,4 @@
-//! Laws of decoding: a session over a symbolic network, where a stale or unwritten slot cannot
+//! Laws of decoding: a sequence over a symbolic network, where a stale or unwritten slot cannot
 //! hide, and the engine over real checkpoints, where a result must depend on the request alone and
 //! every forward and row is accounted for.
 

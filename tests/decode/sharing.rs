@@ -101,7 +101,7 @@ fn cancelling_frees_pages_and_leaves_neighbours_alone() {
     for max_sequences in [3, 1] {
         for ticks in [0, 1, 2, 9, 17, 19, 22] {
             for dropped in [false, true] {
-                let label = format!("{max_sequences} sessions, gone after {ticks} ticks, handle dropped: {dropped}");
+                let label = format!("{max_sequences} sequences, gone after {ticks} ticks, handle dropped: {dropped}");
                 let options = EngineOptions { budget: budget(512, max_sequences), ..options() };
                 let mut engine = engine_with(&dir, 1, DType::F32, options);
                 let free = engine.free_pages();

@@ -1,4 +1,4 @@
-//! A session alone, over a network of hashes.
+//! A sequence alone, over a network of hashes.
 //!
 //! Two layers, each with a store of one key per position. A row's output hashes everything it can
 //! see, in order, so a run that reads one slot that is stale, missing or written under another
@@ -96,9 +96,9 @@ struct Run {
     finish: Finish,
 }
 
-/// A session and a shadow of its canvas that only events may change.
+/// A sequence and a shadow of its canvas that only events may change.
 struct Watched {
-    session: Sequence,
+    sequence: Sequence,
     network: Network,
     fixed: Vec<Option<u32>>,
     shadow: Vec<Option<u32>>,
@@ -121,7 +121,7 @@ struct Watched {
 #[derive(Clone, Copy, Debug)]
 struct How {
     separate_commit: bool,
-    /// Take the prompt's blocks from another session's store.
+    /// Take the prompt's blocks from another sequence's store.
     shared_prompt: bool,
 }
 
@@ -146,7 +146,7 @@ fn spec(case: &Case, schedule: &Schedule, how: How) -> SequenceSpec {
 fn run(case: &Case, schedule: &Schedule, how: How) -> Run {
     let exact = schedule.stages.iter().all(|s| matches!(s.kv, KvPolicy::Exact | KvPolicy::Recompute | KvPolicy::Refresh(1)));
     let mut watched = Watched {
-        session: Sequence::new(spec(case, schedule, how)).expect("a session"),
+        sequence: Sequence::new(spec(case, schedule, how)).expect("a sequence"),
         network: Network::default(),
         fixed: case.fixed.clone(),
         shadow: case.fixed.clone(),
@@ -161,14 +161,14 @@ fn run(case: &Case, schedule: &Schedule, how: How) -> Run {
         shifted: case.shifted,
         label: format!("{how:?} {:?}", schedule.stages.iter().map(ToString::to_string).collect::<Vec<_>>()),
     };
-    if how.shared_prompt && watched.session.wants_prefix() {
+    if how.shared_prompt && watched.sequence.wants_prefix() {
         let other = Case { seed: case.seed ^ 1, ..case.clone() };
-        let mut donor = Sequence::new(spec(&other, schedule, PLAIN)).expect("a session");
+        let mut donor = Sequence::new(spec(&other, schedule, PLAIN)).expect("a sequence");
         assert_eq!(donor.next(&mut Vec::new()), Next::Forward);
         let step = donor.step().expect("a prefill");
-        assert_eq!((step.kind, step.rows.len()), (Kind::Prefill, watched.session.prefix_len()));
+        assert_eq!((step.kind, step.rows.len()), (Kind::Prefill, watched.sequence.prefix_len()));
         watched.network.forward(step, donor.canvas().tokens(), exact, "donor");
-        watched.session.skip_prefill();
+        watched.sequence.skip_prefill();
     }
     watched.masks[0] = watched.masks_by_block(&schedule.stages[0]);
     watched.run(schedule)
@@ -215,18 +215,18 @@ impl Watched {
         for forward in 0.. {
             assert!(forward <= limit, "{}: no end after {limit} forwards", self.label);
             let mut new = Vec::new();
-            let next = self.session.next(&mut new);
+            let next = self.sequence.next(&mut new);
             self.follow(&new, schedule);
             events.append(&mut new);
             if next == Next::Finished {
                 break;
             }
-            let step = self.session.step().expect("a forward").clone();
+            let step = self.sequence.step().expect("a forward").clone();
             self.check_step(&step);
             let label = format!("{} stage {} forward {forward}", self.label, self.stage);
-            let sampled = self.network.forward(&step, self.session.canvas().tokens(), self.exact, &label);
+            let sampled = self.network.forward(&step, self.sequence.canvas().tokens(), self.exact, &label);
             if step.kind == Kind::Score {
-                let score = self.session.reports().last().expect("a stage").stage.remask.expect("scored for a remask").score;
+                let score = self.sequence.reports().last().expect("a stage").stage.remask.expect("scored for a remask").score;
                 self.scored.extend(step.sample_rows.iter().zip(&sampled).map(|(row, d)| {
                     let value = match score {
                         Score::Probability => f64::from(d.confidence),
@@ -236,7 +236,7 @@ impl Watched {
                     (row.position, value)
                 }));
             }
-            self.session.apply(&sampled, &mut new).unwrap_or_else(|e| panic!("{label}: {e}"));
+            self.sequence.apply(&sampled, &mut new).unwrap_or_else(|e| panic!("{label}: {e}"));
             self.follow(&new, schedule);
             events.append(&mut new);
             self.check_canvas();
@@ -244,23 +244,23 @@ impl Watched {
         self.check_end(&events, schedule);
         Run {
             events,
-            reports: self.session.reports().to_vec(),
-            tokens: self.session.canvas().tokens().to_vec(),
-            finish: self.session.finish(),
+            reports: self.sequence.reports().to_vec(),
+            tokens: self.sequence.canvas().tokens().to_vec(),
+            finish: self.sequence.finish(),
         }
     }
 
     /// A step's rows are ascending, hold what the canvas holds (or hide a group that is being
     /// scored), and include every sampled row.
     fn check_step(&mut self, step: &Step) {
-        let stage = self.session.reports().len() - 1;
+        let stage = self.sequence.reports().len() - 1;
         self.stage = stage;
         self.open(stage);
         self.rows[stage] += step.rows.len();
         let label = format!("{} stage {stage} {:?}", self.label, step.kind);
         assert!(step.rows.windows(2).all(|w| w[0].0 < w[1].0), "{label}: rows {:?}", step.rows);
         assert!(!step.rows.is_empty() && step.rows.last().expect("a row").0 < step.len, "{label}: rows {:?}", step.rows);
-        assert_eq!(step.len, self.session.canvas().len(), "{label}");
+        assert_eq!(step.len, self.sequence.canvas().len(), "{label}");
         for row in &step.sample_rows {
             // Under shifted logits the row before a position answers it, and the first row itself.
             let answering = if self.shifted { row.position.saturating_sub(1) } else { row.position };
@@ -281,7 +281,7 @@ impl Watched {
                 counts.score += 1;
                 assert!(self.shadow.iter().all(Option::is_some), "{label}: scoring an unfinished text");
                 assert_eq!(step.rows.len(), step.len, "{label}: scoring reads everything");
-                let by = self.session.reports()[stage].stage.remask.expect("scored for a remask").by;
+                let by = self.sequence.reports()[stage].stage.remask.expect("scored for a remask").by;
                 let group = counts.score - 1;
                 let expected: Vec<usize> = match by {
                     RemaskBy::PostHoc => generated,
@@ -298,8 +298,8 @@ impl Watched {
             assert!(hidden.is_empty(), "{label}: rows {hidden:?} are hidden");
         }
         if step.kind == Kind::Lead {
-            let Stage { kv, .. } = self.session.reports()[stage].stage;
-            let block_len = self.session.reports()[stage].stage.block_len_in(step.len);
+            let Stage { kv, .. } = self.sequence.reports()[stage].stage;
+            let block_len = self.sequence.reports()[stage].stage.block_len_in(step.len);
             let last = step.rows.last().expect("a row").0;
             assert!(self.shifted && sampled.len() == 1 && self.shadow[sampled[0]].is_none(), "{label}: samples {sampled:?}");
             if step.visibility == Visibility::Full {
@@ -313,7 +313,7 @@ impl Watched {
             assert!(self.shadow[..sampled[0]].iter().all(Option::is_some), "{label}: a mask before position {}", sampled[0]);
         } else if step.kind == Kind::Denoise {
             assert!(!sampled.is_empty() && sampled.iter().all(|p| self.shadow[*p].is_none()), "{label}: samples {sampled:?}");
-            let stage = self.session.reports()[stage].stage;
+            let stage = self.sequence.reports()[stage].stage;
             let (origin, block_len) = (self.origin(&stage), stage.block_len_in(step.len));
             let block = origin + (sampled[0] - origin) / block_len * block_len;
             let part = stage.sub_len.unwrap_or(block_len);
@@ -363,7 +363,7 @@ impl Watched {
             }
         }
         // What a stop condition cut off is gone.
-        let len = self.session.canvas().len();
+        let len = self.sequence.canvas().len();
         self.shadow.truncate(len);
         self.fixed.truncate(len);
     }
@@ -403,14 +403,14 @@ impl Watched {
 
     /// Checks the report of a stage that has ended.
     fn settle(&mut self, stage: usize) {
-        let Some(report) = self.session.reports().get(stage) else { return };
+        let Some(report) = self.sequence.reports().get(stage) else { return };
         assert_eq!(report.rows, self.rows[stage], "{} stage {stage}: rows", self.label);
         assert_eq!(report.forwards, self.forwards[stage], "{} stage {stage}: forwards", self.label);
         assert_eq!(report.nfe(), report.forwards.denoise, "{} stage {stage}: NFE", self.label);
     }
 
     fn check_canvas(&self) {
-        let canvas = self.session.canvas();
+        let canvas = self.sequence.canvas();
         let shown: Vec<u32> = self.shadow.iter().map(|t| t.unwrap_or(MASK)).collect();
         assert_eq!(canvas.tokens(), shown, "{} stage {}: the canvas changed without an event", self.label, self.stage);
         for (p, fixed) in self.fixed.iter().enumerate() {
@@ -422,17 +422,17 @@ impl Watched {
         let label = self.label.clone();
         let done: Vec<usize> = (0..events.len()).filter(|i| events[*i].kind == EventKind::Done).collect();
         assert_eq!(done, [events.len() - 1], "{label}: one end, and it is last");
-        assert_eq!(self.session.canvas().num_masks(), 0, "{label}: masks are left");
-        assert!(self.session.is_finished(), "{label}");
-        assert_eq!(self.session.reports().len(), schedule.stages.len(), "{label}: stages");
+        assert_eq!(self.sequence.canvas().num_masks(), 0, "{label}: masks are left");
+        assert!(self.sequence.is_finished(), "{label}");
+        assert_eq!(self.sequence.reports().len(), schedule.stages.len(), "{label}: stages");
         self.open(schedule.stages.len() - 1);
         for k in 0..schedule.stages.len() {
             self.settle(k);
-            let report = &self.session.reports()[k];
+            let report = &self.sequence.reports()[k];
             let label = format!("{label} stage {k}");
             // The text may have been cut after a stage's masks were counted; then fewer forwards
             // are enough.
-            let whole = k > 0 || self.session.finish() == Finish::Length;
+            let whole = k > 0 || self.sequence.finish() == Finish::Length;
             let (least, most) = nfe_bounds(&report.stage.unmask, &self.masks[k]);
             assert!(report.nfe() <= most && (!whole || report.nfe() >= least), "{label}: {} forwards, {least} to {most}", report.nfe());
             let groups = match report.stage.remask.map(|r| r.by) {
@@ -450,7 +450,7 @@ impl Watched {
     /// Replays the events to count, per stage, the remasked positions that came back different.
     fn check_changed(&self, events: &[Event]) {
         let mut held: Vec<Option<u32>> = vec![None; self.fixed.len()];
-        let mut changed = vec![0; self.session.reports().len()];
+        let mut changed = vec![0; self.sequence.reports().len()];
         let mut before: Vec<Option<u32>> = vec![None; self.fixed.len()];
         for event in events {
             let kept = held.len();
@@ -468,7 +468,7 @@ impl Watched {
                 }
             }
         }
-        for (k, report) in self.session.reports().iter().enumerate() {
+        for (k, report) in self.sequence.reports().iter().enumerate() {
             assert_eq!(report.changed, changed[k], "{} stage {k}: changed", self.label);
             assert_eq!(report.remasked, self.before[k].iter().map(|(p, _)| *p).collect::<Vec<_>>(), "{}", self.label);
         }
@@ -705,38 +705,38 @@ proptest! {
         same(&run(&case, &schedule, PLAIN), &run(&case, &schedule, PLAIN), "twice the same")?;
     }
 
-    /// NaN from the network is an error that names a position, and leaves the session where it was:
-    /// no loop, no half-written step.
+    /// NaN from the network is an error that names a position, and leaves the sequence where it
+    /// was: no loop, no half-written step.
     #[test]
     fn nan_is_an_error_and_not_a_loop(case in case(), which in 0usize..3, at in 0usize..20) {
         let schedule = case.schedule(|_| "exact".into());
-        let mut session = Sequence::new(spec(&case, &schedule, PLAIN)).unwrap();
+        let mut sequence = Sequence::new(spec(&case, &schedule, PLAIN)).unwrap();
         let mut network = Network::default();
         let mut events = Vec::new();
         let mut denoised = 0;
-        while session.next(&mut events) == Next::Forward {
-            let step = session.step().unwrap().clone();
-            let mut sampled = network.forward(&step, session.canvas().tokens(), true, "nan");
-            let canvas = session.canvas().clone();
+        while sequence.next(&mut events) == Next::Forward {
+            let step = sequence.step().unwrap().clone();
+            let mut sampled = network.forward(&step, sequence.canvas().tokens(), true, "nan");
+            let canvas = sequence.canvas().clone();
             if matches!(step.kind, Kind::Denoise | Kind::Lead) && denoised == at {
                 let good = sampled.clone();
                 let worst = sampled.last_mut().unwrap();
                 *[&mut worst.confidence, &mut worst.margin, &mut worst.entropy][which] = f32::NAN;
                 let before = events.clone();
                 for _ in 0..3 {
-                    let error = session.apply(&sampled, &mut events).expect_err("NaN").to_string();
+                    let error = sequence.apply(&sampled, &mut events).expect_err("NaN").to_string();
                     let position = step.sample_rows.last().unwrap().position;
                     prop_assert!(error.contains(&format!("position {position}")) && error.contains("NaN"), "{}", error);
-                    prop_assert_eq!(session.canvas(), &canvas);
-                    prop_assert_eq!(session.step(), Some(&step));
+                    prop_assert_eq!(sequence.canvas(), &canvas);
+                    prop_assert_eq!(sequence.step(), Some(&step));
                     prop_assert_eq!(&events, &before);
                 }
                 sampled = good;
             }
             denoised += usize::from(matches!(step.kind, Kind::Denoise | Kind::Lead));
-            session.apply(&sampled, &mut events).unwrap();
+            sequence.apply(&sampled, &mut events).unwrap();
         }
-        prop_assert_eq!(session.canvas().num_masks(), 0);
+        prop_assert_eq!(sequence.canvas().num_masks(), 0);
     }
 
     /// Forced tokens are what a left-to-right run writes, whatever the draws say.
@@ -747,15 +747,15 @@ proptest! {
         spec.stop = Stop::default();
         spec.forced = (0..case.fixed.len()).map(|p| forced[p % forced.len()]).collect();
         let expected: Vec<u32> = case.fixed.iter().zip(&spec.forced).map(|(f, forced)| f.unwrap_or(*forced)).collect();
-        let mut session = Sequence::new(spec).unwrap();
+        let mut sequence = Sequence::new(spec).unwrap();
         let mut network = Network::default();
-        while session.next(&mut Vec::new()) == Next::Forward {
-            let step = session.step().unwrap().clone();
-            let sampled = network.forward(&step, session.canvas().tokens(), true, "forced");
-            session.apply(&sampled, &mut Vec::new()).unwrap();
+        while sequence.next(&mut Vec::new()) == Next::Forward {
+            let step = sequence.step().unwrap().clone();
+            let sampled = network.forward(&step, sequence.canvas().tokens(), true, "forced");
+            sequence.apply(&sampled, &mut Vec::new()).unwrap();
         }
-        prop_assert_eq!(session.canvas().tokens(), expected);
-        prop_assert!(session.reports().iter().all(|r| r.changed == 0));
+        prop_assert_eq!(sequence.canvas().tokens(), expected);
+        prop_assert!(sequence.reports().iter().all(|r| r.changed == 0));
     }
 }
 
@@ -768,19 +768,19 @@ fn the_symbolic_network_is_sensitive() {
     let schedule = case.schedule(|_| "exact".into());
     let good = run(&case, &schedule, PLAIN).tokens;
     let stale = |damage: &dyn Fn(&mut Network)| {
-        let mut session = Sequence::new(spec(&case, &schedule, PLAIN)).unwrap();
+        let mut sequence = Sequence::new(spec(&case, &schedule, PLAIN)).unwrap();
         let mut network = Network::default();
         let mut forwards = 0;
-        while session.next(&mut Vec::new()) == Next::Forward {
-            let step = session.step().unwrap().clone();
+        while sequence.next(&mut Vec::new()) == Next::Forward {
+            let step = sequence.step().unwrap().clone();
             if forwards == 6 {
                 damage(&mut network);
             }
             forwards += 1;
-            let sampled = network.forward(&step, session.canvas().tokens(), false, "damaged");
-            session.apply(&sampled, &mut Vec::new()).unwrap();
+            let sampled = network.forward(&step, sequence.canvas().tokens(), false, "damaged");
+            sequence.apply(&sampled, &mut Vec::new()).unwrap();
         }
-        session.canvas().tokens().to_vec()
+        sequence.canvas().tokens().to_vec()
     };
     assert_eq!(stale(&|_| {}), good);
     // Forward 6 is in the second block: the first block's slots are read and not written any more.
@@ -790,19 +790,19 @@ fn the_symbolic_network_is_sensitive() {
     }
     let caught = std::panic::catch_unwind(|| {
         let mut network = Network::default();
-        let mut session = Sequence::new(spec(&case, &schedule, PLAIN)).unwrap();
-        session.next(&mut Vec::new());
-        let mut step = session.step().unwrap().clone();
+        let mut sequence = Sequence::new(spec(&case, &schedule, PLAIN)).unwrap();
+        sequence.next(&mut Vec::new());
+        let mut step = sequence.step().unwrap().clone();
         step.rows.remove(0);
         step.sample_rows.clear();
-        network.forward(&step, session.canvas().tokens(), false, "missing");
+        network.forward(&step, sequence.canvas().tokens(), false, "missing");
     });
     assert!(caught.unwrap_err().downcast_ref::<String>().unwrap().contains("slot 0, which was never written"));
 }
 
 /// What cannot be served is refused before the first forward.
 #[test]
-fn sessions_without_work_or_with_a_fixed_mask_are_refused() {
+fn sequences_without_work_or_with_a_fixed_mask_are_refused() {
     let refuse = |fixed: Vec<Option<u32>>| {
         let case = Case { fixed, stages: vec!["block=4,visible=block".into()], seed: 0, stop: None, shifted: false };
         Sequence::new(spec(&case, &case.schedule(|_| "exact".into()), PLAIN)).err().expect("refused").to_string()
@@ -812,15 +812,15 @@ fn sessions_without_work_or_with_a_fixed_mask_are_refused() {
     assert!(refuse(vec![Some(1), Some(MASK), None]).contains("position 1"));
 }
 
-/// A cancelled session stands still where it is.
+/// A cancelled sequence stands still where it is.
 #[test]
-fn a_cancelled_session_is_finished() {
+fn a_cancelled_sequence_is_finished() {
     let case = Case { fixed: vec![None; 12], stages: vec!["block=4,visible=block".into()], seed: 5, stop: None, shifted: false };
-    let mut session = Sequence::new(spec(&case, &case.schedule(|_| "exact".into()), PLAIN)).unwrap();
+    let mut sequence = Sequence::new(spec(&case, &case.schedule(|_| "exact".into()), PLAIN)).unwrap();
     let mut events = Vec::new();
-    assert_eq!(session.next(&mut events), Next::Forward);
-    session.cancel();
-    assert_eq!((session.next(&mut events), session.finish()), (Next::Finished, Finish::Cancelled));
-    assert!(session.is_finished() && session.step().is_none() && events.is_empty());
-    assert_eq!(session.canvas().num_masks(), 12);
+    assert_eq!(sequence.next(&mut events), Next::Forward);
+    sequence.cancel();
+    assert_eq!((sequence.next(&mut events), sequence.finish()), (Next::Finished, Finish::Cancelled));
+    assert!(sequence.is_finished() && sequence.step().is_none() && events.is_empty());
+    assert_eq!(sequence.canvas().num_masks(), 12);
 }

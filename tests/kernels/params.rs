@@ -14,7 +14,7 @@ use redraft::cuda::ops::reveal::RevealParams;
 use redraft::cuda::ops::rope_append::RopeAppendParams;
 use redraft::cuda::ops::route::RouteParams;
 use redraft::cuda::ops::sample::{DrawRecord, SampleDrawParams, SampleNucleusParams, SampleTilesParams, SampledRecord};
-use redraft::cuda::ops::select_masked::{SelectMaskedParams, SessionStep, SessionSummary};
+use redraft::cuda::ops::select_masked::{SelectMaskedParams, SequenceSummary, StepRecord};
 use redraft::cuda::ops::shortlist::{ListedParams, ShortlistParams};
 use redraft::cuda::params::Params;
 
@@ -46,9 +46,9 @@ fn both_sides_state_the_same_layout() {
         twin::<RopeAppendParams>("RopeAppendParams"),
         twin::<RevealParams>("RevealParams"),
         twin::<RouteParams>("RouteParams"),
-        twin::<SessionStep>("SessionStep"),
+        twin::<StepRecord>("StepRecord"),
         twin::<ShortlistParams>("ShortlistParams"),
-        twin::<SessionSummary>("SessionSummary"),
+        twin::<SequenceSummary>("SequenceSummary"),
     ];
     // Every struct that any kernel or header states, by its lines in order.
     let mut stated: Vec<(String, Vec<String>)> = Vec::new();

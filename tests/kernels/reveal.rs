@@ -1,10 +1,10 @@
-//! `reveal` takes what `sampling::select` takes and leaves the canvas as `session.rs` leaves it.
+//! `reveal` takes what `sampling::select` takes and leaves the canvas as `sequence.rs` leaves it.
 
 use redraft::cuda::machine::Machine;
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::reveal::{RevealParams, reveal};
 use redraft::cuda::ops::sample::{SampledRecord, status};
-use redraft::cuda::ops::select_masked::{SessionStep, SessionSummary, trouble};
+use redraft::cuda::ops::select_masked::{SequenceSummary, StepRecord, trouble};
 use redraft::rng::{DrawKey, uniforms};
 use redraft::sampling::{BlockProgress, Candidate, Rank, Reveal, SampledToken, Unmask, select};
 
@@ -13,16 +13,16 @@ use crate::emulator::{Array, machines, noise, words};
 const CANVAS: u32 = 700;
 const MASK: u32 = 50_257;
 
-/// A session that num_sampled every second position from 1 on; `levels` distinct values, so that
+/// A sequence that num_sampled every second position from 1 on; `levels` distinct values, so that
 /// few levels mean many ties.
 struct Sequence {
-    step: SessionStep,
+    step: StepRecord,
     reveal: Reveal,
     sampled: Vec<SampledRecord>,
-    before: SessionSummary,
+    before: SequenceSummary,
 }
 
-fn session(seed: u64, num_sampled: u32, levels: f32, reveal: Reveal) -> Sequence {
+fn sequence(seed: u64, num_sampled: u32, levels: f32, reveal: Reveal) -> Sequence {
     let value = |n: u64, i: u32| (noise(1000 * seed + n, num_sampled as usize)[i as usize].abs() * levels).ceil() / levels;
     let sampled = |i: u32| SampledRecord {
         token: 40 + i,
@@ -34,20 +34,20 @@ fn session(seed: u64, num_sampled: u32, levels: f32, reveal: Reveal) -> Sequence
         position: 1 + 2 * i,
         chosen: 0,
     };
-    let step = SessionStep { seed, sample: 3, stage: 2, block: 1, step: 77, sample_count: num_sampled, ..SessionStep::default() };
+    let step = StepRecord { seed, sample: 3, stage: 2, block: 1, step: 77, sample_count: num_sampled, ..StepRecord::default() };
     let step = step.revealing(&reveal);
     Sequence {
         step,
         reveal,
         sampled: (0..num_sampled).map(sampled).collect(),
-        before: SessionSummary { sampled: num_sampled, ..SessionSummary::default() },
+        before: SequenceSummary { sampled: num_sampled, ..SequenceSummary::default() },
     }
 }
 
 /// What the law takes, or the trouble it is in.
-fn law(session: &Sequence) -> (Vec<usize>, SessionSummary) {
-    let Sequence { step, reveal, sampled, before } = session;
-    let nothing = |trouble, detail| (Vec::new(), SessionSummary { trouble, detail, ..*before });
+fn law(sequence: &Sequence) -> (Vec<usize>, SequenceSummary) {
+    let Sequence { step, reveal, sampled, before } = sequence;
+    let nothing = |trouble, detail| (Vec::new(), SequenceSummary { trouble, detail, ..*before });
     if before.trouble != trouble::NONE || sampled.is_empty() {
         return (Vec::new(), *before);
     }
@@ -58,7 +58,7 @@ fn law(session: &Sequence) -> (Vec<usize>, SessionSummary) {
     let candidates: Vec<Candidate> = sampled
         .iter()
         .map(|d| {
-            let SessionStep { seed, sample, stage, block, step, .. } = *step;
+            let StepRecord { seed, sample, stage, block, step, .. } = *step;
             let key = DrawKey { seed, sample, stage: stage as u8, block, step, position: d.position };
             let SampledRecord { token, confidence, log_prob, margin, entropy, position, .. } = *d;
             let sampled = SampledToken { token, confidence, log_prob, margin, entropy };
@@ -73,10 +73,10 @@ fn law(session: &Sequence) -> (Vec<usize>, SessionSummary) {
     let progress = BlockProgress { block_len: candidates.len(), masks_at_start: candidates.len(), masks: candidates.len(), step: 0 };
     let chosen = select(&unmask, progress, &candidates).expect("no NaN");
     let revealed = chosen.len() as u32;
-    (chosen, SessionSummary { revealed, ..*before })
+    (chosen, SequenceSummary { revealed, ..*before })
 }
 
-/// The canvas of one session, as the arrays of the kernel; confidences as bits.
+/// The canvas of one sequence, as the arrays of the kernel; confidences as bits.
 #[derive(Clone, Debug, PartialEq)]
 struct Flat {
     token: Vec<u32>,
@@ -86,26 +86,26 @@ struct Flat {
     step: Vec<u32>,
 }
 
-fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
+fn check(machine: &Machine, mut sequences: Vec<Sequence>) -> Result<(), String> {
     let mut num_sampled = 0;
-    for (s, session) in sessions.iter_mut().enumerate() {
-        session.step.canvas_first = s as u32 * CANVAS;
-        session.step.sample_first = num_sampled;
-        num_sampled += session.step.sample_count;
+    for (s, sequence) in sequences.iter_mut().enumerate() {
+        sequence.step.canvas_first = s as u32 * CANVAS;
+        sequence.step.sample_first = num_sampled;
+        num_sampled += sequence.step.sample_count;
     }
-    let n = sessions.len() * CANVAS as usize;
+    let n = sequences.len() * CANVAS as usize;
     let mut expected =
         Flat { token: vec![MASK; n], confidence: vec![0; n], state: vec![state::MASKED; n], stage: vec![9; n], step: vec![0; n] };
-    let mut sampled: Vec<SampledRecord> = sessions.iter().flat_map(|s| s.sampled.iter().copied()).collect();
-    let steps = Array::new(machine, &sessions.iter().map(|s| s.step).collect::<Vec<_>>());
-    let summaries = Array::new(machine, &sessions.iter().map(|s| s.before).collect::<Vec<_>>());
+    let mut sampled: Vec<SampledRecord> = sequences.iter().flat_map(|s| s.sampled.iter().copied()).collect();
+    let steps = Array::new(machine, &sequences.iter().map(|s| s.step).collect::<Vec<_>>());
+    let summaries = Array::new(machine, &sequences.iter().map(|s| s.before).collect::<Vec<_>>());
     let records = Array::new(machine, &sampled);
     let token = Array::new(machine, &expected.token);
     let confidence = Array::new(machine, &expected.confidence);
     let (state, stage) = (Array::new(machine, &expected.state), Array::new(machine, &expected.stage));
     let step = Array::new(machine, &expected.step);
     let params = RevealParams {
-        sessions: steps.address(),
+        sequences: steps.address(),
         summaries: summaries.address(),
         sampled: records.address(),
         token: token.address(),
@@ -114,36 +114,36 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
         stage: stage.address(),
         step: step.address(),
     };
-    words(reveal(machine, sessions.len() as u32, &params))?;
+    words(reveal(machine, sequences.len() as u32, &params))?;
 
     let summaries = summaries.read()?;
-    for (s, session) in sessions.iter().enumerate() {
-        let (chosen, summary) = law(session);
+    for (s, sequence) in sequences.iter().enumerate() {
+        let (chosen, summary) = law(sequence);
         for &i in &chosen {
-            let record = &mut sampled[session.step.sample_first as usize + i];
+            let record = &mut sampled[sequence.step.sample_first as usize + i];
             record.chosen = 1;
-            let at = (session.step.canvas_first + record.position) as usize;
+            let at = (sequence.step.canvas_first + record.position) as usize;
             expected.token[at] = record.token;
             expected.confidence[at] = record.confidence.clamp(f32::MIN_POSITIVE, 1.0).to_bits();
             expected.state[at] = redraft::cuda::ops::remask::state::REVEALED;
-            expected.stage[at] = session.step.stage as u8;
-            expected.step[at] = session.step.step;
+            expected.stage[at] = sequence.step.stage as u8;
+            expected.step[at] = sequence.step.step;
         }
         if summaries[s] != summary {
-            return Err(format!("session {s}, {:?}: {:?}, expected {summary:?}", session.reveal, summaries[s]));
+            return Err(format!("sequence {s}, {:?}: {:?}, expected {summary:?}", sequence.reveal, summaries[s]));
         }
     }
     let found = records.read()?;
     // By their bits: NaN equals itself.
     let bits = |records: &[SampledRecord]| bytemuck::cast_slice::<_, [u32; 8]>(records).to_vec();
     if let Some(i) = (0..found.len()).find(|i| bits(&found)[*i] != bits(&sampled)[*i]) {
-        let s = sessions.iter().position(|s| i < (s.step.sample_first + s.step.sample_count) as usize).expect("a row of a session");
-        return Err(format!("session {s}, {:?}: {:?}, expected {:?}", sessions[s].reveal, found[i], sampled[i]));
+        let s = sequences.iter().position(|s| i < (s.step.sample_first + s.step.sample_count) as usize).expect("a row of a sequence");
+        return Err(format!("sequence {s}, {:?}: {:?}, expected {:?}", sequences[s].reveal, found[i], sampled[i]));
     }
     let after =
         Flat { token: token.read()?, confidence: confidence.read()?, state: state.read()?, stage: stage.read()?, step: step.read()? };
     if after != expected {
-        return Err("the right sampled tokens, but not the canvas that a session leaves".to_owned());
+        return Err("the right sampled tokens, but not the canvas that a sequence leaves".to_owned());
     }
     Ok(())
 }
@@ -152,49 +152,49 @@ fn check(machine: &Machine, mut sessions: Vec<Sequence>) -> Result<(), String> {
 /// more than one.
 fn odd_values(reveal: Reveal) -> Sequence {
     let odd = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, -1.0, f32::MIN_POSITIVE, 1e-45, 1.0, -0.0, 0.0, 1.5, 1e-45];
-    let mut session = session(7, odd.len() as u32, 1.0, reveal);
-    for (i, sampled) in session.sampled.iter_mut().enumerate() {
+    let mut sequence = sequence(7, odd.len() as u32, 1.0, reveal);
+    for (i, sampled) in sequence.sampled.iter_mut().enumerate() {
         (sampled.confidence, sampled.margin, sampled.entropy) = (odd[i], odd[(i + 3) % 12], odd[(i + 5) % 12]);
     }
-    session
+    sequence
 }
 
 pub fn holds(machine: &Machine) -> Result<(), String> {
     let ranks = [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left];
     for rank in ranks {
         let best = |n| Reveal::Best { rank, n };
-        let mut sessions = vec![
-            session(1, 1, 1.0, best(1)),
-            session(2, 0, 1.0, best(3)),
-            session(3, 300, 3.0, best(70)),
-            session(4, 300, 1e6, best(257)),
-            session(5, 256, 1.0, best(100)),
-            session(6, 40, 4.0, best(0)),
-            session(7, 40, 4.0, best(1000)),
+        let mut sequences = vec![
+            sequence(1, 1, 1.0, best(1)),
+            sequence(2, 0, 1.0, best(3)),
+            sequence(3, 300, 3.0, best(70)),
+            sequence(4, 300, 1e6, best(257)),
+            sequence(5, 256, 1.0, best(100)),
+            sequence(6, 40, 4.0, best(0)),
+            sequence(7, 40, 4.0, best(1000)),
         ];
         // Zeros and halves of every rank but the uniform's: all of its bits are random.
-        sessions.extend((1..12).map(|n| odd_values(best(n))));
-        check(machine, sessions)?;
+        sequences.extend((1..12).map(|n| odd_values(best(n))));
+        check(machine, sequences)?;
     }
     let bounds = [0.0, 1e-3, 0.3, 0.5, 0.9, 5.0, 1e6, -1.0];
     check(
         machine,
-        bounds.iter().flat_map(|b| [session(11, 300, 8.0, Reveal::Threshold(*b)), odd_values(Reveal::Threshold(*b))]).collect(),
+        bounds.iter().flat_map(|b| [sequence(11, 300, 8.0, Reveal::Threshold(*b)), odd_values(Reveal::Threshold(*b))]).collect(),
     )?;
-    check(machine, bounds.iter().map(|b| session(12, 60, 50.0, Reveal::EntropyBound(*b))).collect())?;
-    check(machine, bounds.iter().map(|b| session(13, 270, 1.0, Reveal::EntropyBound(*b))).collect())?;
+    check(machine, bounds.iter().map(|b| sequence(12, 60, 50.0, Reveal::EntropyBound(*b))).collect())?;
+    check(machine, bounds.iter().map(|b| sequence(13, 270, 1.0, Reveal::EntropyBound(*b))).collect())?;
 
-    // What stops a session stops it alone.
+    // What stops a sequence stops it alone.
     let all = Reveal::Best { rank: Rank::Confidence, n: 400 };
-    let mut sessions: Vec<Sequence> = (0..8).map(|i| session(20 + i, 290, 9.0, all)).collect();
-    sessions[1].sampled[288].confidence = f32::NAN;
-    sessions[2].sampled[3].margin = -f32::NAN;
-    sessions[3].sampled[289].entropy = f32::NAN;
-    sessions[4].sampled[270].status = status::BROKEN;
-    sessions[4].sampled[280].confidence = f32::NAN;
-    sessions[5].sampled[0].status = status::FORCED;
-    sessions[6].before = SessionSummary { trouble: trouble::COUNT, detail: 12, sampled: 290, revealed: 0 };
-    check(machine, sessions)
+    let mut sequences: Vec<Sequence> = (0..8).map(|i| sequence(20 + i, 290, 9.0, all)).collect();
+    sequences[1].sampled[288].confidence = f32::NAN;
+    sequences[2].sampled[3].margin = -f32::NAN;
+    sequences[3].sampled[289].entropy = f32::NAN;
+    sequences[4].sampled[270].status = status::BROKEN;
+    sequences[4].sampled[280].confidence = f32::NAN;
+    sequences[5].sampled[0].status = status::FORCED;
+    sequences[6].before = SequenceSummary { trouble: trouble::COUNT, detail: 12, sampled: 290, revealed: 0 };
+    check(machine, sequences)
 }
 
 #[test]

@@ -4,13 +4,14 @@
 use redraft::cuda::machine::Machine;
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::sample::{DrawRecord, flag};
-use redraft::cuda::ops::select_masked::{SelectMasked, SessionStep, SessionSummary, select_masked, trouble};
+use redraft::cuda::ops::select_masked::{SelectMasked, SequenceSummary, StepRecord, select_masked, trouble};
 use redraft::rng::{DrawKey, uniforms};
 
 use crate::emulator::{Array, machines, noise, words};
 
 /// Lengths around the CTA size, an empty range, a range inside the canvas; (length, range).
-const SESSIONS: [(u32, std::ops::Range<u32>); 6] = [(1, 0..1), (255, 0..255), (256, 256..256), (600, 10..523), (40, 32..40), (513, 0..513)];
+const SEQUENCES: [(u32, std::ops::Range<u32>); 6] =
+    [(1, 0..1), (255, 0..255), (256, 256..256), (600, 10..523), (40, 32..40), (513, 0..513)];
 const BUCKET: usize = 1000;
 
 fn masked(states: &[u8], first: u32, range: std::ops::Range<u32>) -> Vec<u32> {
@@ -18,17 +19,17 @@ fn masked(states: &[u8], first: u32, range: std::ops::Range<u32>) -> Vec<u32> {
 }
 
 pub fn holds(machine: &Machine) -> Result<(), String> {
-    let total: u32 = SESSIONS.iter().map(|(len, _)| len).sum();
+    let total: u32 = SEQUENCES.iter().map(|(len, _)| len).sum();
     let roles = noise(1, total as usize);
     let role = |r: &f32| [state::FIXED, state::MASKED, state::REVEALED][usize::from(*r > -0.5) + usize::from(*r > 0.4)];
     let mut states: Vec<u8> = roles.iter().map(role).collect();
     states[0] = state::MASKED;
     let mut steps = Vec::new();
     let mut canvas_first = 0;
-    for (i, (len, range)) in SESSIONS.into_iter().enumerate() {
+    for (i, (len, range)) in SEQUENCES.into_iter().enumerate() {
         let i = i as u32;
         let count = masked(&states, canvas_first, range.clone()).len() as u32;
-        steps.push(SessionStep {
+        steps.push(StepRecord {
             seed: 1 << 40 | u64::from(i),
             canvas_first,
             range_begin: range.start,
@@ -44,25 +45,25 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
             temperature: 0.25 * i as f32,
             top_p: 0.9,
             flags: flag::TRUNCATED * (i % 2),
-            ..SessionStep::default()
+            ..StepRecord::default()
         });
         canvas_first += len;
     }
-    // Last session first: what session 1 samples beyond its count would land on the row of session
-    // 0, which is written by then.
+    // Last sequence first: what sequence 1 samples beyond its count would land on the row of
+    // sequence 0, which is written by then.
     let mut sample_first = 0;
     for step in steps.iter_mut().rev() {
         step.sample_first = sample_first;
         sample_first += step.sample_count;
     }
-    let earlier = SessionSummary { trouble: trouble::NAN, detail: 4, ..SessionSummary::default() };
-    let before: Vec<_> = (0..steps.len()).map(|i| if i == 3 { earlier } else { SessionSummary::default() }).collect();
+    let earlier = SequenceSummary { trouble: trouble::NAN, detail: 4, ..SequenceSummary::default() };
+    let before: Vec<_> = (0..steps.len()).map(|i| if i == 3 { earlier } else { SequenceSummary::default() }).collect();
 
     let (device_steps, device_states) = (Array::new(machine, &steps), Array::new(machine, &states));
     let (summaries, rows, draws) =
         (Array::new(machine, &before), Array::<u32>::fresh(machine, BUCKET), Array::<DrawRecord>::fresh(machine, BUCKET));
     let op = SelectMasked {
-        sessions: steps.len() as u32,
+        sequences: steps.len() as u32,
         num_sampled: sample_first,
         bucket: BUCKET as u32,
         steps: device_steps.address(),
@@ -79,7 +80,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     for (s, step) in steps.iter().enumerate() {
         let positions = masked(&states, step.canvas_first, step.range_begin..step.range_end);
         for (i, &position) in positions.iter().take(step.sample_count as usize).enumerate() {
-            let SessionStep { seed, sample, stage, block, step: n, temperature, top_p, flags, .. } = *step;
+            let StepRecord { seed, sample, stage, block, step: n, temperature, top_p, flags, .. } = *step;
             let u = uniforms(DrawKey { seed, sample, stage: stage as u8, block, step: n, position }).token;
             let draw = DrawRecord { u, temperature, top_p, flags, forced: 0, position, sequence: s as u32 };
             expected[step.sample_first as usize + i] = (step.row_first + position - step.rows_begin, draw);
@@ -88,12 +89,12 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         let differs = sampled != step.sample_count;
         let told = match s {
             3 => earlier,
-            _ if differs => SessionSummary { trouble: trouble::COUNT, detail: sampled, ..SessionSummary::default() },
-            _ => SessionSummary::default(),
+            _ if differs => SequenceSummary { trouble: trouble::COUNT, detail: sampled, ..SequenceSummary::default() },
+            _ => SequenceSummary::default(),
         };
-        let told = SessionSummary { sampled, ..told };
+        let told = SequenceSummary { sampled, ..told };
         if summaries[s] != told || differs != [1, 3].contains(&s) {
-            return Err(format!("session {s}: {:?}, expected {told:?}", summaries[s]));
+            return Err(format!("sequence {s}: {:?}, expected {told:?}", summaries[s]));
         }
     }
     match (0..BUCKET).find(|i| (rows[*i], draws[*i]) != expected[*i]) {

@@ -16,7 +16,7 @@ use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::reveal::RevealParams;
 use crate::cuda::ops::rope_append::RopeAppend;
 use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
-use crate::cuda::ops::select_masked::{SelectMasked, SessionStep, SessionSummary};
+use crate::cuda::ops::select_masked::{SelectMasked, SequenceSummary, StepRecord};
 use crate::cuda::ops::shortlist::{Listed, Shortlist};
 use crate::cuda::ops::{
     attention, blend, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, sample, select_masked, shortlist,
@@ -34,7 +34,7 @@ const fn key(name: &'static str, device: u32, small: u32) -> Key {
 /// By name: those of a stem carry it. `copy` is no kernel of ours but the ceiling of those that
 /// memory bounds.
 pub static KERNEL_BENCHES: &[KernelBench] = &[
-    KernelBench { name: "select_masked", keys: &[key("sessions", 64, 3), key("rows", 32, 5)], prepare: select_masked },
+    KernelBench { name: "select_masked", keys: &[key("sequences", 64, 3), key("rows", 32, 5)], prepare: select_masked },
     KernelBench {
         name: "attention",
         keys: &[
@@ -80,7 +80,7 @@ pub static KERNEL_BENCHES: &[KernelBench] = &[
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9)],
         prepare: shortlist,
     },
-    KernelBench { name: "reveal", keys: &[key("sessions", 64, 3), key("rows", 32, 5)], prepare: reveal },
+    KernelBench { name: "reveal", keys: &[key("sequences", 64, 3), key("rows", 32, 5)], prepare: reveal },
 ];
 
 /// The entry of a name.
@@ -117,12 +117,12 @@ fn bytes4(byte: u8) -> u32 {
     u32::from_ne_bytes([byte; 4])
 }
 
-/// Sessions whose ranges are masked throughout, one after the other on the canvas and in the plan.
-fn sessions(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
-    let (sessions, rows) = (shape.get("sessions"), shape.get("rows"));
-    let total = small_count(sessions, rows)?;
-    let steps: Vec<SessionStep> = (0..sessions)
-        .map(|s| SessionStep {
+/// Sequences whose ranges are masked throughout, one after the other on the canvas and in the plan.
+fn sequences(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
+    let (sequences, rows) = (shape.get("sequences"), shape.get("rows"));
+    let total = small_count(sequences, rows)?;
+    let steps: Vec<StepRecord> = (0..sequences)
+        .map(|s| StepRecord {
             seed: 7,
             canvas_first: s * rows,
             range_end: rows,
@@ -132,22 +132,22 @@ fn sessions(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
             sample: s,
             temperature: 1.0,
             top_p: 1.0,
-            ..SessionStep::default()
+            ..StepRecord::default()
         })
         .map(|step| step.revealing(&Reveal::Best { rank: Rank::Confidence, n: rows as usize / 2 }))
         .collect();
-    Ok((sessions, total, inputs.records(&steps)?))
+    Ok((sequences, total, inputs.records(&steps)?))
 }
 
 fn select_masked(inputs: &Inputs, shape: &Shape) -> Result<Op> {
-    let (sessions, rows, steps) = sessions(inputs, shape)?;
+    let (sequences, rows, steps) = sequences(inputs, shape)?;
     let draws = inputs.records(&vec![DrawRecord::default(); rows as usize])?;
     let op = SelectMasked {
-        sessions,
+        sequences,
         num_sampled: rows,
         bucket: rows,
         steps,
-        summaries: inputs.records(&vec![SessionSummary::default(); sessions as usize])?,
+        summaries: inputs.records(&vec![SequenceSummary::default(); sequences as usize])?,
         state: inputs.words(rows.div_ceil(4), |_, _| bytes4(state::MASKED))?,
         rows: inputs.words(rows, |_, _| 0)?,
         draws,
@@ -477,16 +477,16 @@ fn remask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
 }
 
 fn reveal(inputs: &Inputs, shape: &Shape) -> Result<Op> {
-    let (sessions, rows, steps) = sessions(inputs, shape)?;
-    let per_session = shape.get("rows");
+    let (sequences, rows, steps) = sequences(inputs, shape)?;
+    let per_sequence = shape.get("rows");
     let sampled = |row: u32| {
         let confidence = inputs.next() as f32 / u32::MAX as f32;
-        SampledRecord { token: row, confidence, position: row % per_session, ..SampledRecord::default() }
+        SampledRecord { token: row, confidence, position: row % per_sequence, ..SampledRecord::default() }
     };
     let confidence = inputs.noise(1, rows, DType::F32)?;
     let params = RevealParams {
-        sessions: steps,
-        summaries: inputs.records(&vec![SessionSummary::default(); sessions as usize])?,
+        sequences: steps,
+        summaries: inputs.records(&vec![SequenceSummary::default(); sequences as usize])?,
         sampled: inputs.records(&(0..rows).map(sampled).collect::<Vec<_>>())?,
         token: inputs.words(rows, |_, _| 0)?,
         confidence,
@@ -495,6 +495,6 @@ fn reveal(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         step: inputs.words(rows, |_, _| 0)?,
     };
     let bytes = u64::from(rows) * size_of::<SampledRecord>() as u64;
-    let launch = move |machine: &_| reveal::reveal(machine, sessions, &params);
+    let launch = move |machine: &_| reveal::reveal(machine, sequences, &params);
     Ok(Op::new(bytes, launch).result(confidence, u64::from(rows), DType::F32))
 }

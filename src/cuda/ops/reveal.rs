@@ -11,12 +11,12 @@ use crate::error::Result;
 const THREADS: u32 = 256;
 
 params! {
-    /// `reveal`: one entry. S is the number of sessions, N the number of positions of all
+    /// `reveal`: one entry. S is the number of sequences, N the number of positions of all
     /// sequences.
     RevealParams, 64 bytes {
-        /// (S) `select_masked::SessionStep`.
-        sessions: u64 = 0,
-        /// (S) `select_masked::SessionSummary`.
+        /// (S) `select_masked::StepRecord`.
+        sequences: u64 = 0,
+        /// (S) `select_masked::SequenceSummary`.
         summaries: u64 = 8,
         /// `sample::SampledRecord` of all rows; `chosen` is set.
         sampled: u64 = 16,
@@ -42,7 +42,7 @@ fn build() -> Build {
     Build { stem: "reveal", defines: vec![("THREADS", THREADS)] }
 }
 
-/// One CTA for each of `num_sessions`.
-pub fn reveal(machine: &Machine, num_sessions: u32, params: &RevealParams) -> Result<()> {
-    machine.launch(build(), "reveal", Launch::line(num_sessions, THREADS), params)
+/// One CTA for each of `num_sequences`.
+pub fn reveal(machine: &Machine, num_sequences: u32, params: &RevealParams) -> Result<()> {
+    machine.launch(build(), "reveal", Launch::line(num_sequences, THREADS), params)
 }

@@ -1,5 +1,5 @@
-//! Launcher of `select_masked`: the masked positions of each session's range as rows of the plan
-//! and as draws; and the records of a session that `reveal` reads as well.
+//! Launcher of `select_masked`: the masked positions of each sequence's range as rows of the plan
+//! and as draws; and the records of a sequence that `reveal` reads as well.
 #![forbid(unsafe_code)]
 
 use crate::cuda::driver::interface::{Address, Build, Launch};
@@ -11,8 +11,8 @@ use crate::sampling::{Rank, Reveal};
 const THREADS: u32 = 256;
 
 params! {
-    /// One session's part of a step on the device. Its plan rows are consecutive positions.
-    SessionStep, 80 bytes {
+    /// One sequence's part of a step on the device. Its plan rows are consecutive positions.
+    StepRecord, 80 bytes {
         seed: u64 = 0,
         /// Place of position 0 in the canvas arrays.
         canvas_first: u32 = 8,
@@ -34,7 +34,7 @@ params! {
         temperature: f32 = 52,
         top_p: f32 = 56,
         flags: u32 = 60,
-        /// See [`SessionStep::revealing`].
+        /// See [`StepRecord::revealing`].
         rule: u32 = 64,
         rank: u32 = 68,
         n: u32 = 72,
@@ -42,9 +42,9 @@ params! {
     }
 }
 
-impl SessionStep {
+impl StepRecord {
     /// The same with the rule of its reveals: the `RULE_*` and `RANK_*` of `kernels/canvas.cuh`.
-    pub fn revealing(self, reveal: &Reveal) -> SessionStep {
+    pub fn revealing(self, reveal: &Reveal) -> StepRecord {
         let rank = |rank: Rank| match rank {
             Rank::Uniform => 0,
             Rank::Confidence => 1,
@@ -55,18 +55,18 @@ impl SessionStep {
         match *reveal {
             // More than there can be is as good as all.
             Reveal::Best { rank: by, n } => {
-                SessionStep { rule: 0, rank: rank(by), n: u32::try_from(n).unwrap_or(u32::MAX), bound: 0.0, ..self }
+                StepRecord { rule: 0, rank: rank(by), n: u32::try_from(n).unwrap_or(u32::MAX), bound: 0.0, ..self }
             }
-            Reveal::Threshold(bound) => SessionStep { rule: 1, rank: 0, n: 0, bound, ..self },
-            Reveal::EntropyBound(bound) => SessionStep { rule: 2, rank: 0, n: 0, bound, ..self },
+            Reveal::Threshold(bound) => StepRecord { rule: 1, rank: 0, n: 0, bound, ..self },
+            Reveal::EntropyBound(bound) => StepRecord { rule: 2, rank: 0, n: 0, bound, ..self },
         }
     }
 }
 
 params! {
-    /// What became of a session, over the steps of a run. Zeros at its start; the first trouble
-    /// stays, and nothing of the session is revealed from there on.
-    SessionSummary, 16 bytes {
+    /// What became of a sequence, over the steps of a run. Zeros at its start; the first trouble
+    /// stays, and nothing of the sequence is revealed from there on.
+    SequenceSummary, 16 bytes {
         /// See [`trouble`].
         trouble: u32 = 0,
         detail: u32 = 4,
@@ -77,33 +77,33 @@ params! {
     }
 }
 
-/// Values of [`SessionSummary::trouble`], the `TROUBLE_*` of `kernels/canvas.cuh`.
+/// Values of [`SequenceSummary::trouble`], the `TROUBLE_*` of `kernels/canvas.cuh`.
 pub mod trouble {
     pub const NONE: u32 = 0;
     /// Other masks than the host predicted; the detail is their number.
     pub const COUNT: u32 = 1;
     /// A row could not be sampled, see its record; the detail is the lowest such row, counted
-    /// within the session.
+    /// within the sequence.
     pub const SAMPLING: u32 = 2;
     /// A confidence, margin or entropy is NaN; the detail as above.
     pub const NAN: u32 = 3;
 }
 
 params! {
-    /// `select_masked`: one entry. S is the number of sessions.
+    /// `select_masked`: one entry. S is the number of sequences.
     SelectMaskedParams, 56 bytes {
-        /// (S) [`SessionStep`].
-        sessions: u64 = 0,
+        /// (S) [`StepRecord`].
+        sequences: u64 = 0,
         /// Canvas, u8: see `remask::state`.
         state: u64 = 8,
-        /// (S) [`SessionSummary`].
+        /// (S) [`SequenceSummary`].
         summaries: u64 = 16,
         /// (bucket) u32 out: plan rows.
         rows: u64 = 24,
         /// (bucket) `sample::DrawRecord` out.
         draws: u64 = 32,
-        sessions_count: u32 = 40,
-        /// Of all sessions, as the host predicts; the rest of the bucket is padding.
+        sequences_count: u32 = 40,
+        /// Of all sequences, as the host predicts; the rest of the bucket is padding.
         sample_count: u32 = 44,
         bucket: u32 = 48,
         padding: u32 = 52,
@@ -119,14 +119,14 @@ fn build() -> Build {
     Build { stem: "select_masked", defines: vec![("THREADS", THREADS)] }
 }
 
-/// The sampled rows of `sessions` sessions, `num_sampled` together, and padding up to `bucket`.
+/// The sampled rows of `sequences` sequences, `num_sampled` together, and padding up to `bucket`.
 pub struct SelectMasked {
-    pub sessions: u32,
+    pub sequences: u32,
     pub num_sampled: u32,
     pub bucket: u32,
-    /// (sessions) [`SessionStep`].
+    /// (sequences) [`StepRecord`].
     pub steps: Address,
-    /// (sessions) [`SessionSummary`].
+    /// (sequences) [`SequenceSummary`].
     pub summaries: Address,
     /// Canvas states.
     pub state: Address,
@@ -137,25 +137,25 @@ pub struct SelectMasked {
 }
 
 pub fn select_masked(machine: &Machine, op: &SelectMasked) -> Result<()> {
-    let SelectMasked { sessions, num_sampled, bucket, steps, summaries, state, rows, draws } = *op;
+    let SelectMasked { sequences, num_sampled, bucket, steps, summaries, state, rows, draws } = *op;
     assert!(num_sampled <= bucket, "{num_sampled} num_sampled in a bucket of {bucket}");
     let params = SelectMaskedParams {
-        sessions: steps,
+        sequences: steps,
         state,
         summaries,
         rows,
         draws,
-        sessions_count: sessions,
+        sequences_count: sequences,
         sample_count: num_sampled,
         bucket,
         padding: 0,
     };
-    machine.launch(build(), "select_masked", launch(sessions), &params)
+    machine.launch(build(), "select_masked", launch(sequences), &params)
 }
 
-/// One CTA more than there are sessions: it writes the padding.
-fn launch(sessions: u32) -> Launch {
-    Launch::line(sessions + 1, THREADS)
+/// One CTA more than there are sequences: it writes the padding.
+fn launch(sequences: u32) -> Launch {
+    Launch::line(sequences + 1, THREADS)
 }
 
 #[cfg(test)]
@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn rules_keep_their_numbers() {
         let of = |reveal: &Reveal| {
-            let step = SessionStep { seed: 9, ..SessionStep::default() }.revealing(reveal);
+            let step = StepRecord { seed: 9, ..StepRecord::default() }.revealing(reveal);
             assert_eq!(step.seed, 9);
             (step.rule, step.rank, step.n, step.bound)
         };
