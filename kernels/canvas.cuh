@@ -1,4 +1,4 @@
-// States of a canvas position on the device, and one sequence's part of a step: what `select_masked`, `reveal` and `remask` share.
+// States of a canvas position on the device, and one sequence's part of a step: what `select_masked`, `unmask` and `remask` share.
 #pragma once
 #include "common.cuh"
 

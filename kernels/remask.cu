@@ -20,7 +20,7 @@ struct RemaskParams {
     float* confidence;  // (N) snapshot; 0 where nothing is revealed
     u8* state;          // (N) STATE_*
     u8* stage;          // (N) stage that sampled the position
-    u32* step;          // (N) step of the reveal; 0 where nothing is revealed
+    u32* step;          // (N) step that unmasked it; 0 where nothing is revealed
     u32* positions;     // (N) out: positions taken, within the sequence, ascending from indptr[s]
     u32* taken;         // (S) out: how many
     u32 mask_id;

@@ -46,7 +46,7 @@ struct SampledRecord {
     float entropy;
     u32 status;  // 0 or STATUS_*
     u32 position;
-    u32 chosen;  // 0; `reveal` sets 1
+    u32 chosen;  // 0; `unmask` sets 1
 };
 FIELD(SampledRecord, token, 0);
 FIELD(SampledRecord, confidence, 4);

@@ -1,6 +1,6 @@
-//! One sequence's positions: token, state, snapshot confidence, stage and step of the reveal.
+//! One sequence's positions: token, state, snapshot confidence, stage and step that unmasked it.
 //!
-//! Transitions are the only way in: masked -> revealed ([`Canvas::reveal`]), revealed -> masked
+//! Transitions are the only way in: masked -> revealed ([`Canvas::unmask`]), revealed -> masked
 //! ([`Canvas::remask`]), and another token where one was revealed ([`Canvas::edit`]). Fixed
 //! positions never change. A broken transition is a bug of ours and asserts.
 #![forbid(unsafe_code)]
@@ -69,7 +69,7 @@ impl Canvas {
         self.confidence[position]
     }
 
-    /// Stage and step of the reveal (the stage alone, while masked).
+    /// Stage and step that unmasked it (the stage alone, while masked).
     pub fn revealed_at(&self, position: usize) -> (u8, u32) {
         (self.stage[position], self.step[position])
     }
@@ -100,9 +100,9 @@ impl Canvas {
     }
 
     /// Masked -> revealed. The confidence is written once and kept until the position is remasked.
-    pub fn reveal(&mut self, position: usize, token: u32, confidence: f32, stage: u8, step: u32) {
-        assert_eq!(self.state[position], State::Masked, "reveal of position {position}");
-        assert_ne!(token, self.mask_id, "MASK revealed at position {position}");
+    pub fn unmask(&mut self, position: usize, token: u32, confidence: f32, stage: u8, step: u32) {
+        assert_eq!(self.state[position], State::Masked, "unmask of position {position}");
+        assert_ne!(token, self.mask_id, "MASK at position {position}");
         self.tokens[position] = token;
         self.state[position] = State::Revealed;
         self.confidence[position] = confidence;
@@ -159,7 +159,7 @@ mod tests {
             for (i, (position, token)) in moves.into_iter().enumerate() {
                 let position = position % canvas.len();
                 match canvas.state(position) {
-                    State::Masked => canvas.reveal(position, token, 0.5, 1, i as u32),
+                    State::Masked => canvas.unmask(position, token, 0.5, 1, i as u32),
                     State::Revealed if token < 3 => {
                         canvas.edit(position, token, 0.25, 1, i as u32);
                         prop_assert_eq!((canvas.tokens()[position], canvas.confidence(position)), (token, 0.25));
@@ -191,8 +191,8 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "reveal of position 0")]
+    #[should_panic(expected = "unmask of position 0")]
     fn a_fixed_position_cannot_be_revealed() {
-        Canvas::new(&[Some(1)], 9).reveal(0, 2, 0.5, 0, 0);
+        Canvas::new(&[Some(1)], 9).unmask(0, 2, 0.5, 0, 0);
     }
 }

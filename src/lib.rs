@@ -30,7 +30,7 @@
 //! |---|---|
 //! | [`error`], [`rng`], [`canvas`], [`pages`], [`plan`] | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
 //! | [`config`], [`weights`], [`tokenizer`], [`chat`] | a checkpoint directory, validated |
-//! | [`schedule`], [`sampling`] | what a request asks for; which token, which reveals, which remasks |
+//! | [`schedule`], [`sampling`] | what a request asks for; which token, which positions are unmasked, which masked again |
 //! | [`backend`], [`cpu`], `cuda` | ops of a machine, runners of planned steps; the CPU; the CUDA backend |
 //! | [`model`] | the forward pass and the families |
 //! | [`sequence`], [`scheduler`], [`request`] | one request's life; which sequences advance; what callers hand in and get back |

@@ -77,7 +77,7 @@ pub enum Kind {
     /// A block in which something may be revealed now.
     Denoise,
     /// Finished blocks whose last row answers the first position of the next one (shifted logits):
-    /// final K/V and a reveal.
+    /// final K/V and an unmasked token.
     Lead,
     /// A finished block whose final K/V is written.
     Commit,

@@ -20,7 +20,7 @@ use crate::model::{Model, Probe, Scratch};
 use crate::pages::PageTable;
 use crate::plan::{Plan, Visibility};
 use crate::request::{Prompt, Request};
-use crate::sampling::{Draw, Rank, Reveal, TopPRule};
+use crate::sampling::{Draw, Rank, TopPRule, UnmaskStep};
 use crate::schedule::{Defaults, Schedule};
 
 /// Draws of scoring and of benches: the plain distribution.
@@ -251,7 +251,7 @@ impl<B: Backend> Engine<B> {
                 range: sample_rows,
                 logits,
                 draw: timed.draw(),
-                reveal: Reveal::Best { rank: Rank::Confidence, n: 1 },
+                unmask: UnmaskStep::Best { rank: Rank::Confidence, n: 1 },
             };
             Sampling::Rules(RuleSampling { sequences: vec![sequence], joint: None })
         } else {

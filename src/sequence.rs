@@ -22,7 +22,7 @@
 //! it. Forwards that compute some rows only compute the answering ones too. Under block-causal
 //! attention the first position of a block is answered by the last row of the block before it,
 //! which sees nothing of its own: one forward, the *lead*, writes the finished blocks' final K/V
-//! and reveals that position, and then the block is denoised. [Fast-dLLM v2] It is the commit and
+//! and unmasks that position, and then the block is denoised. [Fast-dLLM v2] It is the commit and
 //! the next token of the autoregressive reading in one.
 #![forbid(unsafe_code)]
 
@@ -61,9 +61,9 @@ pub struct SequenceSpec {
     /// Write a finished block's K/V in a forward of its own instead of together with the next
     /// block's first forward.
     pub separate_commit: bool,
-    /// Per position: the token a reveal must choose (likelihood scoring). Empty to sample.
+    /// Per position: the token that must be chosen (likelihood scoring). Empty to sample.
     pub forced: Vec<u32>,
-    /// Per position: the token that a reveal of the first stage must choose, in the place of a
+    /// Per position: the token that the first stage must choose, in the place of a
     /// draft by the model. Empty to sample.
     pub draft: Vec<u32>,
     /// Source of uniforms; `None` is [`rng::uniforms`]. Tests replay recorded draws through it.
@@ -137,7 +137,7 @@ pub struct Sequence {
     fresh: Vec<usize>,
     scores: Vec<(usize, f64)>,
     pending: Option<Step>,
-    /// What the joint sampler still reveals behind the last forward.
+    /// What the joint sampler still unmasks after the last forward.
     round: Option<forwards::Round>,
     reports: Vec<StageReport>,
     stage_start: Instant,
@@ -367,7 +367,7 @@ impl Sequence {
         self.spec.draws.as_ref().map_or_else(|| rng::uniforms(key), |draws| draws(&key))
     }
 
-    /// The token that a reveal of `position` must choose.
+    /// The token that must be chosen at `position`.
     fn forced(&self, position: usize) -> Option<u32> {
         let draft = if self.stage == 0 { self.spec.draft.get(position) } else { None };
         draft.or(self.spec.forced.get(position)).copied()
@@ -517,7 +517,7 @@ impl Sequence {
         SampleRow { row, position, draw: self.draw(token, forced), order }
     }
 
-    /// The forward that reveals the first position of a block from the last row before it: of the
+    /// The forward that unmasks the first position of a block from the last row before it: of the
     /// finished blocks, or of everything where it fills the caches of full attention.
     fn set_lead(&mut self, block: usize, start: usize) {
         self.block = block;
@@ -584,7 +584,7 @@ impl Sequence {
                     None if joint => self.first_of_round(&candidates)?,
                     None => sampling::select_tempered(&unmask, order_temperature, self.progress, &candidates)?,
                     Some(Edit { bound, .. }) => {
-                        // Reveals and edits of a forward know nothing of each other.
+                        // Unmasked and edited tokens of a forward know nothing of each other.
                         let is_masked = |i: &usize| self.canvas.state(candidates[*i].position) == State::Masked;
                         let (masked, standing): (Vec<usize>, Vec<usize>) = (0..candidates.len()).partition(is_masked);
                         let held = |i: &usize| (candidates[*i], self.canvas.tokens()[candidates[*i].position]);
@@ -656,7 +656,7 @@ impl Sequence {
         let confidence = |sampled: &SampledToken| sampled.confidence.clamp(f32::MIN_POSITIVE, 1.0);
         for &i in chosen {
             let Candidate { position, sampled, .. } = candidates[i];
-            self.canvas.reveal(position, sampled.token, confidence(&sampled), self.stage as u8, step);
+            self.canvas.unmask(position, sampled.token, confidence(&sampled), self.stage as u8, step);
             self.fresh.push(position);
         }
         for &i in edits {
@@ -666,7 +666,7 @@ impl Sequence {
         self.reports.last_mut().expect("opened with the stage").edited += edits.len();
         let revealed = self.fresh.clone();
         let edited: Vec<usize> = edits.iter().map(|i| candidates[*i].position).collect();
-        for (kind, positions) in [(EventKind::Reveal, revealed), (EventKind::Edit, edited)] {
+        for (kind, positions) in [(EventKind::Unmask, revealed), (EventKind::Edit, edited)] {
             if !positions.is_empty() {
                 let confidence = self.snapshots(&positions);
                 events.push(self.event(kind, step, positions, confidence));
@@ -775,8 +775,8 @@ impl Sequence {
             let len = self.canvas.len();
             let first = match self.stage().visibility() {
                 Visibility::BlockCausal(_) => self.committed,
-                // Under full visibility the last reveals changed what every row saw, and a stage
-                // without reveals wrote nothing.
+                // Under full visibility the last unmasked tokens changed what every row saw, and a
+                // stage without unmasked tokens wrote nothing.
                 Visibility::Full if self.committed == len => len,
                 Visibility::Full => 0,
             };

@@ -134,7 +134,7 @@ impl TextStream {
     fn apply(&mut self, event: &Event) {
         self.stage = usize::from(event.stage);
         match event.kind {
-            EventKind::Reveal | EventKind::Edit => {
+            EventKind::Unmask | EventKind::Edit => {
                 for ((position, token), confidence) in event.positions.iter().zip(&event.tokens).zip(&event.confidence) {
                     self.cells.insert(*position, (Some(*token), *confidence));
                 }

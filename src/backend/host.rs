@@ -167,7 +167,7 @@ impl<'a> HostParts<'a> {
 
 impl<B: Backend> StepParts<B> for HostParts<'_> {
     fn begin(&mut self, backend: &B) -> Result<StepBatches<B>> {
-        // Where reveals are joint the sampler wants all rows of the sequence, else those that are
+        // Where sampling is joint the sampler wants all rows of the sequence, else those that are
         // sampled rows are all that is wanted.
         let (mut picked, mut sample_rows) = (Vec::new(), Vec::new());
         let (mut inside, mut outside, mut outside_rows, mut guided) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());

@@ -8,7 +8,7 @@ use std::time::Instant;
 use crate::canvas::Canvas;
 use crate::error::Result;
 use crate::plan::{LogitsRows, Plan};
-use crate::sampling::{Draw, Reveal, SampledToken};
+use crate::sampling::{Draw, SampledToken, UnmaskStep};
 
 /// One forward over rows of several sequences, and how its rows are sampled.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,7 +33,7 @@ pub enum Sampling {
 pub struct RuleSampling {
     /// One for each sequence of the plan.
     pub sequences: Vec<SequenceStep>,
-    /// Where the reveals of a sequence are joint.
+    /// Where a sequence samples jointly.
     pub joint: Option<PlannedJoint>,
 }
 
@@ -57,7 +57,7 @@ pub struct SequenceStep {
     pub logits: LogitsRows,
     /// Without `u`, which the device takes from the counter RNG, and `forced`.
     pub draw: Draw,
-    pub reveal: Reveal,
+    pub unmask: UnmaskStep,
 }
 
 /// What a joint sampler does after the forward of a step. Rows are those of the forward's plan.
@@ -73,7 +73,7 @@ pub struct PlannedJoint {
 /// One pass of a joint sampler, and what is sampled by it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedPass {
-    /// The windows of the sequences that still reveal something, ascending; all of them are among
+    /// The windows of the sequences that still unmask something, ascending; all of them are among
     /// those of the pass before.
     pub rows: Vec<u32>,
     /// One for each sequence of the plan; those that are through sample nothing.
@@ -99,7 +99,7 @@ pub struct HostSequence {
     pub rows: Vec<u32>,
     pub draws: Vec<Draw>,
     pub rule: HostRule,
-    /// Where the reveals are joint: what the sampler takes from the forward.
+    /// Where sampling is joint: what the sampler takes from the forward.
     pub window: Option<HostWindow>,
 }
 
@@ -114,7 +114,7 @@ pub struct HostRule {
     pub guidance: f32,
 }
 
-/// The window of a sequence whose reveals are joint. Rows are counted among the sequence's own.
+/// The window of a sequence that samples jointly. Rows are counted among the sequence's own.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostWindow {
     /// First position of the window.
@@ -129,7 +129,7 @@ pub struct HostWindow {
 /// A pass of a joint sampler that the host samples.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPass {
-    /// The windows of the sequences that still reveal something, with their tokens as they are now.
+    /// The windows of the sequences that still unmask something, with their tokens as they are now.
     pub plan: Plan,
     /// One for each sequence of the step; `None` where it is through.
     pub sequences: Vec<Option<HostSequence>>,
@@ -206,7 +206,7 @@ impl HostReason {
             HostReason::Scoring => "scoring for a remask",
             HostReason::ForcedTokens => "forced tokens",
             HostReason::InjectedDraws => "draws of a test",
-            HostReason::KvPolicy => "kv: rows follow the reveals",
+            HostReason::KvPolicy => "kv: rows depend on what was unmasked",
             HostReason::FirstPosition => "shifted logits: position 0 is not given",
             HostReason::UnmaskRule => "unmask: a rule that the device does not know",
             HostReason::OrderTemperature => "order_temperature",

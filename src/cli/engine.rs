@@ -43,7 +43,7 @@ pub(crate) fn drain<B: Backend>(engine: &mut Engine<B>, handles: &[Handle]) -> R
     loop {
         let busy = engine.tick()?;
         for event in handles.iter().flat_map(Handle::events) {
-            if event.kind == EventKind::Reveal {
+            if event.kind == EventKind::Unmask {
                 revealed += event.positions.len();
             }
         }

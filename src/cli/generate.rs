@@ -288,7 +288,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
         let busy = engine.tick()?;
         for (i, handle) in handles.iter().enumerate().skip(printed) {
             for event in handle.events() {
-                revealed += if event.kind == crate::sequence::EventKind::Reveal { event.positions.len() } else { 0 };
+                revealed += if event.kind == crate::sequence::EventKind::Unmask { event.positions.len() } else { 0 };
                 if let Some(trace) = &mut trace {
                     trace.write(&event);
                 }

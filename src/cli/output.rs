@@ -200,7 +200,7 @@ struct TraceLine<'a> {
 /// One event of `--trace`.
 pub(super) fn trace_line(event: &Event) -> String {
     let name = match event.kind {
-        EventKind::Reveal => "reveal",
+        EventKind::Unmask => "reveal",
         EventKind::Edit => "edit",
         EventKind::Remask => "remask",
         EventKind::Commit => "commit",

@@ -46,7 +46,7 @@ impl Watch {
 
     pub(super) fn event(&mut self, event: &Event, tokenizer: &Tokenizer) {
         self.apply(event, |id| tokenizer.decode(&[id]));
-        if matches!(event.kind, EventKind::Reveal | EventKind::Edit | EventKind::Remask) {
+        if matches!(event.kind, EventKind::Unmask | EventKind::Edit | EventKind::Remask) {
             self.draw();
             std::thread::sleep(if event.kind == EventKind::Remask { self.delay * 20 } else { self.delay });
         }
@@ -56,7 +56,7 @@ impl Watch {
         for ((&position, &token), &confidence) in event.positions.iter().zip(&event.tokens).zip(&event.confidence) {
             let Some(cell) = self.cells.get_mut(position) else { continue };
             match event.kind {
-                EventKind::Reveal | EventKind::Edit => *cell = Cell::Revealed(piece(token), confidence),
+                EventKind::Unmask | EventKind::Edit => *cell = Cell::Revealed(piece(token), confidence),
                 EventKind::Remask => *cell = Cell::Remasked,
                 EventKind::Commit | EventKind::Done => {}
             }
@@ -152,11 +152,11 @@ mod tests {
     #[test]
     fn cells_follow_the_events() {
         let mut w = watch(vec![Cell::Fixed("a".into()), Cell::Masked, Cell::Masked]);
-        w.apply(&event(EventKind::Reveal, vec![1]), |id| format!("t{id}"));
+        w.apply(&event(EventKind::Unmask, vec![1]), |id| format!("t{id}"));
         assert_eq!(w.cells[1], Cell::Revealed("t7".into(), 0.25));
         w.apply(&event(EventKind::Remask, vec![1]), |_| unreachable!());
         assert_eq!(w.cells[1], Cell::Remasked);
-        w.apply(&event(EventKind::Reveal, vec![1, 99]), |_| "x".into());
+        w.apply(&event(EventKind::Unmask, vec![1, 99]), |_| "x".into());
         w.apply(&event(EventKind::Done, vec![1]), |_| unreachable!());
         assert_eq!(w.cells.len(), 2, "the mask behind the end is gone");
         assert!(w.status.starts_with("stage 1 step 3 | refine"));

@@ -97,7 +97,7 @@ impl StepRunner<Cuda> for DeviceSteps {
     }
 
     /// Many launches of the recorded step between two waits, so that the time is the device's and
-    /// not that of the calls. What a launch reveals on the canvas, the next one reveals again, so
+    /// not that of the calls. What a launch unmasks on the canvas, the next one unmasks again, so
     /// all do the same work.
     fn time(
         &mut self,

@@ -234,7 +234,7 @@ impl Layout<'_> {
         self.words.push(places.into_iter().chain(repeat_n(0, rows - plan.num_rows())))
     }
 
-    /// The sequences as `select_masked` and `reveal` know them.
+    /// The sequences as `select_masked` and `unmask` know them.
     fn records(&mut self, plan: &Plan, sequences: &[SequenceStep]) -> usize {
         let first_sampled = offsets(sequences.iter().map(|part| part.num_sampled as u32));
         let records: Vec<select_masked::StepRecord> = sequences
@@ -263,7 +263,7 @@ impl Layout<'_> {
                     flags: draw.flags,
                     ..select_masked::StepRecord::default()
                 };
-                step.revealing(&part.reveal)
+                step.unmasking(&part.unmask)
             })
             .collect();
         self.words

@@ -4,7 +4,7 @@
 //! ```text
 //! begin   canvases and the arrays of all steps go up in two copies
 //! step    arrays -> the fixed places; (remask); select_masked: which positions are still masked, their draws
-//! replay  embed .. layers .. final norm, sample, reveal, and all passes of a joint sampler, each with a selection of its own: one recorded graph per
+//! replay  embed .. layers .. final norm, sample, unmask, and all passes of a joint sampler, each with a selection of its own: one recorded graph per
 //!         signature, reading the fixed places only
 //! log     the step's sampled tokens move to their place in the log
 //! end     the log comes down: the one time the host waits
@@ -29,10 +29,10 @@ use crate::cuda::driver::interface::Address;
 use crate::cuda::ops::attention::Regime;
 use crate::cuda::ops::gather::{self, Gather};
 use crate::cuda::ops::remask::{RemaskParams, state};
-use crate::cuda::ops::reveal::RevealParams;
 use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
 use crate::cuda::ops::select_masked::{SelectMasked, SequenceSummary, trouble};
-use crate::cuda::ops::{remask, reveal, sample, select_masked};
+use crate::cuda::ops::unmask::UnmaskParams;
+use crate::cuda::ops::{remask, sample, select_masked, unmask};
 use crate::error::{Error, Result};
 
 /// What was sampled by one forward or pass, for each of its sequences.
@@ -276,8 +276,8 @@ impl Run {
         sample::sample(&cuda.machine, &op)?;
         let CanvasArrays { token, confidence, state, stage, step, .. } = self.canvas;
         let (sequences, summaries) = (self.arrays + 4 * part.records as u64, self.summaries);
-        let params = RevealParams { sequences, summaries, sampled, token, confidence, state, stage, step };
-        reveal::reveal(&cuda.machine, self.num_sequences as u32, &params)
+        let params = UnmaskParams { sequences, summaries, sampled, token, confidence, state, stage, step };
+        unmask::unmask(&cuda.machine, self.num_sequences as u32, &params)
     }
 
     /// Moves the sampled tokens of a step to the log.

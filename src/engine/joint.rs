@@ -66,7 +66,7 @@ impl<B: Backend> Engine<B> {
 
     /// Logits, before any ban, of the `window` (first and end position) after each call of the
     /// attached sampler: `states[0]` is what the model sees, `states[j]` what call j sees, after
-    /// another reveal. Positions before the window keep the K/V of their first state.
+    /// another token is unmasked. Positions before the window keep the K/V of their first state.
     ///
     /// Errors: no sampler, states of different lengths, a window outside of them, and those of a
     /// forward.

@@ -24,7 +24,7 @@ impl<B: Backend> LoadedJoint<B> {
     }
 }
 
-/// What the sampler does after a foreseen forward over `plan`: `None` where no sequence's reveals
+/// What the sampler does after a foreseen forward over `plan`: `None` where no sequence samples
 /// are joint. `logits` are the model's.
 pub(super) fn planned_joint(plan: &Plan, steps: &[&LookaheadStep], logits: LogitsRows) -> Option<PlannedJoint> {
     if steps.iter().all(|step| step.joint.is_none()) {
@@ -60,7 +60,7 @@ mod tests {
 
     use super::*;
     use crate::plan::Visibility;
-    use crate::sampling::{Draw, Rank, Reveal, TopPRule};
+    use crate::sampling::{Draw, Rank, TopPRule, UnmaskStep};
 
     fn sampling(num_sampled: usize, range: Range<usize>) -> SequenceStep {
         let draw = Draw {
@@ -72,8 +72,8 @@ mod tests {
             forced: None,
             truncated_confidence: false,
         };
-        let reveal = Reveal::Best { rank: Rank::Entropy, n: 1 };
-        SequenceStep { remask: None, stage: 0, block: 0, step: 0, range, num_sampled, logits: LogitsRows::Own, draw, reveal }
+        let unmask = UnmaskStep::Best { rank: Rank::Entropy, n: 1 };
+        SequenceStep { remask: None, stage: 0, block: 0, step: 0, range, num_sampled, logits: LogitsRows::Own, draw, unmask }
     }
 
     /// A block behind the one before it, a neighbour without a sampler, and a whole canvas of

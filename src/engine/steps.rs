@@ -203,7 +203,7 @@ impl Sequences for RunningSequences<'_> {
 
 impl RunningSequences<'_> {
     /// Applies what was sampled for one chosen sequence by a forward, or by a joint sampler's
-    /// `pass`. Whatever the device revealed, the law of the schedule reveals it here, and both must
+    /// `pass`. What the device unmasked, the specification unmasks here as well, and both must
     /// agree. False where the sequence leaves the run.
     fn apply_to(&mut self, c: usize, pass: bool, began: Option<Instant>, rows: Result<Vec<RowOutcome>>) -> bool {
         let active = &mut self.active[self.chosen[c]];
@@ -234,7 +234,7 @@ impl RunningSequences<'_> {
                 if prefill && let Some(key) = &active.prefix {
                     self.pool.publish(key, active.id, active.table.pages());
                 }
-                if active.timings.first_token_ms == 0.0 && events.iter().any(|e| e.kind == EventKind::Reveal) {
+                if active.timings.first_token_ms == 0.0 && events.iter().any(|e| e.kind == EventKind::Unmask) {
                     active.timings.first_token_ms = ms(active.admitted, Instant::now());
                 }
             }

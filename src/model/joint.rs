@@ -1,9 +1,9 @@
-//! The one-layer sampler over a frozen diffusion model that reveals several tokens per full forward
+//! The one-layer sampler over a frozen diffusion model that unmasks several tokens per full forward
 //! (ADJUST, arXiv 2509.22738).
 //!
 //! ```text
 //! h <- final rows of the model, those that answer each position
-//! after every reveal, at every position i of the window:
+//! after every unmasked token, at every position i of the window:
 //!     u = W_d [ rms_e(E[x_i]) ; rms_h(h_i) ] + b_d        v = layer(u)        h_i <- h_i + rms_p(v)
 //!     the answer to i: softmax(W h_i)
 //! ```

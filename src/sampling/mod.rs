@@ -10,5 +10,5 @@ pub mod unmask;
 
 pub use remask::{remask, score};
 pub use sample::sample_row;
-pub use types::{Draw, Rank, Reveal, SampledToken, Score, TopK, TopKOrder, TopPRule, Unmask, top_k_of, valid_temperature, valid_top_p};
+pub use types::{Draw, Rank, SampledToken, Score, TopK, TopKOrder, TopPRule, Unmask, UnmaskStep, top_k_of, valid_temperature, valid_top_p};
 pub use unmask::{BlockProgress, Candidate, edits, next_step, quota, select, select_tempered};

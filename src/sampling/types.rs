@@ -73,7 +73,7 @@ pub struct SampledToken {
 /// The ranking by which masked positions are revealed, best first; ties to the lower position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rank {
-    /// A uniformly random order. With one reveal per forward this is BD3-LM's first-hitting
+    /// A uniformly random order. With one token per forward this is BD3-LM's first-hitting
     /// sampler.
     Uniform,
     /// Highest probability of the chosen token first.
@@ -86,7 +86,7 @@ pub enum Rank {
     Left,
 }
 
-/// Which masked positions of the current block a forward reveals. Every rule reveals at least one.
+/// Which masked positions of the current block a forward unmasks. Every rule unmasks at least one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Unmask {
     /// The best `n`.
@@ -139,7 +139,7 @@ impl Unmask {
 
 /// The unmask rule of one step, its quota already counted (`sampling::quota`).
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Reveal {
+pub enum UnmaskStep {
     /// The best `n` by `rank`.
     Best { rank: Rank, n: usize },
     /// Everything with confidence >= the threshold, and always the most confident.

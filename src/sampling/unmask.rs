@@ -1,4 +1,4 @@
-//! Unmask rules: which masked positions a forward reveals, and which tokens it overwrites.
+//! Unmask rules: which masked positions a forward unmasks, and which tokens it overwrites.
 //!
 //! Plain numbers in, plain numbers out. Ties go to the lower position; at least one position is
 //! revealed per step; NaN is an error, never a loop (docs/architecture.md, progress).
@@ -16,7 +16,7 @@ pub struct Candidate {
     pub order: f64,
 }
 
-/// Where a block stands when its next reveals are chosen.
+/// Where a block stands when the next positions are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockProgress {
     /// Positions of a whole block (of a part of one, where a stage has such).
@@ -29,7 +29,7 @@ pub struct BlockProgress {
     pub step: usize,
 }
 
-/// How many reveals `unmask` wants at this step, where it counts steps (of [`Unmask::Above`]: at
+/// How many positions `unmask` wants at this step, where it counts steps (of [`Unmask::Above`]: at
 /// least); `None` for rules that look at the candidates instead.
 pub fn quota(unmask: &Unmask, progress: BlockProgress) -> Option<usize> {
     let BlockProgress { block_len, masks_at_start, masks, step } = progress;
@@ -60,7 +60,7 @@ fn linspace_f32(eps: f32, steps: usize, index: usize) -> f32 {
     if index < steps.div_ceil(2) { 1.0 + delta * index as f32 } else { eps - delta * (steps - index) as f32 }
 }
 
-/// The first step at or after `progress.step` that reveals something: the others need no forward.
+/// The first step at or after `progress.step` that unmasks something: the others need no forward.
 /// `times` are the masked positions', of [`Unmask::Ancestral`].
 pub fn next_step(unmask: &Unmask, mut progress: BlockProgress, times: impl Iterator<Item = f64>) -> usize {
     if let Unmask::Ancestral { steps, eps } = *unmask {
@@ -83,7 +83,7 @@ pub fn next_step(unmask: &Unmask, mut progress: BlockProgress, times: impl Itera
     progress.step
 }
 
-/// The positions to reveal now: indices into `candidates`, ascending. At least one and never more
+/// The positions to unmask now: indices into `candidates`, ascending. At least one and never more
 /// than there are.
 ///
 /// Errors: [`Error::Kernel`] naming the position if a confidence, margin or entropy is NaN.
@@ -309,7 +309,7 @@ mod tests {
         assert_eq!(pick(&[0.1, 0.3, 0.2, 0.15], 9.0), [0, 1, 2, 3]);
     }
 
-    /// [Dream] `origin` reveals at step i with probability 1 - s/t what is still masked: over all
+    /// [Dream] `origin` unmasks at step i with probability 1 - s/t what is still masked: over all
     /// steps, t - s of the positions, the rest in the last one. 40,000 times: five deviations of a
     /// share are below 1.3 %.
     #[test]

@@ -287,13 +287,13 @@ fn parse_eos(text: &str) -> Option<Eos> {
 }
 
 impl StageSpec {
-    /// The reveal rule with what belongs to it: `order`, `steps`, `eps`.
+    /// The unmask rule with what belongs to it: `order`, `steps`, `eps`.
     fn unmask(&self) -> std::result::Result<Unmask, &'static str> {
         let rank = self.order.unwrap_or(Rank::Confidence);
         let eps = self.eps.unwrap_or(EPS);
         let spelled = match self.joint {
             Some(Some(_)) if self.unmask.is_some() => {
-                return Err("sampler=joint:K says how many a forward reveals: without unmask, or sampler=joint");
+                return Err("sampler=joint:K says how many a forward unmasks: without unmask, or sampler=joint");
             }
             Some(Some(k)) => Some(UnmaskSpec::Rank(Rank::Entropy, Some(k))),
             _ => self.unmask,
@@ -400,7 +400,7 @@ impl StageSpec {
         let joint = self.joint.is_some();
         if joint {
             if unmask.rank().is_none() {
-                return fail("sampler=joint reveals a number of tokens a forward: unmask=RANK:K, linear, fixed or timestep");
+                return fail("sampler=joint unmasks a number of tokens a forward: unmask=RANK:K, linear, fixed or timestep");
             }
             if !matches!(kv, KvPolicy::Exact | KvPolicy::Recompute) {
                 return fail("sampler=joint carries on the states of a forward over the whole block: it needs kv=exact");

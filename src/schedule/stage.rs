@@ -81,7 +81,7 @@ pub enum Bans {
     #[default]
     Every,
     /// In the model's alone, as the published code does. A pass that draws MASK leaves its position
-    /// masked: one of the round's reveals is spent, and a later pass or forward may take the
+    /// masked: one of the round's tokens is spent, and a later pass or forward may take the
     /// position.
     First,
 }
@@ -121,7 +121,8 @@ pub struct Stage {
     pub guidance: f32,
     pub eos: Eos,
     pub edit: Option<Edit>,
-    /// A forward's reveals are made one at a time, the joint sampler's passes in between (ADJUST).
+    /// A forward's tokens are sampled one at a time, the joint sampler's passes in between
+    /// (ADJUST).
     pub joint: bool,
     pub bans: Bans,
     /// The sampler's passes choose among so many ids at each position, the most probable ones of

@@ -25,7 +25,7 @@ pub struct LookaheadStep {
     pub rows: Vec<usize>,
     pub visibility: Visibility,
     pub len: usize,
-    /// Where the reveals of the stage are joint.
+    /// Where the stage samples jointly.
     pub joint: Option<LookaheadJoint>,
 }
 
@@ -34,11 +34,11 @@ pub struct LookaheadStep {
 pub struct LookaheadJoint {
     /// Positions whose states it carries on, all of them among the rows of the forward.
     pub window: Range<usize>,
-    /// Its passes over them, each of which reveals one token.
+    /// Its passes over them, each of which unmasks one token.
     pub passes: Vec<SequenceStep>,
 }
 
-/// Reveals that a forward still has to make.
+/// Tokens that a forward still has to unmask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Round {
     pub(super) left: usize,

@@ -1,4 +1,4 @@
-//! Rounds of a joint sampler within one forward: the first reveal is the model's, the
+//! Rounds of a joint sampler within one forward: the first token is the model's, the
 //! others follow one at a time, the sampler in between.
 #![forbid(unsafe_code)]
 
@@ -8,7 +8,7 @@ use super::Sequence;
 use crate::backend::SequenceStep;
 use crate::error::Result;
 use crate::plan::{Kind, LogitsRows, Visibility};
-use crate::sampling::{self, Candidate, Reveal, SampledToken, Unmask};
+use crate::sampling::{self, Candidate, SampledToken, Unmask, UnmaskStep};
 use crate::schedule::Stage;
 use crate::sequence::forwards::{JointPass, Round, SampleRow};
 use crate::sequence::report::Event;
@@ -17,7 +17,7 @@ use crate::sequence::report::Event;
 const CALL_BITS: u32 = 20;
 
 impl Sequence {
-    /// Whether the pending step belongs to a stage whose reveals are joint: all of its rows are
+    /// Whether the pending step belongs to a stage that samples jointly: all of its rows are
     /// wanted.
     pub fn is_joint(&self) -> bool {
         self.stage().joint && self.pending.as_ref().is_some_and(|step| step.kind != Kind::Score)
@@ -31,7 +31,7 @@ impl Sequence {
     }
 
     /// Positions whose states the sampler carries on after the pending step: its block, or under
-    /// full visibility everything. Empty where the step reveals nothing.
+    /// full visibility everything. Empty where the step unmasks nothing.
     pub fn joint_window(&self) -> Range<usize> {
         match self.pending.as_ref().map(|step| step.kind) {
             Some(Kind::Denoise) => self.window(),
@@ -46,7 +46,7 @@ impl Sequence {
         }
     }
 
-    /// The first reveal of a forward, of its quota; the others are up to the sampler.
+    /// The first token of a forward, of its quota; the others are up to the sampler.
     pub(super) fn first_of_round(&mut self, candidates: &[Candidate]) -> Result<Vec<usize>> {
         let quota = self.round_quota(candidates.len());
         let chosen = self.select_one(candidates)?;
@@ -54,7 +54,7 @@ impl Sequence {
         Ok(chosen)
     }
 
-    /// Reveals of a forward that samples `num_sampled` positions.
+    /// Tokens unmasked by a forward that samples `num_sampled` positions.
     fn round_quota(&self, num_sampled: usize) -> usize {
         sampling::quota(&self.stage().unmask, self.progress).unwrap_or(1).clamp(1, num_sampled.max(1))
     }
@@ -84,7 +84,7 @@ impl Sequence {
             // A state belongs to its own position, whichever row it began as.
             logits: LogitsRows::Own,
             draw: pass.sample_rows.first().expect("a quota never exceeds the masks").draw,
-            reveal: Reveal::Best { rank, n: 1 },
+            unmask: UnmaskStep::Best { rank, n: 1 },
         }
     }
 
@@ -113,7 +113,7 @@ impl Sequence {
             .map(|(row, sampled)| Candidate { position: row.position, sampled: *sampled, order: row.order })
             .collect();
         let mut chosen = self.select_one(&candidates)?;
-        // MASK may be drawn where it is not banned: the position stays as it is, and the reveal is
+        // MASK may be drawn where it is not banned: the position stays as it is, and the token is
         // spent.
         chosen.retain(|i| candidates[*i].sampled.token != self.spec.mask_id);
         let report = self.reports.last_mut().expect("opened with the stage");

@@ -1,12 +1,12 @@
 //! Lookahead: the steps of a sequence that a device may run and sample by itself, since their shape
-//! does not depend on what they reveal.
+//! does not depend on what they unmask.
 #![forbid(unsafe_code)]
 
 use super::{Sequence, Step};
 use crate::backend::{HostReason, RunCanvas, SequenceStep};
 use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
-use crate::sampling::{self, Rank, Reveal, SampledToken, Unmask};
+use crate::sampling::{self, Rank, SampledToken, Unmask, UnmaskStep};
 use crate::schedule::{Bans, Eos, KvPolicy, RemaskBy, Stage};
 use crate::sequence::forwards::{LookaheadJoint, LookaheadStep};
 use crate::sequence::report::Stop;
@@ -17,7 +17,7 @@ impl Sequence {
     ///
     /// A joint sampler's passes belong to the step whose forward they follow.
     ///
-    /// A copy of the sequence walks ahead and reveals anything: where a rule counts, only *which*
+    /// A copy of the sequence walks ahead and unmasks anything: where a rule counts, only *which*
     /// positions remain is open, and rows of an exact forward do not depend on that. A stop
     /// condition may end the text earlier than foreseen.
     pub fn look_ahead(&self, max: usize) -> Result<Vec<LookaheadStep>, HostReason> {
@@ -57,8 +57,8 @@ impl Sequence {
             if step.weights != self.pending.as_ref().map_or(0, |s| s.weights) {
                 break;
             }
-            let reveal = match ghost.device_rule(&step) {
-                Ok(reveal) => reveal,
+            let unmask = match ghost.device_rule(&step) {
+                Ok(unmask) => unmask,
                 Err(reason) if foreseen.is_empty() => return Err(reason),
                 Err(_) => break,
             };
@@ -73,14 +73,14 @@ impl Sequence {
                     num_sampled: step.sample_rows.len(),
                     logits: ghost.logits_rows(),
                     draw,
-                    reveal,
+                    unmask,
                 },
                 rows: step.rows.iter().map(|(position, _)| *position).collect(),
                 visibility: step.visibility,
                 len: step.len,
                 joint: ghost.stage().joint.then(|| LookaheadJoint { window: ghost.joint_window(), passes: Vec::new() }),
             });
-            if !matches!(reveal, Reveal::Best { .. }) {
+            if !matches!(unmask, UnmaskStep::Best { .. }) {
                 break;
             }
             let anything = SampledToken { token: 0, confidence: 0.5, log_prob: 0.0, margin: 0.0, entropy: 0.0 };
@@ -103,7 +103,7 @@ impl Sequence {
     }
 
     /// How a device samples the pending `step`, or why it cannot.
-    fn device_rule(&self, step: &Step) -> Result<Reveal, HostReason> {
+    fn device_rule(&self, step: &Step) -> Result<UnmaskStep, HostReason> {
         let stage = self.stage();
         match step.kind {
             Kind::Denoise | Kind::Lead => {}
@@ -134,7 +134,7 @@ impl Sequence {
             }
         }
         match step.kind {
-            Kind::Lead => Ok(Reveal::Best { rank: Rank::Left, n: 1 }),
+            Kind::Lead => Ok(UnmaskStep::Best { rank: Rank::Left, n: 1 }),
             _ => stage_rule(stage, self.progress),
         }
     }
@@ -146,7 +146,7 @@ impl Sequence {
 }
 
 /// The unmask rule of a stage as the device knows it, or why the host samples.
-fn stage_rule(stage: &Stage, progress: sampling::BlockProgress) -> Result<Reveal, HostReason> {
+fn stage_rule(stage: &Stage, progress: sampling::BlockProgress) -> Result<UnmaskStep, HostReason> {
     if stage.order_temperature > 0.0 {
         return Err(HostReason::OrderTemperature);
     }
@@ -154,12 +154,12 @@ fn stage_rule(stage: &Stage, progress: sampling::BlockProgress) -> Result<Reveal
     let quota = if stage.joint { 1 } else { sampling::quota(&stage.unmask, progress).unwrap_or(1).max(1) };
     match stage.unmask {
         Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
-            Ok(Reveal::Best { rank, n: quota })
+            Ok(UnmaskStep::Best { rank, n: quota })
         }
-        Unmask::Threshold(t) => Ok(Reveal::Threshold(t)),
+        Unmask::Threshold(t) => Ok(UnmaskStep::Threshold(t)),
         // The least f32 that is above.
-        Unmask::Above { bound, .. } if quota == 1 => Ok(Reveal::Threshold(bound.next_up())),
-        Unmask::EntropyBound(bound) => Ok(Reveal::EntropyBound(bound)),
+        Unmask::Above { bound, .. } if quota == 1 => Ok(UnmaskStep::Threshold(bound.next_up())),
+        Unmask::EntropyBound(bound) => Ok(UnmaskStep::EntropyBound(bound)),
         Unmask::Above { .. } | Unmask::Factor(_) | Unmask::Ancestral { .. } => Err(HostReason::UnmaskRule),
     }
 }
@@ -247,13 +247,13 @@ mod tests {
         let joint = step.joint.as_ref().expect("a joint stage");
         for (call, pass) in (1..).zip(&joint.passes) {
             assert_eq!((pass.step, pass.block, pass.stage), (step.part.step | call << 20, step.part.block, step.part.stage));
-            assert_eq!((&pass.range, pass.reveal, pass.logits), (&step.part.range, step.part.reveal, LogitsRows::Own), "{pass:?}");
+            assert_eq!((&pass.range, pass.unmask, pass.logits), (&step.part.range, step.part.unmask, LogitsRows::Own), "{pass:?}");
         }
-        assert!(matches!(step.part.reveal, Reveal::Best { n: 1, .. }));
+        assert!(matches!(step.part.unmask, UnmaskStep::Best { n: 1, .. }));
         (std::iter::once(&step.part).chain(&joint.passes).map(|part| part.num_sampled).collect(), joint.window.clone())
     }
 
-    /// A forward reveals one of its quota, and every pass behind it one of what is left.
+    /// A forward unmasks one of its quota, and every pass behind it one of what is left.
     #[test]
     fn passes_of_a_joint_sampler_belong_to_their_forward() {
         let full = foreseen("block=full,sampler=joint:3", 2).unwrap();

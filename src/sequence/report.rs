@@ -51,10 +51,11 @@ pub enum EventKind {
     /// Masked positions took these tokens. Positions beyond the length that was asked for may be
     /// among them where the last block is decoded to its end; they are cut before the block is
     /// committed.
-    Reveal,
+    Unmask,
     /// Tokens that stood were overwritten with these, by the forward of the same step whose
-    /// reveals, if it had any, are the event before. `confidence` is theirs, and their snapshot
-    /// from now on. A position may be edited any number of times until its block is committed.
+    /// unmasked tokens, if it had any, are the event before. `confidence` is theirs, and their
+    /// snapshot from now on. A position may be edited any number of times until its block is
+    /// committed.
     Edit,
     /// These tokens were masked again; `confidence` holds the scores that chose them.
     Remask,

@@ -36,7 +36,7 @@ fn check(report: &StageReport, forwards: Forwards, rows: usize, label: &str) {
     assert_eq!(report.rows, rows, "{label}: rows");
 }
 
-/// The draft's formula. `n` reveals per forward.
+/// The draft's formula. `n` tokens per forward.
 fn draft(p: usize, len: usize, block: usize, n: usize, separate: bool) -> (Forwards, usize) {
     let entered = blocks(len, block, |at| at >= p);
     let prefill = p / block * block;
@@ -76,15 +76,15 @@ fn drafts_cost_what_the_formula_says() {
     for block in [1, 3, 4, 8, 16] {
         for p in [0usize, 1, 3, 4, 5, 8, 17] {
             for n in [1, 5, 16, 31] {
-                for (reveals, separate) in [(1, false), (1, true), (2, false), (3, true)] {
-                    let label = format!("block {block}, {p} given, {n} generated, {reveals} a forward, separate {separate}");
-                    let schedule = schedule(&[&format!("block={block},unmask=uniform:{reveals}")]);
+                for (num_unmasked, separate) in [(1, false), (1, true), (2, false), (3, true)] {
+                    let label = format!("block {block}, {p} given, {n} generated, {num_unmasked} a forward, separate {separate}");
+                    let schedule = schedule(&[&format!("block={block},unmask=uniform:{num_unmasked}")]);
                     let canvas = (0..p + n).map(|at| (at < p).then_some(at as u32)).collect();
                     let mut request = Request::new(Prompt::Canvas(canvas), schedule, 1, 0);
                     request.stop.ignore_eos = true;
                     request.separate_commit = separate;
                     let output = one(&mut engine, request, &label);
-                    let (forwards, rows) = draft(p, p + n, block, reveals, separate);
+                    let (forwards, rows) = draft(p, p + n, block, num_unmasked, separate);
                     check(&output.stages[0], forwards, rows, &label);
                     assert_eq!((output.prompt_tokens, output.tokens.len()), (p, n), "{label}");
                 }

@@ -92,7 +92,7 @@ fn answer(logits: &[f32], allowed: &[u32], u: f64, temperature: f64) -> (u32, f6
 }
 
 /// The definition: block by block, a forward over everything up to the block's end from scratch,
-/// then one reveal after the other at the lowest entropy, the sampler chained from that forward's
+/// then one token after the other at the lowest entropy, the sampler chained from that forward's
 /// states over the block each time.
 fn defined(engine: &mut Engine<Cpu>, prompt: &[u32], length: usize, rules: &Rules) -> Defined {
     let mask_id = engine.config().mask_id.expect("a diffusion model");
@@ -125,20 +125,20 @@ fn defined(engine: &mut Engine<Cpu>, prompt: &[u32], length: usize, rules: &Rule
             ids
         };
         let lists: Vec<Vec<u32>> = of.iter().map(listed).collect();
-        let reveals = rules.k.min(window.clone().filter(|p| canvas[*p] == mask_id).count());
-        for reveal in 0..reveals {
+        let num_unmasked = rules.k.min(window.clone().filter(|p| canvas[*p] == mask_id).count());
+        for n in 0..num_unmasked {
             let masked: Vec<usize> = window.clone().filter(|p| canvas[*p] == mask_id).collect();
-            if reveal > 0 {
+            if n > 0 {
                 let logits = engine.joint_logits(&states, window.clone(), visibility).expect("calls").pop().expect("one at least");
                 of = logits.chunks_exact(vocab_size).map(<[f32]>::to_vec).collect();
             }
             let answers = masked.iter().map(|p| {
-                let allowed = match reveal {
+                let allowed = match n {
                     0 => &drawable,
                     _ if rules.bans == Bans::First => &everything,
                     _ => &lists[p - window.start],
                 };
-                let u = uniform(forwards as u32 | (reveal as u32) << 20, *p);
+                let u = uniform(forwards as u32 | (n as u32) << 20, *p);
                 (*p, answer(&of[p - window.start], allowed, u, rules.temperature))
             });
             let (position, (token, _)) = answers.min_by(|a, b| a.1.1.total_cmp(&b.1.1)).expect("one is masked");
@@ -166,7 +166,7 @@ fn decoded(engine: &mut Engine<Cpu>, prompt: &[u32], length: usize, rules: &Rule
     let beside = together(engine, &[first, request, last], label).remove(1);
     same(&[beside], std::slice::from_ref(&found), true, label);
     let report = &found.stages[0];
-    // Every forward reveals once at least, and what it does not reveal its passes drew MASK for.
+    // Every forward unmasks once at least, and where it does not its passes drew MASK for.
     let wasted = report.forwards.denoise + report.forwards.joint - length;
     Defined { canvas: found.canvas, forwards: report.forwards.denoise, wasted }
 }
@@ -214,7 +214,7 @@ fn passes_without_bans_may_leave_a_position_masked() {
     assert!(wasted > 20, "{wasted} passes drew MASK");
 }
 
-/// Every pass of every forward draws MASK, the last id of the vocabulary: a forward then reveals
+/// Every pass of every forward draws MASK, the last id of the vocabulary: a forward then unmasks
 /// its own token and no other.
 #[test]
 fn a_sampler_that_draws_mask_alone_ends_all_the_same() {
@@ -372,7 +372,7 @@ fn one_at_a_time_needs_no_sampler() {
     }
 }
 
-/// K reveals cost a forward and K - 1 passes; NFE counts the forwards.
+/// K tokens cost a forward and K - 1 passes; NFE counts the forwards.
 #[test]
 fn passes_are_counted_by_themselves() {
     let mut engine = with_sampler("bd3lm-adaln", 1);

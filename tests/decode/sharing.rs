@@ -140,15 +140,15 @@ fn events_join_to_the_outcome() {
     let mask = engine.config().mask_id.expect("a diffusion model");
     let handle = engine.submit(samples(1, 23).remove(0)).expect("served");
     let mut canvas: Vec<u32> = PROMPT.iter().copied().chain(std::iter::repeat_n(mask, 23)).collect();
-    let (mut confidence, mut reveals, mut ended) = (vec![0.0f32; canvas.len()], 0, false);
+    let (mut confidence, mut num_unmasked, mut ended) = (vec![0.0f32; canvas.len()], 0, false);
     loop {
         let busy = engine.tick().expect("a tick");
-        let before = reveals;
+        let before = num_unmasked;
         for event in handle.events() {
             assert!(!ended, "an event after the end: {event:?}");
             for (i, p) in event.positions.iter().enumerate() {
                 match event.kind {
-                    EventKind::Reveal | EventKind::Edit => (canvas[*p], confidence[*p]) = (event.tokens[i], event.confidence[i]),
+                    EventKind::Unmask | EventKind::Edit => (canvas[*p], confidence[*p]) = (event.tokens[i], event.confidence[i]),
                     EventKind::Remask => {
                         assert_eq!((canvas[*p], confidence[*p]), (event.tokens[i], event.confidence[i]), "remask of {p}");
                         canvas[*p] = mask;
@@ -156,10 +156,10 @@ fn events_join_to_the_outcome() {
                     EventKind::Commit | EventKind::Done => assert_eq!(canvas[*p], event.tokens[i], "{:?} of {p}", event.kind),
                 }
             }
-            reveals += usize::from(event.kind == EventKind::Reveal);
+            num_unmasked += usize::from(event.kind == EventKind::Unmask);
             ended |= event.kind == EventKind::Done;
         }
-        assert!(reveals <= before + 1, "a tick runs one forward of a request");
+        assert!(num_unmasked <= before + 1, "a tick runs one forward of a request");
         if !busy {
             break;
         }
@@ -168,7 +168,7 @@ fn events_join_to_the_outcome() {
     assert!(ended);
     assert_eq!(output.canvas, canvas);
     assert_eq!(output.confidence, confidence[9..]);
-    assert_eq!(reveals, output.stages.iter().map(|s| s.nfe()).sum::<usize>());
+    assert_eq!(num_unmasked, output.stages.iter().map(|s| s.nfe()).sum::<usize>());
     assert_eq!(output.draft.len(), 23);
 }
 

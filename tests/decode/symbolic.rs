@@ -210,7 +210,7 @@ impl Watched {
 
     fn run(mut self, schedule: &Schedule) -> Run {
         let mut events = Vec::new();
-        // Reveals, commits and scoring forwards there can be at most, over all stages.
+        // Denoising, commit and scoring forwards there can be at most, over all stages.
         let limit = schedule.stages.len() * (3 * self.fixed.len() + 3);
         for forward in 0.. {
             assert!(forward <= limit, "{}: no end after {limit} forwards", self.label);
@@ -341,7 +341,7 @@ impl Watched {
             assert!(event.positions.windows(2).all(|w| w[0] < w[1]), "{label}: positions {:?}", event.positions);
             assert!(event.positions.iter().all(|p| self.fixed[*p].is_none()), "{label}: a fixed position in {:?}", event.positions);
             match event.kind {
-                EventKind::Reveal => {
+                EventKind::Unmask => {
                     assert!(!event.positions.is_empty(), "{label}: nothing revealed");
                     for ((p, token), confidence) in event.positions.iter().zip(&event.tokens).zip(&event.confidence) {
                         assert_eq!(self.shadow[*p], None, "{label}: position {p} was not masked");
@@ -375,8 +375,8 @@ impl Watched {
         assert_eq!(event.positions.len(), count, "{label}: floor({} x {})", remask.ratio, generated.len());
         let index = usize::from(event.stage);
         self.open(index);
-        // The lowest scores by (score, position); snapshot scores are those of the reveals, others
-        // those of the scoring forwards.
+        // The lowest scores by (score, position); snapshot scores are those of the unmasked tokens,
+        // others those of the scoring forwards.
         let scores: Option<Vec<(f64, usize)>> = match remask.by {
             RemaskBy::Snapshot => Some(generated.iter().map(|p| (f64::from(self.snapshots[*p]), *p)).collect()),
             RemaskBy::PostHoc | RemaskBy::HeldOut(_) => Some(self.scored.iter().map(|(p, s)| (*s, *p)).collect()),
@@ -456,7 +456,7 @@ impl Watched {
             let kept = held.len();
             for (p, token) in event.positions.iter().zip(&event.tokens).filter(|(p, _)| **p < kept) {
                 match event.kind {
-                    EventKind::Reveal => {
+                    EventKind::Unmask => {
                         held[*p] = Some(*token);
                         if let Some(old) = before[*p].take() {
                             changed[usize::from(event.stage)] += usize::from(old != *token);

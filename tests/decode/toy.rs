@@ -1,5 +1,5 @@
 //! A joint distribution small enough to enumerate (`tests/toy`, made by
-//! `tools/train_joint/toy.py`): tokens that a joint sampler reveals together are far closer to it
+//! `tools/train_joint/toy.py`): tokens that a joint sampler unmasks together are far closer to it
 //! than tokens revealed together each by its own distribution.
 
 use std::path::Path;

@@ -14,8 +14,8 @@ pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// Runs requests together on the CPU and on every device; tokens, places of reveal and costs must
-/// be equal, confidences close.
+/// Runs requests together on the CPU and on every device; tokens, places of each token and costs
+/// must be equal, confidences close.
 fn agree(dir: &Path, requests: &[Request], label: &str) {
     agree_with(dir, None, requests, label);
 }

@@ -5,7 +5,7 @@ use redraft::cuda::machine::Machine;
 use redraft::cuda::{Edit, headers, kernels};
 
 use crate::emulator::{edited_machines, on_all_cores};
-use crate::{attention, experts, linear, listed, norm, reveal, sample, select_masked};
+use crate::{attention, experts, linear, listed, norm, sample, select_masked, unmask};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
@@ -21,7 +21,7 @@ const USERS: &[(&str, &[Check])] = &[
     ("gemm.cuh", &[linear::holds]),
     ("linear.cu", &[linear::holds]),
     ("listed.cu", &[listed::the_law, listed::edges]),
-    ("select.cuh", &[reveal::holds, sample::edges_of_nuclei, sample::walks]),
+    ("select.cuh", &[unmask::holds, sample::edges_of_nuclei, sample::walks]),
 ];
 
 /// Words that nothing here misses, by the end of their line or the line behind, and why they stand

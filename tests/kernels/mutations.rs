@@ -6,8 +6,8 @@ use redraft::cuda::machine::Machine;
 
 use crate::emulator::{edited_machines, on_all_cores};
 use crate::{
-    attention, blend, embed, experts, gather, linear, listed, norm, remask, reveal, rng, rope_append, route, sample, select_masked,
-    shortlist,
+    attention, blend, embed, experts, gather, linear, listed, norm, remask, rng, rope_append, route, sample, select_masked, shortlist,
+    unmask,
 };
 
 type Check = fn(&Machine) -> Result<(), String>;
@@ -190,13 +190,13 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     ),
     ("the wrong half of a key", select_masked::holds, ("select_masked.cu", "s.step, position).token", "s.step, position).order")),
     ("a later trouble hides the first", select_masked::holds, ("select_masked.cu", " && summary->trouble == 0", "")),
-    ("one tie too many", reveal::holds, ("reveal.cu", "equal_before < cut.equal", "equal_before <= cut.equal")),
-    ("above the threshold only", reveal::holds, ("reveal.cu", "confidence >= s.bound", "confidence > s.bound")),
-    ("the newest entropy counted against itself", reveal::holds, ("reveal.cu", "sum - entropy <=", "sum <=")),
-    ("confidence above one", reveal::holds, ("reveal.cu", "confidence > 1.0f ? 1.0f : confidence", "confidence")),
+    ("one tie too many", unmask::holds, ("unmask.cu", "equal_before < cut.equal", "equal_before <= cut.equal")),
+    ("above the threshold only", unmask::holds, ("unmask.cu", "confidence >= s.bound", "confidence > s.bound")),
+    ("the newest entropy counted against itself", unmask::holds, ("unmask.cu", "sum - entropy <=", "sum <=")),
+    ("confidence above one", unmask::holds, ("unmask.cu", "confidence > 1.0f ? 1.0f : confidence", "confidence")),
     (
         "minima rewritten while others still read them",
-        reveal::holds,
+        unmask::holds,
         ("select.cuh", "partial[w] < value ? partial[w] : value;\n    __syncthreads();", "partial[w] < value ? partial[w] : value;"),
     ),
     (

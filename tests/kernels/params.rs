@@ -10,12 +10,12 @@ use redraft::cuda::ops::gather::GatherParams;
 use redraft::cuda::ops::linear::LinearParams;
 use redraft::cuda::ops::norm::NormParams;
 use redraft::cuda::ops::remask::RemaskParams;
-use redraft::cuda::ops::reveal::RevealParams;
 use redraft::cuda::ops::rope_append::RopeAppendParams;
 use redraft::cuda::ops::route::RouteParams;
 use redraft::cuda::ops::sample::{DrawRecord, SampleDrawParams, SampleNucleusParams, SampleTilesParams, SampledRecord};
 use redraft::cuda::ops::select_masked::{SelectMaskedParams, SequenceSummary, StepRecord};
 use redraft::cuda::ops::shortlist::{ListedParams, ShortlistParams};
+use redraft::cuda::ops::unmask::UnmaskParams;
 use redraft::cuda::params::Params;
 
 /// What each side says about one struct.
@@ -44,7 +44,7 @@ fn both_sides_state_the_same_layout() {
         twin::<NormParams>("NormParams"),
         twin::<RemaskParams>("RemaskParams"),
         twin::<RopeAppendParams>("RopeAppendParams"),
-        twin::<RevealParams>("RevealParams"),
+        twin::<UnmaskParams>("UnmaskParams"),
         twin::<RouteParams>("RouteParams"),
         twin::<StepRecord>("StepRecord"),
         twin::<ShortlistParams>("ShortlistParams"),

@@ -26,7 +26,7 @@ fn sequence(seed: u64, len: usize, levels: u32, count: u32) -> Sequence {
     for (i, (role, value)) in roles.iter().zip(noise(seed + 1, len)).enumerate() {
         if *role >= -0.7 && *role < 0.7 {
             let confidence = ((value + 1.0) / 2.0 * levels as f32).ceil() / levels as f32;
-            canvas.reveal(i, 1000 + i as u32, confidence, 1, 3 * i as u32);
+            canvas.unmask(i, 1000 + i as u32, confidence, 1, 3 * i as u32);
         }
     }
     Sequence { canvas, count }
@@ -37,7 +37,7 @@ fn sequence(seed: u64, len: usize, levels: u32, count: u32) -> Sequence {
 fn odd_values(count: u32) -> Sequence {
     let odd = [0.0, -0.0, f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1.0, f32::MIN_POSITIVE, 1e-45, 1.0, -0.0, 0.0];
     let mut canvas = Canvas::new(&[None; 12], MASK);
-    odd.iter().enumerate().for_each(|(i, v)| canvas.reveal(i, i as u32, *v, 0, 1));
+    odd.iter().enumerate().for_each(|(i, v)| canvas.unmask(i, i as u32, *v, 0, 1));
     Sequence { canvas, count }
 }
 

@@ -32,7 +32,7 @@ fn request(config: &ModelConfig, prompt: &[u32], length: usize, stages: &[String
     request
 }
 
-/// The outcome, and the canvas after every reveal.
+/// The outcome, and the canvas after every unmasking step.
 fn run(engine: &mut Engine<Cpu>, request: Request, label: &str) -> (Output, Vec<Vec<u32>>) {
     let mask_id = engine.config().mask_id.expect("a diffusion model");
     let mut canvas: Vec<u32> = engine.canvas(&request.prompt).expect("a prompt").iter().map(|token| token.unwrap_or(mask_id)).collect();
@@ -45,14 +45,16 @@ fn run(engine: &mut Engine<Cpu>, request: Request, label: &str) -> (Output, Vec<
             // The last block may be decoded whole.
             canvas.resize(canvas.len().max(position + 1), mask_id);
             match event.kind {
-                EventKind::Reveal | EventKind::Edit => canvas[*position] = *token,
+                EventKind::Unmask | EventKind::Edit => canvas[*position] = *token,
                 EventKind::Remask => canvas[*position] = mask_id,
                 EventKind::Commit | EventKind::Done => {}
             }
         }
         match event.kind {
-            EventKind::Edit if step == Some(event.step) => *canvases.last_mut().expect("the reveals of the same forward") = canvas.clone(),
-            EventKind::Reveal | EventKind::Edit => canvases.push(canvas.clone()),
+            EventKind::Edit if step == Some(event.step) => {
+                *canvases.last_mut().expect("the unmask event of the same forward") = canvas.clone()
+            }
+            EventKind::Unmask | EventKind::Edit => canvases.push(canvas.clone()),
             _ => {}
         }
         step = Some(event.step);
@@ -94,7 +96,7 @@ fn follow(fixture: &Fixture, recorded: &Value, stage: String, draws: Option<Draw
     for (step, (found, expected)) in canvases.iter().zip(&expected).enumerate() {
         assert_eq!(found, expected, "{label}: canvas after forward {step}");
     }
-    assert_eq!(canvases.len(), expected.len(), "{label}: forwards that reveal");
+    assert_eq!(canvases.len(), expected.len(), "{label}: forwards that unmask");
     // Forwards of an editing loop that change nothing count too.
     let forwards = recorded["forwards"].as_u64().map_or(expected.len(), |forwards| forwards as usize);
     assert_eq!(output.stages[0].nfe(), forwards, "{label}: NFE");

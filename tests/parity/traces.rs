@@ -109,7 +109,7 @@ struct Follower<'a> {
     trace: &'a Value,
     mask_id: u32,
     canvas: Vec<u32>,
-    /// Reveals seen per stage.
+    /// Unmask events seen per stage.
     seen: Vec<usize>,
     remasked: Vec<usize>,
     done: bool,
@@ -126,7 +126,7 @@ impl<'a> Follower<'a> {
         let stage = usize::from(event.stage);
         let recorded = &stages(self.trace)[stage];
         match event.kind {
-            EventKind::Reveal => {
+            EventKind::Unmask => {
                 let at = self.seen[stage];
                 let label = format!("{} stage {stage} step {at}", self.label);
                 let step = steps(recorded).get(at).unwrap_or_else(|| panic!("{label}: the trace has no such step"));

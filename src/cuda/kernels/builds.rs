@@ -13,7 +13,7 @@ use crate::cuda::driver::interface::Build;
 use crate::cuda::driver::prebuilt::EXTENSION;
 use crate::cuda::driver::source::{kernel, kernels, portable_identity};
 use crate::cuda::ops::{
-    attention, blend, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, sample, select_masked, shortlist,
+    attention, blend, embed, experts, gather, linear, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
 };
 use crate::error::{Error, Result};
 
@@ -31,7 +31,7 @@ pub fn builds() -> Vec<Build> {
         linear::builds(),
         norm::builds(),
         remask::builds(),
-        reveal::builds(),
+        unmask::builds(),
         rope_append::builds(),
         route::builds(),
         shortlist::builds(),

@@ -13,16 +13,16 @@ use crate::cuda::ops::gather::Gather;
 use crate::cuda::ops::linear::Linear;
 use crate::cuda::ops::norm::Norm;
 use crate::cuda::ops::remask::{RemaskParams, state};
-use crate::cuda::ops::reveal::RevealParams;
 use crate::cuda::ops::rope_append::RopeAppend;
 use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
 use crate::cuda::ops::select_masked::{SelectMasked, SequenceSummary, StepRecord};
 use crate::cuda::ops::shortlist::{Listed, Shortlist};
+use crate::cuda::ops::unmask::UnmaskParams;
 use crate::cuda::ops::{
-    attention, blend, embed, experts, gather, linear, norm, remask, reveal, rope_append, route, sample, select_masked, shortlist,
+    attention, blend, embed, experts, gather, linear, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
 };
 use crate::error::{Error, Result};
-use crate::sampling::{Rank, Reveal};
+use crate::sampling::{Rank, UnmaskStep};
 
 /// Of K/V, as the engine has it by default.
 const PAGE_SIZE: u32 = 16;
@@ -80,7 +80,7 @@ pub static KERNEL_BENCHES: &[KernelBench] = &[
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9)],
         prepare: shortlist,
     },
-    KernelBench { name: "reveal", keys: &[key("sequences", 64, 3), key("rows", 32, 5)], prepare: reveal },
+    KernelBench { name: "unmask", keys: &[key("sequences", 64, 3), key("rows", 32, 5)], prepare: unmask },
 ];
 
 /// The entry of a name.
@@ -134,7 +134,7 @@ fn sequences(inputs: &Inputs, shape: &Shape) -> Result<(u32, u32, u64)> {
             top_p: 1.0,
             ..StepRecord::default()
         })
-        .map(|step| step.revealing(&Reveal::Best { rank: Rank::Confidence, n: rows as usize / 2 }))
+        .map(|step| step.unmasking(&UnmaskStep::Best { rank: Rank::Confidence, n: rows as usize / 2 }))
         .collect();
     Ok((sequences, total, inputs.records(&steps)?))
 }
@@ -476,7 +476,7 @@ fn remask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     Ok(Op::new(5 * u64::from(total), launch).result(params.confidence, u64::from(total), DType::F32))
 }
 
-fn reveal(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+fn unmask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (sequences, rows, steps) = sequences(inputs, shape)?;
     let per_sequence = shape.get("rows");
     let sampled = |row: u32| {
@@ -484,7 +484,7 @@ fn reveal(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         SampledRecord { token: row, confidence, position: row % per_sequence, ..SampledRecord::default() }
     };
     let confidence = inputs.noise(1, rows, DType::F32)?;
-    let params = RevealParams {
+    let params = UnmaskParams {
         sequences: steps,
         summaries: inputs.records(&vec![SequenceSummary::default(); sequences as usize])?,
         sampled: inputs.records(&(0..rows).map(sampled).collect::<Vec<_>>())?,
@@ -495,6 +495,6 @@ fn reveal(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         step: inputs.words(rows, |_, _| 0)?,
     };
     let bytes = u64::from(rows) * size_of::<SampledRecord>() as u64;
-    let launch = move |machine: &_| reveal::reveal(machine, sequences, &params);
+    let launch = move |machine: &_| unmask::unmask(machine, sequences, &params);
     Ok(Op::new(bytes, launch).result(confidence, u64::from(rows), DType::F32))
 }

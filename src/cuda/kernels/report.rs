@@ -103,7 +103,7 @@ const REGISTER_BUDGETS: [(&str, u32); 15] = [
     ("listed", 96),
     ("norm", 64),
     ("remask", 48),
-    ("reveal", 48),
+    ("unmask", 48),
     ("rope_append", 40),
     ("route_choose", 72),
     ("route", 40),
@@ -210,7 +210,7 @@ mod tests {
                 "listed",
                 "norm",
                 "remask",
-                "reveal",
+                "unmask",
                 "rope_append",
                 "route",
                 "shortlist"

@@ -25,7 +25,7 @@ params! {
         state: u64 = 32,
         /// (N) u8 stage that sampled the position.
         stage: u64 = 40,
-        /// (N) u32 step of the reveal; 0 where nothing is revealed.
+        /// (N) u32 step that unmasked it; 0 where nothing is revealed.
         step: u64 = 48,
         /// (N) u32 out: positions taken, ascending within each sequence, from its offset.
         positions: u64 = 56,

@@ -44,7 +44,7 @@ params! {
         /// See [`status`].
         status: u32 = 20,
         position: u32 = 24,
-        /// 1 where `reveal` took the row.
+        /// 1 where `unmask` took the row.
         chosen: u32 = 28,
     }
 }

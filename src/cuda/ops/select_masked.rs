@@ -1,12 +1,12 @@
 //! Launcher of `select_masked`: the masked positions of each sequence's range as rows of the plan
-//! and as draws; and the records of a sequence that `reveal` reads as well.
+//! and as draws; and the records of a sequence that `unmask` reads as well.
 #![forbid(unsafe_code)]
 
 use crate::cuda::driver::interface::{Address, Build, Launch};
 use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
-use crate::sampling::{Rank, Reveal};
+use crate::sampling::{Rank, UnmaskStep};
 
 const THREADS: u32 = 256;
 
@@ -34,7 +34,7 @@ params! {
         temperature: f32 = 52,
         top_p: f32 = 56,
         flags: u32 = 60,
-        /// See [`StepRecord::revealing`].
+        /// See [`StepRecord::unmasking`].
         rule: u32 = 64,
         rank: u32 = 68,
         n: u32 = 72,
@@ -43,8 +43,8 @@ params! {
 }
 
 impl StepRecord {
-    /// The same with the rule of its reveals: the `RULE_*` and `RANK_*` of `kernels/canvas.cuh`.
-    pub fn revealing(self, reveal: &Reveal) -> StepRecord {
+    /// The same with its unmask rule: the `RULE_*` and `RANK_*` of `kernels/canvas.cuh`.
+    pub fn unmasking(self, unmask: &UnmaskStep) -> StepRecord {
         let rank = |rank: Rank| match rank {
             Rank::Uniform => 0,
             Rank::Confidence => 1,
@@ -52,13 +52,13 @@ impl StepRecord {
             Rank::Entropy => 3,
             Rank::Left => 4,
         };
-        match *reveal {
+        match *unmask {
             // More than there can be is as good as all.
-            Reveal::Best { rank: by, n } => {
+            UnmaskStep::Best { rank: by, n } => {
                 StepRecord { rule: 0, rank: rank(by), n: u32::try_from(n).unwrap_or(u32::MAX), bound: 0.0, ..self }
             }
-            Reveal::Threshold(bound) => StepRecord { rule: 1, rank: 0, n: 0, bound, ..self },
-            Reveal::EntropyBound(bound) => StepRecord { rule: 2, rank: 0, n: 0, bound, ..self },
+            UnmaskStep::Threshold(bound) => StepRecord { rule: 1, rank: 0, n: 0, bound, ..self },
+            UnmaskStep::EntropyBound(bound) => StepRecord { rule: 2, rank: 0, n: 0, bound, ..self },
         }
     }
 }
@@ -170,14 +170,14 @@ mod tests {
 
     #[test]
     fn rules_keep_their_numbers() {
-        let of = |reveal: &Reveal| {
-            let step = StepRecord { seed: 9, ..StepRecord::default() }.revealing(reveal);
+        let of = |unmask: &UnmaskStep| {
+            let step = StepRecord { seed: 9, ..StepRecord::default() }.unmasking(unmask);
             assert_eq!(step.seed, 9);
             (step.rule, step.rank, step.n, step.bound)
         };
-        assert_eq!(of(&Reveal::Best { rank: Rank::Left, n: usize::MAX }), (0, 4, u32::MAX, 0.0));
-        assert_eq!(of(&Reveal::Best { rank: Rank::Uniform, n: 3 }), (0, 0, 3, 0.0));
-        assert_eq!(of(&Reveal::Threshold(0.5)), (1, 0, 0, 0.5));
-        assert_eq!(of(&Reveal::EntropyBound(0.25)), (2, 0, 0, 0.25));
+        assert_eq!(of(&UnmaskStep::Best { rank: Rank::Left, n: usize::MAX }), (0, 4, u32::MAX, 0.0));
+        assert_eq!(of(&UnmaskStep::Best { rank: Rank::Uniform, n: 3 }), (0, 0, 3, 0.0));
+        assert_eq!(of(&UnmaskStep::Threshold(0.5)), (1, 0, 0, 0.5));
+        assert_eq!(of(&UnmaskStep::EntropyBound(0.25)), (2, 0, 0, 0.25));
     }
 }

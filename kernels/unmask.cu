@@ -1,9 +1,9 @@
-// reveal: which of a sequence's sampled positions take their token now, by the law of `policy::select`, and their new place on the canvas.
+// unmask: which of a sequence's sampled positions take their token now, by the law of `sampling::select`, and their new place on the canvas.
 //
 // `RULE_BEST` takes the n smallest of (key, position) by radix select (`select.cuh`): keys are the order uniform, the entropy, or the
 // complement of confidence or margin, as integers in the order of `total_cmp`. `RULE_THRESHOLD` needs the best alone. `RULE_ENTROPY` adds entropies in
 // ascending order in f64, one position per round, exactly as the law does: a sum in another order could end elsewhere.
-// At least one position is revealed. A sequence with trouble, a row that could not be sampled, or a statistic that is NaN reveals nothing.
+// At least one position is revealed. A sequence with trouble, a row that could not be sampled, or a statistic that is NaN unmasks nothing.
 //
 // Layout: one CTA per sequence, rows in position order. Integer sums only, but for that one in f64.
 // Cost: 32 bytes read per row and pass; 4 passes (8 for the uniform's 64 bits) of 5 barriers, or 2 barriers per revealed position under
@@ -13,7 +13,7 @@
 #include "select.cuh"
 static_assert(THREADS == 256, "one histogram bin per thread");
 
-struct RevealParams {
+struct UnmaskParams {
     const StepRecord* sequences;  // (sequences)
     SequenceSummary* summaries;    // (sequences)
     SampledRecord* sampled;    // (rows of all sequences); `chosen` is set here
@@ -23,15 +23,15 @@ struct RevealParams {
     u8* stage;
     u32* step;
 };
-FIELD(RevealParams, sequences, 0);
-FIELD(RevealParams, summaries, 8);
-FIELD(RevealParams, sampled, 16);
-FIELD(RevealParams, token, 24);
-FIELD(RevealParams, confidence, 32);
-FIELD(RevealParams, state, 40);
-FIELD(RevealParams, stage, 48);
-FIELD(RevealParams, step, 56);
-LAYOUT(RevealParams, 64);
+FIELD(UnmaskParams, sequences, 0);
+FIELD(UnmaskParams, summaries, 8);
+FIELD(UnmaskParams, sampled, 16);
+FIELD(UnmaskParams, token, 24);
+FIELD(UnmaskParams, confidence, 32);
+FIELD(UnmaskParams, state, 40);
+FIELD(UnmaskParams, stage, 48);
+FIELD(UnmaskParams, step, 56);
+LAYOUT(UnmaskParams, 64);
 
 // Place of a position in its sequence's order: smaller goes first, equals by position.
 __device__ __forceinline__ u64 rank_key(const StepRecord& s, u32 rank, const SampledRecord& d) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ u64 rank_key(const StepRecord& s, u32 rank, const Sam
     }
 }
 
-__device__ __forceinline__ void take(const RevealParams& p, const StepRecord& s, SampledRecord& d) {
+__device__ __forceinline__ void take(const UnmaskParams& p, const StepRecord& s, SampledRecord& d) {
     const u32 at = s.canvas_first + d.position;
     d.chosen = 1;
     p.token[at] = d.token;
@@ -71,7 +71,7 @@ __device__ __forceinline__ u64 next_best(const StepRecord& s, u32 rank, const Sa
     return block_min(best);
 }
 
-KERNEL(reveal, RevealParams) {
+KERNEL(unmask, UnmaskParams) {
     const StepRecord s = p.sequences[blockIdx.x];
     SequenceSummary* summary = p.summaries + blockIdx.x;
     SampledRecord* sampled = p.sampled + s.sample_first;

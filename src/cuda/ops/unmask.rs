@@ -1,4 +1,4 @@
-//! Launcher of `reveal`: which sampled positions take their token now, and their new place on the
+//! Launcher of `unmask`: which sampled positions take their token now, and their new place on the
 //! canvas.
 #![forbid(unsafe_code)]
 
@@ -11,9 +11,9 @@ use crate::error::Result;
 const THREADS: u32 = 256;
 
 params! {
-    /// `reveal`: one entry. S is the number of sequences, N the number of positions of all
+    /// `unmask`: one entry. S is the number of sequences, N the number of positions of all
     /// sequences.
-    RevealParams, 64 bytes {
+    UnmaskParams, 64 bytes {
         /// (S) `select_masked::StepRecord`.
         sequences: u64 = 0,
         /// (S) `select_masked::SequenceSummary`.
@@ -39,10 +39,10 @@ pub(in crate::cuda) fn builds() -> Vec<Build> {
 }
 
 fn build() -> Build {
-    Build { stem: "reveal", defines: vec![("THREADS", THREADS)] }
+    Build { stem: "unmask", defines: vec![("THREADS", THREADS)] }
 }
 
 /// One CTA for each of `num_sequences`.
-pub fn reveal(machine: &Machine, num_sequences: u32, params: &RevealParams) -> Result<()> {
-    machine.launch(build(), "reveal", Launch::line(num_sequences, THREADS), params)
+pub fn unmask(machine: &Machine, num_sequences: u32, params: &UnmaskParams) -> Result<()> {
+    machine.launch(build(), "unmask", Launch::line(num_sequences, THREADS), params)
 }

@@ -1,12 +1,12 @@
-//! `reveal` takes what `sampling::select` takes and leaves the canvas as `sequence.rs` leaves it.
+//! `unmask` takes what `sampling::select` takes and leaves the canvas as `sequence.rs` leaves it.
 
 use redraft::cuda::machine::Machine;
 use redraft::cuda::ops::remask::state;
-use redraft::cuda::ops::reveal::{RevealParams, reveal};
 use redraft::cuda::ops::sample::{SampledRecord, status};
 use redraft::cuda::ops::select_masked::{SequenceSummary, StepRecord, trouble};
+use redraft::cuda::ops::unmask::{UnmaskParams, unmask};
 use redraft::rng::{DrawKey, uniforms};
-use redraft::sampling::{BlockProgress, Candidate, Rank, Reveal, SampledToken, Unmask, select};
+use redraft::sampling::{BlockProgress, Candidate, Rank, SampledToken, Unmask, UnmaskStep, select};
 
 use crate::emulator::{Array, machines, noise, words};
 
@@ -17,12 +17,12 @@ const MASK: u32 = 50_257;
 /// few levels mean many ties.
 struct Sequence {
     step: StepRecord,
-    reveal: Reveal,
+    unmask: UnmaskStep,
     sampled: Vec<SampledRecord>,
     before: SequenceSummary,
 }
 
-fn sequence(seed: u64, num_sampled: u32, levels: f32, reveal: Reveal) -> Sequence {
+fn sequence(seed: u64, num_sampled: u32, levels: f32, unmask: UnmaskStep) -> Sequence {
     let value = |n: u64, i: u32| (noise(1000 * seed + n, num_sampled as usize)[i as usize].abs() * levels).ceil() / levels;
     let sampled = |i: u32| SampledRecord {
         token: 40 + i,
@@ -35,10 +35,10 @@ fn sequence(seed: u64, num_sampled: u32, levels: f32, reveal: Reveal) -> Sequenc
         chosen: 0,
     };
     let step = StepRecord { seed, sample: 3, stage: 2, block: 1, step: 77, sample_count: num_sampled, ..StepRecord::default() };
-    let step = step.revealing(&reveal);
+    let step = step.unmasking(&unmask);
     Sequence {
         step,
-        reveal,
+        unmask,
         sampled: (0..num_sampled).map(sampled).collect(),
         before: SequenceSummary { sampled: num_sampled, ..SequenceSummary::default() },
     }
@@ -46,7 +46,7 @@ fn sequence(seed: u64, num_sampled: u32, levels: f32, reveal: Reveal) -> Sequenc
 
 /// What the law takes, or the trouble it is in.
 fn law(sequence: &Sequence) -> (Vec<usize>, SequenceSummary) {
-    let Sequence { step, reveal, sampled, before } = sequence;
+    let Sequence { step, unmask, sampled, before } = sequence;
     let nothing = |trouble, detail| (Vec::new(), SequenceSummary { trouble, detail, ..*before });
     if before.trouble != trouble::NONE || sampled.is_empty() {
         return (Vec::new(), *before);
@@ -65,10 +65,10 @@ fn law(sequence: &Sequence) -> (Vec<usize>, SequenceSummary) {
             Candidate { position: position as usize, sampled, order: uniforms(key).order }
         })
         .collect();
-    let unmask = match *reveal {
-        Reveal::Best { rank, n } => Unmask::Count { rank, n },
-        Reveal::Threshold(bound) => Unmask::Threshold(bound),
-        Reveal::EntropyBound(bound) => Unmask::EntropyBound(bound),
+    let unmask = match *unmask {
+        UnmaskStep::Best { rank, n } => Unmask::Count { rank, n },
+        UnmaskStep::Threshold(bound) => Unmask::Threshold(bound),
+        UnmaskStep::EntropyBound(bound) => Unmask::EntropyBound(bound),
     };
     let progress = BlockProgress { block_len: candidates.len(), masks_at_start: candidates.len(), masks: candidates.len(), step: 0 };
     let chosen = select(&unmask, progress, &candidates).expect("no NaN");
@@ -104,7 +104,7 @@ fn check(machine: &Machine, mut sequences: Vec<Sequence>) -> Result<(), String> 
     let confidence = Array::new(machine, &expected.confidence);
     let (state, stage) = (Array::new(machine, &expected.state), Array::new(machine, &expected.stage));
     let step = Array::new(machine, &expected.step);
-    let params = RevealParams {
+    let params = UnmaskParams {
         sequences: steps.address(),
         summaries: summaries.address(),
         sampled: records.address(),
@@ -114,7 +114,7 @@ fn check(machine: &Machine, mut sequences: Vec<Sequence>) -> Result<(), String> 
         stage: stage.address(),
         step: step.address(),
     };
-    words(reveal(machine, sequences.len() as u32, &params))?;
+    words(unmask(machine, sequences.len() as u32, &params))?;
 
     let summaries = summaries.read()?;
     for (s, sequence) in sequences.iter().enumerate() {
@@ -130,7 +130,7 @@ fn check(machine: &Machine, mut sequences: Vec<Sequence>) -> Result<(), String> 
             expected.step[at] = sequence.step.step;
         }
         if summaries[s] != summary {
-            return Err(format!("sequence {s}, {:?}: {:?}, expected {summary:?}", sequence.reveal, summaries[s]));
+            return Err(format!("sequence {s}, {:?}: {:?}, expected {summary:?}", sequence.unmask, summaries[s]));
         }
     }
     let found = records.read()?;
@@ -138,7 +138,7 @@ fn check(machine: &Machine, mut sequences: Vec<Sequence>) -> Result<(), String> 
     let bits = |records: &[SampledRecord]| bytemuck::cast_slice::<_, [u32; 8]>(records).to_vec();
     if let Some(i) = (0..found.len()).find(|i| bits(&found)[*i] != bits(&sampled)[*i]) {
         let s = sequences.iter().position(|s| i < (s.step.sample_first + s.step.sample_count) as usize).expect("a row of a sequence");
-        return Err(format!("sequence {s}, {:?}: {:?}, expected {:?}", sequences[s].reveal, found[i], sampled[i]));
+        return Err(format!("sequence {s}, {:?}: {:?}, expected {:?}", sequences[s].unmask, found[i], sampled[i]));
     }
     let after =
         Flat { token: token.read()?, confidence: confidence.read()?, state: state.read()?, stage: stage.read()?, step: step.read()? };
@@ -150,9 +150,9 @@ fn check(machine: &Machine, mut sequences: Vec<Sequence>) -> Result<(), String> 
 
 /// Values whose order is easy to get wrong: zeros of both signs, infinities, negatives, subnormals,
 /// more than one.
-fn odd_values(reveal: Reveal) -> Sequence {
+fn odd_values(unmask: UnmaskStep) -> Sequence {
     let odd = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, -1.0, f32::MIN_POSITIVE, 1e-45, 1.0, -0.0, 0.0, 1.5, 1e-45];
-    let mut sequence = sequence(7, odd.len() as u32, 1.0, reveal);
+    let mut sequence = sequence(7, odd.len() as u32, 1.0, unmask);
     for (i, sampled) in sequence.sampled.iter_mut().enumerate() {
         (sampled.confidence, sampled.margin, sampled.entropy) = (odd[i], odd[(i + 3) % 12], odd[(i + 5) % 12]);
     }
@@ -162,7 +162,7 @@ fn odd_values(reveal: Reveal) -> Sequence {
 pub fn holds(machine: &Machine) -> Result<(), String> {
     let ranks = [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left];
     for rank in ranks {
-        let best = |n| Reveal::Best { rank, n };
+        let best = |n| UnmaskStep::Best { rank, n };
         let mut sequences = vec![
             sequence(1, 1, 1.0, best(1)),
             sequence(2, 0, 1.0, best(3)),
@@ -179,13 +179,13 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     let bounds = [0.0, 1e-3, 0.3, 0.5, 0.9, 5.0, 1e6, -1.0];
     check(
         machine,
-        bounds.iter().flat_map(|b| [sequence(11, 300, 8.0, Reveal::Threshold(*b)), odd_values(Reveal::Threshold(*b))]).collect(),
+        bounds.iter().flat_map(|b| [sequence(11, 300, 8.0, UnmaskStep::Threshold(*b)), odd_values(UnmaskStep::Threshold(*b))]).collect(),
     )?;
-    check(machine, bounds.iter().map(|b| sequence(12, 60, 50.0, Reveal::EntropyBound(*b))).collect())?;
-    check(machine, bounds.iter().map(|b| sequence(13, 270, 1.0, Reveal::EntropyBound(*b))).collect())?;
+    check(machine, bounds.iter().map(|b| sequence(12, 60, 50.0, UnmaskStep::EntropyBound(*b))).collect())?;
+    check(machine, bounds.iter().map(|b| sequence(13, 270, 1.0, UnmaskStep::EntropyBound(*b))).collect())?;
 
     // What stops a sequence stops it alone.
-    let all = Reveal::Best { rank: Rank::Confidence, n: 400 };
+    let all = UnmaskStep::Best { rank: Rank::Confidence, n: 400 };
     let mut sequences: Vec<Sequence> = (0..8).map(|i| sequence(20 + i, 290, 9.0, all)).collect();
     sequences[1].sampled[288].confidence = f32::NAN;
     sequences[2].sampled[3].margin = -f32::NAN;
