@@ -320,7 +320,7 @@ __device__ __forceinline__ bool high_is_odd(u32 pair) { return (pair & 0x7f80000
 // Searches a tile of values, some of which a query multiplies by zero, for what is not finite. It is clean except after a failure. Otherwise
 // the sums that see such a value become NaN, and it becomes zero for all. Every thread calls it.
 template <typename Cta>
-__device__ __forceinline__ void silence(typename Cta::State& state, u8* values, u32 sharer, u32 first, const u32 (&visible)[2]) {
+__device__ __forceinline__ void replace_non_finite(typename Cta::State& state, u8* values, u32 sharer, u32 first, const u32 (&visible)[2]) {
     bool odd = false;
 #pragma unroll 1
     for (u32 i = threadIdx.x; i < TILE_KEYS * PIECES; i += THREADS) {
@@ -526,7 +526,7 @@ __device__ __forceinline__ void attention_bf16(const AttentionParams& p, u8* mem
 
         u8* values = arrive(step + 1);
         const bool ends_differ = queries.least < queries.end && first + TILE_KEYS > queries.least;
-        if (ends_differ) silence<Cta>(state, values, sharer, first, visible);
+        if (ends_differ) replace_non_finite<Cta>(state, values, sharer, first, visible);
         if (sees) {
             if (SHARERS > 1) {
 #pragma unroll

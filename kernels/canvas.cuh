@@ -59,18 +59,18 @@ FIELD(StepRecord, n, 72);
 FIELD(StepRecord, bound, 76);
 LAYOUT(StepRecord, 80);
 
-#define TROUBLE_COUNT 1u     // other masks than the host predicted; `detail` is their number
-#define TROUBLE_SAMPLING 2u  // a row could not be sampled; `detail` is the lowest such row of the sequence
-#define TROUBLE_NAN 3u       // a confidence, margin or entropy is NaN; `detail` as above
+#define ERROR_COUNT 1u     // other masks than the host predicted; `detail` is their number
+#define ERROR_SAMPLING 2u  // a row could not be sampled; `detail` is the lowest such row of the sequence
+#define ERROR_NAN 3u       // a confidence, margin or entropy is NaN; `detail` as above
 
-// What became of a sequence, over the steps of a run. The first trouble stays, and nothing of the sequence is revealed from there on.
+// What became of a sequence, over the steps of a run. The first error stays, and nothing of the sequence is revealed from there on.
 struct SequenceSummary {
-    u32 trouble;  // 0 or TROUBLE_*
+    u32 error;  // 0 or ERROR_*
     u32 detail;
     u32 sampled;     // in the last step
     u32 revealed;  // in the last step
 };
-FIELD(SequenceSummary, trouble, 0);
+FIELD(SequenceSummary, error, 0);
 FIELD(SequenceSummary, detail, 4);
 FIELD(SequenceSummary, sampled, 8);
 FIELD(SequenceSummary, revealed, 12);

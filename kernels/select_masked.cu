@@ -64,8 +64,8 @@ KERNEL(select_masked, SelectMaskedParams) {
         SequenceSummary* summary = p.summaries + blockIdx.x;
         summary->sampled = seen;
         summary->revealed = 0;
-        if (seen != s.sample_count && summary->trouble == 0) {
-            summary->trouble = TROUBLE_COUNT;
+        if (seen != s.sample_count && summary->error == 0) {
+            summary->error = ERROR_COUNT;
             summary->detail = seen;
         }
     }

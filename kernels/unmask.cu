@@ -3,7 +3,7 @@
 // `RULE_BEST` takes the n smallest of (key, position) by radix select (`select.cuh`): keys are the order uniform, the entropy, or the
 // complement of confidence or margin, as integers in the order of `total_cmp`. `RULE_THRESHOLD` needs the best alone. `RULE_ENTROPY` adds entropies in
 // ascending order in f64, one position per round, exactly as the law does: a sum in another order could end elsewhere.
-// At least one position is revealed. A sequence with trouble, a row that could not be sampled, or a statistic that is NaN unmasks nothing.
+// At least one position is revealed. A sequence with an error, a row that could not be sampled, or a statistic that is NaN unmasks nothing.
 //
 // Layout: one CTA per sequence, rows in position order. Integer sums only, but for that one in f64.
 // Cost: 32 bytes read per row and pass; 4 passes (8 for the uniform's 64 bits) of 5 barriers, or 2 barriers per revealed position under
@@ -75,18 +75,18 @@ KERNEL(unmask, UnmaskParams) {
     const StepRecord s = p.sequences[blockIdx.x];
     SequenceSummary* summary = p.summaries + blockIdx.x;
     SampledRecord* sampled = p.sampled + s.sample_first;
-    if (summary->trouble != 0 || s.sample_count == 0) return;  // uniform over the CTA
+    if (summary->error != 0 || s.sample_count == 0) return;  // uniform over the CTA
 
-    u64 broken = ~0ull;  // the lowest row that cannot be used, with its trouble in the low half
+    u64 broken = ~0ull;  // the lowest row that cannot be used, with its error in the low half
     for (u32 i = threadIdx.x; i < s.sample_count; i += THREADS) {
         const SampledRecord& d = sampled[i];
         const bool nan = d.confidence != d.confidence || d.margin != d.margin || d.entropy != d.entropy;
-        if ((d.status != 0 || nan) && broken == ~0ull) broken = (u64)i << 32 | (d.status != 0 ? TROUBLE_SAMPLING : TROUBLE_NAN);
+        if ((d.status != 0 || nan) && broken == ~0ull) broken = (u64)i << 32 | (d.status != 0 ? ERROR_SAMPLING : ERROR_NAN);
     }
-    broken = block_min(broken);  // its barriers also stand between the read of `trouble` above and the write below
+    broken = block_min(broken);  // its barriers also stand between the read of `error` above and the write below
     if (broken != ~0ull) {
         if (threadIdx.x == 0) {
-            summary->trouble = (u32)broken;
+            summary->error = (u32)broken;
             summary->detail = (u32)(broken >> 32);
         }
         return;

@@ -78,7 +78,7 @@ pub enum Kind {
     Denoise,
     /// Finished blocks whose last row answers the first position of the next one (shifted logits):
     /// final K/V and an unmasked token.
-    Lead,
+    Boundary,
     /// A finished block whose final K/V is written.
     Commit,
     /// Visible tokens being scored for a later remask.

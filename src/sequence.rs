@@ -21,9 +21,9 @@
 //! Where a model's logits are shifted ([`LogitsRows::Before`]), the row before a position answers
 //! it. Forwards that compute some rows only compute the answering ones too. Under block-causal
 //! attention the first position of a block is answered by the last row of the block before it,
-//! which sees nothing of its own: one forward, the *lead*, writes the finished blocks' final K/V
-//! and unmasks that position, and then the block is denoised. [Fast-dLLM v2] It is the commit and
-//! the next token of the autoregressive reading in one.
+//! which sees nothing of its own: one forward, the *boundary forward*, writes the finished blocks'
+//! final K/V and unmasks that position, and then the block is denoised. [Fast-dLLM v2] It is the
+//! commit and the next token of the autoregressive reading in one.
 #![forbid(unsafe_code)]
 
 mod forwards;
@@ -87,7 +87,7 @@ pub struct Step {
     pub sample_rows: Vec<SampleRow>,
     /// What the answers do with tokens that end the text.
     pub eos: Eos,
-    /// Above 0: the same rows run once more before, with every given position masked, and lead the
+    /// Above 0: the same rows run once more before, with every given position masked, and guide the
     /// answers away from what they say.
     pub guidance: f32,
 }
@@ -126,11 +126,11 @@ pub struct Sequence {
     progress: BlockProgress,
     /// Denoising forwards of this stage so far.
     denoised: u32,
-    /// The block holds no mask any more but its tokens may still give way: forwards over it since
-    /// then.
+    /// The block holds no mask any more but its tokens may still be overwritten: forwards over it
+    /// since then.
     settling: Option<usize>,
     /// The block whose first position was revealed by the forward that filled the caches for it.
-    led: Option<usize>,
+    boundary_done: Option<usize>,
     /// Forwards since all rows were recomputed, for `refresh:r`.
     since_full: Option<usize>,
     /// Positions revealed since the last forward that computed them.
@@ -188,7 +188,7 @@ impl Sequence {
             progress: BlockProgress { block_len: 0, masks_at_start: 0, masks: 0, step: 0 },
             denoised: 0,
             settling: None,
-            led: None,
+            boundary_done: None,
             since_full: None,
             fresh: Vec::new(),
             scores: Vec::new(),
@@ -390,7 +390,7 @@ impl Sequence {
         let rows: Vec<_> = positions.into_iter().map(|p| (p, self.canvas.tokens()[p])).collect();
         let Stage { weights, eos, guidance, .. } = *self.stage();
         // Scoring keeps the tokens that are there.
-        let (eos, guidance) = if matches!(kind, Kind::Denoise | Kind::Lead) { (eos, guidance) } else { (Eos::Free, 0.0) };
+        let (eos, guidance) = if matches!(kind, Kind::Denoise | Kind::Boundary) { (eos, guidance) } else { (Eos::Free, 0.0) };
         self.pending =
             Some(Step { kind, rows, visibility: self.stage().visibility(), weights, len: self.canvas.len(), sample_rows, eos, guidance });
     }
@@ -420,7 +420,7 @@ impl Sequence {
         let range = self.range(block);
         let blockwise = matches!(stage.visibility(), Visibility::BlockCausal(_));
         if blockwise && self.logits_rows().are_shifted() && range.start > 0 && self.canvas.state(range.start) == State::Masked {
-            self.set_lead(block, range.start);
+            self.set_boundary_forward(block, range.start);
             return true;
         }
         // [Fast-dLLM] Its loop for Dream.
@@ -429,11 +429,11 @@ impl Sequence {
         if cached
             && self.logits_rows().are_shifted()
             && entered
-            && self.led != Some(block)
+            && self.boundary_done != Some(block)
             && self.canvas.state(range.start) == State::Masked
         {
-            self.set_lead(block, range.start);
-            self.led = Some(block);
+            self.set_boundary_forward(block, range.start);
+            self.boundary_done = Some(block);
             self.since_full = Some(1);
             return true;
         }
@@ -451,7 +451,7 @@ impl Sequence {
         let masked: Vec<usize> = self.canvas.masked_in(unit.clone()).collect();
         // A block the stage has not entered yet has no K/V under the stage's visibility;
         // Fast-dLLM's caches are filled anew for every block.
-        if entered && (cached && self.led != Some(block) || blockwise && stage.kv != KvPolicy::Draft) {
+        if entered && (cached && self.boundary_done != Some(block) || blockwise && stage.kv != KvPolicy::Draft) {
             self.since_full = None;
         }
         if entered || unit != self.unit {
@@ -519,7 +519,7 @@ impl Sequence {
 
     /// The forward that unmasks the first position of a block from the last row before it: of the
     /// finished blocks, or of everything where it fills the caches of full attention.
-    fn set_lead(&mut self, block: usize, start: usize) {
+    fn set_boundary_forward(&mut self, block: usize, start: usize) {
         self.block = block;
         self.unit = start..start + 1;
         // Steps of the block's own schedule begin behind it.
@@ -534,7 +534,7 @@ impl Sequence {
             KvPolicy::Draft => self.fresh.iter().copied().filter(|p| *p < last).chain([last]).collect(),
         };
         let row = self.sample_row(block, start, &positions);
-        self.set_step(Kind::Lead, positions, vec![row]);
+        self.set_step(Kind::Boundary, positions, vec![row]);
     }
 
     /// Scoring forward `group`: visible text for post-hoc, one interleaved group hidden for
@@ -586,10 +586,10 @@ impl Sequence {
                     Some(Edit { bound, .. }) => {
                         // Unmasked and edited tokens of a forward know nothing of each other.
                         let is_masked = |i: &usize| self.canvas.state(candidates[*i].position) == State::Masked;
-                        let (masked, standing): (Vec<usize>, Vec<usize>) = (0..candidates.len()).partition(is_masked);
-                        let held = |i: &usize| (candidates[*i], self.canvas.tokens()[candidates[*i].position]);
-                        let standing_now: Vec<_> = standing.iter().map(held).collect();
-                        edits.extend(sampling::edits(bound, &standing_now)?.into_iter().map(|i| standing[i]));
+                        let (masked, unmasked): (Vec<usize>, Vec<usize>) = (0..candidates.len()).partition(is_masked);
+                        let current = |i: &usize| (candidates[*i], self.canvas.tokens()[candidates[*i].position]);
+                        let unmasked_now: Vec<_> = unmasked.iter().map(current).collect();
+                        edits.extend(sampling::edits(bound, &unmasked_now)?.into_iter().map(|i| unmasked[i]));
                         let open: Vec<Candidate> = masked.iter().map(|i| candidates[*i]).collect();
                         let chosen = match open.is_empty() {
                             true => Vec::new(),
@@ -600,7 +600,7 @@ impl Sequence {
                 }
             }
             // The one candidate; the selection looks for NaN.
-            Kind::Lead => sampling::select(&Unmask::Count { rank: Rank::Left, n: 1 }, self.progress, &candidates)?,
+            Kind::Boundary => sampling::select(&Unmask::Count { rank: Rank::Left, n: 1 }, self.progress, &candidates)?,
             _ => Vec::new(),
         };
         let step = self.pending.take().expect("checked above");
@@ -627,7 +627,7 @@ impl Sequence {
                 self.scores.extend(candidates.iter().map(|c| (c.position, score(c))));
                 self.end_score(events);
             }
-            Kind::Denoise | Kind::Lead => {
+            Kind::Denoise | Kind::Boundary => {
                 report.forwards.denoise += 1;
                 self.write(&candidates, &chosen, &edits, events);
                 if self.round.is_none() {
@@ -856,7 +856,7 @@ impl Sequence {
         self.committed = final_before.min(first_mask);
         self.fresh.clear();
         self.since_full = None;
-        self.led = None;
+        self.boundary_done = None;
         self.progress.masks_at_start = 0;
         self.reports.last_mut().expect("opened with the stage").remasked = positions;
         self.phase = Phase::Denoise;

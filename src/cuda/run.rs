@@ -30,7 +30,7 @@ use crate::cuda::ops::attention::Regime;
 use crate::cuda::ops::gather::{self, Gather};
 use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
-use crate::cuda::ops::select_masked::{SelectMasked, SequenceSummary, trouble};
+use crate::cuda::ops::select_masked::{SelectMasked, SequenceSummary, step_error};
 use crate::cuda::ops::unmask::UnmaskParams;
 use crate::cuda::ops::{remask, sample, select_masked, unmask};
 use crate::error::{Error, Result};
@@ -316,7 +316,7 @@ impl Run {
     }
 }
 
-/// One sequence's part of a step. Records of steps behind a trouble hold whatever stood there: the
+/// One sequence's part of a step. Records of steps after an error hold whatever stood there: the
 /// first of them ends the sequence anyway.
 fn answer(records: &[SampledRecord], summary: &SequenceSummary) -> Result<Vec<RowOutcome>> {
     let sampled: Result<Vec<RowOutcome>> = records
@@ -333,8 +333,8 @@ fn answer(records: &[SampledRecord], summary: &SequenceSummary) -> Result<Vec<Ro
     let sampled = sampled?;
     // Statistics that are NaN are the law's own error, which the host finds when it applies it; so
     // is a row without a token, above.
-    match summary.trouble {
-        trouble::COUNT => {
+    match summary.error {
+        step_error::COUNT => {
             Err(Error::kernel(format!("the device found {} masked positions, the sequence foresaw another number", summary.detail)))
         }
         _ => Ok(sampled),

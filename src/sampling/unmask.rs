@@ -173,17 +173,17 @@ pub fn select_tempered(unmask: &Unmask, temperature: f32, progress: BlockProgres
     Ok(chosen)
 }
 
-/// Which tokens that stand give way (LLaDA2.1): indices, ascending, of the answers that name
-/// another token with a confidence above `bound`. Each candidate comes with the token that its
-/// position holds.
+/// Token editing (LLaDA2.1): indices, ascending, of unmasked positions whose sampled
+/// token differs from the current one and has a confidence above `bound`. Each candidate comes with
+/// the current token of its position.
 ///
 /// Errors: [`Error::Kernel`] naming the position if a confidence is NaN.
-pub fn edits(bound: f32, standing: &[(Candidate, u32)]) -> Result<Vec<usize>> {
-    if let Some((c, _)) = standing.iter().find(|(c, _)| c.sampled.confidence.is_nan()) {
+pub fn edits(bound: f32, unmasked: &[(Candidate, u32)]) -> Result<Vec<usize>> {
+    if let Some((c, _)) = unmasked.iter().find(|(c, _)| c.sampled.confidence.is_nan()) {
         return Err(Error::kernel(format!("position {}: confidence NaN", c.position)));
     }
-    let gives_way = |(c, token): &(Candidate, u32)| c.sampled.token != *token && c.sampled.confidence > bound;
-    Ok((0..standing.len()).filter(|i| gives_way(&standing[*i])).collect())
+    let is_overwritten = |(c, token): &(Candidate, u32)| c.sampled.token != *token && c.sampled.confidence > bound;
+    Ok((0..unmasked.len()).filter(|i| is_overwritten(&unmasked[*i])).collect())
 }
 
 #[cfg(test)]
@@ -371,16 +371,16 @@ mod tests {
 
     #[test]
     fn another_token_above_the_bound_takes_the_place() {
-        let standing = |confidence: f32, token: u32, held: u32| {
+        let unmasked = |confidence: f32, token: u32, current: u32| {
             let mut candidate = confident(&[confidence])[0];
             candidate.sampled.token = token;
-            (candidate, held)
+            (candidate, current)
         };
-        let all = [standing(0.9, 5, 5), standing(0.9, 6, 5), standing(0.5, 6, 5), standing(0.500_001, 6, 5), standing(0.1, 6, 5)];
+        let all = [unmasked(0.9, 5, 5), unmasked(0.9, 6, 5), unmasked(0.5, 6, 5), unmasked(0.500_001, 6, 5), unmasked(0.1, 6, 5)];
         assert_eq!(edits(0.5, &all).unwrap(), [1, 3], "strictly above, and another token");
         assert_eq!(edits(0.0, &all).unwrap(), [1, 2, 3, 4]);
         assert_eq!(edits(0.0, &[]).unwrap(), Vec::<usize>::new());
-        assert!(edits(0.5, &[all[1], standing(f32::NAN, 5, 5)]).unwrap_err().to_string().contains("NaN"));
+        assert!(edits(0.5, &[all[1], unmasked(f32::NAN, 5, 5)]).unwrap_err().to_string().contains("NaN"));
     }
 
     #[test]

@@ -106,7 +106,7 @@ impl Sequence {
     fn device_rule(&self, step: &Step) -> Result<UnmaskStep, HostReason> {
         let stage = self.stage();
         match step.kind {
-            Kind::Denoise | Kind::Lead => {}
+            Kind::Denoise | Kind::Boundary => {}
             Kind::Score => return Err(HostReason::Scoring),
             Kind::Prefill | Kind::Commit => return Err(HostReason::NothingToSample),
         }
@@ -134,7 +134,7 @@ impl Sequence {
             }
         }
         match step.kind {
-            Kind::Lead => Ok(UnmaskStep::Best { rank: Rank::Left, n: 1 }),
+            Kind::Boundary => Ok(UnmaskStep::Best { rank: Rank::Left, n: 1 }),
             _ => stage_rule(stage, self.progress),
         }
     }
@@ -219,12 +219,14 @@ mod tests {
         ] {
             assert_eq!(foreseen_of(&[stage], 2, false), Err(reason), "{stage}");
         }
-        // The lead of the second block, which the first step is where nothing is cached.
+        // The boundary forward of the second block, which the first step is where nothing is
+        // cached.
         assert_eq!(foreseen("block=4,unmask=left:2,kv=recompute,eos=never", 4), Err(HostReason::Eos));
         assert_eq!(foreseen("block=4,unmask=left:2,kv=recompute", 4).unwrap()[0].part.range, 4..5);
     }
 
-    /// Shifted logits: the row before a position is among the rows of its step, leads included.
+    /// Shifted logits: the row before a position is among the rows of its step, boundary forwards
+    /// included.
     #[test]
     fn steps_of_shifted_models_hold_the_rows_that_answer() {
         let full = foreseen("block=full,unmask=uniform:3", 2).unwrap();
@@ -232,7 +234,7 @@ mod tests {
         let blocks = foreseen("block=4,unmask=left:2", 3).unwrap();
         let parts: Vec<_> = blocks.iter().map(|s| (s.part.range.clone(), s.part.num_sampled, s.rows.clone())).collect();
         assert_eq!(parts[0], (0..4, 1, (0..4).collect()));
-        assert_eq!(parts[1], (4..5, 1, (0..4).collect()), "a lead writes the block before it");
+        assert_eq!(parts[1], (4..5, 1, (0..4).collect()), "a boundary forward writes the block before it");
         assert_eq!(parts[2], (4..8, 3, (4..8).collect()));
         assert_eq!(blocks.len(), 7);
         for step in full.iter().chain(&blocks) {

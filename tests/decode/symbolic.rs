@@ -186,17 +186,17 @@ impl Watched {
 
     fn masks_by_block(&self, stage: &Stage) -> Vec<usize> {
         let blockwise = matches!(stage.visibility(), Visibility::BlockCausal(_));
-        // Where caches are filled for a block, the first one has a lead too.
+        // Where caches are filled for a block, the first one has a boundary forward too.
         let cached = !blockwise && matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
-        let leads = self.shifted && (blockwise || cached);
+        let has_boundary = self.shifted && (blockwise || cached);
         let mut counts = Vec::new();
         for (b, block) in self.shadow[self.origin(stage)..].chunks(stage.block_len_in(self.shadow.len())).enumerate() {
-            // A lead costs what a block of one mask costs.
-            let mut lead = usize::from(leads && (b > 0 || cached) && block[0].is_none());
-            counts.push(lead);
+            // A boundary forward costs what a block of one mask costs.
+            let mut boundary = usize::from(has_boundary && (b > 0 || cached) && block[0].is_none());
+            counts.push(boundary);
             for part in block.chunks(stage.sub_len.unwrap_or(block.len())) {
-                counts.push(part.iter().filter(|t| t.is_none()).count() - lead);
-                lead = 0;
+                counts.push(part.iter().filter(|t| t.is_none()).count() - boundary);
+                boundary = 0;
             }
         }
         counts.retain(|n| *n > 0);
@@ -275,7 +275,7 @@ impl Watched {
         let counts = &mut self.forwards[stage];
         match step.kind {
             Kind::Prefill => counts.prefill += 1,
-            Kind::Denoise | Kind::Lead => counts.denoise += 1,
+            Kind::Denoise | Kind::Boundary => counts.denoise += 1,
             Kind::Commit => counts.commit += 1,
             Kind::Score => {
                 counts.score += 1;
@@ -297,7 +297,7 @@ impl Watched {
         if step.kind != Kind::Score {
             assert!(hidden.is_empty(), "{label}: rows {hidden:?} are hidden");
         }
-        if step.kind == Kind::Lead {
+        if step.kind == Kind::Boundary {
             let Stage { kv, .. } = self.sequence.reports()[stage].stage;
             let block_len = self.sequence.reports()[stage].stage.block_len_in(step.len);
             let last = step.rows.last().expect("a row").0;
@@ -718,7 +718,7 @@ proptest! {
             let step = sequence.step().unwrap().clone();
             let mut sampled = network.forward(&step, sequence.canvas().tokens(), true, "nan");
             let canvas = sequence.canvas().clone();
-            if matches!(step.kind, Kind::Denoise | Kind::Lead) && denoised == at {
+            if matches!(step.kind, Kind::Denoise | Kind::Boundary) && denoised == at {
                 let good = sampled.clone();
                 let worst = sampled.last_mut().unwrap();
                 *[&mut worst.confidence, &mut worst.margin, &mut worst.entropy][which] = f32::NAN;
@@ -733,7 +733,7 @@ proptest! {
                 }
                 sampled = good;
             }
-            denoised += usize::from(matches!(step.kind, Kind::Denoise | Kind::Lead));
+            denoised += usize::from(matches!(step.kind, Kind::Denoise | Kind::Boundary));
             sequence.apply(&sampled, &mut events).unwrap();
         }
         prop_assert_eq!(sequence.canvas().num_masks(), 0);

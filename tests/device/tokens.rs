@@ -122,8 +122,8 @@ fn tokens_equal_the_cpus_for_the_adapted_families() {
     }
 }
 
-/// Shifted logits where every row is computed: the device samples steps, leads and a refine by
-/// itself.
+/// Shifted logits where every row is computed: the device samples steps, boundary forwards and a
+/// refine by itself.
 #[test]
 fn tokens_equal_the_cpus_under_shifted_logits() {
     for (name, scope) in [("dream", "canvas"), ("fast-dllm", "block"), ("rnd1", "canvas")] {

@@ -189,7 +189,7 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         ("select_masked.cu", "        seen += count;\n", "        seen = count;\n"),
     ),
     ("the wrong half of a key", select_masked::holds, ("select_masked.cu", "s.step, position).token", "s.step, position).order")),
-    ("a later trouble hides the first", select_masked::holds, ("select_masked.cu", " && summary->trouble == 0", "")),
+    ("a later error hides the first", select_masked::holds, ("select_masked.cu", " && summary->error == 0", "")),
     ("one tie too many", unmask::holds, ("unmask.cu", "equal_before < cut.equal", "equal_before <= cut.equal")),
     ("above the threshold only", unmask::holds, ("unmask.cu", "confidence >= s.bound", "confidence > s.bound")),
     ("the newest entropy counted against itself", unmask::holds, ("unmask.cu", "sum - entropy <=", "sum <=")),
@@ -307,7 +307,7 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         ("attention.cu", "const bool valid = first + key < queries.end;", "const bool valid = first + key <= queries.end;"),
     ),
     ("a mass that is not rescaled", attention::holds, ("attention.cu", "state.mass[i] *= rescale[i / 2];", "")),
-    ("zero times NaN", attention::holds, ("attention.cu", "if (ends_differ) silence", "if (false) silence")),
+    ("zero times NaN", attention::holds, ("attention.cu", "if (ends_differ) replace_non_finite", "if (false) replace_non_finite")),
     ("NaN that is visible taken away", attention::holds, ("attention.cu", "if (low_is_odd(pair)) state.sums[n][2 * h] = quiet_nan();", "")),
     ("NaN taken away before all have seen it", attention::holds, ("attention.cu", "__syncthreads();  // all have seen them", "")),
     (

@@ -4,7 +4,7 @@
 use redraft::cuda::machine::Machine;
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::sample::{DrawRecord, flag};
-use redraft::cuda::ops::select_masked::{SelectMasked, SequenceSummary, StepRecord, select_masked, trouble};
+use redraft::cuda::ops::select_masked::{SelectMasked, SequenceSummary, StepRecord, select_masked, step_error};
 use redraft::rng::{DrawKey, uniforms};
 
 use crate::emulator::{Array, machines, noise, words};
@@ -56,7 +56,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         step.sample_first = sample_first;
         sample_first += step.sample_count;
     }
-    let earlier = SequenceSummary { trouble: trouble::NAN, detail: 4, ..SequenceSummary::default() };
+    let earlier = SequenceSummary { error: step_error::NAN, detail: 4, ..SequenceSummary::default() };
     let before: Vec<_> = (0..steps.len()).map(|i| if i == 3 { earlier } else { SequenceSummary::default() }).collect();
 
     let (device_steps, device_states) = (Array::new(machine, &steps), Array::new(machine, &states));
@@ -89,7 +89,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         let differs = sampled != step.sample_count;
         let told = match s {
             3 => earlier,
-            _ if differs => SequenceSummary { trouble: trouble::COUNT, detail: sampled, ..SequenceSummary::default() },
+            _ if differs => SequenceSummary { error: step_error::COUNT, detail: sampled, ..SequenceSummary::default() },
             _ => SequenceSummary::default(),
         };
         let told = SequenceSummary { sampled, ..told };

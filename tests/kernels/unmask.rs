@@ -3,7 +3,7 @@
 use redraft::cuda::machine::Machine;
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::sample::{SampledRecord, status};
-use redraft::cuda::ops::select_masked::{SequenceSummary, StepRecord, trouble};
+use redraft::cuda::ops::select_masked::{SequenceSummary, StepRecord, step_error};
 use redraft::cuda::ops::unmask::{UnmaskParams, unmask};
 use redraft::rng::{DrawKey, uniforms};
 use redraft::sampling::{BlockProgress, Candidate, Rank, SampledToken, Unmask, UnmaskStep, select};
@@ -44,16 +44,16 @@ fn sequence(seed: u64, num_sampled: u32, levels: f32, unmask: UnmaskStep) -> Seq
     }
 }
 
-/// What the law takes, or the trouble it is in.
+/// What the law takes, or its error.
 fn law(sequence: &Sequence) -> (Vec<usize>, SequenceSummary) {
     let Sequence { step, unmask, sampled, before } = sequence;
-    let nothing = |trouble, detail| (Vec::new(), SequenceSummary { trouble, detail, ..*before });
-    if before.trouble != trouble::NONE || sampled.is_empty() {
+    let nothing = |error, detail| (Vec::new(), SequenceSummary { error, detail, ..*before });
+    if before.error != step_error::NONE || sampled.is_empty() {
         return (Vec::new(), *before);
     }
     let nan = |d: &SampledRecord| d.confidence.is_nan() || d.margin.is_nan() || d.entropy.is_nan();
     if let Some(i) = sampled.iter().position(|d| d.status != status::OK || nan(d)) {
-        return nothing(if sampled[i].status != status::OK { trouble::SAMPLING } else { trouble::NAN }, i as u32);
+        return nothing(if sampled[i].status != status::OK { step_error::SAMPLING } else { step_error::NAN }, i as u32);
     }
     let candidates: Vec<Candidate> = sampled
         .iter()
@@ -193,7 +193,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     sequences[4].sampled[270].status = status::BROKEN;
     sequences[4].sampled[280].confidence = f32::NAN;
     sequences[5].sampled[0].status = status::FORCED;
-    sequences[6].before = SequenceSummary { trouble: trouble::COUNT, detail: 12, sampled: 290, revealed: 0 };
+    sequences[6].before = SequenceSummary { error: step_error::COUNT, detail: 12, sampled: 290, revealed: 0 };
     check(machine, sequences)
 }
 

@@ -66,7 +66,7 @@ fn gather_copies_rows() {
 }
 
 #[test]
-fn blend_leads_away_from_the_base() {
+fn guidance_moves_away_from_the_base() {
     each!(b in cpus(1), {
         let (base, x) = (noise(300, 3), noise(300, 4));
         let mut out = b.put(&x);

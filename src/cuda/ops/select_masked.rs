@@ -64,11 +64,11 @@ impl StepRecord {
 }
 
 params! {
-    /// What became of a sequence, over the steps of a run. Zeros at its start; the first trouble
+    /// What became of a sequence, over the steps of a run. Zeros at its start; the first error
     /// stays, and nothing of the sequence is revealed from there on.
     SequenceSummary, 16 bytes {
-        /// See [`trouble`].
-        trouble: u32 = 0,
+        /// See [`step_error`].
+        error: u32 = 0,
         detail: u32 = 4,
         /// Rows sampled in the last step.
         sampled: u32 = 8,
@@ -77,8 +77,8 @@ params! {
     }
 }
 
-/// Values of [`SequenceSummary::trouble`], the `TROUBLE_*` of `kernels/canvas.cuh`.
-pub mod trouble {
+/// Values of [`SequenceSummary::error`], the `ERROR_*` of `kernels/canvas.cuh`.
+pub mod step_error {
     pub const NONE: u32 = 0;
     /// Other masks than the host predicted; the detail is their number.
     pub const COUNT: u32 = 1;
