@@ -188,43 +188,42 @@ fn attention(c: &mut Criterion) {
 }
 
 /// A layer of 64 experts of which every row takes 8, and the router before it.
-fn experts(c: &mut Criterion) {
-    let mut group = c.benchmark_group("experts");
+fn moe(c: &mut Criterion) {
+    let mut group = c.benchmark_group("moe");
     let shape = ExpertShape { num_experts: 64, top_k: 8, hidden_dim: 768, expert_dim: 256 };
     let ExpertShape { num_experts, top_k, hidden_dim: width, expert_dim: inner } = shape;
     let router = RouterScore::Softmax { renormalise: true };
     for cpu in cpus() {
         let weights: Vec<f32> = noise(num_experts * 2 * inner * width, 7).iter().map(|w| w * 0.1).collect();
-        let stack = |n: usize, k: usize| {
+        let experts = |n: usize, k: usize| {
             cpu.weight(WeightShape::Experts { num: num_experts, n, k }, &|first, dst| {
                 dst.copy_from_slice(&weights[first * k..][..dst.len()]);
                 Ok(())
             })
         };
-        let (up, down) = (stack(2 * inner, width).expect("memory"), stack(width, inner).expect("memory"));
+        let (up, down) = (experts(2 * inner, width).expect("memory"), experts(width, inner).expect("memory"));
         for rows in [1, 4, 32, 128, 1024] {
             let (host, scores) = (noise(rows * width, 8), noise(rows * num_experts, 9));
             let (x, logits) = (Buffer::from(&host[..]), Buffer::from(&scores[..]));
             let [mut out] = cpu.alloc([Activation::F32(rows * width)]).expect("memory");
-            let mut routes = cpu.routes(rows, shape).expect("memory");
+            let mut routing = cpu.routing(rows, shape).expect("memory");
             let by = Router { score: router, bias: None };
-            cpu.route(rows, &logits, &by, &mut routes).expect("routes");
-            cpu.experts(&mut routes, &x, &up, &down, &mut out).expect("experts");
+            cpu.route(rows, &logits, &by, &mut routing).expect("routing");
+            cpu.moe(&mut routing, &x, &up, &down, &mut out).expect("experts");
             let chosen = oracle::route(shape, &Router { score: router, bias: None }, &scores[..num_experts]);
             let zeros = vec![0.0; width];
-            let want =
-                oracle::experts(cpu.dtype(), shape, &chosen, &host[..width], &weights, &weights[..num_experts * width * inner], &zeros);
+            let want = oracle::moe(cpu.dtype(), shape, &chosen, &host[..width], &weights, &weights[..num_experts * width * inner], &zeros);
             let mut got = vec![0.0; width];
             cpu.download(&out, 0, &mut got).expect("download");
             assert!(got.iter().zip(&want).all(|(g, w)| (f64::from(*g) - w).abs() < 1e-2), "{rows} rows");
 
             group.throughput(Throughput::Elements(rows as u64));
             group.bench_function(id(&cpu, format!("route-{rows}x{num_experts}of{top_k}")), |b| {
-                b.iter(|| cpu.route(rows, &logits, &by, &mut routes).expect("routes"));
+                b.iter(|| cpu.route(rows, &logits, &by, &mut routing).expect("routing"));
             });
             group.throughput(Throughput::Elements((6 * rows * top_k * width * inner) as u64));
             group.bench_function(id(&cpu, format!("{rows}x{num_experts}of{top_k}x{width}x{inner}")), |b| {
-                b.iter(|| cpu.experts(&mut routes, &x, &up, &down, &mut out).expect("experts"));
+                b.iter(|| cpu.moe(&mut routing, &x, &up, &down, &mut out).expect("experts"));
             });
         }
     }
@@ -330,7 +329,8 @@ fn shortlist(c: &mut Criterion) {
                 let greedy: Vec<Draw> = draws.iter().map(|draw| Draw { temperature: 0.0, ..*draw }).collect();
                 let tokens = |sampled: Vec<redraft::sampling::SampledToken>| sampled.iter().map(|d| d.token).collect::<Vec<_>>();
                 let among = tokens(
-                    cpu.sample(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &which }, &greedy).expect("sampled tokens"),
+                    cpu.sample(&hidden, &head, None, Candidates::Shortlists { lists: &lists, which: &which }, &greedy)
+                        .expect("sampled tokens"),
                 );
                 assert_eq!(
                     among,
@@ -342,7 +342,7 @@ fn shortlist(c: &mut Criterion) {
                 });
                 group.bench_function(id(cpu, format!("{rows}x{vocab}x{k}-among-{n}")), |b| {
                     b.iter(|| {
-                        cpu.sample(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &which }, &draws)
+                        cpu.sample(&hidden, &head, None, Candidates::Shortlists { lists: &lists, which: &which }, &draws)
                             .expect("sampled tokens")
                     });
                 });
@@ -360,5 +360,5 @@ fn config() -> Criterion {
         .without_plots()
 }
 
-criterion_group! { name = ops; config = config(); targets = linear, attention, experts, norm, sample, shortlist }
+criterion_group! { name = ops; config = config(); targets = linear, attention, moe, norm, sample, shortlist }
 criterion_main!(ops);

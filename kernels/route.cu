@@ -5,7 +5,7 @@
 //                 one warp-wide maximum; they are written in ascending order of their experts.
 //   route_count   a warp per expert counts its choices.
 //   route_order   a warp per expert gives its choices places in ascending order of their rows, behind those of all lower experts, and cuts its places
-//                 into tiles of `tile_rows`, which `experts` multiplies.
+//                 into tiles of `tile_rows`, which `moe` multiplies.
 // No atomics: places do not depend on who comes first. Scores rank by (key, lower id); NaN ranks below every number.
 // Cost: reads the logits once and the (rows, k) choices twice for each expert, from L2: at 1,024 rows of 8 out of 256 experts, 256 loads of a warp each.
 #include "common.cuh"

@@ -2,7 +2,7 @@
 //
 // The logits of a chunk of rows are written by `linear` (f32, with bias) and read here. A radix select (`select.cuh`) over their ordered bits
 // finds the count-th largest and how many of its equals are wanted; one pass in the order of the ids then writes what lies above it and the first
-// of its equals. Banned ids, -inf and NaN are never listed: `listed` gives them no probability, and a NaN is refused by `sample`.
+// of its equals. Banned ids, -inf and NaN are never listed: `sample_shortlist` gives them no probability, and a NaN is refused by `sample`.
 //
 // Layout: one CTA per row, one histogram bin per thread. Integer counts only, so the result does not depend on timing.
 // Cost: V f32 written and read five times, mostly from L2, and V / 256 scans; beside the product bound by latency.

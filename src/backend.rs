@@ -216,7 +216,7 @@ impl ExpertShape {
 
 /// One expert of a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Choice {
+pub struct ExpertChoice {
     pub expert: u32,
     pub weight: f32,
 }
@@ -251,7 +251,7 @@ pub enum Candidates<'a, L> {
     /// All ids but these.
     AllBut(&'a [u32]),
     /// Those of list `which[i]` for row i.
-    Listed { lists: &'a L, which: &'a [u32] },
+    Shortlists { lists: &'a L, which: &'a [u32] },
 }
 
 /// A list whose length the host knows.
@@ -267,7 +267,7 @@ impl RowList for Vec<u32> {
 }
 
 /// What `sample` says about a forced token that it cannot choose.
-pub(crate) fn not_listed(row: usize, token: u32) -> Error {
+pub(crate) fn not_on_shortlist(row: usize, token: u32) -> Error {
     Error::request(format!("row {row}: token {token} is not on the shortlist of the row: it cannot be chosen there (shortlist=all)"))
 }
 
@@ -284,10 +284,10 @@ pub trait Backend: Sized {
     /// A list of row indices where the kernels can read it.
     type Rows: RowList;
     /// Some ids for each of some rows, where the kernels can read them.
-    type Lists;
+    type Shortlists;
     /// The experts of every row, in the order of the experts, and room for the rows on their way
     /// through them.
-    type Routes;
+    type Routing;
     /// Runs planned steps, on the host or on a device that samples by itself.
     type Runner: StepRunner<Self> + Default;
 
@@ -309,8 +309,8 @@ pub trait Backend: Sized {
     fn synchronize(&self) -> Result<()>;
     /// Packs a weight, reading it some rows at a time so that no second full copy exists.
     fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Self::Weight>;
-    /// Room for the routes of up to `rows` rows through experts of this shape.
-    fn routes(&self, rows: usize, shape: ExpertShape) -> Result<Self::Routes>;
+    /// Room for the routing of up to `rows` rows through experts of this shape.
+    fn routing(&self, rows: usize, shape: ExpertShape) -> Result<Self::Routing>;
     /// Pages filled with NaN: a slot that is read before it is written poisons the result instead
     /// of looking plausible.
     fn kv_cache(&self, shape: KvShape) -> Result<Self::KvCache>;
@@ -351,15 +351,15 @@ pub trait Backend: Sized {
     /// The experts of each row from the router's `logits (rows, E)`, f32: k of them by the rule of
     /// `router`, ties to the lower expert, kept in ascending order. A NaN logit ranks below every
     /// number.
-    fn route(&self, rows: usize, logits: &Self::Buffer, router: &Router<Self::Buffer>, routes: &mut Self::Routes) -> Result<()>;
+    fn route(&self, rows: usize, logits: &Self::Buffer, router: &Router<Self::Buffer>, routing: &mut Self::Routing) -> Result<()>;
     /// `out (rows, C) += sum over the row's experts e, ascending, of weight_e * down_e(silu(gate_e
     /// x) * up_e x)` for the rows of the last `route`: `up` is E x (2F, C) with gate and up of a
     /// column in neighbouring rows, `down` E x (C, F). Products as in `linear`, over the rows of an
     /// expert together; the sum starts from zero and is added to `out` at its end. A row's result
     /// does not depend on who shares its experts.
-    fn experts(
+    fn moe(
         &self,
-        routes: &mut Self::Routes,
+        routing: &mut Self::Routing,
         x: &Self::Buffer,
         up: &Self::Weight,
         down: &Self::Weight,
@@ -402,14 +402,14 @@ pub trait Backend: Sized {
     /// `sampling::sample_row`. Logits of all rows never exist at once. NaN logits are an error
     /// naming the row. Waits.
     ///
-    /// Logits of listed ids alone are products over k in a fixed order that may be another than
-    /// that of all ids. A forced token that is not on the list is an error.
+    /// Logits of a shortlist alone are products over k in a fixed order that may be another than
+    /// that of all ids. A forced token that is not on the shortlist is an error.
     fn sample(
         &self,
         hidden: &Self::Buffer,
         head: &Self::Weight,
         bias: Option<&Self::Buffer>,
-        candidates: Candidates<Self::Lists>,
+        candidates: Candidates<Self::Shortlists>,
         draws: &[Draw],
     ) -> Result<Vec<SampledToken>>;
     /// The ids of the `n` largest logits of each of the first `rows` rows of `hidden`, as `sample`
@@ -424,15 +424,15 @@ pub trait Backend: Sized {
         bias: Option<&Self::Buffer>,
         banned: &[u32],
         n: usize,
-    ) -> Result<Self::Lists>;
+    ) -> Result<Self::Shortlists>;
 }
 
 /// What tests read back of a backend beside its buffers.
 pub trait Inspect: Backend {
     /// What the last `route` chose, (rows, k). Waits.
-    fn choices(&self, routes: &Self::Routes) -> Result<Vec<Choice>>;
+    fn expert_choices(&self, routing: &Self::Routing) -> Result<Vec<ExpertChoice>>;
     /// The ids of each list, ascending. Waits.
-    fn listed(&self, lists: &Self::Lists) -> Result<Vec<Vec<u32>>>;
+    fn shortlist_ids(&self, lists: &Self::Shortlists) -> Result<Vec<Vec<u32>>>;
 }
 
 /// Runs planned steps on a backend.
@@ -537,5 +537,5 @@ pub struct RowsToSample<'a, B: Backend> {
     /// Room for (sampled rows, C) f32 each.
     pub room: [&'a mut B::Buffer; 2],
     /// Of [`Windows::shortlists`].
-    pub lists: &'a [B::Lists],
+    pub lists: &'a [B::Shortlists],
 }

@@ -58,8 +58,8 @@ struct HostParts<'a> {
     sampling: &'a HostSampling,
     banned: &'a BannedIds,
     sequences: &'a mut dyn Sequences,
-    /// Of each sequence, where its positions choose among listed ids.
-    listed: Vec<Option<Listed>>,
+    /// Of each sequence, where its positions choose among a shortlist.
+    shortlists_of: Vec<Option<SequenceShortlists>>,
     /// Passes so far.
     passes: usize,
     /// Rows of each sequence in the pass before; those of its window ahead of the first.
@@ -69,7 +69,7 @@ struct HostParts<'a> {
 }
 
 /// Where the lists of a sequence's masked positions are.
-struct Listed {
+struct SequenceShortlists {
     /// Among [`Windows::shortlists`].
     lists: usize,
     /// The list of the first of the positions; the others follow.
@@ -97,8 +97,8 @@ impl<'a> HostParts<'a> {
     fn new(plan: &'a Plan, sampling: &'a HostSampling, banned: &'a BannedIds, sequences: &'a mut dyn Sequences) -> Self {
         let window = |sequence: &HostSequence| sequence.window.as_ref().map_or(0, |window| window.inside.len());
         let window_rows = sampling.sequences.iter().map(window).collect();
-        let listed = sampling.sequences.iter().map(|_| None).collect();
-        HostParts { plan, sampling, banned, sequences, listed, passes: 0, window_rows, pass: None }
+        let shortlists_of = sampling.sequences.iter().map(|_| None).collect();
+        HostParts { plan, sampling, banned, sequences, shortlists_of, passes: 0, window_rows, pass: None }
     }
 
     fn room(&self) -> StepRows {
@@ -116,12 +116,12 @@ impl<'a> HostParts<'a> {
         self.sampling.sequences.iter().enumerate().map(move |(s, sequence)| (sequence, plan.indptr[s]..plan.indptr[s + 1]))
     }
 
-    /// The lists that the windows' masked positions will choose from; those of sequences that list
-    /// alike are made together.
+    /// The shortlists that the windows' masked positions will choose from; those of sequences that
+    /// list alike are made together.
     fn shortlists(&mut self) -> Vec<WindowShortlist> {
         let mut shortlists: Vec<WindowShortlist> = Vec::new();
         let mut before = 0;
-        for (sequence, listed) in self.sampling.sequences.iter().zip(&mut self.listed) {
+        for (sequence, shortlists_of) in self.sampling.sequences.iter().zip(&mut self.shortlists_of) {
             let Some(window) = &sequence.window else { continue };
             if let Some(n) = window.shortlist {
                 let banned = self.banned.of(sequence.rule.banned);
@@ -131,7 +131,7 @@ impl<'a> HostParts<'a> {
                 });
                 let rows = &mut shortlists[lists].rows;
                 let start = window.start as usize;
-                *listed = Some(Listed { lists, first: rows.len() as u32, positions: sequence.positions.clone() });
+                *shortlists_of = Some(SequenceShortlists { lists, first: rows.len() as u32, positions: sequence.positions.clone() });
                 rows.extend(sequence.positions.iter().map(|position| (before + position - start) as u32));
             }
             before += window.inside.len();
@@ -153,12 +153,12 @@ impl<'a> HostParts<'a> {
             let (rows, guide) = (first..first + count, guides);
             first += count;
             guides += if sequence.rule.guidance > 0.0 { count } else { 0 };
-            let listed = self.listed[s].as_ref().filter(|_| self.pass.is_some());
-            let which = listed.map_or_else(Vec::new, |listed| {
-                let list = |p: &usize| listed.positions.binary_search(p).expect("masked since the forward") as u32;
-                sequence.positions.iter().map(|position| listed.first + list(position)).collect()
+            let shortlists_of = self.shortlists_of[s].as_ref().filter(|_| self.pass.is_some());
+            let which = shortlists_of.map_or_else(Vec::new, |shortlists_of| {
+                let list = |p: &usize| shortlists_of.positions.binary_search(p).expect("masked since the forward") as u32;
+                sequence.positions.iter().map(|position| shortlists_of.first + list(position)).collect()
             });
-            let lists = listed.map(|listed| listed.lists);
+            let lists = shortlists_of.map(|shortlists_of| shortlists_of.lists);
             Some((s, Part { rule: sequence.rule, lists, rows, guide, draws: sequence.draws.clone(), which }))
         };
         sequence.into_iter().enumerate().filter_map(part).collect()
@@ -302,7 +302,7 @@ fn answer<B: Backend>(backend: &B, sample_rows: &mut RowsToSample<B>, banned: &B
         hidden = &**room;
     }
     if let Some(lists) = lists {
-        return backend.sample(hidden, head, bias, Candidates::Listed { lists: &made[lists], which }, draws);
+        return backend.sample(hidden, head, bias, Candidates::Shortlists { lists: &made[lists], which }, draws);
     }
     let mut answers = backend.sample(hidden, head, bias, Candidates::AllBut(banned.of(rule.banned)), draws)?;
     if rule.ends_last {

@@ -9,12 +9,12 @@
 mod attention;
 mod blend;
 mod embed;
-mod experts;
 mod kv;
 mod linear;
 mod machine;
 mod measure;
 mod memory;
+mod moe;
 mod norm;
 pub mod oracle;
 #[allow(unsafe_code)]
@@ -30,8 +30,8 @@ use std::sync::{Arc, Mutex};
 
 use crate::backend::host::HostSteps;
 use crate::backend::{
-    Activation, Backend, Candidates, Choice, DType, Epilogue, ExpertShape, HeadNorm, HeadShape, Inspect, KvShape, Norm, Rotation, Router,
-    RowSource, WeightShape,
+    Activation, Backend, Candidates, DType, Epilogue, ExpertChoice, ExpertShape, HeadNorm, HeadShape, Inspect, KvShape, Norm, Rotation,
+    Router, RowSource, WeightShape,
 };
 use crate::error::{Error, Result};
 use crate::plan::Plan;
@@ -95,7 +95,7 @@ pub struct Weight(Layout);
 enum Layout {
     Packed(linear::Packed),
     Table(embed::Table),
-    Experts(experts::Stack),
+    Experts(moe::ExpertWeights),
 }
 
 impl Weight {
@@ -107,9 +107,9 @@ impl Weight {
         }
     }
 
-    fn stack(&self) -> &experts::Stack {
+    fn expert_weights(&self) -> &moe::ExpertWeights {
         match &self.0 {
-            Layout::Experts(stack) => stack,
+            Layout::Experts(experts) => experts,
             _ => panic!("experts need a weight of experts"),
         }
     }
@@ -134,7 +134,7 @@ impl Weight {
         match &self.0 {
             Layout::Packed(packed) => packed.bytes(),
             Layout::Table(table) => table.bytes(),
-            Layout::Experts(stack) => stack.0.iter().map(linear::Packed::bytes).sum(),
+            Layout::Experts(experts) => experts.0.iter().map(linear::Packed::bytes).sum(),
         }
     }
 }
@@ -146,10 +146,10 @@ pub struct KvCache(kv::KvCache);
 pub struct Batch(Plan);
 
 /// Lists of ids.
-pub struct Lists(shortlist::Lists);
+pub struct Shortlists(shortlist::Shortlists);
 
 /// The experts of some rows.
-pub struct Routes(route::Routes);
+pub struct Routing(route::Routing);
 
 impl Batch {
     /// Slots and pages lie in the store, heads agree with it.
@@ -172,8 +172,8 @@ impl Backend for Cpu {
     type KvCache = KvCache;
     type Batch = Batch;
     type Rows = Vec<u32>;
-    type Lists = Lists;
-    type Routes = Routes;
+    type Shortlists = Shortlists;
+    type Routing = Routing;
     /// The host is where the network runs: nothing is saved by sampling elsewhere.
     type Runner = HostSteps;
 
@@ -216,13 +216,13 @@ impl Backend for Cpu {
             WeightShape::Table { .. } => Layout::Table(embed::Table::new(machine, dtype, n, k, source)?),
             WeightShape::Experts { num, .. } => {
                 assert!(num > 0, "{num} weights of {n} x {k}");
-                Layout::Experts(experts::Stack::new(machine, dtype, num, n, k, source)?)
+                Layout::Experts(moe::ExpertWeights::new(machine, dtype, num, n, k, source)?)
             }
         }))
     }
 
-    fn routes(&self, _rows: usize, shape: ExpertShape) -> Result<Routes> {
-        Ok(Routes(route::Routes::new(shape)))
+    fn routing(&self, _rows: usize, shape: ExpertShape) -> Result<Routing> {
+        Ok(Routing(route::Routing::new(shape)))
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
@@ -297,26 +297,26 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Buffer>, routes: &mut Routes) -> Result<()> {
-        let shape = routes.0.shape;
+    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Buffer>, routing: &mut Routing) -> Result<()> {
+        let shape = routing.0.shape;
         shape.check(router.score).unwrap_or_else(|what| panic!("{what}"));
         let bias = router.bias.map(|bias| &bias.0[..]);
         assert!(bias.is_none_or(|b| b.len() == shape.num_experts), "bias of {:?} for {shape:?}", bias.map(<[f32]>::len));
         assert!(logits.0.len() >= rows * shape.num_experts, "logits of {} for {rows} rows of {shape:?}", logits.0.len());
-        route::route(&self.machine, rows, &logits.0, &Router { score: router.score, bias }, &mut routes.0);
+        route::route(&self.machine, rows, &logits.0, &Router { score: router.score, bias }, &mut routing.0);
         Ok(())
     }
 
-    fn experts(&self, routes: &mut Routes, x: &Buffer, up: &Weight, down: &Weight, out: &mut Buffer) -> Result<()> {
-        let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = routes.0.shape;
-        let (up, down) = (up.stack(), down.stack());
-        for (stack, n, k) in [(up, 2 * expert_dim, hidden_dim), (down, hidden_dim, expert_dim)] {
-            let fits = stack.0.len() == num_experts && stack.0.iter().all(|weight| (weight.n, weight.k) == (n, k));
-            assert!(fits, "weights for {:?}", routes.0.shape);
+    fn moe(&self, routing: &mut Routing, x: &Buffer, up: &Weight, down: &Weight, out: &mut Buffer) -> Result<()> {
+        let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = routing.0.shape;
+        let (up, down) = (up.expert_weights(), down.expert_weights());
+        for (experts, n, k) in [(up, 2 * expert_dim, hidden_dim), (down, hidden_dim, expert_dim)] {
+            let fits = experts.0.len() == num_experts && experts.0.iter().all(|weight| (weight.n, weight.k) == (n, k));
+            assert!(fits, "weights for {:?}", routing.0.shape);
         }
-        let len = routes.0.choices.len() / top_k * hidden_dim;
+        let len = routing.0.choices.len() / top_k * hidden_dim;
         assert!(x.0.len().min(out.0.len()) >= len, "x of {}, out of {} for {len} elements", x.0.len(), out.0.len());
-        experts::experts(&self.machine, &mut routes.0, &x.0, up, down, &mut out.0);
+        moe::moe(&self.machine, &mut routing.0, &x.0, up, down, &mut out.0);
         Ok(())
     }
 
@@ -371,7 +371,7 @@ impl Backend for Cpu {
         hidden: &Buffer,
         head: &Weight,
         bias: Option<&Buffer>,
-        candidates: Candidates<Lists>,
+        candidates: Candidates<Shortlists>,
         draws: &[Draw],
     ) -> Result<Vec<SampledToken>> {
         let (head, bias, rows) = (head.packed(), bias.map(|b| &b.0[..]), draws.len());
@@ -379,7 +379,7 @@ impl Backend for Cpu {
         assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
         match candidates {
             Candidates::AllBut(banned) => sample::sample(&self.machine, &hidden.0, head, bias, banned, draws),
-            Candidates::Listed { lists, which } => {
+            Candidates::Shortlists { lists, which } => {
                 let num_lists = lists.0.ids().len();
                 assert!(which.len() == rows, "{} lists for {rows} rows", which.len());
                 assert!(which.iter().all(|list| (*list as usize) < num_lists), "{which:?} of {num_lists} lists");
@@ -388,20 +388,28 @@ impl Backend for Cpu {
         }
     }
 
-    fn shortlist(&self, rows: usize, hidden: &Buffer, head: &Weight, bias: Option<&Buffer>, banned: &[u32], n: usize) -> Result<Lists> {
+    fn shortlist(
+        &self,
+        rows: usize,
+        hidden: &Buffer,
+        head: &Weight,
+        bias: Option<&Buffer>,
+        banned: &[u32],
+        n: usize,
+    ) -> Result<Shortlists> {
         let (head, bias) = (head.packed(), bias.map(|b| &b.0[..]));
         assert!(n > 0 && hidden.0.len() >= rows * head.k, "lists of {n}, hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
         assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
-        Ok(Lists(shortlist::shortlist(&self.machine, rows, &hidden.0, head, bias, banned, n)))
+        Ok(Shortlists(shortlist::shortlist(&self.machine, rows, &hidden.0, head, bias, banned, n)))
     }
 }
 
 impl Inspect for Cpu {
-    fn choices(&self, routes: &Routes) -> Result<Vec<Choice>> {
-        Ok(routes.0.choices.clone())
+    fn expert_choices(&self, routing: &Routing) -> Result<Vec<ExpertChoice>> {
+        Ok(routing.0.choices.clone())
     }
 
-    fn listed(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
+    fn shortlist_ids(&self, lists: &Shortlists) -> Result<Vec<Vec<u32>>> {
         Ok(lists.0.ids().to_vec())
     }
 }

@@ -115,7 +115,7 @@ pub fn route(shape: ExpertShape, router: &Router<[f32]>, logits: &[f32]) -> Vec<
 
 /// `out (T, C)` plus what the chosen experts (T, k) make of `x (T, C)`; `up` (E, 2F, C), gate and
 /// up in turn, `down` (E, C, F), as `dtype` stores them, and so are the F values between the two.
-pub fn experts(dtype: DType, shape: ExpertShape, choices: &[(u32, f64)], x: &[f32], up: &[f32], down: &[f32], out: &[f32]) -> Vec<f64> {
+pub fn moe(dtype: DType, shape: ExpertShape, choices: &[(u32, f64)], x: &[f32], up: &[f32], down: &[f32], out: &[f32]) -> Vec<f64> {
     let ExpertShape { top_k, hidden_dim: c, expert_dim: f, .. } = shape;
     let mut result: Vec<f64> = out.iter().map(|&v| f64::from(v)).collect();
     for ((row, result), choices) in x.chunks_exact(c).zip(result.chunks_exact_mut(c)).zip(choices.chunks_exact(top_k)) {

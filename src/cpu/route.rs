@@ -1,16 +1,16 @@
 //! Experts of rows: which they are, and the order in which their products take the rows.
 #![forbid(unsafe_code)]
 
-use crate::backend::{Choice, ExpertShape, Router, RouterScore};
+use crate::backend::{ExpertChoice, ExpertShape, Router, RouterScore};
 use crate::cpu::machine::Machine;
 use crate::cpu::memory::Aligned;
 
 /// The choices of some rows, and the rows in the order of their experts: a *place* is a row before
 /// one of its experts.
-pub struct Routes {
+pub struct Routing {
     pub shape: ExpertShape,
     /// (rows, k), experts ascending.
-    pub choices: Vec<Choice>,
+    pub choices: Vec<ExpertChoice>,
     /// Places of expert e are `bounds[e]..bounds[e + 1]`, rows ascending.
     pub bounds: Vec<usize>,
     /// The place of each choice, (rows, k).
@@ -23,9 +23,9 @@ pub struct Routes {
     pub output: Aligned<f32>,
 }
 
-impl Routes {
-    pub fn new(shape: ExpertShape) -> Routes {
-        Routes {
+impl Routing {
+    pub fn new(shape: ExpertShape) -> Routing {
+        Routing {
             shape,
             choices: Vec::new(),
             bounds: vec![0; shape.num_experts + 1],
@@ -60,20 +60,20 @@ impl Routes {
 }
 
 /// See [`crate::backend::Backend::route`]. `logits` holds `rows` rows of E.
-pub fn route(machine: &Machine, rows: usize, logits: &[f32], router: &Router<[f32]>, routes: &mut Routes) {
-    let ExpertShape { num_experts, top_k, .. } = routes.shape;
-    routes.choices.clear();
-    routes.choices.resize(rows * top_k, Choice::default());
+pub fn route(machine: &Machine, rows: usize, logits: &[f32], router: &Router<[f32]>, routing: &mut Routing) {
+    let ExpertShape { num_experts, top_k, .. } = routing.shape;
+    routing.choices.clear();
+    routing.choices.resize(rows * top_k, ExpertChoice::default());
     let rows_at_once = rows.div_ceil(4 * machine.pool.threads()).max(1);
     // An exponential and a look at each expert for each choice.
-    machine.pool_for(rows * num_experts * (top_k + 16)).chunks(&mut routes.choices, rows_at_once * top_k, &|i, choices| {
+    machine.pool_for(rows * num_experts * (top_k + 16)).chunks(&mut routing.choices, rows_at_once * top_k, &|i, choices| {
         let mut scratch = Scores::default();
         let logits = logits[i * rows_at_once * num_experts..].chunks_exact(num_experts);
         for (logits, choices) in logits.zip(choices.chunks_exact_mut(top_k)) {
             scratch.choose(logits, router, choices);
         }
     });
-    routes.group();
+    routing.group();
 }
 
 /// Scratch of a row.
@@ -87,7 +87,7 @@ struct Scores {
 }
 
 impl Scores {
-    fn choose(&mut self, logits: &[f32], router: &Router<[f32]>, choices: &mut [Choice]) {
+    fn choose(&mut self, logits: &[f32], router: &Router<[f32]>, choices: &mut [ExpertChoice]) {
         let Scores { scores, keys, open } = self;
         scores.clear();
         keys.clear();
@@ -125,7 +125,7 @@ impl Scores {
         for choice in choices.iter_mut() {
             let best = best(keys, open);
             open[best] = false;
-            *choice = Choice { expert: best as u32, weight: scores[best] };
+            *choice = ExpertChoice { expert: best as u32, weight: scores[best] };
         }
         choices.sort_unstable_by_key(|choice| choice.expert);
         let sum: f32 = choices.iter().map(|choice| choice.weight).sum();

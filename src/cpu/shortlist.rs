@@ -1,4 +1,4 @@
-//! Lists of the most probable ids of a row, and the token choice among the ids of a list.
+//! Shortlists: the most probable ids of each row, and the token choice among them.
 //!
 //! A list is found in the logits of its row: the n-th largest of the maxima of small groups is no
 //! more than the n-th largest logit, so what is not below it is put in order and the rest is never
@@ -7,7 +7,7 @@
 //! by rows ([`linear::ByRows`]), and a logit is a dot product along k, sixteen words at a time.
 #![forbid(unsafe_code)]
 
-use crate::backend::{DType, Epilogue, not_listed};
+use crate::backend::{DType, Epilogue, not_on_shortlist};
 use crate::cpu::linear::{self, ByRows, Packed};
 use crate::cpu::machine::Machine;
 use crate::cpu::sample::{Between, CHUNK, sample_row};
@@ -22,18 +22,26 @@ const GROUP: usize = 4 * LANES;
 const DOTS: usize = 8;
 
 /// Lists of ids, ascending.
-pub struct Lists {
+pub struct Shortlists {
     ids: Vec<Vec<u32>>,
 }
 
-impl Lists {
+impl Shortlists {
     pub fn ids(&self) -> &[Vec<u32>] {
         &self.ids
     }
 }
 
 /// See [`crate::backend::Backend::shortlist`].
-pub fn shortlist(machine: &Machine, rows: usize, hidden: &[f32], head: &Packed, bias: Option<&[f32]>, banned: &[u32], n: usize) -> Lists {
+pub fn shortlist(
+    machine: &Machine,
+    rows: usize,
+    hidden: &[f32],
+    head: &Packed,
+    bias: Option<&[f32]>,
+    banned: &[u32],
+    n: usize,
+) -> Shortlists {
     let Packed { n: vocab, k, .. } = *head;
     let mut ids = vec![Vec::new(); rows];
     let mut scratch = machine.logits();
@@ -51,7 +59,7 @@ pub fn shortlist(machine: &Machine, rows: usize, hidden: &[f32], head: &Packed, 
             **ids = largest(machine, logits, n);
         });
     }
-    Lists { ids }
+    Shortlists { ids }
 }
 
 /// The ids of the `n` largest finite logits, ascending; ties to the lower id.
@@ -103,7 +111,7 @@ pub fn sample_shortlist(
     hidden: &[f32],
     head: &Packed,
     bias: Option<&[f32]>,
-    lists: &Lists,
+    lists: &Shortlists,
     which: &[u32],
     draws: &[Draw],
 ) -> Result<Vec<SampledToken>> {
@@ -134,7 +142,7 @@ fn sample_from_list(machine: &Machine, row: usize, ids: &[u32], logits: &[f32], 
     if logits.iter().all(|logit| *logit == f32::NEG_INFINITY) {
         return Err(Error::kernel(format!("row {row}: no token of the shortlist has a finite logit")));
     }
-    let place = |token: u32| ids.binary_search(&token).map(|at| at as u32).map_err(|_| not_listed(row, token));
+    let place = |token: u32| ids.binary_search(&token).map(|at| at as u32).map_err(|_| not_on_shortlist(row, token));
     let forced = draw.forced.map(place).transpose()?;
     let sampled = sample_row(machine, logits, &[], &Draw { forced, ..*draw })?;
     Ok(SampledToken { token: ids[sampled.token as usize], ..sampled })

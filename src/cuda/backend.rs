@@ -14,20 +14,20 @@ use half::bf16;
 
 use super::context::{Batch, Buffer, Cuda, KvCache, Origin, Rows, Weight};
 use super::device_steps::DeviceSteps;
-use super::lists::Lists;
+use super::shortlists::Shortlists;
 use super::signature::{BatchShape, TileShape};
 use super::words::Words;
 use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{
-    Activation, Backend, Candidates, Choice, DType, Epilogue, ExpertShape, HeadShape, Inspect, KvShape, Norm, Rotation, Router, RowList,
-    RowSource, WeightShape,
+    Activation, Backend, Candidates, DType, Epilogue, ExpertChoice, ExpertShape, HeadShape, Inspect, KvShape, Norm, Rotation, Router,
+    RowList, RowSource, WeightShape,
 };
 use crate::cuda::driver::interface::Address;
 use crate::cuda::ops::attention::Attention;
 use crate::cuda::ops::embed::Embed;
-use crate::cuda::ops::experts::Routes;
 use crate::cuda::ops::gather::Gather;
 use crate::cuda::ops::linear::Linear;
+use crate::cuda::ops::moe::Routing;
 use crate::cuda::ops::rope_append::{HeadNorm, RopeAppend};
 use crate::cuda::ops::sample::SampleOp;
 use crate::cuda::ops::{attention, blend, embed, gather, linear, norm, rope_append, sample, shortlist};
@@ -41,11 +41,11 @@ impl Backend for Cuda {
     type KvCache = KvCache;
     type Batch = Batch;
     type Rows = Rows;
-    type Lists = Lists;
-    type Routes = Routes;
+    type Shortlists = Shortlists;
+    type Routing = Routing;
     type Runner = DeviceSteps;
 
-    const MAX_SHORTLIST: usize = shortlist::LONGEST as usize;
+    const MAX_SHORTLIST: usize = shortlist::MAX_SHORTLIST as usize;
 
     fn name(&self) -> String {
         self.machine.driver.name()
@@ -104,8 +104,8 @@ impl Backend for Cuda {
         }
     }
 
-    fn routes(&self, rows: usize, shape: ExpertShape) -> Result<Routes> {
-        Routes::new(&self.machine, self.dtype, rows, shape)
+    fn routing(&self, rows: usize, shape: ExpertShape) -> Result<Routing> {
+        Routing::new(&self.machine, self.dtype, rows, shape)
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
@@ -207,21 +207,21 @@ impl Backend for Cuda {
         linear::linear(&self.machine, &op)
     }
 
-    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Buffer>, routes: &mut Routes) -> Result<()> {
-        let num_experts = routes.places.shape.num_experts;
+    fn route(&self, rows: usize, logits: &Buffer, router: &Router<Buffer>, routing: &mut Routing) -> Result<()> {
+        let num_experts = routing.places.shape.num_experts;
         assert!(logits.dtype == DType::F32 && logits.len >= rows * num_experts, "logits of {} for {rows} rows", logits.len);
         assert!(router.bias.is_none_or(|b| b.len == num_experts), "bias for {num_experts} experts");
-        routes.route(&self.machine, rows, logits.address, router.score, router.bias.map(Buffer::address))
+        routing.route(&self.machine, rows, logits.address, router.score, router.bias.map(Buffer::address))
     }
 
-    fn experts(&self, routes: &mut Routes, x: &Buffer, up: &Weight, down: &Weight, out: &mut Buffer) -> Result<()> {
-        let ExpertShape { num_experts, hidden_dim, expert_dim, .. } = routes.places.shape;
+    fn moe(&self, routing: &mut Routing, x: &Buffer, up: &Weight, down: &Weight, out: &mut Buffer) -> Result<()> {
+        let ExpertShape { num_experts, hidden_dim, expert_dim, .. } = routing.places.shape;
         let fits = |weight: &Weight, n: usize, k: usize| (weight.n, weight.k) == (num_experts * n, k);
-        assert!(fits(up, 2 * expert_dim, hidden_dim) && fits(down, hidden_dim, expert_dim), "weights for {:?}", routes.places.shape);
-        let len = routes.places.rows as usize * hidden_dim;
+        assert!(fits(up, 2 * expert_dim, hidden_dim) && fits(down, hidden_dim, expert_dim), "weights for {:?}", routing.places.shape);
+        let len = routing.places.rows as usize * hidden_dim;
         assert!(out.dtype == DType::F32 && x.len.min(out.len) >= len, "x of {}, out of {} for {len} elements", x.len, out.len);
         let (up, down) = (up.memory.address(), down.memory.address());
-        routes.places.experts(&self.machine, x.address, x.dtype, up, down, out.address)
+        routing.places.moe(&self.machine, x.address, x.dtype, up, down, out.address)
     }
 
     fn rope_append(
@@ -332,7 +332,7 @@ impl Backend for Cuda {
         hidden: &Buffer,
         head: &Weight,
         bias: Option<&Buffer>,
-        candidates: Candidates<Lists>,
+        candidates: Candidates<Shortlists>,
         draws: &[Draw],
     ) -> Result<Vec<SampledToken>> {
         if draws.is_empty() {
@@ -340,7 +340,7 @@ impl Backend for Cuda {
         }
         let banned = match candidates {
             Candidates::AllBut(banned) => banned,
-            Candidates::Listed { lists, which } => return self.sample_shortlist(hidden, head, bias, lists, which, draws),
+            Candidates::Shortlists { lists, which } => return self.sample_shortlist(hidden, head, bias, lists, which, draws),
         };
         let Weight { n, k, .. } = *head;
         assert!(hidden.len >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.len, draws.len());
@@ -366,18 +366,26 @@ impl Backend for Cuda {
         records.iter().enumerate().map(|(row, record)| record.sampled(row)).collect()
     }
 
-    fn shortlist(&self, rows: usize, hidden: &Buffer, head: &Weight, bias: Option<&Buffer>, banned: &[u32], n: usize) -> Result<Lists> {
-        self.make_lists(rows, hidden, head, bias, banned, n)
+    fn shortlist(
+        &self,
+        rows: usize,
+        hidden: &Buffer,
+        head: &Weight,
+        bias: Option<&Buffer>,
+        banned: &[u32],
+        n: usize,
+    ) -> Result<Shortlists> {
+        self.make_shortlist(rows, hidden, head, bias, banned, n)
     }
 }
 
 impl Inspect for Cuda {
-    fn choices(&self, routes: &Routes) -> Result<Vec<Choice>> {
-        routes.choices(&self.machine)
+    fn expert_choices(&self, routing: &Routing) -> Result<Vec<ExpertChoice>> {
+        routing.expert_choices(&self.machine)
     }
 
-    fn listed(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
-        self.read_lists(lists)
+    fn shortlist_ids(&self, lists: &Shortlists) -> Result<Vec<Vec<u32>>> {
+        self.read_shortlist(lists)
     }
 }
 

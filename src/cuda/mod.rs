@@ -2,7 +2,7 @@
 //!
 //! | module | content |
 //! |---|---|
-//! | `backend`, `lists` | the contracts of [`crate::Backend`] on device memory |
+//! | `backend`, `shortlists` | the contracts of [`crate::Backend`] on device memory |
 //! | `context` | the backend's state: weights, buffers, batches, recorded graphs |
 //! | `device_steps` | the runner of steps that the device samples by itself |
 //! | `run`, `layout`, `words`, `signature`, `current` | one run of such steps, and where its arrays lie |
@@ -29,11 +29,11 @@ mod device_steps;
 pub mod driver;
 mod kernels;
 mod layout;
-mod lists;
 pub mod machine;
 pub mod ops;
 pub mod params;
 mod run;
+mod shortlists;
 mod signature;
 pub mod tensor_core;
 mod words;

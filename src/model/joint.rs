@@ -232,7 +232,7 @@ impl<B: Backend> Joint<B> {
         sample_rows: &B::Rows,
         scratch: &mut Scratch<B>,
         state: &JointState<B>,
-        lists: &[B::Lists],
+        lists: &[B::Shortlists],
     ) -> Result<()> {
         let (Scratch { x, h, picked, .. }, width) = (scratch, model.config.hidden_dim);
         backend.gather(sample_rows, width, &state.hidden, h)?;
@@ -249,7 +249,7 @@ impl<B: Backend> Joint<B> {
         list: &WindowShortlist,
         scratch: &mut Scratch<B>,
         state: &JointState<B>,
-    ) -> Result<B::Lists> {
+    ) -> Result<B::Shortlists> {
         let WindowShortlist { rows, n, banned } = list;
         backend.gather(&backend.rows(rows)?, model.config.hidden_dim, &state.hidden, &mut scratch.qkv)?;
         backend.shortlist(rows.len(), &scratch.qkv, &model.head.weight, model.head.bias.as_ref(), banned, *n)

@@ -56,7 +56,7 @@ struct Layer<B: Backend> {
 /// What rows go through between attentions.
 enum FeedForward<B: Backend> {
     Dense(Dense<B>),
-    Experts(moe::Experts<B>),
+    Experts(moe::MoeLayer<B>),
 }
 
 impl<B: Backend> Layer<B> {
@@ -81,7 +81,7 @@ impl<B: Backend> Layer<B> {
 
     /// From what attention left in `scratch.h` to the layer's output in `scratch.x`.
     fn rest(&self, backend: &B, config: &ModelConfig, rows: usize, scratch: &mut Scratch<B>) -> Result<()> {
-        let Scratch { x, h, qkv, mlp, routes, .. } = scratch;
+        let Scratch { x, h, qkv, mlp, routing, .. } = scratch;
         self.attn_out.apply(backend, rows, h, Epilogue::Add, x)?;
         self.mlp_norm.apply(backend, config, rows, x, h)?;
         match &self.mlp {
@@ -93,8 +93,8 @@ impl<B: Backend> Layer<B> {
                 dense.apply(backend, rows, activation, h, mlp, x)
             }
             FeedForward::Experts(experts) => {
-                let (moe, routes) = config.moe.as_ref().zip(routes.as_mut()).expect("made with the layer");
-                experts.apply(backend, moe, rows, h, moe::Room { logits: qkv, mlp, routes }, x)
+                let (moe, routing) = config.moe.as_ref().zip(routing.as_mut()).expect("made with the layer");
+                experts.apply(backend, moe, rows, h, moe::Room { logits: qkv, mlp, routing }, x)
             }
         }
     }
@@ -131,7 +131,7 @@ pub struct Scratch<B: Backend> {
     /// (T, F).
     mlp: B::Buffer,
     /// Which rows go to which experts.
-    routes: Option<B::Routes>,
+    routing: Option<B::Routing>,
     /// Rows and (rows, C) final rows of the last forward without the prompt, in f32.
     guide: Option<(usize, B::Buffer)>,
 }
@@ -155,11 +155,11 @@ impl<B: Backend> Scratch<B> {
             Activation::F32(rows * wide),
             Activation::Input(rows * config.widest_mlp()),
         ])?;
-        let routes = match &config.moe {
-            Some(moe) => Some(backend.routes(rows, moe.shape)?),
+        let routing = match &config.moe {
+            Some(moe) => Some(backend.routing(rows, moe.shape)?),
             None => None,
         };
-        Ok(Scratch { id: unique(), rows, x, h, qkv, picked, mlp, routes, guide: None })
+        Ok(Scratch { id: unique(), rows, x, h, qkv, picked, mlp, routing, guide: None })
     }
 
     fn reserve(&mut self, backend: &B, config: &ModelConfig, rows: usize) -> Result<()> {

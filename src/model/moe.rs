@@ -1,9 +1,9 @@
-//! Experts in the place of an MLP: which layers have them, what their tensors are called, and how
+//! MoeLayer in the place of an MLP: which layers have them, what their tensors are called, and how
 //! rows go through them.
 //!
 //! `out += sum over the row's experts of weight * down(silu(gate x) * up x)`, and where there is a
 //! shared expert, `+ shared(x)` for every row. The products of all experts are grouped by
-//! [`crate::backend::Backend::experts`]; the shared one is a dense MLP like any other.
+//! [`crate::backend::Backend::moe`]; the shared one is a dense MLP like any other.
 #![forbid(unsafe_code)]
 
 use crate::backend::{Backend, Epilogue, ExpertShape, Router};
@@ -23,7 +23,7 @@ const UP: &str = "up_proj";
 const DOWN: &str = "down_proj";
 
 /// One layer's experts.
-pub(super) struct Experts<B: Backend> {
+pub(super) struct MoeLayer<B: Backend> {
     /// (E, C).
     router: Linear<B>,
     /// (E), for the choice alone.
@@ -39,15 +39,15 @@ pub(super) struct Experts<B: Backend> {
 pub(super) struct Room<'a, B: Backend> {
     pub logits: &'a mut B::Buffer,
     pub mlp: &'a mut B::Buffer,
-    pub routes: &'a mut B::Routes,
+    pub routing: &'a mut B::Routing,
 }
 
-impl<B: Backend> Experts<B> {
+impl<B: Backend> MoeLayer<B> {
     /// `out (rows, C) += experts(x)`.
     pub fn apply(&self, backend: &B, moe: &Moe, rows: usize, x: &B::Buffer, room: Room<B>, out: &mut B::Buffer) -> Result<()> {
         self.router.apply(backend, rows, x, Epilogue::Store, room.logits)?;
-        backend.route(rows, room.logits, &Router { score: moe.score, bias: self.bias.as_ref() }, room.routes)?;
-        backend.experts(room.routes, x, &self.up, &self.down, out)?;
+        backend.route(rows, room.logits, &Router { score: moe.score, bias: self.bias.as_ref() }, room.routing)?;
+        backend.moe(room.routing, x, &self.up, &self.down, out)?;
         match &self.shared {
             Some(shared) => shared.apply(backend, rows, Epilogue::SwiGlu, x, room.mlp, out),
             None => Ok(()),
@@ -75,7 +75,7 @@ pub(super) fn tensors(config: &ModelConfig, moe: &Moe, layer: &str) -> Vec<(Stri
 }
 
 /// Packs them.
-pub(super) fn load<B: Backend>(r: &mut WeightLoader<B>, moe: &Moe, layer: &str) -> Result<Experts<B>> {
+pub(super) fn load<B: Backend>(r: &mut WeightLoader<B>, moe: &Moe, layer: &str) -> Result<MoeLayer<B>> {
     let ExpertShape { num_experts, hidden_dim: c, expert_dim: f, .. } = moe.shape;
     let router = r.linear(&format!("{layer}.{ROUTER}"), num_experts, c, false)?;
     let bias = if moe.router_bias { Some(r.vector(&format!("{layer}.{ROUTER_BIAS}"), num_experts)?) } else { None };
@@ -89,5 +89,5 @@ pub(super) fn load<B: Backend>(r: &mut WeightLoader<B>, moe: &Moe, layer: &str) 
         }),
         None => None,
     };
-    Ok(Experts { router, bias, up, down, shared })
+    Ok(MoeLayer { router, bias, up, down, shared })
 }

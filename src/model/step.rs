@@ -101,7 +101,7 @@ impl<B: Backend> StepNetwork<'_, B> {
     }
 
     /// The states before any pass, and the lists that are made from them.
-    fn begin_windows(&mut self, backend: &B, windows: &Windows<B>) -> Result<Vec<B::Lists>> {
+    fn begin_windows(&mut self, backend: &B, windows: &Windows<B>) -> Result<Vec<B::Shortlists>> {
         let StepNetwork { model, scratch, joint, .. } = self;
         let Sampler { sampler, state, outside } = joint.as_mut().expect("a joint step has its sampler");
         sampler.start_rows(backend, model, &windows.inside, scratch, state)?;
@@ -119,7 +119,7 @@ impl<B: Backend> StepNetwork<'_, B> {
         forward: &ForwardBatch<B>,
         sample_rows: Option<&B::Rows>,
         guided: bool,
-        lists: &[B::Lists],
+        lists: &[B::Shortlists],
     ) -> Result<()> {
         let Model { config, final_norm, head, .. } = self.model;
         let Scratch { x, h, qkv, picked, guide, .. } = &mut *self.scratch;

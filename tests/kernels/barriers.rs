@@ -5,7 +5,7 @@ use redraft::cuda::machine::Machine;
 use redraft::cuda::{Edit, headers, kernels};
 
 use crate::emulator::{edited_machines, on_all_cores};
-use crate::{attention, experts, linear, listed, norm, sample, select_masked, unmask};
+use crate::{attention, linear, moe, norm, sample, sample_shortlist, select_masked, unmask};
 
 type Check = fn(&Machine) -> Result<(), String>;
 
@@ -17,10 +17,10 @@ const USERS: &[(&str, &[Check])] = &[
     ("sample_draw.cu", &[sample::the_law]),
     ("sample_nucleus.cu", &[sample::edges_of_nuclei, sample::walks]),
     ("sample_tiles.cu", &[sample::the_law]),
-    ("experts.cu", &[experts::holds]),
+    ("moe.cu", &[moe::holds]),
     ("gemm.cuh", &[linear::holds]),
     ("linear.cu", &[linear::holds]),
-    ("listed.cu", &[listed::the_law, listed::edges]),
+    ("sample_shortlist.cu", &[sample_shortlist::the_law, sample_shortlist::edges]),
     ("select.cuh", &[unmask::holds, sample::edges_of_nuclei, sample::walks]),
 ];
 
@@ -32,7 +32,7 @@ const SPARED: &[(&str, &str, &str)] = &[
     ("linear.cu", "__syncthreads();\n    if (threadIdx.x == 0) arrived", "`product` ends with a barrier, behind the last partial result"),
     ("sample.cuh", "__syncthreads();  // `partial` may be", "callers of today have a barrier of their own between two calls"),
     ("select.cuh", "__syncthreads();  // `partial` may be rewritten by the next call\n    return before", "the same"),
-    ("listed.cu", "__syncthreads();  // `partial` may be", "the same"),
+    ("sample_shortlist.cu", "__syncthreads();  // `partial` may be", "the same"),
     ("sample_nucleus.cu", "__syncthreads();  // `found` may be", "the same"),
     ("sample_nucleus.cu", "__syncthreads();\n    return mass;", "the same"),
 ];

@@ -5,16 +5,16 @@ use redraft::cuda::kernels;
 use redraft::cuda::ops::attention::AttentionParams;
 use redraft::cuda::ops::blend::BlendParams;
 use redraft::cuda::ops::embed::EmbedParams;
-use redraft::cuda::ops::experts::{ExpertsCombineParams, ExpertsParams};
 use redraft::cuda::ops::gather::GatherParams;
 use redraft::cuda::ops::linear::LinearParams;
+use redraft::cuda::ops::moe::{MoeCombineParams, MoeParams};
 use redraft::cuda::ops::norm::NormParams;
 use redraft::cuda::ops::remask::RemaskParams;
 use redraft::cuda::ops::rope_append::RopeAppendParams;
 use redraft::cuda::ops::route::RouteParams;
 use redraft::cuda::ops::sample::{DrawRecord, SampleDrawParams, SampleNucleusParams, SampleTilesParams, SampledRecord};
 use redraft::cuda::ops::select_masked::{SelectMaskedParams, SequenceSummary, StepRecord};
-use redraft::cuda::ops::shortlist::{ListedParams, ShortlistParams};
+use redraft::cuda::ops::shortlist::{SampleShortlistParams, ShortlistParams};
 use redraft::cuda::ops::unmask::UnmaskParams;
 use redraft::cuda::params::Params;
 
@@ -36,11 +36,11 @@ fn both_sides_state_the_same_layout() {
         twin::<SampledRecord>("SampledRecord"),
         twin::<DrawRecord>("DrawRecord"),
         twin::<EmbedParams>("EmbedParams"),
-        twin::<ExpertsCombineParams>("ExpertsCombineParams"),
-        twin::<ExpertsParams>("ExpertsParams"),
+        twin::<MoeCombineParams>("MoeCombineParams"),
+        twin::<MoeParams>("MoeParams"),
         twin::<GatherParams>("GatherParams"),
         twin::<LinearParams>("LinearParams"),
-        twin::<ListedParams>("ListedParams"),
+        twin::<SampleShortlistParams>("SampleShortlistParams"),
         twin::<NormParams>("NormParams"),
         twin::<RemaskParams>("RemaskParams"),
         twin::<RopeAppendParams>("RopeAppendParams"),

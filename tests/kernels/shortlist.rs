@@ -4,7 +4,7 @@
 use half::bf16;
 use redraft::backend::DType;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::shortlist::{NO_ID, Shortlist, shortlist_in};
+use redraft::cuda::ops::shortlist::{NO_ID, ShortlistOp, shortlist_in};
 
 use crate::emulator::{Array, machines, noise, words};
 
@@ -22,7 +22,7 @@ fn lists(machine: &Machine, dtype: DType, rows: &[Vec<f32>], banned: &[u32], cou
     let mask = (!banned.is_empty()).then(|| Array::new(machine, &mask));
     let ids = Array::new(machine, &vec![77u32; k * count]);
     let wide = dtype == DType::F32;
-    let op = Shortlist {
+    let op = ShortlistOp {
         rows: k as u32,
         k: k as u32,
         vocab: vocab as u32,

@@ -3,12 +3,12 @@
 
 mod attention;
 mod embed;
-mod experts;
 mod linear;
 #[cfg(feature = "cuda")]
 #[path = "../kernels/machines.rs"]
 #[allow(dead_code)] // shared with the kernel tests, which need all of it
 mod machines;
+mod moe;
 mod norm;
 mod pool;
 mod rope;

@@ -1,6 +1,6 @@
 //! `route`: the experts of a row, their weights and their order.
 
-use redraft::backend::{Backend, Choice, ExpertShape, Router, RouterScore};
+use redraft::backend::{Backend, ExpertChoice, ExpertShape, Router, RouterScore};
 use redraft::cpu::oracle;
 
 use crate::{TestBackend, cpus, each, noise};
@@ -10,12 +10,12 @@ pub fn shape(num_experts: usize, top_k: usize) -> ExpertShape {
 }
 
 /// What a backend chooses for all rows of `logits`.
-pub fn choices<B: TestBackend>(b: &B, shape: ExpertShape, score: RouterScore, bias: Option<&[f32]>, logits: &[f32]) -> Vec<Choice> {
+pub fn choices<B: TestBackend>(b: &B, shape: ExpertShape, score: RouterScore, bias: Option<&[f32]>, logits: &[f32]) -> Vec<ExpertChoice> {
     let rows = logits.len() / shape.num_experts;
     let bias = bias.map(|bias| b.put(bias));
-    let mut routes = b.routes(rows, shape).unwrap();
-    b.route(rows, &b.put(logits), &Router { score, bias: bias.as_ref() }, &mut routes).unwrap();
-    b.choices(&routes).unwrap()
+    let mut routing = b.routing(rows, shape).unwrap();
+    b.route(rows, &b.put(logits), &Router { score, bias: bias.as_ref() }, &mut routing).unwrap();
+    b.expert_choices(&routing).unwrap()
 }
 
 fn agrees<B: TestBackend>(b: &B, shape: ExpertShape, score: RouterScore, bias: Option<&[f32]>, logits: &[f32]) {

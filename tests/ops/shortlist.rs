@@ -1,5 +1,5 @@
-//! `shortlist` against a sort, and `sample` among listed ids against `sampling::sample_row` over
-//! the listed logits alone.
+//! `shortlist` against a sort, and `sample` among the ids of a shortlist against
+//! `sampling::sample_row` over the listed logits alone.
 
 use redraft::backend::{Backend, Candidates, Epilogue, Inspect};
 use redraft::cpu::{Cpu, oracle};
@@ -41,7 +41,7 @@ fn lists_hold_the_largest_in_the_order_of_the_ids() {
                 for banned in [&[][..], &[0, 3, 64, 999]] {
                     let lists = b.shortlist(rows.len(), &hidden, &head, None, banned, n).unwrap();
                     let want: Vec<Vec<u32>> = rows.iter().map(|row| largest(&stored(b.dtype(), row), banned, n)).collect();
-                    assert_eq!(b.listed(&lists).unwrap(), want, "{}, V {vocab}, {n} of them", b.name());
+                    assert_eq!(b.shortlist_ids(&lists).unwrap(), want, "{}, V {vocab}, {n} of them", b.name());
                 }
             }
         }
@@ -51,8 +51,8 @@ fn lists_hold_the_largest_in_the_order_of_the_ids() {
         row[299] = -3.0;
         row[7] = -9.0;
         let lists = b.shortlist(1, &b.put(&[1.0]), &b.pack(&row, 300, 1), None, &[], 5).unwrap();
-        assert_eq!(b.listed(&lists).unwrap(), [[7, 299]], "{}", b.name());
-        assert!(b.listed(&b.shortlist(0, &b.put(&[1.0]), &b.pack(&row, 300, 1), None, &[], 5).unwrap()).unwrap().is_empty());
+        assert_eq!(b.shortlist_ids(&lists).unwrap(), [[7, 299]], "{}", b.name());
+        assert!(b.shortlist_ids(&b.shortlist(0, &b.put(&[1.0]), &b.pack(&row, 300, 1), None, &[], 5).unwrap()).unwrap().is_empty());
     });
 }
 
@@ -68,7 +68,7 @@ fn sampled_tokens_equal_the_reference_over_a_shortlist() {
             let (hidden, head) = exact(b, &rows);
             let bias: Vec<f32> = noise(vocab, 79).iter().map(|v| v.round() * 0.5).collect();
             let lists = b.shortlist(rows.len(), &hidden, &head, Some(&b.put(&bias)), &[2], n).unwrap();
-            let ids = b.listed(&lists).unwrap();
+            let ids = b.shortlist_ids(&lists).unwrap();
             // Lists of other rows.
             let which: Vec<u32> = (0..24).map(|i| (i * 7 + 3) % 24).collect();
             let kinds = [(1.0, 1.0), (0.0, 1.0), (0.6, 1.0), (1.0, 0.8), (1.7, 0.9), (0.0, 0.5)];
@@ -82,7 +82,7 @@ fn sampled_tokens_equal_the_reference_over_a_shortlist() {
                 truncated_confidence: !i.is_multiple_of(3),
             };
             let draws: Vec<Draw> = (0..24).map(draw).collect();
-            let got = b.sample(&hidden, &head, Some(&b.put(&bias)), Candidates::Listed { lists: &lists, which: &which }, &draws).unwrap();
+            let got = b.sample(&hidden, &head, Some(&b.put(&bias)), Candidates::Shortlists { lists: &lists, which: &which }, &draws).unwrap();
             for i in 0..24 {
                 let (ids, row) = (&ids[which[i] as usize], stored(b.dtype(), &rows[i]));
                 let logits: Vec<f32> = ids.iter().map(|id| row[*id as usize] + bias[*id as usize]).collect();
@@ -110,10 +110,10 @@ fn products_are_close_and_rows_do_not_see_each_other() {
             let (host, weight, bias) = (noise(6 * k, 4), noise(vocab * k, 5), noise(vocab, 6));
             let (hidden, head, bias_there) = (b.put(&host), b.pack(&weight, vocab, k), b.put(&bias));
             let lists = b.shortlist(6, &hidden, &head, Some(&bias_there), &[], 20).unwrap();
-            let ids = b.listed(&lists).unwrap();
+            let ids = b.shortlist_ids(&lists).unwrap();
             let which: Vec<u32> = (0..6).collect();
             let draws = vec![Draw { u: 0.3, ..PLAIN }; 6];
-            let got = b.sample(&hidden, &head, Some(&bias_there), Candidates::Listed { lists: &lists, which: &which }, &draws).unwrap();
+            let got = b.sample(&hidden, &head, Some(&bias_there), Candidates::Shortlists { lists: &lists, which: &which }, &draws).unwrap();
             for row in 0..6 {
                 let x = &host[row * k..][..k];
                 let logits = oracle::linear(b.dtype(), x, &weight, k, Some(&bias), Epilogue::Store, &vec![0.0; vocab]);
@@ -126,8 +126,8 @@ fn products_are_close_and_rows_do_not_see_each_other() {
                 let off = [(got[row].log_prob, want.log_prob), (got[row].entropy, want.entropy), (got[row].margin, want.margin)];
                 assert!(off.iter().all(|(got, want)| (got - want).abs() < 1e-4), "{}: V {vocab}, k {k}, row {row}: {off:?}", b.name());
                 let alone = b.put(x);
-                assert_eq!(b.listed(&b.shortlist(1, &alone, &head, Some(&bias_there), &[], 20).unwrap()).unwrap()[0], ids[row], "{}", b.name());
-                let again = b.sample(&alone, &head, Some(&bias_there), Candidates::Listed { lists: &lists, which: &[row as u32] }, &draws[..1]).unwrap();
+                assert_eq!(b.shortlist_ids(&b.shortlist(1, &alone, &head, Some(&bias_there), &[], 20).unwrap()).unwrap()[0], ids[row], "{}", b.name());
+                let again = b.sample(&alone, &head, Some(&bias_there), Candidates::Shortlists { lists: &lists, which: &[row as u32] }, &draws[..1]).unwrap();
                 assert_eq!(again, got[row..row + 1], "{}: V {vocab}, k {k}, row {row}", b.name());
             }
         }
@@ -140,10 +140,10 @@ fn a_row_that_cannot_be_sampled_from_its_shortlist_is_named() {
         let rows: Vec<Vec<f32>> = (0..3).map(|i| noise(50, 90 + i)).collect();
         let (hidden, head) = exact(b, &rows);
         let lists = b.shortlist(3, &hidden, &head, None, &[], 8).unwrap();
-        let ids = b.listed(&lists).unwrap();
+        let ids = b.shortlist_ids(&lists).unwrap();
         let off = (0..50).find(|id| !ids[1].contains(id)).expect("eight of fifty are listed");
         let forced = |token| Draw { forced: Some(token), ..PLAIN };
-        let ask = |draws: &[Draw]| b.sample(&hidden, &head, None, Candidates::Listed { lists: &lists, which: &[0, 1, 2] }, draws);
+        let ask = |draws: &[Draw]| b.sample(&hidden, &head, None, Candidates::Shortlists { lists: &lists, which: &[0, 1, 2] }, draws);
         for bad in [off, 50, u32::MAX] {
             let error = ask(&[PLAIN, forced(bad), PLAIN]).unwrap_err().to_string();
             assert!(["row 1", "shortlist", &bad.to_string()].iter().all(|word| error.contains(word)), "{}: {error}", b.name());
@@ -153,12 +153,12 @@ fn a_row_that_cannot_be_sampled_from_its_shortlist_is_named() {
         let broken = b.pack(&[0.1, f32::NAN, 0.3, 0.2], 4, 1);
         let one = b.put(&[1.0, 1.0]);
         let lists = |ids: [f32; 4]| b.shortlist(1, &b.put(&[1.0]), &b.pack(&ids, 4, 1), None, &[], 2).unwrap();
-        let error = b.sample(&one, &broken, None, Candidates::Listed { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
+        let error = b.sample(&one, &broken, None, Candidates::Shortlists { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
         assert!(error.contains("row 0") && error.contains("token 1") && error.contains("NaN"), "{}: {error}", b.name());
-        let fine = b.sample(&one, &broken, None, Candidates::Listed { lists: &lists([9.0, 0.0, 8.0, 0.0]), which: &[0, 0] }, &[PLAIN, Draw { u: 0.0, ..PLAIN }]).unwrap();
+        let fine = b.sample(&one, &broken, None, Candidates::Shortlists { lists: &lists([9.0, 0.0, 8.0, 0.0]), which: &[0, 0] }, &[PLAIN, Draw { u: 0.0, ..PLAIN }]).unwrap();
         assert!([0, 2].contains(&fine[0].token) && fine[1].token == 0, "{}: {fine:?}", b.name());
         let nothing = b.pack(&[f32::NEG_INFINITY; 4], 4, 1);
-        let error = b.sample(&one, &nothing, None, Candidates::Listed { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
+        let error = b.sample(&one, &nothing, None, Candidates::Shortlists { lists: &lists([9.0, 8.0, 0.0, 0.0]), which: &[0] }, &[PLAIN]).unwrap_err().to_string();
         assert!(error.contains("row 0") && error.contains("finite"), "{}: {error}", b.name());
     });
 }

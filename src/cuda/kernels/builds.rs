@@ -13,7 +13,7 @@ use crate::cuda::driver::interface::Build;
 use crate::cuda::driver::prebuilt::EXTENSION;
 use crate::cuda::driver::source::{kernel, kernels, portable_identity};
 use crate::cuda::ops::{
-    attention, blend, embed, experts, gather, linear, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
+    attention, blend, embed, gather, linear, moe, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
 };
 use crate::error::{Error, Result};
 
@@ -26,7 +26,7 @@ pub fn builds() -> Vec<Build> {
         blend::builds(),
         sample::builds(),
         embed::builds(),
-        experts::builds(),
+        moe::builds(),
         gather::builds(),
         linear::builds(),
         norm::builds(),

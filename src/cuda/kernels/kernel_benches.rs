@@ -8,18 +8,18 @@ use crate::cuda::kernels::kernel_bench::{self, BenchRequest, Inputs, KernelBench
 use crate::cuda::machine::Machine;
 use crate::cuda::ops::attention::{Attention, Regime};
 use crate::cuda::ops::embed::Embed;
-use crate::cuda::ops::experts::Places;
 use crate::cuda::ops::gather::Gather;
 use crate::cuda::ops::linear::Linear;
+use crate::cuda::ops::moe::MoeArrays;
 use crate::cuda::ops::norm::Norm;
 use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::rope_append::RopeAppend;
 use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
 use crate::cuda::ops::select_masked::{SelectMasked, SequenceSummary, StepRecord};
-use crate::cuda::ops::shortlist::{Listed, Shortlist};
+use crate::cuda::ops::shortlist::{SampleShortlistOp, ShortlistOp};
 use crate::cuda::ops::unmask::UnmaskParams;
 use crate::cuda::ops::{
-    attention, blend, embed, experts, gather, linear, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
+    attention, blend, embed, gather, linear, moe, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
 };
 use crate::error::{Error, Result};
 use crate::sampling::{Rank, UnmaskStep};
@@ -56,16 +56,16 @@ pub static KERNEL_BENCHES: &[KernelBench] = &[
     },
     KernelBench { name: "embed", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("vocab", 50_258, 100)], prepare: embed },
     KernelBench {
-        name: "experts",
+        name: "moe",
         keys: &[key("rows", 64, 5), key("experts", 256, 6), key("top_k", 8, 2), key("hidden", 2048, 40), key("inner", 512, 24)],
-        prepare: experts,
+        prepare: moe,
     },
     KernelBench { name: "gather", keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
     KernelBench { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
     KernelBench {
-        name: "listed",
+        name: "sample_shortlist",
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9), key("top_p_percent", 100, 100)],
-        prepare: listed,
+        prepare: sample_shortlist,
     },
     KernelBench { name: "norm", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)], prepare: norm },
     KernelBench { name: "remask", keys: &[key("sequences", 64, 3), key("len", 1024, 40)], prepare: remask },
@@ -276,7 +276,7 @@ fn sample(inputs: &Inputs, shape: &Shape) -> Result<Op> {
 fn shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
     let ids = list_len(shape)?;
-    let op = Shortlist {
+    let op = ShortlistOp {
         rows,
         k,
         vocab,
@@ -294,20 +294,20 @@ fn shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
 
 fn list_len(shape: &Shape) -> Result<u32> {
     let (ids, vocab) = (shape.get("ids"), shape.get("vocab"));
-    if ids > shortlist::LONGEST.min(vocab) {
-        return Err(Error::request(format!("ids={ids}: at most {} of a vocabulary of {vocab}", shortlist::LONGEST)));
+    if ids > shortlist::MAX_SHORTLIST.min(vocab) {
+        return Err(Error::request(format!("ids={ids}: at most {} of a vocabulary of {vocab}", shortlist::MAX_SHORTLIST)));
     }
     Ok(ids)
 }
 
 /// Every row has a list of its own, spread over the vocabulary.
-fn listed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+fn sample_shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, k, vocab, dtype) = (shape.get("rows"), shape.get("k"), shape.get("vocab"), shape.dtype);
     let ids = list_len(shape)?;
     let draws = draws(inputs, shape)?;
     let sampled = inputs.records(&vec![SampledRecord::default(); rows as usize])?;
     let part = vocab / ids;
-    let op = Listed {
+    let op = SampleShortlistOp {
         rows,
         k,
         hidden: inputs.noise(rows, k, dtype)?,
@@ -322,7 +322,7 @@ fn listed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     };
     let (bytes, words) =
         ((count(rows, ids) + u64::from(rows)) * u64::from(k) * dtype.bytes() as u64, rows * (size_of::<SampledRecord>() / 4) as u32);
-    let launch = move |machine: &_| shortlist::listed(machine, &op);
+    let launch = move |machine: &_| shortlist::sample_shortlist(machine, &op);
     Ok(Op::new(bytes, launch).flop(2 * count(rows, ids) * u64::from(k)).result(sampled, u64::from(words), DType::F32))
 }
 
@@ -336,7 +336,7 @@ fn embed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
 }
 
 /// Sizes, and the space of a routing of all rows. The keys of `route` name no widths.
-fn places(inputs: &Inputs, shape: &Shape, hidden_dim: u32, expert_dim: u32) -> Result<Places> {
+fn places(inputs: &Inputs, shape: &Shape, hidden_dim: u32, expert_dim: u32) -> Result<MoeArrays> {
     let (rows, num_experts, top_k) = (shape.get("rows"), shape.get("experts"), shape.get("top_k"));
     let sizes = ExpertShape {
         num_experts: num_experts as usize,
@@ -346,9 +346,9 @@ fn places(inputs: &Inputs, shape: &Shape, hidden_dim: u32, expert_dim: u32) -> R
     };
     sizes.check(RouterScore::Softmax { renormalise: true }).map_err(|what| Error::request(format!("--shape: {what}")))?;
     let (count, dtype) = (small_count(rows, top_k)?, shape.dtype);
-    let tiles = route::max_tiles(sizes, rows, experts::tile_rows(sizes, rows));
+    let tiles = route::max_tiles(sizes, rows, moe::tile_rows(sizes, rows));
     let words = |len: u32| inputs.space(len, 1, DType::F32);
-    Ok(Places {
+    Ok(MoeArrays {
         dtype,
         shape: sizes,
         rows,
@@ -376,7 +376,7 @@ fn route(inputs: &Inputs, shape: &Shape) -> Result<Op> {
 }
 
 /// Every row through neighbouring experts from a random one on: gather, both products, the sum.
-fn experts(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+fn moe(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (c, f, dtype) = (shape.get("hidden"), shape.get("inner"), shape.dtype);
     let (rows, num_experts, top_k) = (shape.get("rows"), shape.get("experts"), shape.get("top_k"));
     let space = places(inputs, shape, c, f)?;
@@ -385,7 +385,7 @@ fn experts(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         let first = inputs.next() % num_experts;
         (0..top_k).for_each(|j| rows_of[((first + j) % num_experts) as usize].push(row));
     }
-    let tile_rows = experts::tile_rows(space.shape, rows);
+    let tile_rows = moe::tile_rows(space.shape, rows);
     let (mut tiles, mut token, mut place) = (Vec::new(), Vec::new(), vec![Vec::new(); rows as usize]);
     for (expert, rows) in rows_of.iter().enumerate() {
         for tile in rows.chunks(tile_rows as usize) {
@@ -396,7 +396,7 @@ fn experts(inputs: &Inputs, shape: &Shape) -> Result<Op> {
             }
         }
     }
-    let places = Places {
+    let places = MoeArrays {
         weight: inputs.noise(rows, top_k, DType::F32)?,
         num_tiles: inputs.records(&[tiles.len() as u32])?,
         tiles: inputs.records(&tiles)?,
@@ -409,7 +409,7 @@ fn experts(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (up, down) = (weights(2 * f, c)?, weights(c, f)?);
     let (x, out) = (inputs.noise(rows, c, dtype)?, inputs.space(rows, c, DType::F32)?);
     let bytes = 3 * used * count(c, f) * dtype.bytes() as u64 + count(rows, c) * (dtype.bytes() as u64 + 8);
-    let launch = move |machine: &_| places.experts(machine, x, dtype, up, down, out);
+    let launch = move |machine: &_| places.moe(machine, x, dtype, up, down, out);
     Ok(Op::new(bytes, launch).flop(6 * count(rows, top_k) * count(c, f)))
 }
 

@@ -98,9 +98,9 @@ const REGISTER_BUDGETS: [(&str, u32); 15] = [
     ("sample_draw", 128),
     ("sample_nucleus", 64),
     ("embed", 40),
-    ("experts_combine", 40),
+    ("moe_combine", 40),
     ("gather", 32),
-    ("listed", 96),
+    ("sample_shortlist", 96),
     ("norm", 64),
     ("remask", 48),
     ("unmask", 48),
@@ -196,24 +196,24 @@ mod tests {
         assert_eq!(
             list.iter().map(|k| k.stem).collect::<Vec<_>>(),
             [
-                "select_masked",
                 "attention",
                 "blend",
-                "sample_draw",
-                "sample_nucleus",
-                "sample_tiles",
                 "embed",
-                "experts",
-                "experts_combine",
                 "gather",
                 "linear",
-                "listed",
+                "moe",
+                "moe_combine",
                 "norm",
                 "remask",
-                "unmask",
                 "rope_append",
                 "route",
-                "shortlist"
+                "sample_draw",
+                "sample_nucleus",
+                "sample_shortlist",
+                "sample_tiles",
+                "select_masked",
+                "shortlist",
+                "unmask"
             ]
         );
         for kernel in &list {

@@ -4,9 +4,9 @@
 pub mod attention;
 pub mod blend;
 pub mod embed;
-pub mod experts;
 pub mod gather;
 pub mod linear;
+pub mod moe;
 pub mod norm;
 pub mod remask;
 pub mod rope_append;

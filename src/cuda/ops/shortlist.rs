@@ -1,5 +1,5 @@
-//! Launchers of `shortlist` and `listed`: lists of the most probable ids of rows, and the token
-//! choice among the ids of a list.
+//! Launchers of `shortlist` and `sample_shortlist`: the most probable ids of each row, and the
+//! token choice among them.
 //!
 //! Lists stay on the device. Every one has room for the same number of ids; a shorter one ends with
 //! [`NO_ID`].
@@ -16,8 +16,9 @@ use crate::error::Result;
 
 /// An id that no vocabulary has: the rest of a list, the `NO_ID` of `kernels/sample.cuh`.
 pub const NO_ID: u32 = u32::MAX;
-/// Ids that a list may hold, LONGEST in `kernels/listed.cu`: 24 KiB of shared memory.
-pub const LONGEST: u32 = 1024;
+/// Ids that a list may hold, MAX_SHORTLIST in `kernels/sample_shortlist.cu`: 24 KiB of shared
+/// memory.
+pub const MAX_SHORTLIST: u32 = 1024;
 /// Threads of both, a row.
 const THREADS: u32 = 256;
 
@@ -36,8 +37,9 @@ params! {
 }
 
 params! {
-    /// `listed`: entries `listed_f32` and `listed_bf16` by the type of hidden and head.
-    ListedParams, 64 bytes {
+    /// `sample_shortlist`: entries `sample_shortlist_f32` and `sample_shortlist_bf16` by the type
+    /// of hidden and head.
+    SampleShortlistParams, 64 bytes {
         /// (rows, k) f32 or bf16.
         hidden: u64 = 0,
         /// (vocab, k), the same type.
@@ -61,17 +63,17 @@ fn shortlist_build() -> Build {
     Build { stem: "shortlist", defines: vec![("THREADS", THREADS)] }
 }
 
-fn listed_build() -> Build {
-    Build { stem: "listed", defines: vec![("THREADS", THREADS), ("LONGEST", LONGEST)] }
+fn sample_shortlist_build() -> Build {
+    Build { stem: "sample_shortlist", defines: vec![("THREADS", THREADS), ("MAX_SHORTLIST", MAX_SHORTLIST)] }
 }
 
 /// The builds of these kernels.
 pub(in crate::cuda) fn builds() -> Vec<Build> {
-    vec![shortlist_build(), listed_build()]
+    vec![shortlist_build(), sample_shortlist_build()]
 }
 
 /// `ids[r]` = the `count` largest logits of `hidden[r] head^T + bias`.
-pub struct Shortlist {
+pub struct ShortlistOp {
     pub rows: u32,
     pub k: u32,
     pub vocab: u32,
@@ -85,20 +87,20 @@ pub struct Shortlist {
     pub bias: Option<Address>,
     /// (vocab) bits, in whole words.
     pub banned: Option<Address>,
-    /// At most [`LONGEST`].
+    /// At most [`MAX_SHORTLIST`].
     pub count: u32,
     /// (rows, count) u32 out.
     pub ids: Address,
 }
 
-pub fn shortlist(machine: &Machine, op: &Shortlist) -> Result<()> {
+pub fn shortlist(machine: &Machine, op: &ShortlistOp) -> Result<()> {
     shortlist_in(machine, op, CHUNK_BYTES)
 }
 
 /// [`shortlist`] with another bound on the bytes of a chunk, for tests.
-pub fn shortlist_in(machine: &Machine, op: &Shortlist, chunk_bytes: usize) -> Result<()> {
-    let Shortlist { rows, k, vocab, hidden, dtype, head, bias, banned, count, ids } = *op;
-    assert!(vocab > 0 && k > 0 && (1..=LONGEST).contains(&count), "lists of {count} from a head of {vocab} rows of {k}");
+pub fn shortlist_in(machine: &Machine, op: &ShortlistOp, chunk_bytes: usize) -> Result<()> {
+    let ShortlistOp { rows, k, vocab, hidden, dtype, head, bias, banned, count, ids } = *op;
+    assert!(vocab > 0 && k > 0 && (1..=MAX_SHORTLIST).contains(&count), "lists of {count} from a head of {vocab} rows of {k}");
     let row_bytes = vocab as usize * 4;
     let chunk = chunk_rows(rows, row_bytes, chunk_bytes).max(1);
     // `linear` takes what it needs from the front of the same workspace.
@@ -119,7 +121,7 @@ pub fn shortlist_in(machine: &Machine, op: &Shortlist, chunk_bytes: usize) -> Re
 }
 
 /// `sampled[r] = sample_row` of the logits of list `which[r]`, under `draws[r]`.
-pub struct Listed {
+pub struct SampleShortlistOp {
     pub rows: u32,
     pub k: u32,
     /// (rows, k) of `dtype`.
@@ -130,7 +132,7 @@ pub struct Listed {
     pub head: Address,
     /// (vocab) f32.
     pub bias: Option<Address>,
-    /// Room of a list, at most [`LONGEST`].
+    /// Room of a list, at most [`MAX_SHORTLIST`].
     pub count: u32,
     /// (lists, count) u32.
     pub ids: Address,
@@ -142,13 +144,13 @@ pub struct Listed {
     pub sampled: Address,
 }
 
-pub fn listed(machine: &Machine, op: &Listed) -> Result<()> {
-    let Listed { rows, k, hidden, dtype, head, bias, count, ids, which, draws, sampled } = *op;
-    assert!(k > 0 && (1..=LONGEST).contains(&count), "lists of {count} of a head of {k} columns");
+pub fn sample_shortlist(machine: &Machine, op: &SampleShortlistOp) -> Result<()> {
+    let SampleShortlistOp { rows, k, hidden, dtype, head, bias, count, ids, which, draws, sampled } = *op;
+    assert!(k > 0 && (1..=MAX_SHORTLIST).contains(&count), "lists of {count} of a head of {k} columns");
     let entry = match dtype {
-        DType::F32 => "listed_f32",
-        DType::Bf16 => "listed_bf16",
+        DType::F32 => "sample_shortlist_f32",
+        DType::Bf16 => "sample_shortlist_bf16",
     };
-    let params = ListedParams { hidden, head, bias: bias.unwrap_or(0), ids, which, draws, sampled, count, k };
-    machine.launch(listed_build(), entry, Launch::line(rows, THREADS), &params)
+    let params = SampleShortlistParams { hidden, head, bias: bias.unwrap_or(0), ids, which, draws, sampled, count, k };
+    machine.launch(sample_shortlist_build(), entry, Launch::line(rows, THREADS), &params)
 }

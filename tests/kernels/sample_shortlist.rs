@@ -1,5 +1,5 @@
-//! `listed` against `sampling::sample_row` over the listed logits alone: every kind of draw, lists
-//! of every length, and what it refuses.
+//! `sample_shortlist` against `sampling::sample_row` over the listed logits alone: every kind of
+//! draw, lists of every length, and what it refuses.
 //!
 //! The law sees logits that are computed here in the order that the kernel promises, so that tokens
 //! compare exactly wherever a draw is clear of a boundary.
@@ -8,7 +8,7 @@ use half::bf16;
 use redraft::backend::DType;
 use redraft::cuda::machine::Machine;
 use redraft::cuda::ops::sample::{DrawRecord, SampledRecord, status};
-use redraft::cuda::ops::shortlist::{Listed, NO_ID, listed};
+use redraft::cuda::ops::shortlist::{NO_ID, SampleShortlistOp, sample_shortlist};
 use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule, sample_row};
 
 use crate::emulator::{Array, machines, noise, words};
@@ -86,7 +86,7 @@ impl Case {
         let draws = Array::new(machine, &records);
         let sampled = Array::new(machine, &vec![SampledRecord { token: 77, chosen: 77, ..SampledRecord::default() }; records.len()]);
         let wide = self.dtype == DType::F32;
-        let op = Listed {
+        let op = SampleShortlistOp {
             rows: records.len() as u32,
             k: self.k as u32,
             hidden: if wide { hidden32.address() } else { hidden16.address() },
@@ -99,7 +99,7 @@ impl Case {
             draws: draws.address(),
             sampled: sampled.address(),
         };
-        words(listed(machine, &op))?;
+        words(sample_shortlist(machine, &op))?;
         let found = sampled.read()?;
         match found.iter().enumerate().find(|(i, found)| (found.position, found.chosen) != (1000 + *i as u32, 0)) {
             Some((i, found)) => Err(format!("row {i}: {found:?} does not pass on its position, or is chosen already")),

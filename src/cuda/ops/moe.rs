@@ -1,10 +1,10 @@
-//! Launchers of `experts` and `experts_combine`: the products of all experts as one launch, and
-//! their sum for each row; and [`Routes`], what the backend keeps of a routing between them.
+//! Launchers of `moe` and `moe_combine`: the products of all experts as one launch, and
+//! their sum for each row; and [`Routing`], what the backend keeps of a routing between them.
 #![forbid(unsafe_code)]
 
 use bytemuck::cast_slice_mut;
 
-use crate::backend::{Choice, DType, ExpertShape, RouterScore};
+use crate::backend::{DType, ExpertChoice, ExpertShape, RouterScore};
 use crate::cuda::driver::interface::{Address, Build, Launch};
 use crate::cuda::machine::{Machine, Memory};
 use crate::cuda::ops::gather::Gather;
@@ -15,8 +15,8 @@ use crate::cuda::params::params;
 use crate::error::Result;
 
 params! {
-    /// `experts`: entries `experts_f32` and `experts_bf16` by the type of x and weight.
-    ExpertsParams, 56 bytes {
+    /// `moe`: entries `moe_f32` and `moe_bf16` by the type of x and weight.
+    MoeParams, 56 bytes {
         /// (places, k) f32 or bf16.
         x: u64 = 0,
         /// (experts, n, k), the same type.
@@ -37,8 +37,8 @@ params! {
 }
 
 params! {
-    /// `experts_combine`.
-    ExpertsCombineParams, 48 bytes {
+    /// `moe_combine`.
+    MoeCombineParams, 48 bytes {
         /// (rows * top_k, width) f32.
         y: u64 = 0,
         /// (rows, top_k) u32.
@@ -61,11 +61,11 @@ const COMBINE_THREADS: u32 = 256;
 const GROUPED: [usize; 4] = [0, 2, 3, 4];
 
 fn build(tile: &Tile) -> Build {
-    Build { stem: "experts", ..tile.build() }
+    Build { stem: "moe", ..tile.build() }
 }
 
 fn combine_build() -> Build {
-    Build { stem: "experts_combine", defines: vec![("THREADS", COMBINE_THREADS)] }
+    Build { stem: "moe_combine", defines: vec![("THREADS", COMBINE_THREADS)] }
 }
 
 /// The builds of these kernels.
@@ -120,10 +120,10 @@ pub fn grouped(machine: &Machine, op: &Grouped) -> Result<()> {
     let ctas = u64::from(max_tiles) * u64::from(n.div_ceil(tile.cols));
     let ctas = u32::try_from(ctas).unwrap_or_else(|_| panic!("{max_tiles} tiles of {n} columns: more than a grid holds"));
     let params =
-        ExpertsParams { x, weight, out, tiles, num_tiles, n, k, swiglu: u32::from(swiglu), out_bf16: u32::from(out_dtype == DType::Bf16) };
+        MoeParams { x, weight, out, tiles, num_tiles, n, k, swiglu: u32::from(swiglu), out_bf16: u32::from(out_dtype == DType::Bf16) };
     let entry = match dtype {
-        DType::F32 => "experts_f32",
-        DType::Bf16 => "experts_bf16",
+        DType::F32 => "moe_f32",
+        DType::Bf16 => "moe_bf16",
     };
     machine.launch(build(tile), entry, Launch { grid: [ctas, 1, 1], block: tile.threads, shared_bytes: tile.shared_bytes() }, &params)
 }
@@ -145,12 +145,12 @@ pub fn combine(machine: &Machine, op: &Combine) -> Result<()> {
     let quads = u64::from(rows) * u64::from(width.div_ceil(4));
     assert!(quads <= u64::from(u32::MAX - COMBINE_THREADS), "{rows} rows of {width}: more elements than any machine holds");
     let launch = Launch::line((quads as u32).div_ceil(COMBINE_THREADS), COMBINE_THREADS);
-    machine.launch(combine_build(), "experts_combine", launch, &ExpertsCombineParams { y, place, weight, out, rows, width, top_k, vectors })
+    machine.launch(combine_build(), "moe_combine", launch, &MoeCombineParams { y, place, weight, out, rows, width, top_k, vectors })
 }
 
 /// Where a routing lies, and room for its rows between the products.
 #[derive(Clone, Copy)]
-pub(in crate::cuda) struct Places {
+pub(in crate::cuda) struct MoeArrays {
     /// Of the weights, and so of what enters a product.
     pub dtype: DType,
     pub shape: ExpertShape,
@@ -174,9 +174,9 @@ pub(in crate::cuda) struct Places {
     pub output: Address,
 }
 
-impl Places {
+impl MoeArrays {
     /// One after the other from `base` on, for `rows` rows; and the bytes that takes.
-    fn at(base: Address, dtype: DType, rows: usize, shape: ExpertShape) -> (Places, usize) {
+    fn at(base: Address, dtype: DType, rows: usize, shape: ExpertShape) -> (MoeArrays, usize) {
         let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = shape;
         let places = rows * top_k;
         assert!(places <= u32::MAX as usize, "{rows} rows of {shape:?}");
@@ -187,7 +187,7 @@ impl Places {
             bytes += len.next_multiple_of(256);
             base + (bytes - len.next_multiple_of(256)) as u64
         };
-        let places = Places {
+        let places = MoeArrays {
             dtype,
             shape,
             rows: rows as u32,
@@ -207,14 +207,14 @@ impl Places {
 
     /// See [`crate::backend::Backend::route`].
     pub fn route(&self, machine: &Machine, logits: Address, score: RouterScore, bias: Option<Address>) -> Result<()> {
-        let Places { shape, rows, expert, weight, count, token, place, tiles, num_tiles, .. } = *self;
+        let MoeArrays { shape, rows, expert, weight, count, token, place, tiles, num_tiles, .. } = *self;
         let tile_rows = tile_rows(shape, rows);
         route::route(machine, &Route { shape, score, rows, tile_rows, logits, bias, expert, weight, count, token, place, tiles, num_tiles })
     }
 
-    /// See [`crate::backend::Backend::experts`]; `x` is f32 or in the weight dtype.
-    pub fn experts(&self, machine: &Machine, x: Address, x_dtype: DType, up: Address, down: Address, out: Address) -> Result<()> {
-        let Places { dtype, shape, rows, weight, token, place, tiles, num_tiles, input, inner, output, .. } = *self;
+    /// See [`crate::backend::Backend::moe`]; `x` is f32 or in the weight dtype.
+    pub fn moe(&self, machine: &Machine, x: Address, x_dtype: DType, up: Address, down: Address, out: Address) -> Result<()> {
+        let MoeArrays { dtype, shape, rows, weight, token, place, tiles, num_tiles, input, inner, output, .. } = *self;
         let [top_k, c, f] = [shape.top_k, shape.hidden_dim, shape.expert_dim].map(|size| size as u32);
         let gather = Gather { count: rows * top_k, width: c, rows: Some(token), x, x_dtype, out: input, out_dtype: dtype };
         gather::gather(machine, &gather)?;
@@ -231,19 +231,19 @@ impl Places {
 
 /// The choices of the last routing, and room for its rows between the products. Everything lies
 /// where it lay before, as recorded graphs need it.
-pub struct Routes {
+pub struct Routing {
     capacity: usize,
     _memory: Memory,
     /// `rows` of the last routing.
-    pub(in crate::cuda) places: Places,
+    pub(in crate::cuda) places: MoeArrays,
 }
 
-impl Routes {
+impl Routing {
     /// Room for `rows` rows.
-    pub(in crate::cuda) fn new(machine: &Machine, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routes> {
-        let memory = machine.memory(Places::at(0, dtype, rows, shape).1)?;
-        let (places, _) = Places::at(memory.address(), dtype, rows, shape);
-        Ok(Routes { capacity: rows, _memory: memory, places: Places { rows: 0, ..places } })
+    pub(in crate::cuda) fn new(machine: &Machine, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routing> {
+        let memory = machine.memory(MoeArrays::at(0, dtype, rows, shape).1)?;
+        let (places, _) = MoeArrays::at(memory.address(), dtype, rows, shape);
+        Ok(Routing { capacity: rows, _memory: memory, places: MoeArrays { rows: 0, ..places } })
     }
 
     pub(in crate::cuda) fn route(
@@ -259,12 +259,12 @@ impl Routes {
         self.places.route(machine, logits, score, bias)
     }
 
-    pub(in crate::cuda) fn choices(&self, machine: &Machine) -> Result<Vec<Choice>> {
+    pub(in crate::cuda) fn expert_choices(&self, machine: &Machine) -> Result<Vec<ExpertChoice>> {
         let len = self.places.rows as usize * self.places.shape.top_k;
         let (mut experts, mut weights) = (vec![0u32; len], vec![0.0f32; len]);
         machine.driver.read(self.places.expert, cast_slice_mut(&mut experts))?;
         machine.driver.read(self.places.weight, cast_slice_mut(&mut weights))?;
-        Ok(experts.into_iter().zip(weights).map(|(expert, weight)| Choice { expert, weight }).collect())
+        Ok(experts.into_iter().zip(weights).map(|(expert, weight)| ExpertChoice { expert, weight }).collect())
     }
 }
 

@@ -1,4 +1,4 @@
-// experts: the products of all experts as one: out[i, :] <- epilogue(x[i, :] weight[expert of place i]^T), x (places, k) in the order of the experts.
+// moe: the products of all experts as one: out[i, :] <- epilogue(x[i, :] weight[expert of place i]^T), x (places, k) in the order of the experts.
 //
 // Layout: CTA x computes columns x % col_tiles of tile x / col_tiles of the list that `route_order` leaves: up to TILE_ROWS places of one expert. The
 // grid has room for as many tiles as there can be; CTAs beyond the list end at once, so a recorded launch serves every routing. Row tiles of an
@@ -7,7 +7,7 @@
 // Cost: the weights of the experts that have rows, once for each of their tiles; 2 places n k operations.
 #include "gemm.cuh"
 
-struct ExpertsParams {
+struct MoeParams {
     const void* x;       // (places, k) f32 or bf16
     const void* weight;  // (experts, n, k), the same type
     void* out;           // (places, n), or (places, n / 2) under swiglu; f32 or bf16
@@ -18,22 +18,22 @@ struct ExpertsParams {
     u32 swiglu;    // 1: silu(v[2 j]) v[2 j + 1], gate and up in neighbouring weight rows
     u32 out_bf16;  // 0 or 1
 };
-FIELD(ExpertsParams, x, 0);
-FIELD(ExpertsParams, weight, 8);
-FIELD(ExpertsParams, out, 16);
-FIELD(ExpertsParams, tiles, 24);
-FIELD(ExpertsParams, num_tiles, 32);
-FIELD(ExpertsParams, n, 40);
-FIELD(ExpertsParams, k, 44);
-FIELD(ExpertsParams, swiglu, 48);
-FIELD(ExpertsParams, out_bf16, 52);
-LAYOUT(ExpertsParams, 56);
+FIELD(MoeParams, x, 0);
+FIELD(MoeParams, weight, 8);
+FIELD(MoeParams, out, 16);
+FIELD(MoeParams, tiles, 24);
+FIELD(MoeParams, num_tiles, 32);
+FIELD(MoeParams, n, 40);
+FIELD(MoeParams, k, 44);
+FIELD(MoeParams, swiglu, 48);
+FIELD(MoeParams, out_bf16, 52);
+LAYOUT(MoeParams, 56);
 
 __device__ __forceinline__ float silu(float v) { return v / (1.0f + expf(-v)); }
 
 // Rows [first, first + count) of the output, columns from `col0` on.
 template <typename Out, typename Tile>
-__device__ __forceinline__ void finish_tile(const ExpertsParams& p, u32 first, u32 count, u32 col0, const float* tile) {
+__device__ __forceinline__ void finish_tile(const MoeParams& p, u32 first, u32 count, u32 col0, const float* tile) {
     const u32 width = p.swiglu ? p.n / 2 : p.n;
 #pragma unroll 2
     for (u32 i = threadIdx.x; i < Tile::rows * Tile::cols / 2; i += THREADS) {
@@ -53,7 +53,7 @@ __device__ __forceinline__ void finish_tile(const ExpertsParams& p, u32 first, u
 }
 
 template <typename T>
-__device__ __forceinline__ void experts_tile(const ExpertsParams& p, u8* shared) {
+__device__ __forceinline__ void moe_tile(const MoeParams& p, u8* shared) {
     typedef ProductTile<T, TILE_ROWS, TILE_COLS, TILE_COL_WARPS, TILE_STAGES> Tile;
     const u32 col_tiles = (p.n + Tile::cols - 1) / Tile::cols;
     const u32 index = blockIdx.x / col_tiles;
@@ -78,11 +78,11 @@ __device__ __forceinline__ void experts_tile(const ExpertsParams& p, u8* shared)
     }
 }
 
-KERNEL_BOUNDS(experts_f32, ExpertsParams, THREADS, TILE_CTAS) {
+KERNEL_BOUNDS(moe_f32, MoeParams, THREADS, TILE_CTAS) {
     DYNAMIC_SHARED(shared);
-    experts_tile<float>(p, shared);
+    moe_tile<float>(p, shared);
 }
-KERNEL_BOUNDS(experts_bf16, ExpertsParams, THREADS, TILE_CTAS) {
+KERNEL_BOUNDS(moe_bf16, MoeParams, THREADS, TILE_CTAS) {
     DYNAMIC_SHARED(shared);
-    experts_tile<u16>(p, shared);
+    moe_tile<u16>(p, shared);
 }

@@ -1,4 +1,4 @@
-//! `experts`: rows through the experts that were chosen for them.
+//! `moe`: rows through the experts that were chosen for them.
 
 use redraft::backend::{Backend, DType, ExpertShape, Router, RouterScore, WeightShape};
 use redraft::cpu::oracle;
@@ -35,21 +35,21 @@ impl Layer {
     /// Rows `[first, first + rows)` on a backend with room for `room` rows.
     fn run<B: TestBackend>(&self, b: &B, first: usize, rows: usize, room: usize) -> Vec<f32> {
         let ExpertShape { num_experts, hidden_dim: c, expert_dim: f, .. } = self.shape;
-        let stack = |weights: &[f32], n: usize, k: usize| {
+        let experts = |weights: &[f32], n: usize, k: usize| {
             b.weight(WeightShape::Experts { num: num_experts, n, k }, &|first, dst| {
                 dst.copy_from_slice(&weights[first * k..][..dst.len()]);
                 Ok(())
             })
             .unwrap()
         };
-        let (up, down) = (stack(&self.up, 2 * f, c), stack(&self.down, c, f));
-        let mut routes = b.routes(room, self.shape).unwrap();
+        let (up, down) = (experts(&self.up, 2 * f, c), experts(&self.down, c, f));
+        let mut routing = b.routing(room, self.shape).unwrap();
         let logits = b.put(&self.logits[first * num_experts..][..rows * num_experts]);
-        b.route(rows, &logits, &Router { score: SCORE, bias: None }, &mut routes).unwrap();
+        b.route(rows, &logits, &Router { score: SCORE, bias: None }, &mut routing).unwrap();
         // Behind the rows: what nobody may read, and what nobody may write.
         let x = b.put(&[&self.x[first * c..][..rows * c], &vec![f32::NAN; c]].concat());
         let mut out = b.put(&[&self.before[first * c..][..rows * c], &vec![7.0; c]].concat());
-        b.experts(&mut routes, &x, &up, &down, &mut out).unwrap();
+        b.moe(&mut routing, &x, &up, &down, &mut out).unwrap();
         let mut out = b.read(&out, (rows + 1) * c);
         let behind = out.split_off(rows * c);
         assert!(behind.iter().all(|v| *v == 7.0), "{}: written behind the last row", b.name());
@@ -61,7 +61,7 @@ impl Layer {
         let rows = self.x.len() / shape.hidden_dim;
         let got = self.run(b, 0, rows, rows);
         let choices = oracle::route(shape, &Router { score: SCORE, bias: None }, &self.logits);
-        let want = oracle::experts(dtype, shape, &choices, &self.x, &self.up, &self.down, &self.before);
+        let want = oracle::moe(dtype, shape, &choices, &self.x, &self.up, &self.down, &self.before);
         // f32 sums over C, then over F, of values near 1. In bf16 an inner value that lies between
         // two steps may be rounded to the other one: half a percent of one of F terms, and a few of
         // them.

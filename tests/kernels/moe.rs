@@ -1,10 +1,10 @@
-//! `experts` sums as `gemm.cuh` specifies, bit by bit, whatever the tile and however many rows
-//! share an expert; `experts_combine` adds in the order of the experts.
+//! `moe` sums as `gemm.cuh` specifies, bit by bit, whatever the tile and however many rows
+//! share an expert; `moe_combine` adds in the order of the experts.
 
 use redraft::backend::DType;
 use redraft::cpu::oracle;
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::experts::{Combine, Grouped, combine, every_tile_rows, grouped};
+use redraft::cuda::ops::moe::{Combine, Grouped, combine, every_tile_rows, grouped};
 
 use crate::emulator::{Array, Operand, gemm_dot, machines, noise, same_bits, words};
 

@@ -1,4 +1,4 @@
-// listed: the LM head at the listed ids of each row, and the token choice among them, by the law of `sampling::sample_row` with -inf elsewhere.
+// sample_shortlist: the LM head at the listed ids of each row, and the token choice among them, by the law of `sampling::sample_row` with -inf elsewhere.
 //
 // A list is short, so everything after the products happens in shared memory, in f64: the masses of the ids, their order by a bitonic sort where
 // a nucleus or top-k asks for one (larger logit first, ties to the lower id; what is kept is a prefix of it), and the draw as an inverse CDF over ascending ids.
@@ -9,7 +9,7 @@
 // Cost: count k weights per row, gathered; bound by their latency. The sort takes 55 rounds for 1,024 ids, each with a barrier.
 #include "sample.cuh"
 
-struct ListedParams {
+struct SampleShortlistParams {
     const void* hidden;         // (rows, k) f32 or bf16
     const void* head;           // (vocab, k), the same type
     const float* bias;          // (vocab) or null
@@ -17,23 +17,23 @@ struct ListedParams {
     const u32* which;           // (rows) the list of each row
     const DrawRecord* draws;    // (rows)
     SampledRecord* sampled;  // (rows) out
-    u32 count;                  // at most LONGEST
+    u32 count;                  // at most MAX_SHORTLIST
     u32 k;
 };
-FIELD(ListedParams, hidden, 0);
-FIELD(ListedParams, head, 8);
-FIELD(ListedParams, bias, 16);
-FIELD(ListedParams, ids, 24);
-FIELD(ListedParams, which, 32);
-FIELD(ListedParams, draws, 40);
-FIELD(ListedParams, sampled, 48);
-FIELD(ListedParams, count, 56);
-FIELD(ListedParams, k, 60);
-LAYOUT(ListedParams, 64);
+FIELD(SampleShortlistParams, hidden, 0);
+FIELD(SampleShortlistParams, head, 8);
+FIELD(SampleShortlistParams, bias, 16);
+FIELD(SampleShortlistParams, ids, 24);
+FIELD(SampleShortlistParams, which, 32);
+FIELD(SampleShortlistParams, draws, 40);
+FIELD(SampleShortlistParams, sampled, 48);
+FIELD(SampleShortlistParams, count, 56);
+FIELD(SampleShortlistParams, k, 60);
+LAYOUT(SampleShortlistParams, 64);
 
 // CTAs of a multiprocessor that leave a thread 80 registers. Unasked, the assembler aims at more and spills.
 #define RESIDENT 3
-static_assert((LONGEST & (LONGEST - 1)) == 0, "what is sorted is filled up to a power of two");
+static_assert((MAX_SHORTLIST & (MAX_SHORTLIST - 1)) == 0, "what is sorted is filled up to a power of two");
 
 // Over all k; every lane ends with it.
 template <typename T>
@@ -125,11 +125,11 @@ __device__ __forceinline__ u32 cut_of(const DrawRecord& draw, const float* logit
 }
 
 template <typename T>
-__device__ __forceinline__ void listed_row(const ListedParams& p) {
-    __shared__ float logits[LONGEST];
-    __shared__ u32 ids[LONGEST];
-    __shared__ double masses[LONGEST];
-    __shared__ u64 order[LONGEST];
+__device__ __forceinline__ void sample_shortlist_row(const SampleShortlistParams& p) {
+    __shared__ float logits[MAX_SHORTLIST];
+    __shared__ u32 ids[MAX_SHORTLIST];
+    __shared__ double masses[MAX_SHORTLIST];
+    __shared__ u64 order[MAX_SHORTLIST];
     const DrawRecord draw = p.draws[blockIdx.x];
     SampledRecord* out = p.sampled + blockIdx.x;
     const u32* list = p.ids + (u64)p.which[blockIdx.x] * p.count;
@@ -230,5 +230,5 @@ __device__ __forceinline__ void listed_row(const ListedParams& p) {
     }
 }
 
-KERNEL_BOUNDS(listed_f32, ListedParams, THREADS, RESIDENT) { listed_row<float>(p); }
-KERNEL_BOUNDS(listed_bf16, ListedParams, THREADS, RESIDENT) { listed_row<u16>(p); }
+KERNEL_BOUNDS(sample_shortlist_f32, SampleShortlistParams, THREADS, RESIDENT) { sample_shortlist_row<float>(p); }
+KERNEL_BOUNDS(sample_shortlist_bf16, SampleShortlistParams, THREADS, RESIDENT) { sample_shortlist_row<u16>(p); }

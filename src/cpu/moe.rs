@@ -5,23 +5,23 @@
 use crate::backend::{DType, Epilogue, ExpertShape, RowSource};
 use crate::cpu::linear::{self, Packed};
 use crate::cpu::machine::Machine;
-use crate::cpu::route::Routes;
+use crate::cpu::route::Routing;
 use crate::cpu::simd::LANES;
 use crate::error::Result;
 
 /// `num` weights of (n, k), packed each for itself: a panel never spans two experts.
-pub struct Stack(pub Vec<Packed>);
+pub struct ExpertWeights(pub Vec<Packed>);
 
-impl Stack {
-    pub fn new(machine: &Machine, dtype: DType, num: usize, n: usize, k: usize, source: &RowSource) -> Result<Stack> {
+impl ExpertWeights {
+    pub fn new(machine: &Machine, dtype: DType, num: usize, n: usize, k: usize, source: &RowSource) -> Result<ExpertWeights> {
         let pack = |i: usize| Packed::new(machine, dtype, n, k, &|first, dst| source(i * n + first, dst));
-        (0..num).map(pack).collect::<Result<_>>().map(Stack)
+        (0..num).map(pack).collect::<Result<_>>().map(ExpertWeights)
     }
 }
 
-/// See [`crate::backend::Backend::experts`]. `x` and `out` hold the rows of the routes.
-pub fn experts(machine: &Machine, routes: &mut Routes, x: &[f32], up: &Stack, down: &Stack, out: &mut [f32]) {
-    let Routes { shape, choices, bounds, places, tokens, input, inner, output } = routes;
+/// See [`crate::backend::Backend::moe`]. `x` and `out` hold the rows of the routing.
+pub fn moe(machine: &Machine, routing: &mut Routing, x: &[f32], up: &ExpertWeights, down: &ExpertWeights, out: &mut [f32]) {
+    let Routing { shape, choices, bounds, places, tokens, input, inner, output } = routing;
     let ExpertShape { top_k, hidden_dim: c, expert_dim: f, .. } = *shape;
     if choices.is_empty() {
         return;

@@ -1,11 +1,11 @@
-// experts_combine: out[t, :] += sum over j of weight[t, j] y[place[t, j], :], j ascending: what a row's experts made of it, in the order of the experts.
+// moe_combine: out[t, :] += sum over j of weight[t, j] y[place[t, j], :], j ascending: what a row's experts made of it, in the order of the experts.
 //
 // Layout: one flat line of quads (four columns; the last of a row may be shorter), a thread per quad, as in `gather`. The sum starts from zero and is
 // added to `out` at its end, so the residual is rounded once.
 // Cost: reads rows * top_k rows of y once, reads and writes out; bound by memory.
 #include "common.cuh"
 
-struct ExpertsCombineParams {
+struct MoeCombineParams {
     const float* y;       // (rows * top_k, width)
     const u32* place;     // (rows, top_k)
     const float* weight;  // (rows, top_k)
@@ -15,17 +15,17 @@ struct ExpertsCombineParams {
     u32 top_k;
     u32 vectors;  // 1: every row of y and out starts at a multiple of 16 bytes and is whole quads
 };
-FIELD(ExpertsCombineParams, y, 0);
-FIELD(ExpertsCombineParams, place, 8);
-FIELD(ExpertsCombineParams, weight, 16);
-FIELD(ExpertsCombineParams, out, 24);
-FIELD(ExpertsCombineParams, rows, 32);
-FIELD(ExpertsCombineParams, width, 36);
-FIELD(ExpertsCombineParams, top_k, 40);
-FIELD(ExpertsCombineParams, vectors, 44);
-LAYOUT(ExpertsCombineParams, 48);
+FIELD(MoeCombineParams, y, 0);
+FIELD(MoeCombineParams, place, 8);
+FIELD(MoeCombineParams, weight, 16);
+FIELD(MoeCombineParams, out, 24);
+FIELD(MoeCombineParams, rows, 32);
+FIELD(MoeCombineParams, width, 36);
+FIELD(MoeCombineParams, top_k, 40);
+FIELD(MoeCombineParams, vectors, 44);
+LAYOUT(MoeCombineParams, 48);
 
-KERNEL(experts_combine, ExpertsCombineParams) {
+KERNEL(moe_combine, MoeCombineParams) {
     const u32 quads = (p.width + 3) / 4;
     const u32 quad = blockIdx.x * THREADS + threadIdx.x;
     const u32 row = quad / quads;

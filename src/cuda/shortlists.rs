@@ -1,16 +1,16 @@
-//! Lists of ids on the device: the backend's shortlists, and sampled tokens among them.
+//! Shortlists on the device: the most probable ids of rows, and sampled tokens among them.
 #![forbid(unsafe_code)]
 
-use crate::backend::not_listed;
+use crate::backend::not_on_shortlist;
 use crate::cuda::context::{Buffer, Cuda, Weight};
 use crate::cuda::machine::Memory;
 use crate::cuda::ops::sample::{SampledRecord, status};
-use crate::cuda::ops::shortlist::{Listed, NO_ID, Shortlist, listed, shortlist};
+use crate::cuda::ops::shortlist::{NO_ID, SampleShortlistOp, ShortlistOp, sample_shortlist, shortlist};
 use crate::error::Result;
 use crate::sampling::{Draw, SampledToken};
 
-/// Lists on the device.
-pub struct Lists {
+/// The most probable ids of each of some rows, on the device.
+pub struct Shortlists {
     memory: Memory,
     rows: usize,
     count: usize,
@@ -18,7 +18,7 @@ pub struct Lists {
 
 /// The contracts of the backend.
 impl Cuda {
-    pub(super) fn make_lists(
+    pub(super) fn make_shortlist(
         &self,
         rows: usize,
         hidden: &Buffer,
@@ -26,12 +26,12 @@ impl Cuda {
         bias: Option<&Buffer>,
         banned: &[u32],
         count: usize,
-    ) -> Result<Lists> {
+    ) -> Result<Shortlists> {
         let Weight { n, k, .. } = *head;
         assert!(hidden.len >= rows * k, "hidden of {} for {rows} rows of {k}", hidden.len);
         let memory = self.machine.memory(4 * rows * count)?;
         let (hidden, _copy) = self.as_input(hidden, rows * k)?;
-        let op = Shortlist {
+        let op = ShortlistOp {
             rows: rows as u32,
             k: k as u32,
             vocab: n as u32,
@@ -44,10 +44,10 @@ impl Cuda {
             ids: memory.address(),
         };
         shortlist(&self.machine, &op)?;
-        Ok(Lists { memory, rows, count })
+        Ok(Shortlists { memory, rows, count })
     }
 
-    pub(super) fn read_lists(&self, lists: &Lists) -> Result<Vec<Vec<u32>>> {
+    pub(super) fn read_shortlist(&self, lists: &Shortlists) -> Result<Vec<Vec<u32>>> {
         let mut ids = vec![0u32; lists.rows * lists.count];
         self.machine.driver.read(lists.memory.address(), bytemuck::cast_slice_mut(&mut ids))?;
         Ok(ids.chunks_exact(lists.count).map(|ids| ids.iter().copied().take_while(|id| *id != NO_ID).collect()).collect())
@@ -58,7 +58,7 @@ impl Cuda {
         hidden: &Buffer,
         head: &Weight,
         bias: Option<&Buffer>,
-        lists: &Lists,
+        lists: &Shortlists,
         which: &[u32],
         draws: &[Draw],
     ) -> Result<Vec<SampledToken>> {
@@ -72,7 +72,7 @@ impl Cuda {
         let which = self.upload_words(which)?;
         let answers = self.machine.memory(rows * size_of::<SampledRecord>())?;
         let (hidden, _copy) = self.as_input(hidden, rows * k)?;
-        let op = Listed {
+        let op = SampleShortlistOp {
             rows: rows as u32,
             k: k as u32,
             hidden,
@@ -85,10 +85,10 @@ impl Cuda {
             draws: draws.address(),
             sampled: answers.address(),
         };
-        listed(&self.machine, &op)?;
+        sample_shortlist(&self.machine, &op)?;
         let records = self.read_sampled(&answers, rows)?;
         let sampled = |(row, record): (usize, &SampledRecord)| match record.status {
-            status::FORCED => Err(not_listed(row, record.token)),
+            status::FORCED => Err(not_on_shortlist(row, record.token)),
             _ => record.sampled(row),
         };
         records.iter().enumerate().map(sampled).collect()
