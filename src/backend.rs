@@ -394,7 +394,7 @@ pub trait Backend: Sized {
     /// `out[r, :] = x[rows[r], :]` for rows of `width` f32 elements.
     fn gather(&self, rows: &Self::Rows, width: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// `out[i] = base[i] + scale * (out[i] - base[i])` for the first `len` elements of f32 buffers.
-    fn blend(&self, len: usize, scale: f32, base: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
+    fn apply_guidance(&self, len: usize, scale: f32, base: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// Copies the first `len` elements of an f32 buffer.
     fn copy(&self, len: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// LM head and token choice for `draws.len()` rows of `hidden` (width k of `head`): logits =

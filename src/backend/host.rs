@@ -297,7 +297,7 @@ fn answer<B: Backend>(backend: &B, sample_rows: &mut RowsToSample<B>, banned: &B
             let guides = guides.expect("a guided step has a guide");
             backend.gather(&list(guide..guide + rows.len())?, width, guides, base)?;
             // [LLaDA] The published scale counts from 0.
-            backend.blend(rows.len() * width, rule.guidance + 1.0, base, room)?;
+            backend.apply_guidance(rows.len() * width, rule.guidance + 1.0, base, room)?;
         }
         hidden = &**room;
     }

@@ -7,8 +7,8 @@
 #![deny(unsafe_code)]
 
 mod attention;
-mod blend;
 mod embed;
+mod guidance;
 mod kv;
 mod linear;
 mod machine;
@@ -354,9 +354,9 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn blend(&self, len: usize, scale: f32, base: &Buffer, out: &mut Buffer) -> Result<()> {
+    fn apply_guidance(&self, len: usize, scale: f32, base: &Buffer, out: &mut Buffer) -> Result<()> {
         assert!(base.0.len().min(out.0.len()) >= len, "{len} of base of {}, out of {}", base.0.len(), out.0.len());
-        blend::blend(scale, &base.0[..len], &mut out.0[..len]);
+        guidance::apply_guidance(scale, &base.0[..len], &mut out.0[..len]);
         Ok(())
     }
 

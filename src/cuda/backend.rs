@@ -30,7 +30,7 @@ use crate::cuda::ops::linear::Linear;
 use crate::cuda::ops::moe::Routing;
 use crate::cuda::ops::rope_append::{HeadNorm, RopeAppend};
 use crate::cuda::ops::sample::SampleOp;
-use crate::cuda::ops::{attention, blend, embed, gather, linear, norm, rope_append, sample, shortlist};
+use crate::cuda::ops::{attention, embed, gather, guidance, linear, norm, rope_append, sample, shortlist};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::sampling::{Draw, SampledToken};
@@ -315,9 +315,9 @@ impl Backend for Cuda {
         gather::gather(&self.machine, &op)
     }
 
-    fn blend(&self, len: usize, scale: f32, base: &Buffer, out: &mut Buffer) -> Result<()> {
+    fn apply_guidance(&self, len: usize, scale: f32, base: &Buffer, out: &mut Buffer) -> Result<()> {
         assert!(base.len.min(out.len) >= len && [base.dtype, out.dtype] == [DType::F32; 2], "{len} of {} and {}", base.len, out.len);
-        blend::blend(&self.machine, len as u32, scale, base.address, out.address)
+        guidance::apply_guidance(&self.machine, len as u32, scale, base.address, out.address)
     }
 
     fn copy(&self, len: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {

@@ -58,7 +58,7 @@ impl<B: Backend> Network<B> for StepNetwork<'_, B> {
     fn step(&mut self, backend: &B, parts: &mut dyn StepParts<B>) -> Result<()> {
         let StepBatches { guide, forward, sample_rows, windows } = parts.begin(backend)?;
         if let Some(guide) = &guide {
-            self.keep_guide(backend, guide)?;
+            self.guide_forward(backend, guide)?;
         }
         let StepNetwork { model, kv, scratch, .. } = &mut *self;
         model.layers(backend, &forward, kv, scratch, None)?;
@@ -88,7 +88,7 @@ impl<B: Backend> Network<B> for StepNetwork<'_, B> {
 impl<B: Backend> StepNetwork<'_, B> {
     /// The forward without the prompt. It writes the K/V of all of its rows to the sequences' own
     /// slots, where the forward with the prompt overwrites every one of them.
-    fn keep_guide(&mut self, backend: &B, guide: &ForwardBatch<B>) -> Result<()> {
+    fn guide_forward(&mut self, backend: &B, guide: &ForwardBatch<B>) -> Result<()> {
         let StepNetwork { model, kv, scratch, .. } = self;
         model.layers(backend, guide, kv, scratch, None)?;
         let num_rows = guide.num_picked();

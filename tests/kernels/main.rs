@@ -8,12 +8,12 @@
 
 mod attention;
 mod barriers;
-mod blend;
 mod ceilings;
 mod driver_errors;
 mod embed;
 mod emulator;
 mod gather;
+mod guidance;
 mod kernel_benches;
 mod linear;
 mod machines;

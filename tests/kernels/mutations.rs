@@ -6,7 +6,7 @@ use redraft::cuda::machine::Machine;
 
 use crate::emulator::{edited_machines, on_all_cores};
 use crate::{
-    attention, blend, embed, gather, linear, moe, norm, remask, rng, rope_append, route, sample, sample_shortlist, select_masked,
+    attention, embed, gather, guidance, linear, moe, norm, remask, rng, rope_append, route, sample, sample_shortlist, select_masked,
     shortlist, unmask,
 };
 
@@ -293,8 +293,8 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         norm::holds,
         ("norm.cu", "if (col + 2 < width) sum = fmaf(v.z - mean", "if (col + 1 < width) sum = fmaf(v.z - mean"),
     ),
-    ("an element past the end", blend::holds, ("blend.cu", "if (i >= p.len) return;", "if (i > p.len) return;")),
-    ("out itself scaled", blend::holds, ("blend.cu", "(p.out[i] - base)", "p.out[i]")),
+    ("an element past the end", guidance::holds, ("guidance.cu", "if (i >= p.len) return;", "if (i > p.len) return;")),
+    ("out itself scaled", guidance::holds, ("guidance.cu", "(p.out[i] - base)", "p.out[i]")),
     ("an element past the end", gather::holds, ("gather.cu", "col + i < p.width; ++i", "col + i <= p.width; ++i")),
     ("the row itself instead of the chosen one", gather::holds, ("gather.cu", "(p.rows ? p.rows[row] : row)", "row")),
     ("keys read before they have arrived", attention::holds, ("attention.cu", "cp_async_wait<RING - 2>();", "cp_async_wait<RING - 1>();")),

@@ -3,9 +3,9 @@
 
 use redraft::cuda::kernels;
 use redraft::cuda::ops::attention::AttentionParams;
-use redraft::cuda::ops::blend::BlendParams;
 use redraft::cuda::ops::embed::EmbedParams;
 use redraft::cuda::ops::gather::GatherParams;
+use redraft::cuda::ops::guidance::GuidanceParams;
 use redraft::cuda::ops::linear::LinearParams;
 use redraft::cuda::ops::moe::{MoeCombineParams, MoeParams};
 use redraft::cuda::ops::norm::NormParams;
@@ -29,7 +29,7 @@ fn both_sides_state_the_same_layout() {
     let twins = [
         twin::<AttentionParams>("AttentionParams"),
         twin::<SelectMaskedParams>("SelectMaskedParams"),
-        twin::<BlendParams>("BlendParams"),
+        twin::<GuidanceParams>("GuidanceParams"),
         twin::<SampleDrawParams>("SampleDrawParams"),
         twin::<SampleNucleusParams>("SampleNucleusParams"),
         twin::<SampleTilesParams>("SampleTilesParams"),

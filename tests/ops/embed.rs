@@ -70,7 +70,7 @@ fn guidance_moves_away_from_the_base() {
     each!(b in cpus(1), {
         let (base, x) = (noise(300, 3), noise(300, 4));
         let mut out = b.put(&x);
-        b.blend(299, 2.5, &b.put(&base), &mut out).unwrap();
+        b.apply_guidance(299, 2.5, &b.put(&base), &mut out).unwrap();
         let got = b.read(&out, 300);
         for i in 0..299 {
             let want = base[i] + 2.5 * (x[i] - base[i]);

@@ -13,7 +13,7 @@ use crate::cuda::driver::interface::Build;
 use crate::cuda::driver::prebuilt::EXTENSION;
 use crate::cuda::driver::source::{kernel, kernels, portable_identity};
 use crate::cuda::ops::{
-    attention, blend, embed, gather, linear, moe, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
+    attention, embed, gather, guidance, linear, moe, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
 };
 use crate::error::{Error, Result};
 
@@ -21,20 +21,20 @@ use crate::error::{Error, Result};
 /// models ask for. A launcher may ask for others at load, such as an unusual page size.
 pub fn builds() -> Vec<Build> {
     [
-        select_masked::builds(),
         attention::builds(),
-        blend::builds(),
-        sample::builds(),
         embed::builds(),
-        moe::builds(),
         gather::builds(),
+        guidance::builds(),
         linear::builds(),
+        moe::builds(),
         norm::builds(),
         remask::builds(),
-        unmask::builds(),
         rope_append::builds(),
         route::builds(),
+        sample::builds(),
+        select_masked::builds(),
         shortlist::builds(),
+        unmask::builds(),
     ]
     .concat()
 }
@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn lines_that_name_no_build() {
         for (line, part) in [
-            ("\nattend THREADS=1", "line 2: kernel \"attend\": expected one of attention, blend, "),
+            ("\nattend THREADS=1", "line 2: kernel \"attend\": expected one of attention, embed, "),
             ("embed", "line 1: embed: expected 1 constants: THREADS"),
             ("embed THREADS=128 MORE=1", "embed: expected 1 constants: THREADS"),
             ("embed THREAD=128", "embed: expected THREADS=NUMBER, found \"THREAD=128\""),

@@ -359,6 +359,6 @@ mod tests {
             let text = of(&[given], false).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
         }
-        assert!(kernel_bench_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are attention, blend, copy, "));
+        assert!(kernel_bench_named("matmul").err().unwrap().to_string().contains("\"matmul\": there are attention, copy, embed, "));
     }
 }

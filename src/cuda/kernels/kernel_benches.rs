@@ -19,7 +19,7 @@ use crate::cuda::ops::select_masked::{SelectMasked, SequenceSummary, StepRecord}
 use crate::cuda::ops::shortlist::{SampleShortlistOp, ShortlistOp};
 use crate::cuda::ops::unmask::UnmaskParams;
 use crate::cuda::ops::{
-    attention, blend, embed, gather, linear, moe, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
+    attention, embed, gather, guidance, linear, moe, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
 };
 use crate::error::{Error, Result};
 use crate::sampling::{Rank, UnmaskStep};
@@ -34,7 +34,6 @@ const fn key(name: &'static str, device: u32, small: u32) -> Key {
 /// By name: those of a stem carry it. `copy` is no kernel of ours but the ceiling of those that
 /// memory bounds.
 pub static KERNEL_BENCHES: &[KernelBench] = &[
-    KernelBench { name: "select_masked", keys: &[key("sequences", 64, 3), key("rows", 32, 5)], prepare: select_masked },
     KernelBench {
         name: "attention",
         keys: &[
@@ -47,25 +46,15 @@ pub static KERNEL_BENCHES: &[KernelBench] = &[
         ],
         prepare: attention,
     },
-    KernelBench { name: "blend", keys: &[key("rows", 128, 5), key("width", 4096, 66)], prepare: blend },
     KernelBench { name: "copy", keys: &[key("mebibytes", 1024, 1)], prepare: copy },
-    KernelBench {
-        name: "sample",
-        keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("top_p_percent", 100, 100)],
-        prepare: sample,
-    },
     KernelBench { name: "embed", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("vocab", 50_258, 100)], prepare: embed },
+    KernelBench { name: "gather", keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
+    KernelBench { name: "guidance", keys: &[key("rows", 128, 5), key("width", 4096, 66)], prepare: apply_guidance },
+    KernelBench { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
     KernelBench {
         name: "moe",
         keys: &[key("rows", 64, 5), key("experts", 256, 6), key("top_k", 8, 2), key("hidden", 2048, 40), key("inner", 512, 24)],
         prepare: moe,
-    },
-    KernelBench { name: "gather", keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
-    KernelBench { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
-    KernelBench {
-        name: "sample_shortlist",
-        keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9), key("top_p_percent", 100, 100)],
-        prepare: sample_shortlist,
     },
     KernelBench { name: "norm", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)], prepare: norm },
     KernelBench { name: "remask", keys: &[key("sequences", 64, 3), key("len", 1024, 40)], prepare: remask },
@@ -75,6 +64,17 @@ pub static KERNEL_BENCHES: &[KernelBench] = &[
         prepare: rope_append,
     },
     KernelBench { name: "route", keys: &[key("rows", 1024, 5), key("experts", 256, 6), key("top_k", 8, 2)], prepare: route },
+    KernelBench {
+        name: "sample",
+        keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("top_p_percent", 100, 100)],
+        prepare: sample,
+    },
+    KernelBench {
+        name: "sample_shortlist",
+        keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9), key("top_p_percent", 100, 100)],
+        prepare: sample_shortlist,
+    },
+    KernelBench { name: "select_masked", keys: &[key("sequences", 64, 3), key("rows", 32, 5)], prepare: select_masked },
     KernelBench {
         name: "shortlist",
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9)],
@@ -413,11 +413,11 @@ fn moe(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     Ok(Op::new(bytes, launch).flop(6 * count(rows, top_k) * count(c, f)))
 }
 
-fn blend(inputs: &Inputs, shape: &Shape) -> Result<Op> {
+fn apply_guidance(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, width) = (shape.get("rows"), shape.get("width"));
     let len = small_count(rows, width)?;
     let (base, out) = (inputs.noise(rows, width, DType::F32)?, inputs.noise(rows, width, DType::F32)?);
-    Ok(Op::new(12 * u64::from(len), move |machine| blend::blend(machine, len, 0.5, base, out)))
+    Ok(Op::new(12 * u64::from(len), move |machine| guidance::apply_guidance(machine, len, 0.5, base, out)))
 }
 
 fn gather(inputs: &Inputs, shape: &Shape) -> Result<Op> {

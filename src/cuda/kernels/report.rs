@@ -93,21 +93,21 @@ const SHARED_BYTES: u32 = 99 << 10;
 /// The most registers that entries of these names may use, where fewer than a whole
 /// multiprocessor's share are part of the design. The longest matching name counts.
 const REGISTER_BUDGETS: [(&str, u32); 15] = [
-    ("select_masked", 40),
-    ("blend", 32),
-    ("sample_draw", 128),
-    ("sample_nucleus", 64),
     ("embed", 40),
-    ("moe_combine", 40),
     ("gather", 32),
-    ("sample_shortlist", 96),
+    ("guidance", 32),
+    ("moe_combine", 40),
     ("norm", 64),
     ("remask", 48),
-    ("unmask", 48),
     ("rope_append", 40),
-    ("route_choose", 72),
     ("route", 40),
+    ("route_choose", 72),
+    ("sample_draw", 128),
+    ("sample_nucleus", 64),
+    ("sample_shortlist", 96),
+    ("select_masked", 40),
     ("shortlist", 48),
+    ("unmask", 48),
 ];
 
 /// The most registers that a thread of `entry` may use: its budget, else what lets one CTA run.
@@ -197,9 +197,9 @@ mod tests {
             list.iter().map(|k| k.stem).collect::<Vec<_>>(),
             [
                 "attention",
-                "blend",
                 "embed",
                 "gather",
+                "guidance",
                 "linear",
                 "moe",
                 "moe_combine",

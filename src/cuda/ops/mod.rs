@@ -2,9 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod attention;
-pub mod blend;
 pub mod embed;
 pub mod gather;
+pub mod guidance;
 pub mod linear;
 pub mod moe;
 pub mod norm;

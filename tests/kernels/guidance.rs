@@ -1,7 +1,7 @@
-//! `blend` goes from the base through `out`, and beyond it where the scale is above 1.
+//! `guidance` goes from the base through `out`, and beyond it where the scale is above 1.
 
 use redraft::cuda::machine::Machine;
-use redraft::cuda::ops::blend::blend;
+use redraft::cuda::ops::guidance::apply_guidance;
 
 use crate::emulator::{Array, machines, noise, words};
 
@@ -10,9 +10,9 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         for scale in [0.0f32, 1.0, 2.5] {
             // One element more than is asked for, which stays as it is.
             let (base, out) = (noise(3, len + 1), noise(4, len + 1));
-            let blended = Array::new(machine, &out);
-            words(blend(machine, len as u32, scale, Array::new(machine, &base).address(), blended.address()))?;
-            for (i, found) in blended.read()?.iter().enumerate() {
+            let guided = Array::new(machine, &out);
+            words(apply_guidance(machine, len as u32, scale, Array::new(machine, &base).address(), guided.address()))?;
+            for (i, found) in guided.read()?.iter().enumerate() {
                 let scale = if i < len { f64::from(scale) } else { 1.0 };
                 let expected = f64::from(base[i]) + scale * (f64::from(out[i]) - f64::from(base[i]));
                 if (f64::from(*found) - expected).abs() > 1e-6 {

@@ -1,4 +1,4 @@
-//! Launcher of `blend`: what guidance makes of two rows.
+//! Launcher of `guidance`: what guidance makes of two rows.
 #![forbid(unsafe_code)]
 
 use crate::cuda::driver::interface::{Address, Build, Launch};
@@ -9,8 +9,8 @@ use crate::error::Result;
 const THREADS: u32 = 256;
 
 params! {
-    /// `blend`: one entry.
-    BlendParams, 24 bytes {
+    /// `guidance`: one entry.
+    GuidanceParams, 24 bytes {
         /// (len) f32.
         base: u64 = 0,
         /// (len) f32, in and out.
@@ -26,11 +26,11 @@ pub(in crate::cuda) fn builds() -> Vec<Build> {
 }
 
 fn build() -> Build {
-    Build { stem: "blend", defines: vec![("THREADS", THREADS)] }
+    Build { stem: "guidance", defines: vec![("THREADS", THREADS)] }
 }
 
 /// `out[i] = base[i] + scale * (out[i] - base[i])` for `len` f32 elements.
-pub fn blend(machine: &Machine, len: u32, scale: f32, base: Address, out: Address) -> Result<()> {
+pub fn apply_guidance(machine: &Machine, len: u32, scale: f32, base: Address, out: Address) -> Result<()> {
     assert!(len <= u32::MAX - THREADS, "{len} elements: more than a launch numbers");
-    machine.launch(build(), "blend", Launch::line(len.div_ceil(THREADS), THREADS), &BlendParams { base, out, len, scale })
+    machine.launch(build(), "guidance", Launch::line(len.div_ceil(THREADS), THREADS), &GuidanceParams { base, out, len, scale })
 }

@@ -2,8 +2,8 @@
 //! be.
 #![forbid(unsafe_code)]
 
-/// See [`crate::backend::Backend::blend`].
-pub fn blend(scale: f32, base: &[f32], out: &mut [f32]) {
+/// See [`crate::backend::Backend::apply_guidance`].
+pub fn apply_guidance(scale: f32, base: &[f32], out: &mut [f32]) {
     for (out, base) in out.iter_mut().zip(base) {
         *out = base + scale * (*out - base);
     }

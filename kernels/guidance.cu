@@ -1,22 +1,22 @@
-// blend: out[i] = base[i] + scale * (out[i] - base[i]) over f32: the guidance of rows that are sampled.
+// guidance: out[i] = base[i] + scale * (out[i] - base[i]) over f32: the guidance of rows that are sampled.
 //
 // Layout: one flat line of elements, a thread each.
 // Cost: 12 bytes moved per element; few rows are sampled, so it is bound by its launch.
 #include "common.cuh"
 
-struct BlendParams {
+struct GuidanceParams {
     const float* base;  // (len)
     float* out;         // (len) in and out
     u32 len;
     float scale;
 };
-FIELD(BlendParams, base, 0);
-FIELD(BlendParams, out, 8);
-FIELD(BlendParams, len, 16);
-FIELD(BlendParams, scale, 20);
-LAYOUT(BlendParams, 24);
+FIELD(GuidanceParams, base, 0);
+FIELD(GuidanceParams, out, 8);
+FIELD(GuidanceParams, len, 16);
+FIELD(GuidanceParams, scale, 20);
+LAYOUT(GuidanceParams, 24);
 
-KERNEL(blend, BlendParams) {
+KERNEL(guidance, GuidanceParams) {
     const u32 i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= p.len) return;
     const float base = p.base[i];
