@@ -11,7 +11,7 @@ use crate::cli::files::read_text;
 use crate::cli::flags::{DTypeFlag, Format};
 use crate::cli::terminal::{Piped, print};
 use crate::cuda;
-use crate::cuda::machine::Machine;
+use crate::cuda::context::CudaContext;
 use crate::error::{Error, Result};
 
 #[derive(Subcommand)]
@@ -152,8 +152,8 @@ fn in_file(file: &Path, error: Error) -> Error {
     }
 }
 
-fn machine(place: Place) -> Result<Machine> {
-    Machine::new(match place {
+fn context(place: Place) -> Result<CudaContext> {
+    CudaContext::new(match place {
         Place::Cuda(ordinal) => Box::new(cuda::Gpu::open(ordinal)?),
         Place::Emu(arch) => Box::new(cuda::Emulator::new(cuda::EmulatorOptions { arch, ..Default::default() })?),
     })
@@ -197,14 +197,14 @@ fn bench_list(asked: &Run, list: &Path) -> Result<()> {
             list.display()
         )));
     }
-    let machine = machine(asked.device)?;
+    let context = context(asked.device)?;
     let run = |line: &Line| -> Result<cuda::Report> {
         let dtype = match line.dtype {
             None => asked.dtype,
             Some(name) => DTypeFlag::from_str(name, false).map_err(|_| Error::request(format!("dtype={name}: expected bf16 or f32")))?,
         };
         let Run { repeat, plain, small, .. } = *asked;
-        cuda::bench_kernel(&machine, &cuda::BenchRequest { name: line.name, shape: &line.shape, dtype: dtype.into(), repeat, plain, small })
+        cuda::bench_kernel(&context, &cuda::BenchRequest { name: line.name, shape: &line.shape, dtype: dtype.into(), repeat, plain, small })
     };
     let mut failed = 0;
     for line in &lines {
@@ -230,7 +230,7 @@ fn bench_kernel(asked: &Run) -> Result<()> {
     let name = name.as_deref().expect("clap demands a name or a list");
     let bench = cuda::BenchRequest { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
     bench.check()?;
-    let report = cuda::bench_kernel(&machine(asked.device)?, &bench)?;
+    let report = cuda::bench_kernel(&context(asked.device)?, &bench)?;
     let text = if asked.format == Format::Json {
         to_json(&report)
     } else {

@@ -18,8 +18,8 @@
 use std::ops::Range;
 
 use crate::backend::{DType, HeadShape};
+use crate::cpu::context::{AttentionState, CpuContext};
 use crate::cpu::kv::{Head, KvCache};
-use crate::cpu::machine::{AttentionState, Machine};
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::{Order, Tile};
 use crate::cpu::simd::tile::{Piece, Product};
@@ -38,7 +38,7 @@ const MAX_ROWS: usize = 6;
 const TASK_QUERIES: usize = 24;
 
 /// See [`crate::backend::Backend::attention`].
-pub fn attention(machine: &Machine, plan: &Plan, heads: HeadShape, qkv: &[f32], layer: usize, kv: &KvCache, out: &mut [f32]) {
+pub fn attention(context: &CpuContext, plan: &Plan, heads: HeadShape, qkv: &[f32], layer: usize, kv: &KvCache, out: &mut [f32]) {
     let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
     let queries_per_head = num_heads / num_kv_heads;
     let rows_at_once = (TASK_QUERIES / queries_per_head).max(1);
@@ -54,19 +54,19 @@ pub fn attention(machine: &Machine, plan: &Plan, heads: HeadShape, qkv: &[f32], 
             sequences.push(s);
         }
     }
-    let pool = machine.pool_for(work * heads.q_width() * 2);
+    let pool = context.pool_for(work * heads.q_width() * 2);
     let width = heads.q_width();
     pool.tiles(&mut out[..plan.num_rows() * width], width, &row_bounds, queries_per_head * head_dim, Order::RowsFirst, &|tile| {
         let s = sequences[row_bounds.partition_point(|&bound| bound <= tile.rows.start) - 1];
         let pages = &plan.pages[plan.page_indptr[s] as usize..plan.page_indptr[s + 1] as usize];
         let kv_head = tile.cols.start / (queries_per_head * head_dim);
-        machine.isa.run(Queries { machine, heads, qkv, visible: &plan.visible, pages, head: kv.head(layer, kv_head), tile });
+        context.isa.run(Queries { context, heads, qkv, visible: &plan.visible, pages, head: kv.head(layer, kv_head), tile });
     });
 }
 
 /// The queries of one output tile: rows of one sequence, all heads that share one K/V head.
 struct Queries<'a, 'b> {
-    machine: &'a Machine,
+    context: &'a CpuContext,
     heads: HeadShape,
     qkv: &'a [f32],
     visible: &'a [u32],
@@ -93,7 +93,7 @@ impl Queries<'_, '_> {
     #[inline(always)]
     fn attend<S: Simd, const BF16: bool>(mut self, simd: S) {
         let layout = self.head.layout;
-        let mut state = self.machine.attention_state();
+        let mut state = self.context.attention_state();
         self.begin::<S, BF16>(simd, &mut state);
         let queries_per_head = self.heads.num_heads / self.heads.num_kv_heads;
         let queries = self.tile.rows.len() * queries_per_head;
@@ -133,7 +133,7 @@ impl Queries<'_, '_> {
             }
         }
         self.write(simd, &state);
-        self.machine.keep_attention_state(state);
+        self.context.keep_attention_state(state);
     }
 
     /// q as words and empty sums.

@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, RowSource};
+use crate::cpu::context::CpuContext;
 use crate::cpu::linear::{READ_VALUES, Round, read_in_parts};
-use crate::cpu::machine::Machine;
 use crate::cpu::memory::Aligned;
 use crate::error::Result;
 
@@ -14,23 +14,23 @@ pub enum Table {
 }
 
 impl Table {
-    pub fn new(machine: &Machine, dtype: DType, n: usize, k: usize, source: &RowSource) -> Result<Table> {
+    pub fn new(context: &CpuContext, dtype: DType, n: usize, k: usize, source: &RowSource) -> Result<Table> {
         let at_once = (READ_VALUES / k).max(1);
         match dtype {
             DType::F32 => {
                 let mut rows = Aligned::zeroed(n * k);
-                read_in_parts(machine, &mut rows, at_once * k, &|i, rows, _| source(i * at_once, rows))?;
+                read_in_parts(context, &mut rows, at_once * k, &|i, rows, _| source(i * at_once, rows))?;
                 Ok(Table::F32 { n, k, rows })
             }
             DType::Bf16 => {
                 let mut rows = Aligned::<u16>::zeroed(n * k);
-                read_in_parts(machine, &mut rows, at_once * k, &|i, rows, wide| {
+                read_in_parts(context, &mut rows, at_once * k, &|i, rows, wide| {
                     wide.resize(rows.len(), 0.0);
                     source(i * at_once, wide)?;
                     // As one row, because a row is padded to whole words; an odd value is left for
                     // the end.
                     let even = rows.len() / 2 * 2;
-                    machine.isa.run(Round { x: &wide[..even], k: even.max(1), words: &mut rows[..even] });
+                    context.isa.run(Round { x: &wide[..even], k: even.max(1), words: &mut rows[..even] });
                     if let (Some(row), Some(wide)) = (rows.get_mut(even), wide.get(even)) {
                         *row = half::bf16::from_f32(*wide).to_bits();
                     }

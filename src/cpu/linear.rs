@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::backend::{DType, Epilogue, RowSource};
-use crate::cpu::machine::Machine;
+use crate::cpu::context::CpuContext;
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::{Order, Tile};
 use crate::cpu::simd::tile::{self, Piece};
@@ -61,12 +61,12 @@ impl Drop for Packed {
 
 impl Packed {
     /// Reads the (n, k) rows sixteen at a time, a vector of columns of a panel, on all threads.
-    pub fn new(machine: &Machine, dtype: DType, n: usize, k: usize, source: &RowSource) -> Result<Packed> {
+    pub fn new(context: &CpuContext, dtype: DType, n: usize, k: usize, source: &RowSource) -> Result<Packed> {
         let steps = steps(dtype, k);
         let words = Aligned::zeroed(n.div_ceil(PANEL) * steps * PANEL);
-        machine.packed_words.fetch_add(words.len(), Ordering::Relaxed);
-        let mut packed = Packed { n, k, dtype, steps, words, by_rows: OnceLock::new(), all_words: machine.packed_words.clone() };
-        read_in_parts(machine, &mut packed.words, steps * PANEL, &|i, panel, room| {
+        context.packed_words.fetch_add(words.len(), Ordering::Relaxed);
+        let mut packed = Packed { n, k, dtype, steps, words, by_rows: OnceLock::new(), all_words: context.packed_words.clone() };
+        read_in_parts(context, &mut packed.words, steps * PANEL, &|i, panel, room| {
             room.resize(LANES * (k + steps), 0.0);
             let (wide, words) = room.split_at_mut(LANES * k);
             let words: &mut [u32] = bytemuck::cast_slice_mut(words);
@@ -79,7 +79,7 @@ impl Packed {
                     pack_columns(bytemuck::cast_slice(wide), steps, &mut panel[column..]);
                 } else {
                     let words = &mut words[..height * steps];
-                    machine.isa.run(Round { x: wide, k, words: bytemuck::cast_slice_mut(words) });
+                    context.isa.run(Round { x: wide, k, words: bytemuck::cast_slice_mut(words) });
                     pack_columns(words, steps, &mut panel[column..]);
                 }
             }
@@ -112,11 +112,11 @@ impl Packed {
     }
 
     /// The weight by rows, made of the panels when it is first asked for.
-    pub fn by_rows(&self, machine: &Machine) -> &ByRows {
+    pub fn by_rows(&self, context: &CpuContext) -> &ByRows {
         self.by_rows.get_or_init(|| {
             let stride = self.steps.next_multiple_of(LANES);
             let mut words = Aligned::zeroed(self.n * stride);
-            machine.pool_for(self.words.len()).chunks(&mut words, PANEL * stride, &|panel, rows| {
+            context.pool_for(self.words.len()).chunks(&mut words, PANEL * stride, &|panel, rows| {
                 let count = rows.len() / stride;
                 for (step, line) in self.panel(panel).chunks_exact(PANEL).enumerate() {
                     for (row, word) in line[..count].iter().enumerate() {
@@ -151,13 +151,13 @@ impl ByRows {
 
     /// `x (k)` as the words that a row is multiplied with: rounded to bf16 pairs where the weight
     /// is bf16.
-    pub fn words_of(&self, machine: &Machine, x: &[f32]) -> Vec<u32> {
+    pub fn words_of(&self, context: &CpuContext, x: &[f32]) -> Vec<u32> {
         let mut words = vec![0; self.stride];
         match self.dtype {
             DType::F32 => words[..self.k].copy_from_slice(bytemuck::cast_slice(x)),
             DType::Bf16 => {
                 let steps = steps(self.dtype, self.k);
-                machine.isa.run(Round { x, k: self.k, words: bytemuck::cast_slice_mut(&mut words[..steps]) });
+                context.isa.run(Round { x, k: self.k, words: bytemuck::cast_slice_mut(&mut words[..steps]) });
             }
         }
         words
@@ -179,12 +179,12 @@ type Fill<'a, T> = dyn Fn(usize, &mut [T], &mut Vec<f32>) -> Result<()> + Sync +
 /// Fills `data` in parts of `part_len`, on all threads.
 ///
 /// Errors: that of the first part that has one; some parts behind it may not have been filled.
-pub fn read_in_parts<T: Send>(machine: &Machine, data: &mut [T], part_len: usize, fill: &Fill<T>) -> Result<()> {
+pub fn read_in_parts<T: Send>(context: &CpuContext, data: &mut [T], part_len: usize, fill: &Fill<T>) -> Result<()> {
     let rooms: Mutex<Vec<Vec<f32>>> = Mutex::default();
     let first_error: Mutex<Option<(usize, Error)>> = Mutex::default();
     // What a panic leaves there is complete: rooms hold nothing between parts.
     let failed = || first_error.lock().unwrap_or_else(PoisonError::into_inner);
-    machine.pool.chunks(data, part_len, &|i, part| {
+    context.pool.chunks(data, part_len, &|i, part| {
         if failed().as_ref().is_some_and(|(at, _)| *at < i) {
             return;
         }
@@ -216,7 +216,7 @@ fn pack_columns(words: &[u32], steps: usize, panel: &mut [u32]) {
 
 /// `x (rows, k)` as words `(rows, steps)`: itself in f32, rounded to bf16 pairs in `scratch`
 /// otherwise.
-fn words_of<'a>(machine: &Machine, dtype: DType, rows: usize, k: usize, x: &'a [f32], scratch: &'a mut Aligned<u32>) -> &'a [u32] {
+fn words_of<'a>(context: &CpuContext, dtype: DType, rows: usize, k: usize, x: &'a [f32], scratch: &'a mut Aligned<u32>) -> &'a [u32] {
     let x = &x[..rows * k];
     if dtype == DType::F32 {
         return bytemuck::cast_slice(x);
@@ -224,11 +224,11 @@ fn words_of<'a>(machine: &Machine, dtype: DType, rows: usize, k: usize, x: &'a [
     let steps = steps(dtype, k);
     let words = scratch.reserve(rows * steps);
     // 16 KiB of x per task at least.
-    let rows_at_once = (4096 / k.max(1)).max(rows.div_ceil(4 * machine.pool.threads())).max(1);
+    let rows_at_once = (4096 / k.max(1)).max(rows.div_ceil(4 * context.pool.threads())).max(1);
     // An element costs about as much as eight multiply-adds of a product.
-    machine.pool_for(8 * rows * k).chunks(words, rows_at_once * steps, &|i, words| {
+    context.pool_for(8 * rows * k).chunks(words, rows_at_once * steps, &|i, words| {
         let x = &x[i * rows_at_once * k..];
-        machine.isa.run(Round { x, k, words: bytemuck::cast_slice_mut(words) });
+        context.isa.run(Round { x, k, words: bytemuck::cast_slice_mut(words) });
     });
     words
 }
@@ -277,35 +277,35 @@ struct Product<'a> {
 
 /// See [`crate::backend::Backend::linear`]. `x` holds at least rows * k, `out` at least rows times
 /// the width of the epilogue.
-pub fn linear(machine: &Machine, rows: usize, x: &[f32], weight: &Packed, bias: Option<&[f32]>, epilogue: Epilogue, out: &mut [f32]) {
+pub fn linear(context: &CpuContext, rows: usize, x: &[f32], weight: &Packed, bias: Option<&[f32]>, epilogue: Epilogue, out: &mut [f32]) {
     let Packed { n, k, steps, .. } = *weight;
     if rows == 0 {
         return;
     }
-    let mut scratch = machine.words();
-    let x = words_of(machine, weight.dtype, rows, k, x, &mut scratch);
+    let mut scratch = context.words();
+    let x = words_of(context, weight.dtype, rows, k, x, &mut scratch);
     let product = Product { x, weight, bias, epilogue };
     let panels = n.div_ceil(PANEL);
-    let pool = machine.pool_for(rows * panels * PANEL * steps);
+    let pool = context.pool_for(rows * panels * PANEL * steps);
     let (row_bounds, panels_at_once) = divide(pool.threads(), rows, panels, steps);
     let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * PANEL));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
-        machine.isa.run(Panels { product, tile });
+        context.isa.run(Panels { product, tile });
     });
 }
 
 /// The products of several weights of one shape, each with rows of its own: rows
 /// `bounds[g]..bounds[g + 1]` of x and `out` belong to `weights[g]`. One job for all of them, so
 /// that small groups keep every thread busy. A row's result is that of [`linear`].
-pub fn grouped(machine: &Machine, bounds: &[usize], x: &[f32], weights: &[Packed], epilogue: Epilogue, out: &mut [f32]) {
+pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[Packed], epilogue: Epilogue, out: &mut [f32]) {
     let (Some(&rows), Some(&Packed { n, k, steps, dtype, .. })) = (bounds.last(), weights.first()) else { return };
     if rows == 0 {
         return;
     }
-    let mut scratch = machine.words();
-    let x = words_of(machine, dtype, rows, k, x, &mut scratch);
+    let mut scratch = context.words();
+    let x = words_of(context, dtype, rows, k, x, &mut scratch);
     let panels = n.div_ceil(PANEL);
-    let pool = machine.pool_for(rows * panels * PANEL * steps);
+    let pool = context.pool_for(rows * panels * PANEL * steps);
     // Groups that outgrow L2 are cut as a product alone would be.
     let tallest = (X_WORDS / part_of(steps)).clamp(1, 96);
     let mut row_bounds = vec![0];
@@ -322,7 +322,7 @@ pub fn grouped(machine: &Machine, bounds: &[usize], x: &[f32], weights: &[Packed
     let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * PANEL));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
         let weight = &weights[bounds.partition_point(|bound| *bound <= tile.rows.start) - 1];
-        machine.isa.run(Panels { product: Product { x, weight, bias: None, epilogue }, tile });
+        context.isa.run(Panels { product: Product { x, weight, bias: None, epilogue }, tile });
     });
 }
 

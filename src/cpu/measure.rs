@@ -14,7 +14,7 @@ impl Measure for Cpu {
         // Up to 512 MiB: beyond that the rate no longer depends on the size.
         let bytes = weight_bytes.clamp(1 << 20, 1 << 29);
         let words = vec![1u64; bytes.div_ceil(8).max(1)];
-        let threads = self.machine.pool.threads();
+        let threads = self.context.pool.threads();
         let repeats = ((1usize << 27) / words.len()).max(1);
         let mut best = f64::INFINITY;
         for _ in 0..4 {

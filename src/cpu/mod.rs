@@ -2,16 +2,16 @@
 //!
 //! Activations are f32 on cache lines; weights and K/V are words in the order the register tile
 //! reads them. Rooms: `simd` (the vector instructions, one choice at run time), `pool` (threads and
-//! disjoint writes), `memory` (aligned buffers), one file per op, `machine` (what the ops share),
+//! disjoint writes), `memory` (aligned buffers), one file per op, `context` (what the ops share),
 //! and `oracle` (plain loops that every backend is tested against).
 #![deny(unsafe_code)]
 
 mod attention;
+mod context;
 mod embed;
 mod guidance;
 mod kv;
 mod linear;
-mod machine;
 mod measure;
 mod memory;
 mod moe;
@@ -37,7 +37,7 @@ use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::sampling::{Draw, SampledToken};
 
-use machine::Machine;
+use context::CpuContext;
 use memory::Aligned;
 use pool::Pool;
 use simd::Isa;
@@ -45,7 +45,7 @@ use simd::Isa;
 /// The CPU as a [`Backend`].
 pub struct Cpu {
     dtype: DType,
-    machine: Machine,
+    context: CpuContext,
 }
 
 impl Cpu {
@@ -65,7 +65,7 @@ impl Cpu {
             threads => threads,
         };
         let start = |threads| Pool::new(threads).map_err(|error| Error::device(format!("cannot start {threads} threads: {error}")));
-        let machine = Machine {
+        let context = CpuContext {
             isa,
             pool: start(threads)?,
             serial: start(1)?,
@@ -76,7 +76,7 @@ impl Cpu {
             attention_states: Mutex::default(),
             spare_rows: Mutex::default(),
         };
-        Ok(Cpu { dtype, machine })
+        Ok(Cpu { dtype, context })
     }
 }
 
@@ -180,8 +180,8 @@ impl Backend for Cpu {
     const MAX_SHORTLIST: usize = usize::MAX;
 
     fn name(&self) -> String {
-        let threads = self.machine.pool.threads();
-        format!("cpu ({}, {threads} thread{})", self.machine.isa.name(), if threads == 1 { "" } else { "s" })
+        let threads = self.context.pool.threads();
+        format!("cpu ({}, {threads} thread{})", self.context.isa.name(), if threads == 1 { "" } else { "s" })
     }
 
     fn dtype(&self) -> DType {
@@ -210,13 +210,13 @@ impl Backend for Cpu {
     fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Weight> {
         let (WeightShape::Matrix { n, k } | WeightShape::Table { n, k } | WeightShape::Experts { n, k, .. }) = shape;
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
-        let (machine, dtype) = (&self.machine, self.dtype);
+        let (context, dtype) = (&self.context, self.dtype);
         Ok(Weight(match shape {
-            WeightShape::Matrix { .. } => Layout::Packed(linear::Packed::new(machine, dtype, n, k, source)?),
-            WeightShape::Table { .. } => Layout::Table(embed::Table::new(machine, dtype, n, k, source)?),
+            WeightShape::Matrix { .. } => Layout::Packed(linear::Packed::new(context, dtype, n, k, source)?),
+            WeightShape::Table { .. } => Layout::Table(embed::Table::new(context, dtype, n, k, source)?),
             WeightShape::Experts { num, .. } => {
                 assert!(num > 0, "{num} weights of {n} x {k}");
-                Layout::Experts(moe::ExpertWeights::new(machine, dtype, num, n, k, source)?)
+                Layout::Experts(moe::ExpertWeights::new(context, dtype, num, n, k, source)?)
             }
         }))
     }
@@ -276,7 +276,7 @@ impl Backend for Cpu {
             x.0[..len].iter_mut().zip(&residual.0[..len]).for_each(|(x, more)| *x += more);
         }
         let norm = Norm { kind: norm.kind, eps: norm.eps, weight: &norm.weight.0[..], bias: norm.bias.map(|b| &b.0[..]) };
-        norm::norm(&self.machine, &x.0[..len], &norm, &mut out.0[..len]);
+        norm::norm(&self.context, &x.0[..len], &norm, &mut out.0[..len]);
         Ok(())
     }
 
@@ -293,7 +293,7 @@ impl Backend for Cpu {
         let bias = bias.map(|b| &b.0[..]);
         assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(<[f32]>::len));
         assert!(epilogue != Epilogue::SwiGlu || n % 2 == 0, "gate and up in pairs of {n} rows");
-        linear::linear(&self.machine, rows, &x.0, weight, bias, epilogue, &mut out.0);
+        linear::linear(&self.context, rows, &x.0, weight, bias, epilogue, &mut out.0);
         Ok(())
     }
 
@@ -303,7 +303,7 @@ impl Backend for Cpu {
         let bias = router.bias.map(|bias| &bias.0[..]);
         assert!(bias.is_none_or(|b| b.len() == shape.num_experts), "bias of {:?} for {shape:?}", bias.map(<[f32]>::len));
         assert!(logits.0.len() >= rows * shape.num_experts, "logits of {} for {rows} rows of {shape:?}", logits.0.len());
-        route::route(&self.machine, rows, &logits.0, &Router { score: router.score, bias }, &mut routing.0);
+        route::route(&self.context, rows, &logits.0, &Router { score: router.score, bias }, &mut routing.0);
         Ok(())
     }
 
@@ -316,7 +316,7 @@ impl Backend for Cpu {
         }
         let len = routing.0.choices.len() / top_k * hidden_dim;
         assert!(x.0.len().min(out.0.len()) >= len, "x of {}, out of {} for {len} elements", x.0.len(), out.0.len());
-        moe::moe(&self.machine, &mut routing.0, &x.0, up, down, &mut out.0);
+        moe::moe(&self.context, &mut routing.0, &x.0, up, down, &mut out.0);
         Ok(())
     }
 
@@ -333,7 +333,7 @@ impl Backend for Cpu {
         let norm = rotation.norm.as_ref().map(|norm| HeadNorm { q: &norm.q.0[..], k: &norm.k.0[..], eps: norm.eps });
         let widths = norm.as_ref().map(|norm| (norm.q.len(), norm.k.len()));
         assert!(widths.is_none_or(|w| w == (heads.head_dim, heads.head_dim)), "norms of {widths:?} for {heads:?}");
-        rope::rope_append(&self.machine, &batch.0, heads, &Rotation { rope: rotation.rope, norm }, &mut qkv.0, layer, &mut kv.0);
+        rope::rope_append(&self.context, &batch.0, heads, &Rotation { rope: rotation.rope, norm }, &mut qkv.0, layer, &mut kv.0);
         Ok(())
     }
 
@@ -341,7 +341,7 @@ impl Backend for Cpu {
         batch.check(heads, qkv, layer, kv);
         let rows = batch.0.num_rows();
         assert!(out.0.len() >= rows * heads.q_width(), "out of {} for {rows} rows of {}", out.0.len(), heads.q_width());
-        attention::attention(&self.machine, &batch.0, heads, &qkv.0, layer, &kv.0, &mut out.0);
+        attention::attention(&self.context, &batch.0, heads, &qkv.0, layer, &kv.0, &mut out.0);
         Ok(())
     }
 
@@ -378,12 +378,12 @@ impl Backend for Cpu {
         assert!(hidden.0.len() >= rows * head.k, "hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
         assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
         match candidates {
-            Candidates::AllBut(banned) => sample::sample(&self.machine, &hidden.0, head, bias, banned, draws),
+            Candidates::AllBut(banned) => sample::sample(&self.context, &hidden.0, head, bias, banned, draws),
             Candidates::Shortlists { lists, which } => {
                 let num_lists = lists.0.ids().len();
                 assert!(which.len() == rows, "{} lists for {rows} rows", which.len());
                 assert!(which.iter().all(|list| (*list as usize) < num_lists), "{which:?} of {num_lists} lists");
-                shortlist::sample_shortlist(&self.machine, &hidden.0, head, bias, &lists.0, which, draws)
+                shortlist::sample_shortlist(&self.context, &hidden.0, head, bias, &lists.0, which, draws)
             }
         }
     }
@@ -400,7 +400,7 @@ impl Backend for Cpu {
         let (head, bias) = (head.packed(), bias.map(|b| &b.0[..]));
         assert!(n > 0 && hidden.0.len() >= rows * head.k, "lists of {n}, hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
         assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
-        Ok(Shortlists(shortlist::shortlist(&self.machine, rows, &hidden.0, head, bias, banned, n)))
+        Ok(Shortlists(shortlist::shortlist(&self.context, rows, &hidden.0, head, bias, banned, n)))
     }
 }
 

@@ -3,8 +3,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, ExpertShape, RowSource};
+use crate::cpu::context::CpuContext;
 use crate::cpu::linear::{self, Packed};
-use crate::cpu::machine::Machine;
 use crate::cpu::route::Routing;
 use crate::cpu::simd::LANES;
 use crate::error::Result;
@@ -13,28 +13,28 @@ use crate::error::Result;
 pub struct ExpertWeights(pub Vec<Packed>);
 
 impl ExpertWeights {
-    pub fn new(machine: &Machine, dtype: DType, num: usize, n: usize, k: usize, source: &RowSource) -> Result<ExpertWeights> {
-        let pack = |i: usize| Packed::new(machine, dtype, n, k, &|first, dst| source(i * n + first, dst));
+    pub fn new(context: &CpuContext, dtype: DType, num: usize, n: usize, k: usize, source: &RowSource) -> Result<ExpertWeights> {
+        let pack = |i: usize| Packed::new(context, dtype, n, k, &|first, dst| source(i * n + first, dst));
         (0..num).map(pack).collect::<Result<_>>().map(ExpertWeights)
     }
 }
 
 /// See [`crate::backend::Backend::moe`]. `x` and `out` hold the rows of the routing.
-pub fn moe(machine: &Machine, routing: &mut Routing, x: &[f32], up: &ExpertWeights, down: &ExpertWeights, out: &mut [f32]) {
+pub fn moe(context: &CpuContext, routing: &mut Routing, x: &[f32], up: &ExpertWeights, down: &ExpertWeights, out: &mut [f32]) {
     let Routing { shape, choices, bounds, places, tokens, input, inner, output } = routing;
     let ExpertShape { top_k, hidden_dim: c, expert_dim: f, .. } = *shape;
     if choices.is_empty() {
         return;
     }
     let input = input.reserve(places.len() * c);
-    machine.pool_for(places.len() * c).chunks(input, c, &|place, row| row.copy_from_slice(&x[tokens[place] * c..][..c]));
+    context.pool_for(places.len() * c).chunks(input, c, &|place, row| row.copy_from_slice(&x[tokens[place] * c..][..c]));
     let inner = inner.reserve(places.len() * f);
-    linear::grouped(machine, bounds, input, &up.0, Epilogue::SwiGlu, inner);
+    linear::grouped(context, bounds, input, &up.0, Epilogue::SwiGlu, inner);
     let output = output.reserve(places.len() * c);
-    linear::grouped(machine, bounds, inner, &down.0, Epilogue::Store, output);
+    linear::grouped(context, bounds, inner, &down.0, Epilogue::Store, output);
     let output = &*output;
     let out = &mut out[..choices.len() / top_k * c];
-    machine.pool_for(places.len() * c).chunks(out, c, &|row, out| {
+    context.pool_for(places.len() * c).chunks(out, c, &|row, out| {
         let (choices, places) = (&choices[row * top_k..][..top_k], &places[row * top_k..][..top_k]);
         for (i, out) in out.chunks_mut(LANES).enumerate() {
             let mut sums = [0.0f32; LANES];

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{Norm, NormKind};
-use crate::cpu::machine::Machine;
+use crate::cpu::context::CpuContext;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 
 /// Rows of a task: about 16 K elements, a few microseconds.
@@ -10,14 +10,14 @@ const TASK_ELEMENTS: usize = 1 << 14;
 
 /// See [`crate::backend::Backend::norm`]; `x` and `out` are (rows, C), C the length of the norm's
 /// weight.
-pub fn norm(machine: &Machine, x: &[f32], norm: &Norm<[f32]>, out: &mut [f32]) {
+pub fn norm(context: &CpuContext, x: &[f32], norm: &Norm<[f32]>, out: &mut [f32]) {
     let Norm { kind, eps, weight, bias } = *norm;
     let width = weight.len();
     let rows_at_once = (TASK_ELEMENTS / width).max(1);
     // An element costs about as much as sixteen multiply-adds of a product.
-    machine.pool_for(16 * out.len()).chunks(out, rows_at_once * width, &|i, out| {
+    context.pool_for(16 * out.len()).chunks(out, rows_at_once * width, &|i, out| {
         let x = &x[i * rows_at_once * width..][..out.len()];
-        machine.isa.run(Rows { kind, x, weight, bias, eps, out });
+        context.isa.run(Rows { kind, x, weight, bias, eps, out });
     });
 }
 

@@ -6,8 +6,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{HeadNorm, HeadShape, Rotation};
+use crate::cpu::context::CpuContext;
 use crate::cpu::kv::{Append, Kind, KvCache};
-use crate::cpu::machine::Machine;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::plan::Plan;
 
@@ -16,7 +16,7 @@ const TASK_ELEMENTS: usize = 1 << 14;
 
 /// See [`crate::backend::Backend::rope_append`].
 pub fn rope_append(
-    machine: &Machine,
+    context: &CpuContext,
     plan: &Plan,
     heads: HeadShape,
     rotation: &Rotation<[f32]>,
@@ -30,14 +30,14 @@ pub fn rope_append(
     let qkv = &mut qkv[..rows * width];
     let Some(&last) = plan.positions.iter().max() else { return };
 
-    let mut rotations = machine.rotations();
+    let mut rotations = context.rotations();
     let table = rotations.table(rotation.rope, head_dim, last as usize + 1);
     let half = rotation.rope.rotary_dim(head_dim) / 2;
     let rows_at_once = (TASK_ELEMENTS / width).max(1);
     // An element costs about as much as sixteen multiply-adds of a product.
-    machine.pool_for(16 * rows * width).chunks(qkv, rows_at_once * width, &|i, rows| {
+    context.pool_for(16 * rows * width).chunks(qkv, rows_at_once * width, &|i, rows| {
         let positions = &plan.positions[i * rows_at_once..];
-        machine.isa.run(Rotate { rows, width, heads, norm: rotation.norm.as_ref(), half, positions, table });
+        context.isa.run(Rotate { rows, width, heads, norm: rotation.norm.as_ref(), half, positions, table });
     });
 
     let layout = kv.layout;
@@ -48,10 +48,10 @@ pub fn rope_append(
     let first_value = first_key + num_kv_heads * head_dim;
     let append = |kind: Kind, head: usize, words: &mut [u32]| {
         let first = head * head_dim + if kind == Kind::ConfigJson { first_key } else { first_value };
-        machine.isa.run(Append { layout, kind, rows: qkv, width, first, head_dim, slots: &plan.slots, words });
+        context.isa.run(Append { layout, kind, rows: qkv, width, first, head_dim, slots: &plan.slots, words });
     };
     let mut regions: Vec<_> = keys.chunks_exact_mut(key_words).zip(values.chunks_exact_mut(value_words)).collect();
-    machine.pool_for(32 * rows * num_kv_heads * head_dim).chunks(&mut regions, 1, &|head, region| {
+    context.pool_for(32 * rows * num_kv_heads * head_dim).chunks(&mut regions, 1, &|head, region| {
         let (keys, values) = &mut region[0];
         append(Kind::ConfigJson, head, keys);
         append(Kind::Values, head, values);

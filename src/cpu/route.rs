@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{ExpertChoice, ExpertShape, Router, RouterScore};
-use crate::cpu::machine::Machine;
+use crate::cpu::context::CpuContext;
 use crate::cpu::memory::Aligned;
 
 /// The choices of some rows, and the rows in the order of their experts: a *place* is a row before
@@ -60,13 +60,13 @@ impl Routing {
 }
 
 /// See [`crate::backend::Backend::route`]. `logits` holds `rows` rows of E.
-pub fn route(machine: &Machine, rows: usize, logits: &[f32], router: &Router<[f32]>, routing: &mut Routing) {
+pub fn route(context: &CpuContext, rows: usize, logits: &[f32], router: &Router<[f32]>, routing: &mut Routing) {
     let ExpertShape { num_experts, top_k, .. } = routing.shape;
     routing.choices.clear();
     routing.choices.resize(rows * top_k, ExpertChoice::default());
-    let rows_at_once = rows.div_ceil(4 * machine.pool.threads()).max(1);
+    let rows_at_once = rows.div_ceil(4 * context.pool.threads()).max(1);
     // An exponential and a look at each expert for each choice.
-    machine.pool_for(rows * num_experts * (top_k + 16)).chunks(&mut routing.choices, rows_at_once * top_k, &|i, choices| {
+    context.pool_for(rows * num_experts * (top_k + 16)).chunks(&mut routing.choices, rows_at_once * top_k, &|i, choices| {
         let mut scratch = Scores::default();
         let logits = logits[i * rows_at_once * num_experts..].chunks_exact(num_experts);
         for (logits, choices) in logits.zip(choices.chunks_exact_mut(top_k)) {

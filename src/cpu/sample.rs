@@ -13,8 +13,8 @@
 use std::cmp::Ordering;
 
 use crate::backend::Epilogue;
+use crate::cpu::context::CpuContext;
 use crate::cpu::linear::{self, Packed};
-use crate::cpu::machine::Machine;
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
 use crate::sampling::{self, Draw, SampledToken, TopK, TopKOrder, TopPRule};
@@ -28,7 +28,7 @@ const TILE: usize = 2048;
 
 /// See [`crate::backend::Backend::sample`].
 pub fn sample(
-    machine: &Machine,
+    context: &CpuContext,
     hidden: &[f32],
     head: &Packed,
     bias: Option<&[f32]>,
@@ -37,21 +37,21 @@ pub fn sample(
 ) -> Result<Vec<SampledToken>> {
     let Packed { n: vocab, k, .. } = *head;
     let mut sampled = Vec::with_capacity(draws.len());
-    let mut scratch = machine.logits();
+    let mut scratch = context.logits();
     for (chunk, draws) in draws.chunks(CHUNK).enumerate() {
         let first = chunk * CHUNK;
         let logits = scratch.reserve(draws.len() * vocab);
-        linear::linear(machine, draws.len(), &hidden[first * k..], head, bias, Epilogue::Store, logits);
+        linear::linear(context, draws.len(), &hidden[first * k..], head, bias, Epilogue::Store, logits);
         let mut results: Vec<Option<Result<SampledToken>>> = vec![None; draws.len()];
         let mut rows: Vec<_> = logits.chunks_exact_mut(vocab).zip(&mut results).zip(draws).collect();
-        machine.pool_for(draws.len() * vocab * 4).chunks(&mut rows, 1, &|i, row| {
+        context.pool_for(draws.len() * vocab * 4).chunks(&mut rows, 1, &|i, row| {
             let ((logits, result), draw) = &mut row[0];
             for &id in banned {
                 if let Some(logit) = logits.get_mut(id as usize) {
                     *logit = f32::NEG_INFINITY;
                 }
             }
-            **result = Some(sample_row(machine, logits, banned, draw).map_err(|error| match error {
+            **result = Some(sample_row(context, logits, banned, draw).map_err(|error| match error {
                 Error::Kernel { what } => Error::kernel(format!("row {}: {what}", first + i)),
                 Error::Request { what } => Error::request(format!("row {}: {what}", first + i)),
                 other => other,
@@ -75,8 +75,8 @@ struct TileSums {
 }
 
 /// One row whose banned logits are -inf.
-pub fn sample_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw) -> Result<SampledToken> {
-    let tiles = machine.isa.run(Summarise { logits });
+pub fn sample_row(context: &CpuContext, logits: &[f32], banned: &[u32], draw: &Draw) -> Result<SampledToken> {
+    let tiles = context.isa.run(Summarise { logits });
     let mut max = f32::NEG_INFINITY;
     let mut argtile = 0;
     for (i, tile) in tiles.iter().enumerate() {
@@ -122,14 +122,14 @@ pub fn sample_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw
         None if draw.truncated_confidence && (draw.top_p < 1.0 || draw.top_k.is_some() || ![0.0, 1.0].contains(&draw.temperature)) => {
             // At temperature 0 the nucleus is that of temperature 1, and its first token is taken.
             let temperature = if draw.temperature == 0.0 { 1.0 } else { draw.temperature };
-            let kept = kept(machine, logits, &tiles, max, argmax, &Draw { temperature, ..*draw });
+            let kept = kept(context, logits, &tiles, max, argmax, &Draw { temperature, ..*draw });
             let greedy = draw.temperature == 0.0;
             kept_share = Some(if greedy { 1.0 / kept.mass } else { kept.share });
             (margin, entropy) = (kept.margin, kept.entropy);
             if greedy { argmax } else { kept.token }
         }
         None if draw.temperature == 0.0 => argmax,
-        None => draw_token(machine, logits, &tiles, max, argmax, draw),
+        None => draw_token(context, logits, &tiles, max, argmax, draw),
     };
     let Some(&logit) = logits.get(token).filter(|_| !banned.contains(&(token as u32))) else {
         return Err(Error::request(format!("token {token} is banned or outside the vocabulary of {}", logits.len())));
@@ -146,21 +146,21 @@ pub fn sample_row(machine: &Machine, logits: &[f32], banned: &[u32], draw: &Draw
 }
 
 /// Mass of each tile after temperature, relative to the row's maximum.
-fn tile_masses(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, temperature: f32) -> Vec<f64> {
+fn tile_masses(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32, temperature: f32) -> Vec<f64> {
     if temperature == 1.0 {
         tiles.iter().map(|tile| if tile.max > f32::NEG_INFINITY { tile.mass * f64::from(tile.max - max).exp() } else { 0.0 }).collect()
     } else {
-        machine.isa.run(Masses { logits, max, inverse_temperature: 1.0 / temperature })
+        context.isa.run(Masses { logits, max, inverse_temperature: 1.0 / temperature })
     }
 }
 
 /// Draws a token after temperature and nucleus.
-fn draw_token(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> usize {
+fn draw_token(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> usize {
     if draw.top_p < 1.0 || draw.top_k.is_some() {
-        return kept(machine, logits, tiles, max, argmax, draw).token;
+        return kept(context, logits, tiles, max, argmax, draw).token;
     }
     let inverse_temperature = 1.0 / draw.temperature;
-    let masses = tile_masses(machine, logits, tiles, max, draw.temperature);
+    let masses = tile_masses(context, logits, tiles, max, draw.temperature);
     let total: f64 = masses.iter().sum();
     let target = draw.u * total;
     let mut before = 0.0;
@@ -176,7 +176,7 @@ fn draw_token(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, a
             continue;
         }
         let mut exponentials = tile.to_vec();
-        machine.isa.run(Exponentials { logits: &mut exponentials, max, inverse_temperature });
+        context.isa.run(Exponentials { logits: &mut exponentials, max, inverse_temperature });
         let mut cumulative = before;
         for (at, &e) in exponentials.iter().enumerate().filter(|(_, e)| **e > 0.0) {
             cumulative += f64::from(e);
@@ -203,27 +203,27 @@ struct Kept {
 }
 
 /// Draws from what top-k and nucleus leave, or from everything where there are none.
-fn kept(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> Kept {
-    let mut total: f64 = tile_masses(machine, logits, tiles, max, draw.temperature).iter().sum();
-    let mut masses = machine.spare_row();
+fn kept(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> Kept {
+    let mut total: f64 = tile_masses(context, logits, tiles, max, draw.temperature).iter().sum();
+    let mut masses = context.spare_row();
     masses.clear();
     masses.extend_from_slice(logits);
-    machine.isa.run(Exponentials { logits: &mut masses, max, inverse_temperature: 1.0 / draw.temperature });
+    context.isa.run(Exponentials { logits: &mut masses, max, inverse_temperature: 1.0 / draw.temperature });
 
     // Top-k keeps what is above this.
-    let floor = draw.top_k.map_or(f32::NEG_INFINITY, |TopK { k, .. }| kth(machine, logits, tiles, k as usize).next_down());
+    let floor = draw.top_k.map_or(f32::NEG_INFINITY, |TopK { k, .. }| kth(context, logits, tiles, k as usize).next_down());
     if draw.top_k.is_some_and(|top_k| top_k.order == TopKOrder::Before) {
-        total = machine.isa.run(Above { logits, masses: &masses, threshold: floor }).iter().sum();
+        total = context.isa.run(Above { logits, masses: &masses, threshold: floor }).iter().sum();
     }
     let mut cut = match draw.top_p < 1.0 {
-        true => edge(machine, logits, &masses, max, total, draw),
+        true => edge(context, logits, &masses, max, total, draw),
         false => Cut { logit: f32::NEG_INFINITY, at: Vec::new() },
     };
     // Both keep a prefix of the same order.
     if cut.logit <= floor {
         cut = Cut { logit: floor, at: Vec::new() };
     }
-    let mut tiles = machine.isa.run(Above { logits, masses: &masses, threshold: cut.logit });
+    let mut tiles = context.isa.run(Above { logits, masses: &masses, threshold: cut.logit });
     for &id in &cut.at {
         tiles[id as usize / TILE] += f64::from(masses[id as usize]);
     }
@@ -263,7 +263,7 @@ fn kept(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax:
             }
         }
     }
-    machine.keep_spare_row(masses);
+    context.keep_spare_row(masses);
     let margin = (1.0 - f64::from(second)) / kept_total;
     let entropy = kept_total.ln() - moment / f64::from(draw.temperature) / kept_total;
     Kept { token: chosen, share, mass: kept_total, margin, entropy }
@@ -271,13 +271,13 @@ fn kept(machine: &Machine, logits: &[f32], tiles: &[TileSums], max: f32, argmax:
 
 /// The k-th largest logit, the smallest where there are fewer. No token of the k lies below the
 /// k-th largest of the tiles' maxima.
-fn kth(machine: &Machine, logits: &[f32], tiles: &[TileSums], k: usize) -> f32 {
+fn kth(context: &CpuContext, logits: &[f32], tiles: &[TileSums], k: usize) -> f32 {
     let descending = |a: &f32, b: &f32| b.total_cmp(a);
     let mut maxima: Vec<f32> = tiles.iter().map(|tile| tile.max).collect();
     let floor = if k <= maxima.len() { *maxima.select_nth_unstable_by(k - 1, descending).1 } else { f32::NEG_INFINITY };
     let mut ids = Vec::new();
     for (i, tile) in logits.chunks(TILE).enumerate() {
-        machine.isa.run(Between { logits: tile, low: floor.next_down(), high: f32::INFINITY, first: i * TILE, ids: &mut ids });
+        context.isa.run(Between { logits: tile, low: floor.next_down(), high: f32::INFINITY, first: i * TILE, ids: &mut ids });
     }
     let mut largest: Vec<f32> = ids.iter().map(|&id| logits[id as usize]).collect();
     let last = k.min(largest.len()) - 1;
@@ -293,7 +293,7 @@ struct Cut {
 
 /// Where the nucleus ends. In the order larger logit first, lower id first, a token is kept while
 /// the cumulative probability obeys the rule, and the first always.
-fn edge(machine: &Machine, logits: &[f32], masses: &[f32], max: f32, total: f64, draw: &Draw) -> Cut {
+fn edge(context: &CpuContext, logits: &[f32], masses: &[f32], max: f32, total: f64, draw: &Draw) -> Cut {
     let top_p = f64::from(draw.top_p);
     // Whether the tokens above a threshold, of this mass together, are all kept. Where they are
     // not, what comes after them is not either: under the crossing rule they reach p, so nothing
@@ -314,7 +314,7 @@ fn edge(machine: &Machine, logits: &[f32], masses: &[f32], max: f32, total: f64,
     for _ in 0..40 {
         let middle = low + (high - low) / 2.0;
         let thresholds = [low + (middle - low) / 2.0, middle, middle + (high - middle) / 2.0];
-        let above = machine.isa.run(Thresholds { logits, masses, thresholds, low, high });
+        let above = context.isa.run(Thresholds { logits, masses, thresholds, low, high });
         if above.between <= 32 {
             break;
         }
@@ -336,7 +336,7 @@ fn edge(machine: &Machine, logits: &[f32], masses: &[f32], max: f32, total: f64,
     }
     let mut order: Vec<u32> = Vec::new();
     for (i, tile) in logits.chunks(TILE).enumerate() {
-        machine.isa.run(Between { logits: tile, low, high, first: i * TILE, ids: &mut order });
+        context.isa.run(Between { logits: tile, low, high, first: i * TILE, ids: &mut order });
     }
     // Stable, so equal logits stay by id; 0 and -0 are equal. None is NaN: the row was checked.
     order.sort_by(|&a, &b| logits[b as usize].partial_cmp(&logits[a as usize]).unwrap_or(Ordering::Equal));

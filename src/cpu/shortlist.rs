@@ -8,8 +8,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, not_on_shortlist};
+use crate::cpu::context::CpuContext;
 use crate::cpu::linear::{self, ByRows, Packed};
-use crate::cpu::machine::Machine;
 use crate::cpu::sample::{Between, CHUNK, sample_row};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
@@ -34,7 +34,7 @@ impl Shortlists {
 
 /// See [`crate::backend::Backend::shortlist`].
 pub fn shortlist(
-    machine: &Machine,
+    context: &CpuContext,
     rows: usize,
     hidden: &[f32],
     head: &Packed,
@@ -44,30 +44,30 @@ pub fn shortlist(
 ) -> Shortlists {
     let Packed { n: vocab, k, .. } = *head;
     let mut ids = vec![Vec::new(); rows];
-    let mut scratch = machine.logits();
+    let mut scratch = context.logits();
     for (chunk, ids) in ids.chunks_mut(CHUNK).enumerate() {
         let logits = scratch.reserve(ids.len() * vocab);
-        linear::linear(machine, ids.len(), &hidden[chunk * CHUNK * k..], head, bias, Epilogue::Store, logits);
+        linear::linear(context, ids.len(), &hidden[chunk * CHUNK * k..], head, bias, Epilogue::Store, logits);
         let mut rows: Vec<_> = logits.chunks_exact_mut(vocab).zip(ids).collect();
-        machine.pool_for(rows.len() * vocab * 4).chunks(&mut rows, 1, &|_, row| {
+        context.pool_for(rows.len() * vocab * 4).chunks(&mut rows, 1, &|_, row| {
             let (logits, ids) = &mut row[0];
             for &id in banned {
                 if let Some(logit) = logits.get_mut(id as usize) {
                     *logit = f32::NEG_INFINITY;
                 }
             }
-            **ids = largest(machine, logits, n);
+            **ids = largest(context, logits, n);
         });
     }
     Shortlists { ids }
 }
 
 /// The ids of the `n` largest finite logits, ascending; ties to the lower id.
-fn largest(machine: &Machine, logits: &[f32], n: usize) -> Vec<u32> {
-    let mut maxima = machine.isa.run(Maxima { logits });
+fn largest(context: &CpuContext, logits: &[f32], n: usize) -> Vec<u32> {
+    let mut maxima = context.isa.run(Maxima { logits });
     let floor = if n <= maxima.len() { *maxima.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a)).1 } else { f32::NEG_INFINITY };
     let mut ids = Vec::new();
-    machine.isa.run(Between { logits, low: floor.next_down(), high: f32::MAX, first: 0, ids: &mut ids });
+    context.isa.run(Between { logits, low: floor.next_down(), high: f32::MAX, first: 0, ids: &mut ids });
     if ids.len() > n {
         // None of them is NaN, which is no number in any range.
         let largest_first = |a: &u32, b: &u32| {
@@ -107,7 +107,7 @@ impl Kernel for Maxima<'_> {
 
 /// See [`crate::backend::Backend::sample`] with a list for each row.
 pub fn sample_shortlist(
-    machine: &Machine,
+    context: &CpuContext,
     hidden: &[f32],
     head: &Packed,
     bias: Option<&[f32]>,
@@ -115,27 +115,27 @@ pub fn sample_shortlist(
     which: &[u32],
     draws: &[Draw],
 ) -> Result<Vec<SampledToken>> {
-    let by_rows = head.by_rows(machine);
+    let by_rows = head.by_rows(context);
     let longest = which.iter().map(|list| lists.ids[*list as usize].len()).max().unwrap_or(0);
     let mut results: Vec<Option<Result<SampledToken>>> = vec![None; draws.len()];
     let mut rows: Vec<_> = results.iter_mut().zip(which).zip(draws).collect();
-    machine.pool_for(draws.len() * longest * by_rows.stride).chunks(&mut rows, 1, &|i, row| {
+    context.pool_for(draws.len() * longest * by_rows.stride).chunks(&mut rows, 1, &|i, row| {
         let ((result, which), draw) = &mut row[0];
         let ids = &lists.ids[**which as usize];
         let mut logits = vec![0.0; ids.len()];
-        let x = by_rows.words_of(machine, &hidden[i * head.k..][..head.k]);
-        machine.isa.run(Dots { x: &x, weight: by_rows, ids, out: &mut logits });
+        let x = by_rows.words_of(context, &hidden[i * head.k..][..head.k]);
+        context.isa.run(Dots { x: &x, weight: by_rows, ids, out: &mut logits });
         if let Some(bias) = bias {
             logits.iter_mut().zip(ids).for_each(|(logit, id)| *logit += bias[*id as usize]);
         }
-        **result = Some(sample_from_list(machine, i, ids, &logits, draw));
+        **result = Some(sample_from_list(context, i, ids, &logits, draw));
     });
     results.into_iter().map(|result| result.expect("every row was sampled")).collect()
 }
 
 /// Row `row`, whose logits are those of `ids` and -inf elsewhere. Ids ascend, so ties and the
 /// inverse CDF are those of whole rows.
-fn sample_from_list(machine: &Machine, row: usize, ids: &[u32], logits: &[f32], draw: &Draw) -> Result<SampledToken> {
+fn sample_from_list(context: &CpuContext, row: usize, ids: &[u32], logits: &[f32], draw: &Draw) -> Result<SampledToken> {
     if let Some((id, logit)) = ids.iter().zip(logits).find(|(_, logit)| logit.is_nan() || **logit == f32::INFINITY) {
         return Err(Error::kernel(format!("row {row}: logit of token {id} is {logit}: the weights or activations are not finite")));
     }
@@ -144,7 +144,7 @@ fn sample_from_list(machine: &Machine, row: usize, ids: &[u32], logits: &[f32], 
     }
     let place = |token: u32| ids.binary_search(&token).map(|at| at as u32).map_err(|_| not_on_shortlist(row, token));
     let forced = draw.forced.map(place).transpose()?;
-    let sampled = sample_row(machine, logits, &[], &Draw { forced, ..*draw })?;
+    let sampled = sample_row(context, logits, &[], &Draw { forced, ..*draw })?;
     Ok(SampledToken { token: ids[sampled.token as usize], ..sampled })
 }
 
@@ -217,7 +217,7 @@ mod tests {
                 for n in [1, 2, 15, 64, 300, vocab, vocab + 5] {
                     let mut expected = order[..n.min(order.len())].to_vec();
                     expected.sort_unstable();
-                    assert_eq!(largest(&cpu.machine, &logits, n), expected, "{vocab} ids on {levels} levels, {n}");
+                    assert_eq!(largest(&cpu.context, &logits, n), expected, "{vocab} ids on {levels} levels, {n}");
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Machine's vector instructions: sixteen f32 lanes as a value, over AVX-512, AVX2 or
+//! CpuContext's vector instructions: sixteen f32 lanes as a value, over AVX-512, AVX2 or
 //! plain arrays, chosen once at run time. Kernels elsewhere in `cpu` are written once against
 //! [`Simd`] and stay free of `unsafe`: a token of an ISA can only be had where its features were
 //! detected, so its methods are safe to call.

@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::context::{Batch, Buffer, Cuda, KvCache, Origin, Rows, Weight};
 use super::device_steps::DeviceSteps;
 use super::shortlists::Shortlists;
 use super::signature::{BatchShape, TileShape};
+use super::state::{Batch, Buffer, Cuda, KvCache, Origin, Rows, Weight};
 use super::words::Words;
 use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{
@@ -48,7 +48,7 @@ impl Backend for Cuda {
     const MAX_SHORTLIST: usize = shortlist::MAX_SHORTLIST as usize;
 
     fn name(&self) -> String {
-        self.machine.driver.name()
+        self.context.driver.name()
     }
 
     fn dtype(&self) -> DType {
@@ -63,8 +63,8 @@ impl Backend for Cuda {
         // Parts begin where vectors of any width may.
         let bytes = shapes.map(|(len, dtype)| (len * dtype.bytes()).next_multiple_of(256));
         let total: usize = bytes.iter().sum();
-        let memory = Arc::new(self.machine.memory(total)?);
-        self.machine.driver.fill(memory.address(), 0, total / 4)?;
+        let memory = Arc::new(self.context.memory(total)?);
+        self.context.driver.fill(memory.address(), 0, total / 4)?;
         let mut next = memory.address();
         Ok(std::array::from_fn(|i| {
             let (len, dtype) = shapes[i];
@@ -74,8 +74,8 @@ impl Backend for Cuda {
     }
 
     fn upload(&self, src: &[f32]) -> Result<Buffer> {
-        let memory = self.machine.memory(4 * src.len())?;
-        self.machine.driver.write(memory.address(), bytemuck::cast_slice(src))?;
+        let memory = self.context.memory(4 * src.len())?;
+        self.context.driver.write(memory.address(), bytemuck::cast_slice(src))?;
         Ok(Buffer { address: memory.address(), _memory: Arc::new(memory), len: src.len(), dtype: DType::F32 })
     }
 
@@ -83,10 +83,10 @@ impl Backend for Cuda {
         assert!(offset + dst.len() <= src.len, "{} elements at {offset} of {}", dst.len(), src.len);
         let from = src.address + (offset * src.dtype.bytes()) as u64;
         match src.dtype {
-            DType::F32 => self.machine.driver.read(from, bytemuck::cast_slice_mut(dst)),
+            DType::F32 => self.context.driver.read(from, bytemuck::cast_slice_mut(dst)),
             DType::Bf16 => {
                 let mut rounded = vec![bf16::ZERO; dst.len()];
-                self.machine.driver.read(from, bytemuck::cast_slice_mut(&mut rounded))?;
+                self.context.driver.read(from, bytemuck::cast_slice_mut(&mut rounded))?;
                 dst.iter_mut().zip(rounded).for_each(|(wide, narrow)| *wide = narrow.to_f32());
                 Ok(())
             }
@@ -94,7 +94,7 @@ impl Backend for Cuda {
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.machine.driver.synchronize()
+        self.context.driver.synchronize()
     }
 
     fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Weight> {
@@ -105,7 +105,7 @@ impl Backend for Cuda {
     }
 
     fn routing(&self, rows: usize, shape: ExpertShape) -> Result<Routing> {
-        Routing::new(&self.machine, self.dtype, rows, shape)
+        Routing::new(&self.context, self.dtype, rows, shape)
     }
 
     fn kv_cache(&self, shape: KvShape) -> Result<KvCache> {
@@ -115,9 +115,9 @@ impl Backend for Cuda {
         }
         assert!(num_kv_heads > 0 && head_dim > 0, "{shape:?} holds nothing");
         let bytes = num_layers * num_pages * page_size * num_kv_heads * head_dim * self.dtype.bytes();
-        let kv = KvCache { keys: self.machine.memory(bytes)?, values: self.machine.memory(bytes)?, shape };
+        let kv = KvCache { keys: self.context.memory(bytes)?, values: self.context.memory(bytes)?, shape };
         for memory in [&kv.keys, &kv.values] {
-            self.machine.driver.fill(memory.address(), poison(self.dtype), bytes.div_ceil(4))?;
+            self.context.driver.fill(memory.address(), poison(self.dtype), bytes.div_ceil(4))?;
         }
         Ok(kv)
     }
@@ -127,7 +127,7 @@ impl Backend for Cuda {
         assert!((src as usize) < pages && (dst as usize) < pages, "copy of page {src} to {dst} of {pages}");
         for memory in [&kv.keys, &kv.values] {
             for base in (0..kv.shape.num_layers).map(|l| memory.address() + (l * layer) as u64) {
-                self.machine.driver.copy(base + u64::from(src) * page as u64, base + u64::from(dst) * page as u64, page)?;
+                self.context.driver.copy(base + u64::from(src) * page as u64, base + u64::from(dst) * page as u64, page)?;
             }
         }
         Ok(())
@@ -164,7 +164,7 @@ impl Backend for Cuda {
             positions: positions.map(|p| (batch.arrays.positions, p.memory.address(), p.n as u32)),
             out: out.address,
         };
-        embed::embed(&self.machine, &op)
+        embed::embed(&self.context, &op)
     }
 
     fn norm(&self, rows: usize, x: &mut Buffer, residual: Option<&Buffer>, norm: &Norm<Buffer>, out: &mut Buffer) -> Result<()> {
@@ -183,7 +183,7 @@ impl Backend for Cuda {
             out: out.address,
             out_dtype: out.dtype,
         };
-        norm::add_norm(&self.machine, &op, kind, residual.map(|r| r.address))
+        norm::add_norm(&self.context, &op, kind, residual.map(|r| r.address))
     }
 
     fn linear(&self, rows: usize, x: &Buffer, weight: &Weight, bias: Option<&Buffer>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
@@ -204,14 +204,14 @@ impl Backend for Cuda {
             out: out.address,
             out_dtype: out.dtype,
         };
-        linear::linear(&self.machine, &op)
+        linear::linear(&self.context, &op)
     }
 
     fn route(&self, rows: usize, logits: &Buffer, router: &Router<Buffer>, routing: &mut Routing) -> Result<()> {
         let num_experts = routing.places.shape.num_experts;
         assert!(logits.dtype == DType::F32 && logits.len >= rows * num_experts, "logits of {} for {rows} rows", logits.len);
         assert!(router.bias.is_none_or(|b| b.len == num_experts), "bias for {num_experts} experts");
-        routing.route(&self.machine, rows, logits.address, router.score, router.bias.map(Buffer::address))
+        routing.route(&self.context, rows, logits.address, router.score, router.bias.map(Buffer::address))
     }
 
     fn moe(&self, routing: &mut Routing, x: &Buffer, up: &Weight, down: &Weight, out: &mut Buffer) -> Result<()> {
@@ -221,7 +221,7 @@ impl Backend for Cuda {
         let len = routing.places.rows as usize * hidden_dim;
         assert!(out.dtype == DType::F32 && x.len.min(out.len) >= len, "x of {}, out of {} for {len} elements", x.len, out.len);
         let (up, down) = (up.memory.address(), down.memory.address());
-        routing.places.moe(&self.machine, x.address, x.dtype, up, down, out.address)
+        routing.places.moe(&self.context, x.address, x.dtype, up, down, out.address)
     }
 
     fn rope_append(
@@ -253,7 +253,7 @@ impl Backend for Cuda {
                 crate::backend::rope::extend_rotations(*rope, heads.head_dim, reach, &mut table);
                 // Never empty, as no device array is, even where nothing turns.
                 let words: Vec<u32> = table.into_iter().chain([0.0]).map(f32::to_bits).collect();
-                self.machine.moved();
+                self.context.moved();
                 entry.insert_entry((reach, self.upload_words(&words)?)).get().1.address()
             }
         };
@@ -272,7 +272,7 @@ impl Backend for Cuda {
             values: kv.values.address() + offset,
             norm,
         };
-        rope_append::rope_append(&self.machine, &op)
+        rope_append::rope_append(&self.context, &op)
     }
 
     fn attention(&self, batch: &Batch, heads: HeadShape, qkv: &Buffer, layer: usize, kv: &KvCache, out: &mut Buffer) -> Result<()> {
@@ -298,7 +298,7 @@ impl Backend for Cuda {
             out: out.address,
             out_dtype: out.dtype,
         };
-        attention::attention(&self.machine, &op)
+        attention::attention(&self.context, &op)
     }
 
     fn gather(&self, rows: &Rows, width: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
@@ -312,19 +312,19 @@ impl Backend for Cuda {
             out: out.address,
             out_dtype: out.dtype,
         };
-        gather::gather(&self.machine, &op)
+        gather::gather(&self.context, &op)
     }
 
     fn apply_guidance(&self, len: usize, scale: f32, base: &Buffer, out: &mut Buffer) -> Result<()> {
         assert!(base.len.min(out.len) >= len && [base.dtype, out.dtype] == [DType::F32; 2], "{len} of {} and {}", base.len, out.len);
-        guidance::apply_guidance(&self.machine, len as u32, scale, base.address, out.address)
+        guidance::apply_guidance(&self.context, len as u32, scale, base.address, out.address)
     }
 
     fn copy(&self, len: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
         assert!(x.len.min(out.len) >= len, "{len} of x of {}, out of {}", x.len, out.len);
         // A kernel and not the driver's copy: it may stand inside a recorded graph.
         let op = Gather { count: 1, width: len as u32, rows: None, x: x.address, x_dtype: x.dtype, out: out.address, out_dtype: out.dtype };
-        gather::gather(&self.machine, &op)
+        gather::gather(&self.context, &op)
     }
 
     fn sample(
@@ -345,7 +345,7 @@ impl Backend for Cuda {
         let Weight { n, k, .. } = *head;
         assert!(hidden.len >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.len, draws.len());
         let draws_memory = self.upload_draws(draws)?;
-        let answers = self.machine.memory(draws.len() * size_of::<sample::SampledRecord>())?;
+        let answers = self.context.memory(draws.len() * size_of::<sample::SampledRecord>())?;
         let (hidden, _copy) = self.as_input(hidden, draws.len() * k)?;
         let op = SampleOp {
             rows: draws.len() as u32,
@@ -361,7 +361,7 @@ impl Backend for Cuda {
             any_fused: draws.iter().any(|draw| !sample::needs_nucleus(draw)),
             any_nucleus: draws.iter().any(sample::needs_nucleus),
         };
-        sample::sample(&self.machine, &op)?;
+        sample::sample(&self.context, &op)?;
         let records = self.read_sampled(&answers, draws.len())?;
         records.iter().enumerate().map(|(row, record)| record.sampled(row)).collect()
     }
@@ -381,7 +381,7 @@ impl Backend for Cuda {
 
 impl Inspect for Cuda {
     fn expert_choices(&self, routing: &Routing) -> Result<Vec<ExpertChoice>> {
-        routing.expert_choices(&self.machine)
+        routing.expert_choices(&self.context)
     }
 
     fn shortlist_ids(&self, lists: &Shortlists) -> Result<Vec<Vec<u32>>> {

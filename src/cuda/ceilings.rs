@@ -9,7 +9,7 @@ mod cublaslt;
 
 use cublaslt::{SquareProduct, WORKSPACE_BYTES};
 
-use super::context::{Cuda, Weight};
+use super::state::{Cuda, Weight};
 use crate::backend::measure::{Ceilings, product_rate};
 use crate::backend::{Backend, DType, Epilogue, WeightShape};
 use crate::cuda::ops::linear;
@@ -31,7 +31,7 @@ const RUNS: usize = 5;
 
 /// A GPU's ceilings; under emulation those of a product and a copy that end within a second.
 pub(super) fn measure(cuda: &Cuda) -> Result<Ceilings> {
-    if cuda.machine.driver.is_emulated() {
+    if cuda.context.driver.is_emulated() {
         const PRODUCT: [usize; 3] = [32, 96, 256];
         let rate = product_rate(cuda, PRODUCT, 2)?;
         let bytes_per_s = copy_rate(cuda, 1 << 20)?;
@@ -45,7 +45,7 @@ pub(super) fn measure(cuda: &Cuda) -> Result<Ceilings> {
 
 /// Seconds of one launch: the best mean over `launches` between two waits.
 fn seconds(cuda: &Cuda, launches: usize, launch: &dyn Fn() -> Result<()>) -> Result<f64> {
-    let driver = &cuda.machine.driver;
+    let driver = &cuda.context.driver;
     launch()?;
     let mut best = f64::INFINITY;
     for _ in 0..RUNS {
@@ -70,9 +70,9 @@ fn large_copy(cuda: &Cuda) -> Result<(f64, usize)> {
 }
 
 fn copy_rate(cuda: &Cuda, bytes: usize) -> Result<f64> {
-    let (from, to) = (cuda.machine.memory(bytes)?, cuda.machine.memory(bytes)?);
-    cuda.machine.driver.fill(from.address(), 0x3f80_0001, bytes / 4)?;
-    let one = seconds(cuda, COPIES, &|| cuda.machine.driver.copy(from.address(), to.address(), bytes))?;
+    let (from, to) = (cuda.context.memory(bytes)?, cuda.context.memory(bytes)?);
+    cuda.context.driver.fill(from.address(), 0x3f80_0001, bytes / 4)?;
+    let one = seconds(cuda, COPIES, &|| cuda.context.driver.copy(from.address(), to.address(), bytes))?;
     Ok(2.0 * bytes as f64 / one)
 }
 
@@ -88,7 +88,7 @@ fn large_product(cuda: &Cuda) -> Result<(f64, String)> {
     let square = WeightShape::Matrix { n: SIDE, k: SIDE };
     let [x, weight] = [cuda.weight(square, &noise)?, cuda.weight(square, &noise)?];
     let (dtype, side) = (cuda.weight_dtype(), SIDE as u32);
-    let out = cuda.machine.memory(SIDE * SIDE * dtype.bytes())?;
+    let out = cuda.context.memory(SIDE * SIDE * dtype.bytes())?;
     let address = |weight: &Weight| weight.memory.address();
     let op = Linear {
         rows: side,
@@ -107,9 +107,9 @@ fn large_product(cuda: &Cuda) -> Result<(f64, String)> {
         if dtype != DType::Bf16 {
             return Err("it is used for bf16".to_owned());
         }
-        let stream = cuda.machine.driver.stream()?;
+        let stream = cuda.context.driver.stream()?;
         let product = SquareProduct::open(side)?;
-        let workspace = cuda.machine.memory(WORKSPACE_BYTES).map_err(|error| error.to_string())?;
+        let workspace = cuda.context.memory(WORKSPACE_BYTES).map_err(|error| error.to_string())?;
         let enqueue = || {
             let enqueued = product.enqueue(op.x, op.weight, op.out, workspace.address(), stream);
             enqueued.map_err(Error::device)
@@ -119,7 +119,7 @@ fn large_product(cuda: &Cuda) -> Result<(f64, String)> {
     match library() {
         Ok(one) => Ok((flop / one, "cuBLASLt".to_owned())),
         Err(reason) => {
-            let one = seconds(cuda, PRODUCTS, &|| linear::linear(&cuda.machine, &op))?;
+            let one = seconds(cuda, PRODUCTS, &|| linear::linear(&cuda.context, &op))?;
             Ok((flop / one, format!("our kernel, no cuBLASLt: {reason}")))
         }
     }

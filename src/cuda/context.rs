@@ -1,321 +1,186 @@
-//! State of the CUDA backend: weights, buffers, K/V and batches on the device, recorded graphs.
+//! What every launcher needs: a driver, device memory that returns by itself, the functions
+//! loaded so far, and the workspace that ops share.
+//!
+//! Ops run one after the other on one stream, so one workspace serves them all. An op that needs
+//! more makes it grow, which moves it and so outdates every recorded graph (see
+//! [`CudaContext::generation`]). For the same reason memory that was dropped may be handed out again at
+//! once: what was enqueued before is done with it when what is enqueued next begins.
 #![forbid(unsafe_code)]
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::thread;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
-use half::bf16;
-use half::slice::HalfFloatSliceExt;
-
-use crate::backend::{DType, HeadShape, KvShape, RowSource};
-use crate::cuda::current::Current;
-use crate::cuda::driver::interface::{Address, Driver, Graph};
-use crate::cuda::machine::{Machine, Memory};
-use crate::cuda::ops::attention::{self, Regime};
-use crate::cuda::ops::gather::{self, Gather};
-use crate::cuda::ops::sample;
-use crate::cuda::signature::{BatchShape, Signature, TileShape};
-use crate::cuda::words::Arrays;
+use super::params::Params;
+use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch};
 use crate::error::Result;
-use crate::plan::Plan;
-use crate::sampling::Draw;
 
-/// Bytes of f32 that one thread reads and rounds at a time.
-const UPLOAD_BYTES: usize = 4 << 20;
+/// 32-bit counters that are zero before and after every op, for CTAs that agree on who comes last.
+pub const COUNTERS: usize = 1 << 16;
 
-/// Recorded graphs kept at most. A did schedule with uniform quotas needs about twenty; beyond this
-/// many, shapes do not repeat.
-const MAX_GRAPHS: usize = 256;
+/// Blocks up to this size are kept for the next request of their size instead of being freed, which
+/// on a GPU waits for everything.
+const KEPT_BYTES: usize = 1 << 20;
 
-/// Tables by (head_dim, bits of the rope), with the positions they reach.
-pub(super) type Rotations = HashMap<(usize, [u32; 7]), (usize, Memory)>;
+/// A block on its way back: where it lies and its size.
+type Returned = (Address, usize);
 
-/// The engine's CUDA backend, on a driver.
-pub struct Cuda {
-    pub(super) machine: Machine,
-    pub(super) dtype: DType,
-    /// The bit mask of the last list of banned ids.
-    pub(super) banned: RefCell<Option<(Vec<u32>, usize, Memory)>>,
-    pub(super) rotations: RefCell<Rotations>,
-    /// How often a step was seen, and its graph once that was twice.
-    graphs: RefCell<HashMap<Recorded, Option<Graph>>>,
-    replays: Cell<bool>,
-    runs: Cell<bool>,
-    /// The fixed places that the steps of a run use.
-    pub(super) current: RefCell<Current>,
+/// Device memory. Dropping it gives it back to its context.
+#[derive(Debug)]
+pub struct Memory {
+    address: Address,
+    bytes: usize,
+    returned: Sender<Returned>,
 }
 
-/// A step with everything that its launches depend on beside the contents of memory.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Recorded {
-    key: [u64; 3],
-    generation: u64,
-    signature: Arc<Signature>,
-}
-
-/// Activations and small parameters.
-pub struct Buffer {
-    /// Shared by the parts of an arena.
-    pub(super) _memory: Arc<Memory>,
-    pub(super) address: Address,
-    pub(super) len: usize,
-    pub(super) dtype: DType,
-}
-
-impl Buffer {
-    pub(super) fn address(&self) -> Address {
+impl Memory {
+    pub fn address(&self) -> Address {
         self.address
     }
-}
 
-/// A weight (n, k), row-major; of experts, those of all of them one below the other.
-pub struct Weight {
-    pub(super) memory: Memory,
-    pub(super) n: usize,
-    pub(super) k: usize,
-}
-
-/// ConfigJson and values of all layers.
-pub struct KvCache {
-    pub(super) keys: Memory,
-    pub(super) values: Memory,
-    pub(super) shape: KvShape,
-}
-
-impl KvCache {
-    pub(super) fn layer_bytes(&self, dtype: DType) -> usize {
-        self.shape.num_pages * self.page_bytes(dtype)
-    }
-    pub(super) fn page_bytes(&self, dtype: DType) -> usize {
-        self.shape.num_kv_heads * self.shape.page_size * self.shape.head_dim * dtype.bytes()
+    /// At least what was asked for.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 
-/// A plan on the device.
-pub struct Batch {
-    pub(super) arrays: Arrays,
-    pub(super) shape: BatchShape,
-    pub(super) origin: Origin,
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // A context that is gone took all of its memory with it.
+        let _ = self.returned.send((self.address, self.bytes));
+    }
 }
 
-pub(super) enum Origin {
-    /// Uploaded from a plan, in memory of its own; the work list of attention follows when its
-    /// heads are known.
-    Host { plan: Box<Plan>, _memory: Memory, tiles: RefCell<Option<(HeadShape, TileShape, Memory)>> },
-    /// At the fixed places of a run's current step.
-    Run { tiles: (TileShape, Address) },
+/// A driver with its loaded functions and shared memory areas.
+pub struct CudaContext {
+    pub driver: Box<dyn Driver>,
+    returned: (Sender<Returned>, Receiver<Returned>),
+    kept: RefCell<HashMap<usize, Vec<Address>>>,
+    functions: RefCell<HashMap<(Build, &'static str), Function>>,
+    workspace: Cell<(Address, usize)>,
+    counters: Cell<Address>,
+    generation: Cell<u64>,
 }
 
-/// Row indices on the device.
-pub struct Rows {
-    pub(super) address: Address,
-    pub(super) len: usize,
-    /// None in a run, whose rows the device finds.
-    pub(super) _memory: Option<Memory>,
-}
-
-impl Cuda {
-    /// A backend on `driver` with weights and K/V in `dtype`.
-    pub fn new(driver: Box<dyn Driver>, dtype: DType) -> Result<Cuda> {
-        Ok(Cuda {
-            machine: Machine::new(driver)?,
-            dtype,
-            banned: RefCell::default(),
-            rotations: RefCell::default(),
-            graphs: RefCell::default(),
-            replays: Cell::new(true),
-            runs: Cell::new(true),
-            current: RefCell::default(),
+impl CudaContext {
+    pub fn new(driver: Box<dyn Driver>) -> Result<CudaContext> {
+        let counters = driver.alloc(4 * COUNTERS)?;
+        driver.fill(counters, 0, COUNTERS)?;
+        Ok(CudaContext {
+            driver,
+            returned: channel(),
+            kept: RefCell::default(),
+            functions: RefCell::new(HashMap::new()),
+            workspace: Cell::new((0, 0)),
+            counters: Cell::new(counters),
+            generation: Cell::new(0),
         })
     }
 
-    /// Whether repeated steps are recorded and replayed as graphs (they are, unless a test
-    /// compares).
-    pub fn set_replays(&self, on: bool) {
-        self.replays.set(on);
-    }
-
-    /// Whether steps are sampled on the device where the engine allows it (they are, unless a test
-    /// compares).
-    pub fn set_runs(&self, on: bool) {
-        self.runs.set(on);
-    }
-
-    /// The dtype of weights, K/V and products' inputs.
-    pub(super) fn weight_dtype(&self) -> DType {
-        self.dtype
-    }
-
-    /// Graphs recorded so far, for tests and reports.
-    pub fn num_graphs(&self) -> usize {
-        self.graphs.borrow().values().flatten().count()
-    }
-
-    pub(super) fn upload_words(&self, words: &[u32]) -> Result<Memory> {
-        let memory = self.machine.memory(4 * words.len())?;
-        if !words.is_empty() {
-            self.machine.driver.write(memory.address(), bytemuck::cast_slice(words))?;
+    /// Memory of at least `bytes` bytes, of undefined content.
+    pub fn memory(&self, bytes: usize) -> Result<Memory> {
+        for (address, bytes) in self.returned.1.try_iter() {
+            if bytes <= KEPT_BYTES {
+                self.kept.borrow_mut().entry(bytes).or_default().push(address);
+            } else {
+                self.driver.free(address);
+            }
         }
-        Ok(memory)
-    }
-
-    /// The (n, k) values of `source`, in the weight dtype. Threads read and round the rows of a
-    /// panel, and one copies it to the device.
-    pub(super) fn upload_rows(&self, n: usize, k: usize, source: &RowSource) -> Result<Weight> {
-        assert!(n > 0 && k > 0, "a weight of {n} x {k}");
-        let row_bytes = k * self.dtype.bytes();
-        let memory = self.machine.memory(n * row_bytes)?;
-        let threads = thread::available_parallelism().map_or(1, |cores| cores.get());
-        let part = (UPLOAD_BYTES / (k * 4)).clamp(1, n);
-        let panel = (part * threads).min(n);
-        let mut bytes = vec![0u64; (panel * row_bytes).div_ceil(8)];
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut bytes);
-        for first in (0..n).step_by(panel) {
-            let bytes = &mut bytes[..panel.min(n - first) * row_bytes];
-            let parts: Vec<(usize, &mut [u8])> = (first..n).step_by(part).zip(bytes.chunks_mut(part * row_bytes)).collect();
-            read_parts(self.dtype, k, source, parts)?;
-            self.machine.driver.write(memory.address() + (first * row_bytes) as u64, bytes)?;
-        }
-        Ok(Weight { memory, n, k })
-    }
-
-    /// The bit mask over `vocab` ids of the banned ones.
-    pub(super) fn banned_mask(&self, banned: &[u32], vocab: usize) -> Result<Option<Address>> {
-        if banned.is_empty() {
-            return Ok(None);
-        }
-        let mut known = self.banned.borrow_mut();
-        if !known.as_ref().is_some_and(|(ids, size, _)| ids == banned && *size == vocab) {
-            let mut mask = vec![0u32; vocab.div_ceil(32)];
-            banned.iter().filter(|id| (**id as usize) < vocab).for_each(|id| mask[*id as usize / 32] |= 1 << (id % 32));
-            *known = Some((banned.to_vec(), vocab, self.upload_words(&mask)?));
-            self.machine.moved();
-        }
-        Ok(known.as_ref().map(|(.., memory)| memory.address()))
-    }
-
-    /// x as the element type of the weights: itself, or a rounded copy that lives as long as the
-    /// answer.
-    pub(super) fn as_input(&self, x: &Buffer, elements: usize) -> Result<(Address, Option<Memory>)> {
-        if x.dtype == self.dtype {
-            return Ok((x.address, None));
-        }
-        let copy = self.machine.memory(elements * self.dtype.bytes())?;
-        let cast = Gather {
-            count: 1,
-            width: elements as u32,
-            rows: None,
-            x: x.address,
-            x_dtype: x.dtype,
-            out: copy.address(),
-            out_dtype: self.dtype,
+        let bytes = if bytes <= KEPT_BYTES { bytes.next_power_of_two().max(256) } else { bytes.next_multiple_of(256) };
+        let kept = self.kept.borrow_mut().get_mut(&bytes).and_then(Vec::pop);
+        let address = match kept {
+            Some(address) => address,
+            None => self.driver.alloc(bytes)?,
         };
-        gather::gather(&self.machine, &cast)?;
-        Ok((copy.address(), Some(copy)))
+        Ok(Memory { address, bytes, returned: self.returned.0.clone() })
     }
 
-    /// Attention's work list for rows with these offsets.
-    pub(super) fn tiles_of(&self, heads: HeadShape, indptr: &[u32]) -> (TileShape, Vec<[u32; 4]>) {
-        let regime = Regime::of(&self.machine.driver.limits(), self.dtype, heads, indptr);
-        let tiles = attention::tiles(indptr, heads, regime.tile_queries(self.dtype, heads));
-        (TileShape { regime, num_tiles: tiles.len() as u32 }, tiles)
-    }
-
-    /// A batch of a run's current step.
-    pub(super) fn run_batch(arrays: Arrays, shape: BatchShape, tiles: (TileShape, Address)) -> Batch {
-        Batch { arrays, shape, origin: Origin::Run { tiles } }
-    }
-
-    /// Rows of a run's current step.
-    pub(super) fn run_rows(address: Address, len: u32) -> Rows {
-        Rows { address, len: len as usize, _memory: None }
-    }
-
-    /// Whether steps are sampled on the device: see [`Cuda::set_runs`].
-    pub(super) fn runs_steps(&self) -> bool {
-        self.runs.get()
-    }
-
-    /// Enqueues what `body` enqueues, which belongs to the current step of a run. From the third
-    /// time on a recording is replayed wherever the step's signature and `key`, which names the
-    /// weights and buffers that `body` uses, say that it would enqueue the same again.
-    pub(super) fn launch_recorded(&self, signature: &Arc<Signature>, key: [u64; 3], body: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        if !self.replays.get() {
-            return body();
+    /// Memory for the inside of one op, at least `bytes`, of undefined content; the next op may
+    /// overwrite it.
+    pub fn workspace(&self, bytes: usize) -> Result<Address> {
+        let (address, size) = self.workspace.get();
+        if bytes <= size {
+            return Ok(address);
         }
-        let recorded = Recorded { key, generation: self.machine.generation(), signature: signature.clone() };
-        let known = self.graphs.borrow().get(&recorded).copied();
-        match known {
-            Some(Some(graph)) => self.machine.driver.launch_graph(graph),
-            Some(None) => {
-                // The second time: everything is loaded, nothing grows any more.
-                let graph = self.machine.record(body)?;
-                self.graphs.borrow_mut().insert(recorded, Some(graph));
-                self.machine.driver.launch_graph(graph)
-            }
+        // Freed first, so that old and new never exist together; in whole megabytes, since lengths
+        // grow a little at a time.
+        if size > 0 {
+            self.driver.free(address);
+        }
+        self.workspace.set((0, 0));
+        self.moved();
+        let size = bytes.max(1 << 20).next_multiple_of(1 << 20);
+        let address = self.driver.alloc(size)?;
+        self.workspace.set((address, size));
+        Ok(address)
+    }
+
+    /// [`COUNTERS`] zeros. A kernel that counts in them leaves zeros behind.
+    pub fn counters(&self) -> Address {
+        self.counters.get()
+    }
+
+    /// Something that recorded launches may hold an address of has moved.
+    pub fn moved(&self) {
+        self.generation.set(self.generation.get() + 1);
+    }
+
+    /// Changes whenever an address that recorded launches may hold has moved.
+    pub fn generation(&self) -> u64 {
+        self.generation.get()
+    }
+
+    /// Records what `body` launches, to be replayed whenever it would launch the same again.
+    ///
+    /// Errors: those of `body` and of the driver; whatever was recorded until then is forgotten.
+    ///
+    /// # Panics
+    /// If `body` moves memory that recorded launches hold addresses of: a replay would read what is
+    /// no longer there. Callers run a step once before they record it, so that everything has grown
+    /// to its size.
+    pub fn record(&self, body: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        let before = self.generation();
+        self.driver.begin_capture()?;
+        let launched = body();
+        let graph = self.driver.end_capture()?;
+        if let Err(error) = launched {
+            self.driver.drop_graph(graph);
+            return Err(error);
+        }
+        assert_eq!(self.generation(), before, "memory moved while a step was recorded");
+        Ok(graph)
+    }
+
+    /// Launches `entry` of a build with its params struct; compiles and loads it at its first use.
+    /// An empty grid is no launch.
+    pub fn launch<P: Params>(&self, build: Build, entry: &'static str, launch: Launch, params: &P) -> Result<()> {
+        if launch.is_empty() {
+            return Ok(());
+        }
+        assert!(launch.grid[1] <= 65_535 && launch.grid[2] <= 65_535, "{entry}: grid {:?}", launch.grid);
+        let known = self.functions.borrow().get(&(build.clone(), entry)).copied();
+        let function = match known {
+            Some(function) => function,
             None => {
-                let mut graphs = self.graphs.borrow_mut();
-                if graphs.len() >= MAX_GRAPHS {
-                    graphs.drain().filter_map(|(_, graph)| graph).for_each(|graph| self.machine.driver.drop_graph(graph));
-                }
-                graphs.insert(recorded, None);
-                drop(graphs);
-                body()
+                let function = self.driver.function(&build, entry)?;
+                self.functions.borrow_mut().insert((build, entry), function);
+                function
             }
-        }
-    }
-
-    /// Names what is enqueued inside for profilers.
-    pub(super) fn range<T>(&self, name: &str, body: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.push_range(name);
-        let outcome = body();
-        self.pop_range();
+        };
+        self.driver.push_range(entry);
+        let outcome = self.driver.launch(function, launch, params.bytes());
+        self.driver.pop_range();
         outcome
-    }
-
-    pub(super) fn push_range(&self, name: &str) {
-        self.machine.driver.push_range(name);
-    }
-
-    pub(super) fn pop_range(&self) {
-        self.machine.driver.pop_range();
-    }
-
-    /// How rows are sampled, for the kernels that sample.
-    pub(super) fn upload_draws(&self, draws: &[Draw]) -> Result<Memory> {
-        let records: Vec<sample::DrawRecord> = draws.iter().map(sample::DrawRecord::from).collect();
-        self.upload_words(bytemuck::cast_slice(&records))
-    }
-
-    /// Their answers to `rows` rows. Waits.
-    pub(super) fn read_sampled(&self, answers: &Memory, rows: usize) -> Result<Vec<sample::SampledRecord>> {
-        let mut records = vec![sample::SampledRecord::default(); rows];
-        self.machine.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
-        Ok(records)
     }
 }
 
-/// Rows of `source` in `dtype`: each part from its first row on, on a thread of its own. Bytes are
-/// aligned for either type.
-fn read_parts(dtype: DType, k: usize, source: &RowSource, parts: Vec<(usize, &mut [u8])>) -> Result<()> {
-    let read = |(first, bytes): (usize, &mut [u8])| match dtype {
-        DType::F32 => source(first, bytemuck::cast_slice_mut(bytes)),
-        DType::Bf16 => {
-            let rounded: &mut [bf16] = bytemuck::cast_slice_mut(bytes);
-            let mut values = vec![0.0f32; rounded.len()];
-            debug_assert_eq!(values.len() % k, 0, "whole rows");
-            source(first, &mut values)?;
-            rounded.convert_from_f32_slice(&values);
-            Ok(())
+impl Drop for CudaContext {
+    fn drop(&mut self) {
+        if self.workspace.get().1 > 0 {
+            self.driver.free(self.workspace.get().0);
         }
-    };
-    if parts.len() == 1 {
-        return parts.into_iter().try_for_each(read);
+        self.driver.free(self.counters.get());
+        let kept = self.kept.get_mut().values().flatten().copied();
+        kept.chain(self.returned.1.try_iter().map(|(address, _)| address)).for_each(|address| self.driver.free(address));
     }
-    thread::scope(|scope| {
-        let threads: Vec<_> = parts.into_iter().map(|part| scope.spawn(|| read(part))).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().expect("reading does not panic"))
-    })
 }

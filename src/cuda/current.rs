@@ -1,8 +1,8 @@
 //! Fixed places of a run's current step, which recorded graphs hold addresses of.
 #![forbid(unsafe_code)]
 
+use crate::cuda::context::{CudaContext, Memory};
 use crate::cuda::driver::interface::Address;
-use crate::cuda::machine::{Machine, Memory};
 use crate::error::Result;
 
 /// The fixed places of a run's current step. Each grows when it must, which outdates every recorded
@@ -21,11 +21,11 @@ pub(super) struct Place(pub(super) Option<Memory>);
 
 impl Place {
     /// Its address, with room for `bytes`.
-    pub(super) fn reserve(&mut self, machine: &Machine, bytes: usize) -> Result<Address> {
+    pub(super) fn reserve(&mut self, context: &CudaContext, bytes: usize) -> Result<Address> {
         if self.0.as_ref().is_none_or(|memory| memory.bytes() < bytes) {
             self.0 = None;
-            self.0 = Some(machine.memory(bytes.next_power_of_two().max(1 << 14))?);
-            machine.moved();
+            self.0 = Some(context.memory(bytes.next_power_of_two().max(1 << 14))?);
+            context.moved();
         }
         Ok(self.0.as_ref().expect("just made").address())
     }

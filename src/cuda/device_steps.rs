@@ -6,10 +6,10 @@
 
 use std::time::Instant;
 
-use super::context::Cuda;
 use super::layout::RuleStep;
 use super::run::Run;
 use super::signature::padded;
+use super::state::Cuda;
 use crate::backend::host::HostSteps;
 use crate::backend::{
     Backend, Network, PassBatch, PlannedRun, RowsToSample, Sampling, Sequences, StepBatches, StepOutcome, StepParts, StepRows, StepRunner,

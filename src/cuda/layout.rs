@@ -14,8 +14,8 @@ use std::iter::repeat_n;
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::context::Cuda;
 use super::signature::{BatchShape, JointShape, PartShape, Signature, padded};
+use super::state::Cuda;
 use super::words::{Places, Words};
 use crate::backend::{HeadShape, PlannedJoint, PlannedPass, RuleSampling, RunCanvas, SequenceStep};
 use crate::cuda::ops::sample::DrawRecord;

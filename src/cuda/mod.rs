@@ -3,12 +3,12 @@
 //! | module | content |
 //! |---|---|
 //! | `backend`, `shortlists` | the contracts of [`crate::Backend`] on device memory |
-//! | `context` | the backend's state: weights, buffers, batches, recorded graphs |
+//! | `state` | the backend's state: weights, buffers, batches, recorded graphs |
 //! | `device_steps` | the runner of steps that the device samples by itself |
 //! | `run`, `layout`, `words`, `signature`, `current` | one run of such steps, and where its arrays lie |
 //! | `ceilings` | a large copy and a large product, which bound every forward |
 //! | [`ops`] | one launcher per kernel: params struct, grid, launch |
-//! | [`machine`], [`params`] | what every launcher needs; the form of a params struct |
+//! | [`context`], [`params`] | what every launcher needs; the form of a params struct |
 //! | `kernels` | lists, reports and runs of the kernels of this binary |
 //! | [`driver`] | the interface to a machine; [`Gpu`] (libcuda, NVRTC) and [`Emulator`] (g++) |
 //! | [`tensor_core`] | how bf16 products round, by architecture |
@@ -23,22 +23,21 @@
 
 mod backend;
 mod ceilings;
-mod context;
+pub mod context;
 mod current;
 mod device_steps;
 pub mod driver;
 mod kernels;
 mod layout;
-pub mod machine;
 pub mod ops;
 pub mod params;
 mod run;
 mod shortlists;
 mod signature;
+mod state;
 pub mod tensor_core;
 mod words;
 
-pub use context::{Batch, Buffer, Cuda, KvCache, Rows, Weight};
 pub use device_steps::DeviceSteps;
 pub use driver::compile::{Compiled, Compiler, EntryUse, compiler};
 pub use driver::device::{DeviceInfo, device_count, probe};
@@ -51,3 +50,4 @@ pub use kernels::builds::{builds, kernels_build, parse_builds};
 pub use kernels::kernel_bench::{BenchRequest, Report};
 pub use kernels::kernel_benches::bench_kernel;
 pub use kernels::report::{KernelInfo, KernelReport, kernels_check, kernels_list, list_table, over_budget, report_table};
+pub use state::{Batch, Buffer, Cuda, KvCache, Rows, Weight};

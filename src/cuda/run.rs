@@ -18,10 +18,10 @@
 
 use std::sync::Arc;
 
-use super::context::{Buffer, Cuda, Weight};
+use super::context::{CudaContext, Memory};
 use super::layout::{JointPlan, Part, RuleStep, StepPlan, lay_out};
-use super::machine::{Machine, Memory};
 use super::signature::{Signature, TileShape};
+use super::state::{Buffer, Cuda, Weight};
 use super::words::{Arrays, Places, Words};
 use crate::backend::{DType, ForwardBatch, HeadShape, PassBatch, Picked, PlannedRun, RowOutcome, RunCanvas, StepBatches, Windows};
 use crate::canvas::{Canvas, State};
@@ -88,7 +88,7 @@ pub struct Run {
 
 impl Run {
     pub(super) fn begin(cuda: &Cuda, run: &PlannedRun, rule_steps: &[RuleStep], heads: HeadShape, canvases: &[RunCanvas]) -> Result<Run> {
-        let machine = &cuda.machine;
+        let context = &cuda.context;
         let lens: Vec<usize> = canvases.iter().map(|s| s.canvas.len()).collect();
         let mut firsts = vec![0u32];
         lens.iter().for_each(|len| firsts.push(firsts[firsts.len() - 1] + *len as u32));
@@ -108,19 +108,19 @@ impl Run {
         let mut fixed = cuda.current.borrow_mut();
         // The arrays of a canvas lie by the room there is, not by what is used: their addresses
         // stay.
-        let base = fixed.canvas.reserve(machine, CanvasArrays::BYTES * positions.next_multiple_of(4))?;
+        let base = fixed.canvas.reserve(context, CanvasArrays::BYTES * positions.next_multiple_of(4))?;
         let room = fixed.canvas.0.as_ref().expect("reserved").bytes() / CanvasArrays::BYTES / 4 * 4;
         let canvas = CanvasArrays::at(base, room);
-        let arrays = fixed.arrays.reserve(machine, 4 * most_words)?;
-        let draws = fixed.draws.reserve(machine, max_sampled * size_of::<DrawRecord>())?;
-        let sampled = fixed.sampled.reserve(machine, max_sampled * size_of::<SampledRecord>())?;
+        let arrays = fixed.arrays.reserve(context, 4 * most_words)?;
+        let draws = fixed.draws.reserve(context, max_sampled * size_of::<DrawRecord>())?;
+        let sampled = fixed.sampled.reserve(context, max_sampled * size_of::<SampledRecord>())?;
 
-        let summaries = fixed.summaries.reserve(machine, lens.len() * size_of::<SequenceSummary>())?;
-        machine.driver.fill(summaries, 0, lens.len() * size_of::<SequenceSummary>() / 4)?;
+        let summaries = fixed.summaries.reserve(context, lens.len() * size_of::<SequenceSummary>())?;
+        context.driver.fill(summaries, 0, lens.len() * size_of::<SequenceSummary>() / 4)?;
 
-        upload(machine, canvas, canvases.iter().map(|s| s.canvas))?;
+        upload(context, canvas, canvases.iter().map(|s| s.canvas))?;
         let arena = cuda.upload_words(&words.0)?;
-        let log = machine.memory(log.max(1) * size_of::<SampledRecord>())?;
+        let log = context.memory(log.max(1) * size_of::<SampledRecord>())?;
         Ok(Run {
             arena,
             log,
@@ -141,14 +141,14 @@ impl Run {
     /// Makes step `step` the current one: its arrays, and the rows that it samples. Steps follow in
     /// order.
     pub(super) fn step(&mut self, cuda: &Cuda, step: usize) -> Result<Arc<Signature>> {
-        let machine = &cuda.machine;
+        let context = &cuda.context;
         if step > 0 {
-            self.keep(machine, step - 1)?;
+            self.keep(context, step - 1)?;
         }
         (self.current, self.part) = (step, 0);
         let plan = &self.steps[step];
         let at = |place: usize| self.arrays + 4 * place as u64;
-        machine.driver.copy(self.arena.address() + 4 * plan.words.start as u64, self.arrays, 4 * plan.words.len())?;
+        context.driver.copy(self.arena.address() + 4 * plan.words.start as u64, self.arrays, 4 * plan.words.len())?;
         if let Some(places) = plan.remask {
             let CanvasArrays { token, confidence, step, positions, state, stage } = self.canvas;
             let params = RemaskParams {
@@ -164,11 +164,11 @@ impl Run {
                 mask_id: self.mask_id,
                 next_stage: u32::from(places.stage),
             };
-            remask::remask(machine, self.num_sequences as u32, &params)?;
+            remask::remask(context, self.num_sequences as u32, &params)?;
         }
         // The rows of the passes after the forward stand there as padding until they do.
         let part = &plan.parts[0];
-        self.select_masked(machine, part, part.counts.iter().sum(), plan.num_sampled)?;
+        self.select_masked(context, part, part.counts.iter().sum(), plan.num_sampled)?;
         Ok(plan.signature.clone())
     }
 
@@ -201,7 +201,7 @@ impl Run {
                     out: visible,
                     out_dtype: DType::F32,
                 };
-                gather::gather(&cuda.machine, &op)?;
+                gather::gather(&cuda.context, &op)?;
                 let tiles = (signature.selected_tiles, at(plan.selected_tiles));
                 (Picked::Rows(sample_rows, Cuda::run_batch(Arrays { visible, ..arrays }, signature.selected, tiles)), None)
             }
@@ -229,7 +229,7 @@ impl Run {
         let part = &plan.parts[self.part];
         let at = |place: usize| self.arrays + 4 * place as u64;
         // Recorded, so it must not depend on how many there are: the padding is there already.
-        self.select_masked(&cuda.machine, part, part.shape.num_sampled as usize, part.shape.num_sampled as usize)?;
+        self.select_masked(&cuda.context, part, part.shape.num_sampled as usize, part.shape.num_sampled as usize)?;
         let batch = Cuda::run_batch(self.arrays_of(part.index, &part.places), part.shape.batch, (part.shape.tiles, at(part.tiles)));
         let kept = part.shape.kept.map(|rows| Cuda::run_rows(at(part.kept), rows));
         let sample_rows = Cuda::run_rows(at(plan.sample_rows + part.first_sampled), part.shape.num_sampled);
@@ -242,7 +242,7 @@ impl Run {
     }
 
     /// Lists what a part samples, and padding from `num_sampled` to `bucket`.
-    fn select_masked(&self, machine: &Machine, part: &Part, num_sampled: usize, bucket: usize) -> Result<()> {
+    fn select_masked(&self, context: &CudaContext, part: &Part, num_sampled: usize, bucket: usize) -> Result<()> {
         let op = SelectMasked {
             sequences: self.num_sequences as u32,
             num_sampled: num_sampled as u32,
@@ -253,7 +253,7 @@ impl Run {
             rows: self.arrays + 4 * (self.steps[self.current].sample_rows + part.first_sampled) as u64,
             draws: self.draws + (part.first_sampled * size_of::<DrawRecord>()) as u64,
         };
-        select_masked::select_masked(machine, &op)
+        select_masked::select_masked(context, &op)
     }
 
     pub(super) fn sample(&mut self, cuda: &Cuda, hidden: Address, head: &Weight, bias: Option<&Buffer>) -> Result<()> {
@@ -273,33 +273,33 @@ impl Run {
             any_fused: part.shape.any_fused,
             any_nucleus: part.shape.any_nucleus,
         };
-        sample::sample(&cuda.machine, &op)?;
+        sample::sample(&cuda.context, &op)?;
         let CanvasArrays { token, confidence, state, stage, step, .. } = self.canvas;
         let (sequences, summaries) = (self.arrays + 4 * part.records as u64, self.summaries);
         let params = UnmaskParams { sequences, summaries, sampled, token, confidence, state, stage, step };
-        unmask::unmask(&cuda.machine, self.num_sequences as u32, &params)
+        unmask::unmask(&cuda.context, self.num_sequences as u32, &params)
     }
 
     /// Moves the sampled tokens of a step to the log.
-    fn keep(&self, machine: &Machine, step: usize) -> Result<()> {
+    fn keep(&self, context: &CudaContext, step: usize) -> Result<()> {
         let StepPlan { num_sampled, log, .. } = self.steps[step];
         let record = size_of::<SampledRecord>();
         if num_sampled == 0 {
             return Ok(());
         }
-        machine.driver.copy(self.sampled, self.log.address() + (log * record) as u64, num_sampled * record)
+        context.driver.copy(self.sampled, self.log.address() + (log * record) as u64, num_sampled * record)
     }
 
     pub(super) fn end(self, cuda: &Cuda) -> Result<Vec<StepSamples>> {
-        let machine = &cuda.machine;
+        let context = &cuda.context;
         if !self.steps.is_empty() {
-            self.keep(machine, self.current)?;
+            self.keep(context, self.current)?;
         }
         let last = self.steps.last().map_or(0, |plan| plan.log + plan.num_sampled);
         let mut records = vec![SampledRecord::default(); last];
-        machine.driver.read(self.log.address(), bytemuck::cast_slice_mut(&mut records))?;
+        context.driver.read(self.log.address(), bytemuck::cast_slice_mut(&mut records))?;
         let mut summaries = vec![SequenceSummary::default(); self.num_sequences];
-        machine.driver.read(self.summaries, bytemuck::cast_slice_mut(&mut summaries))?;
+        context.driver.read(self.summaries, bytemuck::cast_slice_mut(&mut summaries))?;
         let mut answers = Vec::new();
         for plan in &self.steps {
             for (pass, part) in plan.parts.iter().enumerate() {
@@ -342,7 +342,7 @@ fn answer(records: &[SampledRecord], summary: &SequenceSummary) -> Result<Vec<Ro
 }
 
 /// The canvases as the arrays of the device.
-fn upload<'a>(machine: &Machine, arrays: CanvasArrays, canvases: impl Iterator<Item = &'a Canvas>) -> Result<()> {
+fn upload<'a>(context: &CudaContext, arrays: CanvasArrays, canvases: impl Iterator<Item = &'a Canvas>) -> Result<()> {
     let (mut token, mut confidence, mut step) = (Vec::new(), Vec::new(), Vec::new());
     let (mut states, mut stage) = (Vec::new(), Vec::new());
     for canvas in canvases {
@@ -359,9 +359,9 @@ fn upload<'a>(machine: &Machine, arrays: CanvasArrays, canvases: impl Iterator<I
             });
         }
     }
-    machine.driver.write(arrays.token, bytemuck::cast_slice(&token))?;
-    machine.driver.write(arrays.confidence, bytemuck::cast_slice(&confidence))?;
-    machine.driver.write(arrays.step, bytemuck::cast_slice(&step))?;
-    machine.driver.write(arrays.state, &states)?;
-    machine.driver.write(arrays.stage, &stage)
+    context.driver.write(arrays.token, bytemuck::cast_slice(&token))?;
+    context.driver.write(arrays.confidence, bytemuck::cast_slice(&confidence))?;
+    context.driver.write(arrays.step, bytemuck::cast_slice(&step))?;
+    context.driver.write(arrays.state, &states)?;
+    context.driver.write(arrays.stage, &stage)
 }

@@ -2,10 +2,10 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::not_on_shortlist;
-use crate::cuda::context::{Buffer, Cuda, Weight};
-use crate::cuda::machine::Memory;
+use crate::cuda::context::Memory;
 use crate::cuda::ops::sample::{SampledRecord, status};
 use crate::cuda::ops::shortlist::{NO_ID, SampleShortlistOp, ShortlistOp, sample_shortlist, shortlist};
+use crate::cuda::state::{Buffer, Cuda, Weight};
 use crate::error::Result;
 use crate::sampling::{Draw, SampledToken};
 
@@ -29,7 +29,7 @@ impl Cuda {
     ) -> Result<Shortlists> {
         let Weight { n, k, .. } = *head;
         assert!(hidden.len >= rows * k, "hidden of {} for {rows} rows of {k}", hidden.len);
-        let memory = self.machine.memory(4 * rows * count)?;
+        let memory = self.context.memory(4 * rows * count)?;
         let (hidden, _copy) = self.as_input(hidden, rows * k)?;
         let op = ShortlistOp {
             rows: rows as u32,
@@ -43,13 +43,13 @@ impl Cuda {
             count: count as u32,
             ids: memory.address(),
         };
-        shortlist(&self.machine, &op)?;
+        shortlist(&self.context, &op)?;
         Ok(Shortlists { memory, rows, count })
     }
 
     pub(super) fn read_shortlist(&self, lists: &Shortlists) -> Result<Vec<Vec<u32>>> {
         let mut ids = vec![0u32; lists.rows * lists.count];
-        self.machine.driver.read(lists.memory.address(), bytemuck::cast_slice_mut(&mut ids))?;
+        self.context.driver.read(lists.memory.address(), bytemuck::cast_slice_mut(&mut ids))?;
         Ok(ids.chunks_exact(lists.count).map(|ids| ids.iter().copied().take_while(|id| *id != NO_ID).collect()).collect())
     }
 
@@ -70,7 +70,7 @@ impl Cuda {
         assert!(which.iter().all(|list| (*list as usize) < lists.rows), "{which:?} of {} lists", lists.rows);
         let draws = self.upload_draws(draws)?;
         let which = self.upload_words(which)?;
-        let answers = self.machine.memory(rows * size_of::<SampledRecord>())?;
+        let answers = self.context.memory(rows * size_of::<SampledRecord>())?;
         let (hidden, _copy) = self.as_input(hidden, rows * k)?;
         let op = SampleShortlistOp {
             rows: rows as u32,
@@ -85,7 +85,7 @@ impl Cuda {
             draws: draws.address(),
             sampled: answers.address(),
         };
-        sample_shortlist(&self.machine, &op)?;
+        sample_shortlist(&self.context, &op)?;
         let records = self.read_sampled(&answers, rows)?;
         let sampled = |(row, record): (usize, &SampledRecord)| match record.status {
             status::FORCED => Err(not_on_shortlist(row, record.token)),

@@ -3,7 +3,7 @@
 
 use redraft::backend::{DType, HeadShape};
 use redraft::cpu::oracle;
-use redraft::cuda::machine::{COUNTERS, Machine};
+use redraft::cuda::context::{COUNTERS, CudaContext};
 use redraft::cuda::ops::attention::{Attention, Regime, attention, tiles};
 use redraft::plan::{Plan, Visibility};
 
@@ -77,35 +77,35 @@ impl Case {
 
     /// The result of the kernel. The list of tiles is padded and the bound on visible keys is not
     /// tight.
-    fn run(&self, machine: &Machine, plan: &Plan, qkv: &[f32], regime: Regime, out_dtype: DType) -> Result<Vec<f32>, String> {
+    fn run(&self, context: &CudaContext, plan: &Plan, qkv: &[f32], regime: Regime, out_dtype: DType) -> Result<Vec<f32>, String> {
         match self.dtype {
-            DType::F32 => self.run_on(machine, plan, qkv, regime, out_dtype, |x| x),
-            DType::Bf16 => self.run_on(machine, plan, qkv, regime, out_dtype, |x| half::bf16::from_f32(x).to_bits()),
+            DType::F32 => self.run_on(context, plan, qkv, regime, out_dtype, |x| x),
+            DType::Bf16 => self.run_on(context, plan, qkv, regime, out_dtype, |x| half::bf16::from_f32(x).to_bits()),
         }
     }
 
     fn run_on<T: bytemuck::Pod>(
         &self,
-        machine: &Machine,
+        context: &CudaContext,
         plan: &Plan,
         qkv: &[f32],
         regime: Regime,
         out_dtype: DType,
         stored: impl Fn(f32) -> T,
     ) -> Result<Vec<f32>, String> {
-        let store = |store: &[f32]| Array::new(machine, &self.paged(store).into_iter().map(&stored).collect::<Vec<T>>());
+        let store = |store: &[f32]| Array::new(context, &self.paged(store).into_iter().map(&stored).collect::<Vec<T>>());
         let (keys, values) = (store(&self.keys), store(&self.values));
         let mut list = tiles(&plan.indptr, self.heads, regime.tile_queries(self.dtype, self.heads));
         list.push([0; 4]);
-        let (list, qkv) = (Array::new(machine, &list.concat()), Array::new(machine, qkv));
-        let (visible, page_indptr) = (Array::new(machine, &plan.visible), Array::new(machine, &plan.page_indptr));
+        let (list, qkv) = (Array::new(context, &list.concat()), Array::new(context, qkv));
+        let (visible, page_indptr) = (Array::new(context, &plan.visible), Array::new(context, &plan.page_indptr));
         // Never empty, as no device array is.
-        let pages = Array::new(machine, &[plan.pages.as_slice(), &[u32::MAX]].concat());
+        let pages = Array::new(context, &[plan.pages.as_slice(), &[u32::MAX]].concat());
         let len = plan.num_rows() * self.heads.q_width();
-        let (out, out_bf16) = (Array::<f32>::nan(machine, len), Array::<u16>::fresh(machine, len));
+        let (out, out_bf16) = (Array::<f32>::nan(context, len), Array::<u16>::fresh(context, len));
         let words = 1 << 18;
-        let scratch = machine.workspace(4 * words).map_err(|e| e.to_string())?;
-        machine.driver.fill(scratch, 0x7fc0_dead, words).map_err(|e| e.to_string())?;
+        let scratch = context.workspace(4 * words).map_err(|e| e.to_string())?;
+        context.driver.fill(scratch, 0x7fc0_dead, words).map_err(|e| e.to_string())?;
         let op = Attention {
             heads: self.heads,
             page_size: self.page_size as u32,
@@ -123,13 +123,13 @@ impl Case {
             out: if out_dtype == DType::F32 { out.address() } else { out_bf16.address() },
             out_dtype,
         };
-        attention(machine, &op).map_err(|e| e.to_string())?;
+        attention(context, &op).map_err(|e| e.to_string())?;
         let result = match out_dtype {
             DType::F32 => out.read()?,
             DType::Bf16 => out_bf16.read()?.into_iter().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
         };
         let mut counters = vec![0; 4 * COUNTERS];
-        machine.driver.read(machine.counters(), &mut counters).map_err(|e| e.to_string())?;
+        context.driver.read(context.counters(), &mut counters).map_err(|e| e.to_string())?;
         if counters.iter().any(|byte| *byte != 0) {
             return Err(format!("{regime:?}: counters are left behind"));
         }
@@ -166,15 +166,15 @@ impl Case {
         out
     }
 
-    fn holds(&self, machine: &Machine) -> Result<(), String> {
+    fn holds(&self, context: &CudaContext) -> Result<(), String> {
         let what = format!("{:?}, {:?}, page size {}", self.dtype, self.heads, self.page_size);
         let rounded: Vec<f32> = self.qkv.iter().map(|&x| oracle::stored(self.dtype, x)).collect();
         let exact = oracle::attention(&self.plan, self.heads, self.page_size, &rounded, &self.keys, &self.values);
         let error = |got: &[f32]| {
             got.iter().zip(&exact).map(|(&g, &e)| (f64::from(g) - e).abs()).fold(0.0, |a, b| if b >= a || b.is_nan() { b } else { a })
         };
-        let few = self.run(machine, &self.plan, &self.qkv, Regime::Few, DType::F32)?;
-        let many = self.run(machine, &self.plan, &self.qkv, Regime::Many, DType::F32)?;
+        let few = self.run(context, &self.plan, &self.qkv, Regime::Few, DType::F32)?;
+        let many = self.run(context, &self.plan, &self.qkv, Regime::Many, DType::F32)?;
         // Few sums have an error by luck: an f32 epsilon is always granted.
         let (found, allowed) = (error(&few), 2.0 * error(&self.plain()) + f64::from(f32::EPSILON));
         if found.is_nan() || found > allowed {
@@ -182,7 +182,7 @@ impl Case {
         }
         same(&format!("{what}: many against few"), &many, &few)?;
         for regime in [Regime::Few, Regime::Many] {
-            let narrow = self.run(machine, &self.plan, &self.qkv, regime, DType::Bf16)?;
+            let narrow = self.run(context, &self.plan, &self.qkv, regime, DType::Bf16)?;
             let expected: Vec<f32> = few.iter().map(|&x| oracle::stored(DType::Bf16, x)).collect();
             same(&format!("{what}: bf16 output, {regime:?}"), &narrow, &expected)?;
         }
@@ -196,7 +196,7 @@ impl Case {
         }
         let (qkv, expected) = (pick(&self.qkv, self.heads.qkv_width()), pick(&few, self.heads.q_width()));
         for regime in [Regime::Few, Regime::Many] {
-            let alone = self.run(machine, &self.plan.select(&rows), &qkv, regime, DType::F32)?;
+            let alone = self.run(context, &self.plan.select(&rows), &qkv, regime, DType::F32)?;
             same(&format!("{what}: without neighbours, {regime:?}"), &alone, &expected)?;
         }
         Ok(())
@@ -214,7 +214,7 @@ fn ends(rows: impl IntoIterator<Item = usize>, visibility: Visibility, len: usiz
 }
 
 /// Values that some rows see as NaN or infinite, beside rows that must not.
-fn isolates(machine: &Machine, dtype: DType, regime: Regime) -> Result<(), String> {
+fn isolates(context: &CudaContext, dtype: DType, regime: Regime) -> Result<(), String> {
     let heads = shape(2, 1, 32);
     let visible = vec![37, 40, 35, 0, 36, 290];
     let clean = Case::new(dtype, heads, 16, std::slice::from_ref(&visible));
@@ -223,7 +223,7 @@ fn isolates(machine: &Machine, dtype: DType, regime: Regime) -> Result<(), Strin
     broken.values[nan * 32 + 5] = f32::NAN;
     broken.values[infinite * 32 + 6] = f32::INFINITY;
     broken.keys[key * 32..][..32].fill(f32::NAN);
-    let run = |case: &Case| case.run(machine, &case.plan, &case.qkv, regime, DType::F32);
+    let run = |case: &Case| case.run(context, &case.plan, &case.qkv, regime, DType::F32);
     let (before, after) = (run(&clean)?, run(&broken)?);
     for (row, end) in visible.into_iter().enumerate() {
         let width = heads.q_width();
@@ -261,11 +261,11 @@ fn slot_of(case: &Case, position: usize) -> usize {
 }
 
 /// Scores of a million and more, all of one size.
-fn survives_huge_scores(machine: &Machine, dtype: DType) -> Result<(), String> {
+fn survives_huge_scores(context: &CudaContext, dtype: DType) -> Result<(), String> {
     let mut case = Case::new(dtype, shape(2, 2, 32), 16, &[vec![50, 50, 300]]);
     case.qkv.iter_mut().for_each(|x| *x *= 1e10);
     for regime in [Regime::Few, Regime::Many] {
-        let got = case.run(machine, &case.plan, &case.qkv, regime, DType::F32)?;
+        let got = case.run(context, &case.plan, &case.qkv, regime, DType::F32)?;
         if !got.iter().all(|x| x.abs() <= 1.0) {
             return Err(format!("{dtype:?}, {regime:?}: huge scores overflow"));
         }
@@ -273,29 +273,29 @@ fn survives_huge_scores(machine: &Machine, dtype: DType) -> Result<(), String> {
     Ok(())
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     for dtype in [DType::Bf16, DType::F32] {
         let lens = [1, 15, 17, 64, 65, 130];
         let full: Vec<_> = lens.iter().map(|&len| ends(0..len, Visibility::Full, len)).collect();
-        Case::new(dtype, shape(2, 2, 32), 16, &full).holds(machine)?;
+        Case::new(dtype, shape(2, 2, 32), 16, &full).holds(context)?;
         let blocks: Vec<_> = [17, 65, 130, 300].iter().map(|&len| ends(len - 17..len, Visibility::BlockCausal(4), len)).collect();
-        Case::new(dtype, shape(2, 1, 64), 16, &blocks).holds(machine)?;
+        Case::new(dtype, shape(2, 1, 64), 16, &blocks).holds(context)?;
         let causal: Vec<_> = [300, 15, 64].iter().map(|&len| ends((0..len).step_by(7), Visibility::BlockCausal(1), len)).collect();
-        Case::new(dtype, shape(3, 1, 32), 16, &causal).holds(machine)?;
+        Case::new(dtype, shape(3, 1, 32), 16, &causal).holds(context)?;
         // Any ends in any order, a sequence without rows, one that sees nothing.
         let any = [(0..40).map(|i| (i * 37 + i % 5) % 301).collect(), vec![], vec![0, 0], vec![600, 256, 257, 512, 513]];
-        Case::new(dtype, shape(3, 1, 96), 16, &any).holds(machine)?;
-        isolates(machine, dtype, Regime::Few)?;
-        isolates(machine, dtype, Regime::Many)?;
-        survives_huge_scores(machine, dtype)?;
+        Case::new(dtype, shape(3, 1, 96), 16, &any).holds(context)?;
+        isolates(context, dtype, Regime::Few)?;
+        isolates(context, dtype, Regime::Many)?;
+        survives_huge_scores(context, dtype)?;
     }
     Ok(())
 }
 
 #[test]
 fn rows_attend_to_what_they_see() {
-    for machine in machines() {
-        holds(&machine).unwrap();
+    for context in machines() {
+        holds(&context).unwrap();
     }
 }
 
@@ -303,20 +303,20 @@ fn rows_attend_to_what_they_see() {
 /// threads meet as above.
 #[test]
 fn any_shape_that_the_launcher_accepts() {
-    let machine = &any_machine();
+    let context = &any_machine();
     for (dtype, head_dims) in [(DType::Bf16, &[16, 48, 112, 128, 144, 256][..]), (DType::F32, &[1, 7, 33, 128, 256])] {
         for (i, &head_dim) in head_dims.iter().enumerate() {
             let page_size = [1, 128, 2, 8, 64, 32][i];
             let sequences = [ends(60..70, Visibility::BlockCausal(3), 70), ends(0..9, Visibility::Full, 290)];
-            Case::new(dtype, shape(2, 1, head_dim), page_size, &sequences).holds(machine).unwrap();
+            Case::new(dtype, shape(2, 1, head_dim), page_size, &sequences).holds(context).unwrap();
         }
     }
 }
 
 #[test]
 fn a_head_dim_without_a_kernel_is_refused() {
-    let machine = &any_machine();
+    let context = &any_machine();
     let case = Case::new(DType::Bf16, shape(1, 1, 24), 16, &[vec![3]]);
-    let error = case.run(machine, &case.plan, &case.qkv, Regime::Few, DType::F32).unwrap_err();
+    let error = case.run(context, &case.plan, &case.qkv, Regime::Few, DType::F32).unwrap_err();
     assert!(error.contains("head_dim 24") && error.contains("multiples of 16"), "{error}");
 }

@@ -1,13 +1,13 @@
 //! Each barrier and each fence of every kernel is taken out in turn: a test must miss it. Whoever
 //! writes one more is asked for that test.
 
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::{Edit, headers, kernels};
 
 use crate::emulator::{edited_machines, on_all_cores};
 use crate::{attention, linear, moe, norm, sample, sample_shortlist, select_masked, unmask};
 
-type Check = fn(&Machine) -> Result<(), String>;
+type Check = fn(&CudaContext) -> Result<(), String>;
 
 /// Which tests run the code of a file.
 const USERS: &[(&str, &[Check])] = &[
@@ -78,7 +78,7 @@ fn no_barrier_can_be_spared() {
     let failures = on_all_cores(&removals, |Removal { file, line, edit, checks, spared }| {
         // The machine that watches for races comes last, and notices most.
         let machines = edited_machines(Some(*edit));
-        let missed = machines.iter().rev().find_map(|machine| checks.iter().find_map(|check| check(machine).err()));
+        let missed = machines.iter().rev().find_map(|context| checks.iter().find_map(|check| check(context).err()));
         match (missed, spared) {
             (None, true) => None,
             (None, false) => Some(format!("{file}:{line} is not missed by any test")),

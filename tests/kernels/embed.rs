@@ -2,7 +2,7 @@
 
 use half::bf16;
 use redraft::DType;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::embed::{Embed, embed};
 
 use crate::emulator::{Array, machines, noise, same_bits, words};
@@ -11,7 +11,7 @@ const VOCAB: usize = 11;
 /// The first and last row, a repeated one, and one id outside the vocabulary.
 const IDS: [u32; 5] = [3, 0, VOCAB as u32 - 1, VOCAB as u32, 3];
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     // Vector and scalar paths, more and fewer elements than threads, odd widths.
     for (width, skew) in [(1, 0), (3, 1), (4, 0), (64, 2), (130, 0), (512, 0), (770, 1)] {
         let values = noise(1, VOCAB * width);
@@ -25,24 +25,24 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         // A canvas in which the ids stand backwards, every second place.
         let canvas: Vec<u32> = IDS.iter().rev().flat_map(|id| [*id, u32::MAX]).collect();
         let places: Vec<u32> = (0..IDS.len() as u32).rev().map(|i| 2 * i).collect();
-        let (ids, canvas, places) = (Array::new(machine, &IDS), Array::new(machine, &canvas), Array::new(machine, &places));
-        let (wide, narrow) = (Array::skewed(machine, &values, skew), Array::skewed(machine, &rounded, skew));
+        let (ids, canvas, places) = (Array::new(context, &IDS), Array::new(context, &canvas), Array::new(context, &places));
+        let (wide, narrow) = (Array::skewed(context, &values, skew), Array::skewed(context, &rounded, skew));
         for (dtype, table, expected) in [(DType::F32, wide.address(), &exact), (DType::Bf16, narrow.address(), &widened)] {
             for (ids, index) in [(ids.address(), None), (canvas.address(), Some(places.address()))] {
-                let out = Array::nan(machine, IDS.len() * width);
+                let out = Array::nan(context, IDS.len() * width);
                 let (rows, vocab) = (IDS.len() as u32, VOCAB as u32);
                 let op = Embed { rows, width: width as u32, vocab, dtype, ids, index, table, positions: None, out: out.address() };
-                words(embed(machine, &op))?;
+                words(embed(context, &op))?;
                 same_bits(expected, &out.read()?, &format!("{dtype:?}, width {width}, index {}", index.is_some()))?;
             }
         }
-        learned_positions(machine, width, skew)?;
+        learned_positions(context, width, skew)?;
     }
     Ok(())
 }
 
 /// The second table's rows are added; a position outside it gives NaN.
-fn learned_positions(machine: &Machine, width: usize, skew: usize) -> Result<(), String> {
+fn learned_positions(context: &CudaContext, width: usize, skew: usize) -> Result<(), String> {
     const NUM: u32 = 4;
     let places = [NUM - 1, 2, 0, 1, NUM];
     let (tokens, positions) = (noise(2, VOCAB * width), noise(3, NUM as usize * width));
@@ -58,17 +58,17 @@ fn learned_positions(machine: &Machine, width: usize, skew: usize) -> Result<(),
         IDS.iter().zip(places).flat_map(|(id, place)| (0..width).map(move |i| element(*id, place, i))).collect()
     };
     let narrow = |values: &[f32]| values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>();
-    let (ids, places) = (Array::new(machine, &IDS), Array::new(machine, &places));
-    let wide = [Array::skewed(machine, &tokens, skew), Array::skewed(machine, &positions, skew)];
-    let halves = [Array::skewed(machine, &narrow(&tokens), skew), Array::skewed(machine, &narrow(&positions), skew)];
+    let (ids, places) = (Array::new(context, &IDS), Array::new(context, &places));
+    let wide = [Array::skewed(context, &tokens, skew), Array::skewed(context, &positions, skew)];
+    let halves = [Array::skewed(context, &narrow(&tokens), skew), Array::skewed(context, &narrow(&positions), skew)];
     for (dtype, [table, second]) in
         [(DType::F32, wide.each_ref().map(Array::address)), (DType::Bf16, halves.each_ref().map(Array::address))]
     {
-        let out = Array::nan(machine, IDS.len() * width);
+        let out = Array::nan(context, IDS.len() * width);
         let (rows, vocab) = (IDS.len() as u32, VOCAB as u32);
         let positions = Some((places.address(), second, NUM));
         let op = Embed { rows, width: width as u32, vocab, dtype, ids: ids.address(), index: None, table, positions, out: out.address() };
-        words(embed(machine, &op))?;
+        words(embed(context, &op))?;
         same_bits(&sum(dtype == DType::Bf16), &out.read()?, &format!("{dtype:?}, width {width}, learned positions"))?;
     }
     Ok(())
@@ -76,5 +76,5 @@ fn learned_positions(machine: &Machine, width: usize, skew: usize) -> Result<(),
 
 #[test]
 fn rows_are_copied_exactly() {
-    machines().iter().for_each(|machine| holds(machine).unwrap());
+    machines().iter().for_each(|context| holds(context).unwrap());
 }

@@ -11,8 +11,8 @@ use std::thread::available_parallelism;
 use bytemuck::Pod;
 use half::bf16;
 use redraft::backend::DType;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::driver::{Address, Driver};
-use redraft::cuda::machine::Machine;
 use redraft::cuda::tensor_core::TensorCore;
 use redraft::cuda::{Copies, Edit, EmulatorOptions, Schedule};
 
@@ -22,20 +22,20 @@ pub const SCHEDULES: [Schedule; 4] = [Schedule::Forward, Schedule::Reverse, Sche
 
 /// A machine of every schedule with every timing of copies, and one that watches for races: what is
 /// missing in a kernel shows under one of the nine. Or what `REDRAFT_TEST_MACHINES` asks for.
-pub fn machines() -> Vec<Machine> {
-    drivers(nine(None)).into_iter().map(machine).collect()
+pub fn machines() -> Vec<CudaContext> {
+    drivers(nine(None)).into_iter().map(context).collect()
 }
 
 /// One of [`machines`], for tests that have no use for all of them: of the nine, one with threads
 /// in reverse.
-pub fn any_machine() -> Machine {
+pub fn any_machine() -> CudaContext {
     let mut machines = machines();
     machines.swap_remove(2 % machines.len())
 }
 
 /// The nine emulated machines with one edit of the sources: a planted bug.
-pub fn edited_machines(edit: Option<Edit>) -> Vec<Machine> {
-    nine(edit).into_iter().map(|options| machine(emulator(options))).collect()
+pub fn edited_machines(edit: Option<Edit>) -> Vec<CudaContext> {
+    nine(edit).into_iter().map(|options| context(emulator(options))).collect()
 }
 
 /// Those whose copies are late round as sm_80 does, the others as sm_90a does.
@@ -48,16 +48,16 @@ fn nine(edit: Option<Edit>) -> Vec<EmulatorOptions> {
     SCHEDULES.into_iter().flat_map(both).chain([watching]).collect()
 }
 
-fn machine(driver: Box<dyn Driver>) -> Machine {
-    Machine::new(driver).unwrap_or_else(|e| panic!("{e}"))
+fn context(driver: Box<dyn Driver>) -> CudaContext {
+    CudaContext::new(driver).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// A sum of products as `gemm.cuh` specifies it, bit for bit: segments of 256, in f32 one product
 /// at a time by fmaf, in bf16 as the tensor cores of the machine's architecture add. x and w hold
 /// numbers of `dtype`.
-pub fn gemm_dot(machine: &Machine, dtype: DType, x: &[f32], w: &[f32]) -> f32 {
+pub fn gemm_dot(context: &CudaContext, dtype: DType, x: &[f32], w: &[f32]) -> f32 {
     if dtype == DType::Bf16 {
-        return TensorCore::of(&machine.driver.arch()).expect("an architecture").dot(x, w);
+        return TensorCore::of(&context.driver.arch()).expect("an architecture").dot(x, w);
     }
     let segments = x.chunks(256).zip(w.chunks(256));
     segments.fold(0.0, |total, (x, w)| total + x.iter().zip(w).fold(0.0f32, |sum, (x, w)| w.mul_add(*x, sum)))
@@ -66,7 +66,7 @@ pub fn gemm_dot(machine: &Machine, dtype: DType, x: &[f32], w: &[f32]) -> f32 {
 /// Device memory of exactly these values. Accesses beyond it are errors of the launch or of the
 /// next read.
 pub struct Array<'m, T> {
-    machine: &'m Machine,
+    context: &'m CudaContext,
     base: Address,
     /// Bytes in front of the values.
     skew: usize,
@@ -75,23 +75,23 @@ pub struct Array<'m, T> {
 }
 
 impl<'m, T: Pod> Array<'m, T> {
-    pub fn new(machine: &'m Machine, values: &[T]) -> Self {
-        Self::skewed(machine, values, 0)
+    pub fn new(context: &'m CudaContext, values: &[T]) -> Self {
+        Self::skewed(context, values, 0)
     }
 
     /// The values begin `skew` elements behind an aligned address.
-    pub fn skewed(machine: &'m Machine, values: &[T], skew: usize) -> Self {
+    pub fn skewed(context: &'m CudaContext, values: &[T], skew: usize) -> Self {
         let skew = skew * size_of::<T>();
-        let base = machine.driver.alloc(skew + size_of_val(values)).expect("host memory");
-        let array = Array { machine, base, skew, len: values.len(), element: PhantomData };
-        machine.driver.write(array.address(), bytemuck::cast_slice(values)).expect("its own range");
+        let base = context.driver.alloc(skew + size_of_val(values)).expect("host memory");
+        let array = Array { context, base, skew, len: values.len(), element: PhantomData };
+        context.driver.write(array.address(), bytemuck::cast_slice(values)).expect("its own range");
         array
     }
 
     /// As allocated: NaN, for what a kernel must write before anything reads it.
-    pub fn fresh(machine: &'m Machine, len: usize) -> Self {
-        let base = machine.driver.alloc(len * size_of::<T>()).expect("host memory");
-        Array { machine, base, skew: 0, len, element: PhantomData }
+    pub fn fresh(context: &'m CudaContext, len: usize) -> Self {
+        let base = context.driver.alloc(len * size_of::<T>()).expect("host memory");
+        Array { context, base, skew: 0, len, element: PhantomData }
     }
 
     /// The address that a params struct carries.
@@ -102,21 +102,21 @@ impl<'m, T: Pod> Array<'m, T> {
     /// The values, once the edges of all buffers were found intact.
     pub fn read(&self) -> Result<Vec<T>, String> {
         let mut values = vec![T::zeroed(); self.len];
-        self.machine.driver.read(self.address(), bytemuck::cast_slice_mut(&mut values)).map_err(|e| e.to_string())?;
+        self.context.driver.read(self.address(), bytemuck::cast_slice_mut(&mut values)).map_err(|e| e.to_string())?;
         Ok(values)
     }
 }
 
 impl Array<'_, f32> {
     /// NaN everywhere.
-    pub fn nan(machine: &Machine, len: usize) -> Array<'_, f32> {
-        Array::new(machine, &vec![f32::NAN; len])
+    pub fn nan(context: &CudaContext, len: usize) -> Array<'_, f32> {
+        Array::new(context, &vec![f32::NAN; len])
     }
 }
 
 impl<T> Drop for Array<'_, T> {
     fn drop(&mut self) {
-        self.machine.driver.free(self.base);
+        self.context.driver.free(self.base);
     }
 }
 
@@ -204,10 +204,10 @@ pub enum Operand<'m> {
 
 impl<'m> Operand<'m> {
     /// The values begin `skew` elements behind an aligned address.
-    pub fn new(machine: &'m Machine, dtype: DType, values: &[f32], skew: usize) -> Self {
+    pub fn new(context: &'m CudaContext, dtype: DType, values: &[f32], skew: usize) -> Self {
         match dtype {
-            DType::F32 => Operand::F32(Array::skewed(machine, values, skew)),
-            DType::Bf16 => Operand::Bf16(Array::skewed(machine, &values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>(), skew)),
+            DType::F32 => Operand::F32(Array::skewed(context, values, skew)),
+            DType::Bf16 => Operand::Bf16(Array::skewed(context, &values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>(), skew)),
         }
     }
 

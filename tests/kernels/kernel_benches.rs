@@ -10,7 +10,7 @@ use crate::emulator::any_machine;
 
 #[test]
 fn every_launcher_runs_alone() {
-    let machine = any_machine();
+    let context = any_machine();
     let names: BTreeSet<&str> = kernels_list().iter().map(|kernel| kernel.run).collect();
     assert!(names.len() >= 10, "{names:?}");
     let nucleus = ["top_p_percent=90".to_owned()];
@@ -19,7 +19,7 @@ fn every_launcher_runs_alone() {
     for (name, shape) in request {
         for dtype in [DType::F32, DType::Bf16] {
             let request = BenchRequest { name, shape, dtype, repeat: 2, plain: dtype == DType::F32, small: true };
-            let report = bench_kernel(&machine, &request).unwrap_or_else(|e| panic!("{name} {shape:?} {}: {e}", dtype.name()));
+            let report = bench_kernel(&context, &request).unwrap_or_else(|e| panic!("{name} {shape:?} {}: {e}", dtype.name()));
             assert!(report.launches == 1 && report.sets == 1 && report.bytes > 0 && report.median_us > 0.0, "{report:?}");
         }
     }

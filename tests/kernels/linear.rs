@@ -3,7 +3,7 @@
 
 use redraft::backend::{DType, Epilogue};
 use redraft::cpu::oracle;
-use redraft::cuda::machine::{COUNTERS, Machine};
+use redraft::cuda::context::{COUNTERS, CudaContext};
 use redraft::cuda::ops::linear;
 use redraft::cuda::ops::linear::Linear;
 
@@ -43,16 +43,23 @@ impl Case {
     }
 
     /// Rows `[first, first + rows)` of the product, cut as `shape` says.
-    fn run(&self, machine: &Machine, data: &Data, first: usize, rows: usize, shape: Option<&linear::Shape>) -> Result<Vec<f32>, String> {
+    fn run(
+        &self,
+        context: &CudaContext,
+        data: &Data,
+        first: usize,
+        rows: usize,
+        shape: Option<&linear::Shape>,
+    ) -> Result<Vec<f32>, String> {
         let Case { n, k, dtype, epilogue, out_dtype, skewed, .. } = *self;
         let width = epilogue.out_width(n);
         let skew = usize::from(skewed);
         let extended = |values: &[f32], behind: usize| [values, &vec![f32::NAN; behind]].concat();
-        let x = Operand::new(machine, dtype, &extended(&data.x[first * k..(first + rows) * k], BEHIND * k), skew);
-        let weight = Operand::new(machine, dtype, &extended(&data.weight, BEHIND * k), skew);
-        let bias = data.bias.as_ref().map(|bias| Array::new(machine, bias));
+        let x = Operand::new(context, dtype, &extended(&data.x[first * k..(first + rows) * k], BEHIND * k), skew);
+        let weight = Operand::new(context, dtype, &extended(&data.weight, BEHIND * k), skew);
+        let bias = data.bias.as_ref().map(|bias| Array::new(context, bias));
         let before = extended(&data.before[first * width..(first + rows) * width], BEHIND * width);
-        let out = Operand::new(machine, out_dtype, &before, skew);
+        let out = Operand::new(context, out_dtype, &before, skew);
         let op = Linear {
             rows: rows as u32,
             n: n as u32,
@@ -66,8 +73,8 @@ impl Case {
             out_dtype,
         };
         words(match shape {
-            Some(shape) => linear::linear_as(machine, &op, shape),
-            None => linear::linear(machine, &op),
+            Some(shape) => linear::linear_as(context, &op, shape),
+            None => linear::linear(context, &op),
         })?;
         let mut result = out.read()?;
         let behind = result.split_off(rows * width);
@@ -98,7 +105,7 @@ impl Case {
     }
 
     /// What the bits must be, where the epilogue is plain.
-    fn specified(&self, machine: &Machine, data: &Data) -> Option<Vec<f32>> {
+    fn specified(&self, context: &CudaContext, data: &Data) -> Option<Vec<f32>> {
         let Case { n, k, dtype, epilogue, out_dtype, .. } = *self;
         if out_dtype != DType::F32 || !matches!(epilogue, Epilogue::Store | Epilogue::Add) {
             return None;
@@ -106,7 +113,7 @@ impl Case {
         let mut out = Vec::new();
         for (t, x) in data.x.chunks_exact(k).enumerate() {
             for (j, w) in data.weight.chunks_exact(k).enumerate() {
-                let value = gemm_dot(machine, dtype, x, w) + data.bias.as_ref().map_or(0.0, |bias| bias[j]);
+                let value = gemm_dot(context, dtype, x, w) + data.bias.as_ref().map_or(0.0, |bias| bias[j]);
                 out.push(if epilogue == Epilogue::Add { data.before[t * n + j] + value } else { value });
             }
         }
@@ -131,29 +138,29 @@ impl Case {
         Ok(())
     }
 
-    fn holds(&self, machine: &Machine) -> Result<(), String> {
+    fn holds(&self, context: &CudaContext) -> Result<(), String> {
         let data = self.data();
-        let found = self.run(machine, &data, 0, self.rows, None)?;
+        let found = self.run(context, &data, 0, self.rows, None)?;
         self.is_exact(&data, &found)?;
-        if let Some(specified) = self.specified(machine, &data) {
+        if let Some(specified) = self.specified(context, &data) {
             same_bits(&specified, &found, &format!("{self:?} against the specification"))?;
         }
         for shape in linear::every_shape(self.rows as u32, self.n as u32, self.k as u32) {
-            let again = self.run(machine, &data, 0, self.rows, Some(&shape))?;
+            let again = self.run(context, &data, 0, self.rows, Some(&shape))?;
             same_bits(&found, &again, &format!("{self:?} cut as {shape:?}"))?;
         }
         let width = self.epilogue.out_width(self.n);
         for first in [0, self.rows - 1] {
-            let alone = self.run(machine, &data, first, 1, None)?;
+            let alone = self.run(context, &data, first, 1, None)?;
             same_bits(&found[first * width..][..width], &alone, &format!("{self:?}: row {first} alone"))?;
         }
         // Aligned to nothing: the path that copies element by element.
         let other = Case { skewed: !self.skewed, ..*self };
-        same_bits(&found, &other.run(machine, &data, 0, self.rows, None)?, &format!("{other:?} against its twin"))
+        same_bits(&found, &other.run(context, &data, 0, self.rows, None)?, &format!("{other:?} against its twin"))
     }
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     use DType::{Bf16, F32};
     use Epilogue::{Add, Gelu, Store, SwiGlu};
     let cases = [
@@ -171,10 +178,10 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         (2, 3, 1100, Bf16, Gelu, F32),
     ];
     for (i, (rows, n, k, dtype, epilogue, out_dtype)) in cases.into_iter().enumerate() {
-        Case { rows, n, k, dtype, epilogue, with_bias: i % 3 != 0, out_dtype, skewed: false }.holds(machine)?;
+        Case { rows, n, k, dtype, epilogue, with_bias: i % 3 != 0, out_dtype, skewed: false }.holds(context)?;
     }
     let mut counters = vec![1u8; 4 * COUNTERS];
-    words(machine.driver.read(machine.counters(), &mut counters))?;
+    words(context.driver.read(context.counters(), &mut counters))?;
     if counters.iter().any(|byte| *byte != 0) {
         return Err("a counter is not zero between two products".to_owned());
     }
@@ -183,18 +190,18 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
 
 #[test]
 fn one_row_has_one_result() {
-    machines().iter().for_each(|machine| holds(machine).unwrap());
+    machines().iter().for_each(|context| holds(context).unwrap());
 }
 
 #[test]
 fn gelu_is_accurate_over_its_whole_range() {
-    let machine = &any_machine();
+    let context = &any_machine();
     let v: Vec<f32> = (-400..400).map(|i| i as f32 * 0.1).chain([0.0, -0.0, 1e-30, 1e4, -1e4, 1e30, -1e30]).collect();
     // x = v through a 1 x 1 identity, so the product is exact.
     let (rows, n, k, dtype) = (v.len(), 1, 1, DType::F32);
     let case = Case { rows, n, k, dtype, epilogue: Epilogue::Gelu, with_bias: false, out_dtype: dtype, skewed: false };
     let data = Data { weight: vec![1.0], bias: None, before: vec![f32::NAN; rows], x: v };
-    let found = case.run(machine, &data, 0, rows, None).unwrap();
+    let found = case.run(context, &data, 0, rows, None).unwrap();
     for (v, found) in data.x.iter().zip(found) {
         let exact = oracle::gelu_tanh(f64::from(*v));
         // Half a dozen roundings relative to the value, and the absolute size of a rounding near 0

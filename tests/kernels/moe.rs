@@ -3,7 +3,7 @@
 
 use redraft::backend::DType;
 use redraft::cpu::oracle;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::moe::{Combine, Grouped, combine, every_tile_rows, grouped};
 
 use crate::emulator::{Array, Operand, gemm_dot, machines, noise, same_bits, words};
@@ -24,7 +24,7 @@ impl Case {
         if self.swiglu { self.n / 2 } else { self.n }
     }
 
-    fn run(&self, machine: &Machine, x: &[f32], weight: &[f32], tile_rows: u32, skew: usize) -> Result<Vec<f32>, String> {
+    fn run(&self, context: &CudaContext, x: &[f32], weight: &[f32], tile_rows: u32, skew: usize) -> Result<Vec<f32>, String> {
         let Case { counts, n, k, dtype, swiglu, out_dtype } = *self;
         let (mut tiles, mut first) = (Vec::new(), 0);
         for (expert, count) in counts.iter().enumerate() {
@@ -33,13 +33,13 @@ impl Case {
             }
             first += count;
         }
-        let num_tiles = Array::new(machine, &[tiles.len() as u32]);
+        let num_tiles = Array::new(context, &[tiles.len() as u32]);
         // Room for more tiles, whose experts and places do not exist.
         tiles.resize(tiles.len() + 2, [u32::MAX; 4]);
-        let tiles_at = Array::new(machine, tiles.as_flattened());
-        let x = Operand::new(machine, dtype, x, skew);
-        let weight = Operand::new(machine, dtype, weight, skew);
-        let out = Operand::new(machine, out_dtype, &vec![f32::NAN; first * self.width()], skew);
+        let tiles_at = Array::new(context, tiles.as_flattened());
+        let x = Operand::new(context, dtype, x, skew);
+        let weight = Operand::new(context, dtype, weight, skew);
+        let out = Operand::new(context, out_dtype, &vec![f32::NAN; first * self.width()], skew);
         let op = Grouped {
             n: n as u32,
             k: k as u32,
@@ -54,11 +54,11 @@ impl Case {
             max_tiles: tiles.len() as u32,
             tile_rows,
         };
-        words(grouped(machine, &op))?;
+        words(grouped(context, &op))?;
         out.read()
     }
 
-    fn holds(&self, machine: &Machine) -> Result<(), String> {
+    fn holds(&self, context: &CudaContext) -> Result<(), String> {
         let Case { counts, n, k, dtype, swiglu, out_dtype } = *self;
         let stored = |values: Vec<f32>| values.into_iter().map(|v| oracle::stored(dtype, v)).collect::<Vec<f32>>();
         let rows: usize = counts.iter().sum();
@@ -66,9 +66,9 @@ impl Case {
         let expert_of: Vec<usize> = counts.iter().enumerate().flat_map(|(e, count)| std::iter::repeat_n(e, *count)).collect();
         let mut specified = Vec::new();
         for (x, expert) in x.chunks_exact(k).zip(&expert_of) {
-            specified.extend(weight[expert * n * k..][..n * k].chunks_exact(k).map(|w| gemm_dot(machine, dtype, x, w)));
+            specified.extend(weight[expert * n * k..][..n * k].chunks_exact(k).map(|w| gemm_dot(context, dtype, x, w)));
         }
-        let first = self.run(machine, &x, &weight, every_tile_rows()[0], 0)?;
+        let first = self.run(context, &x, &weight, every_tile_rows()[0], 0)?;
         if swiglu || out_dtype == DType::Bf16 {
             let exact = specified.chunks_exact(if swiglu { 2 } else { 1 }).map(|v| match v {
                 [gate, up] => gate / (1.0 + (-gate).exp()) * up,
@@ -86,7 +86,7 @@ impl Case {
         }
         for tile_rows in every_tile_rows() {
             for skew in [0, 1] {
-                let again = self.run(machine, &x, &weight, tile_rows, skew)?;
+                let again = self.run(context, &x, &weight, tile_rows, skew)?;
                 same_bits(&first, &again, &format!("{self:?} in tiles of {tile_rows}, skew {skew}"))?;
             }
         }
@@ -94,7 +94,7 @@ impl Case {
     }
 }
 
-fn sums(machine: &Machine) -> Result<(), String> {
+fn sums(context: &CudaContext) -> Result<(), String> {
     for (rows, width, top_k, skew) in [(1, 1, 1, 0), (3, 66, 2, 0), (5, 132, 4, 0), (5, 132, 4, 1), (2, 1030, 8, 0)] {
         let places = rows * top_k;
         let (y, weight, before) = (noise(1, places * width), noise(2, places), noise(3, rows * width));
@@ -102,8 +102,8 @@ fn sums(machine: &Machine) -> Result<(), String> {
         let place: Vec<u32> = (0..places).map(|i| ((i * 5 + 3) % places) as u32).collect();
         let distinct: std::collections::BTreeSet<u32> = place.iter().copied().collect();
         assert!(distinct.len() == places || places % 5 == 0);
-        let (y_at, place_at, weight_at) = (Array::new(machine, &y), Array::new(machine, &place), Array::new(machine, &weight));
-        let out = Array::skewed(machine, &before, skew);
+        let (y_at, place_at, weight_at) = (Array::new(context, &y), Array::new(context, &place), Array::new(context, &weight));
+        let out = Array::skewed(context, &before, skew);
         let op = Combine {
             rows: rows as u32,
             width: width as u32,
@@ -113,7 +113,7 @@ fn sums(machine: &Machine) -> Result<(), String> {
             weight: weight_at.address(),
             out: out.address(),
         };
-        words(combine(machine, &op))?;
+        words(combine(context, &op))?;
         let expected: Vec<f32> = (0..rows * width)
             .map(|i| {
                 let (row, col) = (i / width, i % width);
@@ -127,7 +127,7 @@ fn sums(machine: &Machine) -> Result<(), String> {
     Ok(())
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     use DType::{Bf16, F32};
     for (counts, n, k, dtype, swiglu, out_dtype) in [
         (&[1][..], 2, 1, F32, true, F32),
@@ -137,12 +137,12 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         (&[2, 33], 12, 600, Bf16, false, F32),
         (&[4, 1], 20, 72, F32, true, Bf16),
     ] {
-        Case { counts, n, k, dtype, swiglu, out_dtype }.holds(machine)?;
+        Case { counts, n, k, dtype, swiglu, out_dtype }.holds(context)?;
     }
-    sums(machine)
+    sums(context)
 }
 
 #[test]
 fn an_expert_has_one_result_for_a_row() {
-    machines().iter().for_each(|machine| holds(machine).unwrap());
+    machines().iter().for_each(|context| holds(context).unwrap());
 }

@@ -2,7 +2,7 @@
 //! only now and then.
 
 use redraft::cuda::Edit;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 
 use crate::emulator::{edited_machines, on_all_cores};
 use crate::{
@@ -10,7 +10,7 @@ use crate::{
     shortlist, unmask,
 };
 
-type Check = fn(&Machine) -> Result<(), String>;
+type Check = fn(&CudaContext) -> Result<(), String>;
 
 /// What is broken, the test that must notice, and the edit: (file, text that occurs once,
 /// replacement).
@@ -397,7 +397,7 @@ fn edit((file, from, to): (&'static str, &'static str, &'static str)) -> Option<
 
 /// Who noticed a bug, and in what words.
 fn caught(check: Check, change: (&'static str, &'static str, &'static str)) -> Option<(usize, String)> {
-    edited_machines(edit(change)).iter().enumerate().find_map(|(i, machine)| check(machine).err().map(|words| (i, words)))
+    edited_machines(edit(change)).iter().enumerate().find_map(|(i, context)| check(context).err().map(|words| (i, words)))
 }
 
 #[test]

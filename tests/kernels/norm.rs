@@ -4,7 +4,7 @@
 use half::bf16;
 use redraft::backend::{self, DType, NormKind as Kind};
 use redraft::cpu::oracle;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::norm::{Norm, add_norm};
 
 use crate::emulator::{Array, machines, noise, same_bits, words};
@@ -59,9 +59,9 @@ struct How {
 }
 
 impl Case {
-    fn launch(&self, machine: &Machine, x: u64, residual: Option<u64>, out: u64, out_dtype: DType) -> Result<(), String> {
-        let weight = Array::new(machine, &self.weight);
-        let bias = self.bias.as_ref().map(|b| Array::new(machine, b));
+    fn launch(&self, context: &CudaContext, x: u64, residual: Option<u64>, out: u64, out_dtype: DType) -> Result<(), String> {
+        let weight = Array::new(context, &self.weight);
+        let bias = self.bias.as_ref().map(|b| Array::new(context, b));
         let op = Norm {
             rows: ROWS as u32,
             width: self.width as u32,
@@ -72,18 +72,18 @@ impl Case {
             out,
             out_dtype,
         };
-        words(add_norm(machine, &op, self.kind, residual))
+        words(add_norm(context, &op, self.kind, residual))
     }
 
     /// f32 output.
-    fn run(&self, machine: &Machine, how: How) -> Result<Vec<f32>, String> {
+    fn run(&self, context: &CudaContext, how: How) -> Result<Vec<f32>, String> {
         let half: Vec<f32> = self.x.iter().map(|v| 0.5 * v).collect();
         let source = if how.residual { &half } else { &self.x };
-        let x = Array::skewed(machine, source, how.skew);
-        let residual = how.residual.then(|| Array::new(machine, &half));
-        let out = Array::nan(machine, self.x.len());
+        let x = Array::skewed(context, source, how.skew);
+        let residual = how.residual.then(|| Array::new(context, &half));
+        let out = Array::nan(context, self.x.len());
         let target = if how.in_place { x.address() } else { out.address() };
-        self.launch(machine, x.address(), residual.as_ref().map(Array::address), target, DType::F32)?;
+        self.launch(context, x.address(), residual.as_ref().map(Array::address), target, DType::F32)?;
         let after = x.read()?;
         if how.in_place {
             return Ok(after);
@@ -93,12 +93,12 @@ impl Case {
     }
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     for width in [1, 6, 7, 32, 255, 256, 257, 768, 1000, 4100, 4103] {
         for (kind, with_bias) in [(Kind::Layer, false), (Kind::Layer, true), (Kind::Rms, false)] {
             let bias = with_bias.then(|| noise(4, width));
             let case = Case { kind, width, x: rows(width), weight: noise(3, width), bias };
-            let found = case.run(machine, How::default())?;
+            let found = case.run(context, How::default())?;
             for (row, (x, found)) in case.x.chunks(width).zip(found.chunks(width)).enumerate() {
                 let exact = exact(kind, x, &case.weight, case.bias.as_deref());
                 let error = |values: &[f32]| values.iter().zip(&exact).map(|(v, e)| (f64::from(*v) - e).abs()).fold(0.0, f64::max);
@@ -126,11 +126,11 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
                 How { skew: 1, ..How::default() },
                 How { in_place: false, residual: true, skew: 1 },
             ] {
-                same_bits(&found, &case.run(machine, how)?, &format!("{kind:?}, width {width}, {how:?}"))?;
+                same_bits(&found, &case.run(context, how)?, &format!("{kind:?}, width {width}, {how:?}"))?;
             }
             let rounded: Vec<bf16> = found.iter().map(|v| bf16::from_f32(*v)).collect();
-            let (x, out) = (Array::new(machine, &case.x), Array::new(machine, &vec![bf16::NAN; case.x.len()]));
-            case.launch(machine, x.address(), None, out.address(), DType::Bf16)?;
+            let (x, out) = (Array::new(context, &case.x), Array::new(context, &vec![bf16::NAN; case.x.len()]));
+            case.launch(context, x.address(), None, out.address(), DType::Bf16)?;
             if out.read()? != rounded {
                 return Err(format!("{kind:?}, width {width}: bf16 output is not the rounded f32 output"));
             }
@@ -142,10 +142,10 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
 #[test]
 fn rows_are_normalised_as_exactly_as_f32_allows() {
     let mut first = None;
-    for machine in machines() {
-        holds(&machine).unwrap();
+    for context in machines() {
+        holds(&context).unwrap();
         let case = Case { kind: Kind::Layer, width: 300, x: rows(300), weight: noise(3, 300), bias: None };
-        let found = case.run(&machine, How::default()).unwrap();
+        let found = case.run(&context, How::default()).unwrap();
         same_bits(first.get_or_insert_with(|| found.clone()), &found, "two machines").unwrap();
     }
 }

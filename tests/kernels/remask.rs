@@ -2,7 +2,7 @@
 //! it.
 
 use redraft::canvas::{Canvas, State};
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::remask::{RemaskParams, remask, state};
 use redraft::sampling;
 
@@ -86,7 +86,7 @@ fn law(sequences: &[Sequence]) -> (Vec<Canvas>, Vec<Vec<u32>>) {
     sequences.iter().map(one).unzip()
 }
 
-fn check(machine: &Machine, sequences: &[Sequence]) -> Result<(), String> {
+fn check(context: &CudaContext, sequences: &[Sequence]) -> Result<(), String> {
     let indptr = sequences.iter().scan(0u32, |end, s| {
         *end += s.canvas.len() as u32;
         Some(*end)
@@ -95,11 +95,11 @@ fn check(machine: &Machine, sequences: &[Sequence]) -> Result<(), String> {
     let before = flat(sequences.iter().map(|s| &s.canvas));
     let untouched = vec![u32::MAX; before.token.len()];
 
-    let offsets = Array::new(machine, &indptr);
-    let count = Array::new(machine, &sequences.iter().map(|s| s.count).collect::<Vec<_>>());
-    let (token, confidence) = (Array::new(machine, &before.token), Array::new(machine, &before.confidence));
-    let (state, stage, step) = (Array::new(machine, &before.state), Array::new(machine, &before.stage), Array::new(machine, &before.step));
-    let (positions, taken) = (Array::new(machine, &untouched), Array::new(machine, &vec![u32::MAX; sequences.len()]));
+    let offsets = Array::new(context, &indptr);
+    let count = Array::new(context, &sequences.iter().map(|s| s.count).collect::<Vec<_>>());
+    let (token, confidence) = (Array::new(context, &before.token), Array::new(context, &before.confidence));
+    let (state, stage, step) = (Array::new(context, &before.state), Array::new(context, &before.stage), Array::new(context, &before.step));
+    let (positions, taken) = (Array::new(context, &untouched), Array::new(context, &vec![u32::MAX; sequences.len()]));
     let params = RemaskParams {
         indptr: offsets.address(),
         count: count.address(),
@@ -113,7 +113,7 @@ fn check(machine: &Machine, sequences: &[Sequence]) -> Result<(), String> {
         mask_id: MASK,
         next_stage: u32::from(NEXT_STAGE),
     };
-    words(remask(machine, sequences.len() as u32, &params))?;
+    words(remask(context, sequences.len() as u32, &params))?;
 
     let (canvases, expected) = law(sequences);
     let after =
@@ -132,7 +132,7 @@ fn check(machine: &Machine, sequences: &[Sequence]) -> Result<(), String> {
     Ok(())
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     // Lengths around the CTA size, an empty sequence, nothing wanted, everything, and more than
     // there is; distinct values and ties.
     let ragged = [
@@ -147,14 +147,14 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         sequence(90, 1025, 1 << 12, 512),
         odd_values(3),
     ];
-    check(machine, &ragged)?;
+    check(context, &ragged)?;
     for count in 0..=12 {
-        check(machine, &[odd_values(count), sequence(u64::from(count), 40, 2, count)])?;
+        check(context, &[odd_values(count), sequence(u64::from(count), 40, 2, count)])?;
     }
     Ok(())
 }
 
 #[test]
 fn the_lowest_confidences_are_masked_again() {
-    machines().iter().for_each(|machine| holds(machine).unwrap());
+    machines().iter().for_each(|context| holds(context).unwrap());
 }

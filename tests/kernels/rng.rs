@@ -2,8 +2,8 @@
 //! `rng.rs` and `half`.
 
 use half::bf16;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::driver::Launch;
-use redraft::cuda::machine::Machine;
 use redraft::cuda::{Edit, Emulator, EmulatorOptions};
 use redraft::rng::{DrawKey, uniforms};
 
@@ -41,13 +41,13 @@ fn counters() -> Vec<[u32; 6]> {
 pub fn holds(edit: Option<Edit>) -> Result<(), String> {
     let emulator = Emulator::new(EmulatorOptions { edit, ..EmulatorOptions::default() }).map_err(|e| e.to_string())?;
     let function = emulator.function_in("rng.cu", include_str!("rng.cu"), &[("THREADS", 32)], "rng_probe").map_err(|e| e.to_string())?;
-    let machine = &Machine::new(Box::new(emulator)).map_err(|e| e.to_string())?;
+    let context = &CudaContext::new(Box::new(emulator)).map_err(|e| e.to_string())?;
     let counters = counters();
     let n = counters.len();
     {
-        let input = Array::new(machine, &counters.concat());
-        let (output, draws) = (Array::<u32>::fresh(machine, 4 * n), Array::<f64>::fresh(machine, 2 * n));
-        let rounded = Array::<u16>::fresh(machine, n);
+        let input = Array::new(context, &counters.concat());
+        let (output, draws) = (Array::<u32>::fresh(context, 4 * n), Array::<f64>::fresh(context, 2 * n));
+        let rounded = Array::<u16>::fresh(context, n);
         let params = RngParams {
             counters: input.address(),
             words: output.address(),
@@ -56,7 +56,7 @@ pub fn holds(edit: Option<Edit>) -> Result<(), String> {
             n: n as u32,
             padding: 0,
         };
-        words(machine.driver.launch(function, Launch::line((n as u32).div_ceil(32), 32), bytemuck::bytes_of(&params)))?;
+        words(context.driver.launch(function, Launch::line((n as u32).div_ceil(32), 32), bytemuck::bytes_of(&params)))?;
         let (words, draws, rounded) = (output.read()?, draws.read()?, rounded.read()?);
         for (i, (_, answer)) in KNOWN.iter().enumerate() {
             if words[4 * i..4 * i + 4] != *answer {

@@ -4,7 +4,7 @@
 use redraft::backend::rope::extend_rotations;
 use redraft::backend::{DType, HeadShape, Rope, Rotation};
 use redraft::cpu::oracle;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::rope_append::{HeadNorm, NO_SLOT, RopeAppend, rope_append};
 use redraft::plan::Plan;
 
@@ -63,16 +63,16 @@ impl Case {
         Case { rotary_dim, ..self }
     }
 
-    fn holds(&self, machine: &Machine, dtype: DType) -> Result<(), String> {
+    fn holds(&self, context: &CudaContext, dtype: DType) -> Result<(), String> {
         match dtype {
-            DType::F32 => self.holds_in(machine, dtype, |bits: u32| f32::from_bits(bits), UNTOUCHED),
-            DType::Bf16 => self.holds_in(machine, dtype, |bits: u16| f32::from_bits(u32::from(bits) << 16), 0x7fc1),
+            DType::F32 => self.holds_in(context, dtype, |bits: u32| f32::from_bits(bits), UNTOUCHED),
+            DType::Bf16 => self.holds_in(context, dtype, |bits: u16| f32::from_bits(u32::from(bits) << 16), 0x7fc1),
         }
     }
 
     fn holds_in<T: bytemuck::Pod + PartialEq>(
         &self,
-        machine: &Machine,
+        context: &CudaContext,
         dtype: DType,
         value: impl Fn(T) -> f32,
         untouched: T,
@@ -88,10 +88,10 @@ impl Case {
         table.push(f32::NAN); // never empty, as no device array is
 
         let len = self.num_pages * self.page_size * num_kv_heads * head_dim;
-        let (keys, values) = (Array::new(machine, &vec![untouched; len]), Array::new(machine, &vec![untouched; len]));
-        let (q_norm, k_norm) = (Array::new(machine, &weights[0]), Array::new(machine, &weights[1]));
-        let (qkv, rotations) = (Array::new(machine, &before), Array::new(machine, &table));
-        let (positions, slots) = (Array::new(machine, &self.positions), Array::new(machine, &self.slots));
+        let (keys, values) = (Array::new(context, &vec![untouched; len]), Array::new(context, &vec![untouched; len]));
+        let (q_norm, k_norm) = (Array::new(context, &weights[0]), Array::new(context, &weights[1]));
+        let (qkv, rotations) = (Array::new(context, &before), Array::new(context, &table));
+        let (positions, slots) = (Array::new(context, &self.positions), Array::new(context, &self.slots));
         let op = RopeAppend {
             rows: rows as u32,
             heads: self.heads,
@@ -106,7 +106,7 @@ impl Case {
             keys: keys.address(),
             values: values.address(),
         };
-        rope_append(machine, &op).map_err(|e| e.to_string())?;
+        rope_append(context, &op).map_err(|e| e.to_string())?;
         let (after, keys, values) = (qkv.read()?, keys.read()?, values.read()?);
 
         let (mut worst, mut worst_plain) = (0.0f64, 0.0f64);
@@ -187,14 +187,14 @@ fn shape(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> HeadShape {
     HeadShape { num_heads, num_kv_heads, head_dim }
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     let positions = [0, 1, 77, 5, 4095, 31_999, 2, 0, 12, 640, 641, 7, 1000];
     for dtype in [DType::F32, DType::Bf16] {
         for normed in [false, true] {
-            Case::new(shape(2, 2, 64), 16, normed, &positions).holds(machine, dtype)?;
-            Case::new(shape(6, 2, 96), 16, normed, &positions[..5]).holds(machine, dtype)?;
-            Case::new(shape(3, 1, 32), 4, normed, &positions).holds(machine, dtype)?;
-            Case::new(shape(2, 1, 64), 16, normed, &positions).partly(32).holds(machine, dtype)?;
+            Case::new(shape(2, 2, 64), 16, normed, &positions).holds(context, dtype)?;
+            Case::new(shape(6, 2, 96), 16, normed, &positions[..5]).holds(context, dtype)?;
+            Case::new(shape(3, 1, 32), 4, normed, &positions).holds(context, dtype)?;
+            Case::new(shape(2, 1, 64), 16, normed, &positions).partly(32).holds(context, dtype)?;
         }
     }
     Ok(())
@@ -202,30 +202,30 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
 
 #[test]
 fn keys_and_queries_rotate_and_pages_fill() {
-    for machine in machines() {
-        holds(&machine).unwrap();
+    for context in machines() {
+        holds(&context).unwrap();
     }
 }
 
 #[test]
 fn any_head_dim() {
-    let machine = &any_machine();
+    let context = &any_machine();
     for (i, head_dim) in [1, 2, 7, 8, 16, 33, 80, 128, 250, 256].into_iter().enumerate() {
         for dtype in [DType::F32, DType::Bf16] {
             let case = Case::new(shape(3, 1, head_dim), 1 << (i % 8), i % 2 == 1, &[3, 200, 1, 0, 17]);
-            case.holds(machine, dtype).unwrap();
+            case.holds(context, dtype).unwrap();
         }
     }
 }
 
 #[test]
 fn any_part_of_a_head() {
-    let machine = &any_machine();
+    let context = &any_machine();
     for (i, (head_dim, rotary_dim)) in
         [(16, 0), (16, 4), (16, 8), (33, 6), (33, 0), (128, 64), (128, 126), (256, 8)].into_iter().enumerate()
     {
         for dtype in [DType::F32, DType::Bf16] {
-            Case::new(shape(3, 1, head_dim), 16, i % 2 == 1, &[3, 200, 1, 0, 17]).partly(rotary_dim).holds(machine, dtype).unwrap();
+            Case::new(shape(3, 1, head_dim), 16, i % 2 == 1, &[3, 200, 1, 0, 17]).partly(rotary_dim).holds(context, dtype).unwrap();
         }
     }
 }

@@ -3,7 +3,7 @@
 
 use redraft::backend::{ExpertShape, Router, RouterScore};
 use redraft::cpu::oracle;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::route;
 use redraft::cuda::ops::route::Route;
 
@@ -21,7 +21,7 @@ struct Case {
 }
 
 impl Case {
-    fn holds(&self, machine: &Machine) -> Result<(), String> {
+    fn holds(&self, context: &CudaContext) -> Result<(), String> {
         let Case { num_experts, top_k, rows, score, with_bias, tile_rows, coarse } = *self;
         let what = format!("{num_experts} experts, {top_k} of {rows} rows, {score:?}, bias {with_bias}");
         let shape = ExpertShape { num_experts, top_k, hidden_dim: 1, expert_dim: 1 };
@@ -31,14 +31,14 @@ impl Case {
         let bias: Option<Vec<f32>> = with_bias.then(|| noise(2, num_experts).iter().map(|v| step(*v) / 4.0).collect());
         let places = rows * top_k;
         let room = route::max_tiles(shape, rows as u32, tile_rows) as usize;
-        let logits_at = Array::new(machine, &logits);
-        let bias_at = bias.as_ref().map(|bias| Array::new(machine, bias));
-        let words_of = |len: usize| Array::new(machine, &vec![u32::MAX; len]);
+        let logits_at = Array::new(context, &logits);
+        let bias_at = bias.as_ref().map(|bias| Array::new(context, bias));
+        let words_of = |len: usize| Array::new(context, &vec![u32::MAX; len]);
         let [expert, token, place] = [(); 3].map(|()| words_of(places));
         let (count, tiles, num_tiles) = (words_of(num_experts), words_of(4 * room), words_of(1));
-        let weight = Array::nan(machine, places);
+        let weight = Array::nan(context, places);
         words(route::route(
-            machine,
+            context,
             &Route {
                 shape,
                 score,
@@ -97,7 +97,7 @@ fn equal(found: &[u32], expected: &[u32], what: &str) -> Result<(), String> {
     }
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     let softmax = |renormalise| RouterScore::Softmax { renormalise };
     let sigmoid = |num_groups, top_groups, scale| RouterScore::Sigmoid { num_groups, top_groups, scale };
     for (num_experts, top_k, rows, score, with_bias, tile_rows, coarse) in [
@@ -111,12 +111,12 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         (72, 6, 7, sigmoid(4, 2, 1.0), true, 8, true),
         (256, 8, 5, sigmoid(8, 4, 2.5), false, 64, true),
     ] {
-        Case { num_experts, top_k, rows, score, with_bias, tile_rows, coarse }.holds(machine)?;
+        Case { num_experts, top_k, rows, score, with_bias, tile_rows, coarse }.holds(context)?;
     }
     Ok(())
 }
 
 #[test]
 fn every_choice_has_its_place() {
-    machines().iter().for_each(|machine| holds(machine).unwrap());
+    machines().iter().for_each(|context| holds(context).unwrap());
 }

@@ -1,8 +1,8 @@
 //! The emulated machine itself: every kind of mistake ends its launch with a sentence that names
 //! the place, and right code runs.
 
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::driver::{Function, Launch};
-use redraft::cuda::machine::Machine;
 use redraft::cuda::{Copies, Edit, Emulator, EmulatorOptions, Schedule};
 
 use crate::emulator::{Array, SCHEDULES, noise};
@@ -37,20 +37,20 @@ fn all(races: bool) -> Vec<EmulatorOptions> {
     SCHEDULES.into_iter().flat_map(both).collect()
 }
 
-fn function(options: EmulatorOptions, entry: &str) -> (Machine, Function) {
+fn function(options: EmulatorOptions, entry: &str) -> (CudaContext, Function) {
     let emulator = Emulator::new(options).unwrap();
     let function = emulator.function_in("faults.cu", SOURCE, &[("THREADS", THREADS)], entry).unwrap();
-    (Machine::new(Box::new(emulator)).unwrap(), function)
+    (CudaContext::new(Box::new(emulator)).unwrap(), function)
 }
 
 /// What an entry writes over `input`, or the words of the launch or the read.
 fn outcome(options: EmulatorOptions, entry: &str, grid: [u32; 3], input: &[f32]) -> Result<Vec<f32>, String> {
-    let (machine, function) = function(options, entry);
-    let (input, out) = (Array::new(&machine, input), Array::nan(&machine, LEN));
-    let counter = Array::new(&machine, &[0u32]);
+    let (context, function) = function(options, entry);
+    let (input, out) = (Array::new(&context, input), Array::nan(&context, LEN));
+    let counter = Array::new(&context, &[0u32]);
     let params = FaultParams { input: input.address(), out: out.address(), counter: counter.address(), n: LEN as u32, padding: 0 };
     let launch = Launch { grid, block: THREADS, shared_bytes: 4 * THREADS * if entry.starts_with("copy") { 4 } else { 1 } };
-    machine.driver.launch(function, launch, bytemuck::bytes_of(&params)).map_err(|e| e.to_string())?;
+    context.driver.launch(function, launch, bytemuck::bytes_of(&params)).map_err(|e| e.to_string())?;
     out.read()
 }
 
@@ -148,9 +148,9 @@ fn ctas_of_all_dimensions_run_and_meet() {
 
 #[test]
 fn a_recording_takes_launches_only() {
-    let (machine, function) = function(EmulatorOptions::default(), "barrier_orders");
-    let driver = &machine.driver;
-    let (input, out) = (Array::new(&machine, &noise(7, LEN)), Array::nan(&machine, LEN));
+    let (context, function) = function(EmulatorOptions::default(), "barrier_orders");
+    let driver = &context.driver;
+    let (input, out) = (Array::new(&context, &noise(7, LEN)), Array::nan(&context, LEN));
     let params = FaultParams { input: input.address(), out: out.address(), counter: 0, n: LEN as u32, padding: 0 };
     driver.begin_capture().unwrap();
     driver.launch(function, Launch::line(1, THREADS), bytemuck::bytes_of(&params)).unwrap();
@@ -179,35 +179,35 @@ fn a_recording_takes_launches_only() {
 /// A recording in which memory moves would be replayed over addresses that are gone.
 #[test]
 fn memory_must_not_move_while_launches_are_recorded() {
-    let (machine, function) = function(EmulatorOptions::default(), "barrier_orders");
-    let (input, out) = (Array::new(&machine, &noise(7, LEN)), Array::nan(&machine, LEN));
+    let (context, function) = function(EmulatorOptions::default(), "barrier_orders");
+    let (input, out) = (Array::new(&context, &noise(7, LEN)), Array::nan(&context, LEN));
     let params = FaultParams { input: input.address(), out: out.address(), counter: 0, n: LEN as u32, padding: 0 };
-    let launch = || machine.driver.launch(function, Launch::line(1, THREADS), bytemuck::bytes_of(&params));
-    let graph = machine.record(launch).unwrap();
-    machine.driver.launch_graph(graph).unwrap();
+    let launch = || context.driver.launch(function, Launch::line(1, THREADS), bytemuck::bytes_of(&params));
+    let graph = context.record(launch).unwrap();
+    context.driver.launch_graph(graph).unwrap();
     assert!(out.read().unwrap()[..64].iter().all(|x| !x.is_nan()));
     // An error of the body leaves nothing open.
-    let refused = machine.record(|| machine.driver.synchronize()).unwrap_err().to_string();
-    assert!(refused.contains("between begin_capture and end_capture") && !machine.driver.is_capturing(), "{refused}");
-    let moving = std::panic::AssertUnwindSafe(|| machine.record(|| machine.workspace(1 << 20).map(drop)));
+    let refused = context.record(|| context.driver.synchronize()).unwrap_err().to_string();
+    assert!(refused.contains("between begin_capture and end_capture") && !context.driver.is_capturing(), "{refused}");
+    let moving = std::panic::AssertUnwindSafe(|| context.record(|| context.workspace(1 << 20).map(drop)));
     let panic = std::panic::catch_unwind(moving).unwrap_err();
     assert!(panic.downcast_ref::<String>().is_some_and(|words| words.contains("memory moved while a step was recorded")));
 }
 
 #[test]
 fn launches_that_no_machine_takes_are_refused() {
-    let (machine, function) = function(EmulatorOptions::default(), "barrier_orders");
+    let (context, function) = function(EmulatorOptions::default(), "barrier_orders");
     for launch in [Launch::line(1, 2048), Launch::line(1, 33), Launch { grid: [1; 3], block: 64, shared_bytes: 200_000 }] {
-        assert!(machine.driver.launch(function, launch, &[0; 32]).unwrap_err().to_string().contains("no machine launches"));
+        assert!(context.driver.launch(function, launch, &[0; 32]).unwrap_err().to_string().contains("no machine launches"));
     }
 }
 
 /// A range that no buffer holds is an error of the copy, not of the process.
 #[test]
 fn host_copies_stay_inside_buffers() {
-    let machine = Machine::new(Box::new(Emulator::new(EmulatorOptions::default()).unwrap())).unwrap();
-    let array = Array::new(&machine, &[1.0f32; 8]);
-    let driver = &machine.driver;
+    let context = CudaContext::new(Box::new(Emulator::new(EmulatorOptions::default()).unwrap())).unwrap();
+    let array = Array::new(&context, &[1.0f32; 8]);
+    let driver = &context.driver;
     for outcome in [
         driver.write(array.address() + 4, &[0; 32]),
         driver.read(array.address(), &mut [0; 36]),

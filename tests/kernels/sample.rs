@@ -8,7 +8,7 @@
 use half::bf16;
 use redraft::backend::DType;
 use redraft::cuda::Edit;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord, flag, needs_nucleus, sample_in, status};
 use redraft::sampling::{Draw, SampledToken, TopK, TopKOrder, TopPRule, sample_row};
 
@@ -53,9 +53,9 @@ impl Case {
     }
 
     /// The logits of a row as the kernels sum them, then the bias.
-    fn logits(&self, machine: &Machine, row: usize) -> Vec<f32> {
+    fn logits(&self, context: &CudaContext, row: usize) -> Vec<f32> {
         let x = &self.hidden[row * self.k..(row + 1) * self.k];
-        let sums = self.head.chunks(self.k).map(|w| gemm_dot(machine, self.dtype, x, w));
+        let sums = self.head.chunks(self.k).map(|w| gemm_dot(context, self.dtype, x, w));
         match &self.bias {
             Some(bias) => sums.zip(bias).map(|(sum, bias)| sum + bias).collect(),
             None => sums.collect(),
@@ -65,7 +65,7 @@ impl Case {
     /// Runs rows `rows` of the case; a draw of `None` is a row of padding.
     fn run(
         &self,
-        machine: &Machine,
+        context: &CudaContext,
         rows: std::ops::Range<usize>,
         draws: &[Option<Draw>],
         chunk_bytes: usize,
@@ -79,17 +79,17 @@ impl Case {
         } else {
             ((&[][..], &[][..]), (&self.head[..], hidden))
         };
-        let (head32, hidden32) = (Array::new(machine, full.0), Array::new(machine, full.1));
-        let (head16, hidden16) = (Array::new(machine, &rounded(half.0)), Array::new(machine, &rounded(half.1)));
+        let (head32, hidden32) = (Array::new(context, full.0), Array::new(context, full.1));
+        let (head16, hidden16) = (Array::new(context, &rounded(half.0)), Array::new(context, &rounded(half.1)));
         let (head, hidden) =
             if self.dtype == DType::F32 { (head32.address(), hidden32.address()) } else { (head16.address(), hidden16.address()) };
-        let bias = self.bias.as_ref().map(|bias| Array::new(machine, bias));
+        let bias = self.bias.as_ref().map(|bias| Array::new(context, bias));
         let mut mask = vec![0u32; self.vocab.div_ceil(32)];
         self.banned.iter().filter(|id| (**id as usize) < self.vocab).for_each(|id| mask[*id as usize / 32] |= 1 << (id % 32));
-        let banned = (!self.banned.is_empty()).then(|| Array::new(machine, &mask));
-        let draw_records = Array::new(machine, &asked);
+        let banned = (!self.banned.is_empty()).then(|| Array::new(context, &mask));
+        let draw_records = Array::new(context, &asked);
         let untouched = SampledRecord { token: 77, chosen: 77, ..SampledRecord::default() };
-        let sampled = Array::new(machine, &vec![untouched; draws.len()]);
+        let sampled = Array::new(context, &vec![untouched; draws.len()]);
         let op = SampleOp {
             rows: draws.len() as u32,
             k: self.k as u32,
@@ -104,7 +104,7 @@ impl Case {
             any_fused: draws.iter().flatten().any(|draw| !needs_nucleus(draw)),
             any_nucleus: draws.iter().flatten().any(needs_nucleus),
         };
-        words(sample_in(machine, &op, chunk_bytes))?;
+        words(sample_in(context, &op, chunk_bytes))?;
         let sampled = sampled.read()?;
         for (i, (draw, found)) in draws.iter().zip(&sampled).enumerate() {
             if draw.is_none() && *found != untouched {
@@ -120,15 +120,15 @@ impl Case {
     /// Every row of the case against the law. Counts (draws clear of a boundary, draws). Entropies
     /// and log probabilities err, all rows together, at most twice as much as a plain loop in f32,
     /// plus the rounding of the answers.
-    fn obeys(&self, machine: &Machine, draws: &[Draw], what: &str) -> Result<(usize, usize), String> {
+    fn obeys(&self, context: &CudaContext, draws: &[Draw], what: &str) -> Result<(usize, usize), String> {
         let asked: Vec<_> = draws.iter().copied().map(Some).collect();
-        let found = self.run(machine, 0..self.rows(), &asked, 64 << 20)?;
+        let found = self.run(context, 0..self.rows(), &asked, 64 << 20)?;
         let mut clear = 0;
         let (mut errors, mut allowed) = ([0.0f64; 2], [0.0f64; 2]);
         for (row, (draw, found)) in draws.iter().zip(&found).enumerate() {
             let what = format!("{what}, V {}, row {row}, {draw:?}", self.vocab);
             let got = found.sampled(row).map_err(|e| format!("{what}: {e}"))?;
-            let logits = self.logits(machine, row);
+            let logits = self.logits(context, row);
             let mut held = *draw;
             if is_clear(&logits, &self.banned, draw) {
                 clear += 1;
@@ -235,7 +235,7 @@ pub fn kinds(seed: u64, vocab: usize) -> Vec<Draw> {
 
 /// Both routes in one batch over the sizes around a piece (32), a tile (128) and a group of tiles
 /// (4096).
-pub fn the_law(machine: &Machine) -> Result<(), String> {
+pub fn the_law(context: &CudaContext) -> Result<(), String> {
     let (mut clear, mut total) = (0, 0);
     for (seed, vocab) in [1, 33, 200, 1000, 5000].into_iter().enumerate() {
         let draws = kinds(seed as u64, vocab);
@@ -246,22 +246,22 @@ pub fn the_law(machine: &Machine) -> Result<(), String> {
             case.bias = Some(noise(5, vocab));
             case.banned = vec![3, 32, 198];
         }
-        let (c, t) = case.obeys(machine, &draws, "kinds of draws")?;
+        let (c, t) = case.obeys(context, &draws, "kinds of draws")?;
         (clear, total) = (clear + c, total + t);
     }
     if clear * 10 < total * 8 { Err(format!("{clear} of {total} draws are clear of boundaries")) } else { Ok(()) }
 }
 
 /// Uniforms over the whole range, its ends included, ascend through the ids of both routes.
-pub fn walks(machine: &Machine) -> Result<(), String> {
+pub fn walks(context: &CudaContext) -> Result<(), String> {
     let vocab = 4500;
     let case = Case { hidden: vec![1.0; 26], ..Case::of_rows(&[noise(11, vocab)]) };
     for base in [PLAIN, Draw { temperature: 0.7, ..PLAIN }, NUCLEUS] {
         let at = |i: usize| [0.0, (i as f64 - 0.5) / 24.0, 1.0 - f64::EPSILON / 2.0][usize::from(i > 0) + usize::from(i == 25)];
         let draws: Vec<Draw> = (0..26).map(|i| Draw { u: at(i), ..base }).collect();
-        case.obeys(machine, &draws, "a walk")?;
+        case.obeys(context, &draws, "a walk")?;
         let asked: Vec<_> = draws.into_iter().map(Some).collect();
-        let tokens: Vec<u32> = case.run(machine, 0..26, &asked, 64 << 20)?.iter().map(|d| d.token).collect();
+        let tokens: Vec<u32> = case.run(context, 0..26, &asked, 64 << 20)?.iter().map(|d| d.token).collect();
         let last = tokens[25] as usize;
         if !tokens.is_sorted() || (base.top_p == 1.0 && (tokens[0] != 0 || last != vocab - 1)) {
             return Err(format!("{base:?}: tokens {tokens:?}"));
@@ -272,7 +272,7 @@ pub fn walks(machine: &Machine) -> Result<(), String> {
 
 /// Equal logits across pieces, tiles and warps, clusters, neighbouring floats: where a nucleus ends
 /// among them.
-pub fn edges_of_nuclei(machine: &Machine) -> Result<(), String> {
+pub fn edges_of_nuclei(context: &CudaContext) -> Result<(), String> {
     let vocab = 700;
     let mut peaks = vec![0.0; vocab];
     [127, 128, 300, 699].iter().for_each(|id| peaks[*id] = 5.0);
@@ -280,8 +280,8 @@ pub fn edges_of_nuclei(machine: &Machine) -> Result<(), String> {
     // Four equal tokens of 0.115 each: p = 0.25 keeps two within, three crossing.
     let draws = [GREEDY, nucleus(0.99, TopPRule::Within), nucleus(0.99, TopPRule::Crossing), nucleus(0.0, TopPRule::Crossing)];
     let case = Case { hidden: vec![1.0; 4], ..Case::of_rows(&[peaks]) };
-    case.obeys(machine, &draws, "ties")?;
-    let found = case.run(machine, 0..4, &draws.map(Some), 64 << 20)?;
+    case.obeys(context, &draws, "ties")?;
+    let found = case.run(context, 0..4, &draws.map(Some), 64 << 20)?;
     if found.iter().map(|d| d.token).collect::<Vec<_>>() != [127, 128, 300, 127] || found[0].margin != 0.0 {
         return Err(format!("ties: {found:?}"));
     }
@@ -290,13 +290,13 @@ pub fn edges_of_nuclei(machine: &Machine) -> Result<(), String> {
     let quarters = Case { hidden: vec![1.0; 4], ..Case::of_rows(&[vec![0.0, -0.0, -0.0, 0.0]]) };
     let half = |u, top_p_rule| Draw { u, top_p: 0.5, top_p_rule, truncated_confidence: true, ..PLAIN };
     let draws = [half(0.4, TopPRule::Within), half(0.9, TopPRule::Within), half(0.4, TopPRule::Crossing), half(0.9, TopPRule::Crossing)];
-    let found = quarters.run(machine, 0..4, &draws.map(Some), 64 << 20)?;
+    let found = quarters.run(context, 0..4, &draws.map(Some), 64 << 20)?;
     if found.iter().map(|d| (d.token, d.confidence)).collect::<Vec<_>>() != [(0, 0.5), (1, 0.5), (0, 0.5), (1, 0.5)] {
         return Err(format!("quarters: {found:?}"));
     }
     // A target that equals a cumulative mass belongs to the next id.
     let draws = [0.0, 0.25, 0.5, 0.75].map(|u| Some(Draw { u, ..PLAIN }));
-    let found = quarters.run(machine, 0..4, &draws, 64 << 20)?;
+    let found = quarters.run(context, 0..4, &draws, 64 << 20)?;
     if found.iter().map(|d| d.token).collect::<Vec<_>>() != [0, 1, 2, 3] {
         return Err(format!("quarters without a nucleus: {found:?}"));
     }
@@ -317,14 +317,14 @@ pub fn edges_of_nuclei(machine: &Machine) -> Result<(), String> {
     let mut clear = 0;
     for row in rows {
         let case = Case { hidden: vec![1.0; all.len()], ..Case::of_rows(&[row]) };
-        clear += case.obeys(machine, &all, "edges")?.0;
+        clear += case.obeys(context, &all, "edges")?.0;
     }
     if clear < 30 { Err(format!("{clear} of 56 nuclei are clear of boundaries")) } else { Ok(()) }
 }
 
 /// Top-k with nuclei on either side of it, with ties at its end, of everything, and of what bans
 /// leave.
-pub fn most_probable(machine: &Machine) -> Result<(), String> {
+pub fn most_probable(context: &CudaContext) -> Result<(), String> {
     let vocab = 700;
     let levels: Vec<f32> = noise(41, vocab).iter().map(|v| (v * 8.0).round() * 0.5 + 0.0).collect();
     let mut few = vec![f32::NEG_INFINITY; vocab];
@@ -351,13 +351,13 @@ pub fn most_probable(machine: &Machine) -> Result<(), String> {
     let mut clear = 0;
     for row in [levels, noise(42, vocab).iter().map(|v| v * 5.0).collect(), few] {
         let case = Case { hidden: vec![1.0; all.len()], banned: vec![200, 611], ..Case::of_rows(&[row]) };
-        clear += case.obeys(machine, &all, "most probable")?.0;
+        clear += case.obeys(context, &all, "most probable")?.0;
     }
     if clear < 80 { Err(format!("{clear} of 108 draws are clear of boundaries")) } else { Ok(()) }
 }
 
 /// Logits at the ends of their range, and one token alone.
-fn extremes(machine: &Machine) -> Result<(), String> {
+fn extremes(context: &CudaContext) -> Result<(), String> {
     let vocab = 300;
     let mut one_left = vec![f32::NEG_INFINITY; vocab];
     one_left[299] = -3.0;
@@ -368,19 +368,19 @@ fn extremes(machine: &Machine) -> Result<(), String> {
         let case = Case { hidden: vec![1.0; 4], ..Case::of_rows(&[row]) };
         let draws =
             [Draw { u: 0.3001, ..PLAIN }, GREEDY, Draw { top_p: 0.5003, temperature: 0.8, ..PLAIN }, Draw { forced: Some(299), ..PLAIN }];
-        case.obeys(machine, &draws, "extremes")?;
+        case.obeys(context, &draws, "extremes")?;
     }
     Ok(())
 }
 
 /// A row that cannot be sampled is a status that names the token, on both routes; bans hide
 /// it.
-pub fn refusals(machine: &Machine) -> Result<(), String> {
+pub fn refusals(context: &CudaContext) -> Result<(), String> {
     let vocab = 300;
     for draw in [PLAIN, GREEDY, NUCLEUS, Draw { forced: Some(1), ..PLAIN }] {
         let status_of = |row: Vec<f32>, banned: &[u32], draw: Draw| -> Result<(u32, u32), String> {
             let case = Case { banned: banned.to_vec(), ..Case::of_rows(&[row]) };
-            let found = case.run(machine, 0..1, &[Some(draw)], 64 << 20)?[0];
+            let found = case.run(context, 0..1, &[Some(draw)], 64 << 20)?[0];
             Ok((found.status, found.token))
         };
         for bad in [f32::NAN, f32::INFINITY] {
@@ -406,7 +406,7 @@ pub fn refusals(machine: &Machine) -> Result<(), String> {
     }
     for bad in [5, 300, u32::MAX] {
         let case = Case { banned: vec![5], ..Case::of_rows(&[vec![0.5; vocab]]) };
-        let found = case.run(machine, 0..1, &[Some(Draw { forced: Some(bad), ..PLAIN })], 64 << 20)?[0];
+        let found = case.run(context, 0..1, &[Some(Draw { forced: Some(bad), ..PLAIN })], 64 << 20)?[0];
         if (found.status, found.token) != (status::FORCED, bad) {
             return Err(format!("forced {bad}: {found:?}"));
         }
@@ -416,17 +416,17 @@ pub fn refusals(machine: &Machine) -> Result<(), String> {
 
 /// The same bits alone, in batches that take every tile, in chunks, and beside rows of the other
 /// route or of padding.
-fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
+fn alone_as_in_company(context: &CudaContext) -> Result<(), String> {
     for dtype in [DType::F32, DType::Bf16] {
         // 304: two segments of K, and rows whose bytes are a multiple of 16; the cases of single
         // features cover what is not.
         let case = Case::random(dtype, 70, 290, 304);
         let all_kinds = kinds(9, case.vocab);
         let draws: Vec<Option<Draw>> = (0..70).map(|i| (i % 9 != 4).then(|| all_kinds[i % all_kinds.len()])).collect();
-        let all = case.run(machine, 0..70, &draws, 64 << 20)?;
+        let all = case.run(context, 0..70, &draws, 64 << 20)?;
         let mut clear = 0;
         for row in [0, 1, 2, 3, 5, 14, 20, 69] {
-            let logits = case.logits(machine, row);
+            let logits = case.logits(context, row);
             let draw = draws[row].expect("not padding");
             if is_clear(&logits, &case.banned, &draw) {
                 clear += 1;
@@ -439,7 +439,7 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
             return Err(format!("{clear} of 8 rows are clear of boundaries"));
         }
         for (rows, chunk_bytes) in [(0..1, 64 << 20), (69..70, 64 << 20), (5..17, 64 << 20), (30..60, 64 << 20), (6..70, 64 << 20)] {
-            let part = case.run(machine, rows.clone(), &draws[rows.clone()], chunk_bytes)?;
+            let part = case.run(context, rows.clone(), &draws[rows.clone()], chunk_bytes)?;
             for (i, (got, want)) in part.iter().zip(&all[rows.clone()]).enumerate() {
                 if draws[rows.start + i].is_some() && (SampledRecord { position: want.position, ..*got }) != *want {
                     return Err(format!("{dtype:?}, row {i} of {rows:?}: {got:?}, among all rows {want:?}"));
@@ -450,14 +450,14 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
     // 128 rows are the least of a chunk: 150 go through in two.
     let case = Case::random(DType::F32, 150, 40, 3);
     let draws: Vec<_> = (0..150).map(|i| Some([PLAIN, NUCLEUS][i % 2])).collect();
-    if case.run(machine, 0..150, &draws, 1)? != case.run(machine, 0..150, &draws, 64 << 20)? {
+    if case.run(context, 0..150, &draws, 1)? != case.run(context, 0..150, &draws, 64 << 20)? {
         return Err("in chunks of rows: other sampled tokens".to_owned());
     }
     Ok(())
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
-    [the_law, walks, edges_of_nuclei, most_probable, extremes, refusals, alone_as_in_company].iter().try_for_each(|part| part(machine))
+pub fn holds(context: &CudaContext) -> Result<(), String> {
+    [the_law, walks, edges_of_nuclei, most_probable, extremes, refusals, alone_as_in_company].iter().try_for_each(|part| part(context))
 }
 
 /// A row whose masses are fewer than they were a moment ago, as damaged memory would have it: a
@@ -467,8 +467,8 @@ fn a_draw_that_reaches_no_token_ends() {
     let from = "if (target >= kept) target = kept - 1;";
     let edit = Edit { file: "sample_nucleus.cu", from, to: "target = kept + 5;" };
     let case = Case { hidden: vec![1.0; 2], ..Case::of_rows(&[noise(11, 4500)]) };
-    for machine in edited_machines(Some(edit)) {
-        let found = case.run(&machine, 0..2, &[Some(NUCLEUS), Some(PLAIN)], 64 << 20).unwrap();
+    for context in edited_machines(Some(edit)) {
+        let found = case.run(&context, 0..2, &[Some(NUCLEUS), Some(PLAIN)], 64 << 20).unwrap();
         assert_eq!((found[0].status, found[1].status), (status::CHANGED, status::OK));
         assert!(found[0].sampled(0).unwrap_err().to_string().contains("logits changed"));
     }
@@ -480,7 +480,7 @@ fn a_draw_that_reaches_no_token_ends() {
 
 #[test]
 fn sampled_tokens_equal_the_reference() {
-    for machine in machines() {
-        holds(&machine).unwrap();
+    for context in machines() {
+        holds(&context).unwrap();
     }
 }

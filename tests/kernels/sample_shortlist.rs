@@ -6,7 +6,7 @@
 
 use half::bf16;
 use redraft::backend::DType;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::sample::{DrawRecord, SampledRecord, status};
 use redraft::cuda::ops::shortlist::{NO_ID, SampleShortlistOp, sample_shortlist};
 use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule, sample_row};
@@ -72,19 +72,25 @@ impl Case {
     }
 
     /// Rows `rows` of the case, row i by list `which[i]`.
-    fn run(&self, machine: &Machine, rows: std::ops::Range<usize>, which: &[u32], draws: &[Draw]) -> Result<Vec<SampledRecord>, String> {
+    fn run(
+        &self,
+        context: &CudaContext,
+        rows: std::ops::Range<usize>,
+        which: &[u32],
+        draws: &[Draw],
+    ) -> Result<Vec<SampledRecord>, String> {
         let half = |v: &[f32]| -> Vec<bf16> { v.iter().map(|v| bf16::from_f32(*v)).collect() };
         let hidden = &self.hidden[rows.start * self.k..rows.end * self.k];
-        let (head32, hidden32) = (Array::new(machine, &self.head), Array::new(machine, hidden));
-        let (head16, hidden16) = (Array::new(machine, &half(&self.head)), Array::new(machine, &half(hidden)));
-        let bias = self.bias.as_ref().map(|bias| Array::new(machine, bias));
+        let (head32, hidden32) = (Array::new(context, &self.head), Array::new(context, hidden));
+        let (head16, hidden16) = (Array::new(context, &half(&self.head)), Array::new(context, &half(hidden)));
+        let bias = self.bias.as_ref().map(|bias| Array::new(context, bias));
         let padded = |list: &Vec<u32>| list.iter().copied().chain(std::iter::repeat(NO_ID)).take(self.count).collect::<Vec<u32>>();
-        let ids = Array::new(machine, &self.lists.iter().flat_map(padded).collect::<Vec<u32>>());
-        let which = Array::new(machine, which);
+        let ids = Array::new(context, &self.lists.iter().flat_map(padded).collect::<Vec<u32>>());
+        let which = Array::new(context, which);
         let records: Vec<DrawRecord> =
             draws.iter().enumerate().map(|(i, d)| DrawRecord { position: 1000 + i as u32, ..DrawRecord::from(d) }).collect();
-        let draws = Array::new(machine, &records);
-        let sampled = Array::new(machine, &vec![SampledRecord { token: 77, chosen: 77, ..SampledRecord::default() }; records.len()]);
+        let draws = Array::new(context, &records);
+        let sampled = Array::new(context, &vec![SampledRecord { token: 77, chosen: 77, ..SampledRecord::default() }; records.len()]);
         let wide = self.dtype == DType::F32;
         let op = SampleShortlistOp {
             rows: records.len() as u32,
@@ -99,7 +105,7 @@ impl Case {
             draws: draws.address(),
             sampled: sampled.address(),
         };
-        words(sample_shortlist(machine, &op))?;
+        words(sample_shortlist(context, &op))?;
         let found = sampled.read()?;
         match found.iter().enumerate().find(|(i, found)| (found.position, found.chosen) != (1000 + *i as u32, 0)) {
             Some((i, found)) => Err(format!("row {i}: {found:?} does not pass on its position, or is chosen already")),
@@ -109,14 +115,14 @@ impl Case {
 
     /// Every row against the law. Forced tokens of `draws` are places in the list. Counts draws
     /// that are clear of a boundary.
-    fn obeys(&self, machine: &Machine, which: &[u32], draws: &[Draw], what: &str) -> Result<usize, String> {
+    fn obeys(&self, context: &CudaContext, which: &[u32], draws: &[Draw], what: &str) -> Result<usize, String> {
         let ids = |row: usize| &self.lists[which[row] as usize];
         let asked: Vec<Draw> = draws
             .iter()
             .enumerate()
             .map(|(row, draw)| Draw { forced: draw.forced.map(|place| ids(row)[place as usize % ids(row).len()]), ..*draw })
             .collect();
-        let found = self.run(machine, 0..draws.len(), which, &asked)?;
+        let found = self.run(context, 0..draws.len(), which, &asked)?;
         let mut clear = 0;
         for (row, (draw, found)) in draws.iter().zip(&found).enumerate() {
             let what = format!("{what}, {} of V {}, k {}, row {row}, {draw:?}", ids(row).len(), self.vocab, self.k);
@@ -139,32 +145,32 @@ impl Case {
 
 /// Every kind of draw, over lists that fill a part of a warp and several threads' spans, and
 /// products that are aligned and not.
-pub fn the_law(machine: &Machine) -> Result<(), String> {
+pub fn the_law(context: &CudaContext) -> Result<(), String> {
     let (mut clear, mut total) = (0, 0);
     for (seed, (vocab, k, count)) in [(5, 3, 2), (40, 40, 33), (700, 130, 300), (90, 268, 64)].into_iter().enumerate() {
         for dtype in [DType::F32, DType::Bf16] {
             let draws = kinds(seed as u64, count);
             let case = Case::random(dtype, draws.len(), vocab, k, count);
             let which: Vec<u32> = (0..draws.len() as u32).map(|row| (row + 1) % 3).collect();
-            clear += case.obeys(machine, &which, &draws, "kinds of draws")?;
+            clear += case.obeys(context, &which, &draws, "kinds of draws")?;
             total += draws.len();
         }
     }
     // The longest list.
     let draws = [PLAIN, Draw { top_p: 0.7003, u: 0.4, truncated_confidence: true, ..PLAIN }];
     total += 2;
-    clear += Case::random(DType::F32, 2, 1100, 8, 1024).obeys(machine, &[0, 1], &draws, "the longest list")?;
+    clear += Case::random(DType::F32, 2, 1100, 8, 1024).obeys(context, &[0, 1], &draws, "the longest list")?;
     if clear * 10 < total * 8 { Err(format!("{clear} of {total} draws are clear of boundaries")) } else { Ok(()) }
 }
 
 /// Equal logits, and boundaries that are met exactly: nuclei, top-k, uniforms at both ends.
-pub fn edges(machine: &Machine) -> Result<(), String> {
+pub fn edges(context: &CudaContext) -> Result<(), String> {
     // Exact quarters: p of exactly one half keeps two under both rules. Zeros of either sign are
     // one logit.
     let quarters = Case::of_row(vec![0.0, -0.0, -0.0, 0.0], 4);
     let half = |u, top_p_rule| Draw { u, top_p: 0.5, top_p_rule, truncated_confidence: true, ..PLAIN };
     let tokens = |case: &Case, draws: &[Draw]| -> Result<Vec<(u32, f32, f32)>, String> {
-        let found = case.run(machine, 0..draws.len(), &vec![0; draws.len()], draws)?;
+        let found = case.run(context, 0..draws.len(), &vec![0; draws.len()], draws)?;
         Ok(found.iter().map(|d| (d.token, d.confidence, d.margin)).collect())
     };
     let draws = [half(0.4, TopPRule::Within), half(0.9, TopPRule::Within), half(0.4, TopPRule::Crossing), half(0.9, TopPRule::Crossing)];
@@ -202,17 +208,17 @@ pub fn edges(machine: &Machine) -> Result<(), String> {
     let mut clear = 0;
     for row in [levels, noise(42, vocab).iter().map(|v| v * 5.0).collect(), few] {
         let case = Case::of_row(row, all.len());
-        clear += case.obeys(machine, &vec![0; all.len()], &all, "edges")?;
+        clear += case.obeys(context, &vec![0; all.len()], &all, "edges")?;
     }
     if clear < 70 { Err(format!("{clear} of 99 draws are clear of boundaries")) } else { Ok(()) }
 }
 
 /// A row that cannot be sampled is a status that names the token.
-pub fn refusals(machine: &Machine) -> Result<(), String> {
+pub fn refusals(context: &CudaContext) -> Result<(), String> {
     let nucleus = Draw { top_p: 0.9, ..PLAIN };
     for draw in [PLAIN, Draw { temperature: 0.0, ..PLAIN }, nucleus, Draw { forced: Some(9), ..PLAIN }] {
         let status_of = |row: Vec<f32>, lists: Vec<u32>| -> Result<(u32, u32), String> {
-            let found = Case { lists: vec![lists], ..Case::of_row(row, 1) }.run(machine, 0..1, &[0], &[draw])?[0];
+            let found = Case { lists: vec![lists], ..Case::of_row(row, 1) }.run(context, 0..1, &[0], &[draw])?[0];
             Ok((found.status, found.token))
         };
         for bad in [f32::NAN, f32::INFINITY] {
@@ -233,7 +239,7 @@ pub fn refusals(machine: &Machine) -> Result<(), String> {
     }
     for bad in [8, 300, u32::MAX] {
         let case = Case { lists: vec![vec![2, 9]], ..Case::of_row(vec![0.5; 300], 1) };
-        let found = case.run(machine, 0..1, &[0], &[Draw { forced: Some(bad), ..PLAIN }])?[0];
+        let found = case.run(context, 0..1, &[0], &[Draw { forced: Some(bad), ..PLAIN }])?[0];
         if (found.status, found.token) != (status::FORCED, bad) {
             return Err(format!("forced {bad}: {found:?}"));
         }
@@ -242,15 +248,15 @@ pub fn refusals(machine: &Machine) -> Result<(), String> {
 }
 
 /// The same bits alone and in company.
-fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
+fn alone_as_in_company(context: &CudaContext) -> Result<(), String> {
     let draws = kinds(9, 50);
     let case = Case::random(DType::Bf16, draws.len(), 200, 72, 50);
     let which: Vec<u32> = (0..draws.len() as u32).map(|row| row % 3).collect();
     let asked: Vec<Draw> =
         draws.iter().zip(&which).map(|(d, list)| Draw { forced: d.forced.map(|_| case.lists[*list as usize][0]), ..*d }).collect();
-    let all = case.run(machine, 0..asked.len(), &which, &asked)?;
+    let all = case.run(context, 0..asked.len(), &which, &asked)?;
     for row in 0..asked.len() {
-        let found = case.run(machine, row..row + 1, &which[row..row + 1], &asked[row..row + 1])?[0];
+        let found = case.run(context, row..row + 1, &which[row..row + 1], &asked[row..row + 1])?[0];
         if (SampledRecord { position: all[row].position, ..found }) != all[row] {
             return Err(format!("row {row}: {found:?}, among all rows {:?}", all[row]));
         }
@@ -260,7 +266,7 @@ fn alone_as_in_company(machine: &Machine) -> Result<(), String> {
 
 #[test]
 fn sampled_tokens_among_listed_ids_equal_the_reference() {
-    for machine in machines() {
-        [the_law, edges, refusals, alone_as_in_company].iter().try_for_each(|part| part(&machine)).unwrap();
+    for context in machines() {
+        [the_law, edges, refusals, alone_as_in_company].iter().try_for_each(|part| part(&context)).unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! `select_masked` lists what `sequence.rs` would sample: masked positions ascending, with the
 //! uniforms of their keys.
 
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::sample::{DrawRecord, flag};
 use redraft::cuda::ops::select_masked::{SelectMasked, SequenceSummary, StepRecord, select_masked, step_error};
@@ -18,7 +18,7 @@ fn masked(states: &[u8], first: u32, range: std::ops::Range<u32>) -> Vec<u32> {
     range.filter(|p| states[(first + p) as usize] == state::MASKED).collect()
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     let total: u32 = SEQUENCES.iter().map(|(len, _)| len).sum();
     let roles = noise(1, total as usize);
     let role = |r: &f32| [state::FIXED, state::MASKED, state::REVEALED][usize::from(*r > -0.5) + usize::from(*r > 0.4)];
@@ -59,9 +59,9 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     let earlier = SequenceSummary { error: step_error::NAN, detail: 4, ..SequenceSummary::default() };
     let before: Vec<_> = (0..steps.len()).map(|i| if i == 3 { earlier } else { SequenceSummary::default() }).collect();
 
-    let (device_steps, device_states) = (Array::new(machine, &steps), Array::new(machine, &states));
+    let (device_steps, device_states) = (Array::new(context, &steps), Array::new(context, &states));
     let (summaries, rows, draws) =
-        (Array::new(machine, &before), Array::<u32>::fresh(machine, BUCKET), Array::<DrawRecord>::fresh(machine, BUCKET));
+        (Array::new(context, &before), Array::<u32>::fresh(context, BUCKET), Array::<DrawRecord>::fresh(context, BUCKET));
     let op = SelectMasked {
         sequences: steps.len() as u32,
         num_sampled: sample_first,
@@ -72,7 +72,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         rows: rows.address(),
         draws: draws.address(),
     };
-    words(select_masked(machine, &op))?;
+    words(select_masked(context, &op))?;
     let (summaries, rows, draws) = (summaries.read()?, rows.read()?, draws.read()?);
 
     let padding = (0, DrawRecord { temperature: 0.0, top_p: 1.0, flags: flag::PADDING, ..DrawRecord::default() });
@@ -105,7 +105,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
 
 #[test]
 fn masked_positions_are_asked_in_order() {
-    for machine in machines() {
-        holds(&machine).unwrap();
+    for context in machines() {
+        holds(&context).unwrap();
     }
 }

@@ -3,24 +3,31 @@
 
 use half::bf16;
 use redraft::backend::DType;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::shortlist::{NO_ID, ShortlistOp, shortlist_in};
 
 use crate::emulator::{Array, machines, noise, words};
 
 /// Rows of given logits: row r is feature r of the head, chosen by a one-hot hidden state, so that
 /// a product is exact.
-fn lists(machine: &Machine, dtype: DType, rows: &[Vec<f32>], banned: &[u32], count: usize, chunk_bytes: usize) -> Result<Vec<u32>, String> {
+fn lists(
+    context: &CudaContext,
+    dtype: DType,
+    rows: &[Vec<f32>],
+    banned: &[u32],
+    count: usize,
+    chunk_bytes: usize,
+) -> Result<Vec<u32>, String> {
     let (k, vocab) = (rows.len(), rows[0].len());
     let head: Vec<f32> = (0..vocab * k).map(|i| rows[i % k][i / k]).collect();
     let hidden: Vec<f32> = (0..k * k).map(|i| f32::from(i / k == i % k)).collect();
     let half = |v: &[f32]| -> Vec<bf16> { v.iter().map(|v| bf16::from_f32(*v)).collect() };
-    let (head32, hidden32) = (Array::new(machine, &head), Array::new(machine, &hidden));
-    let (head16, hidden16) = (Array::new(machine, &half(&head)), Array::new(machine, &half(&hidden)));
+    let (head32, hidden32) = (Array::new(context, &head), Array::new(context, &hidden));
+    let (head16, hidden16) = (Array::new(context, &half(&head)), Array::new(context, &half(&hidden)));
     let mut mask = vec![0u32; vocab.div_ceil(32)];
     banned.iter().filter(|id| (**id as usize) < vocab).for_each(|id| mask[*id as usize / 32] |= 1 << (id % 32));
-    let mask = (!banned.is_empty()).then(|| Array::new(machine, &mask));
-    let ids = Array::new(machine, &vec![77u32; k * count]);
+    let mask = (!banned.is_empty()).then(|| Array::new(context, &mask));
+    let ids = Array::new(context, &vec![77u32; k * count]);
     let wide = dtype == DType::F32;
     let op = ShortlistOp {
         rows: k as u32,
@@ -34,7 +41,7 @@ fn lists(machine: &Machine, dtype: DType, rows: &[Vec<f32>], banned: &[u32], cou
         count: count as u32,
         ids: ids.address(),
     };
-    words(shortlist_in(machine, &op, chunk_bytes))?;
+    words(shortlist_in(context, &op, chunk_bytes))?;
     ids.read()
 }
 
@@ -48,7 +55,7 @@ fn expected(row: &[f32], banned: &[u32], count: usize) -> Vec<u32> {
     ids
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     for vocab in [1, 33, 256, 700] {
         // Quarters are exact in bf16; few levels are many ties.
         let level = |seed: u64, levels: f32| noise(seed, vocab).iter().map(|v| (v * levels).round() * 0.25).collect::<Vec<f32>>();
@@ -56,7 +63,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         for count in [1, 2, 9, 300] {
             for banned in [&[][..], &[0, 5, 31, 32, 600]] {
                 for dtype in [DType::F32, DType::Bf16] {
-                    let found = lists(machine, dtype, &rows, banned, count, 64 << 20)?;
+                    let found = lists(context, dtype, &rows, banned, count, 64 << 20)?;
                     for (row, found) in rows.iter().zip(found.chunks(count)) {
                         let expected = expected(row, banned, count);
                         if found != expected {
@@ -75,7 +82,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     for row in [row, zeros] {
         for count in [2, 5, 40] {
             let (found, expected) =
-                (lists(machine, DType::F32, std::slice::from_ref(&row), &[], count, 64 << 20)?, expected(&row, &[], count));
+                (lists(context, DType::F32, std::slice::from_ref(&row), &[], count, 64 << 20)?, expected(&row, &[], count));
             if found != expected {
                 return Err(format!("{count} ids: {found:?}, expected {expected:?}"));
             }
@@ -83,7 +90,7 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     }
     // 128 rows are the least of a chunk: 150 go through in two.
     let rows: Vec<Vec<f32>> = (0..150).map(|i| noise(50 + i, 40)).collect();
-    if lists(machine, DType::F32, &rows, &[3], 4, 1)? != rows.iter().flat_map(|row| expected(row, &[3], 4)).collect::<Vec<_>>() {
+    if lists(context, DType::F32, &rows, &[3], 4, 1)? != rows.iter().flat_map(|row| expected(row, &[3], 4)).collect::<Vec<_>>() {
         return Err("in chunks of rows: other lists".to_owned());
     }
     Ok(())
@@ -91,5 +98,5 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
 
 #[test]
 fn lists_hold_the_largest() {
-    machines().iter().for_each(|machine| holds(machine).unwrap());
+    machines().iter().for_each(|context| holds(context).unwrap());
 }

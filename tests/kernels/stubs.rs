@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use redraft::backend::DType;
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::embed::{Embed, EmbedParams, embed};
 use redraft::cuda::params::Params;
 use redraft::cuda::{Driver, Gpu};
@@ -33,8 +33,8 @@ fn child() {
     let mut steps: Vec<Step> = vec![("memory", &memory), ("too much", &too_much)];
     if what == "launches" {
         // Machines own their driver; this one is opened beside the first and shares its context.
-        let machine = Gpu::open(0).and_then(|gpu| Machine::new(Box::new(gpu)));
-        match machine.and_then(|machine| launches(&machine)) {
+        let context = Gpu::open(0).and_then(|gpu| CudaContext::new(Box::new(gpu)));
+        match context.and_then(|context| launches(&context)) {
             Ok(()) => println!("launches: done"),
             Err(error) => println!("launches: {error}"),
         }
@@ -86,31 +86,31 @@ fn too_much(gpu: &Gpu) -> Result<String> {
     gpu.alloc(13 << 30).map(|_| "more than there is".to_owned())
 }
 
-fn launches(machine: &Machine) -> Result<()> {
+fn launches(context: &CudaContext) -> Result<()> {
     let op =
         Embed { rows: 5, width: 64, vocab: 11, dtype: DType::Bf16, ids: 0x1000, index: None, table: 0x2000, positions: None, out: 0x3000 };
-    embed(machine, &op)?;
-    embed(machine, &Embed { rows: 0, ..op })?;
-    machine.driver.begin_capture()?;
-    embed(machine, &Embed { rows: 6, ..op })?;
+    embed(context, &op)?;
+    embed(context, &Embed { rows: 0, ..op })?;
+    context.driver.begin_capture()?;
+    embed(context, &Embed { rows: 6, ..op })?;
     // The first use of another entry, and a workspace that moves, in the middle of a recording.
-    embed(machine, &Embed { rows: 7, dtype: DType::F32, ..op })?;
-    machine.workspace(5 << 20)?;
-    machine.workspace(9 << 20)?;
-    for refused in [machine.driver.synchronize(), machine.driver.fill(machine.counters(), 0, 1)] {
+    embed(context, &Embed { rows: 7, dtype: DType::F32, ..op })?;
+    context.workspace(5 << 20)?;
+    context.workspace(9 << 20)?;
+    for refused in [context.driver.synchronize(), context.driver.fill(context.counters(), 0, 1)] {
         println!("recording: {}", refused.expect_err("nothing but launches is recorded"));
     }
-    let graph = machine.driver.end_capture()?;
-    machine.driver.launch_graph(graph)?;
-    machine.driver.launch_graph(graph)?;
-    machine.driver.drop_graph(graph);
-    machine.driver.begin_capture()?;
-    machine.driver.begin_capture()?;
-    let kept = machine.driver.end_capture()?;
-    machine.driver.launch_graph(kept)?;
-    machine.driver.push_range("step");
-    machine.driver.pop_range();
-    machine.driver.synchronize()
+    let graph = context.driver.end_capture()?;
+    context.driver.launch_graph(graph)?;
+    context.driver.launch_graph(graph)?;
+    context.driver.drop_graph(graph);
+    context.driver.begin_capture()?;
+    context.driver.begin_capture()?;
+    let kept = context.driver.end_capture()?;
+    context.driver.launch_graph(kept)?;
+    context.driver.push_range("step");
+    context.driver.pop_range();
+    context.driver.synchronize()
 }
 
 /// Directories with the driver, with the compiler, and for built code.

@@ -5,8 +5,8 @@
 //! sums, their width and their rounding on A100 and H100.
 
 use half::bf16;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::driver::Launch;
-use redraft::cuda::machine::Machine;
 use redraft::cuda::tensor_core::{MMA_K, TensorCore};
 use redraft::cuda::{Emulator, EmulatorOptions};
 
@@ -26,11 +26,11 @@ struct MmaParams {
 fn mma(arch: &'static str, a: &[f32], b: &[f32], c: &[f32]) -> Result<Vec<f32>, String> {
     let emulator = Emulator::new(EmulatorOptions { arch, threads: 1, ..EmulatorOptions::default() }).map_err(|e| e.to_string())?;
     let function = emulator.function_in("mma.cu", include_str!("mma.cu"), &[("THREADS", 32)], "mma").map_err(|e| e.to_string())?;
-    let machine = &Machine::new(Box::new(emulator)).map_err(|e| e.to_string())?;
-    let stored = |values: &[f32]| Array::new(machine, &values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>());
-    let (a, b, c, d) = (stored(a), stored(b), Array::new(machine, c), Array::nan(machine, 16 * 8));
+    let context = &CudaContext::new(Box::new(emulator)).map_err(|e| e.to_string())?;
+    let stored = |values: &[f32]| Array::new(context, &values.iter().map(|v| bf16::from_f32(*v)).collect::<Vec<_>>());
+    let (a, b, c, d) = (stored(a), stored(b), Array::new(context, c), Array::nan(context, 16 * 8));
     let params = MmaParams { a: a.address(), b: b.address(), c: c.address(), d: d.address() };
-    words(machine.driver.launch(function, Launch::line(1, 32), bytemuck::bytes_of(&params)))?;
+    words(context.driver.launch(function, Launch::line(1, 32), bytemuck::bytes_of(&params)))?;
     d.read()
 }
 

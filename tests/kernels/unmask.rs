@@ -1,6 +1,6 @@
 //! `unmask` takes what `sampling::select` takes and leaves the canvas as `sequence.rs` leaves it.
 
-use redraft::cuda::machine::Machine;
+use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::sample::{SampledRecord, status};
 use redraft::cuda::ops::select_masked::{SequenceSummary, StepRecord, step_error};
@@ -86,7 +86,7 @@ struct Flat {
     step: Vec<u32>,
 }
 
-fn check(machine: &Machine, mut sequences: Vec<Sequence>) -> Result<(), String> {
+fn check(context: &CudaContext, mut sequences: Vec<Sequence>) -> Result<(), String> {
     let mut num_sampled = 0;
     for (s, sequence) in sequences.iter_mut().enumerate() {
         sequence.step.canvas_first = s as u32 * CANVAS;
@@ -97,13 +97,13 @@ fn check(machine: &Machine, mut sequences: Vec<Sequence>) -> Result<(), String> 
     let mut expected =
         Flat { token: vec![MASK; n], confidence: vec![0; n], state: vec![state::MASKED; n], stage: vec![9; n], step: vec![0; n] };
     let mut sampled: Vec<SampledRecord> = sequences.iter().flat_map(|s| s.sampled.iter().copied()).collect();
-    let steps = Array::new(machine, &sequences.iter().map(|s| s.step).collect::<Vec<_>>());
-    let summaries = Array::new(machine, &sequences.iter().map(|s| s.before).collect::<Vec<_>>());
-    let records = Array::new(machine, &sampled);
-    let token = Array::new(machine, &expected.token);
-    let confidence = Array::new(machine, &expected.confidence);
-    let (state, stage) = (Array::new(machine, &expected.state), Array::new(machine, &expected.stage));
-    let step = Array::new(machine, &expected.step);
+    let steps = Array::new(context, &sequences.iter().map(|s| s.step).collect::<Vec<_>>());
+    let summaries = Array::new(context, &sequences.iter().map(|s| s.before).collect::<Vec<_>>());
+    let records = Array::new(context, &sampled);
+    let token = Array::new(context, &expected.token);
+    let confidence = Array::new(context, &expected.confidence);
+    let (state, stage) = (Array::new(context, &expected.state), Array::new(context, &expected.stage));
+    let step = Array::new(context, &expected.step);
     let params = UnmaskParams {
         sequences: steps.address(),
         summaries: summaries.address(),
@@ -114,7 +114,7 @@ fn check(machine: &Machine, mut sequences: Vec<Sequence>) -> Result<(), String> 
         stage: stage.address(),
         step: step.address(),
     };
-    words(unmask(machine, sequences.len() as u32, &params))?;
+    words(unmask(context, sequences.len() as u32, &params))?;
 
     let summaries = summaries.read()?;
     for (s, sequence) in sequences.iter().enumerate() {
@@ -159,7 +159,7 @@ fn odd_values(unmask: UnmaskStep) -> Sequence {
     sequence
 }
 
-pub fn holds(machine: &Machine) -> Result<(), String> {
+pub fn holds(context: &CudaContext) -> Result<(), String> {
     let ranks = [Rank::Uniform, Rank::Confidence, Rank::Margin, Rank::Entropy, Rank::Left];
     for rank in ranks {
         let best = |n| UnmaskStep::Best { rank, n };
@@ -174,15 +174,15 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
         ];
         // Zeros and halves of every rank but the uniform's: all of its bits are random.
         sequences.extend((1..12).map(|n| odd_values(best(n))));
-        check(machine, sequences)?;
+        check(context, sequences)?;
     }
     let bounds = [0.0, 1e-3, 0.3, 0.5, 0.9, 5.0, 1e6, -1.0];
     check(
-        machine,
+        context,
         bounds.iter().flat_map(|b| [sequence(11, 300, 8.0, UnmaskStep::Threshold(*b)), odd_values(UnmaskStep::Threshold(*b))]).collect(),
     )?;
-    check(machine, bounds.iter().map(|b| sequence(12, 60, 50.0, UnmaskStep::EntropyBound(*b))).collect())?;
-    check(machine, bounds.iter().map(|b| sequence(13, 270, 1.0, UnmaskStep::EntropyBound(*b))).collect())?;
+    check(context, bounds.iter().map(|b| sequence(12, 60, 50.0, UnmaskStep::EntropyBound(*b))).collect())?;
+    check(context, bounds.iter().map(|b| sequence(13, 270, 1.0, UnmaskStep::EntropyBound(*b))).collect())?;
 
     // What stops a sequence stops it alone.
     let all = UnmaskStep::Best { rank: Rank::Confidence, n: 400 };
@@ -194,12 +194,12 @@ pub fn holds(machine: &Machine) -> Result<(), String> {
     sequences[4].sampled[280].confidence = f32::NAN;
     sequences[5].sampled[0].status = status::FORCED;
     sequences[6].before = SequenceSummary { error: step_error::COUNT, detail: 12, sampled: 290, revealed: 0 };
-    check(machine, sequences)
+    check(context, sequences)
 }
 
 #[test]
 fn the_right_positions_are_revealed() {
-    for machine in machines() {
-        holds(&machine).unwrap();
+    for context in machines() {
+        holds(&context).unwrap();
     }
 }

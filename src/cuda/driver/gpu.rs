@@ -6,9 +6,9 @@
 //! behind. Nothing else waits but `read`, `synchronize` and `free`.
 //!
 //! A failing kernel is reported by whichever call comes next, and ends the context: [`Gpu`] keeps
-//! the first such report and repeats it. Machine code is for the one architecture of this device.
-//! It comes from `REDRAFT_KERNELS_DIR`, else from the cache on disk, else from NVRTC, which is
-//! opened when the first kernel needs it.
+//! the first such report and repeats it. CudaContext code is for the one architecture of this
+//! device. It comes from `REDRAFT_KERNELS_DIR`, else from the cache on disk, else from NVRTC, which
+//! is opened when the first kernel needs it.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

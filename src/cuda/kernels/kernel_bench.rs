@@ -15,8 +15,8 @@ use half::bf16;
 use serde::Serialize;
 
 use crate::backend::DType;
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Driver, Graph, Limits};
-use crate::cuda::machine::Machine;
 use crate::error::{Error, Result};
 
 /// One number of a shape.
@@ -46,7 +46,7 @@ fn elements(rows: u32, width: u32) -> usize {
     rows as usize * width as usize
 }
 
-type Launcher = Box<dyn Fn(&Machine) -> Result<()>>;
+type Launcher = Box<dyn Fn(&CudaContext) -> Result<()>>;
 
 /// One prepared launch and what it costs at least.
 pub struct Op {
@@ -62,7 +62,7 @@ pub struct Op {
 }
 
 impl Op {
-    pub(in crate::cuda) fn new(bytes: u64, launch: impl Fn(&Machine) -> Result<()> + 'static) -> Op {
+    pub(in crate::cuda) fn new(bytes: u64, launch: impl Fn(&CudaContext) -> Result<()> + 'static) -> Op {
         Op { launch: Box::new(launch), recordable: true, out: None, bytes, flop: 0 }
     }
 
@@ -248,8 +248,8 @@ const BATCH_SECONDS: f64 = 2e-3;
 const MAX_LAUNCHES: usize = 512;
 
 /// Runs one kernel on a machine and times it.
-pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, request: &BenchRequest) -> Result<Report> {
-    let driver = machine.driver.as_ref();
+pub(in crate::cuda) fn run(context: &CudaContext, bench: &KernelBench, request: &BenchRequest) -> Result<Report> {
+    let driver = context.driver.as_ref();
     let small = request.small || driver.is_emulated();
     let shape = Shape::resolve(bench, request.shape, request.dtype, small)?;
     let inputs = Inputs::new(driver)?;
@@ -264,18 +264,18 @@ pub(in crate::cuda) fn run(machine: &Machine, bench: &KernelBench, request: &Ben
 
     // Every set once: compiles, loads, grows the workspace, and says how long a launch takes at
     // most.
-    ops.iter().try_for_each(|op| (op.launch)(machine))?;
+    ops.iter().try_for_each(|op| (op.launch)(context))?;
     driver.synchronize()?;
     check(driver, request.name, &ops[0])?;
     let start = Instant::now();
-    ops.iter().try_for_each(|op| (op.launch)(machine))?;
+    ops.iter().try_for_each(|op| (op.launch)(context))?;
     driver.synchronize()?;
     let one = start.elapsed().as_secs_f64() / ops.len() as f64;
     let rounds = if small { 1 } else { ((BATCH_SECONDS / one) as usize).clamp(1, MAX_LAUNCHES).div_ceil(ops.len()) };
 
     let launches = rounds * ops.len();
-    let batch = || (0..rounds).try_for_each(|_| ops.iter().try_for_each(|op| (op.launch)(machine)));
-    let recorded = if request.plain || !ops[0].recordable { None } else { Some(Recorded { driver, graph: machine.record(batch)? }) };
+    let batch = || (0..rounds).try_for_each(|_| ops.iter().try_for_each(|op| (op.launch)(context)));
+    let recorded = if request.plain || !ops[0].recordable { None } else { Some(Recorded { driver, graph: context.record(batch)? }) };
     let mut times = Vec::new();
     for timed in 0..=request.repeat {
         let start = Instant::now();

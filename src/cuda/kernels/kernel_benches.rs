@@ -3,9 +3,9 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue, ExpertShape, HeadShape, NormKind, Rope, RouterScore};
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::Address;
 use crate::cuda::kernels::kernel_bench::{self, BenchRequest, Inputs, KernelBench, Key, Op, Report, Shape};
-use crate::cuda::machine::Machine;
 use crate::cuda::ops::attention::{Attention, Regime};
 use crate::cuda::ops::embed::Embed;
 use crate::cuda::ops::gather::Gather;
@@ -98,8 +98,8 @@ impl BenchRequest<'_> {
 }
 
 /// Runs one kernel on a machine and times it.
-pub fn bench_kernel(machine: &Machine, request: &BenchRequest) -> Result<Report> {
-    kernel_bench::run(machine, kernel_bench_named(request.name)?, request)
+pub fn bench_kernel(context: &CudaContext, request: &BenchRequest) -> Result<Report> {
+    kernel_bench::run(context, kernel_bench_named(request.name)?, request)
 }
 
 fn count(rows: u32, width: u32) -> u64 {
@@ -153,7 +153,7 @@ fn select_masked(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         draws,
     };
     let bytes = u64::from(rows) * (1 + 4 + size_of::<DrawRecord>() as u64);
-    Ok(Op::new(bytes, move |machine| select_masked::select_masked(machine, &op)))
+    Ok(Op::new(bytes, move |context| select_masked::select_masked(context, &op)))
 }
 
 fn heads(shape: &Shape) -> Result<HeadShape> {
@@ -196,7 +196,7 @@ fn attention(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let queries = count(total, heads.q_width() as u32);
     let kv = 2 * count(sequences, len) * u64::from(width);
     let bytes = queries * (4 + dtype.bytes() as u64) + kv * dtype.bytes() as u64;
-    let launch = move |machine: &_| attention::attention(machine, &op);
+    let launch = move |context: &_| attention::attention(context, &op);
     Ok(Op::new(bytes, launch).flop(4 * queries * u64::from(len)).result(out, queries, dtype))
 }
 
@@ -222,7 +222,7 @@ fn rope_append(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         values: inputs.space(slots, kv, dtype)?,
     };
     let bytes = count(rows, 2 * q) * 4 + 2 * count(rows, kv) * (4 + dtype.bytes() as u64);
-    let launch = move |machine: &_| rope_append::rope_append(machine, &op);
+    let launch = move |context: &_| rope_append::rope_append(context, &op);
     Ok(Op::new(bytes, launch).result(qkv, count(rows, heads.qkv_width() as u32), DType::F32))
 }
 
@@ -230,7 +230,7 @@ fn copy(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let len = shape.get("mebibytes").checked_mul(1 << 18).ok_or_else(|| Error::request("copy: at most 16383 MiB"))?;
     let (src, dst) = (inputs.noise(1, len, DType::F32)?, inputs.space(1, len, DType::F32)?);
     let bytes = 4 * len as usize;
-    Ok(Op::new(2 * bytes as u64, move |machine| machine.driver.copy(src, dst, bytes)).unrecorded())
+    Ok(Op::new(2 * bytes as u64, move |context| context.driver.copy(src, dst, bytes)).unrecorded())
 }
 
 fn top_p_of(shape: &Shape) -> f32 {
@@ -265,7 +265,7 @@ fn sample(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     };
     let bytes = (count(rows, k) + count(vocab, k)) * dtype.bytes() as u64;
     let words = rows * (size_of::<SampledRecord>() / 4) as u32;
-    Ok(Op::new(bytes, move |machine| sample::sample(machine, &op)).flop(2 * count(rows, k) * u64::from(vocab)).result(
+    Ok(Op::new(bytes, move |context| sample::sample(context, &op)).flop(2 * count(rows, k) * u64::from(vocab)).result(
         sampled,
         u64::from(words),
         DType::F32,
@@ -289,7 +289,7 @@ fn shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         ids: inputs.space(rows, ids, DType::F32)?,
     };
     let bytes = (count(rows, k) + count(vocab, k)) * dtype.bytes() as u64;
-    Ok(Op::new(bytes, move |machine| shortlist::shortlist(machine, &op)).flop(2 * count(rows, k) * u64::from(vocab)))
+    Ok(Op::new(bytes, move |context| shortlist::shortlist(context, &op)).flop(2 * count(rows, k) * u64::from(vocab)))
 }
 
 fn list_len(shape: &Shape) -> Result<u32> {
@@ -322,7 +322,7 @@ fn sample_shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     };
     let (bytes, words) =
         ((count(rows, ids) + u64::from(rows)) * u64::from(k) * dtype.bytes() as u64, rows * (size_of::<SampledRecord>() / 4) as u32);
-    let launch = move |machine: &_| shortlist::sample_shortlist(machine, &op);
+    let launch = move |context: &_| shortlist::sample_shortlist(context, &op);
     Ok(Op::new(bytes, launch).flop(2 * count(rows, ids) * u64::from(k)).result(sampled, u64::from(words), DType::F32))
 }
 
@@ -332,7 +332,7 @@ fn embed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (table, out) = (inputs.noise(vocab, width, dtype)?, inputs.space(rows, width, DType::F32)?);
     let op = Embed { rows, width, vocab, dtype, ids, index: None, table, positions: None, out };
     let bytes = count(rows, width) * (dtype.bytes() as u64 + 4);
-    Ok(Op::new(bytes, move |machine| embed::embed(machine, &op)).result(out, count(rows, width), DType::F32))
+    Ok(Op::new(bytes, move |context| embed::embed(context, &op)).result(out, count(rows, width), DType::F32))
 }
 
 /// Sizes, and the space of a routing of all rows. The keys of `route` name no widths.
@@ -371,7 +371,7 @@ fn route(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, num_experts) = (places.rows, shape.get("experts"));
     let logits = inputs.noise(rows, num_experts, DType::F32)?;
     let chosen = count(rows, shape.get("top_k"));
-    let launch = move |machine: &_| places.route(machine, logits, RouterScore::Softmax { renormalise: true }, None);
+    let launch = move |context: &_| places.route(context, logits, RouterScore::Softmax { renormalise: true }, None);
     Ok(Op::new(4 * count(rows, num_experts) + 16 * chosen, launch).result(places.weight, chosen, DType::F32))
 }
 
@@ -409,7 +409,7 @@ fn moe(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (up, down) = (weights(2 * f, c)?, weights(c, f)?);
     let (x, out) = (inputs.noise(rows, c, dtype)?, inputs.space(rows, c, DType::F32)?);
     let bytes = 3 * used * count(c, f) * dtype.bytes() as u64 + count(rows, c) * (dtype.bytes() as u64 + 8);
-    let launch = move |machine: &_| places.moe(machine, x, dtype, up, down, out);
+    let launch = move |context: &_| places.moe(context, x, dtype, up, down, out);
     Ok(Op::new(bytes, launch).flop(6 * count(rows, top_k) * count(c, f)))
 }
 
@@ -417,7 +417,7 @@ fn apply_guidance(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, width) = (shape.get("rows"), shape.get("width"));
     let len = small_count(rows, width)?;
     let (base, out) = (inputs.noise(rows, width, DType::F32)?, inputs.noise(rows, width, DType::F32)?);
-    Ok(Op::new(12 * u64::from(len), move |machine| guidance::apply_guidance(machine, len, 0.5, base, out)))
+    Ok(Op::new(12 * u64::from(len), move |context| guidance::apply_guidance(context, len, 0.5, base, out)))
 }
 
 fn gather(inputs: &Inputs, shape: &Shape) -> Result<Op> {
@@ -426,7 +426,7 @@ fn gather(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (x, out) = (inputs.noise(rows, width, dtype)?, inputs.space(rows, width, dtype)?);
     let op = Gather { count: rows, width, rows: Some(index), x, x_dtype: dtype, out, out_dtype: dtype };
     let bytes = 2 * count(rows, width) * dtype.bytes() as u64;
-    Ok(Op::new(bytes, move |machine| gather::gather(machine, &op)).result(out, count(rows, width), dtype))
+    Ok(Op::new(bytes, move |context| gather::gather(context, &op)).result(out, count(rows, width), dtype))
 }
 
 fn linear(inputs: &Inputs, shape: &Shape) -> Result<Op> {
@@ -436,7 +436,7 @@ fn linear(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let out = inputs.space(rows, n, dtype)?;
     let op = Linear { rows, n, k, dtype, x, weight, bias, epilogue: Epilogue::Store, out, out_dtype: dtype };
     let bytes = (count(rows, k) + count(n, k) + count(rows, n)) * dtype.bytes() as u64;
-    let launch = move |machine: &_| linear::linear(machine, &op);
+    let launch = move |context: &_| linear::linear(context, &op);
     Ok(Op::new(bytes, launch).flop(2 * count(rows, n) * u64::from(k)).result(out, count(rows, n), dtype))
 }
 
@@ -452,7 +452,7 @@ fn norm(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let kind = if rms { NormKind::Rms } else { NormKind::Layer };
     // The residual is read, and x written back.
     let bytes = count(rows, width) * (4 + dtype.bytes() as u64 + if rms { 8 } else { 0 });
-    Ok(Op::new(bytes, move |machine| norm::add_norm(machine, &op, kind, residual)).result(out, count(rows, width), dtype))
+    Ok(Op::new(bytes, move |context| norm::add_norm(context, &op, kind, residual)).result(out, count(rows, width), dtype))
 }
 
 /// One position of each sequence at a time, so that many launches find something to take.
@@ -472,7 +472,7 @@ fn remask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         mask_id: 1000,
         next_stage: 1,
     };
-    let launch = move |machine: &_| remask::remask(machine, sequences, &params);
+    let launch = move |context: &_| remask::remask(context, sequences, &params);
     Ok(Op::new(5 * u64::from(total), launch).result(params.confidence, u64::from(total), DType::F32))
 }
 
@@ -495,6 +495,6 @@ fn unmask(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         step: inputs.words(rows, |_, _| 0)?,
     };
     let bytes = u64::from(rows) * size_of::<SampledRecord>() as u64;
-    let launch = move |machine: &_| unmask::unmask(machine, sequences, &params);
+    let launch = move |context: &_| unmask::unmask(context, sequences, &params);
     Ok(Op::new(bytes, launch).result(confidence, u64::from(rows), DType::F32))
 }

@@ -4,8 +4,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, HeadShape};
+use crate::cuda::context::{COUNTERS, CudaContext};
 use crate::cuda::driver::interface::{Address, Build, Launch, Limits};
-use crate::cuda::machine::{COUNTERS, Machine};
 use crate::cuda::params::params;
 use crate::error::{Error, Result};
 
@@ -176,7 +176,7 @@ impl Attention {
     }
 }
 
-pub fn attention(machine: &Machine, op: &Attention) -> Result<()> {
+pub fn attention(context: &CudaContext, op: &Attention) -> Result<()> {
     let HeadShape { num_heads, num_kv_heads, head_dim } = op.heads;
     check(op.dtype, head_dim)?;
     assert!(num_heads.is_multiple_of(num_kv_heads), "{num_heads} heads share {num_kv_heads} K/V heads");
@@ -198,15 +198,15 @@ pub fn attention(machine: &Machine, op: &Attention) -> Result<()> {
         pages: op.pages,
         partials: match op.partial_bytes() {
             0 => 0,
-            bytes => machine.workspace(bytes)?,
+            bytes => context.workspace(bytes)?,
         },
-        counters: machine.counters(),
+        counters: context.counters(),
         num_heads: num_heads as u32,
         num_kv_heads: num_kv_heads as u32,
         chunks,
         out_bf16: u32::from(op.out_dtype == DType::Bf16),
     };
-    machine.launch(build(head_dim as u32, op.page_size), entry, op.launch(), &params)
+    context.launch(build(head_dim as u32, op.page_size), entry, op.launch(), &params)
 }
 
 /// Which head dimensions the kernel has.

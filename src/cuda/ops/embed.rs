@@ -3,8 +3,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::DType;
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -58,7 +58,7 @@ pub struct Embed {
     pub out: Address,
 }
 
-pub fn embed(machine: &Machine, op: &Embed) -> Result<()> {
+pub fn embed(context: &CudaContext, op: &Embed) -> Result<()> {
     let Embed { rows, width, vocab, dtype, ids, index, table, positions, out } = *op;
     let entry = match dtype {
         DType::F32 => "embed_f32",
@@ -67,5 +67,5 @@ pub fn embed(machine: &Machine, op: &Embed) -> Result<()> {
     let (positions, position_table, num_positions) = positions.unwrap_or((0, 0, 0));
     let index = index.unwrap_or(0);
     let params = EmbedParams { ids, index, table, out, positions, position_table, width, vocab, num_positions, padding: 0 };
-    machine.launch(build(), entry, Launch::line(rows, THREADS), &params)
+    context.launch(build(), entry, Launch::line(rows, THREADS), &params)
 }

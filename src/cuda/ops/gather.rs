@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::DType;
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -44,7 +44,7 @@ pub struct Gather {
     pub out_dtype: DType,
 }
 
-pub fn gather(machine: &Machine, op: &Gather) -> Result<()> {
+pub fn gather(context: &CudaContext, op: &Gather) -> Result<()> {
     let Gather { count, width, rows, x, x_dtype, out, out_dtype } = *op;
     let entry = match (x_dtype, out_dtype) {
         (DType::F32, DType::F32) => "gather_f32_f32",
@@ -53,7 +53,7 @@ pub fn gather(machine: &Machine, op: &Gather) -> Result<()> {
         (DType::Bf16, DType::Bf16) => "gather_bf16_bf16",
     };
     let params = GatherParams { rows: rows.unwrap_or(0), x, out, count, width };
-    machine.launch(build(), entry, Launch::line(ctas(count, width), THREADS), &params)
+    context.launch(build(), entry, Launch::line(ctas(count, width), THREADS), &params)
 }
 
 /// A thread for every four elements of a row.

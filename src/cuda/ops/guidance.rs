@@ -1,8 +1,8 @@
 //! Launcher of `guidance`: what guidance makes of two rows.
 #![forbid(unsafe_code)]
 
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -30,7 +30,7 @@ fn build() -> Build {
 }
 
 /// `out[i] = base[i] + scale * (out[i] - base[i])` for `len` f32 elements.
-pub fn apply_guidance(machine: &Machine, len: u32, scale: f32, base: Address, out: Address) -> Result<()> {
+pub fn apply_guidance(context: &CudaContext, len: u32, scale: f32, base: Address, out: Address) -> Result<()> {
     assert!(len <= u32::MAX - THREADS, "{len} elements: more than a launch numbers");
-    machine.launch(build(), "guidance", Launch::line(len.div_ceil(THREADS), THREADS), &GuidanceParams { base, out, len, scale })
+    context.launch(build(), "guidance", Launch::line(len.div_ceil(THREADS), THREADS), &GuidanceParams { base, out, len, scale })
 }

@@ -4,8 +4,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue};
+use crate::cuda::context::{COUNTERS, CudaContext};
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::{COUNTERS, Machine};
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -156,13 +156,13 @@ pub struct Linear {
 }
 
 /// The product, cut as its shape and the machine ask for.
-pub fn linear(machine: &Machine, op: &Linear) -> Result<()> {
-    linear_as(machine, op, &shape(op.rows, op.n, op.k, machine.driver.limits().num_sms))
+pub fn linear(context: &CudaContext, op: &Linear) -> Result<()> {
+    linear_as(context, op, &shape(op.rows, op.n, op.k, context.driver.limits().num_sms))
 }
 
 /// What [`linear`] takes of the workspace, from its front, for a product of this shape.
-pub(in crate::cuda) fn workspace_bytes(machine: &Machine, rows: u32, n: u32, k: u32) -> usize {
-    shape(rows, n, k, machine.driver.limits().num_sms).partial_bytes()
+pub(in crate::cuda) fn workspace_bytes(context: &CudaContext, rows: u32, n: u32, k: u32) -> usize {
+    shape(rows, n, k, context.driver.limits().num_sms).partial_bytes()
 }
 
 /// Every way to cut a product: each tile, with K whole and with K split as far as it goes. The same
@@ -172,7 +172,7 @@ pub fn every_shape(rows: u32, n: u32, k: u32) -> Vec<Shape> {
 }
 
 /// [`linear`] cut as one is told, for tests and measurements.
-pub fn linear_as(machine: &Machine, op: &Linear, shape: &Shape) -> Result<()> {
+pub fn linear_as(context: &CudaContext, op: &Linear, shape: &Shape) -> Result<()> {
     let Linear { rows, n, k, dtype, x, weight, bias, epilogue, out, out_dtype } = *op;
     assert!(k > 0, "a product over no k");
     assert!(epilogue != Epilogue::Add || out_dtype == DType::F32, "a residual is f32");
@@ -184,8 +184,8 @@ pub fn linear_as(machine: &Machine, op: &Linear, shape: &Shape) -> Result<()> {
         weight,
         bias: bias.unwrap_or(0),
         out,
-        partials: if split { machine.workspace(shape.partial_bytes())? } else { 0 },
-        counters: if split { machine.counters() } else { 0 },
+        partials: if split { context.workspace(shape.partial_bytes())? } else { 0 },
+        counters: if split { context.counters() } else { 0 },
         rows,
         n,
         k,
@@ -202,7 +202,7 @@ pub fn linear_as(machine: &Machine, op: &Linear, shape: &Shape) -> Result<()> {
         DType::F32 => "linear_f32",
         DType::Bf16 => "linear_bf16",
     };
-    machine.launch(shape.tile.build(), entry, shape.launch(), &params)
+    context.launch(shape.tile.build(), entry, shape.launch(), &params)
 }
 
 #[cfg(test)]

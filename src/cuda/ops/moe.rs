@@ -5,8 +5,8 @@
 use bytemuck::cast_slice_mut;
 
 use crate::backend::{DType, ExpertChoice, ExpertShape, RouterScore};
+use crate::cuda::context::{CudaContext, Memory};
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::{Machine, Memory};
 use crate::cuda::ops::gather::Gather;
 use crate::cuda::ops::linear::{TILES, Tile};
 use crate::cuda::ops::route::Route;
@@ -113,7 +113,7 @@ pub struct Grouped {
     pub tile_rows: u32,
 }
 
-pub fn grouped(machine: &Machine, op: &Grouped) -> Result<()> {
+pub fn grouped(context: &CudaContext, op: &Grouped) -> Result<()> {
     let Grouped { n, k, dtype, x, weight, swiglu, out, out_dtype, tiles, num_tiles, max_tiles, tile_rows } = *op;
     assert!(k > 0 && (!swiglu || n % 2 == 0), "experts of {n} x {k}, gate and up in pairs");
     let tile = tile_of(tile_rows);
@@ -125,7 +125,7 @@ pub fn grouped(machine: &Machine, op: &Grouped) -> Result<()> {
         DType::F32 => "moe_f32",
         DType::Bf16 => "moe_bf16",
     };
-    machine.launch(build(tile), entry, Launch { grid: [ctas, 1, 1], block: tile.threads, shared_bytes: tile.shared_bytes() }, &params)
+    context.launch(build(tile), entry, Launch { grid: [ctas, 1, 1], block: tile.threads, shared_bytes: tile.shared_bytes() }, &params)
 }
 
 /// `out (rows, width) += sum over j of weight[t, j] y[place[t, j], :]`.
@@ -139,13 +139,13 @@ pub struct Combine {
     pub out: Address,
 }
 
-pub fn combine(machine: &Machine, op: &Combine) -> Result<()> {
+pub fn combine(context: &CudaContext, op: &Combine) -> Result<()> {
     let Combine { rows, width, top_k, y, place, weight, out } = *op;
     let vectors = u32::from(width % 4 == 0 && y % 16 == 0 && out % 16 == 0);
     let quads = u64::from(rows) * u64::from(width.div_ceil(4));
     assert!(quads <= u64::from(u32::MAX - COMBINE_THREADS), "{rows} rows of {width}: more elements than any machine holds");
     let launch = Launch::line((quads as u32).div_ceil(COMBINE_THREADS), COMBINE_THREADS);
-    machine.launch(combine_build(), "moe_combine", launch, &MoeCombineParams { y, place, weight, out, rows, width, top_k, vectors })
+    context.launch(combine_build(), "moe_combine", launch, &MoeCombineParams { y, place, weight, out, rows, width, top_k, vectors })
 }
 
 /// Where a routing lies, and room for its rows between the products.
@@ -206,26 +206,26 @@ impl MoeArrays {
     }
 
     /// See [`crate::backend::Backend::route`].
-    pub fn route(&self, machine: &Machine, logits: Address, score: RouterScore, bias: Option<Address>) -> Result<()> {
+    pub fn route(&self, context: &CudaContext, logits: Address, score: RouterScore, bias: Option<Address>) -> Result<()> {
         let MoeArrays { shape, rows, expert, weight, count, token, place, tiles, num_tiles, .. } = *self;
         let tile_rows = tile_rows(shape, rows);
-        route::route(machine, &Route { shape, score, rows, tile_rows, logits, bias, expert, weight, count, token, place, tiles, num_tiles })
+        route::route(context, &Route { shape, score, rows, tile_rows, logits, bias, expert, weight, count, token, place, tiles, num_tiles })
     }
 
     /// See [`crate::backend::Backend::moe`]; `x` is f32 or in the weight dtype.
-    pub fn moe(&self, machine: &Machine, x: Address, x_dtype: DType, up: Address, down: Address, out: Address) -> Result<()> {
+    pub fn moe(&self, context: &CudaContext, x: Address, x_dtype: DType, up: Address, down: Address, out: Address) -> Result<()> {
         let MoeArrays { dtype, shape, rows, weight, token, place, tiles, num_tiles, input, inner, output, .. } = *self;
         let [top_k, c, f] = [shape.top_k, shape.hidden_dim, shape.expert_dim].map(|size| size as u32);
         let gather = Gather { count: rows * top_k, width: c, rows: Some(token), x, x_dtype, out: input, out_dtype: dtype };
-        gather::gather(machine, &gather)?;
+        gather::gather(context, &gather)?;
         let tile_rows = tile_rows(shape, rows);
         let max_tiles = route::max_tiles(shape, rows, tile_rows);
         let product = |n: u32, k: u32, x: Address, weight: Address, swiglu: bool, out: Address, out_dtype: DType| {
-            grouped(machine, &Grouped { n, k, dtype, x, weight, swiglu, out, out_dtype, tiles, num_tiles, max_tiles, tile_rows })
+            grouped(context, &Grouped { n, k, dtype, x, weight, swiglu, out, out_dtype, tiles, num_tiles, max_tiles, tile_rows })
         };
         product(2 * f, c, input, up, true, inner, dtype)?;
         product(c, f, inner, down, false, output, DType::F32)?;
-        combine(machine, &Combine { rows, width: c, top_k, y: output, place, weight, out })
+        combine(context, &Combine { rows, width: c, top_k, y: output, place, weight, out })
     }
 }
 
@@ -240,15 +240,15 @@ pub struct Routing {
 
 impl Routing {
     /// Room for `rows` rows.
-    pub(in crate::cuda) fn new(machine: &Machine, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routing> {
-        let memory = machine.memory(MoeArrays::at(0, dtype, rows, shape).1)?;
+    pub(in crate::cuda) fn new(context: &CudaContext, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routing> {
+        let memory = context.memory(MoeArrays::at(0, dtype, rows, shape).1)?;
         let (places, _) = MoeArrays::at(memory.address(), dtype, rows, shape);
         Ok(Routing { capacity: rows, _memory: memory, places: MoeArrays { rows: 0, ..places } })
     }
 
     pub(in crate::cuda) fn route(
         &mut self,
-        machine: &Machine,
+        context: &CudaContext,
         rows: usize,
         logits: Address,
         score: RouterScore,
@@ -256,14 +256,14 @@ impl Routing {
     ) -> Result<()> {
         assert!(rows <= self.capacity, "{rows} rows where there is room for {}", self.capacity);
         self.places.rows = rows as u32;
-        self.places.route(machine, logits, score, bias)
+        self.places.route(context, logits, score, bias)
     }
 
-    pub(in crate::cuda) fn expert_choices(&self, machine: &Machine) -> Result<Vec<ExpertChoice>> {
+    pub(in crate::cuda) fn expert_choices(&self, context: &CudaContext) -> Result<Vec<ExpertChoice>> {
         let len = self.places.rows as usize * self.places.shape.top_k;
         let (mut experts, mut weights) = (vec![0u32; len], vec![0.0f32; len]);
-        machine.driver.read(self.places.expert, cast_slice_mut(&mut experts))?;
-        machine.driver.read(self.places.weight, cast_slice_mut(&mut weights))?;
+        context.driver.read(self.places.expert, cast_slice_mut(&mut experts))?;
+        context.driver.read(self.places.weight, cast_slice_mut(&mut weights))?;
         Ok(experts.into_iter().zip(weights).map(|(expert, weight)| ExpertChoice { expert, weight }).collect())
     }
 }

@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, NormKind};
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -50,12 +50,12 @@ pub struct Norm {
 }
 
 /// The norm alone.
-pub fn norm(machine: &Machine, op: &Norm, kind: NormKind) -> Result<()> {
-    add_norm(machine, op, kind, None)
+pub fn norm(context: &CudaContext, op: &Norm, kind: NormKind) -> Result<()> {
+    add_norm(context, op, kind, None)
 }
 
 /// `x += residual (rows, width) f32`, written back, then the norm.
-pub fn add_norm(machine: &Machine, op: &Norm, kind: NormKind, residual: Option<Address>) -> Result<()> {
+pub fn add_norm(context: &CudaContext, op: &Norm, kind: NormKind, residual: Option<Address>) -> Result<()> {
     let Norm { rows, width, eps, x, weight, bias, out, out_dtype } = *op;
     let entry = match (kind, out_dtype) {
         (NormKind::Layer, DType::F32) => "norm_layer_f32",
@@ -64,5 +64,5 @@ pub fn add_norm(machine: &Machine, op: &Norm, kind: NormKind, residual: Option<A
         (NormKind::Rms, DType::Bf16) => "norm_rms_bf16",
     };
     let params = NormParams { x, residual: residual.unwrap_or(0), weight, bias: bias.unwrap_or(0), out, width, eps };
-    machine.launch(build(), entry, Launch::line(rows, THREADS), &params)
+    context.launch(build(), entry, Launch::line(rows, THREADS), &params)
 }

@@ -2,8 +2,8 @@
 //! device.
 #![forbid(unsafe_code)]
 
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -54,6 +54,6 @@ fn build() -> Build {
 }
 
 /// One CTA for each of `num_sequences`.
-pub fn remask(machine: &Machine, num_sequences: u32, params: &RemaskParams) -> Result<()> {
-    machine.launch(build(), "remask", Launch::line(num_sequences, THREADS), params)
+pub fn remask(context: &CudaContext, num_sequences: u32, params: &RemaskParams) -> Result<()> {
+    context.launch(build(), "remask", Launch::line(num_sequences, THREADS), params)
 }

@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, HeadShape};
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -98,7 +98,7 @@ pub struct RopeAppend {
     pub values: Address,
 }
 
-pub fn rope_append(machine: &Machine, op: &RopeAppend) -> Result<()> {
+pub fn rope_append(context: &CudaContext, op: &RopeAppend) -> Result<()> {
     let RopeAppend { rows, heads, rotary_dim, page_size, dtype, norm, qkv, positions, slots, rotations, keys, values } = *op;
     let entry = match dtype {
         DType::F32 => "rope_append_f32",
@@ -119,7 +119,7 @@ pub fn rope_append(machine: &Machine, op: &RopeAppend) -> Result<()> {
         eps: norm.map_or(0.0, |norm| norm.eps),
     };
     let rotary_dim = rotary_dim as u32;
-    machine.launch(build(heads.head_dim as u32, rotary_dim, page_size), entry, shape(rows, heads, rotary_dim), &params)
+    context.launch(build(heads.head_dim as u32, rotary_dim, page_size), entry, shape(rows, heads, rotary_dim), &params)
 }
 
 #[cfg(test)]

@@ -2,8 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{ExpertShape, RouterScore};
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -78,7 +78,7 @@ pub struct Route {
     pub num_tiles: Address,
 }
 
-pub fn route(machine: &Machine, op: &Route) -> Result<()> {
+pub fn route(context: &CudaContext, op: &Route) -> Result<()> {
     let Route { shape, score, rows, tile_rows, logits, bias, expert, weight, count, token, place, tiles, num_tiles } = *op;
     shape.check(score).unwrap_or_else(|what| panic!("{what}"));
     let num_experts = shape.num_experts as u32;
@@ -109,7 +109,7 @@ pub fn route(machine: &Machine, op: &Route) -> Result<()> {
         tile_rows,
     };
     for (entry, warps) in [("route_choose", rows), ("route_count", num_experts), ("route_order", num_experts)] {
-        machine.launch(build(num_experts), entry, Launch::line(warps.div_ceil(WARPS), THREADS), &params)?;
+        context.launch(build(num_experts), entry, Launch::line(warps.div_ceil(WARPS), THREADS), &params)?;
     }
     Ok(())
 }

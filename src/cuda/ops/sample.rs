@@ -9,8 +9,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue};
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::ops::linear;
 use crate::cuda::ops::linear::Linear;
 use crate::cuda::params::params;
@@ -287,12 +287,12 @@ pub struct SampleOp {
     pub any_nucleus: bool,
 }
 
-pub fn sample(machine: &Machine, op: &SampleOp) -> Result<()> {
-    sample_in(machine, op, CHUNK_BYTES)
+pub fn sample(context: &CudaContext, op: &SampleOp) -> Result<()> {
+    sample_in(context, op, CHUNK_BYTES)
 }
 
 /// [`sample`] with another bound on the bytes of a chunk, for tests.
-pub fn sample_in(machine: &Machine, op: &SampleOp, chunk_bytes: usize) -> Result<()> {
+pub fn sample_in(context: &CudaContext, op: &SampleOp, chunk_bytes: usize) -> Result<()> {
     let SampleOp { rows, vocab, k, .. } = *op;
     assert!(vocab > 0 && k > 0, "a head of {vocab} rows of {k}");
     if vocab > MAX_GROUPS * 32 * IDS {
@@ -303,16 +303,16 @@ pub fn sample_in(machine: &Machine, op: &SampleOp, chunk_bytes: usize) -> Result
     let fused_rows = chunk_rows(rows, tile_bytes, chunk_bytes);
     let nucleus_rows = chunk_rows(rows, logit_bytes, chunk_bytes);
     // `linear` takes what it needs from the front of the same workspace.
-    let front = [nucleus_rows, rows % nucleus_rows.max(1)].map(|rows| linear::workspace_bytes(machine, rows, vocab, k));
+    let front = [nucleus_rows, rows % nucleus_rows.max(1)].map(|rows| linear::workspace_bytes(context, rows, vocab, k));
     let front = front[0].max(front[1]).next_multiple_of(256);
     let fused_bytes = if op.any_fused { fused_rows as usize * tile_bytes } else { 0 };
     let nucleus_bytes = if op.any_nucleus { front + nucleus_rows as usize * logit_bytes } else { 0 };
-    let workspace = machine.workspace(fused_bytes.max(nucleus_bytes))?;
+    let workspace = context.workspace(fused_bytes.max(nucleus_bytes))?;
     if op.any_fused {
-        chunks(op, fused_rows).try_for_each(|chunk| fused(machine, &chunk, workspace))?;
+        chunks(op, fused_rows).try_for_each(|chunk| fused(context, &chunk, workspace))?;
     }
     if op.any_nucleus {
-        chunks(op, nucleus_rows).try_for_each(|chunk| nucleus(machine, &chunk, workspace + front as u64))?;
+        chunks(op, nucleus_rows).try_for_each(|chunk| nucleus(context, &chunk, workspace + front as u64))?;
     }
     Ok(())
 }
@@ -328,7 +328,7 @@ fn chunks(op: &SampleOp, chunk: u32) -> impl Iterator<Item = SampleOp> + '_ {
     })
 }
 
-fn fused(machine: &Machine, op: &SampleOp, tiles: Address) -> Result<()> {
+fn fused(context: &CudaContext, op: &SampleOp, tiles: Address) -> Result<()> {
     let SampleOp { rows, k, vocab, hidden, dtype, head, bias, banned, draws, sampled, .. } = *op;
     let (bias, banned) = (bias.unwrap_or(0), banned.unwrap_or(0));
     let [tiles_entry, draw_entry] = match dtype {
@@ -337,18 +337,18 @@ fn fused(machine: &Machine, op: &SampleOp, tiles: Address) -> Result<()> {
     };
     let tile = tile(rows);
     let params = SampleTilesParams { hidden, head, bias, banned, draws, tiles, rows, vocab, k, padding: 0 };
-    machine.launch(tile.build(), tiles_entry, tile.launch(rows, vocab), &params)?;
+    context.launch(tile.build(), tiles_entry, tile.launch(rows, vocab), &params)?;
     let params = SampleDrawParams { hidden, head, bias, banned, draws, tiles, sampled, vocab, k };
-    machine.launch(draw_build(), draw_entry, draw_launch(rows), &params)
+    context.launch(draw_build(), draw_entry, draw_launch(rows), &params)
 }
 
-fn nucleus(machine: &Machine, op: &SampleOp, logits: Address) -> Result<()> {
+fn nucleus(context: &CudaContext, op: &SampleOp, logits: Address) -> Result<()> {
     let SampleOp { rows, k, vocab, hidden, dtype, head, bias, banned, draws, sampled, .. } = *op;
     let product =
         Linear { rows, n: vocab, k, dtype, x: hidden, weight: head, bias, epilogue: Epilogue::Store, out: logits, out_dtype: DType::F32 };
-    linear::linear(machine, &product)?;
+    linear::linear(context, &product)?;
     let params = SampleNucleusParams { logits, banned: banned.unwrap_or(0), draws, sampled, vocab, padding: 0 };
-    machine.launch(nucleus_build(), "sample_nucleus", Launch::line(rows, NUCLEUS_THREADS), &params)
+    context.launch(nucleus_build(), "sample_nucleus", Launch::line(rows, NUCLEUS_THREADS), &params)
 }
 
 #[cfg(test)]

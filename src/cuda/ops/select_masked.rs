@@ -2,8 +2,8 @@
 //! and as draws; and the records of a sequence that `unmask` reads as well.
 #![forbid(unsafe_code)]
 
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
 use crate::sampling::{Rank, UnmaskStep};
@@ -136,7 +136,7 @@ pub struct SelectMasked {
     pub draws: Address,
 }
 
-pub fn select_masked(machine: &Machine, op: &SelectMasked) -> Result<()> {
+pub fn select_masked(context: &CudaContext, op: &SelectMasked) -> Result<()> {
     let SelectMasked { sequences, num_sampled, bucket, steps, summaries, state, rows, draws } = *op;
     assert!(num_sampled <= bucket, "{num_sampled} num_sampled in a bucket of {bucket}");
     let params = SelectMaskedParams {
@@ -150,7 +150,7 @@ pub fn select_masked(machine: &Machine, op: &SelectMasked) -> Result<()> {
         bucket,
         padding: 0,
     };
-    machine.launch(build(), "select_masked", launch(sequences), &params)
+    context.launch(build(), "select_masked", launch(sequences), &params)
 }
 
 /// One CTA more than there are sequences: it writes the padding.

@@ -6,8 +6,8 @@
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue};
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::ops::linear;
 use crate::cuda::ops::linear::Linear;
 use crate::cuda::ops::sample::{CHUNK_BYTES, chunk_rows};
@@ -93,29 +93,29 @@ pub struct ShortlistOp {
     pub ids: Address,
 }
 
-pub fn shortlist(machine: &Machine, op: &ShortlistOp) -> Result<()> {
-    shortlist_in(machine, op, CHUNK_BYTES)
+pub fn shortlist(context: &CudaContext, op: &ShortlistOp) -> Result<()> {
+    shortlist_in(context, op, CHUNK_BYTES)
 }
 
 /// [`shortlist`] with another bound on the bytes of a chunk, for tests.
-pub fn shortlist_in(machine: &Machine, op: &ShortlistOp, chunk_bytes: usize) -> Result<()> {
+pub fn shortlist_in(context: &CudaContext, op: &ShortlistOp, chunk_bytes: usize) -> Result<()> {
     let ShortlistOp { rows, k, vocab, hidden, dtype, head, bias, banned, count, ids } = *op;
     assert!(vocab > 0 && k > 0 && (1..=MAX_SHORTLIST).contains(&count), "lists of {count} from a head of {vocab} rows of {k}");
     let row_bytes = vocab as usize * 4;
     let chunk = chunk_rows(rows, row_bytes, chunk_bytes).max(1);
     // `linear` takes what it needs from the front of the same workspace.
-    let front = [chunk.min(rows), rows % chunk].map(|rows| linear::workspace_bytes(machine, rows, vocab, k));
+    let front = [chunk.min(rows), rows % chunk].map(|rows| linear::workspace_bytes(context, rows, vocab, k));
     let front = front[0].max(front[1]).next_multiple_of(256);
-    let logits = machine.workspace(front + chunk.min(rows) as usize * row_bytes)? + front as u64;
+    let logits = context.workspace(front + chunk.min(rows) as usize * row_bytes)? + front as u64;
     for first in (0..rows).step_by(chunk as usize) {
         let rows = chunk.min(rows - first);
         let x = hidden + u64::from(first) * u64::from(k) * dtype.bytes() as u64;
         let out_dtype = DType::F32;
         let product = Linear { rows, n: vocab, k, dtype, x, weight: head, bias, epilogue: Epilogue::Store, out: logits, out_dtype };
-        linear::linear(machine, &product)?;
+        linear::linear(context, &product)?;
         let ids = ids + 4 * u64::from(first) * u64::from(count);
         let params = ShortlistParams { logits, banned: banned.unwrap_or(0), ids, vocab, count };
-        machine.launch(shortlist_build(), "shortlist", Launch::line(rows, THREADS), &params)?;
+        context.launch(shortlist_build(), "shortlist", Launch::line(rows, THREADS), &params)?;
     }
     Ok(())
 }
@@ -144,7 +144,7 @@ pub struct SampleShortlistOp {
     pub sampled: Address,
 }
 
-pub fn sample_shortlist(machine: &Machine, op: &SampleShortlistOp) -> Result<()> {
+pub fn sample_shortlist(context: &CudaContext, op: &SampleShortlistOp) -> Result<()> {
     let SampleShortlistOp { rows, k, hidden, dtype, head, bias, count, ids, which, draws, sampled } = *op;
     assert!(k > 0 && (1..=MAX_SHORTLIST).contains(&count), "lists of {count} of a head of {k} columns");
     let entry = match dtype {
@@ -152,5 +152,5 @@ pub fn sample_shortlist(machine: &Machine, op: &SampleShortlistOp) -> Result<()>
         DType::Bf16 => "sample_shortlist_bf16",
     };
     let params = SampleShortlistParams { hidden, head, bias: bias.unwrap_or(0), ids, which, draws, sampled, count, k };
-    machine.launch(sample_shortlist_build(), entry, Launch::line(rows, THREADS), &params)
+    context.launch(sample_shortlist_build(), entry, Launch::line(rows, THREADS), &params)
 }

@@ -2,8 +2,8 @@
 //! canvas.
 #![forbid(unsafe_code)]
 
+use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Build, Launch};
-use crate::cuda::machine::Machine;
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -43,6 +43,6 @@ fn build() -> Build {
 }
 
 /// One CTA for each of `num_sequences`.
-pub fn unmask(machine: &Machine, num_sequences: u32, params: &UnmaskParams) -> Result<()> {
-    machine.launch(build(), "unmask", Launch::line(num_sequences, THREADS), params)
+pub fn unmask(context: &CudaContext, num_sequences: u32, params: &UnmaskParams) -> Result<()> {
+    context.launch(build(), "unmask", Launch::line(num_sequences, THREADS), params)
 }

@@ -15,7 +15,7 @@ use crate::cpu::simd::Isa;
 const INLINE_WORK: usize = 1 << 19;
 
 /// What the ops share: instructions, threads, scratch memory.
-pub(super) struct Machine {
+pub(super) struct CpuContext {
     pub(super) isa: Isa,
     pub(super) pool: Pool,
     pub(super) serial: Pool,
@@ -32,7 +32,7 @@ pub(super) struct Machine {
     pub(super) spare_rows: Mutex<Vec<Vec<f32>>>,
 }
 
-impl Machine {
+impl CpuContext {
     /// The threads where `work` multiply-adds are worth it, the calling thread alone where not.
     pub(super) fn pool_for(&self, work: usize) -> &Pool {
         if work < INLINE_WORK { &self.serial } else { &self.pool }
