@@ -13,10 +13,10 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::device_steps::DeviceSteps;
+use super::packed_arrays::PackedArrays;
 use super::shortlists::Shortlists;
 use super::signature::{BatchShape, TileShape};
 use super::state::{Batch, Buffer, Cuda, KvCache, Origin, Rows, Weight};
-use super::words::Words;
 use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{
     Activation, Backend, Candidates, DType, Epilogue, ExpertChoice, ExpertShape, HeadShape, Inspect, KvShape, Norm, Rotation, Router,
@@ -134,11 +134,11 @@ impl Backend for Cuda {
     }
 
     fn batch(&self, plan: &Plan) -> Result<Batch> {
-        let mut words = Words::default();
-        let places = words.plan(plan, plan.num_rows());
+        let mut words = PackedArrays::default();
+        let offsets = words.plan(plan, plan.num_rows());
         let memory = self.upload_words(&words.0)?;
         Ok(Batch {
-            arrays: places.at(memory.address()),
+            arrays: offsets.at(memory.address()),
             shape: BatchShape::of(plan, plan.num_rows() as u32),
             origin: Origin::Host { plan: Box::new(plan.clone()), _memory: memory, tiles: RefCell::new(None) },
         })
@@ -208,20 +208,20 @@ impl Backend for Cuda {
     }
 
     fn route(&self, rows: usize, logits: &Buffer, router: &Router<Buffer>, routing: &mut Routing) -> Result<()> {
-        let num_experts = routing.places.shape.num_experts;
+        let num_experts = routing.arrays.shape.num_experts;
         assert!(logits.dtype == DType::F32 && logits.len >= rows * num_experts, "logits of {} for {rows} rows", logits.len);
         assert!(router.bias.is_none_or(|b| b.len == num_experts), "bias for {num_experts} experts");
         routing.route(&self.context, rows, logits.address, router.score, router.bias.map(Buffer::address))
     }
 
     fn moe(&self, routing: &mut Routing, x: &Buffer, up: &Weight, down: &Weight, out: &mut Buffer) -> Result<()> {
-        let ExpertShape { num_experts, hidden_dim, expert_dim, .. } = routing.places.shape;
+        let ExpertShape { num_experts, hidden_dim, expert_dim, .. } = routing.arrays.shape;
         let fits = |weight: &Weight, n: usize, k: usize| (weight.n, weight.k) == (num_experts * n, k);
-        assert!(fits(up, 2 * expert_dim, hidden_dim) && fits(down, hidden_dim, expert_dim), "weights for {:?}", routing.places.shape);
-        let len = routing.places.rows as usize * hidden_dim;
+        assert!(fits(up, 2 * expert_dim, hidden_dim) && fits(down, hidden_dim, expert_dim), "weights for {:?}", routing.arrays.shape);
+        let len = routing.arrays.rows as usize * hidden_dim;
         assert!(out.dtype == DType::F32 && x.len.min(out.len) >= len, "x of {}, out of {} for {len} elements", x.len, out.len);
         let (up, down) = (up.memory.address(), down.memory.address());
-        routing.places.moe(&self.context, x.address, x.dtype, up, down, out.address)
+        routing.arrays.moe(&self.context, x.address, x.dtype, up, down, out.address)
     }
 
     fn rope_append(

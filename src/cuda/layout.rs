@@ -6,7 +6,7 @@
 //! sampler  rows that the windows begin as, rows outside, and these as a batch; for each pass: sequences, canvas places, work list, rows, kept rows
 //! all      sampled rows, pages, (remask)
 //! ```
-//! All of a step goes to the fixed places at once. Order and sizes follow from its [`Signature`] up
+//! All of a step goes to the step buffers at once. Order and sizes follow from its [`Signature`] up
 //! to the pages; what varies otherwise stands behind them, out of the sight of recorded graphs.
 #![forbid(unsafe_code)]
 
@@ -14,9 +14,9 @@ use std::iter::repeat_n;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::packed_arrays::{PackedArrays, PlanOffsets};
 use super::signature::{BatchShape, JointShape, PartShape, Signature, padded};
 use super::state::Cuda;
-use super::words::{Places, Words};
 use crate::backend::{HeadShape, PlannedJoint, PlannedPass, RuleSampling, RunCanvas, SequenceStep};
 use crate::cuda::ops::sample::DrawRecord;
 use crate::cuda::ops::{sample, select_masked};
@@ -35,7 +35,7 @@ pub(super) struct Part {
     pub records: usize,
     pub index: usize,
     pub tiles: usize,
-    pub places: Places,
+    pub offsets: PlanOffsets,
     /// Of `shape.kept`.
     pub kept: usize,
     /// First of its sampled rows among those of the step.
@@ -53,7 +53,7 @@ pub(super) struct JointPlan {
     pub outside: usize,
     pub outside_shape: BatchShape,
     pub outside_index: usize,
-    pub outside_places: Places,
+    pub outside_offsets: PlanOffsets,
 }
 
 /// One step in the arena.
@@ -70,7 +70,7 @@ pub(super) struct StepPlan {
     pub selected_tiles: usize,
     pub joint: Option<JointPlan>,
     /// A remask before the step.
-    pub remask: Option<RemaskPlaces>,
+    pub remask: Option<RemaskOffsets>,
     /// Of all parts, padded.
     pub num_sampled: usize,
     /// First record in the log.
@@ -79,7 +79,7 @@ pub(super) struct StepPlan {
 
 /// Offsets and counts of a remask.
 #[derive(Clone, Copy)]
-pub(super) struct RemaskPlaces {
+pub(super) struct RemaskOffsets {
     pub indptr: usize,
     pub count: usize,
     pub taken: usize,
@@ -90,7 +90,7 @@ pub(super) struct RemaskPlaces {
 /// arrays; `log`: the step's first record there.
 pub(super) fn lay_out(
     cuda: &Cuda,
-    words: &mut Words,
+    words: &mut PackedArrays,
     heads: HeadShape,
     canvases: &[RunCanvas],
     step: &RuleStep,
@@ -100,7 +100,7 @@ pub(super) fn lay_out(
     let (plan, sequences, joint) = (step.plan, &step.sampling.sequences, &step.sampling.joint);
     let start = words.0.len().next_multiple_of(4);
     words.0.resize(start, 0);
-    let mut layout = Layout { cuda, heads, canvases, firsts, words: Words::default(), num_sampled: 0 };
+    let mut layout = Layout { cuda, heads, canvases, firsts, words: PackedArrays::default(), num_sampled: 0 };
 
     let mut parts = vec![layout.part(plan, sequences)];
     // Of the sampled rows only their number is known.
@@ -115,12 +115,12 @@ pub(super) fn lay_out(
     let sample_rows = own.push(repeat_n(0, all_sampled));
     // Of all sequences in every part, with or without rows.
     let (page_indptr, pages) = (own.push(plan.page_indptr.iter().copied()), own.push(plan.pages.iter().copied()));
-    let outside = joint.as_mut().map(|joint| &mut joint.outside_places);
-    for places in parts.iter_mut().map(|part| &mut part.places).chain(outside) {
-        *places = Places { page_indptr, pages, ..*places };
+    let outside = joint.as_mut().map(|joint| &mut joint.outside_offsets);
+    for offsets in parts.iter_mut().map(|part| &mut part.offsets).chain(outside) {
+        *offsets = PlanOffsets { page_indptr, pages, ..*offsets };
     }
     // A step with a remask has the signature of one without.
-    let remask = sequences.iter().any(|s| s.remask.is_some()).then(|| RemaskPlaces {
+    let remask = sequences.iter().any(|s| s.remask.is_some()).then(|| RemaskOffsets {
         indptr: own.push(firsts.iter().copied()),
         count: own.push(sequences.iter().map(|s| s.remask.unwrap_or(0) as u32)),
         taken: own.push(sequences.iter().map(|_| 0)),
@@ -160,7 +160,7 @@ struct Layout<'a> {
     heads: HeadShape,
     canvases: &'a [RunCanvas<'a>],
     firsts: &'a [u32],
-    words: Words,
+    words: PackedArrays,
     /// Of the parts so far, padded.
     num_sampled: usize,
 }
@@ -190,7 +190,7 @@ impl Layout<'_> {
             records,
             index,
             tiles: self.words.push(list.as_flattened().iter().copied()),
-            places: self.words.rows(plan, rows),
+            offsets: self.words.rows(plan, rows),
             kept: 0,
             first_sampled: self.num_sampled - num_sampled,
             counts,
@@ -200,13 +200,13 @@ impl Layout<'_> {
     /// What a sampler takes from the forward over `plan`; its passes follow the parts.
     fn joint(&mut self, plan: &Plan, joint: &PlannedJoint, parts: &mut Vec<Part>) -> JointPlan {
         let (selected, outside_rows) = (plan.select(&joint.outside), padded(joint.outside.len()));
-        let places = JointPlan {
+        let offsets = JointPlan {
             inside: self.rows(&joint.inside),
             inside_rows: padded(joint.inside.len()) as u32,
             outside: self.rows(&joint.outside),
             outside_shape: BatchShape::of(&selected, outside_rows as u32),
             outside_index: self.index(&selected, outside_rows),
-            outside_places: self.words.rows(&selected, outside_rows),
+            outside_offsets: self.words.rows(&selected, outside_rows),
         };
         let mut before: Option<&PlannedPass> = None;
         for pass in &joint.passes {
@@ -219,7 +219,7 @@ impl Layout<'_> {
             before = Some(pass);
             parts.push(part);
         }
-        places
+        offsets
     }
 
     /// A list of rows. Padding is row 0, and its result is never read.
@@ -230,8 +230,8 @@ impl Layout<'_> {
     /// Where each row stands in the canvas arrays.
     fn index(&mut self, plan: &Plan, rows: usize) -> usize {
         let sequence_of_row = (0..plan.num_sequences()).flat_map(|s| (plan.indptr[s]..plan.indptr[s + 1]).map(move |_| s));
-        let places: Vec<u32> = sequence_of_row.zip(&plan.positions).map(|(s, p)| self.firsts[s] + p).collect();
-        self.words.push(places.into_iter().chain(repeat_n(0, rows - plan.num_rows())))
+        let offsets: Vec<u32> = sequence_of_row.zip(&plan.positions).map(|(s, p)| self.firsts[s] + p).collect();
+        self.words.push(offsets.into_iter().chain(repeat_n(0, rows - plan.num_rows())))
     }
 
     /// The sequences as `select_masked` and `unmask` know them.

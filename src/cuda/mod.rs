@@ -5,7 +5,7 @@
 //! | `backend`, `shortlists` | the contracts of [`crate::Backend`] on device memory |
 //! | `state` | the backend's state: weights, buffers, batches, recorded graphs |
 //! | `device_steps` | the runner of steps that the device samples by itself |
-//! | `run`, `layout`, `words`, `signature`, `current` | one run of such steps, and where its arrays lie |
+//! | `run`, `layout`, `packed_arrays`, `signature`, `step_buffers` | one run of such steps, and where its arrays lie |
 //! | `ceilings` | a large copy and a large product, which bound every forward |
 //! | [`ops`] | one launcher per kernel: params struct, grid, launch |
 //! | [`context`], [`params`] | what every launcher needs; the form of a params struct |
@@ -24,19 +24,19 @@
 mod backend;
 mod ceilings;
 pub mod context;
-mod current;
 mod device_steps;
 pub mod driver;
 mod kernels;
 mod layout;
 pub mod ops;
+mod packed_arrays;
 pub mod params;
 mod run;
 mod shortlists;
 mod signature;
 mod state;
+mod step_buffers;
 pub mod tensor_core;
-mod words;
 
 pub use device_steps::DeviceSteps;
 pub use driver::compile::{Compiled, Compiler, EntryUse, compiler};

@@ -3,26 +3,27 @@
 //!
 //! ```text
 //! begin   canvases and the arrays of all steps go up in two copies
-//! step    arrays -> the fixed places; (remask); select_masked: which positions are still masked, their draws
+//! step    arrays -> the step buffers; (remask); select_masked: which positions are still masked, their draws
 //! replay  embed .. layers .. final norm, sample, unmask, and all passes of a joint sampler, each with a selection of its own: one recorded graph per
-//!         signature, reading the fixed places only
+//!         signature, reading the step buffers only
 //! log     the step's sampled tokens move to their place in the log
 //! end     the log comes down: the one time the host waits
 //! ```
 //! What a step needs from the host is known before the first one runs (`Sequence::look_ahead`). A
 //! graph holds addresses, so whatever it reads or writes lies where it lay when it was recorded:
-//! canvases, the current step's arrays, draws and sampled tokens have fixed places
-//! ([`Current`](super::current::Current)), laid out by nothing but the signature. The counters of
-//! the random generator are part of those arrays, in device memory: a replay never repeats numbers.
+//! canvases, the current step's arrays, draws and sampled tokens have fixed addresses
+//! ([`StepBuffers`](super::step_buffers::StepBuffers)), laid out by nothing but the signature. The
+//! counters of the random generator are part of those arrays, in device memory: a replay never
+//! repeats numbers.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
 
 use super::context::{CudaContext, Memory};
 use super::layout::{JointPlan, Part, RuleStep, StepPlan, lay_out};
+use super::packed_arrays::{PackedArrays, PlanOffsets, PlanPointers};
 use super::signature::{Signature, TileShape};
 use super::state::{Buffer, Cuda, Weight};
-use super::words::{Arrays, Places, Words};
 use crate::backend::{DType, ForwardBatch, HeadShape, PassBatch, Picked, PlannedRun, RowOutcome, RunCanvas, StepBatches, Windows};
 use crate::canvas::{Canvas, State};
 use crate::cuda::driver::interface::Address;
@@ -93,7 +94,7 @@ impl Run {
         let mut firsts = vec![0u32];
         lens.iter().for_each(|len| firsts.push(firsts[firsts.len() - 1] + *len as u32));
 
-        let mut words = Words::default();
+        let mut words = PackedArrays::default();
         let mut steps = Vec::with_capacity(rule_steps.len());
         let (mut log, mut most_words, mut max_sampled) = (0, 0, 0);
         for step in rule_steps {
@@ -105,7 +106,7 @@ impl Run {
         }
 
         let positions = firsts[lens.len()] as usize;
-        let mut fixed = cuda.current.borrow_mut();
+        let mut fixed = cuda.step_buffers.borrow_mut();
         // The arrays of a canvas lie by the room there is, not by what is used: their addresses
         // stay.
         let base = fixed.canvas.reserve(context, CanvasArrays::BYTES * positions.next_multiple_of(4))?;
@@ -149,20 +150,20 @@ impl Run {
         let plan = &self.steps[step];
         let at = |place: usize| self.arrays + 4 * place as u64;
         context.driver.copy(self.arena.address() + 4 * plan.words.start as u64, self.arrays, 4 * plan.words.len())?;
-        if let Some(places) = plan.remask {
+        if let Some(offsets) = plan.remask {
             let CanvasArrays { token, confidence, step, positions, state, stage } = self.canvas;
             let params = RemaskParams {
-                indptr: at(places.indptr),
-                count: at(places.count),
+                indptr: at(offsets.indptr),
+                count: at(offsets.count),
                 token,
                 confidence,
                 state,
                 stage,
                 step,
                 positions,
-                taken: at(places.taken),
+                taken: at(offsets.taken),
                 mask_id: self.mask_id,
-                next_stage: u32::from(places.stage),
+                next_stage: u32::from(offsets.stage),
             };
             remask::remask(context, self.num_sequences as u32, &params)?;
         }
@@ -182,7 +183,7 @@ impl Run {
         let plan = &self.steps[self.current];
         let (part, signature) = (&plan.parts[0], &plan.signature);
         let at = |place: usize| self.arrays + 4 * place as u64;
-        let arrays = self.arrays_of(part.index, &part.places);
+        let arrays = self.arrays_of(part.index, &part.offsets);
         let batch = Cuda::run_batch(arrays, part.shape.batch, (part.shape.tiles, at(part.tiles)));
         let sample_rows = Cuda::run_rows(at(plan.sample_rows), part.shape.num_sampled);
         let (picked, sample_rows) = match (signature.all, &plan.joint) {
@@ -203,7 +204,7 @@ impl Run {
                 };
                 gather::gather(&cuda.context, &op)?;
                 let tiles = (signature.selected_tiles, at(plan.selected_tiles));
-                (Picked::Rows(sample_rows, Cuda::run_batch(Arrays { visible, ..arrays }, signature.selected, tiles)), None)
+                (Picked::Rows(sample_rows, Cuda::run_batch(PlanPointers { visible, ..arrays }, signature.selected, tiles)), None)
             }
         };
         let forward = ForwardBatch { batch, rows: part.shape.batch.rows as usize, picked };
@@ -213,7 +214,7 @@ impl Run {
     /// What a sampler takes from the current step's forward.
     fn windows(&self, joint: &JointPlan) -> Windows<Cuda> {
         let (at, no_tiles) = (|place: usize| self.arrays + 4 * place as u64, TileShape { regime: Regime::Few, num_tiles: 0 });
-        let arrays = self.arrays_of(joint.outside_index, &joint.outside_places);
+        let arrays = self.arrays_of(joint.outside_index, &joint.outside_offsets);
         Windows {
             inside: Cuda::run_rows(at(joint.inside), joint.inside_rows),
             outside: Cuda::run_rows(at(joint.outside), joint.outside_shape.rows),
@@ -230,15 +231,15 @@ impl Run {
         let at = |place: usize| self.arrays + 4 * place as u64;
         // Recorded, so it must not depend on how many there are: the padding is there already.
         self.select_masked(&cuda.context, part, part.shape.num_sampled as usize, part.shape.num_sampled as usize)?;
-        let batch = Cuda::run_batch(self.arrays_of(part.index, &part.places), part.shape.batch, (part.shape.tiles, at(part.tiles)));
+        let batch = Cuda::run_batch(self.arrays_of(part.index, &part.offsets), part.shape.batch, (part.shape.tiles, at(part.tiles)));
         let kept = part.shape.kept.map(|rows| Cuda::run_rows(at(part.kept), rows));
         let sample_rows = Cuda::run_rows(at(plan.sample_rows + part.first_sampled), part.shape.num_sampled);
         Ok(PassBatch { batch, rows: part.shape.batch.rows as usize, sample_rows, kept })
     }
 
     /// The arrays of a part, whose rows stand at `index` on the canvas.
-    fn arrays_of(&self, index: usize, places: &Places) -> Arrays {
-        Arrays { ids: self.canvas.token, index: Some(self.arrays + 4 * index as u64), ..places.at(self.arrays) }
+    fn arrays_of(&self, index: usize, offsets: &PlanOffsets) -> PlanPointers {
+        PlanPointers { ids: self.canvas.token, index: Some(self.arrays + 4 * index as u64), ..offsets.at(self.arrays) }
     }
 
     /// Lists what a part samples, and padding from `num_sampled` to `bucket`.

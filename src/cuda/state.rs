@@ -11,13 +11,13 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::backend::{DType, HeadShape, KvShape, RowSource};
 use crate::cuda::context::{CudaContext, Memory};
-use crate::cuda::current::Current;
 use crate::cuda::driver::interface::{Address, Driver, Graph};
 use crate::cuda::ops::attention::{self, Regime};
 use crate::cuda::ops::gather::{self, Gather};
 use crate::cuda::ops::sample;
+use crate::cuda::packed_arrays::PlanPointers;
 use crate::cuda::signature::{BatchShape, Signature, TileShape};
-use crate::cuda::words::Arrays;
+use crate::cuda::step_buffers::StepBuffers;
 use crate::error::Result;
 use crate::plan::Plan;
 use crate::sampling::Draw;
@@ -43,8 +43,8 @@ pub struct Cuda {
     graphs: RefCell<HashMap<Recorded, Option<Graph>>>,
     replays: Cell<bool>,
     runs: Cell<bool>,
-    /// The fixed places that the steps of a run use.
-    pub(super) current: RefCell<Current>,
+    /// The buffers that the steps of a run use, at fixed addresses.
+    pub(super) step_buffers: RefCell<StepBuffers>,
 }
 
 /// A step with everything that its launches depend on beside the contents of memory.
@@ -95,7 +95,7 @@ impl KvCache {
 
 /// A plan on the device.
 pub struct Batch {
-    pub(super) arrays: Arrays,
+    pub(super) arrays: PlanPointers,
     pub(super) shape: BatchShape,
     pub(super) origin: Origin,
 }
@@ -104,7 +104,7 @@ pub(super) enum Origin {
     /// Uploaded from a plan, in memory of its own; the work list of attention follows when its
     /// heads are known.
     Host { plan: Box<Plan>, _memory: Memory, tiles: RefCell<Option<(HeadShape, TileShape, Memory)>> },
-    /// At the fixed places of a run's current step.
+    /// In the buffers of a run's current step.
     Run { tiles: (TileShape, Address) },
 }
 
@@ -127,7 +127,7 @@ impl Cuda {
             graphs: RefCell::default(),
             replays: Cell::new(true),
             runs: Cell::new(true),
-            current: RefCell::default(),
+            step_buffers: RefCell::default(),
         })
     }
 
@@ -224,7 +224,7 @@ impl Cuda {
     }
 
     /// A batch of a run's current step.
-    pub(super) fn run_batch(arrays: Arrays, shape: BatchShape, tiles: (TileShape, Address)) -> Batch {
+    pub(super) fn run_batch(arrays: PlanPointers, shape: BatchShape, tiles: (TileShape, Address)) -> Batch {
         Batch { arrays, shape, origin: Origin::Run { tiles } }
     }
 

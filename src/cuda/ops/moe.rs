@@ -235,15 +235,15 @@ pub struct Routing {
     capacity: usize,
     _memory: Memory,
     /// `rows` of the last routing.
-    pub(in crate::cuda) places: MoeArrays,
+    pub(in crate::cuda) arrays: MoeArrays,
 }
 
 impl Routing {
     /// Room for `rows` rows.
     pub(in crate::cuda) fn new(context: &CudaContext, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routing> {
         let memory = context.memory(MoeArrays::at(0, dtype, rows, shape).1)?;
-        let (places, _) = MoeArrays::at(memory.address(), dtype, rows, shape);
-        Ok(Routing { capacity: rows, _memory: memory, places: MoeArrays { rows: 0, ..places } })
+        let (arrays, _) = MoeArrays::at(memory.address(), dtype, rows, shape);
+        Ok(Routing { capacity: rows, _memory: memory, arrays: MoeArrays { rows: 0, ..arrays } })
     }
 
     pub(in crate::cuda) fn route(
@@ -255,15 +255,15 @@ impl Routing {
         bias: Option<Address>,
     ) -> Result<()> {
         assert!(rows <= self.capacity, "{rows} rows where there is room for {}", self.capacity);
-        self.places.rows = rows as u32;
-        self.places.route(context, logits, score, bias)
+        self.arrays.rows = rows as u32;
+        self.arrays.route(context, logits, score, bias)
     }
 
     pub(in crate::cuda) fn expert_choices(&self, context: &CudaContext) -> Result<Vec<ExpertChoice>> {
-        let len = self.places.rows as usize * self.places.shape.top_k;
+        let len = self.arrays.rows as usize * self.arrays.shape.top_k;
         let (mut experts, mut weights) = (vec![0u32; len], vec![0.0f32; len]);
-        context.driver.read(self.places.expert, cast_slice_mut(&mut experts))?;
-        context.driver.read(self.places.weight, cast_slice_mut(&mut weights))?;
+        context.driver.read(self.arrays.expert, cast_slice_mut(&mut experts))?;
+        context.driver.read(self.arrays.weight, cast_slice_mut(&mut weights))?;
         Ok(experts.into_iter().zip(weights).map(|(expert, weight)| ExpertChoice { expert, weight }).collect())
     }
 }

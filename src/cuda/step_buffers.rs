@@ -1,25 +1,25 @@
-//! Fixed places of a run's current step, which recorded graphs hold addresses of.
+//! Buffers of a run's current step at fixed addresses, which recorded graphs hold.
 #![forbid(unsafe_code)]
 
 use crate::cuda::context::{CudaContext, Memory};
 use crate::cuda::driver::interface::Address;
 use crate::error::Result;
 
-/// The fixed places of a run's current step. Each grows when it must, which outdates every recorded
+/// The buffers of a run's current step. Each grows when it must, which outdates every recorded
 /// graph.
 #[derive(Default)]
-pub(super) struct Current {
-    pub(super) canvas: Place,
-    pub(super) arrays: Place,
-    pub(super) draws: Place,
-    pub(super) sampled: Place,
-    pub(super) summaries: Place,
+pub(super) struct StepBuffers {
+    pub(super) canvas: StepBuffer,
+    pub(super) arrays: StepBuffer,
+    pub(super) draws: StepBuffer,
+    pub(super) sampled: StepBuffer,
+    pub(super) summaries: StepBuffer,
 }
 
 #[derive(Default)]
-pub(super) struct Place(pub(super) Option<Memory>);
+pub(super) struct StepBuffer(pub(super) Option<Memory>);
 
-impl Place {
+impl StepBuffer {
     /// Its address, with room for `bytes`.
     pub(super) fn reserve(&mut self, context: &CudaContext, bytes: usize) -> Result<Address> {
         if self.0.as_ref().is_none_or(|memory| memory.bytes() < bytes) {
