@@ -1,7 +1,7 @@
 //! The one place that knows everyone: [`Engine::tick`] admits, schedules, plans steps, runs them,
 //! applies their outcomes, and retires.
 //!
-//! Requests are submitted at any time and come back through their [`Handle`]: events as they
+//! Requests are submitted at any time and come back through their [`SubmittedRequest`]: events as they
 //! happen, then one [`Output`]. Requests of different lengths, schedules and stages share forwards.
 //! The engine prints nothing, starts no thread of its own (the backend may), and holds memory for
 //! admitted requests only.
@@ -26,8 +26,8 @@ use crate::model::registry;
 use crate::model::step::StepNetwork;
 use crate::model::{Model, Progress, Scratch};
 use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
-use crate::request::{Handle, Output, Prompt, Request, Segment, Timings};
 use crate::request::{Message, stop_at};
+use crate::request::{Output, Prompt, Request, Segment, SubmittedRequest, Timings};
 use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Scope};
 use crate::scheduler::{self, Budget, Need};
@@ -315,7 +315,7 @@ impl<B: Backend> Engine<B> {
 
     /// Queues a request. Errors: a prompt or schedule that cannot be served, or more pages than the
     /// pool has in all.
-    pub fn submit(&mut self, request: Request) -> Result<Handle> {
+    pub fn submit(&mut self, request: Request) -> Result<SubmittedRequest> {
         let config = self.config();
         let mask_id = config.masking()?;
         if let Some(missing) = request.schedule.stages.iter().map(|s| s.weights).find(|w| *w >= self.models.len()) {
@@ -392,7 +392,7 @@ impl<B: Backend> Engine<B> {
             failed: None,
         });
         self.next_id += 1;
-        Ok(Handle { messages, cancel, finished: RefCell::new(None) })
+        Ok(SubmittedRequest { messages, cancel, finished: RefCell::new(None) })
     }
 
     /// True while something is queued or in flight.
@@ -592,6 +592,6 @@ mod tests {
     fn engines_and_handles_cross_threads() {
         fn crosses<T: Send>() {}
         crosses::<Engine<crate::cpu::Cpu>>();
-        crosses::<Handle>();
+        crosses::<SubmittedRequest>();
     }
 }

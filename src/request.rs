@@ -123,13 +123,13 @@ pub(crate) enum Message {
 }
 
 /// The caller's end of a request. Dropping it cancels the request.
-pub struct Handle {
+pub struct SubmittedRequest {
     pub(crate) messages: Receiver<Message>,
     pub(crate) cancel: Arc<AtomicBool>,
     pub(crate) finished: RefCell<Option<Result<Output>>>,
 }
 
-impl Handle {
+impl SubmittedRequest {
     /// Events that have happened since the last call; never waits.
     pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
         std::iter::from_fn(|| match self.messages.try_recv().ok()? {

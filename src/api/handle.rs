@@ -5,7 +5,7 @@ use std::sync::mpsc::TryRecvError;
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Result};
-use crate::request::{Handle, Message, Output, generated_text};
+use crate::request::{Message, Output, SubmittedRequest, generated_text};
 use crate::sequence::Event;
 use crate::tokenizer::Tokenizer;
 
@@ -66,14 +66,14 @@ pub(super) fn cause_of(failure: &Failure) -> Error {
 
 /// A request in flight. Dropping the handle cancels the request.
 pub struct RequestHandle {
-    core: Handle,
+    core: SubmittedRequest,
     rules: TextRules,
     /// The engine's thread, where it has one: without, nothing advances while a caller waits.
     thread: Option<Failure>,
 }
 
 impl RequestHandle {
-    pub(super) fn new(core: Handle, rules: TextRules) -> RequestHandle {
+    pub(super) fn new(core: SubmittedRequest, rules: TextRules) -> RequestHandle {
         RequestHandle { core, rules, thread: None }
     }
 

@@ -7,7 +7,7 @@ use crate::backend::Backend;
 use crate::cli::terminal::Progress;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Result;
-use crate::request::Handle;
+use crate::request::SubmittedRequest;
 use crate::schedule::Schedule;
 use crate::sequence::EventKind;
 
@@ -37,12 +37,12 @@ pub(crate) fn attach_joint<'a, B: Backend>(
 }
 
 /// Runs the engine to the end, showing progress, for callers that want the outputs alone.
-pub(crate) fn drain<B: Backend>(engine: &mut Engine<B>, handles: &[Handle]) -> Result<()> {
+pub(crate) fn drain<B: Backend>(engine: &mut Engine<B>, handles: &[SubmittedRequest]) -> Result<()> {
     let mut progress = Progress::new("generating");
     let mut revealed = 0;
     loop {
         let busy = engine.tick()?;
-        for event in handles.iter().flat_map(Handle::events) {
+        for event in handles.iter().flat_map(SubmittedRequest::events) {
             if event.kind == EventKind::Unmask {
                 revealed += event.positions.len();
             }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use redraft::engine::Engine;
 use redraft::model::registry;
 use redraft::model::shapes;
-use redraft::request::{Handle, Prompt, Request};
+use redraft::request::{Prompt, Request, SubmittedRequest};
 use redraft::schedule::Defaults;
 use redraft::scheduler::Budget;
 use redraft::sequence::Forwards;
@@ -118,7 +118,7 @@ impl Essence {
 }
 
 /// Runs the engine to its end and takes the outcomes, with the label of a case in every failure.
-pub fn finish<B: Backend>(engine: &mut Engine<B>, handles: &[Handle], label: &str) -> Vec<Output> {
+pub fn finish<B: Backend>(engine: &mut Engine<B>, handles: &[SubmittedRequest], label: &str) -> Vec<Output> {
     engine.run().unwrap_or_else(|e| panic!("{label}: {e}"));
     handles
         .iter()
@@ -136,7 +136,8 @@ pub fn finish<B: Backend>(engine: &mut Engine<B>, handles: &[Handle], label: &st
 
 /// Runs requests together.
 pub fn together<B: Backend>(engine: &mut Engine<B>, requests: &[Request], label: &str) -> Vec<Output> {
-    let handles: Vec<Handle> = requests.iter().map(|r| engine.submit(r.clone()).unwrap_or_else(|e| panic!("{label}: {e}"))).collect();
+    let handles: Vec<SubmittedRequest> =
+        requests.iter().map(|r| engine.submit(r.clone()).unwrap_or_else(|e| panic!("{label}: {e}"))).collect();
     finish(engine, &handles, label)
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use redraft::backend::DType;
 use redraft::cpu::Cpu;
 use redraft::engine::Engine;
-use redraft::request::{Handle, Output, Prompt, Request};
+use redraft::request::{Output, Prompt, Request, SubmittedRequest};
 use redraft::rng::Uniforms;
 use redraft::schedule::{Defaults, Schedule};
 use redraft::sequence::{DrawSource, Event, EventKind, Finish};
@@ -197,13 +197,13 @@ impl<'a> Follower<'a> {
     }
 }
 
-fn outcome(handle: &Handle, label: &str) -> Output {
+fn outcome(handle: &SubmittedRequest, label: &str) -> Output {
     handle.take_output().unwrap_or_else(|| panic!("{label}: no output")).unwrap_or_else(|e| panic!("{label}: {e}"))
 }
 
 /// Runs `traces` together in one engine and follows each.
 fn replay(fixture: &Fixture, engine: &mut Engine<Cpu>, traces: &[&Value], variant: Variant) {
-    let mut runs: Vec<(Follower, Handle)> = traces
+    let mut runs: Vec<(Follower, SubmittedRequest)> = traces
         .iter()
         .map(|trace| {
             let label = format!("{} trace {} {variant:?}", fixture.name, trace["seed"]);

@@ -11,7 +11,7 @@ use cudarc::cublaslt::sys;
 use libloading::Library;
 
 use crate::cuda::driver::interface::Address;
-use crate::cuda::driver::libcuda::Handle;
+use crate::cuda::driver::libcuda::RawHandle;
 use crate::cuda::driver::library::{loader_words, symbol};
 
 /// The newest toolkit first; the bare name exists where development files are installed.
@@ -54,26 +54,26 @@ macro_rules! functions {
 }
 
 functions! {
-    create = "cublasLtCreate" (*mut Handle);
-    destroy = "cublasLtDestroy" (Handle);
+    create = "cublasLtCreate" (*mut RawHandle);
+    destroy = "cublasLtDestroy" (RawHandle);
     /// (description, compute type, type of the scalars).
-    desc_create = "cublasLtMatmulDescCreate" (*mut Handle, c_int, c_int);
-    desc_set = "cublasLtMatmulDescSetAttribute" (Handle, c_int, *const c_void, usize);
-    desc_destroy = "cublasLtMatmulDescDestroy" (Handle);
+    desc_create = "cublasLtMatmulDescCreate" (*mut RawHandle, c_int, c_int);
+    desc_set = "cublasLtMatmulDescSetAttribute" (RawHandle, c_int, *const c_void, usize);
+    desc_destroy = "cublasLtMatmulDescDestroy" (RawHandle);
     /// (layout, type, rows, columns, leading dimension).
-    layout_create = "cublasLtMatrixLayoutCreate" (*mut Handle, c_int, u64, u64, i64);
-    layout_destroy = "cublasLtMatrixLayoutDestroy" (Handle);
-    preference_create = "cublasLtMatmulPreferenceCreate" (*mut Handle);
-    preference_set = "cublasLtMatmulPreferenceSetAttribute" (Handle, c_int, *const c_void, usize);
-    preference_destroy = "cublasLtMatmulPreferenceDestroy" (Handle);
+    layout_create = "cublasLtMatrixLayoutCreate" (*mut RawHandle, c_int, u64, u64, i64);
+    layout_destroy = "cublasLtMatrixLayoutDestroy" (RawHandle);
+    preference_create = "cublasLtMatmulPreferenceCreate" (*mut RawHandle);
+    preference_set = "cublasLtMatmulPreferenceSetAttribute" (RawHandle, c_int, *const c_void, usize);
+    preference_destroy = "cublasLtMatmulPreferenceDestroy" (RawHandle);
     /// (library, description, layouts of A B C D, preference, proposals wanted, proposals, given).
     propose = "cublasLtMatmulAlgoGetHeuristic"
-        (Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut Proposal, *mut c_int);
+        (RawHandle, RawHandle, RawHandle, RawHandle, RawHandle, RawHandle, RawHandle, c_int, *mut Proposal, *mut c_int);
     /// (library, description, alpha, A and its layout, B, beta, C, D, algorithm, workspace,
     /// stream).
     matmul = "cublasLtMatmul"
-        (Handle, Handle, *const f32, Address, Handle, Address, Handle, *const f32, Address, Handle, Address, Handle,
-         *const [u64; 8], Address, usize, Handle);
+        (RawHandle, RawHandle, *const f32, Address, RawHandle, Address, RawHandle, *const f32, Address, RawHandle, Address, RawHandle,
+         *const [u64; 8], Address, usize, RawHandle);
 }
 
 fn open() -> Result<Functions, String> {
@@ -99,7 +99,7 @@ fn checked(call: &str, status: c_int) -> Result<(), String> {
 pub(super) struct SquareProduct {
     functions: Functions,
     /// Library, description, layout and preference; 0 where not made.
-    handles: [Handle; 4],
+    handles: [RawHandle; 4],
     proposal: Proposal,
 }
 
@@ -134,7 +134,7 @@ impl SquareProduct {
 
     /// Enqueues the product on a stream of the context that was current when it was opened.
     /// `workspace` has [`WORKSPACE_BYTES`]; addresses are multiples of 256.
-    pub(super) fn enqueue(&self, x: Address, weight: Address, out: Address, workspace: Address, stream: Handle) -> Result<(), String> {
+    pub(super) fn enqueue(&self, x: Address, weight: Address, out: Address, workspace: Address, stream: RawHandle) -> Result<(), String> {
         let ([library, desc, square, _], one, zero) = (self.handles, 1.0f32, 0.0f32);
         let algorithm = &self.proposal.algorithm;
         // SAFETY: the caller's arrays hold side x side bf16 values each as the layout says, the

@@ -260,7 +260,7 @@ fn open_global(path: &OsStr) -> Result<Library, libloading::Error> {
 
 // ---- the C interface ----
 
-type Handle = sys::nvrtcProgram;
+type NvrtcProgram = sys::nvrtcProgram;
 
 /// The functions in use, with result codes as the plain integers they are.
 struct Functions {
@@ -268,13 +268,14 @@ struct Functions {
     get_num_supported_archs: unsafe extern "C" fn(*mut c_int) -> c_int,
     get_supported_archs: unsafe extern "C" fn(*mut c_int) -> c_int,
     get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
-    create: unsafe extern "C" fn(*mut Handle, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> c_int,
-    destroy: unsafe extern "C" fn(*mut Handle) -> c_int,
-    compile: unsafe extern "C" fn(Handle, c_int, *const *const c_char) -> c_int,
-    get_log_size: unsafe extern "C" fn(Handle, *mut usize) -> c_int,
-    get_log: unsafe extern "C" fn(Handle, *mut c_char) -> c_int,
-    get_cubin_size: unsafe extern "C" fn(Handle, *mut usize) -> c_int,
-    get_cubin: unsafe extern "C" fn(Handle, *mut c_char) -> c_int,
+    create:
+        unsafe extern "C" fn(*mut NvrtcProgram, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> c_int,
+    destroy: unsafe extern "C" fn(*mut NvrtcProgram) -> c_int,
+    compile: unsafe extern "C" fn(NvrtcProgram, c_int, *const *const c_char) -> c_int,
+    get_log_size: unsafe extern "C" fn(NvrtcProgram, *mut usize) -> c_int,
+    get_log: unsafe extern "C" fn(NvrtcProgram, *mut c_char) -> c_int,
+    get_cubin_size: unsafe extern "C" fn(NvrtcProgram, *mut usize) -> c_int,
+    get_cubin: unsafe extern "C" fn(NvrtcProgram, *mut c_char) -> c_int,
 }
 
 impl Functions {
@@ -315,7 +316,7 @@ impl Functions {
 /// A program between creation and destruction.
 struct Program<'a> {
     functions: &'a Functions,
-    handle: Handle,
+    handle: NvrtcProgram,
 }
 
 impl<'a> Program<'a> {
@@ -325,7 +326,7 @@ impl<'a> Program<'a> {
         let texts = headers().iter().map(|(_, text)| c(text)).collect::<Result<Vec<_>, _>>()?;
         let names = headers().iter().map(|(name, _)| c(name)).collect::<Result<Vec<_>, _>>()?;
         let (text_pointers, name_pointers) = (pointers(&texts), pointers(&names));
-        let mut handle: Handle = std::ptr::null_mut();
+        let mut handle: NvrtcProgram = std::ptr::null_mut();
         // SAFETY: all strings outlive the call, which copies them; both header arrays hold
         // `texts.len()` pointers.
         let code = unsafe {
@@ -357,8 +358,8 @@ impl<'a> Program<'a> {
     /// A result of the program: first its size, then its bytes.
     fn read(
         &self,
-        size_of: unsafe extern "C" fn(Handle, *mut usize) -> c_int,
-        bytes_of: unsafe extern "C" fn(Handle, *mut c_char) -> c_int,
+        size_of: unsafe extern "C" fn(NvrtcProgram, *mut usize) -> c_int,
+        bytes_of: unsafe extern "C" fn(NvrtcProgram, *mut c_char) -> c_int,
     ) -> Result<Vec<u8>, String> {
         let mut size = 0usize;
         // SAFETY: the handle is live and `size` is writable.

@@ -20,7 +20,7 @@ use crate::cuda::driver::cache::Cache;
 use crate::cuda::driver::compile::compiler;
 use crate::cuda::driver::device::{DeviceInfo, describe, probe};
 use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch, Limits};
-use crate::cuda::driver::libcuda::{Functions, Handle, functions};
+use crate::cuda::driver::libcuda::{Functions, RawHandle, functions};
 use crate::cuda::driver::prebuilt::Prebuilt;
 use crate::cuda::driver::source::{identity, kernel, portable_identity};
 use crate::cuda::driver::staging::Staging;
@@ -40,12 +40,12 @@ pub struct Gpu {
     driver_version: (u32, u32),
     limits: Limits,
     device: c_int,
-    context: Handle,
-    stream: Handle,
+    context: RawHandle,
+    stream: RawHandle,
     /// Page-locked memory for writes; none where the machine has none to give.
     staging: RefCell<Option<Staging>>,
     cache: Cache,
-    modules: RefCell<HashMap<Build, Handle>>,
+    modules: RefCell<HashMap<Build, RawHandle>>,
     /// Entries of the functions handed out, for errors.
     names: RefCell<HashMap<Function, String>>,
     graphs: RefCell<Vec<Graph>>,
@@ -77,7 +77,7 @@ impl Gpu {
         let check = |call: &str, code: c_int| checked(ordinal, call, code);
 
         let (mut version, mut device): (c_int, c_int) = (0, 0);
-        let (mut context, mut stream): (Handle, Handle) = (0, 0);
+        let (mut context, mut stream): (RawHandle, RawHandle) = (0, 0);
         // SAFETY: both results are writable; `probe` has initialised the driver and found the
         // ordinal.
         check("cuDriverGetVersion", unsafe { (functions.driver_get_version)(&mut version) })?;
@@ -168,7 +168,7 @@ impl Gpu {
     }
 
     /// The module of a build: loaded before, built beforehand, from the cache, or compiled now.
-    fn module(&self, build: &Build) -> Result<Handle> {
+    fn module(&self, build: &Build) -> Result<RawHandle> {
         if let Some(module) = self.modules.borrow().get(build) {
             return Ok(*module);
         }
@@ -186,14 +186,14 @@ impl Gpu {
 
     /// The module of a cubin of the named directory. Errors: why there is none, where a directory
     /// is named.
-    fn prebuilt_module(&self, build: &Build) -> std::result::Result<Handle, Option<String>> {
+    fn prebuilt_module(&self, build: &Build) -> std::result::Result<RawHandle, Option<String>> {
         let prebuilt = self.prebuilt.as_ref().ok_or(None)?;
         let cubin = prebuilt.find(&kernel(build.stem), build, &self.arch).map_err(Some)?;
         self.load(&portable_identity(&kernel(build.stem), build, &self.arch), &cubin, None).map_err(|error| Some(error.to_string()))
     }
 
     /// The module of a cubin that this machine's NVRTC wrote, earlier or now.
-    fn built_module(&self, build: &Build) -> Result<Handle> {
+    fn built_module(&self, build: &Build) -> Result<RawHandle> {
         let compiler = compiler()?;
         let identity = identity(&kernel(build.stem), build, &self.arch, compiler.identity());
         let load = |cubin: &[u8]| self.load(&identity, cubin, Some(compiler.version()));
@@ -209,9 +209,9 @@ impl Gpu {
     }
 
     /// `nvrtc`: major and minor of the compiler that wrote the cubin, where it is known.
-    fn load(&self, identity: &str, cubin: &[u8], nvrtc: Option<(u32, u32)>) -> Result<Handle> {
+    fn load(&self, identity: &str, cubin: &[u8], nvrtc: Option<(u32, u32)>) -> Result<RawHandle> {
         let f = self.enter()?;
-        let mut module: Handle = 0;
+        let mut module: RawHandle = 0;
         // SAFETY: `cubin` is a whole ELF image from NVRTC, which carries its own size, checked by
         // the cache's checksum where it comes from there; the driver copies it.
         let code = unsafe { (f.module_load_data)(&mut module, cubin.as_ptr().cast()) };
@@ -360,7 +360,7 @@ impl Driver for Gpu {
         let f = self.enter()?;
         let module = self.module(build)?;
         let name = CString::new(entry).map_err(|_| Error::kernel(format!("{entry:?}: a NUL byte in the name of an entry")))?;
-        let mut function: Handle = 0;
+        let mut function: RawHandle = 0;
         // SAFETY: the module is loaded, the name NUL-terminated, the result writable.
         self.check(&format!("cuModuleGetFunction of {entry}"), unsafe { (f.module_get_function)(&mut function, module, name.as_ptr()) })?;
         let mut fixed: c_int = 0;
@@ -418,7 +418,7 @@ impl Driver for Gpu {
     fn end_capture(&self) -> Result<Graph> {
         let f = self.enter()?;
         assert!(self.capturing.replace(false), "end_capture without begin_capture");
-        let (mut recorded, mut runnable): (Handle, Handle) = (0, 0);
+        let (mut recorded, mut runnable): (RawHandle, RawHandle) = (0, 0);
         // SAFETY: the stream is recording; the result is writable.
         let outcome = self.check("cuStreamEndCapture", unsafe { (f.stream_end_capture)(self.stream, &mut recorded) }).and_then(|()| {
             // SAFETY: the recording just ended; the result is writable. The recording itself is not

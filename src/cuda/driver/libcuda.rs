@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 
 /// A context, stream, module, function, graph or event of the driver: an opaque pointer, 0 for
 /// none.
-pub(in crate::cuda) type Handle = usize;
+pub(in crate::cuda) type RawHandle = usize;
 
 macro_rules! functions {
     ($($(#[$doc:meta])* $field:ident = $symbol:literal ($($arg:ty),*);)*) => {
@@ -37,42 +37,42 @@ functions! {
     driver_get_version = "cuDriverGetVersion" (*mut c_int);
     device_get = "cuDeviceGet" (*mut c_int, c_int);
     device_get_attribute = "cuDeviceGetAttribute" (*mut c_int, c_int, c_int);
-    primary_context_retain = "cuDevicePrimaryCtxRetain" (*mut Handle, c_int);
+    primary_context_retain = "cuDevicePrimaryCtxRetain" (*mut RawHandle, c_int);
     primary_context_release = "cuDevicePrimaryCtxRelease_v2" (c_int);
-    context_set_current = "cuCtxSetCurrent" (Handle);
-    stream_create = "cuStreamCreate" (*mut Handle, c_uint);
-    stream_destroy = "cuStreamDestroy_v2" (Handle);
-    stream_synchronize = "cuStreamSynchronize" (Handle);
-    stream_begin_capture = "cuStreamBeginCapture_v2" (Handle, c_int);
-    stream_end_capture = "cuStreamEndCapture" (Handle, *mut Handle);
+    context_set_current = "cuCtxSetCurrent" (RawHandle);
+    stream_create = "cuStreamCreate" (*mut RawHandle, c_uint);
+    stream_destroy = "cuStreamDestroy_v2" (RawHandle);
+    stream_synchronize = "cuStreamSynchronize" (RawHandle);
+    stream_begin_capture = "cuStreamBeginCapture_v2" (RawHandle, c_int);
+    stream_end_capture = "cuStreamEndCapture" (RawHandle, *mut RawHandle);
     mem_alloc = "cuMemAlloc_v2" (*mut u64, usize);
     mem_free = "cuMemFree_v2" (u64);
     mem_get_info = "cuMemGetInfo_v2" (*mut usize, *mut usize);
     /// Page-locked host memory, which copies run from without a stop.
-    mem_host_alloc = "cuMemHostAlloc" (*mut Handle, usize, c_uint);
-    mem_free_host = "cuMemFreeHost" (Handle);
-    copy_to_device = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, Handle);
-    copy_to_host = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Handle);
-    copy_on_device = "cuMemcpyDtoDAsync_v2" (u64, u64, usize, Handle);
+    mem_host_alloc = "cuMemHostAlloc" (*mut RawHandle, usize, c_uint);
+    mem_free_host = "cuMemFreeHost" (RawHandle);
+    copy_to_device = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, RawHandle);
+    copy_to_host = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, RawHandle);
+    copy_on_device = "cuMemcpyDtoDAsync_v2" (u64, u64, usize, RawHandle);
     /// (address, word, number of words, stream).
-    memset_d32 = "cuMemsetD32Async" (u64, c_uint, usize, Handle);
-    event_create = "cuEventCreate" (*mut Handle, c_uint);
-    event_destroy = "cuEventDestroy_v2" (Handle);
-    event_record = "cuEventRecord" (Handle, Handle);
-    event_synchronize = "cuEventSynchronize" (Handle);
-    module_load_data = "cuModuleLoadData" (*mut Handle, *const c_void);
-    module_unload = "cuModuleUnload" (Handle);
-    module_get_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
-    function_get_attribute = "cuFuncGetAttribute" (*mut c_int, c_int, Handle);
-    function_set_attribute = "cuFuncSetAttribute" (Handle, c_int, c_int);
+    memset_d32 = "cuMemsetD32Async" (u64, c_uint, usize, RawHandle);
+    event_create = "cuEventCreate" (*mut RawHandle, c_uint);
+    event_destroy = "cuEventDestroy_v2" (RawHandle);
+    event_record = "cuEventRecord" (RawHandle, RawHandle);
+    event_synchronize = "cuEventSynchronize" (RawHandle);
+    module_load_data = "cuModuleLoadData" (*mut RawHandle, *const c_void);
+    module_unload = "cuModuleUnload" (RawHandle);
+    module_get_function = "cuModuleGetFunction" (*mut RawHandle, RawHandle, *const c_char);
+    function_get_attribute = "cuFuncGetAttribute" (*mut c_int, c_int, RawHandle);
+    function_set_attribute = "cuFuncSetAttribute" (RawHandle, c_int, c_int);
     /// (function, grid x y z, block x y z, dynamic shared bytes, stream, pointers to the
     /// parameters, extra).
     launch_kernel = "cuLaunchKernel"
-        (Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void);
-    graph_instantiate = "cuGraphInstantiateWithFlags" (*mut Handle, Handle, u64);
-    graph_destroy = "cuGraphDestroy" (Handle);
-    graph_exec_destroy = "cuGraphExecDestroy" (Handle);
-    graph_launch = "cuGraphLaunch" (Handle, Handle);
+        (RawHandle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, RawHandle, *mut *mut c_void, *mut *mut c_void);
+    graph_instantiate = "cuGraphInstantiateWithFlags" (*mut RawHandle, RawHandle, u64);
+    graph_destroy = "cuGraphDestroy" (RawHandle);
+    graph_exec_destroy = "cuGraphExecDestroy" (RawHandle);
+    graph_launch = "cuGraphLaunch" (RawHandle, RawHandle);
 }
 
 /// The library, opened once.

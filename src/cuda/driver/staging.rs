@@ -9,7 +9,7 @@
 use std::ffi::{c_int, c_uint};
 
 use crate::cuda::driver::interface::Address;
-use crate::cuda::driver::libcuda::{Functions, Handle};
+use crate::cuda::driver::libcuda::{Functions, RawHandle};
 use crate::error::Result;
 
 /// Four of 4 MiB: while one is copied out the next is filled, and PCIe at 50 GB/s empties one in 80
@@ -25,9 +25,9 @@ pub(in crate::cuda) type Check<'a> = dyn Fn(&str, c_int) -> Result<()> + 'a;
 
 pub(in crate::cuda) struct Staging {
     /// SEGMENTS * SEGMENT_BYTES for writes, then READBACK_BYTES for reads.
-    memory: Handle,
+    memory: RawHandle,
     /// Behind the last copy out of each segment; not recorded before the first.
-    events: [Handle; SEGMENTS],
+    events: [RawHandle; SEGMENTS],
     busy: [bool; SEGMENTS],
     /// The segment being filled, and how much of it is taken.
     segment: usize,
@@ -52,7 +52,7 @@ impl Staging {
     }
 
     /// Enqueues a copy of `src` to `dst`.
-    pub(in crate::cuda) fn write(&mut self, f: &Functions, stream: Handle, dst: Address, src: &[u8], check: &Check) -> Result<()> {
+    pub(in crate::cuda) fn write(&mut self, f: &Functions, stream: RawHandle, dst: Address, src: &[u8], check: &Check) -> Result<()> {
         let mut done = 0;
         while done < src.len() {
             if self.taken == SEGMENT_BYTES {
@@ -77,7 +77,7 @@ impl Staging {
     }
 
     /// Closes the current segment with its event and waits until the next one is free.
-    fn next_segment(&mut self, f: &Functions, stream: Handle, check: &Check) -> Result<()> {
+    fn next_segment(&mut self, f: &Functions, stream: RawHandle, check: &Check) -> Result<()> {
         // SAFETY: events and stream are live.
         check("cuEventRecord", unsafe { (f.event_record)(self.events[self.segment], stream) })?;
         self.busy[self.segment] = true;
