@@ -1,27 +1,35 @@
-// attention: out[t, h, :] = softmax(q k^T / sqrt(D)) v over keys [0, visible[t]) of the row's own sequence, through its page table.
+// attention: out[t, h, :] = softmax(q k^T / sqrt(D)) v over keys [0, visible[t]) of the row's own
+// sequence, through its page table.
 //
-// Idea: online softmax over tiles of 64 keys (FlashAttention-2), with one order of operations for every row, whoever shares its tile:
+// Idea: online softmax over tiles of 64 keys (FlashAttention-2), with one order of operations for
+// every row, independent of the rows that share its tile:
 // - keys are counted from position 0 of the sequence, in tiles of 64; four tiles are a chunk;
 // - inside a chunk: running maximum, mass and weighted sum, from nothing;
 // - chunks are blended in ascending order (`blend_of`, `blend`), as many as the row sees keys of.
-// With few queries each CTA takes one chunk and the last one to finish blends what all have left in memory; with many a CTA walks its
-// chunks and blends in registers. Both are the same bits, and so is a row beside other rows: a tile or chunk that it does not see
-// is a step that changes nothing (weight exactly 0, rescaling exactly 1), skipped or not.
+// With few queries each CTA takes one chunk and the last one to finish blends what all have left in
+// memory; with many a CTA walks its chunks and blends in registers. Both are the same bits, and so
+// is a row beside other rows: a tile or chunk that it does not see is a step that changes nothing
+// (weight exactly 0, rescaling exactly 1), skipped or not.
 //
-// Queries of a tile are (row, head) pairs that share a K/V head, so that grouped heads share what is loaded. A work list names the tiles.
+// Queries of a tile are (row, head) pairs that share a K/V head, so that grouped heads share what
+// is loaded. A work list names the tiles.
 //
-// bf16 (mma.sync m16n8k16): q rounded to bf16 in registers, K and V tiles through cp.async into a ring of swizzled shared memory, each of
-// four warps with 16 queries (`many`) or all with the same 16 (`few`), where they split the keys of a score tile and the columns of the
-// output between them; neither split cuts a sum. Weights are rounded to bf16, and the mass is the same product with a column of ones, so
-// that numerator and denominator carry the same rounding.
-// f32: plain FMA, a warp to four queries; lanes stand for keys, then for columns.
+// bf16 (mma.sync m16n8k16): q rounded to bf16 in registers, K and V tiles through cp.async into a
+// ring of swizzled shared memory, each of four warps with 16 queries (`many`) or all with the same
+// 16 (`few`), where they split the keys of a score tile and the columns of the output between them;
+// neither split cuts a sum. Weights are rounded to bf16, and the mass is the same product with a
+// column of ones, so that numerator and denominator carry the same rounding.
+// f32: plain FMA, a warp to four queries; a lane holds keys, then columns.
 //
-// What a row must not see: scores past its end become -inf by selection, slots past the tile's largest end are filled with zeros
-// instead of read. Between a row's own end and its neighbour's lie values that the tensor cores multiply by the row's zeros, and
-// 0 * NaN is NaN: where ends differ inside a tile its values are searched, and what is not finite is taken out of the
-// product after it has turned the outputs that do see it into NaN. The f32 path ends its loops at the row's end.
+// What a row must not see: scores past its end become -inf by selection, slots past the tile's
+// largest end are filled with zeros instead of read. Between a row's own end and its neighbour's
+// lie values that the tensor cores multiply by the row's zeros, and 0 * NaN is NaN: where ends
+// differ inside a tile its values are searched, and what is not finite is taken out of the product
+// after it has turned the outputs that do see it into NaN. The f32 path ends its loops at the row's
+// end.
 //
-// Cost: K and V of each tile's chunks once per tile of queries, from L2 after the first; 4 D FLOP per visible pair, in whole tiles of keys.
+// Cost: K and V of each tile's chunks once per tile of queries, from L2 after the first; 4 D FLOP
+// per visible pair, in whole tiles of keys.
 #include "common.cuh"
 static_assert(THREADS == 128, "four warps");
 static_assert(HEAD_DIM >= 1 && HEAD_DIM <= 256, "accumulators in registers");
@@ -64,10 +72,11 @@ FIELD(AttentionParams, chunks, 88);
 FIELD(AttentionParams, out_bf16, 92);
 LAYOUT(AttentionParams, 96);
 
-// ---- the law: every path takes its numbers from here ----
+// ---- arithmetic shared by every path ----
 
-// exp((score - max) / sqrt(D)), 0 for a score of -inf even where there is no maximum yet. The difference is taken first: it is exact
-// near the maximum, where the weight is large, and never overflows for finite scores of one sign.
+// exp((score - max) / sqrt(D)), 0 for a score of -inf even where there is no maximum yet. The
+// difference is taken first: it is exact near the maximum, where the weight is large, and never
+// overflows for finite scores of one sign.
 __device__ __forceinline__ float weight_of(float score, float max) {
     const float from = max == NEGATIVE_INFINITY ? 0.0f : max;
     return exp2f((score - from) * (1.44269504f / sqrtf((float)HEAD_DIM)));
@@ -163,7 +172,8 @@ __device__ __forceinline__ void write_one(const AttentionParams& p, const Query&
     }
 }
 
-// Adding zero turns -0 into 0: a sum that underflowed keeps its sign or loses it to the zeros of a tile that only a neighbour sees.
+// Adding zero turns -0 into 0: a sum that underflowed keeps its sign or loses it to the zeros of a
+// tile that only a neighbour sees.
 __device__ __forceinline__ float normalized(const Query& query, float sum, float mass) {
     return query.visible ? sum / mass + 0.0f : 0.0f;
 }
@@ -175,7 +185,8 @@ __device__ __forceinline__ float* partial_of(const AttentionParams& p, u32 chunk
     return p.partials + (tile * p.chunks + chunk) * (ROWS * (HEAD_DIM + 2));
 }
 
-// After a CTA has written its partial result: the last one of the tile blends them all. Every thread calls it.
+// After a CTA has written its partial result: the last one of the tile blends them all. Every
+// thread calls it.
 template <u32 ROWS>
 __device__ __forceinline__ void blend_partials(const AttentionParams& p, const Queries& queries) {
     __shared__ u32 arrived;
@@ -233,20 +244,23 @@ __device__ __forceinline__ bool is_idle(const AttentionParams& p, const Queries&
 
 #define PIECES (HEAD_DIM / 8u)  // of 16 bytes in a key
 #define BUFFER_BYTES (TILE_KEYS * HEAD_DIM * 2)
-// Tiles in shared memory, of keys and values in turn: what fits twice into the 100 KiB of a small multiprocessor (`ring` in the launcher).
+// Tiles in shared memory, of keys and values in turn: what fits twice into the 100 KiB of a small
+// multiprocessor (`ring` in the launcher).
 #define RING (HEAD_DIM <= 64 ? 4u : HEAD_DIM <= 128 ? 3u : 2u)
-// Copies whose addresses a thread holds at once: the registers of more are not there beside the sums of a large D.
+// Copies whose addresses a thread holds at once: the registers of more are not there beside the
+// sums of a large D.
 #define COPIES (HEAD_DIM > 96 ? 2 : 4)
 #define TOTAL_BYTES(columns) ((columns) * 4 * THREADS * 4)
 #define WEIGHT_STRIDE (TILE_KEYS + 8)  // spreads the rows of a weight tile over the banks
 
-// The place of a piece in a tile: eight keys of one column stand in different banks.
+// The place of a piece in a tile: eight keys of one column lie in different banks.
 __device__ __forceinline__ u32 piece_at(u32 key, u32 piece) {
     constexpr u32 WAYS = PIECES % 8 == 0 ? 8 : PIECES % 4 == 0 ? 4 : 2;
     return (key * PIECES + (piece ^ (key / (8 / WAYS) % WAYS))) * 16;
 }
 
-// Starts the copy of the 64 keys (or values) from `first` on; zeros at or past `end`, where nothing is read.
+// Starts the copy of the 64 keys (or values) from `first` on; zeros at or past `end`, where nothing
+// is read.
 __device__ __forceinline__ void copy_tile(const AttentionParams& p, const Queries& queries, const void* store, u32 first, u8* target) {
 #pragma unroll COPIES
     for (u32 i = threadIdx.x; i < TILE_KEYS * PIECES; i += THREADS) {
@@ -265,7 +279,8 @@ struct Bf16Cta {
     static constexpr u32 SCORES = TILE_KEYS / 8 / SHARERS;  // fragments of eight keys of a warp
     static constexpr u32 COLUMNS = (HEAD_DIM / 8 + SHARERS - 1) / SHARERS;  // fragments of eight columns of a warp
 
-    // Sums of the fragments (queries g and g + 8; columns 2t, 2t + 1), the mass in every column, maxima of the two queries.
+    // Sums of the fragments (queries g and g + 8; columns 2t, 2t + 1), the mass in every column,
+    // maxima of the two queries.
     struct State {
         float sums[COLUMNS][4];
         float mass[4];
@@ -273,8 +288,8 @@ struct Bf16Cta {
     };
 };
 
-// Scores of the warp's share of a tile of keys: fragments (queries g and g + 8; keys 2t, 2t + 1), -inf where a query does not see the key,
-// and the maxima of the two queries over all lanes.
+// Scores of the warp's share of a tile of keys: fragments (queries g and g + 8; keys 2t, 2t + 1),
+// -inf where a query does not see the key, and the maxima of the two queries over all lanes.
 template <typename Cta>
 __device__ __forceinline__ void score_keys(
     float (&scores)[Cta::SCORES][4], float (&max)[2], const u32 (&q)[HEAD_DIM / 16][4], const u8* keys, u32 sharer, u32 first,
@@ -317,8 +332,9 @@ __device__ __forceinline__ void score_keys(
 __device__ __forceinline__ bool low_is_odd(u32 pair) { return (pair & 0x7f80u) == 0x7f80u; }
 __device__ __forceinline__ bool high_is_odd(u32 pair) { return (pair & 0x7f800000u) == 0x7f800000u; }
 
-// Searches a tile of values, some of which a query multiplies by zero, for what is not finite. It is clean except after a failure. Otherwise
-// the sums that see such a value become NaN, and it becomes zero for all. Every thread calls it.
+// Searches a tile of values, some of which a query multiplies by zero, for what is not finite. It
+// is clean except after a failure. Otherwise the sums that see such a value become NaN, and it
+// becomes zero for all. Every thread calls it.
 template <typename Cta>
 __device__ __forceinline__ void replace_non_finite(typename Cta::State& state, u8* values, u32 sharer, u32 first, const u32 (&visible)[2]) {
     bool odd = false;
@@ -350,10 +366,11 @@ __device__ __forceinline__ void replace_non_finite(typename Cta::State& state, u
         u32* pair = (u32*)values + i;
         *pair = (low_is_odd(*pair) ? 0 : *pair & 0xffffu) | (high_is_odd(*pair) ? 0 : *pair & 0xffff0000u);
     }
-    __syncthreads();  // nobody multiplies before they are gone
+    __syncthreads();  // no thread multiplies before they are replaced
 }
 
-// Adds weights times a tile of values to the sums, and the weights to the mass: times a column of ones, in the same order.
+// Adds weights times a tile of values to the sums, and the weights to the mass: times a column of
+// ones, in the same order.
 template <typename Cta>
 __device__ __forceinline__ void add_values(
     typename Cta::State& state, const u32 (&weights)[TILE_KEYS / 16][4], const u8* values, u32 sharer
@@ -381,7 +398,8 @@ __device__ __forceinline__ void attention_bf16(const AttentionParams& p, u8* mem
     using Cta = Bf16Cta<ROW_WARPS>;
     constexpr u32 ROWS = Cta::ROWS, SHARERS = Cta::SHARERS, SCORES = Cta::SCORES, COLUMNS = Cta::COLUMNS;
     __shared__ float tile_max[SHARERS][ROWS];
-    // Of finished chunks, (COLUMNS, 4, THREADS) f32, each thread its own: in registers there is no room for two sets of sums.
+    // Of finished chunks, (COLUMNS, 4, THREADS) f32, each thread its own: two sets of sums do not
+    // fit into the registers.
     float* total_sums = (float*)(memory + RING * BUFFER_BYTES) + threadIdx.x;
     u16* weights = (u16*)(memory + RING * BUFFER_BYTES + (WALK ? TOTAL_BYTES(COLUMNS) : 0));  // (ROWS, WEIGHT_STRIDE), where warps share queries
 
@@ -587,8 +605,10 @@ KERNEL(attention_bf16_few, AttentionParams) {
     attention_bf16<1, false>(p, memory);
 }
 
-// Tiles of 64 queries, 16 where the sums of so many would not fit into the registers; a CTA walks its chunks.
-// The 1 is no wish: without it the assembler spills a few bytes to get under the registers of one more resident CTA.
+// Tiles of 64 queries, 16 where the sums of so many would not fit into the registers; a CTA walks
+// its chunks.
+// The 1 is needed: without it the assembler spills a few bytes to get under the registers of one
+// more resident CTA.
 KERNEL_BOUNDS(attention_bf16_many, AttentionParams, THREADS, 1) {
     DYNAMIC_SHARED(memory);
     attention_bf16<(HEAD_DIM <= 128 ? 4 : 1), true>(p, memory);
@@ -619,7 +639,7 @@ __device__ __forceinline__ void clear(F32State& state) {
     }
 }
 
-// 64 keys or values; what lies at or past `end` keeps whatever was there.
+// 64 keys or values; elements at or past `end` are not written.
 __device__ __forceinline__ void load_f32_tile(const AttentionParams& p, const Queries& queries, const void* store, u32 first, float* target) {
     const u32 keys = queries.end - first < TILE_KEYS ? queries.end - first : TILE_KEYS;
     for (u32 i = threadIdx.x; i < keys * HEAD_DIM; i += THREADS) {
@@ -653,7 +673,7 @@ KERNEL_BOUNDS(attention_f32, AttentionParams, THREADS, 1) {
     clear(state);
     for (u32 tile = span.first; tile < span.end; ++tile) {
         const u32 first = tile * TILE_KEYS;
-        __syncthreads();  // nobody reads the values of the tile before
+        __syncthreads();  // the values of the tile before have been read
         load_f32_tile(p, queries, p.keys, first, shared_tile);
         __syncthreads();
 
@@ -689,7 +709,7 @@ KERNEL_BOUNDS(attention_f32, AttentionParams, THREADS, 1) {
             shared_weights[(warp_row + r) * TILE_KEYS + lane] = low_weight;
             shared_weights[(warp_row + r) * TILE_KEYS + lane + 32] = high_weight;
         }
-        __syncthreads();  // nobody reads the keys any more, and the warp's weights are there
+        __syncthreads();  // the keys have been read, and the warp's weights are written
         load_f32_tile(p, queries, p.values, first, shared_tile);
         __syncthreads();
         for (u32 key = 0; key < most; ++key) {

@@ -1,4 +1,5 @@
-// States of a canvas position on the device, and one sequence's part of a step: what `select_masked`, `unmask` and `remask` share.
+// States of a canvas position on the device, and one sequence's part of a step: what
+// `select_masked`, `unmask` and `remask` share.
 #pragma once
 #include "common.cuh"
 
@@ -63,7 +64,8 @@ LAYOUT(StepRecord, 80);
 #define ERROR_SAMPLING 2u  // a row could not be sampled; `detail` is the lowest such row of the sequence
 #define ERROR_NAN 3u       // a confidence, margin or entropy is NaN; `detail` as above
 
-// What became of a sequence, over the steps of a run. The first error stays, and nothing of the sequence is revealed from there on.
+// What became of a sequence, over the steps of a run. The first error stays, and nothing of the
+// sequence is revealed from there on.
 struct SequenceSummary {
     u32 error;  // 0 or ERROR_*
     u32 detail;

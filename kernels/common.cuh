@@ -1,8 +1,9 @@
-// Words shared by all kernels: integer names, the kernel and layout macros, bf16, warp and CTA reductions, the Philox generator.
+// Words shared by all kernels: integer names, the kernel and layout macros, bf16, warp and CTA
+// reductions, the Philox generator.
 //
-// Plain CUDA C++ with builtin types only, no toolkit header: NVRTC alone compiles it, and compiles it fastest. Everything that is
-// not portable C++ has a host twin (`primitives.cuh`), so that the unmodified body of every kernel also runs on a CPU, where the tests
-// hold it to its twin.
+// Plain CUDA C++ with builtin types only, no toolkit header: NVRTC alone compiles it, and compiles
+// it fastest. Everything that is not portable C++ has a host twin (`primitives.cuh`), so that the
+// unmodified body of every kernel also runs on a CPU, where the tests hold it to its twin.
 // THREADS, the CTA size, arrives as a define.
 #pragma once
 
@@ -15,8 +16,9 @@ typedef unsigned long long u64;
 #define WARPS (THREADS / 32)
 static_assert(THREADS % 32 == 0 && THREADS >= 32 && THREADS <= 1024, "a CTA is a whole number of warps");
 
-// FIELD states where a field of a params struct lies. The Rust twin states the same numbers; both compilers check their own side
-// and a test compares the two lists, so that a swapped pair of fields cannot compile happily on both sides.
+// FIELD states where a field of a params struct lies. The Rust twin states the same numbers; both
+// compilers check their own side and a test compares the two lists, so that a swapped pair of
+// fields cannot compile happily on both sides.
 #define FIELD(Params, field, offset) static_assert(OFFSET_OF(Params, field) == (offset), #Params "." #field)
 #define LAYOUT(Params, size) static_assert(sizeof(Params) == (size), #Params)
 
@@ -43,12 +45,13 @@ __device__ __forceinline__ float load1(const u16* source) { return f32_from_bf16
 __device__ __forceinline__ void store1(float* target, float value) { *target = value; }
 __device__ __forceinline__ void store1(u16* target, float value) { *target = bf16_from_f32(value); }
 
-// ---- reductions; every thread of the warp or CTA takes part, and the order depends on nothing but the thread numbers ----
+// ---- reductions; every thread of the warp or CTA takes part, in the order of thread numbers ----
 
 __device__ __forceinline__ u32 lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ u32 warp_id() { return threadIdx.x / 32; }
 
-// Butterfly: every lane ends with the same bits, since each level adds the same two numbers on both sides.
+// Butterfly: every lane ends with the same bits, since each level adds the same two numbers on both
+// sides.
 __device__ __forceinline__ float warp_sum(float value) {
     for (u32 distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(FULL_WARP, value, distance);
     return value;
@@ -109,7 +112,7 @@ struct Uniforms {
     double order;  // ranks the position wherever an order is random
 };
 
-// What a draw is for, in the words of `rng::DrawKey`.
+// The key of a draw, as in `rng::DrawKey`.
 __device__ __forceinline__ Uniforms draw_uniforms(u64 seed, u32 sample, u32 stage, u32 block, u32 step, u32 position) {
     const uint4 w = philox4x32_10(make_uint4(position, step, stage << 24 | block, sample), make_uint2((u32)seed, (u32)(seed >> 32)));
     return Uniforms{uniform53(w.x, w.y), uniform53(w.z, w.w)};

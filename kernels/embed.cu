@@ -1,8 +1,12 @@
-// embed: out[t, :] = table[ids[t], :], widened to f32; where positions are learned, + position_table[positions[t], :].
+// embed: out[t, :] = table[ids[t], :], widened to f32; where positions are learned, +
+// position_table[positions[t], :].
 //
-// Layout: one CTA per row t; threads stride over the row, four elements at a time where the row is aligned for it.
-// Cost: reads T * width elements of each table and writes T * width f32, once each; bound by memory.
-// An id outside the vocabulary, or a position outside its table, gives a row of NaN, which the next NaN check reports, instead of a read out of bounds.
+// Layout: one CTA per row t; threads stride over the row, four elements at a time where the row is
+// aligned for it.
+// Cost: reads T * width elements of each table and writes T * width f32, once each; bound by
+// memory.
+// An id outside the vocabulary, or a position outside its table, gives a row of NaN, which the next
+// NaN check reports, instead of a read out of bounds.
 #include "common.cuh"
 
 struct EmbedParams {

@@ -1,13 +1,18 @@
-// Runs the CTAs of one launch on one OS thread: every CUDA thread is a fiber, and a schedule picks who runs next.
+// Runs the CTAs of one launch on one OS thread: every CUDA thread is a fiber, and a schedule picks
+// the fiber that runs next.
 //
-// Checked on the way: all threads reach the same barrier, a warp operation is joined by all lanes of its mask with the same mask at
-// the same line, no thread exits past a barrier that others wait at, no access leaves its buffer (the driver puts inaccessible pages
-// around each). A violation ends the launch with a sentence, not with a hang or a crash.
-// A build that reports its accesses is also held to have a barrier between any two threads that touch the same shared memory.
-// Not modelled: reordering of plain loads and stores between fibers (they run whole stretches), bank conflicts, occupancy.
+// Checked on the way: all threads reach the same barrier, a warp operation is joined by all lanes
+// of its mask with the same mask at the same line, no thread exits past a barrier that others wait
+// at, no access leaves its buffer (the driver puts inaccessible pages around each). A violation
+// ends the launch with a sentence, not with a hang or a crash.
+// A build that reports its accesses is also held to have a barrier between any two threads that
+// touch the same shared memory.
+// Not modelled: reordering of plain loads and stores between fibers (they run whole stretches),
+// bank conflicts, occupancy.
 //
-// Each kernel's library holds a copy of this file, and the driver loads a library once per OS thread: nothing here is shared. One more copy
-// without a kernel serves the process: it maps buffers and owns the handler of faults, which must outlive any kernel.
+// Each kernel's library holds a copy of this file, and the driver loads a library once per OS
+// thread: nothing here is shared. One more copy without a kernel serves the process: it maps
+// buffers and installs the handler of faults, which must outlive any kernel.
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
@@ -27,8 +32,8 @@ extern "C" {
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
 }
 
-// Saves the callee-saved registers on the running stack, stores its pointer, and continues on another stack. A ucontext switch
-// costs two system calls more and ten times the time.
+// Saves the callee-saved registers on the running stack, stores its pointer, and continues on
+// another stack. A ucontext switch costs two system calls more and ten times the time.
 extern "C" void redraft_switch(void** save, void* load);
 asm(R"(
     .text
@@ -164,18 +169,22 @@ void run_thread() {
 
 // ---- races ----
 //
-// Two threads touch a byte of shared memory, one of them writes, and no barrier stands between: the result depends on timing, whether or
-// not a schedule shows it. A build with -fsanitize=thread calls the functions at the end of this file at every access; here is
-// remembered who wrote and who read each byte since the last barrier. Within a warp __syncwarp orders, too; shuffles and votes do not.
+// Two threads touch a byte of shared memory, one of them writes, and no barrier lies between: the
+// result depends on timing, whether or not a schedule shows it. A build with -fsanitize=thread
+// calls the functions at the end of this file at every access; here is remembered which threads
+// wrote and read each byte since the last barrier. Within a warp __syncwarp orders, too; shuffles
+// and votes do not.
 //
-// Of global memory one thing is watched: an atomic on it tells other CTAs that this one's results are there. So no thread may write there
-// without a barrier before the one that arrives or behind it, and each write is followed by a fence: of the thread itself, or, behind a
-// barrier, of any other. (Whether the CTA that comes last has a fence before it reads is not.)
+// Of global memory one thing is watched: an atomic on it tells other CTAs that this one's results
+// are there. So no thread may write there without a barrier before or after the one that arrives,
+// and each write is followed by a fence: of the thread itself, or, after a barrier, of any other.
+// (Whether the CTA that comes last has a fence before it reads is not.)
 
 enum class Access { Read, Write, Atomic };
 enum Spread : unsigned char { OneThread, OneWarp, SeveralWarps };
 
-// Who touched a byte in this epoch, as far as it is not ordered before everything that its warp will do.
+// Which threads touched a byte in this epoch, as far as it is not ordered before everything that
+// its warp will do.
 struct Trace {
     unsigned epoch, round;
     unsigned short thread;
@@ -274,7 +283,8 @@ void run_cta() {
         fiber.wait = Wait::None;
         fiber.copies.clear();
         fiber.groups.clear();
-        // Six registers, the address that `ret` takes, and one word so that the entry sees the alignment of a call.
+        // Six registers, the address that `ret` takes, and one word so that the entry sees the
+        // alignment of a call.
         void** top = (void**)(stacks + (i + 1) * STACK_BYTES) - 8;
         memset(top, 0, 8 * sizeof(void*));
         top[6] = (void*)run_thread;
@@ -401,7 +411,7 @@ void emulate_warp(unsigned mask, EmulatedLane lane, void (*work)(unsigned, Emula
         for (unsigned i = 0; i < 32; ++i) {
             if (mask >> i & 1u) fibers[warp + i].wait = Wait::None;
         }
-        // In these two orders somebody else may go first.
+        // In these two orders another thread may go first.
         if (schedule == Reverse || schedule == Random) yield();
         return;
     }
@@ -410,11 +420,12 @@ void emulate_warp(unsigned mask, EmulatedLane lane, void (*work)(unsigned, Emula
     yield();
 }
 
-// ---- tensor cores: the arithmetic that src/cuda/tensor_core.rs describes and names the sources of ----
+// ---- tensor cores: the arithmetic of src/cuda/tensor_core.rs, which names its sources ----
 
 namespace {
 
-// How the emulated architecture adds: `products` of an element at a time, each term cut `fraction_bits` below the largest exponent.
+// How the emulated architecture adds: `products` of an element at a time, each term cut
+// `fraction_bits` below the largest exponent.
 struct TensorCore {
     int products, fraction_bits;
 } tensor_core;
@@ -505,7 +516,8 @@ void emulate_mma_work(unsigned, EmulatedLane* lanes) {
             }
         }
         for (unsigned column = 0; column < 8; ++column) {
-            // An operand that is not finite has the exponent 128, and makes a sum of nothing that means anything.
+            // An operand that is not finite has the exponent 128, and makes a sum of nothing that
+            // means anything.
             bool finite = exponent_of(before[column]) < 128;
             for (unsigned k = 0; k < 16; ++k) finite &= a_exponent[k] < 128 && b_exponent[k][column] < 128;
             if (!finite) d[row][column] = not_finite(before[column], a[row], b, column);
@@ -590,7 +602,8 @@ ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
     }
 ATOMICS(32, unsigned) ATOMICS(64, unsigned long long)
 
-// Runs the CTAs first, first + stride, ... of a launch; null, or what went wrong. `timing`: Copies. `catch_faults`: of the process's copy.
+// Runs the CTAs first, first + stride, ... of a launch; null, or what went wrong. `timing`: Copies.
+// `catch_faults`: of the process's copy.
 // `products` and `fraction_bits`: see TensorCore.
 const char* redraft_launch(const char* name, void (*kernel)(const void*), const void* params, const unsigned* grid, unsigned block,
                            unsigned shared_bytes, int order, int timing, int products, int fraction_bits, unsigned first, unsigned stride,
@@ -641,7 +654,8 @@ void* redraft_map(size_t bytes) {
 
 void redraft_unmap(void* address, size_t bytes) { munmap((char*)address - GAP, bytes + 2 * GAP); }
 
-// From here on a fault on this OS thread continues at `exit`, a FaultExit; null: faults are somebody else's again.
+// From here on a fault on this OS thread continues at `exit`, a FaultExit; null: faults go to the
+// handler before again.
 void redraft_catch_faults(void* exit) {
     static const bool installed = [] {
         struct sigaction action = {};

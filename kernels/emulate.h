@@ -1,12 +1,17 @@
-// Host twin of `primitives.cuh` and of the CUDA words that the kernels use: with it in front, the unmodified body of a .cu file is plain C++.
+// Host twin of `primitives.cuh` and of the CUDA built-ins that the kernels use: with it in front,
+// the unmodified body of a .cu file is plain C++.
 //
-// A CUDA thread is a fiber; the runtime in emulate.cpp switches fibers at barriers and warp operations only, under four schedules.
-// A warp operation (shuffle, vote, ldmatrix, mma) is joined by every lane of its mask; the last to arrive does the work for all of them.
-// A build with -fsanitize=thread tells the runtime of every access, and no sanitizer library is linked: see "races" in emulate.cpp.
-// Asynchronous copies are queued per thread and done either when they are issued or as late as the waits allow: what reads too early is
-// caught by the one, what overwrites too early by the other. `__shared__` variables live in a linker section, which is filled
-// with NaN patterns before every CTA, as the dynamic shared memory is. A primitive gets its host twin here; kernels never learn that they
-// are emulated.
+// A CUDA thread is a fiber; the runtime in emulate.cpp switches fibers at barriers and warp
+// operations only, under four schedules.
+// A warp operation (shuffle, vote, ldmatrix, mma) is joined by every lane of its mask; the last to
+// arrive does the work for all of them.
+// A build with -fsanitize=thread tells the runtime of every access, and no sanitizer library is
+// linked: see "races" in emulate.cpp.
+// Asynchronous copies are queued per thread and done either when they are issued or as late as the
+// waits allow: what reads too early is caught by the one, what overwrites too early by the other.
+// `__shared__` variables live in a linker section, which is filled with NaN patterns before every
+// CTA, as the dynamic shared memory is. A primitive gets its host twin here; kernels never learn
+// that they are emulated.
 #pragma once
 
 #define __global__
@@ -15,8 +20,9 @@
 #define __noinline__ __attribute__((noinline))
 #define __restrict__ __restrict
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// The driver renames the section of a kernel's zeroed variables; an attribute that names a section is lost inside of templates. Used: by
-// others, for all the compiler knows, or it would take a variable that nobody writes for zero.
+// The driver renames the section of a kernel's zeroed variables; an attribute that names a section
+// is lost inside of templates. Used: by others, for all the compiler knows, or it would take a
+// variable that is never written for zero.
 #define __shared__ static __attribute__((used, aligned(16)))
 // By reference here, by value on the device: one C signature serves every entry.
 #define KERNEL(name, Params) extern "C" void name(const Params& p)
@@ -46,7 +52,8 @@ extern "C" {
 extern Dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running fiber
 }
 
-// `site` is the source line: all threads of a barrier, all lanes of a warp operation must stand at the same one.
+// `site` is the source line: all threads of a barrier, all lanes of a warp operation must be at the
+// same one.
 // The number of threads that came with a true flag.
 unsigned emulate_barrier(bool flag, int site);
 unsigned char* emulate_dynamic_shared();
@@ -57,8 +64,8 @@ struct EmulatedLane {
     void* out;
     const void* in[2];
 };
-// Joins `work` with all lanes of `mask`; the last lane runs it over the 32 lanes, of which those outside the mask are stale. Null is
-// __syncwarp, the one warp operation that orders memory.
+// Joins `work` with all lanes of `mask`; the last lane runs it over the 32 lanes, of which those
+// outside the mask are stale. Null is __syncwarp, the one warp operation that orders memory.
 void emulate_warp(unsigned mask, EmulatedLane lane, void (*work)(unsigned mask, EmulatedLane* lanes), int site);
 
 #define __syncthreads() ((void)emulate_barrier(false, __LINE__))
@@ -75,7 +82,8 @@ static inline void emulate_shuffle_work(unsigned mask, EmulatedLane* lanes) {
     for (unsigned lane = 0; lane < 32; ++lane) {
         if (!(mask >> lane & 1u)) continue;
         const unsigned source = *(const unsigned*)lanes[lane].in[1];
-        // From outside the warp or the mask: the own value, as the instruction gives where it gives anything.
+        // From outside the warp or the mask: the own value, as the instruction gives where it gives
+        // anything.
         const unsigned from = source < 32 && (mask >> source & 1u) ? source : lane;
         *(T*)lanes[lane].out = *(const T*)lanes[from].in[0];
     }

@@ -1,9 +1,12 @@
-// gather: out[r, :] = x[rows[r], :] for `count` rows, from and to f32 or bf16; without `rows`, row r itself: a cast.
+// gather: out[r, :] = x[rows[r], :] for `count` rows, from and to f32 or bf16; without `rows`, row
+// r itself: a cast.
 //
-// Layout: one flat line of quads (four elements; the last of a row may be shorter), a thread per quad: short rows share a CTA, long ones
-// spread over several. Vectors where rows are aligned for them.
+// Layout: one flat line of quads (four elements; the last of a row may be shorter), a thread per
+// quad: short rows share a CTA, long ones spread over several. Vectors where rows are aligned for
+// them.
 // The launcher keeps the number of quads, rounded up to whole CTAs, within 32 bits.
-// Cost: reads and writes count * width elements once; bound by memory. Between equal types the bits are kept, whatever they mean.
+// Cost: reads and writes count * width elements once; bound by memory. Between equal types the bits
+// are copied unchanged.
 #include "common.cuh"
 
 struct GatherParams {

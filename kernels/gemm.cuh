@@ -1,36 +1,45 @@
-// The matrix product of the project: a CTA computes a tile of out[r, c] = sum over k of x[r, k] w[c, k], both operands K-major,
-// and keeps it in registers. `linear` stores it, `sample` reduces it without storing it.
+// The matrix product of the project: a CTA computes a tile of out[r, c] = sum over k of x[r, k]
+// w[c, k], both operands K-major, and keeps it in registers. `linear` stores it, `sample` reduces
+// it without storing it.
 //
-// The law of an element, obeyed by every tile shape and element type and so by every number of rows:
-//   K is cut at multiples of K_SEGMENT = 256. Inside a segment a sum starts from zero and takes k in ascending order: 16 at a time by
-//   mma_m16n8k16 (bf16), one at a time by fmaf (f32). The sums of the segments are added in ascending order, starting from 0.0f.
-// The weight is the first operand of the tensor core (16 columns of out) and x the second (8 rows), whatever the tile: the two sides
-// never trade places, so that nothing rests on the machine treating them alike, and the fewest rows of a tile are eight.
-// Rows at or beyond `rows`, columns at or beyond `cols` and k at or beyond `depth` enter as zeros and are never read.
+// The order of additions of an element, the same for every tile shape, element type and number of
+// rows:
+//   K is cut at multiples of K_SEGMENT = 256. Inside a segment a sum starts from zero and takes k
+//   in ascending order: 16 at a time by mma_m16n8k16 (bf16), one at a time by fmaf (f32). The sums
+//   of the segments are added in ascending order, starting from 0.0f.
+// The weight is the first operand of the tensor core (16 columns of out) and x the second (8 rows),
+// for every tile: the two sides never trade places, so that nothing rests on the machine treating
+// them alike, and the fewest rows of a tile are eight.
+// Rows at or beyond `rows`, columns at or beyond `cols` and k at or beyond `depth` enter as zeros
+// and are never read.
 //
 // How to use it:
 //   typedef ProductTile<T, rows, cols, col_warps, stages> Tile;      T is float or u16 (bf16)
 //   Tile::Sums total; clear<Tile>(total);
 //   product<Tile>(operands, row0, col0, 0, num_segments(depth), shared,
 //                 [&](u32 segment, Tile::Sums& sums) { accumulate<Tile>(total, sums); });
-// `shared` is Tile::shared_bytes of dynamic shared memory, free before the call and free again after it. All THREADS take part;
+// `shared` is Tile::shared_bytes of dynamic shared memory, free before the call and free again
+// after it. All THREADS take part;
 // row0 and col0 are the same for all. Afterwards total[c][r][e] of this thread is the element
 //   row  row0 + tile_row<Tile>(r, e)     of rows     warp part + 8 r + 2 (lane % 4) + e % 2
 //   col  col0 + tile_col<Tile>(c, e)     of columns  warp part + 16 c + lane / 4 + 8 (e / 2)
-// for c < Tile::col_tiles, r < Tile::row_tiles, e < 4; it does not depend on T. Lanes that differ in lane / 4 only hold other columns of
-// the same rows, so a reduction over the columns of a row is: c and e / 2 in the thread, xor 4, 8, 16 in the warp, then the warps
-// with the same tile_row. `lay_out` writes the tile to shared memory as plain rows instead.
+// for c < Tile::col_tiles, r < Tile::row_tiles, e < 4; it does not depend on T. Lanes that differ
+// in lane / 4 only hold other columns of the same rows, so a reduction over the columns of a row
+// is: c and e / 2 in the thread, xor 4, 8, 16 in the warp, then the warps with the same tile_row.
+// `lay_out` writes the tile to shared memory as plain rows instead.
 //
-// Shared memory: `stages` stages of 128 bytes of K for each row of both operands; a row's eight 16-byte pieces are permuted by
-// piece ^ (row % 8), so that the eight rows of an 8 x 8 matrix lie in different banks. cp.async fills stage s + stages - 1 while stage s is
-// multiplied. Operands that are not aligned to 16 bytes (or whose rows are not) are copied element by element: slow, uniform, the same sums.
+// Shared memory: `stages` stages of 128 bytes of K for each row of both operands; a row's eight
+// 16-byte pieces are permuted by piece ^ (row % 8), so that the eight rows of an 8 x 8 matrix lie
+// in different banks. cp.async fills stage s + stages - 1 while stage s is multiplied. Operands
+// that are not aligned to 16 bytes (or whose rows are not) are copied element by element: slow,
+// uniform, the same sums.
 #pragma once
 #include "common.cuh"
 
 #define K_SEGMENT 256
 #define STAGE_ROW 128  // bytes of a row in a stage
 
-// `col_warps_` of the CTA's warps stand side by side along the columns, the others along the rows.
+// `col_warps_` of the CTA's warps lie side by side along the columns, the others along the rows.
 template <typename T_, u32 rows_, u32 cols_, u32 col_warps_, u32 stages_>
 struct ProductTile {
     typedef T_ T;
@@ -100,8 +109,9 @@ __device__ __forceinline__ void accumulate(typename Tile::Sums& total, const typ
     for (u32 i = 0; i < sizeof(sums) / 4; ++i) (&total[0][0][0])[i] += (&sums[0][0][0])[i];
 }
 
-// Writes the tile to shared memory as (rows, laid_out_stride) floats; a barrier must follow. The stride makes the four rows of a store start
-// eight banks apart, so that its 32 words lie in 32 banks.
+// Writes the tile to shared memory as (rows, laid_out_stride) floats; a barrier must follow. The
+// stride makes the four rows of a store start eight banks apart, so that its 32 words lie in 32
+// banks.
 template <typename Tile>
 __device__ __forceinline__ void lay_out(const typename Tile::Sums& total, float* to) {
 #pragma unroll
@@ -212,15 +222,16 @@ __device__ __forceinline__ void multiply(u8* x, u8* w, typename Tile::Sums& sums
 
 // ---- the product ----
 
-// Segments [first, last) of the tile at (row0, col0): calls on_segment(segment, sums) at the end of each, in ascending order. The sums are
-// the caller's to change. Ends with a barrier.
+// Segments [first, last) of the tile at (row0, col0): calls on_segment(segment, sums) at the end of
+// each, in ascending order. The sums are the caller's to change. Ends with a barrier.
 template <typename Tile, typename OnSegment>
 __device__ __forceinline__ void product(const Operands<typename Tile::T>& in, u32 row0, u32 col0, u32 first, u32 last, u8* shared,
                                         OnSegment on_segment) {
     const u32 all_blocks = (in.depth + Tile::block_depth - 1) / Tile::block_depth;
     const u32 end = last * Tile::segment_blocks < all_blocks ? last * Tile::segment_blocks : all_blocks;
     u32 block = first * Tile::segment_blocks;
-    // A group is closed for every block, also where there is none left to load, so that the count of pending groups is always the same.
+    // A group is closed for every block, also where there is none left to load, so that the count
+    // of pending groups is always the same.
     const auto fill = [&](u32 b, u32 slot) {
         if (b < end) {
             u8* stage = shared + slot * Tile::stage_bytes;

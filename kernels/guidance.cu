@@ -1,4 +1,5 @@
-// guidance: out[i] = base[i] + scale * (out[i] - base[i]) over f32: the guidance of rows that are sampled.
+// guidance: out[i] = base[i] + scale * (out[i] - base[i]) over f32: the guidance of rows that are
+// sampled.
 //
 // Layout: one flat line of elements, a thread each.
 // Cost: 12 bytes moved per element; few rows are sampled, so it is bound by its launch.

@@ -1,15 +1,21 @@
-// linear: out (rows, n) <- epilogue(x (rows, k) weight (n, k)^T + bias), x and weight of one type, sums in f32 by the law of `gemm.cuh`.
+// linear: out (rows, n) <- epilogue(x (rows, k) weight (n, k)^T + bias), x and weight of one type,
+// sums in f32 in the order of `gemm.cuh`.
 //
-// Layout: CTA x computes one tile of TILE_ROWS x TILE_COLS (eight row tiles share the columns that are in L2 before the next columns come);
-// CTA y takes `segments_per_cta` segments of K. Where K is split, every segment's sums go to `partials`, in the order of the registers, and the
-// last CTA of a tile adds them in ascending order: the same additions that one CTA makes in registers. It leaves its counter at zero.
-// Tiles are chosen by the number of rows (`src/cuda/linear.rs`): up to 64 rows the weight is streamed once through small tiles and K is split
-// until the machine is full; above that, 128 x 128. The choice never changes a bit of the result.
+// Layout: CTA x computes one tile of TILE_ROWS x TILE_COLS (eight row tiles share the columns that
+// are in L2 before the next columns come);
+// CTA y takes `segments_per_cta` segments of K. Where K is split, every segment's sums go to
+// `partials`, in the order of the registers, and the last CTA of a tile adds them in ascending
+// order: the same additions that one CTA makes in registers. It leaves its counter at zero.
+// Tiles are chosen by the number of rows (`src/cuda/linear.rs`): up to 64 rows the weight is
+// streamed once through small tiles and K is split until the machine is full; above that, 128 x
+// 128. The choice never changes a bit of the result.
 // TILE_CTAS, the CTAs that a multiprocessor should hold, bounds the registers.
-// Cost: up to 64 rows, n k weights from memory, once; above, 2 rows n k operations on the tensor cores (bf16) or FMA units (f32).
+// Cost: up to 64 rows, n k weights from memory, once; above, 2 rows n k operations on the tensor
+// cores (bf16) or FMA units (f32).
 //
-// An adaLN gate has no epilogue: gate * (x W^T + b) is a product with scaled weight rows and a scaled bias, which are folded when the
-// model is loaded. `swiglu` pairs neighbouring weight rows, so that gate and up of a column meet in one tile.
+// An adaLN gate has no epilogue: gate * (x W^T + b) is a product with scaled weight rows and a
+// scaled bias, which are folded when the model is loaded. `swiglu` pairs neighbouring weight rows,
+// so that gate and up of a column meet in one tile.
 #include "gemm.cuh"
 
 #define EPILOGUE_STORE 0u   // v
@@ -45,7 +51,8 @@ FIELD(LinearParams, epilogue, 64);
 FIELD(LinearParams, out_bf16, 68);
 LAYOUT(LinearParams, 72);
 
-// v/2 (1 + tanh(u)) as v / (1 + e^(-2u)): no cancellation on the negative side. The constants are -2 sqrt(2/pi) and that times 0.044715.
+// v/2 (1 + tanh(u)) as v / (1 + e^(-2u)): no cancellation on the negative side. The constants are
+// -2 sqrt(2/pi) and that times 0.044715.
 __device__ __forceinline__ float gelu(float v) { return v / (1.0f + expf(v * fmaf(v * v, -0.07135482f, -1.595769f))); }
 
 __device__ __forceinline__ float silu(float v) { return v / (1.0f + expf(-v)); }
@@ -97,7 +104,8 @@ __device__ __forceinline__ void finish_tile(const LinearParams& p, u32 row0, u32
     }
 }
 
-// Sums every segment of the tile once all CTAs that share it have written theirs; false for all of them but the last.
+// Sums every segment of the tile once all CTAs that share it have written theirs; false for all of
+// them but the last.
 template <typename Tile>
 __device__ __forceinline__ bool gather_segments(const LinearParams& p, u32 segments, typename Tile::Sums& total) {
     __shared__ u32 arrived;

@@ -1,10 +1,15 @@
-// moe: the products of all experts as one: out[i, :] <- epilogue(x[i, :] weight[expert of place i]^T), x (places, k) in the order of the experts.
+// moe: the products of all experts as one: out[i, :] <- epilogue(x[i, :] weight[expert of place
+// i]^T), x (places, k) in the order of the experts.
 //
-// Layout: CTA x computes columns x % col_tiles of tile x / col_tiles of the list that `route_order` leaves: up to TILE_ROWS places of one expert. The
-// grid has room for as many tiles as there can be; CTAs beyond the list end at once, so a recorded launch serves every routing. Row tiles of an
-// expert follow each other, so that its weight, a few MB, is in L2 when the second one comes. K is not split: experts by columns fill the machine.
-// A sum obeys the law of `gemm.cuh`, so how many rows share an expert, and which tile was built, never change a bit of a row's result.
-// Cost: the weights of the experts that have rows, once for each of their tiles; 2 places n k operations.
+// Layout: CTA x computes columns x % col_tiles of tile x / col_tiles of the list that `route_order`
+// leaves: up to TILE_ROWS places of one expert. The grid has a CTA for as many tiles as there can
+// be; CTAs beyond the list end at once, so a recorded launch serves every routing. Row tiles of an
+// expert follow each other, so that its weight, a few MB, is in L2 when the second one comes. K is
+// not split: experts by columns fill the machine.
+// Sums are in the order of `gemm.cuh`, so how many rows share an expert, and which tile was built,
+// never change a bit of a row's result.
+// Cost: the weights of the experts that have rows, once for each of their tiles; 2 places n k
+// operations.
 #include "gemm.cuh"
 
 struct MoeParams {

@@ -1,7 +1,9 @@
-// moe_combine: out[t, :] += sum over j of weight[t, j] y[place[t, j], :], j ascending: what a row's experts made of it, in the order of the experts.
+// moe_combine: out[t, :] += sum over j of weight[t, j] y[place[t, j], :], j ascending: what a row's
+// experts made of it, in the order of the experts.
 //
-// Layout: one flat line of quads (four columns; the last of a row may be shorter), a thread per quad, as in `gather`. The sum starts from zero and is
-// added to `out` at its end, so the residual is rounded once.
+// Layout: one flat line of quads (four columns; the last of a row may be shorter), a thread per
+// quad, as in `gather`. The sum starts from zero and is added to `out` at its end, so the residual
+// is rounded once.
 // Cost: reads rows * top_k rows of y once, reads and writes out; bound by memory.
 #include "common.cuh"
 

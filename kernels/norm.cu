@@ -1,12 +1,19 @@
-// norm: out[r, :] = normalised x[r, :] * weight + bias, after x[r, :] += residual[r, :] where there is one.
-//   norm_layer: (x - mean) / sqrt(var + eps), biased variance        norm_rms: x / sqrt(mean(x^2) + eps)
+// norm: out[r, :] = normalised x[r, :] * weight + bias, after x[r, :] += residual[r, :] where there
+// is one.
+// - norm_layer: (x - mean) / sqrt(var + eps), biased variance
+// - norm_rms: x / sqrt(mean(x^2) + eps)
 //
-// Layout: one CTA per row; thread i owns the four columns from 4 i, from 4 (i + THREADS) and so on, whether or not the row is aligned for
-// vectors, so that alignment never changes a sum. Its first KEPT quads stay in registers: a row of up to 4 KEPT THREADS columns is read
-// once, a longer one again from L1. Sums are in f32: in the thread by ascending column, then warp shuffles, then one word per warp.
-// The mean is subtracted before squaring: the one-pass form E[x^2] - E[x]^2 loses all digits on rows with a large mean.
-// Cost: one read of x (and of residual, and a write of x), one write of out; four barriers (rms: two); bound by memory.
-// `bias` may be null; it carries a folded shift. `out` may be `x` itself where both are f32: a column belongs to one thread.
+// Layout: one CTA per row; thread i computes the four columns from 4 i, from 4 (i + THREADS) and so
+// on, whether or not the row is aligned for vectors, so that alignment never changes a sum. Its
+// first KEPT quads stay in registers: a row of up to 4 KEPT THREADS columns is read once, a longer
+// one again from L1. Sums are in f32: in the thread by ascending column, then warp shuffles, then
+// one word per warp.
+// The mean is subtracted before squaring: the one-pass form E[x^2] - E[x]^2 loses all digits on
+// rows with a large mean.
+// Cost: one read of x (and of residual, and a write of x), one write of out; four barriers (rms:
+// two); bound by memory.
+// `bias` may be null; it carries a folded shift. `out` may be `x` itself where both are f32: a
+// column belongs to one thread.
 #include "common.cuh"
 
 #define KEPT 4

@@ -1,14 +1,17 @@
-// remask: masks again the `count` revealed positions of a sequence whose snapshot confidence is lowest, ties to the lower position,
-// and lists them in ascending order.
+// remask: masks again the `count` revealed positions of a sequence whose snapshot confidence is
+// lowest, ties to the lower position, and lists them in ascending order.
 //
-// Idea: a radix select (`select.cuh`) over the ordered bits of the confidence finds the count-th smallest value and how many
-// positions equal to it are still wanted; one pass in position order then takes everything below it and the first of its equals.
-// The order is `f32::total_cmp`, as in `policy::remask`. Fixed and already masked positions are never taken; if fewer than `count`
-// positions qualify, all of them are.
+// Idea: a radix select (`select.cuh`) over the ordered bits of the confidence finds the count-th
+// smallest value and how many positions equal to it are still wanted; one pass in position order
+// then takes everything below it and the first of its equals.
+// The order is `f32::total_cmp`, as in `policy::remask`. Fixed and already masked positions are
+// never taken; if fewer than `count` positions qualify, all of them are.
 //
-// Layout: one CTA per sequence, one histogram bin per thread. Integer counts only, so the result does not depend on timing.
-// Cost: five reads of (confidence, state) per position, the last four from cache, and 4 * 5 + 2 * ceil(len / 256) barriers; bound by
-// latency. A bitonic sort of 1,024 positions would take 55 exchange rounds, each with a barrier.
+// Layout: one CTA per sequence, one histogram bin per thread. Integer counts only, so the result
+// does not depend on timing.
+// Cost: five reads of (confidence, state) per position, the last four from cache, and 4 * 5 + 2 *
+// ceil(len / 256) barriers; bound by latency. A bitonic sort of 1,024 positions would take 55
+// exchange rounds, each with a barrier.
 #include "canvas.cuh"
 #include "select.cuh"
 static_assert(THREADS == 256, "one histogram bin per thread");

@@ -1,13 +1,19 @@
-// rope_append: RMS norm of q and k per head (where weights are given), rotary positions on q and k, k and v into the pages.
+// rope_append: RMS norm of q and k per head (where weights are given), rotary positions on q and k,
+// k and v into the pages.
 //
-// The first R = ROTARY_DIM elements of a head are rotated in pairs (i, i + R / 2): (a, b) becomes (a cos - b sin, b cos + a sin), each
-// product and sum rounded once, so that the numbers are those of the CPU. The others travel in pairs too, but are not turned. cos and sin come from a table that the host makes in f64 from the f32 angle: sines of large
-// arguments in f32 would be the largest error of a whole layer, and f64 on a GPU without f64 units the largest cost. q is rewritten in
-// place in f32; k and v go to the row's slot as the pages store them, and their place in the fused row is left as it is.
+// The first R = ROTARY_DIM elements of a head are rotated in pairs (i, i + R / 2): (a, b) becomes
+// (a cos - b sin, b cos + a sin), each product and sum rounded once, so that the numbers are those
+// of the CPU. The others travel in pairs too, but are not turned. cos and sin come from a table
+// that the host makes in f64 from the f32 angle: sines of large arguments in f32 would be the
+// largest error of a whole layer, and f64 on a GPU without f64 units the largest cost. q is
+// rewritten in place in f32; k and v go to the row's slot as the pages store them, and their place
+// in the fused row is left as it is.
 //
-// Layout: a power of two of lanes per (row, head), each with four pairs at a time; what the head's pairs are does not depend on
-// neighbours. D or R that is no multiple of 8 goes pair by pair. A row of slot NO_SLOT is padding: it is not touched and writes nothing.
-// Cost: one read of the fused rows, one write of q in f32 and of k and v in their dtype; bound by memory.
+// Layout: a power of two of lanes per (row, head), each with four pairs at a time; what the head's
+// pairs are does not depend on neighbours. D or R that is no multiple of 8 goes pair by pair. A row
+// of slot NO_SLOT is padding: it is not touched and writes nothing.
+// Cost: one read of the fused rows, one write of q in f32 and of k and v in their dtype; bound by
+// memory.
 #include "common.cuh"
 
 #define NO_SLOT 0xffffffffu
@@ -42,7 +48,8 @@ LAYOUT(RopeAppendParams, 80);
 
 #define HALF (HEAD_DIM / 2)
 #define TURNING (ROTARY_DIM / 2)
-// Pairs that a lane takes at once, lanes of a head (as the launcher counts them), and how often they go round.
+// Pairs that a lane takes at once, lanes of a head (as the launcher counts them), and how often
+// they go round.
 #define VECTOR (HEAD_DIM % 8 == 0 && ROTARY_DIM % 8 == 0 ? 4 : 1)
 #define UNITS (HALF / VECTOR)
 #define LANES (UNITS > 16 ? 32 : UNITS > 8 ? 16 : UNITS > 4 ? 8 : UNITS > 2 ? 4 : UNITS > 1 ? 2 : 1)
@@ -56,7 +63,8 @@ struct Pairs {
     float low[VECTOR], high[VECTOR];
 };
 
-// Where the low and the high elements of unit `unit` begin: in the halves of the rotated part, then in those of the rest.
+// Where the low and the high elements of unit `unit` begin: in the halves of the rotated part, then
+// in those of the rest.
 __device__ __forceinline__ u32 low_of(u32 unit) {
     const u32 pair = unit * VECTOR;
     return pair < TURNING ? pair : pair + TURNING;

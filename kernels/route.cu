@@ -1,13 +1,18 @@
-// route: the experts of each row from its router's logits, and the rows in the order of their experts.
+// route: the experts of each row from its router's logits, and the rows in the order of their
+// experts.
 //
 // Three entries, one after the other:
-//   route_choose  a warp per row; lane l holds the scores of experts l, l + 32, ... in registers (EXPERTS_PER_LANE of them). Choices are rounds of
-//                 one warp-wide maximum; they are written in ascending order of their experts.
-//   route_count   a warp per expert counts its choices.
-//   route_order   a warp per expert gives its choices places in ascending order of their rows, behind those of all lower experts, and cuts its places
-//                 into tiles of `tile_rows`, which `moe` multiplies.
-// No atomics: places do not depend on who comes first. Scores rank by (key, lower id); NaN ranks below every number.
-// Cost: reads the logits once and the (rows, k) choices twice for each expert, from L2: at 1,024 rows of 8 out of 256 experts, 256 loads of a warp each.
+// - route_choose: a warp per row; lane l holds the scores of experts l, l + 32, ... in registers
+//   (EXPERTS_PER_LANE of them). Choices are rounds of one warp-wide maximum; they are written in
+//   ascending order of their experts.
+// - route_count: a warp per expert counts its choices.
+// - route_order: a warp per expert gives its choices places in ascending order of their rows, after
+//   those of all lower experts, and cuts its places into tiles of `tile_rows`, which `moe`
+//   multiplies.
+// No atomics: places do not depend on which thread comes first. Scores rank by (key, lower id); NaN
+// ranks below every number.
+// Cost: reads the logits once and the (rows, k) choices twice for each expert, from L2: at 1,024
+// rows of 8 out of 256 experts, 256 loads of a warp each.
 #include "common.cuh"
 
 #define SCORE_SOFTMAX 0u      // p
@@ -203,7 +208,8 @@ KERNEL(route_choose, RouteParams) {
     }
 }
 
-// Calls on_chunk(index, mine, lanes) for every 32 choices in order: this lane's choice, whether it is of `expert`, and in which lanes it is.
+// Calls on_chunk(index, mine, lanes) for every 32 choices in order: this lane's choice, whether it
+// is of `expert`, and in which lanes it is.
 template <typename OnChunk>
 __device__ __forceinline__ void choices_of(const RouteParams& p, u32 expert, OnChunk on_chunk) {
     const u32 choices = p.rows * p.top_k;

@@ -1,7 +1,10 @@
-// What the kernels of `sample` share: the records of a row, its place on one of the two routes, and the answer from its sums.
+// What the kernels of `sample` share: the records of a row, which of the two routes it takes, and
+// the sampled token from its sums.
 //
-// The law is `sampling::sample_row`. A row's route follows from its own draw alone: a draw from a nucleus or from the most probable tokens, or one
-// that wants the statistics of what is left of the row, takes route B (`sample_nucleus`), everything else route A (`sample_tiles`, then `sample_draw`).
+// The reference is `sampling::sample_row`. A row's route follows from its own draw alone: a draw
+// from a nucleus or from the most probable tokens, or one that wants the statistics of what is left
+// of the row, takes route B (`sample_nucleus`), everything else route A (`sample_tiles`, then
+// `sample_draw`).
 #pragma once
 #include "select.cuh"
 
@@ -37,7 +40,7 @@ LAYOUT(DrawRecord, 32);
 #define STATUS_CHANGED 4u  // the logits differ between two passes over them
 #define NO_ID 0xffffffffu
 
-// The answer: `backend::SampledToken`. Where `status` is not 0 the statistics are zeros.
+// The outcome: `backend::SampledToken`. Where `status` is not 0 the statistics are zeros.
 struct SampledRecord {
     u32 token;  // under a status: the lowest broken id, 0, or the forced token
     float confidence;
@@ -69,7 +72,8 @@ struct TileRecord {
     float second;  // the second largest, with its repetitions
     float mass;    // sum exp(l - max); NaN if a logit is NaN or +inf
     float moment;  // sum exp(l - max) (l - max)
-    // Rows that draw: sum exp((l - max) / temperature) of each piece. Others: [0] holds the bits of the lowest id with the maximum. A broken tile:
+    // Rows that draw: sum exp((l - max) / temperature) of each piece. Others: [0] holds the bits of
+    // the lowest id with the maximum. A broken tile:
     // [0] holds those of the lowest id whose logit is NaN or +inf.
     float choice[PIECES];
 };
@@ -135,9 +139,10 @@ __device__ __forceinline__ void refuse(SampledRecord* out, const DrawRecord& dra
     if (threadIdx.x == 0) *out = SampledRecord{token, 0.0f, 0.0f, 0.0f, 0.0f, status, draw.position, 0};
 }
 
-// One thread writes the answer. `logit` is the token's; `share` its mass among what was kept after temperature, 1 for the most probable
-// token under temperature 0. `sum` and `moment` are relative to `max`, at temperature 1.
-__device__ __forceinline__ void answer(SampledRecord* out, const DrawRecord& draw, u32 token, float logit, double share, float max, float second,
+// One thread writes the outcome. `logit` is the token's; `share` its mass among what was kept after
+// temperature, 1 for the most probable token under temperature 0. `sum` and `moment` are relative
+// to `max`, at temperature 1.
+__device__ __forceinline__ void write_sampled(SampledRecord* out, const DrawRecord& draw, u32 token, float logit, double share, float max, float second,
                                        double sum, double moment) {
     const double log_sum = log(sum);
     const double log_prob = (double)logit - (double)max - log_sum;

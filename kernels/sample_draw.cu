@@ -1,12 +1,18 @@
-// sample_draw: the answer of a row of route A from its tiles, by the law of `sampling::sample_row`.
+// sample_draw: the sampled token of a row of route A from its tiles, as `sampling::sample_row`
+// specifies.
 //
-// Second kernel of route A. Maximum, mass and moment of the tiles are joined in f64. A draw is an inverse CDF over ascending ids on four levels: groups
-// of 32 tiles, tiles, pieces of 32 ids, ids. Only the logits of that last piece are needed, and they are computed again, by the product of
-// `gemm.cuh` with this one row: the same bits as in `sample_tiles`. So is the one logit of a forced token. Temperature 0 needs none.
-// Should the rounding of a sum leave the target past the last part of a level, its last part with any mass is the answer.
+// Second kernel of route A. Maximum, mass and moment of the tiles are joined in f64. A draw is an
+// inverse CDF over ascending ids on four levels: groups of 32 tiles, tiles, pieces of 32 ids, ids.
+// Only the logits of that last piece are needed, and they are computed again, by the product of
+// `gemm.cuh` with this one row: the same bits as in `sample_tiles`. So is the one logit of a forced
+// token. Temperature 0 needs none.
+// Should the rounding of a sum leave the target past the last part of a level, its last part with
+// any mass is chosen.
 //
-// Layout: one CTA of two warps per row. Every sum has a fixed order: tiles of a group in a butterfly, groups ascending, parts of the walk ascending.
-// Cost: 32 bytes per tile read twice, 32 k weights (48 KiB for k = 768 in bf16, mostly from L2); bound by latency.
+// Layout: one CTA of two warps per row. Every sum has a fixed order: tiles of a group in a
+// butterfly, groups ascending, parts of the walk ascending.
+// Cost: 32 bytes per tile read twice, 32 k weights (48 KiB for k = 768 in bf16, mostly from L2);
+// bound by latency.
 #include "sample.cuh"
 #include "gemm.cuh"
 
@@ -34,17 +40,19 @@ LAYOUT(SampleDrawParams, 64);
 
 static_assert(THREADS == 64, "two warps side by side along the 32 ids of a piece");
 #define STAGES 5
-// CTAs of a multiprocessor that shared memory leaves room for. Unasked, the assembler aims at more and spills.
+// CTAs of a multiprocessor that fit into shared memory. Without this bound the assembler aims at
+// more and spills.
 #define RESIDENT 6
 
-// A step of the inverse CDF: `before` is the mass of everything lower, `at` the part in which it exceeds the target.
+// A step of the inverse CDF: `before` is the mass of everything lower, `at` the part in which it
+// exceeds the target.
 struct Walk {
     double target, before;
     u32 at;
     bool found;
 };
 
-// Takes part `at` of mass `mass`, unless an earlier one was the answer. Parts come in ascending order.
+// Takes part `at` of mass `mass`, unless an earlier one was chosen. Parts come in ascending order.
 __device__ __forceinline__ void pass(Walk& walk, u32 at, double mass) {
     if (walk.found || !(mass > 0.0)) return;
     walk.at = at;
@@ -52,7 +60,8 @@ __device__ __forceinline__ void pass(Walk& walk, u32 at, double mass) {
     if (!walk.found) walk.before += mass;
 }
 
-// Goes inside the part found, whose own parts follow. A target that no part exceeded goes out of reach: the last part of each level is taken.
+// Goes inside the part found, whose own parts follow. A target that no part exceeded goes out of
+// reach: the last part of each level is taken.
 __device__ __forceinline__ u32 enter(Walk& walk) {
     if (!walk.found) walk.target = (double)infinity();
     walk.found = false;
@@ -72,7 +81,8 @@ __device__ __forceinline__ double choice_mass(const TileRecord& t, float max, do
     return mass * weight_of(t.max, max, inverse_temperature);
 }
 
-// The logits of a piece of ids, of one row: written to shared memory, -inf beyond the vocabulary and where banned.
+// The logits of a piece of ids, of one row: written to shared memory, -inf beyond the vocabulary
+// and where banned.
 template <typename T>
 __device__ __forceinline__ const float* piece_logits(const SampleDrawParams& p, u32 piece, u8* shared) {
     typedef ProductTile<T, 8, PIECE_IDS, 2, STAGES> Tile;
@@ -171,7 +181,7 @@ __device__ __forceinline__ void sample_row(const SampleDrawParams& p, u8* shared
         }
         logit = logits[token % PIECE_IDS];
     }
-    if (threadIdx.x == 0) answer(out, draw, token, logit, share, top.max, top.second, sum, moment);
+    if (threadIdx.x == 0) write_sampled(out, draw, token, logit, share, top.max, top.second, sum, moment);
 }
 
 KERNEL_BOUNDS(sample_draw_f32, SampleDrawParams, THREADS, RESIDENT) {

@@ -1,28 +1,35 @@
-// sample_nucleus: the answer of a row that draws from a nucleus, from its logits in memory, by the law of `sampling::sample_row`.
+// sample_nucleus: the sampled token of a row that draws from a nucleus, from its logits in memory,
+// as `sampling::sample_row` specifies.
 //
-// Route B. A nucleus is a prefix of the order (larger logit first, ties to the lower id), and where it ends depends on the mass of the whole
-// row, so the logits of a chunk of rows are written by `linear` (f32, with bias) and read here several times, mostly from L2.
+// Route B. A nucleus is a prefix of the order (larger logit first, ties to the lower id), and where
+// it ends depends on the mass of the whole row, so the logits of a chunk of rows are written by
+// `linear` (f32, with bias) and read here several times, mostly from L2.
 // Nothing is sorted:
 //   1. the maximum;
-//   2. masses exp((l - max) / T), and their histogram over 256 depths (max - l) / T up to 29 (beyond, e^-29 < 2^-41): the bin in which the nucleus ends;
-//   3. inside that bin, four rounds of a radix select weighted by mass, over the ordered bits of the logit: the last logit kept, and how
-//      many of its equals, lowest ids first. The bin's keys are first copied to shared memory, where they fit;
-//      Top-k has four such rounds of its own, that count: the k-th largest logit, and the mass down to it, of which the nucleus may be one;
-//   4. the draw over the kept ids in ascending order: the row is cut into one range per warp, the range that holds the target again, until 32 ids
-//      are left;
-//   5. where a draw asks for them, margin and entropy of what is kept, in one more pass.
-// Masses are integers, in units of 2^-41 of the largest: sums are exact whatever their order (so atomics may build them), every boundary is
-// met by the same numbers, and a row's bits depend on nothing but the row. The unit is below the rounding of an f32 exponential for any token
-// that a nucleus can reach: a kept one weighs at least (1 - p) / V of the row. Without a nucleus (a draw that asks for margin and entropy at another
-// temperature than 1) tokens below a unit, together less than V 2^-41 of the row, are not drawn.
+//   2. masses exp((l - max) / T), and their histogram over 256 depths (max - l) / T up to 29
+//      (beyond, e^-29 < 2^-41): the bin in which the nucleus ends;
+//   3. inside that bin, four rounds of a radix select weighted by mass, over the ordered bits of
+//      the logit: the last logit kept, and how many of its equals, lowest ids first. The bin's keys
+//      are first copied to shared memory, where they fit;
+//      Top-k has four such rounds of its own, that count: the k-th largest logit, and the mass down
+//      to it, of which the nucleus may be one;
+//   4. the draw over the kept ids in ascending order: the row is cut into one range per warp, the
+//      range that holds the target again, until 32 ids are left;
+//   5. margin and entropy of what is kept, where a draw wants them, in one more pass.
+// Masses are integers, in units of 2^-41 of the largest: sums are exact in any order (so atomics
+// may build them), every boundary is met by the same numbers, and a row's bits depend on nothing
+// but the row. The unit is below the rounding of an f32 exponential for any token that a nucleus
+// can reach: a kept one weighs at least (1 - p) / V of the row. Without a nucleus (a draw that
+// wants margin and entropy at another temperature than 1) tokens below a unit, together less than V
+// 2^-41 of the row, are not drawn.
 //
 // Layout: one CTA per row; the histogram is kept in copies, so that lanes that meet in a bin meet
-// less often. A mass is added as two words of 32 bits, the second with the carry of the first: shared
-// memory has no 64-bit addition, and a loop of compare-and-swap takes 216 us for a row of 50,256
-// where two additions take 28 (H200). Each thread has UNROLL loads in flight.
-// Cost: V f32 written and read four times, three times more where a bin's keys do not fit, five times
-// more with top-k; an exponential per logit in step 2 and a few more in the end. Equal logits all fall
-// into one bin and then queue at eight addresses.
+// less often. A mass is added as two words of 32 bits, the second with the carry of the first:
+// shared memory has no 64-bit addition, and a loop of compare-and-swap takes 216 us for a row of
+// 50,256 where two additions take 28 (H200). Each thread has UNROLL loads in flight.
+// Cost: V f32 written and read four times, three times more where a bin's keys do not fit, five
+// times more with top-k; an exponential per logit in step 2 and a few more in the end. Equal logits
+// all fall into one bin and then queue at eight addresses.
 #include "sample.cuh"
 
 struct SampleNucleusParams {
@@ -87,7 +94,8 @@ __device__ __forceinline__ void for_each(const Row& row, u32 vocab, Visit visit)
 __device__ __forceinline__ u64 mass_of(const Row& row, float logit) { return units(tempered(logit - row.max, row.temperature)); }
 // Not decreasing as logits fall: every operation rounds monotonously.
 __device__ __forceinline__ u32 bin_of(const Row& row, float logit) { return (u32)fminf((row.max - logit) * row.depth_scale, (float)(BINS - 1)); }
-// Ascending as logits fall. Zeros of either sign are the same logit, but only one of them occurs: a sum that starts from 0.0f is never -0.
+// Ascending as logits fall. Zeros of either sign are the same logit, but only one of them occurs: a
+// sum that starts from 0.0f is never -0.
 __device__ __forceinline__ u32 key_of(float logit) { return ~ordered_bits(logit); }
 
 // Where bin `index` begins among all masses that the histogram holds, and its own mass.
@@ -96,8 +104,8 @@ struct Bin {
     u32 index;
 };
 
-// Masses of the bins, in copies: sums modulo 2^32, and above them the sums of the upper words and the
-// carries. All additions into a word end before it is read, so the order does not matter.
+// Masses of the bins, in copies: sums modulo 2^32, and above them the sums of the upper words and
+// the carries. All additions into a word end before it is read, so the order does not matter.
 struct Histogram {
     u32 low[COPIES * BINS], high[COPIES * BINS];
 };
@@ -130,7 +138,8 @@ __device__ __forceinline__ u64 collect(const Histogram& histogram) {
     return mass;
 }
 
-// The bin that holds unit `limit`, counted from 0 at the first: before <= limit < before + mass. There must be one.
+// The bin that holds unit `limit`, counted from 0 at the first: before <= limit < before + mass.
+// There must be one.
 __device__ __forceinline__ Bin find_bin(u64 mass, u64 limit) {
     __shared__ Bin found;
     const u64 before = block_exclusive_sum64(mass);
@@ -141,8 +150,8 @@ __device__ __forceinline__ Bin find_bin(u64 mass, u64 limit) {
     return bin;
 }
 
-// The last unit of mass that the nucleus may hold, or reaches into: a token is kept if the mass up to it, itself included, is at most
-// `limit` (within), or if the mass before it is (crossing).
+// The last unit of mass that the nucleus may hold, or reaches into: a token is kept if the mass up
+// to it, itself included, is at most `limit` (within), or if the mass before it is (crossing).
 __device__ __forceinline__ u64 nucleus_limit(const DrawRecord& draw, u64 total) {
     const double share = (double)draw.top_p * (double)total;
     u64 limit = (u64)share;
@@ -176,7 +185,8 @@ __device__ __forceinline__ u32 kth_key(const Row& row, Histogram& histogram, u32
     return prefix;
 }
 
-// The end of what is left: keys below `key` are kept, and the first `equal` ids with that key, of `mass` each.
+// The end of what is left: keys below `key` are kept, and the first `equal` ids with that key, of
+// `mass` each.
 struct Edge {
     u32 key, equal;
     u64 mass;
@@ -207,8 +217,9 @@ __device__ __forceinline__ u64 kept_mass(const Edge& edge, u64 above, u32 equals
     return above + (equals < left ? equals : left) * edge.mass;
 }
 
-// The lowest id up to which the kept mass exceeds `target`, which is below the mass of all; its own mass in `mass`. NO_ID, in every
-// thread, if no id does: the logits are not those that the mass of all was summed from.
+// The lowest id up to which the kept mass exceeds `target`, which is below the mass of all; its own
+// mass in `mass`. NO_ID, in every thread, if no id does: the logits are not those that the mass of
+// all was summed from.
 __device__ __forceinline__ u32 draw_id(const Row& row, const Edge& edge, u32 vocab, u64 target, u64& mass) {
     __shared__ u64 above_of[WARPS];
     __shared__ u32 equals_of[WARPS];
@@ -359,11 +370,12 @@ KERNEL(sample_nucleus, SampleNucleusParams) {
     moment = block_sum64(moment);
     if (threadIdx.x == 0) {
         const double share = (double)mass / (double)kept;
-        answer(out, draw, token, row.logits[token], share, top.max, top.second, (double)sum / UNITS, -(double)moment / UNITS);
+        write_sampled(out, draw, token, row.logits[token], share, top.max, top.second, (double)sum / UNITS, -(double)moment / UNITS);
     }
     if (!(draw.flags & DRAW_TRUNCATED)) return;
 
-    // Margin and entropy of what is left: tokens below the edge, and its equals, which weigh the same each.
+    // Margin and entropy of what is left: tokens below the edge, and its equals, which weigh the
+    // same each.
     u64 spread = 0, others = 0;
     for_each(row, p.vocab, [&](u32, float logit) {
         if (logit == -infinity() || key_of(logit) >= edge.key) return;

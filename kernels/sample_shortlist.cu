@@ -1,12 +1,18 @@
-// sample_shortlist: the LM head at the listed ids of each row, and the token choice among them, by the law of `sampling::sample_row` with -inf elsewhere.
+// sample_shortlist: the LM head at the ids of each row's shortlist, and the token choice among
+// them, as `sampling::sample_row` specifies with -inf elsewhere.
 //
-// A list is short, so everything after the products happens in shared memory, in f64: the masses of the ids, their order by a bitonic sort where
-// a nucleus or top-k asks for one (larger logit first, ties to the lower id; what is kept is a prefix of it), and the draw as an inverse CDF over ascending ids.
-// A logit is a dot product of one warp: lane l takes quads l, l + 32, ... of k in ascending order, then the lanes meet in a butterfly. It is
-// not the sum of `gemm.cuh`, so its last bits may differ from those of `sample`.
+// A list is short, so everything after the products happens in shared memory, in f64: the masses of
+// the ids, their order by a bitonic sort where a nucleus or top-k needs one (larger logit first,
+// ties to the lower id; what is kept is a prefix of it), and the draw as an inverse CDF over
+// ascending ids.
+// A logit is a dot product of one warp: lane l takes quads l, l + 32, ... of k in ascending order,
+// then the lanes meet in a butterfly. It is not the sum of `gemm.cuh`, so its last bits may differ
+// from those of `sample`.
 //
-// Layout: one CTA per row; a warp per id, a thread per few neighbouring ids in the scans. Every sum has a fixed order.
-// Cost: count k weights per row, gathered; bound by their latency. The sort takes 55 rounds for 1,024 ids, each with a barrier.
+// Layout: one CTA per row; a warp per id, a thread per few neighbouring ids in the scans. Every sum
+// has a fixed order.
+// Cost: count k weights per row, gathered; bound by their latency. The sort takes 55 rounds for
+// 1,024 ids, each with a barrier.
 #include "sample.cuh"
 
 struct SampleShortlistParams {
@@ -31,7 +37,8 @@ FIELD(SampleShortlistParams, count, 56);
 FIELD(SampleShortlistParams, k, 60);
 LAYOUT(SampleShortlistParams, 64);
 
-// CTAs of a multiprocessor that leave a thread 80 registers. Unasked, the assembler aims at more and spills.
+// CTAs of a multiprocessor that leave a thread 80 registers. Without this bound the assembler aims
+// at more and spills.
 #define RESIDENT 3
 static_assert((MAX_SHORTLIST & (MAX_SHORTLIST - 1)) == 0, "what is sorted is filled up to a power of two");
 
@@ -95,7 +102,8 @@ __device__ __forceinline__ void sort(u64* words, u32 size) {
     }
 }
 
-// How many of the ids may be drawn, by their `order`: ranks from 0, the place of an id in the lower half of its word.
+// How many of the ids may be drawn, by their `order`: ranks from 0, the place of an id in the lower
+// half of its word.
 __device__ __forceinline__ u32 cut_of(const DrawRecord& draw, const float* logits, const double* masses, const u64* order, u32 count) {
     u32 kept = count;
     if (top_k(draw) > 0) {  // uniform over the CTA
@@ -179,7 +187,7 @@ __device__ __forceinline__ void sample_shortlist_row(const SampleShortlistParams
     const bool truncated_statistics = !forced && (draw.flags & DRAW_TRUNCATED);
     if (forced || (greedy && !truncated_statistics)) {
         const u32 chosen = forced ? (u32)place : top.at;
-        if (threadIdx.x == 0) answer(out, draw, ids[chosen], logits[chosen], 1.0, top.max, top.second, sum, moment);
+        if (threadIdx.x == 0) write_sampled(out, draw, ids[chosen], logits[chosen], 1.0, top.max, top.second, sum, moment);
         return;
     }
 
@@ -208,7 +216,8 @@ __device__ __forceinline__ void sample_shortlist_row(const SampleShortlistParams
         spread += masses[i] * ((double)logits[i] - (double)top.max) * inverse_temperature;
     }
     double cumulative = exclusive_sum(mine, total);
-    // The first place whose cumulative mass exceeds the target; should rounding leave the target out of reach, the last with any mass.
+    // The first place whose cumulative mass exceeds the target; should rounding leave the target
+    // out of reach, the last with any mass.
     u64 reached = NO_ID, last = NO_ID;
     for (u32 i = first; i < end; ++i) {
         if (!(masses[i] > 0.0)) continue;
@@ -221,7 +230,7 @@ __device__ __forceinline__ void sample_shortlist_row(const SampleShortlistParams
     spread = block_sum64(spread);
     const u32 chosen = greedy ? top.at : reached != NO_ID ? (u32)reached : NO_ID - (u32)last;
     if (threadIdx.x != 0) return;
-    answer(out, draw, ids[chosen], logits[chosen], masses[chosen] / total, top.max, top.second, sum, moment);
+    write_sampled(out, draw, ids[chosen], logits[chosen], masses[chosen] / total, top.max, top.second, sum, moment);
     if (truncated_statistics) {
         const double next = kept > 1 ? exp(((double)top.second - (double)top.max) * inverse_temperature) : 0.0;
         const double entropy = log(total) - spread / total;

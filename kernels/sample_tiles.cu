@@ -1,14 +1,20 @@
-// sample_tiles: the LM head, tile by tile, of which only the sums that a token choice needs are kept; logits stay on the chip.
+// sample_tiles: the LM head, tile by tile, of which only the sums that a token choice needs are
+// kept; logits stay on the chip.
 //
-// First kernel of route A (rows that do not draw from a nucleus). A tile of `gemm.cuh`, TILE_ROWS rows by IDS = 128 ids, is laid out in shared
-// memory; eight threads share a row of it, 16 ids each, and leave its maximum, second maximum, mass, moment and the mass of each 32 ids at the
-// draw's temperature, relative to the tile's own maximum. `sample_draw` joins the tiles of a row in f64.
-// The ids of a tile and of a thread, and the order of every sum, are the same for all tile heights: so is every bit.
+// First kernel of route A (rows that do not draw from a nucleus). A tile of `gemm.cuh`, TILE_ROWS
+// rows by IDS = 128 ids, is laid out in shared memory; eight threads share a row of it, 16 ids
+// each, and leave its maximum, second maximum, mass, moment and the mass of each 32 ids at the
+// draw's temperature, relative to the tile's own maximum. `sample_draw` joins the tiles of a row in
+// f64.
+// The ids of a tile and of a thread, and the order of every sum, are the same for all tile heights:
+// so is every bit.
 //
-// Layout: CTAs count row tiles first, eight at a time, so that those that share ids run together and the head is read from memory once.
-// Cost: the product, 2 rows V k operations or V k weights, and 32 bytes written per row and tile (a 1 / 16 of the logits in f32).
-// Bank conflicts: thread (piece s, half h) of a row takes the quads of its ids in the rotated order (q + s) % 4, so that eight threads read
-// eight different groups of four banks.
+// Layout: CTAs count row tiles first, eight at a time, so that those that share ids run together
+// and the head is read from memory once.
+// Cost: the product, 2 rows V k operations or V k weights, and 32 bytes written per row and tile (a
+// 1 / 16 of the logits in f32).
+// Bank conflicts: thread (piece s, half h) of a row takes the quads of its ids in the rotated order
+// (q + s) % 4, so that eight threads read eight different groups of four banks.
 #include "sample.cuh"
 #include "gemm.cuh"
 
@@ -39,7 +45,8 @@ LAYOUT(SampleTilesParams, 64);
 #define SHARERS 8  // threads of a row
 static_assert(IDS == SHARERS * 16 && PIECE_IDS == 2 * 16, "two threads to a piece");
 
-// One row of the tile, whose logits without bias start at `logits` in shared memory. All lanes of the warp take part.
+// One row of the tile, whose logits without bias start at `logits` in shared memory. All lanes of
+// the warp take part.
 __device__ __forceinline__ void summarise(const SampleTilesParams& p, const float* logits, u32 first_id, const DrawRecord& draw, TileRecord* out,
                                           bool wanted) {
     const u32 piece = threadIdx.x % SHARERS / 2, half = threadIdx.x % 2;

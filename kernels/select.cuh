@@ -1,5 +1,6 @@
-// Order and selection: floats as ordered integers, reductions of 64-bit words over the CTA, and the radix select that finds the
-// count-th smallest key without sorting. Everything but `double` is integer arithmetic, so nothing depends on timing.
+// Order and selection: floats as ordered integers, reductions of 64-bit words over the CTA, and the
+// radix select that finds the count-th smallest key without sorting. Everything but `double` is
+// integer arithmetic, so nothing depends on timing.
 #pragma once
 #include "common.cuh"
 
@@ -88,14 +89,16 @@ __device__ __forceinline__ u64 block_exclusive_sum64(u64 value) {
 
 // ---- radix select ----
 
-// The `wanted` smallest of some keys are those below `key` and the first `equal` of those equal to it.
+// The `wanted` smallest of some keys are those below `key` and the first `equal` of those equal to
+// it.
 struct Cut {
     u64 key;
     u32 equal;
 };
 
-// Eight bits at a time from the top of `bits`: the bin in which the wanted-th smallest key lies, among the keys that share the bins found
-// before. key(i, k) gives element i < count its key, or says false if it has none; where fewer than `wanted` have one, all of those are wanted.
+// Eight bits at a time from the top of `bits`: the bin in which the wanted-th smallest key lies,
+// among the keys that share the bins found before. key(i, k) gives element i < count its key, or
+// says false if it has none; where fewer than `wanted` have one, all of those are wanted.
 // THREADS is 256: a bin is a thread's. Five barriers a digit.
 template <typename Key>
 __device__ __forceinline__ Cut radix_select(u32 count, u32 wanted, int bits, Key key) {

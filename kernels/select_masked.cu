@@ -1,11 +1,15 @@
-// select_masked: lists the masked positions of each sequence's range, ascending, as rows of the plan and as draws.
+// select_masked: lists the masked positions of each sequence's range, ascending, as rows of the
+// plan and as draws.
 //
-// Runs before a denoising forward whose canvas the host has not seen: it predicts how many positions are masked, not which.
-// If the count differs, the sequence's summary says so. Rows that exist only in the host's count, and those beyond the last sequence's
-// up to `bucket` (a recorded graph has one fixed number of rows), become padding: row 0 is computed for them and nobody looks.
+// Runs before a denoising forward whose canvas the host has not seen: it predicts how many
+// positions are masked, not which.
+// If the count differs, the sequence's summary says so. Rows that exist only in the host's count,
+// and those beyond the last sequence's up to `bucket` (a recorded graph has one fixed number of
+// rows), become padding: row 0 is computed for them and not read.
 //
-// Layout: one CTA per sequence and a last one for the padding; a block scan per THREADS positions. A draw's uniform is keyed by the
-// sequence's own numbers (`rng.rs`), so it depends on nothing beside it.
+// Layout: one CTA per sequence and a last one for the padding; a block scan per THREADS positions.
+// A draw's uniform is keyed by the sequence's own numbers (`rng.rs`), so it depends on nothing
+// beside it.
 // Cost: one byte read per position, 36 bytes written per row; bound by latency.
 #include "canvas.cuh"
 #include "sample.cuh"

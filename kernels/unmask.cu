@@ -1,13 +1,17 @@
-// unmask: which of a sequence's sampled positions take their token now, by the law of `sampling::select`, and their new place on the canvas.
+// unmask: which of a sequence's sampled positions take their token now, as `sampling::select`
+// specifies, and their new entry on the canvas.
 //
-// `RULE_BEST` takes the n smallest of (key, position) by radix select (`select.cuh`): keys are the order uniform, the entropy, or the
-// complement of confidence or margin, as integers in the order of `total_cmp`. `RULE_THRESHOLD` needs the best alone. `RULE_ENTROPY` adds entropies in
-// ascending order in f64, one position per round, exactly as the law does: a sum in another order could end elsewhere.
-// At least one position is revealed. A sequence with an error, a row that could not be sampled, or a statistic that is NaN unmasks nothing.
+// `RULE_BEST` takes the n smallest of (key, position) by radix select (`select.cuh`): keys are the
+// order uniform, the entropy, or the complement of confidence or margin, as integers in the order
+// of `total_cmp`. `RULE_THRESHOLD` needs the best alone. `RULE_ENTROPY` adds entropies in ascending
+// order in f64, one position per round, exactly as the reference does: a sum in another order could
+// end elsewhere.
+// At least one position is revealed. A sequence with an error, a row that could not be sampled, or
+// a statistic that is NaN unmasks nothing.
 //
 // Layout: one CTA per sequence, rows in position order. Integer sums only, but for that one in f64.
-// Cost: 32 bytes read per row and pass; 4 passes (8 for the uniform's 64 bits) of 5 barriers, or 2 barriers per revealed position under
-// `RULE_ENTROPY`. Bound by latency.
+// Cost: 32 bytes read per row and pass; 4 passes (8 for the uniform's 64 bits) of 5 barriers, or 2
+// barriers per revealed position under `RULE_ENTROPY`. Bound by latency.
 #include "canvas.cuh"
 #include "sample.cuh"
 #include "select.cuh"
@@ -61,7 +65,8 @@ __device__ __forceinline__ void take(const UnmaskParams& p, const StepRecord& s,
     p.step[at] = s.step;
 }
 
-// The smallest key << 32 | row that is not below `from`, or all ones: the next in the order of a 32-bit rank.
+// The smallest key << 32 | row that is not below `from`, or all ones: the next in the order of a
+// 32-bit rank.
 __device__ __forceinline__ u64 next_best(const StepRecord& s, u32 rank, const SampledRecord* sampled, u64 from) {
     u64 best = ~0ull;
     for (u32 i = threadIdx.x; i < s.sample_count; i += THREADS) {
@@ -83,7 +88,7 @@ KERNEL(unmask, UnmaskParams) {
         const bool nan = d.confidence != d.confidence || d.margin != d.margin || d.entropy != d.entropy;
         if ((d.status != 0 || nan) && broken == ~0ull) broken = (u64)i << 32 | (d.status != 0 ? ERROR_SAMPLING : ERROR_NAN);
     }
-    broken = block_min(broken);  // its barriers also stand between the read of `error` above and the write below
+    broken = block_min(broken);  // its barriers also separate the read of `error` above and the write below
     if (broken != ~0ull) {
         if (threadIdx.x == 0) {
             summary->error = (u32)broken;

@@ -398,7 +398,7 @@ pub trait Backend: Sized {
     /// Copies the first `len` elements of an f32 buffer.
     fn copy(&self, len: usize, x: &Self::Buffer, out: &mut Self::Buffer) -> Result<()>;
     /// LM head and token choice for `draws.len()` rows of `hidden` (width k of `head`): logits =
-    /// hidden head^T + bias, those of ids that are no candidates -inf, then the law of
+    /// hidden head^T + bias, those of ids that are no candidates -inf, then the rules of
     /// `sampling::sample_row`. Logits of all rows never exist at once. NaN logits are an error
     /// naming the row. Waits.
     ///

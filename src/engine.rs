@@ -1,10 +1,10 @@
 //! The one place that knows everyone: [`Engine::tick`] admits, schedules, plans steps, runs them,
 //! applies their outcomes, and retires.
 //!
-//! Requests are submitted at any time and come back through their [`SubmittedRequest`]: events as they
-//! happen, then one [`Output`]. Requests of different lengths, schedules and stages share forwards.
-//! The engine prints nothing, starts no thread of its own (the backend may), and holds memory for
-//! admitted requests only.
+//! Requests are submitted at any time and come back through their [`SubmittedRequest`]: events as
+//! they happen, then one [`Output`]. Requests of different lengths, schedules and stages share
+//! forwards. The engine prints nothing, starts no thread of its own (the backend may), and holds
+//! memory for admitted requests only.
 #![forbid(unsafe_code)]
 
 mod joint;

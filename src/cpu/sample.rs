@@ -84,8 +84,8 @@ pub fn sample_row(context: &CpuContext, logits: &[f32], banned: &[u32], draw: &D
             (max, argtile) = (tile.max, i);
         }
     }
-    // NaN and +inf leave a NaN mass; the law words the error, and that a row has nothing to choose
-    // from.
+    // NaN and +inf leave a NaN mass; the reference words the error, and that a row has nothing to
+    // choose from.
     if max == f32::NEG_INFINITY || tiles.iter().any(|tile| tile.mass.is_nan()) {
         return sampling::sample_row(logits, banned, draw);
     }

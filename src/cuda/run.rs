@@ -332,8 +332,8 @@ fn answer(records: &[SampledRecord], summary: &SequenceSummary) -> Result<Vec<Ro
         })
         .collect();
     let sampled = sampled?;
-    // Statistics that are NaN are the law's own error, which the host finds when it applies it; so
-    // is a row without a token, above.
+    // Statistics that are NaN are an error of the reference, which the host finds when it applies
+    // it; so is a row without a token, above.
     match summary.error {
         step_error::COUNT => {
             Err(Error::kernel(format!("the device found {} masked positions, the sequence foresaw another number", summary.detail)))

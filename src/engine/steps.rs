@@ -248,7 +248,7 @@ impl RunningSequences<'_> {
             *position >= now || (active.sequence.canvas().state(*position) == State::Revealed) == *chosen
         };
         if active.failed.is_none() && !revealed.iter().all(agree) {
-            active.fail(Error::kernel("the device revealed other positions than the law of the schedule"));
+            active.fail(Error::kernel("the device revealed other positions than the specification"));
         }
         // A draft that ended early leaves the rest of the run behind.
         active.failed.is_none() && now == len

@@ -330,7 +330,7 @@ impl Watched {
         (0..self.shadow.len()).filter(|p| self.fixed[*p].is_none()).collect()
     }
 
-    /// Events are the only way in which the canvas changes, and each obeys its law.
+    /// Events are the only way in which the canvas changes, and each is a legal transition.
     fn follow(&mut self, events: &[Event], schedule: &Schedule) {
         for event in events {
             let stage = usize::from(event.stage);

@@ -13,14 +13,14 @@ type Check = fn(&CudaContext) -> Result<(), String>;
 const USERS: &[(&str, &[Check])] = &[
     ("attention.cu", &[attention::holds]),
     ("common.cuh", &[norm::holds, select_masked::holds]),
-    ("sample.cuh", &[sample::the_law]),
-    ("sample_draw.cu", &[sample::the_law]),
+    ("sample.cuh", &[sample::equals_the_reference]),
+    ("sample_draw.cu", &[sample::equals_the_reference]),
     ("sample_nucleus.cu", &[sample::edges_of_nuclei, sample::walks]),
-    ("sample_tiles.cu", &[sample::the_law]),
+    ("sample_tiles.cu", &[sample::equals_the_reference]),
     ("moe.cu", &[moe::holds]),
     ("gemm.cuh", &[linear::holds]),
     ("linear.cu", &[linear::holds]),
-    ("sample_shortlist.cu", &[sample_shortlist::the_law, sample_shortlist::edges]),
+    ("sample_shortlist.cu", &[sample_shortlist::equals_the_reference, sample_shortlist::edges]),
     ("select.cuh", &[unmask::holds, sample::edges_of_nuclei, sample::walks]),
 ];
 

@@ -70,26 +70,34 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     ("the row's place instead of its position", embed::holds, ("embed.cu", "p.positions[blockIdx.x]", "blockIdx.x")),
     (
         "one id more than the vocabulary has",
-        sample::the_law,
+        sample::equals_the_reference,
         ("sample_tiles.cu", "if (id < p.vocab && !is_banned", "if (id <= p.vocab && !is_banned"),
     ),
     (
         "a tile reduced before all of it is laid out",
-        sample::the_law,
+        sample::equals_the_reference,
         ("sample_tiles.cu", "lay_out<Tile>(total, tile);\n    __syncthreads();", "lay_out<Tile>(total, tile);"),
     ),
-    ("half of each piece without mass", sample::the_law, ("sample_tiles.cu", "choice += __shfl_xor_sync(FULL_WARP, choice, 1);", "")),
-    ("the second largest forgets the largest before it", sample::the_law, ("sample.cuh", "fmaxf(b.second, a.max)", "b.second")),
+    (
+        "half of each piece without mass",
+        sample::equals_the_reference,
+        ("sample_tiles.cu", "choice += __shfl_xor_sync(FULL_WARP, choice, 1);", ""),
+    ),
+    (
+        "the second largest forgets the largest before it",
+        sample::equals_the_reference,
+        ("sample.cuh", "fmaxf(b.second, a.max)", "b.second"),
+    ),
     ("ties to the higher id", sample::edges_of_nuclei, ("sample.cuh", "b.at < a.at", "b.at > a.at")),
-    ("zero times infinity", sample::the_law, ("sample.cuh", "mass * fmaxf(below, -100.0f)", "mass * below")),
+    ("zero times infinity", sample::equals_the_reference, ("sample.cuh", "mass * fmaxf(below, -100.0f)", "mass * below")),
     (
         "logits of a piece read before they are laid out",
-        sample::the_law,
+        sample::equals_the_reference,
         ("sample_draw.cu", "lay_out<Tile>(total, logits);\n    __syncthreads();", "lay_out<Tile>(total, logits);"),
     ),
     (
         "bias and bans not yet in the logits of a piece",
-        sample::the_law,
+        sample::equals_the_reference,
         ("sample_draw.cu", "    __syncthreads();\n    return logits;", "    return logits;"),
     ),
     (
@@ -97,7 +105,7 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         sample::edges_of_nuclei,
         ("sample_draw.cu", "walk.before + mass > walk.target", "walk.before + mass >= walk.target"),
     ),
-    ("the last group left out", sample::the_law, ("sample_draw.cu", "(num_tiles + 31) / 32", "(num_tiles + 30) / 32")),
+    ("the last group left out", sample::equals_the_reference, ("sample_draw.cu", "(num_tiles + 31) / 32", "(num_tiles + 30) / 32")),
     ("the token behind the edge kept", sample::edges_of_nuclei, ("sample_nucleus.cu", "        --limit;\n", "")),
     ("all equals of the last logit kept", sample::edges_of_nuclei, ("sample_nucleus.cu", "equals < left ? equals : left", "equals")),
     (
@@ -146,28 +154,40 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
         shortlist::holds,
         ("shortlist.cu", "equal_seen += counts >> 16;", "equal_seen = counts >> 16;"),
     ),
-    ("the list of the row's own number", sample_shortlist::the_law, ("sample_shortlist.cu", "p.which[blockIdx.x]", "blockIdx.x")),
+    (
+        "the list of the row's own number",
+        sample_shortlist::equals_the_reference,
+        ("sample_shortlist.cu", "p.which[blockIdx.x]", "blockIdx.x"),
+    ),
     (
         "logits read before all are there",
-        sample_shortlist::the_law,
+        sample_shortlist::equals_the_reference,
         ("sample_shortlist.cu", "    __syncthreads();  // all logits are there\n", ""),
     ),
-    ("an element past the end of a row", sample_shortlist::the_law, ("sample_shortlist.cu", "i < at + 4 && i < k;", "i < at + 4;")),
-    ("a bias by place", sample_shortlist::the_law, ("sample_shortlist.cu", "logit += p.bias[id];", "logit += p.bias[i];")),
-    ("zero times infinity", sample_shortlist::the_law, ("sample_shortlist.cu", "if (logits[i] == -infinity()) continue;\n", "")),
+    (
+        "an element past the end of a row",
+        sample_shortlist::equals_the_reference,
+        ("sample_shortlist.cu", "i < at + 4 && i < k;", "i < at + 4;"),
+    ),
+    ("a bias by place", sample_shortlist::equals_the_reference, ("sample_shortlist.cu", "logit += p.bias[id];", "logit += p.bias[i];")),
+    (
+        "zero times infinity",
+        sample_shortlist::equals_the_reference,
+        ("sample_shortlist.cu", "if (logits[i] == -infinity()) continue;\n", ""),
+    ),
     (
         "sums of warps read before they are written",
-        sample_shortlist::the_law,
+        sample_shortlist::equals_the_reference,
         ("sample_shortlist.cu", "partial[warp_id()] = inclusive;\n    __syncthreads();", "partial[warp_id()] = inclusive;"),
     ),
     (
         "sorted while others still exchange",
-        sample_shortlist::the_law,
+        sample_shortlist::equals_the_reference,
         ("sample_shortlist.cu", "            __syncthreads();  // the next round reads what others exchanged\n", ""),
     ),
     (
         "drawn before what is cut off is gone",
-        sample_shortlist::the_law,
+        sample_shortlist::equals_the_reference,
         ("sample_shortlist.cu", "    __syncthreads();  // what is cut off has no mass any more\n", ""),
     ),
     (
@@ -325,7 +345,7 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     (
         "values multiplied before NaN is taken away",
         attention::holds,
-        ("attention.cu", "__syncthreads();  // nobody multiplies before they are gone", ""),
+        ("attention.cu", "__syncthreads();  // no thread multiplies before they are replaced", ""),
     ),
     (
         "a chunk that begins with the sums of the one before",
@@ -341,12 +361,12 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     (
         "f32 keys replaced while others still read them",
         attention::holds,
-        ("attention.cu", "__syncthreads();  // nobody reads the keys any more, and the warp's weights are there", ""),
+        ("attention.cu", "__syncthreads();  // the keys have been read, and the warp's weights are written", ""),
     ),
     (
         "f32 values replaced while others still read them",
         attention::holds,
-        ("attention.cu", "__syncthreads();  // nobody reads the values of the tile before", ""),
+        ("attention.cu", "__syncthreads();  // the values of the tile before have been read", ""),
     ),
     (
         "a tile finished before all of it is laid out",

@@ -71,8 +71,8 @@ fn flat<'a>(canvases: impl Iterator<Item = &'a Canvas> + Clone) -> Flat {
     }
 }
 
-/// What the law says: the canvases afterwards, and the positions taken from each.
-fn law(sequences: &[Sequence]) -> (Vec<Canvas>, Vec<Vec<u32>>) {
+/// What the reference says: the canvases afterwards, and the positions taken from each.
+fn reference(sequences: &[Sequence]) -> (Vec<Canvas>, Vec<Vec<u32>>) {
     let one = |s: &Sequence| {
         let mut canvas = s.canvas.clone();
         let revealed = (0..canvas.len()).filter(|i| canvas.state(*i) == State::Revealed);
@@ -115,7 +115,7 @@ fn check(context: &CudaContext, sequences: &[Sequence]) -> Result<(), String> {
     };
     words(remask(context, sequences.len() as u32, &params))?;
 
-    let (canvases, expected) = law(sequences);
+    let (canvases, expected) = reference(sequences);
     let after =
         Flat { token: token.read()?, confidence: confidence.read()?, state: state.read()?, stage: stage.read()?, step: step.read()? };
     let (positions, taken) = (positions.read()?, taken.read()?);
@@ -123,7 +123,7 @@ fn check(context: &CudaContext, sequences: &[Sequence]) -> Result<(), String> {
         let slots = &positions[indptr[s] as usize..indptr[s + 1] as usize];
         let (found, rest) = slots.split_at((taken[s] as usize).min(slots.len()));
         if taken[s] as usize != expected.len() || found != expected || rest.iter().any(|p| *p != u32::MAX) {
-            return Err(format!("sequence {s}: took {} {found:?}, the law takes {} {expected:?}", taken[s], expected.len()));
+            return Err(format!("sequence {s}: took {} {found:?}, the reference takes {} {expected:?}", taken[s], expected.len()));
         }
     }
     if after != flat(canvases.iter()) {

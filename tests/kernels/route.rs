@@ -1,5 +1,5 @@
-//! `route` chooses as the law says, gives every choice a place, and cuts the places into tiles of
-//! one expert each.
+//! `route` chooses as `oracle::route` does, gives every choice a place, and cuts the places into
+//! tiles of one expert each.
 
 use redraft::backend::{ExpertShape, Router, RouterScore};
 use redraft::cpu::oracle;

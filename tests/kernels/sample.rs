@@ -1,9 +1,9 @@
 //! `sample` against `sampling::sample_row`: both routes in one batch, every kind of draw, and what
 //! each of them refuses.
 //!
-//! The law sees logits that are computed here by the sums that `gemm.cuh` promises, so that tokens
-//! compare exactly wherever a draw is clear of a boundary; statistics compare within the rounding
-//! of f32 exponentials.
+//! The reference sees logits that are computed here by the sums that `gemm.cuh` promises, so that
+//! tokens compare exactly wherever a draw is clear of a boundary; statistics compare within the
+//! rounding of f32 exponentials.
 
 use half::bf16;
 use redraft::backend::DType;
@@ -117,10 +117,10 @@ impl Case {
         Ok(sampled)
     }
 
-    /// Every row of the case against the law. Counts (draws clear of a boundary, draws). Entropies
-    /// and log probabilities err, all rows together, at most twice as much as a plain loop in f32,
-    /// plus the rounding of the answers.
-    fn obeys(&self, context: &CudaContext, draws: &[Draw], what: &str) -> Result<(usize, usize), String> {
+    /// Every row of the case against the reference. Counts (draws clear of a boundary, draws).
+    /// Entropies and log probabilities err, all rows together, at most twice as much as a plain
+    /// loop in f32, plus the rounding of the answers.
+    fn agrees(&self, context: &CudaContext, draws: &[Draw], what: &str) -> Result<(usize, usize), String> {
         let asked: Vec<_> = draws.iter().copied().map(Some).collect();
         let found = self.run(context, 0..self.rows(), &asked, 64 << 20)?;
         let mut clear = 0;
@@ -135,7 +135,7 @@ impl Case {
             } else if draw.truncated_confidence {
                 continue;
             } else {
-                // Still held to the law in everything that does not hang on the boundary.
+                // Compared in everything that does not depend on the boundary.
                 held.forced = Some(got.token);
             }
             let want = sample_row(&logits, &self.banned, &held).map_err(|e| format!("{what}: {e}"))?;
@@ -197,7 +197,7 @@ pub fn agree(got: &SampledToken, want: &SampledToken) -> Result<(), String> {
         && close(got.log_prob, want.log_prob, 2e-6 * (1.0 + want.log_prob.abs()))
         && close(got.margin, want.margin, 2e-6)
         && close(got.entropy, want.entropy, 2e-5);
-    if holds { Ok(()) } else { Err(format!("{got:?}, the law says {want:?}")) }
+    if holds { Ok(()) } else { Err(format!("{got:?}, the reference says {want:?}")) }
 }
 
 /// Every kind of draw once.
@@ -235,7 +235,7 @@ pub fn kinds(seed: u64, vocab: usize) -> Vec<Draw> {
 
 /// Both routes in one batch over the sizes around a piece (32), a tile (128) and a group of tiles
 /// (4096).
-pub fn the_law(context: &CudaContext) -> Result<(), String> {
+pub fn equals_the_reference(context: &CudaContext) -> Result<(), String> {
     let (mut clear, mut total) = (0, 0);
     for (seed, vocab) in [1, 33, 200, 1000, 5000].into_iter().enumerate() {
         let draws = kinds(seed as u64, vocab);
@@ -246,7 +246,7 @@ pub fn the_law(context: &CudaContext) -> Result<(), String> {
             case.bias = Some(noise(5, vocab));
             case.banned = vec![3, 32, 198];
         }
-        let (c, t) = case.obeys(context, &draws, "kinds of draws")?;
+        let (c, t) = case.agrees(context, &draws, "kinds of draws")?;
         (clear, total) = (clear + c, total + t);
     }
     if clear * 10 < total * 8 { Err(format!("{clear} of {total} draws are clear of boundaries")) } else { Ok(()) }
@@ -259,7 +259,7 @@ pub fn walks(context: &CudaContext) -> Result<(), String> {
     for base in [PLAIN, Draw { temperature: 0.7, ..PLAIN }, NUCLEUS] {
         let at = |i: usize| [0.0, (i as f64 - 0.5) / 24.0, 1.0 - f64::EPSILON / 2.0][usize::from(i > 0) + usize::from(i == 25)];
         let draws: Vec<Draw> = (0..26).map(|i| Draw { u: at(i), ..base }).collect();
-        case.obeys(context, &draws, "a walk")?;
+        case.agrees(context, &draws, "a walk")?;
         let asked: Vec<_> = draws.into_iter().map(Some).collect();
         let tokens: Vec<u32> = case.run(context, 0..26, &asked, 64 << 20)?.iter().map(|d| d.token).collect();
         let last = tokens[25] as usize;
@@ -280,7 +280,7 @@ pub fn edges_of_nuclei(context: &CudaContext) -> Result<(), String> {
     // Four equal tokens of 0.115 each: p = 0.25 keeps two within, three crossing.
     let draws = [GREEDY, nucleus(0.99, TopPRule::Within), nucleus(0.99, TopPRule::Crossing), nucleus(0.0, TopPRule::Crossing)];
     let case = Case { hidden: vec![1.0; 4], ..Case::of_rows(&[peaks]) };
-    case.obeys(context, &draws, "ties")?;
+    case.agrees(context, &draws, "ties")?;
     let found = case.run(context, 0..4, &draws.map(Some), 64 << 20)?;
     if found.iter().map(|d| d.token).collect::<Vec<_>>() != [127, 128, 300, 127] || found[0].margin != 0.0 {
         return Err(format!("ties: {found:?}"));
@@ -317,7 +317,7 @@ pub fn edges_of_nuclei(context: &CudaContext) -> Result<(), String> {
     let mut clear = 0;
     for row in rows {
         let case = Case { hidden: vec![1.0; all.len()], ..Case::of_rows(&[row]) };
-        clear += case.obeys(context, &all, "edges")?.0;
+        clear += case.agrees(context, &all, "edges")?.0;
     }
     if clear < 30 { Err(format!("{clear} of 56 nuclei are clear of boundaries")) } else { Ok(()) }
 }
@@ -351,7 +351,7 @@ pub fn most_probable(context: &CudaContext) -> Result<(), String> {
     let mut clear = 0;
     for row in [levels, noise(42, vocab).iter().map(|v| v * 5.0).collect(), few] {
         let case = Case { hidden: vec![1.0; all.len()], banned: vec![200, 611], ..Case::of_rows(&[row]) };
-        clear += case.obeys(context, &all, "most probable")?.0;
+        clear += case.agrees(context, &all, "most probable")?.0;
     }
     if clear < 80 { Err(format!("{clear} of 108 draws are clear of boundaries")) } else { Ok(()) }
 }
@@ -368,7 +368,7 @@ fn extremes(context: &CudaContext) -> Result<(), String> {
         let case = Case { hidden: vec![1.0; 4], ..Case::of_rows(&[row]) };
         let draws =
             [Draw { u: 0.3001, ..PLAIN }, GREEDY, Draw { top_p: 0.5003, temperature: 0.8, ..PLAIN }, Draw { forced: Some(299), ..PLAIN }];
-        case.obeys(context, &draws, "extremes")?;
+        case.agrees(context, &draws, "extremes")?;
     }
     Ok(())
 }
@@ -457,7 +457,9 @@ fn alone_as_in_company(context: &CudaContext) -> Result<(), String> {
 }
 
 pub fn holds(context: &CudaContext) -> Result<(), String> {
-    [the_law, walks, edges_of_nuclei, most_probable, extremes, refusals, alone_as_in_company].iter().try_for_each(|part| part(context))
+    [equals_the_reference, walks, edges_of_nuclei, most_probable, extremes, refusals, alone_as_in_company]
+        .iter()
+        .try_for_each(|part| part(context))
 }
 
 /// A row whose masses are fewer than they were a moment ago, as damaged memory would have it: a

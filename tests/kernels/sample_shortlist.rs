@@ -1,8 +1,8 @@
 //! `sample_shortlist` against `sampling::sample_row` over the listed logits alone: every kind of
 //! draw, lists of every length, and what it refuses.
 //!
-//! The law sees logits that are computed here in the order that the kernel promises, so that tokens
-//! compare exactly wherever a draw is clear of a boundary.
+//! The reference sees logits that are computed here in the order that the kernel promises, so that
+//! tokens compare exactly wherever a draw is clear of a boundary.
 
 use half::bf16;
 use redraft::backend::DType;
@@ -113,9 +113,9 @@ impl Case {
         }
     }
 
-    /// Every row against the law. Forced tokens of `draws` are places in the list. Counts draws
-    /// that are clear of a boundary.
-    fn obeys(&self, context: &CudaContext, which: &[u32], draws: &[Draw], what: &str) -> Result<usize, String> {
+    /// Every row against the reference. Forced tokens of `draws` are places in the list. Counts
+    /// draws that are clear of a boundary.
+    fn agrees(&self, context: &CudaContext, which: &[u32], draws: &[Draw], what: &str) -> Result<usize, String> {
         let ids = |row: usize| &self.lists[which[row] as usize];
         let asked: Vec<Draw> = draws
             .iter()
@@ -145,21 +145,21 @@ impl Case {
 
 /// Every kind of draw, over lists that fill a part of a warp and several threads' spans, and
 /// products that are aligned and not.
-pub fn the_law(context: &CudaContext) -> Result<(), String> {
+pub fn equals_the_reference(context: &CudaContext) -> Result<(), String> {
     let (mut clear, mut total) = (0, 0);
     for (seed, (vocab, k, count)) in [(5, 3, 2), (40, 40, 33), (700, 130, 300), (90, 268, 64)].into_iter().enumerate() {
         for dtype in [DType::F32, DType::Bf16] {
             let draws = kinds(seed as u64, count);
             let case = Case::random(dtype, draws.len(), vocab, k, count);
             let which: Vec<u32> = (0..draws.len() as u32).map(|row| (row + 1) % 3).collect();
-            clear += case.obeys(context, &which, &draws, "kinds of draws")?;
+            clear += case.agrees(context, &which, &draws, "kinds of draws")?;
             total += draws.len();
         }
     }
     // The longest list.
     let draws = [PLAIN, Draw { top_p: 0.7003, u: 0.4, truncated_confidence: true, ..PLAIN }];
     total += 2;
-    clear += Case::random(DType::F32, 2, 1100, 8, 1024).obeys(context, &[0, 1], &draws, "the longest list")?;
+    clear += Case::random(DType::F32, 2, 1100, 8, 1024).agrees(context, &[0, 1], &draws, "the longest list")?;
     if clear * 10 < total * 8 { Err(format!("{clear} of {total} draws are clear of boundaries")) } else { Ok(()) }
 }
 
@@ -208,7 +208,7 @@ pub fn edges(context: &CudaContext) -> Result<(), String> {
     let mut clear = 0;
     for row in [levels, noise(42, vocab).iter().map(|v| v * 5.0).collect(), few] {
         let case = Case::of_row(row, all.len());
-        clear += case.obeys(context, &vec![0; all.len()], &all, "edges")?;
+        clear += case.agrees(context, &vec![0; all.len()], &all, "edges")?;
     }
     if clear < 70 { Err(format!("{clear} of 99 draws are clear of boundaries")) } else { Ok(()) }
 }
@@ -267,6 +267,6 @@ fn alone_as_in_company(context: &CudaContext) -> Result<(), String> {
 #[test]
 fn sampled_tokens_among_listed_ids_equal_the_reference() {
     for context in machines() {
-        [the_law, edges, refusals, alone_as_in_company].iter().try_for_each(|part| part(&context)).unwrap();
+        [equals_the_reference, edges, refusals, alone_as_in_company].iter().try_for_each(|part| part(&context)).unwrap();
     }
 }

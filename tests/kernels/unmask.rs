@@ -44,8 +44,8 @@ fn sequence(seed: u64, num_sampled: u32, levels: f32, unmask: UnmaskStep) -> Seq
     }
 }
 
-/// What the law takes, or its error.
-fn law(sequence: &Sequence) -> (Vec<usize>, SequenceSummary) {
+/// What the reference takes, or its error.
+fn reference(sequence: &Sequence) -> (Vec<usize>, SequenceSummary) {
     let Sequence { step, unmask, sampled, before } = sequence;
     let nothing = |error, detail| (Vec::new(), SequenceSummary { error, detail, ..*before });
     if before.error != step_error::NONE || sampled.is_empty() {
@@ -118,7 +118,7 @@ fn check(context: &CudaContext, mut sequences: Vec<Sequence>) -> Result<(), Stri
 
     let summaries = summaries.read()?;
     for (s, sequence) in sequences.iter().enumerate() {
-        let (chosen, summary) = law(sequence);
+        let (chosen, summary) = reference(sequence);
         for &i in &chosen {
             let record = &mut sampled[sequence.step.sample_first as usize + i];
             record.chosen = 1;

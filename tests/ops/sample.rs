@@ -92,7 +92,7 @@ fn agrees_with_the_law_over_many_draws() {
                     let row = stored(b.dtype(), &rows[i]);
                     let mut draw = draws[i];
                     if !is_clear(&row, banned, &draw) {
-                        // Still held to the law in everything that does not hang on the boundary.
+                        // Compared in everything that does not depend on the boundary.
                         draw.forced = Some(got[i].token);
                         draw.truncated_confidence = false;
                         if draws[i].truncated_confidence {
@@ -112,7 +112,7 @@ fn agrees_with_the_law_over_many_draws() {
 
 #[test]
 fn draws_walk_the_whole_distribution() {
-    // A thousand evenly spaced u over V = 5000: tokens ascend and every one is what the law says.
+    // A thousand evenly spaced u over V = 5000: tokens ascend and every one equals the reference.
     each!(b in cpus(2), {
         if b.dtype() != DType::F32 {
             continue;

@@ -22,14 +22,15 @@ pub struct KernelInfo {
     /// the shape that it has by default.
     pub run: &'static str,
     pub shape: String,
-    /// The first line of its header comment.
-    pub summary: &'static str,
+    /// The first paragraph of its header comment, as one line.
+    pub summary: String,
 }
 
 /// The kernels that this binary carries. Needs no library.
 pub fn kernels_list() -> Vec<KernelInfo> {
     let part_of = |kernel: &Kernel, name: &str| kernel.stem.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('_'));
-    let bench = |kernel: &Kernel| KERNEL_BENCHES.iter().find(|bench| part_of(kernel, bench.name));
+    // `sample_shortlist` has a launcher of its own and is no part of `sample`.
+    let bench = |kernel: &Kernel| KERNEL_BENCHES.iter().filter(|bench| part_of(kernel, bench.name)).max_by_key(|bench| bench.name.len());
     let info = |kernel: Kernel| KernelInfo {
         stem: kernel.stem,
         entries: kernel.entries(),
@@ -37,9 +38,15 @@ pub fn kernels_list() -> Vec<KernelInfo> {
         hash: format!("{:016x}", kernel.hash),
         run: bench(&kernel).map_or("", |bench| bench.name),
         shape: bench(&kernel).map(KernelBench::defaults).unwrap_or_default(),
-        summary: kernel.source.lines().next().unwrap_or_default().trim_start_matches("//").trim(),
+        summary: summary(kernel.source),
     };
     kernels().into_iter().map(info).collect()
+}
+
+/// The first paragraph of a source's header comment, as one line.
+fn summary(source: &str) -> String {
+    let lines = source.lines().map_while(|line| line.strip_prefix("//")).map(str::trim).take_while(|line| !line.is_empty());
+    lines.collect::<Vec<_>>().join(" ")
 }
 
 /// What `redraft kernels check` prints about one entry of one build on one architecture.
@@ -146,7 +153,7 @@ pub fn list_table(list: &[KernelInfo]) -> String {
             k.builds.join("; "),
             k.hash.clone(),
             format!("{} --shape {}", k.run, k.shape),
-            k.summary.into(),
+            k.summary.clone(),
         ]
     };
     table(&["kernel", "entries", "builds", "hash", "kernels run", "what"], list.iter().map(row))
@@ -222,6 +229,8 @@ mod tests {
             assert!(kernel.entries.iter().all(|entry| entry.starts_with(kernel.stem)), "{}: {:?}", kernel.stem, kernel.entries);
             assert!(kernel.summary.starts_with(&format!("{}: ", kernel.stem)), "{}: {:?}", kernel.stem, kernel.summary);
         }
+        let run_of = |stem: &str| list.iter().find(|kernel| kernel.stem == stem).map(|kernel| kernel.run);
+        assert_eq!((run_of("sample_draw"), run_of("sample_shortlist")), (Some("sample"), Some("sample_shortlist")));
         let norm = list.iter().find(|kernel| kernel.stem == "norm").expect("norm");
         assert_eq!(norm.entries, ["norm_layer_f32", "norm_layer_bf16", "norm_rms_f32", "norm_rms_bf16"]);
     }

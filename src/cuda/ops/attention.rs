@@ -1,6 +1,6 @@
 //! Launcher of `attention`: the work list of a plan, and how much of it runs side by side. No
-//! choice made here changes a bit of the result (the law of `kernels/attention.cu`), so both may
-//! follow the machine.
+//! choice made here changes a bit of the result (see the order of operations in
+//! `kernels/attention.cu`), so both may follow the machine.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, HeadShape};

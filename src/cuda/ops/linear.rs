@@ -1,6 +1,6 @@
 //! Launcher of `linear`: which tile computes a product, and how many CTAs share one along K.
-//! Neither changes a bit of the result (the law of `kernels/gemm.cuh`), so the choice may follow
-//! the machine.
+//! Neither changes a bit of the result (see the order of additions in `kernels/gemm.cuh`), so the
+//! choice may follow the machine.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue};

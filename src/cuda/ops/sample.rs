@@ -1,4 +1,4 @@
-//! Launcher of `sample`: LM head and token choice of rows, by the law of `sampling::sample_row`.
+//! Launcher of `sample`: LM head and token choice of rows, as `sampling::sample_row` specifies.
 //!
 //! Two routes, chosen by each row's own draw. Most rows take A: `sample_tiles` computes logits tile
 //! by tile and keeps a few sums, `sample_draw` answers from those, and the logits of a row never
