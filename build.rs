@@ -1,6 +1,6 @@
-//! Embeds `kernels/*` as three tables: headers as (name, text), kernels as (stem, text, hash), the
-//! emulation as (name, text). No compiler of device code, no network, no probing of the machine:
-//! what the binary holds depends on the sources alone.
+//! Embeds `kernels/*` as two tables: headers as (name, text), kernels as (stem, text, hash). No
+//! compiler of device code, no network, no probing of the machine: what the binary holds depends on
+//! the sources alone.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -32,18 +32,9 @@ fn main() {
             }
         }
     }
-    // The host twin of the primitives: part of no kernel on a device.
-    let mut emulation = String::new();
-    for path in paths.iter().filter(|path| path.file_stem().is_some_and(|stem| stem == "emulate")) {
-        println!("cargo::rerun-if-changed={}", path.display());
-        let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-        let name = path.file_name().and_then(|name| name.to_str()).expect("a file with a UTF-8 name");
-        writeln!(emulation, "    ({name:?}, {text:?}),").expect("write to a string");
-    }
     let table = format!(
         "/// Headers as (name, text).\npub(crate) static HEADERS: &[(&str, &str)] = &[\n{headers}];\n\
-         /// Kernels as (stem, text, FNV-1a of all headers and the text).\npub(crate) static SOURCES: &[(&str, &str, u64)] = &[\n{sources}];\n\
-         /// The emulation's files as (name, text).\npub(crate) static EMULATION: &[(&str, &str)] = &[\n{emulation}];\n"
+         /// Kernels as (stem, text, FNV-1a of all headers and the text).\npub(crate) static SOURCES: &[(&str, &str, u64)] = &[\n{sources}];\n"
     );
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR")).join("kernels.rs");
     fs::write(&out, table).unwrap_or_else(|e| panic!("{}: {e}", out.display()));

@@ -20,7 +20,7 @@ pub enum Device {
     /// The GPU with this index, by the order of the CUDA driver.
     Cuda(usize),
     /// The CUDA kernels of this architecture, executed on the CPU: exact and slow, for tests. Needs
-    /// `g++`.
+    /// `g++`, and the feature `emulator`.
     Emu(&'static str),
 }
 
@@ -99,15 +99,11 @@ impl Device {
         let opened = |backend| Ok(Opened { backend, passed_over: None });
         #[cfg(feature = "cuda")]
         {
-            use crate::cuda::{Cuda, Emulator, EmulatorOptions, Gpu, device_count};
+            use crate::cuda::{Cuda, Gpu, device_count, emulated};
             let gpu = |index| Ok(AnyBackend::Cuda(Cuda::new(Box::new(Gpu::open(index)?), dtype)?));
             match self {
                 Device::Cuda(index) => opened(gpu(index)?),
-                Device::Emu(arch) => {
-                    let defaults = EmulatorOptions::default();
-                    let options = EmulatorOptions { arch, threads: threads.unwrap_or(defaults.threads), ..defaults };
-                    opened(AnyBackend::Cuda(Cuda::new(Box::new(Emulator::new(options)?), dtype)?))
-                }
+                Device::Emu(arch) => opened(AnyBackend::Cuda(Cuda::new(emulated(arch, threads)?, dtype)?)),
                 Device::Auto if device_count().is_ok() => match gpu(0) {
                     Ok(cuda) => opened(cuda),
                     Err(error) => Ok(Opened { backend: cpu()?, passed_over: Some(error) }),

@@ -155,7 +155,7 @@ fn in_file(file: &Path, error: Error) -> Error {
 fn context(place: Place) -> Result<CudaContext> {
     CudaContext::new(match place {
         Place::Cuda(ordinal) => Box::new(cuda::Gpu::open(ordinal)?),
-        Place::Emu(arch) => Box::new(cuda::Emulator::new(cuda::EmulatorOptions { arch, ..Default::default() })?),
+        Place::Emu(arch) => cuda::emulated(arch, None)?,
     })
 }
 

@@ -6,12 +6,12 @@
 //! | `state` | the backend's state: weights, buffers, batches, recorded graphs |
 //! | `device_steps` | the runner of steps that the device samples by itself |
 //! | `run`, `layout`, `packed_arrays`, `signature`, `step_buffers` | one run of such steps, and where its arrays lie |
+//! | `emulated` | opens the emulator, where this build has it |
 //! | `ceilings` | a large copy and a large product, which bound every forward |
 //! | [`ops`] | one launcher per kernel: params struct, grid, launch |
 //! | [`context`], [`params`] | what every launcher needs; the form of a params struct |
 //! | `kernels` | lists, reports and runs of the kernels of this binary |
-//! | [`driver`] | the interface to a machine; [`Gpu`] (libcuda, NVRTC) and [`Emulator`] (g++) |
-//! | [`tensor_core`] | how bf16 products round, by architecture |
+//! | [`driver`] | the interface to a machine; [`Gpu`] (libcuda, NVRTC) and the emulator, which is the crate `redraft-emulator` (g++) |
 //!
 //! Libraries are opened at run time and their absence is an [`Error`](crate::Error) with the next
 //! move. docs/cuda.md tells the story.
@@ -26,6 +26,7 @@ mod ceilings;
 pub mod context;
 mod device_steps;
 pub mod driver;
+mod emulated;
 mod kernels;
 mod layout;
 pub mod ops;
@@ -36,18 +37,21 @@ mod shortlists;
 mod signature;
 mod state;
 mod step_buffers;
-pub mod tensor_core;
 
 pub use device_steps::DeviceSteps;
 pub use driver::compile::{Compiled, Compiler, EntryUse, compiler};
 pub use driver::device::{DeviceInfo, device_count, probe};
-pub use driver::emu::{Copies, Edit, Emulator, EmulatorOptions, Schedule};
+#[cfg(feature = "emulator")]
+pub use driver::emu::Emulator;
 pub use driver::gpu::Gpu;
 pub use driver::interface::{Build, Driver};
 pub use driver::prebuilt::line_of;
 pub use driver::source::{Kernel, headers, kernels};
+pub use emulated::emulated;
 pub use kernels::builds::{builds, kernels_build, parse_builds};
 pub use kernels::kernel_bench::{BenchRequest, Report};
 pub use kernels::kernel_benches::bench_kernel;
 pub use kernels::report::{KernelInfo, KernelReport, kernels_check, kernels_list, list_table, over_budget, report_table};
+#[cfg(feature = "emulator")]
+pub use redraft_emulator::{Copies, Edit, EmulatorOptions, Schedule, tensor_core};
 pub use state::{Batch, Buffer, Cuda, KvCache, Rows, Weight};

@@ -570,7 +570,7 @@ fn bench_counts_what_it_measures() {
 fn bench_times_the_forwards_that_are_asked_for() {
     let work = Work::new();
     let args = ["bench", "--shape", "tiny", "--runs", "1", "--forward", "4@16,20@0", "--no-schedules", "--dtype", "bf16"];
-    let machines: &[(&str, bool)] = if cfg!(feature = "cuda") { &[("cpu", false), ("emu", true)] } else { &[("cpu", false)] };
+    let machines: &[(&str, bool)] = if cfg!(feature = "emulator") { &[("cpu", false), ("emu", true)] } else { &[("cpu", false)] };
     for (device, recorded) in machines {
         let object = work.run(&[&args[..], &["--format", "json", "--device", device]].concat()).json().remove(0);
         let forwards = object["forwards"].as_array().expect("forwards");
@@ -604,7 +604,7 @@ fn a_gpu_that_is_absent_is_a_clear_error() {
 }
 
 /// The CUDA path on the host writes what the CPU writes.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "emulator")]
 #[test]
 fn emulation_writes_the_same_text() {
     let work = Work::new();
@@ -622,7 +622,7 @@ fn emulation_writes_the_same_text() {
 }
 
 /// Emulation compiles the kernels: without a compiler it says so.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "emulator")]
 #[test]
 fn emulation_without_a_compiler_is_a_clear_error() {
     let work = Work::new();

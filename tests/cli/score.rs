@@ -206,7 +206,7 @@ fn sense_scores_better_than_its_shuffle() {
 
 /// A judge scores the same text on the CPU and on the emulated device, in both dtypes, up to their
 /// rounding.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "emulator")]
 #[test]
 fn emulation_scores_the_same_text() {
     let work = Work::new();

@@ -1,7 +1,7 @@
 //! The CUDA backend as a whole: launchers, kernels, runs sampled on the device, recorded graphs.
 //! Every test runs under emulation, and on the first GPU where there is one;
 //! `REDRAFT_REQUIRE_CUDA=1` turns the absence of a GPU into a failure.
-#![cfg(feature = "cuda")]
+#![cfg(feature = "emulator")]
 
 #[path = "../parity/fixture.rs"]
 #[allow(dead_code)] // shared with the parity tests, which need all of it

@@ -4,7 +4,7 @@
 //!
 //! NVRTC compiles the same sources where it is found; `REDRAFT_REQUIRE_NVRTC=1` turns its absence
 //! into a failure.
-#![cfg(feature = "cuda")]
+#![cfg(feature = "emulator")]
 
 mod attention;
 mod barriers;

@@ -1,5 +1,5 @@
-//! The emulated tensor cores and their reference in `src/cuda/tensor_core.rs`, bit for bit: against
-//! what others published about the hardware, and against each other on random operands.
+//! The emulated tensor cores and their reference in `redraft_emulator::tensor_core`, bit for bit:
+//! against what others published about the hardware, and against each other on random operands.
 //!
 //! The published examples are those by which MMA-Sim (arXiv 2511.10909, `tests/nv`) tells fused
 //! sums, their width and their rounding on A100 and H100.

@@ -4,7 +4,7 @@
 mod attention;
 mod embed;
 mod linear;
-#[cfg(feature = "cuda")]
+#[cfg(feature = "emulator")]
 #[path = "../kernels/machines.rs"]
 #[allow(dead_code)] // shared with the kernel tests, which need all of it
 mod machines;
@@ -66,7 +66,7 @@ pub fn cpus(threads: usize) -> Vec<Cpu> {
     sets.flat_map(|isa| [DType::F32, DType::Bf16].map(|dtype| Cpu::with_isa(threads, dtype, isa).unwrap())).collect()
 }
 
-#[cfg(feature = "cuda")]
+#[cfg(feature = "emulator")]
 impl TestBackend for redraft::cuda::Cuda {
     fn rotates_keys_in_place(&self) -> bool {
         false
@@ -80,7 +80,7 @@ impl TestBackend for redraft::cuda::Cuda {
 
 /// The CUDA backend on the emulated machine and on the first GPU, in both dtypes, or on what
 /// `REDRAFT_TEST_MACHINES` asks for.
-#[cfg(feature = "cuda")]
+#[cfg(feature = "emulator")]
 pub fn devices() -> Vec<redraft::cuda::Cuda> {
     use redraft::cuda::{Cuda, EmulatorOptions};
     let on = |dtype| machines::drivers([EmulatorOptions::default()]).into_iter().map(move |driver| Cuda::new(driver, dtype).unwrap());
@@ -93,7 +93,7 @@ macro_rules! each {
         for $b in &$cpus {
             $body
         }
-        #[cfg(feature = "cuda")]
+        #[cfg(feature = "emulator")]
         for $b in &crate::devices() {
             $body
         }

@@ -1,9 +1,10 @@
-//! Machines that run kernels: the interface, the GPU behind libcuda, and the emulation on the host.
+//! Machines that run kernels: the interface, the GPU behind libcuda, and the emulator.
 
 pub mod cache;
 pub(super) mod compile;
 pub(super) mod device;
 mod elf;
+#[cfg(feature = "emulator")]
 pub(super) mod emu;
 mod errors;
 pub(super) mod gpu;

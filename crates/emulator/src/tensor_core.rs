@@ -14,7 +14,7 @@
 //! Found on hardware by others: Xie et al., "MMA-Sim: Bit-Accurate Reference Model of Tensor Cores
 //! and Matrix Cores", arXiv 2511.10909 (random tests, bit for bit, on A100, H100, B200 and others),
 //! and Khattak and Mikaitis, "Accurate Models of NVIDIA Tensor Cores", arXiv 2512.07004.
-//! `emulate_mma_work` in `kernels/emulate.cpp` computes the same in f64 and vectors; the tests
+//! `emulate_mma_work` in `runtime/emulate.cpp` computes the same in f64 and vectors; the tests
 //! compare both.
 #![forbid(unsafe_code)]
 
@@ -35,12 +35,13 @@ pub enum TensorCore {
 impl TensorCore {
     /// The generation of an architecture such as `sm_90a`.
     ///
-    /// Errors: [`Error::Request`] for a name that is no architecture from sm_80 on.
+    /// Errors: [`Error::Architecture`] for a name that is no architecture from sm_80 on.
     pub fn of(arch: &str) -> Result<TensorCore> {
-        match crate::cuda::driver::source::arch_number(arch) {
+        let digits = arch.strip_prefix("sm_").map(|rest| rest.strip_suffix(['a', 'f']).unwrap_or(rest));
+        match digits.and_then(|digits| digits.parse::<u32>().ok()) {
             Some(80..90) => Ok(TensorCore::Ampere),
             Some(90..) => Ok(TensorCore::Hopper),
-            _ => Err(Error::request(format!("architecture {arch}: expected sm_80 or later, such as sm_90a"))),
+            _ => Err(Error::Architecture { arch: arch.to_owned() }),
         }
     }
 
