@@ -26,7 +26,8 @@ mod steps;
 pub use rope::{Rope, RopeScaling};
 pub use steps::{
     BannedIds, BannedSet, HostPass, HostReason, HostRule, HostSampling, HostSequence, HostWindow, PlannedJoint, PlannedPass, PlannedRun,
-    PlannedStep, RowOutcome, RuleSampling, RunCanvas, Sampling, SequenceStep, Sequences, StepOutcome, StepRows, Timing, WindowShortlist,
+    PlannedStep, RowOutcome, RuleSampling, RunCanvas, SequenceStep, Sequences, StepOutcome, StepRows, StepSampling, Timing,
+    WindowShortlist,
 };
 
 use crate::error::{Error, Result};

@@ -160,13 +160,13 @@ pub struct ModelConfig {
     pub stop_ids: Vec<u32>,
     pub pad_id: Option<u32>,
     /// What generation_config.json recommends.
-    pub sampling: Sampling,
+    pub sampling: SamplingDefaults,
 }
 
 /// Recommended sampling of a checkpoint: keys `temperature`, `top_p` and `top_k` of its
 /// generation_config.json.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Sampling {
+pub struct SamplingDefaults {
     pub temperature: Option<f32>,
     pub top_p: Option<f32>,
     /// 0 keeps everything.
@@ -200,7 +200,7 @@ impl ModelConfig {
             serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))?;
         let keys = ConfigJson { path: &path, map: &map, parent: "" };
         self.stop_ids.extend(keys.tokens("eos_token_id", self.vocab_size)?);
-        self.sampling = Sampling {
+        self.sampling = SamplingDefaults {
             temperature: keys.checked("temperature", valid_temperature, "a finite number of at least 0")?,
             top_p: keys.checked("top_p", valid_top_p, "a number above 0, at most 1")?,
             top_k: keys.optional_count("top_k", u32::MAX as usize)?.map(|k| k as u32),
@@ -266,7 +266,7 @@ pub struct ConfigJson<'a> {
 
 impl ConfigJson<'_> {
     /// What `read` makes of `dir/config.json`.
-    pub fn of<T>(dir: &Path, read: impl FnOnce(&ConfigJson) -> Result<T>) -> Result<T> {
+    pub fn read<T>(dir: &Path, read: impl FnOnce(&ConfigJson) -> Result<T>) -> Result<T> {
         let path = dir.join("config.json");
         let text = match std::fs::read_to_string(&path) {
             Ok(text) => text,

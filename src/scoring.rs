@@ -9,8 +9,8 @@ use std::ops::Range;
 
 pub use crate::backend::Timing;
 use crate::backend::{
-    Backend, HostPass, HostRule, HostSampling, HostSequence, PlannedRun, PlannedStep, RuleSampling, RunCanvas, Sampling, SequenceStep,
-    Sequences, StepOutcome, StepRunner,
+    Backend, HostPass, HostRule, HostSampling, HostSequence, PlannedRun, PlannedStep, RuleSampling, RunCanvas, SequenceStep, Sequences,
+    StepOutcome, StepRunner, StepSampling,
 };
 use crate::canvas::Canvas;
 use crate::config::{AttentionMask, ModelConfig};
@@ -253,12 +253,12 @@ impl<B: Backend> Engine<B> {
                 draw: timed.draw(),
                 unmask: UnmaskStep::Best { rank: Rank::Confidence, n: 1 },
             };
-            Sampling::Rules(RuleSampling { sequences: vec![sequence], joint: None })
+            StepSampling::Rules(RuleSampling { sequences: vec![sequence], joint: None })
         } else {
             let rows = (range.len() - sampled) as u32..range.len() as u32;
             let (positions, draws) = ((range.end - sampled..range.end).collect(), vec![timed.draw(); sampled]);
             let sample_rows = HostSequence { positions, rows: rows.collect(), draws, rule: HostRule::default(), window: None };
-            Sampling::Draws(HostSampling { sequences: vec![sample_rows], guide: None, because: None })
+            StepSampling::Draws(HostSampling { sequences: vec![sample_rows], guide: None, because: None })
         };
         let steps = vec![PlannedStep { plan, sampling }];
         let run = PlannedRun { steps, banned: &self.banned, mask_id };

@@ -84,7 +84,7 @@ impl Weights {
         if problems.is_empty() {
             problems.extend(named.map.iter().filter_map(|(tensor, path)| weights.misplaced(tensor, path)));
         }
-        all(problems)?;
+        fail_if_any(problems)?;
         Ok(weights)
     }
 
@@ -162,7 +162,7 @@ impl Weights {
     /// Every tensor is there, of its shape and of a dtype that is read; else the first few that are
     /// not.
     pub fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
-        all(expected.iter().filter_map(|(name, shape)| self.tensor(name, shape).err()).collect())
+        fail_if_any(expected.iter().filter_map(|(name, shape)| self.tensor(name, shape).err()).collect())
     }
 
     /// Number of elements over all tensors (buffers included).
@@ -186,7 +186,7 @@ impl Weights {
 
 /// Nothing, or the first few of many problems as one error: under the path of the first, the
 /// others' files named where they differ.
-fn all(problems: Vec<Error>) -> Result<()> {
+fn fail_if_any(problems: Vec<Error>) -> Result<()> {
     let mut rest = problems.iter();
     let Some(Error::Weights { path, what }) = rest.next() else {
         return problems.into_iter().next().map_or(Ok(()), Err);

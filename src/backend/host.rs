@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use crate::backend::steps::{
-    BannedIds, HostRule, HostSampling, HostSequence, PlannedRun, PlannedStep, RowOutcome, Sampling, Sequences, StepOutcome, StepRows,
+    BannedIds, HostRule, HostSampling, HostSequence, PlannedRun, PlannedStep, RowOutcome, Sequences, StepOutcome, StepRows, StepSampling,
     Timing, WindowShortlist,
 };
 use crate::backend::{
@@ -26,7 +26,7 @@ impl<B: Backend> StepRunner<B> for HostSteps {
 
     fn run(&mut self, backend: &B, network: &mut dyn Network<B>, run: &PlannedRun, sequences: &mut dyn Sequences) -> Result<()> {
         for PlannedStep { plan, sampling } in &run.steps {
-            let Sampling::Draws(sampling) = sampling else { panic!("steps by rules are a device's") };
+            let StepSampling::Draws(sampling) = sampling else { panic!("steps by rules are a device's") };
             let mut parts = HostParts::new(plan, sampling, run.banned, sequences);
             network.reserve(backend, parts.room())?;
             network.step(backend, &mut parts)?;
@@ -80,7 +80,7 @@ struct SequenceShortlists {
 
 /// One sequence's part of the sampled rows, or neighbours' that are sampled together.
 #[derive(Clone)]
-struct Part {
+struct SampleGroup {
     rule: HostRule,
     /// Among [`Windows::shortlists`].
     lists: Option<usize>,
@@ -124,7 +124,7 @@ impl<'a> HostParts<'a> {
         for (sequence, shortlists_of) in self.sampling.sequences.iter().zip(&mut self.shortlists_of) {
             let Some(window) = &sequence.window else { continue };
             if let Some(n) = window.shortlist {
-                let banned = self.banned.of(sequence.rule.banned);
+                let banned = self.banned.ids(sequence.rule.banned);
                 let lists = shortlists.iter().position(|list| (list.n, &list.banned[..]) == (n, banned)).unwrap_or_else(|| {
                     shortlists.push(WindowShortlist { rows: Vec::new(), n, banned: banned.to_vec() });
                     shortlists.len() - 1
@@ -140,7 +140,7 @@ impl<'a> HostParts<'a> {
     }
 
     /// Where the hidden rows to sample from lie, sequence by sequence.
-    fn parts(&self) -> Vec<(usize, Part)> {
+    fn parts(&self) -> Vec<(usize, SampleGroup)> {
         let forward = self.sampling.sequences.iter().map(Some);
         let sequence: Vec<Option<&HostSequence>> = match &self.pass {
             None => forward.collect(),
@@ -159,7 +159,7 @@ impl<'a> HostParts<'a> {
                 sequence.positions.iter().map(|position| shortlists_of.first + list(position)).collect()
             });
             let lists = shortlists_of.map(|shortlists_of| shortlists_of.lists);
-            Some((s, Part { rule: sequence.rule, lists, rows, guide, draws: sequence.draws.clone(), which }))
+            Some((s, SampleGroup { rule: sequence.rule, lists, rows, guide, draws: sequence.draws.clone(), which }))
         };
         sequence.into_iter().enumerate().filter_map(part).collect()
     }
@@ -213,12 +213,12 @@ impl<B: Backend> StepParts<B> for HostParts<'_> {
     fn sample(&mut self, backend: &B, mut sample_rows: RowsToSample<B>) -> Result<()> {
         let parts = self.parts();
         let mut answers: Vec<Result<Vec<SampledToken>>> = Vec::with_capacity(parts.len());
-        let alike = |(_, a): &(usize, Part), (_, b): &(usize, Part)| (a.rule, a.lists) == (b.rule, b.lists);
+        let alike = |(_, a): &(usize, SampleGroup), (_, b): &(usize, SampleGroup)| (a.rule, a.lists) == (b.rule, b.lists);
         // Neighbours with equal rules are sampled together.
         for group in parts.chunk_by(alike) {
-            let of = |list: fn(&Part) -> &[u32]| group.iter().flat_map(|(_, part)| list(part).iter().copied()).collect();
+            let of = |list: fn(&SampleGroup) -> &[u32]| group.iter().flat_map(|(_, part)| list(part).iter().copied()).collect();
             let (first, last) = (&group[0].1, &group[group.len() - 1].1);
-            let all = Part {
+            let all = SampleGroup {
                 rows: first.rows.start..last.rows.end,
                 draws: group.iter().flat_map(|(_, part)| part.draws.iter().copied()).collect(),
                 which: of(|part| &part.which),
@@ -226,7 +226,7 @@ impl<B: Backend> StepParts<B> for HostParts<'_> {
             };
             match answer(backend, &mut sample_rows, self.banned, &all) {
                 Ok(all) => {
-                    let own = |part: &Part| part.rows.start - first.rows.start..part.rows.end - first.rows.start;
+                    let own = |part: &SampleGroup| part.rows.start - first.rows.start..part.rows.end - first.rows.start;
                     answers.extend(group.iter().map(|(_, part)| Ok(all[own(part)].to_vec())));
                 }
                 // Found by sampling again, one sequence at a time.
@@ -282,8 +282,8 @@ pub(crate) fn forward_batch<B: Backend>(backend: &B, plan: &Plan, picked: &[u32]
 }
 
 /// The sampled tokens of a part's rows.
-fn answer<B: Backend>(backend: &B, sample_rows: &mut RowsToSample<B>, banned: &BannedIds, part: &Part) -> Result<Vec<SampledToken>> {
-    let Part { rule, lists, ref rows, guide, ref draws, ref which } = *part;
+fn answer<B: Backend>(backend: &B, sample_rows: &mut RowsToSample<B>, banned: &BannedIds, part: &SampleGroup) -> Result<Vec<SampledToken>> {
+    let SampleGroup { rule, lists, ref rows, guide, ref draws, ref which } = *part;
     if rows.is_empty() {
         return Ok(Vec::new());
     }
@@ -304,7 +304,7 @@ fn answer<B: Backend>(backend: &B, sample_rows: &mut RowsToSample<B>, banned: &B
     if let Some(lists) = lists {
         return backend.sample(hidden, head, bias, Candidates::Shortlists { lists: &made[lists], which }, draws);
     }
-    let mut answers = backend.sample(hidden, head, bias, Candidates::AllBut(banned.of(rule.banned)), draws)?;
+    let mut answers = backend.sample(hidden, head, bias, Candidates::AllBut(banned.ids(rule.banned)), draws)?;
     if rule.ends_last {
         let ends = |answer: &SampledToken| banned.last.contains(&answer.token);
         // [LLaDA] Tokens first, from everything; then what each is worth where the ends do not

@@ -13,15 +13,15 @@ use crate::sampling::{Draw, SampledToken, UnmaskStep};
 /// One forward over rows of several sequences, and how its rows are sampled.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedStep {
-    /// Under [`Sampling::Rules`] token ids are ignored, since the device reads its canvas, and the
-    /// rows of a sequence are consecutive positions.
+    /// Under [`StepSampling::Rules`] token ids are ignored, since the device reads its canvas, and
+    /// the rows of a sequence are consecutive positions.
     pub plan: Plan,
-    pub sampling: Sampling,
+    pub sampling: StepSampling,
 }
 
 /// How the rows of a step are sampled.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Sampling {
+pub enum StepSampling {
     /// By rules that are known before the steps ahead of this one are sampled.
     Rules(RuleSampling),
     /// Row by row on the host.
@@ -170,7 +170,7 @@ impl BannedIds {
         BannedIds { never_and_end: union(&end), never_and_last: union(&last), never, end, last }
     }
 
-    pub fn of(&self, set: BannedSet) -> &[u32] {
+    pub fn ids(&self, set: BannedSet) -> &[u32] {
         match set {
             BannedSet::Never => &self.never,
             BannedSet::NeverAndEnd => &self.never_and_end,

@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::api::device::on_backend;
 use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{Backend, DType, ExpertShape};
-use crate::cli::bench_flags::{Flags, Forward};
+use crate::cli::bench_flags::{BenchFlags, Forward};
 use crate::cli::engine::{attach_joint, drain, load};
 use crate::cli::files::{model_dir, write_atomically};
 use crate::cli::flags::Format;
@@ -37,7 +37,7 @@ const DEFAULT_PRESETS: [&str; 3] = ["draft", "did", "did-fast"];
 
 /// One measured configuration.
 #[derive(Serialize)]
-struct Row {
+struct ScheduleTimes {
     schedule: String,
     batch: u32,
     length: u32,
@@ -110,7 +110,7 @@ fn median(values: &mut [f64]) -> f64 {
     if values.len() % 2 == 1 { values[mid] } else { (values[mid - 1] + values[mid]) / 2.0 }
 }
 
-pub(super) fn run(mut flags: Flags) -> Result<()> {
+pub(super) fn run(mut flags: BenchFlags) -> Result<()> {
     if flags.quality.quality {
         return quality::run(&flags);
     }
@@ -187,13 +187,13 @@ struct Measured {
     load_ms: f64,
     ceilings: CeilingsRow,
     probes: Vec<Probe>,
-    rows: Vec<Row>,
+    rows: Vec<ScheduleTimes>,
 }
 
 fn sweep<B: Measure>(
     engine: &mut Engine<B>,
     load_ms: f64,
-    flags: &Flags,
+    flags: &BenchFlags,
     schedules: &[(String, Schedule)],
     lengths: &[u32],
 ) -> Result<Measured> {
@@ -252,7 +252,7 @@ fn products(config: &ModelConfig, rows: f64, sampled: f64, experts: impl Fn(f64,
 
 /// Forwards by name: those asked for, or over `len` positions a draft step of 4 rows over a cached
 /// prefix, the same with a fused commit, and a full pass, each sampling its masked rows.
-fn forwards(flags: &Flags, len: usize) -> Vec<(String, TimedForward)> {
+fn forwards(flags: &BenchFlags, len: usize) -> Vec<(String, TimedForward)> {
     let timed = |range: std::ops::Range<usize>, sampled: usize, visibility: Visibility, len: usize| TimedForward {
         range,
         sampled,
@@ -278,7 +278,7 @@ fn forwards(flags: &Flags, len: usize) -> Vec<(String, TimedForward)> {
     cases
 }
 
-fn probe<B: Backend>(engine: &mut Engine<B>, ceilings: &CeilingsRow, flags: &Flags, len: usize) -> Result<Vec<Probe>> {
+fn probe<B: Backend>(engine: &mut Engine<B>, ceilings: &CeilingsRow, flags: &BenchFlags, len: usize) -> Result<Vec<Probe>> {
     let mut probes = Vec::new();
     let cases = forwards(flags, len);
     for (name, timed) in
@@ -308,7 +308,14 @@ fn probe<B: Backend>(engine: &mut Engine<B>, ceilings: &CeilingsRow, flags: &Fla
     Ok(probes)
 }
 
-fn measure<B: Backend>(engine: &mut Engine<B>, name: &str, schedule: &Schedule, batch: u32, length: u32, runs: u32) -> Result<Row> {
+fn measure<B: Backend>(
+    engine: &mut Engine<B>,
+    name: &str,
+    schedule: &Schedule,
+    batch: u32,
+    length: u32,
+    runs: u32,
+) -> Result<ScheduleTimes> {
     let mut walls = Vec::new();
     let mut outputs: Vec<Output> = Vec::new();
     for run in 0..=runs {
@@ -350,7 +357,7 @@ fn measure<B: Backend>(engine: &mut Engine<B>, name: &str, schedule: &Schedule, 
             }
         })
         .collect();
-    Ok(Row {
+    Ok(ScheduleTimes {
         schedule: name.into(),
         batch,
         length,
@@ -361,7 +368,7 @@ fn measure<B: Backend>(engine: &mut Engine<B>, name: &str, schedule: &Schedule, 
     })
 }
 
-fn table(head: &str, ceilings: &CeilingsRow, probes: &[Probe], rows: &[Row]) -> String {
+fn table(head: &str, ceilings: &CeilingsRow, probes: &[Probe], rows: &[ScheduleTimes]) -> String {
     let mut out = format!("{head}\n");
     let CeilingsRow { matrix_gflop_per_s, matrix, read_gb_per_s, read } = ceilings;
     let _ = writeln!(out, "ceilings of this run: {matrix_gflop_per_s:.0} GFLOP/s ({matrix}), {read_gb_per_s:.0} GB/s ({read})\n");
@@ -407,7 +414,7 @@ fn table(head: &str, ceilings: &CeilingsRow, probes: &[Probe], rows: &[Row]) -> 
 }
 
 /// Horizontal bars, one per row, split by stage.
-fn plot(rows: &[Row], title: &str) -> String {
+fn plot(rows: &[ScheduleTimes], title: &str) -> String {
     const COLOURS: [&str; 4] = ["#4477aa", "#ee6677", "#228833", "#ccbb44"];
     let longest = rows.iter().map(|r| r.stages.iter().map(|s| s.ms).sum::<f64>()).fold(1e-9, f64::max);
     let height = 60 + 26 * rows.len();

@@ -11,7 +11,7 @@ use crate::sampling::valid_top_p;
 use crate::schedule::StageSpec;
 
 #[derive(Args)]
-pub(super) struct Flags {
+pub(super) struct BenchFlags {
     /// Model directory [default: the model that ships]. With --quality, repeat it for stages with
     /// weights=1, 2, ...
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]

@@ -15,7 +15,7 @@ use crate::cli::device::DeviceFlags;
 use crate::cli::engine::attach_joint;
 use crate::cli::files::{model_dir, read_text};
 use crate::cli::flags::TopPRuleFlag;
-use crate::cli::output::{self, Run};
+use crate::cli::output::{self, RunFacts};
 use crate::cli::terminal::{Piped, Progress, print};
 use crate::cli::watch::Watch;
 use crate::config::ModelConfig;
@@ -29,7 +29,7 @@ use crate::schedule::{Defaults, Schedule, StageSpec};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
-pub(super) struct Flags {
+pub(super) struct GenerateFlags {
     /// Model directory: config.json, model.safetensors, tokenizer.json [default: the model that
     /// ships]. Repeat it for stages with weights=1, 2, ...
     #[arg(long, value_name = "DIR")]
@@ -161,7 +161,7 @@ pub(super) fn defaults(
     Ok(defaults)
 }
 
-impl Flags {
+impl GenerateFlags {
     fn prompt_text(&self) -> Result<String> {
         match (&self.prompt, &self.prompt_file, &self.stdin) {
             (Some(text), ..) => Ok(text.clone()),
@@ -210,7 +210,7 @@ impl Flags {
     }
 }
 
-pub(super) fn run(flags: Flags) -> Result<()> {
+pub(super) fn run(flags: GenerateFlags) -> Result<()> {
     let dir = model_dir(flags.model.first().map(PathBuf::as_path))?;
     let config = registry::read_config(&dir)?;
     config.masking()?;
@@ -233,7 +233,7 @@ pub(super) fn run(flags: Flags) -> Result<()> {
 
 /// A request, resolved.
 struct Job {
-    flags: Flags,
+    flags: GenerateFlags,
     dir: PathBuf,
     config: ModelConfig,
     schedule: Schedule,
@@ -254,7 +254,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
     attach_joint(&mut engine, flags.joint.as_deref(), dir, [schedule])?;
     let load_ms = loading.elapsed().as_secs_f64() * 1e3;
     let stop = StopOptions { ignore_eos: flags.ignore_eos, texts: flags.stop.clone(), entropy: flags.stop_entropy };
-    let run = Run {
+    let run = RunFacts {
         device: engine.backend().name(),
         dtype: engine.backend().dtype().name(),
         seed: flags.seed,

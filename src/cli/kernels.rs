@@ -49,11 +49,11 @@ pub(super) enum Command {
         list: Option<PathBuf>,
     },
     /// Run kernels alone in a loop, over random inputs, and time them
-    Run(Run),
+    Run(RunFlags),
 }
 
 #[derive(Args)]
-pub(super) struct Run {
+pub(super) struct RunFlags {
     /// Which kernel; `redraft kernels list` says which there are and what shapes they have
     #[arg(required_unless_present = "list")]
     name: Option<String>,
@@ -161,7 +161,7 @@ fn context(place: Place) -> Result<CudaContext> {
 
 /// A line of a list: a kernel, changes to its shape, a type.
 #[derive(Debug, PartialEq)]
-struct Line<'a> {
+struct ListLine<'a> {
     number: usize,
     text: &'a str,
     name: &'a str,
@@ -171,7 +171,7 @@ struct Line<'a> {
 }
 
 /// Lines that are neither empty nor a `#` comment.
-fn lines_of<'a>(text: &'a str) -> Vec<Line<'a>> {
+fn lines_of<'a>(text: &'a str) -> Vec<ListLine<'a>> {
     let lines = text.lines().enumerate().map(|(i, line)| (i + 1, line.split('#').next().unwrap_or_default().trim()));
     let parse = |(number, text): (usize, &'a str)| {
         let mut words = text.split_whitespace();
@@ -179,7 +179,7 @@ fn lines_of<'a>(text: &'a str) -> Vec<Line<'a>> {
         let pairs: Vec<&str> = words.flat_map(|word| word.split(',')).filter(|pair| !pair.is_empty()).collect();
         let dtype = pairs.iter().filter_map(|pair| pair.strip_prefix("dtype=")).next_back();
         let shape = pairs.iter().filter(|pair| !pair.starts_with("dtype=")).map(|pair| pair.to_string()).collect();
-        Line { number, text, name, shape, dtype }
+        ListLine { number, text, name, shape, dtype }
     };
     lines.filter(|(_, text)| !text.is_empty()).map(parse).collect()
 }
@@ -188,7 +188,7 @@ fn lines_of<'a>(text: &'a str) -> Vec<Line<'a>> {
 /// measured.
 ///
 /// Errors: [`Error::Kernel`] at the end, where a line failed.
-fn bench_list(asked: &Run, list: &Path) -> Result<()> {
+fn bench_list(asked: &RunFlags, list: &Path) -> Result<()> {
     let text = read_text(list)?;
     let lines = lines_of(&text);
     if lines.is_empty() {
@@ -198,12 +198,12 @@ fn bench_list(asked: &Run, list: &Path) -> Result<()> {
         )));
     }
     let context = context(asked.device)?;
-    let run = |line: &Line| -> Result<cuda::Report> {
+    let run = |line: &ListLine| -> Result<cuda::Report> {
         let dtype = match line.dtype {
             None => asked.dtype,
             Some(name) => DTypeFlag::from_str(name, false).map_err(|_| Error::request(format!("dtype={name}: expected bf16 or f32")))?,
         };
-        let Run { repeat, plain, small, .. } = *asked;
+        let RunFlags { repeat, plain, small, .. } = *asked;
         cuda::bench_kernel(&context, &cuda::BenchRequest { name: line.name, shape: &line.shape, dtype: dtype.into(), repeat, plain, small })
     };
     let mut failed = 0;
@@ -225,8 +225,8 @@ fn bench_list(asked: &Run, list: &Path) -> Result<()> {
     Ok(())
 }
 
-fn bench_kernel(asked: &Run) -> Result<()> {
-    let Run { name, shape, repeat, plain, small, .. } = asked;
+fn bench_kernel(asked: &RunFlags) -> Result<()> {
+    let RunFlags { name, shape, repeat, plain, small, .. } = asked;
     let name = name.as_deref().expect("clap demands a name or a list");
     let bench = cuda::BenchRequest { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
     bench.check()?;

@@ -38,15 +38,15 @@ struct Cli {
 enum Command {
     /// Write text: draft with small blocks, mask the least confident tokens again, regenerate them
     /// globally
-    Generate(generate::Flags),
+    Generate(generate::GenerateFlags),
     /// Run the network once over given tokens and save the logits
     Forward(model::ForwardFlags),
     /// Per-token negative log-likelihood and perplexity of a text
-    Score(score::Flags),
+    Score(score::ScoreFlags),
     /// Say what a model directory holds
     Inspect(model::InspectFlags),
     /// Measure latency by stage, tokens per second, forwards and rows
-    Bench(bench_flags::Flags),
+    Bench(bench_flags::BenchFlags),
     /// List the CUDA kernels, or compile them and report registers, spills and shared memory
     #[cfg(feature = "cuda")]
     #[command(subcommand)]

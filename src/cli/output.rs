@@ -9,7 +9,7 @@ use crate::sequence::{Event, EventKind, Forwards};
 use crate::tokenizer::Tokenizer;
 
 /// What is the same for all samples of a run.
-pub(super) struct Run {
+pub(super) struct RunFacts {
     /// Directories, the first being the one that names the run.
     pub models: Vec<String>,
     pub device: String,
@@ -22,7 +22,7 @@ pub(super) struct Run {
     pub stop: Vec<String>,
 }
 
-impl Run {
+impl RunFacts {
     /// Text of generated tokens: up to the end of text and the first stop text, wherever the last
     /// stage left them.
     fn text(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> String {
@@ -43,11 +43,11 @@ struct Json<'a> {
     schedule: Vec<String>,
     prompt_tokens: usize,
     /// What stands before the first generated token.
-    prompt: Part<'a>,
+    prompt: CanvasPart<'a>,
     tokens: &'a [u32],
     text: String,
     finish: &'a str,
-    draft: Part<'a>,
+    draft: CanvasPart<'a>,
     confidence: &'a [f32],
     revealed_at: &'a [(u8, u32)],
     stages: Vec<Stage<'a>>,
@@ -63,7 +63,7 @@ struct Json<'a> {
 }
 
 #[derive(Serialize)]
-struct Part<'a> {
+struct CanvasPart<'a> {
     tokens: &'a [u32],
     text: String,
 }
@@ -121,7 +121,7 @@ fn round_ms(ms: f64) -> f64 {
 }
 
 /// The contract's object, on one line.
-pub(super) fn json(output: &Output, run: &Run, tokenizer: &Tokenizer, infill: bool) -> String {
+pub(super) fn json(output: &Output, run: &RunFacts, tokenizer: &Tokenizer, infill: bool) -> String {
     let prompt = &output.canvas[..output.prompt_tokens];
     let object = Json {
         model: &run.models[0],
@@ -132,11 +132,11 @@ pub(super) fn json(output: &Output, run: &Run, tokenizer: &Tokenizer, infill: bo
         sample: output.sample,
         schedule: run.schedule.stages.iter().map(ToString::to_string).collect(),
         prompt_tokens: output.prompt_tokens,
-        prompt: Part { tokens: prompt, text: tokenizer.decode(prompt) },
+        prompt: CanvasPart { tokens: prompt, text: tokenizer.decode(prompt) },
         tokens: &output.tokens,
         text: run.text(tokenizer, &output.tokens),
         finish: output.finish.name(),
-        draft: Part { tokens: &output.draft, text: run.text(tokenizer, &output.draft) },
+        draft: CanvasPart { tokens: &output.draft, text: run.text(tokenizer, &output.draft) },
         confidence: &output.confidence,
         revealed_at: &output.revealed_at,
         stages: output
@@ -177,7 +177,7 @@ pub(super) fn json(output: &Output, run: &Run, tokenizer: &Tokenizer, infill: bo
 }
 
 /// The whole text, prompt included; samples of a batch are told apart by a header line.
-pub(super) fn text(output: &Output, run: &Run, tokenizer: &Tokenizer, many: bool) -> String {
+pub(super) fn text(output: &Output, run: &RunFacts, tokenizer: &Tokenizer, many: bool) -> String {
     let prompt = tokenizer.decode(&output.canvas[..output.prompt_tokens]);
     let continues = output.positions.len() + output.prompt_tokens == output.canvas.len();
     let body = if continues { prompt + &run.text(tokenizer, &output.tokens) } else { tokenizer.decode(&output.canvas) };

@@ -22,13 +22,13 @@ use crate::tokenizer::Tokenizer;
 
 /// One line; what else stands in it is not looked at.
 #[derive(Deserialize)]
-struct Line {
+struct SampleLine {
     model: Option<String>,
     /// Names of the sample, given back as they are.
     row: Option<Value>,
     seed: Option<Value>,
     sample: Option<Value>,
-    prompt: Option<Part>,
+    prompt: Option<CanvasPart>,
     tokens: Vec<u32>,
     text: Option<String>,
     /// Infilling: the whole sequence, and where in it the generated tokens are.
@@ -37,7 +37,7 @@ struct Line {
 }
 
 #[derive(Deserialize)]
-struct Part {
+struct CanvasPart {
     tokens: Vec<u32>,
     text: String,
 }
@@ -74,7 +74,7 @@ pub(super) fn read(path: &Path, judge: &ModelConfig, tokenizer: &Tokenizer) -> R
     let mut samples = Vec::new();
     for (number, line) in read_text(path)?.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let wrong = |what: String| Error::request(format!("{}: line {}: {what}", path.display(), number + 1));
-        let line: Line = serde_json::from_str(line)
+        let line: SampleLine = serde_json::from_str(line)
             .map_err(|e| wrong(format!("expected a line of `generate --format jsonl` or `bench --quality --save`: {e}")))?;
         let same = match &line.model {
             None => false,
@@ -103,7 +103,7 @@ fn same_vocabulary(dir: &Path, judge: &Tokenizer) -> bool {
     generator.is_ok_and(|generator| generator.same_vocabulary(judge))
 }
 
-fn ids(line: Line, judge: &ModelConfig) -> Result<(Vec<u32>, Vec<bool>)> {
+fn ids(line: SampleLine, judge: &ModelConfig) -> Result<(Vec<u32>, Vec<bool>)> {
     let (mut tokens, mut counted) = match (line.canvas, line.positions) {
         (Some(canvas), Some(positions)) => {
             let mut counted = vec![false; canvas.len()];
@@ -128,7 +128,7 @@ fn ids(line: Line, judge: &ModelConfig) -> Result<(Vec<u32>, Vec<bool>)> {
     Ok((tokens, counted))
 }
 
-fn encoded(line: Line, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<bool>)> {
+fn encoded(line: SampleLine, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<bool>)> {
     if line.canvas.is_some() {
         return Err(Error::request(
             "an infilled sample is scored as ids: expected a judge with the generator's vocabulary, and its directory",

@@ -35,7 +35,7 @@ use crate::tokenizer::Tokenizer;
 const AT_ONCE: usize = 64;
 
 #[derive(Args)]
-pub(super) struct Flags {
+pub(super) struct ScoreFlags {
     /// Model directory of the judge [default: the model that ships]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
@@ -70,7 +70,7 @@ fn parse_visibility(text: &str) -> Result<Visibility, String> {
     }
 }
 
-pub(super) fn run(flags: Flags) -> Result<()> {
+pub(super) fn run(flags: ScoreFlags) -> Result<()> {
     let dir = model_dir(flags.model.as_deref())?;
     let config = registry::read_config(&dir)?;
     let visibility = flags.visibility.unwrap_or(config.attention.visibility());
@@ -112,7 +112,7 @@ impl Judge {
 }
 
 /// `--file`: the tokens of a text.
-fn text(judge: &Judge, flags: &Flags) -> Result<String> {
+fn text(judge: &Judge, flags: &ScoreFlags) -> Result<String> {
     let Judge { dir, visibility, tokenizer, window, .. } = judge;
     let tokens = tokenizer.encode(&read_text(&flags.file)?)?;
     if tokens.is_empty() {
@@ -135,7 +135,7 @@ fn text(judge: &Judge, flags: &Flags) -> Result<String> {
 }
 
 /// `--samples`: generated tokens, sample by sample, then all of them.
-fn samples(path: &Path, judge: &Judge, flags: &Flags) -> Result<String> {
+fn samples(path: &Path, judge: &Judge, flags: &ScoreFlags) -> Result<String> {
     let samples = samples::read(path, &judge.config, &judge.tokenizer)?;
     // A window without a generated token has nothing that counts.
     let counts = |counted: &[bool]| counted.contains(&true);

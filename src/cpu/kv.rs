@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 /// All layers' keys and values.
 pub struct KvCache {
     pub shape: KvShape,
-    pub layout: Layout,
+    pub layout: KvLayout,
     /// (layers, K, pages, words of a page)
     keys: Aligned<u32>,
     values: Aligned<u32>,
@@ -25,7 +25,7 @@ pub struct KvCache {
 
 /// Sizes of a group of slots, in 32-bit words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
+pub struct KvLayout {
     pub dtype: DType,
     pub page_size: usize,
     /// Slots of a group.
@@ -38,11 +38,11 @@ pub struct Layout {
     pub value_steps: usize,
 }
 
-impl Layout {
-    fn new(dtype: DType, page_size: usize, head_dim: usize) -> Layout {
+impl KvLayout {
+    fn new(dtype: DType, page_size: usize, head_dim: usize) -> KvLayout {
         let lanes = page_size.min(LANES);
         let per_word = 4 / dtype.bytes();
-        Layout {
+        KvLayout {
             dtype,
             page_size,
             lanes,
@@ -71,7 +71,7 @@ impl Layout {
 /// One head of one layer, to read.
 #[derive(Clone, Copy)]
 pub struct Head<'a> {
-    pub layout: Layout,
+    pub layout: KvLayout,
     keys: &'a [u32],
     values: &'a [u32],
 }
@@ -94,7 +94,7 @@ impl KvCache {
             return Err(Error::request(format!("page size {page_size} is not a power of two")));
         }
         assert!(num_kv_heads > 0 && head_dim > 0, "{shape:?} holds nothing");
-        let layout = Layout::new(dtype, page_size, head_dim);
+        let layout = KvLayout::new(dtype, page_size, head_dim);
         let pages = num_layers * num_kv_heads * num_pages;
         let mut kv = KvCache {
             shape,
@@ -149,7 +149,7 @@ impl KvCache {
 /// Writes keys or values of one head: row t of `rows`, of `width` elements, holds D of them at
 /// `first`, which go to `slots[t]` of the head's `words`.
 pub struct Append<'a> {
-    pub layout: Layout,
+    pub layout: KvLayout,
     pub kind: Kind,
     pub rows: &'a [f32],
     pub width: usize,

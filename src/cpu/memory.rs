@@ -18,10 +18,10 @@ const MAPPED_BYTES: usize = 8 << 20;
 /// One cache line, one AVX-512 register.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-struct Line([u32; 16]);
+struct CacheLine([u32; 16]);
 
 enum Lines {
-    Allocated(Vec<Line>),
+    Allocated(Vec<CacheLine>),
     /// Begins on a page.
     Mapped(MmapMut),
 }
@@ -34,12 +34,12 @@ pub struct Aligned<T> {
 }
 
 impl<T: Pod> Aligned<T> {
-    const PER_LINE: usize = size_of::<Line>() / size_of::<T>();
+    const PER_LINE: usize = size_of::<CacheLine>() / size_of::<T>();
 
     /// `len` zeros. What is never written to takes no memory.
     pub fn zeroed(len: usize) -> Self {
         let lines = len.div_ceil(Self::PER_LINE);
-        let mapped = if lines * size_of::<Line>() >= MAPPED_BYTES { map(lines * size_of::<Line>()) } else { None };
+        let mapped = if lines * size_of::<CacheLine>() >= MAPPED_BYTES { map(lines * size_of::<CacheLine>()) } else { None };
         let lines = mapped.map_or_else(|| Lines::Allocated(bytemuck::zeroed_vec(lines)), Lines::Mapped);
         Aligned { lines, len, element: std::marker::PhantomData }
     }

@@ -90,9 +90,9 @@ impl From<&[f32]> for Buffer {
 }
 
 /// A weight, packed for products, kept as a table for lookups, or one for each expert.
-pub struct Weight(Layout);
+pub struct Weight(WeightLayout);
 
-enum Layout {
+enum WeightLayout {
     Packed(linear::Packed),
     Table(embed::Table),
     Experts(moe::ExpertWeights),
@@ -101,22 +101,22 @@ enum Layout {
 impl Weight {
     fn packed(&self) -> &linear::Packed {
         match &self.0 {
-            Layout::Packed(packed) => packed,
-            Layout::Table(_) => panic!("a product needs a matrix, this weight is a table"),
-            Layout::Experts(_) => panic!("a product needs a matrix, this weight is one of experts"),
+            WeightLayout::Packed(packed) => packed,
+            WeightLayout::Table(_) => panic!("a product needs a matrix, this weight is a table"),
+            WeightLayout::Experts(_) => panic!("a product needs a matrix, this weight is one of experts"),
         }
     }
 
     fn expert_weights(&self) -> &moe::ExpertWeights {
         match &self.0 {
-            Layout::Experts(experts) => experts,
+            WeightLayout::Experts(experts) => experts,
             _ => panic!("experts need a weight of experts"),
         }
     }
 
     fn width(&self) -> usize {
         match &self.0 {
-            Layout::Table(table) => table.width(),
+            WeightLayout::Table(table) => table.width(),
             _ => self.packed().k,
         }
     }
@@ -124,7 +124,7 @@ impl Weight {
     /// Rows by their index, as f32.
     fn rows(&self, ids: &[u32], out: &mut [f32]) {
         match &self.0 {
-            Layout::Table(table) => embed::embed(ids, table, out),
+            WeightLayout::Table(table) => embed::embed(ids, table, out),
             _ => self.packed().rows(ids, out),
         }
     }
@@ -132,9 +132,9 @@ impl Weight {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         match &self.0 {
-            Layout::Packed(packed) => packed.bytes(),
-            Layout::Table(table) => table.bytes(),
-            Layout::Experts(experts) => experts.0.iter().map(linear::Packed::bytes).sum(),
+            WeightLayout::Packed(packed) => packed.bytes(),
+            WeightLayout::Table(table) => table.bytes(),
+            WeightLayout::Experts(experts) => experts.0.iter().map(linear::Packed::bytes).sum(),
         }
     }
 }
@@ -212,11 +212,11 @@ impl Backend for Cpu {
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
         let (context, dtype) = (&self.context, self.dtype);
         Ok(Weight(match shape {
-            WeightShape::Matrix { .. } => Layout::Packed(linear::Packed::new(context, dtype, n, k, source)?),
-            WeightShape::Table { .. } => Layout::Table(embed::Table::new(context, dtype, n, k, source)?),
+            WeightShape::Matrix { .. } => WeightLayout::Packed(linear::Packed::new(context, dtype, n, k, source)?),
+            WeightShape::Table { .. } => WeightLayout::Table(embed::Table::new(context, dtype, n, k, source)?),
             WeightShape::Experts { num, .. } => {
                 assert!(num > 0, "{num} weights of {n} x {k}");
-                Layout::Experts(moe::ExpertWeights::new(context, dtype, num, n, k, source)?)
+                WeightLayout::Experts(moe::ExpertWeights::new(context, dtype, num, n, k, source)?)
             }
         }))
     }

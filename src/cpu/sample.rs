@@ -122,7 +122,7 @@ pub fn sample_row(context: &CpuContext, logits: &[f32], banned: &[u32], draw: &D
         None if draw.truncated_confidence && (draw.top_p < 1.0 || draw.top_k.is_some() || ![0.0, 1.0].contains(&draw.temperature)) => {
             // At temperature 0 the nucleus is that of temperature 1, and its first token is taken.
             let temperature = if draw.temperature == 0.0 { 1.0 } else { draw.temperature };
-            let kept = kept(context, logits, &tiles, max, argmax, &Draw { temperature, ..*draw });
+            let kept = truncated_draw(context, logits, &tiles, max, argmax, &Draw { temperature, ..*draw });
             let greedy = draw.temperature == 0.0;
             kept_share = Some(if greedy { 1.0 / kept.mass } else { kept.share });
             (margin, entropy) = (kept.margin, kept.entropy);
@@ -157,7 +157,7 @@ fn tile_masses(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f3
 /// Draws a token after temperature and nucleus.
 fn draw_token(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> usize {
     if draw.top_p < 1.0 || draw.top_k.is_some() {
-        return kept(context, logits, tiles, max, argmax, draw).token;
+        return truncated_draw(context, logits, tiles, max, argmax, draw).token;
     }
     let inverse_temperature = 1.0 / draw.temperature;
     let masses = tile_masses(context, logits, tiles, max, draw.temperature);
@@ -191,7 +191,7 @@ fn draw_token(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32
 }
 
 /// A draw from what temperature, top-k and nucleus leave of a row.
-struct Kept {
+struct TruncatedDraw {
     token: usize,
     /// Of the token, in what is left.
     share: f64,
@@ -203,7 +203,7 @@ struct Kept {
 }
 
 /// Draws from what top-k and nucleus leave, or from everything where there are none.
-fn kept(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> Kept {
+fn truncated_draw(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32, argmax: usize, draw: &Draw) -> TruncatedDraw {
     let mut total: f64 = tile_masses(context, logits, tiles, max, draw.temperature).iter().sum();
     let mut masses = context.spare_row();
     masses.clear();
@@ -266,7 +266,7 @@ fn kept(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32, argm
     context.keep_spare_row(masses);
     let margin = (1.0 - f64::from(second)) / kept_total;
     let entropy = kept_total.ln() - moment / f64::from(draw.temperature) / kept_total;
-    Kept { token: chosen, share, mass: kept_total, margin, entropy }
+    TruncatedDraw { token: chosen, share, mass: kept_total, margin, entropy }
 }
 
 /// The k-th largest logit, the smallest where there are fewer. No token of the k lies below the

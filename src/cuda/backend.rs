@@ -138,8 +138,8 @@ impl Backend for Cuda {
         let offsets = words.plan(plan, plan.num_rows());
         let memory = self.upload_words(&words.0)?;
         Ok(Batch {
-            arrays: offsets.at(memory.address()),
-            shape: BatchShape::of(plan, plan.num_rows() as u32),
+            arrays: offsets.pointers(memory.address()),
+            shape: BatchShape::for_plan(plan, plan.num_rows() as u32),
             origin: Origin::Host { plan: Box::new(plan.clone()), _memory: memory, tiles: RefCell::new(None) },
         })
     }
@@ -173,7 +173,7 @@ impl Backend for Cuda {
         assert!(x.dtype == DType::F32 && width > 0 && bias.is_none_or(|b| b.len == width), "weight of {width}");
         assert!(x.len.min(out.len) >= rows * width, "x of {}, out of {} for {rows} rows of {width}", x.len, out.len);
         assert!(residual.is_none_or(|r| r.dtype == DType::F32 && r.len >= rows * width), "residual for {rows} rows of {width}");
-        let op = norm::Norm {
+        let op = norm::NormOp {
             rows: rows as u32,
             width: width as u32,
             eps,

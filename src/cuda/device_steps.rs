@@ -7,13 +7,13 @@
 use std::time::Instant;
 
 use super::layout::RuleStep;
-use super::run::Run;
+use super::run::DeviceRun;
 use super::signature::padded;
 use super::state::Cuda;
 use crate::backend::host::HostSteps;
 use crate::backend::{
-    Backend, Network, PassBatch, PlannedRun, RowsToSample, Sampling, Sequences, StepBatches, StepOutcome, StepParts, StepRows, StepRunner,
-    Timing,
+    Backend, Network, PassBatch, PlannedRun, RowsToSample, Sequences, StepBatches, StepOutcome, StepParts, StepRows, StepRunner,
+    StepSampling, Timing,
 };
 use crate::error::Result;
 
@@ -29,9 +29,9 @@ pub struct DeviceSteps {
 
 /// The steps of a run; `None` where one of them is the host's.
 fn by_rules<'a>(run: &'a PlannedRun) -> Option<Vec<RuleStep<'a>>> {
-    let rules = |sampling: &'a Sampling| match sampling {
-        Sampling::Rules(sampling) => Some(sampling),
-        Sampling::Draws(_) => None,
+    let rules = |sampling: &'a StepSampling| match sampling {
+        StepSampling::Rules(sampling) => Some(sampling),
+        StepSampling::Draws(_) => None,
     };
     run.steps.iter().map(|step| Some(RuleStep { plan: &step.plan, sampling: rules(&step.sampling)? })).collect()
 }
@@ -60,7 +60,7 @@ impl StepRunner<Cuda> for DeviceSteps {
         let Some(steps) = by_rules(run) else {
             return cuda.range("forward", || self.host.run(cuda, network, run, sequences));
         };
-        let mut device = Run::begin(cuda, run, &steps, network.heads(), &sequences.canvases())?;
+        let mut device = DeviceRun::begin(cuda, run, &steps, network.heads(), &sequences.canvases())?;
         network.reserve(cuda, steps.iter().map(rows_of).fold(StepRows::default(), StepRows::max))?;
         // At the end of a stage, once or twice in a request, the device is waited for, so that
         // times belong to stages.
@@ -108,7 +108,7 @@ impl StepRunner<Cuda> for DeviceSteps {
         runs: usize,
     ) -> Result<Timing> {
         let Some(steps) = by_rules(run) else { return self.host.time(cuda, network, run, sequences, runs) };
-        let mut device = Run::begin(cuda, run, &steps, network.heads(), &sequences.canvases())?;
+        let mut device = DeviceRun::begin(cuda, run, &steps, network.heads(), &sequences.canvases())?;
         network.reserve(cuda, rows_of(&steps[0]))?;
         let signature = device.step(cuda, 0)?;
         let key = network.key(steps[0].sampling.joint.is_some());
@@ -135,7 +135,7 @@ impl StepRunner<Cuda> for DeviceSteps {
 /// The current step of a run.
 struct DeviceParts<'a> {
     cuda: &'a Cuda,
-    run: &'a mut Run,
+    run: &'a mut DeviceRun,
     /// Passes so far.
     passes: usize,
     /// A profiler's range is open.
@@ -143,7 +143,7 @@ struct DeviceParts<'a> {
 }
 
 impl<'a> DeviceParts<'a> {
-    fn new(cuda: &'a Cuda, run: &'a mut Run) -> Self {
+    fn new(cuda: &'a Cuda, run: &'a mut DeviceRun) -> Self {
         DeviceParts { cuda, run, passes: 0, in_range: false }
     }
 

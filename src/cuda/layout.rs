@@ -30,7 +30,7 @@ pub(super) struct RuleStep<'a> {
 }
 
 /// A forward or a pass: where it lies within its step's arrays, and how much each sequence samples.
-pub(super) struct Part {
+pub(super) struct PartPlan {
     pub shape: PartShape,
     pub records: usize,
     pub index: usize,
@@ -62,7 +62,7 @@ pub(super) struct StepPlan {
     pub words: Range<usize>,
     pub signature: Arc<Signature>,
     /// The forward, and behind it the passes of a sampler.
-    pub parts: Vec<Part>,
+    pub parts: Vec<PartPlan>,
     /// The sampled rows, found on the device, of all parts; how far those of the forward see, and
     /// their work list.
     pub sample_rows: usize,
@@ -100,9 +100,9 @@ pub(super) fn lay_out(
     let (plan, sequences, joint) = (step.plan, &step.sampling.sequences, &step.sampling.joint);
     let start = words.0.len().next_multiple_of(4);
     words.0.resize(start, 0);
-    let mut layout = Layout { cuda, heads, canvases, firsts, words: PackedArrays::default(), num_sampled: 0 };
+    let mut layout = StepLayout { cuda, heads, canvases, firsts, words: PackedArrays::default(), num_sampled: 0 };
 
-    let mut parts = vec![layout.part(plan, sequences)];
+    let mut parts = vec![layout.push_part(plan, sequences)];
     // Of the sampled rows only their number is known.
     let num_sampled = parts[0].counts.iter().sum::<usize>();
     let ends: Vec<u32> = offsets(parts[0].counts.iter().map(|count| *count as u32));
@@ -111,7 +111,7 @@ pub(super) fn lay_out(
     let selected_visible = layout.words.push(repeat_n(0, padded(num_sampled)));
     let mut joint = joint.as_ref().map(|joint| layout.joint(plan, joint, &mut parts));
 
-    let Layout { words: mut own, num_sampled: all_sampled, .. } = layout;
+    let StepLayout { words: mut own, num_sampled: all_sampled, .. } = layout;
     let sample_rows = own.push(repeat_n(0, all_sampled));
     // Of all sequences in every part, with or without rows.
     let (page_indptr, pages) = (own.push(plan.page_indptr.iter().copied()), own.push(plan.pages.iter().copied()));
@@ -155,7 +155,7 @@ pub(super) fn lay_out(
 }
 
 /// A step on its way into the arena.
-struct Layout<'a> {
+struct StepLayout<'a> {
     cuda: &'a Cuda,
     heads: HeadShape,
     canvases: &'a [RunCanvas<'a>],
@@ -165,9 +165,9 @@ struct Layout<'a> {
     num_sampled: usize,
 }
 
-impl Layout<'_> {
+impl StepLayout<'_> {
     /// A forward or a pass over the rows of `plan`.
-    fn part(&mut self, plan: &Plan, sequences: &[SequenceStep]) -> Part {
+    fn push_part(&mut self, plan: &Plan, sequences: &[SequenceStep]) -> PartPlan {
         let rows = padded(plan.num_rows());
         let counts: Vec<usize> = sequences.iter().map(|s| s.num_sampled).collect();
         let num_sampled = padded(counts.iter().sum());
@@ -177,7 +177,7 @@ impl Layout<'_> {
         let nucleus = |s: &SequenceStep| sample::needs_nucleus(&s.draw);
         let mut sampling = sequences.iter().filter(|s| s.num_sampled > 0);
         let shape = PartShape {
-            batch: BatchShape::of(plan, rows as u32),
+            batch: BatchShape::for_plan(plan, rows as u32),
             tiles,
             num_sampled: num_sampled as u32,
             any_fused: sampling.clone().any(|s| !nucleus(s)),
@@ -185,7 +185,7 @@ impl Layout<'_> {
             kept: None,
         };
         self.num_sampled += num_sampled;
-        Part {
+        PartPlan {
             shape,
             records,
             index,
@@ -198,19 +198,19 @@ impl Layout<'_> {
     }
 
     /// What a sampler takes from the forward over `plan`; its passes follow the parts.
-    fn joint(&mut self, plan: &Plan, joint: &PlannedJoint, parts: &mut Vec<Part>) -> JointPlan {
+    fn joint(&mut self, plan: &Plan, joint: &PlannedJoint, parts: &mut Vec<PartPlan>) -> JointPlan {
         let (selected, outside_rows) = (plan.select(&joint.outside), padded(joint.outside.len()));
         let offsets = JointPlan {
             inside: self.rows(&joint.inside),
             inside_rows: padded(joint.inside.len()) as u32,
             outside: self.rows(&joint.outside),
-            outside_shape: BatchShape::of(&selected, outside_rows as u32),
+            outside_shape: BatchShape::for_plan(&selected, outside_rows as u32),
             outside_index: self.index(&selected, outside_rows),
             outside_offsets: self.words.rows(&selected, outside_rows),
         };
         let mut before: Option<&PlannedPass> = None;
         for pass in &joint.passes {
-            let mut part = self.part(&plan.select(&pass.rows), &pass.sequences);
+            let mut part = self.push_part(&plan.select(&pass.rows), &pass.sequences);
             if let Some(before) = before.filter(|before| before.rows != pass.rows) {
                 let kept = |row: &u32| before.rows.binary_search(row).expect("a pass keeps rows of the one before") as u32;
                 part.kept = self.rows(&pass.rows.iter().map(kept).collect::<Vec<_>>());

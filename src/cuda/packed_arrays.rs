@@ -67,7 +67,7 @@ impl PackedArrays {
 
 impl PlanOffsets {
     /// The same as addresses behind `base`.
-    pub fn at(&self, base: Address) -> PlanPointers {
+    pub fn pointers(&self, base: Address) -> PlanPointers {
         let at = |place: usize| base + 4 * place as u64;
         PlanPointers {
             ids: at(self.ids),
@@ -100,6 +100,6 @@ mod tests {
         for place in [offsets.ids, offsets.positions, offsets.slots, offsets.visible, offsets.page_indptr, offsets.pages] {
             assert_eq!(place % 4, 0);
         }
-        assert_eq!(offsets.at(0x1000).slots, 0x1000 + 4 * offsets.slots as u64);
+        assert_eq!(offsets.pointers(0x1000).slots, 0x1000 + 4 * offsets.slots as u64);
     }
 }

@@ -20,7 +20,7 @@
 use std::sync::Arc;
 
 use super::context::{CudaContext, Memory};
-use super::layout::{JointPlan, Part, RuleStep, StepPlan, lay_out};
+use super::layout::{JointPlan, PartPlan, RuleStep, StepPlan, lay_out};
 use super::packed_arrays::{PackedArrays, PlanOffsets, PlanPointers};
 use super::signature::{Signature, TileShape};
 use super::state::{Buffer, Cuda, Weight};
@@ -56,7 +56,7 @@ impl CanvasArrays {
     /// Bytes of a position: four words and two bytes.
     const BYTES: usize = 18;
 
-    fn at(base: Address, room: usize) -> CanvasArrays {
+    fn lay_out(base: Address, room: usize) -> CanvasArrays {
         let word = |index: usize| base + (4 * index * room) as u64;
         CanvasArrays {
             token: word(0),
@@ -70,7 +70,7 @@ impl CanvasArrays {
 }
 
 /// A run in progress.
-pub struct Run {
+pub struct DeviceRun {
     arena: Memory,
     log: Memory,
     canvas: CanvasArrays,
@@ -87,8 +87,14 @@ pub struct Run {
     mask_id: u32,
 }
 
-impl Run {
-    pub(super) fn begin(cuda: &Cuda, run: &PlannedRun, rule_steps: &[RuleStep], heads: HeadShape, canvases: &[RunCanvas]) -> Result<Run> {
+impl DeviceRun {
+    pub(super) fn begin(
+        cuda: &Cuda,
+        run: &PlannedRun,
+        rule_steps: &[RuleStep],
+        heads: HeadShape,
+        canvases: &[RunCanvas],
+    ) -> Result<DeviceRun> {
         let context = &cuda.context;
         let lens: Vec<usize> = canvases.iter().map(|s| s.canvas.len()).collect();
         let mut firsts = vec![0u32];
@@ -111,7 +117,7 @@ impl Run {
         // stay.
         let base = fixed.canvas.reserve(context, CanvasArrays::BYTES * positions.next_multiple_of(4))?;
         let room = fixed.canvas.0.as_ref().expect("reserved").bytes() / CanvasArrays::BYTES / 4 * 4;
-        let canvas = CanvasArrays::at(base, room);
+        let canvas = CanvasArrays::lay_out(base, room);
         let arrays = fixed.arrays.reserve(context, 4 * most_words)?;
         let draws = fixed.draws.reserve(context, max_sampled * size_of::<DrawRecord>())?;
         let sampled = fixed.sampled.reserve(context, max_sampled * size_of::<SampledRecord>())?;
@@ -122,7 +128,7 @@ impl Run {
         upload(context, canvas, canvases.iter().map(|s| s.canvas))?;
         let arena = cuda.upload_words(&words.0)?;
         let log = context.memory(log.max(1) * size_of::<SampledRecord>())?;
-        Ok(Run {
+        Ok(DeviceRun {
             arena,
             log,
             canvas,
@@ -239,11 +245,11 @@ impl Run {
 
     /// The arrays of a part, whose rows stand at `index` on the canvas.
     fn arrays_of(&self, index: usize, offsets: &PlanOffsets) -> PlanPointers {
-        PlanPointers { ids: self.canvas.token, index: Some(self.arrays + 4 * index as u64), ..offsets.at(self.arrays) }
+        PlanPointers { ids: self.canvas.token, index: Some(self.arrays + 4 * index as u64), ..offsets.pointers(self.arrays) }
     }
 
     /// Lists what a part samples, and padding from `num_sampled` to `bucket`.
-    fn select_masked(&self, context: &CudaContext, part: &Part, num_sampled: usize, bucket: usize) -> Result<()> {
+    fn select_masked(&self, context: &CudaContext, part: &PartPlan, num_sampled: usize, bucket: usize) -> Result<()> {
         let op = SelectMasked {
             sequences: self.num_sequences as u32,
             num_sampled: num_sampled as u32,

@@ -67,7 +67,7 @@ pub(super) struct JointShape {
 
 impl BatchShape {
     /// What the launches of a batch depend on.
-    pub fn of(plan: &Plan, rows: u32) -> BatchShape {
+    pub fn for_plan(plan: &Plan, rows: u32) -> BatchShape {
         let longest = plan.visible.iter().max().copied().unwrap_or(0);
         BatchShape { rows, num_sequences: plan.num_sequences() as u32, max_visible: longest.next_multiple_of(256) }
     }

@@ -40,7 +40,7 @@ pub struct Cuda {
     pub(super) banned: RefCell<Option<(Vec<u32>, usize, Memory)>>,
     pub(super) rotations: RefCell<Rotations>,
     /// How often a step was seen, and its graph once that was twice.
-    graphs: RefCell<HashMap<Recorded, Option<Graph>>>,
+    graphs: RefCell<HashMap<GraphKey, Option<Graph>>>,
     replays: Cell<bool>,
     runs: Cell<bool>,
     /// The buffers that the steps of a run use, at fixed addresses.
@@ -49,7 +49,7 @@ pub struct Cuda {
 
 /// A step with everything that its launches depend on beside the contents of memory.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Recorded {
+struct GraphKey {
     key: [u64; 3],
     generation: u64,
     signature: Arc<Signature>,
@@ -218,7 +218,7 @@ impl Cuda {
 
     /// Attention's work list for rows with these offsets.
     pub(super) fn tiles_of(&self, heads: HeadShape, indptr: &[u32]) -> (TileShape, Vec<[u32; 4]>) {
-        let regime = Regime::of(&self.context.driver.limits(), self.dtype, heads, indptr);
+        let regime = Regime::for_batch(&self.context.driver.limits(), self.dtype, heads, indptr);
         let tiles = attention::tiles(indptr, heads, regime.tile_queries(self.dtype, heads));
         (TileShape { regime, num_tiles: tiles.len() as u32 }, tiles)
     }
@@ -245,7 +245,7 @@ impl Cuda {
         if !self.replays.get() {
             return body();
         }
-        let recorded = Recorded { key, generation: self.context.generation(), signature: signature.clone() };
+        let recorded = GraphKey { key, generation: self.context.generation(), signature: signature.clone() };
         let known = self.graphs.borrow().get(&recorded).copied();
         match known {
             Some(Some(graph)) => self.context.driver.launch_graph(graph),

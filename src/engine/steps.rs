@@ -11,7 +11,7 @@ use super::joint_steps::planned_joint;
 use super::{Engine, RunningSequence, ms};
 use crate::backend::{
     Backend, BannedSet, HostPass, HostReason, HostRule, HostSampling, HostSequence, HostWindow, PlannedRun, PlannedStep, RowOutcome,
-    RuleSampling, RunCanvas, Sampling, Sequences, StepOutcome, StepRunner,
+    RuleSampling, RunCanvas, Sequences, StepOutcome, StepRunner, StepSampling,
 };
 use crate::canvas::State;
 use crate::config::ModelConfig;
@@ -42,7 +42,7 @@ impl<B: Backend> Engine<B> {
             }
         }
         let (plan, sampling) = self.plan_for_host(chosen, weights, because)?;
-        Ok(vec![PlannedStep { plan, sampling: Sampling::Draws(sampling) }])
+        Ok(vec![PlannedStep { plan, sampling: StepSampling::Draws(sampling) }])
     }
 
     /// Steps that all chosen sequences foresee.
@@ -65,7 +65,7 @@ impl<B: Backend> Engine<B> {
             let of: Vec<&LookaheadStep> = foreseen.iter().map(|steps| &steps[index]).collect();
             let joint = planned_joint(&plan, &of, self.models[weights].model.config().logits_rows());
             let sequences = of.iter().map(|step| step.part.clone()).collect();
-            steps.push(PlannedStep { plan, sampling: Sampling::Rules(RuleSampling { sequences, joint }) });
+            steps.push(PlannedStep { plan, sampling: StepSampling::Rules(RuleSampling { sequences, joint }) });
         }
         Ok(steps)
     }
@@ -100,7 +100,7 @@ impl<B: Backend> Engine<B> {
 
     /// Runs the steps and applies their outcomes to the chosen sequences.
     pub(super) fn run_steps(&mut self, chosen: &[usize], weights: usize, steps: Vec<PlannedStep>) -> Result<()> {
-        if let Sampling::Draws(HostSampling { because: Some(reason), .. }) = &steps[0].sampling {
+        if let StepSampling::Draws(HostSampling { because: Some(reason), .. }) = &steps[0].sampling {
             *self.host_steps.entry(*reason).or_default() += 1;
         }
         let mask_id = self.config().masking()?;

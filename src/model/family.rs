@@ -12,12 +12,12 @@ pub(super) struct FamilyEntry {
     pub family: &'static Family,
     /// Reads the family's keys of `config.json` in a directory.
     pub config: fn(&Path, &ConfigJson) -> Result<ModelConfig>,
-    pub layout: Layout,
+    pub layout: TensorLayout,
 }
 
 /// How the tensors of a checkpoint are named and packed.
 #[derive(Clone, Copy)]
-pub(super) enum Layout {
+pub(super) enum TensorLayout {
     /// `families/bd3lm.rs`.
     Bd3lm,
     /// `families/gpt2.rs`.

@@ -92,7 +92,7 @@ impl<B: Backend> Joint<B> {
     ///
     /// Errors: a model of another family or size, and whatever keeps weights from loading.
     pub fn load(backend: &B, base: &ModelConfig, dir: &Path, progress: Progress) -> Result<Joint<B>> {
-        ConfigJson::of(dir, |keys| check(keys, base))?;
+        ConfigJson::read(dir, |keys| check(keys, base))?;
         let c = base.hidden_dim;
         let weights = Weights::open(dir)?;
         let mut expected = vec![(format!("{DOWN}.weight"), vec![c, 2 * c]), (format!("{DOWN}.bias"), vec![c])];
@@ -146,7 +146,7 @@ impl<B: Backend> Joint<B> {
         scratch: &mut Scratch<B>,
         state: &JointState<B>,
     ) -> Result<()> {
-        self.keys(backend, model, plan.num_rows(), &backend.batch(plan)?, kv, scratch, state)
+        self.append_kv(backend, model, plan.num_rows(), &backend.batch(plan)?, kv, scratch, state)
     }
 
     /// One call: the plan's rows, with the tokens as they are now, carry their state on.
@@ -175,10 +175,10 @@ impl<B: Backend> Joint<B> {
         state: &mut JointState<B>,
     ) -> Result<()> {
         let config = &model.config;
-        self.keys(backend, model, rows, batch, kv, scratch, state)?;
+        self.append_kv(backend, model, rows, batch, kv, scratch, state)?;
         let Scratch { h, qkv, .. } = &mut *scratch;
         backend.attention(batch, config.heads, qkv, layer_index(config), kv, h)?;
-        self.layer.rest(backend, config, rows, scratch)?;
+        self.layer.project_and_mlp(backend, config, rows, scratch)?;
         let Scratch { x, qkv, .. } = &mut *scratch;
         backend.norm(rows, x, None, &rms(config, &self.out_norm), qkv)?;
         backend.norm(rows, &mut state.hidden, Some(qkv), &rms(config, &self.hidden_norm), &mut state.normed)
@@ -186,7 +186,7 @@ impl<B: Backend> Joint<B> {
 
     /// The layer up to its K/V.
     #[allow(clippy::too_many_arguments)] // as the model's forward
-    pub(super) fn keys(
+    pub(super) fn append_kv(
         &self,
         backend: &B,
         model: &Model<B>,
@@ -204,7 +204,7 @@ impl<B: Backend> Joint<B> {
         backend.norm(rows, x, None, &rms(config, &self.embed_norm), h)?;
         backend.linear(rows, h, &self.embed_down, None, Epilogue::Store, x)?;
         self.hidden_down.apply(backend, rows, &state.normed, Epilogue::Add, x)?;
-        self.layer.keys(backend, config, rows, batch, layer_index(config), kv, scratch)
+        self.layer.append_kv(backend, config, rows, batch, layer_index(config), kv, scratch)
     }
 
     /// Keeps the states of the given rows alone (ascending), one after the other.

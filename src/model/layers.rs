@@ -5,12 +5,12 @@ use crate::backend::{self, Backend, Epilogue};
 use crate::config::ModelConfig;
 use crate::error::Result;
 
-pub(super) struct Norm<B: Backend> {
+pub(super) struct NormWeights<B: Backend> {
     pub(super) weight: B::Buffer,
     pub(super) bias: Option<B::Buffer>,
 }
 
-impl<B: Backend> Norm<B> {
+impl<B: Backend> NormWeights<B> {
     /// `out (rows, C) = norm(x)` as the config has it.
     pub(super) fn apply(&self, backend: &B, config: &ModelConfig, rows: usize, x: &mut B::Buffer, out: &mut B::Buffer) -> Result<()> {
         let (kind, eps) = (config.switches.norm, config.norm_eps);

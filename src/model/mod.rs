@@ -31,7 +31,7 @@ use crate::backend::host::forward_batch;
 use crate::backend::{Activation, Backend, Candidates, Epilogue, ForwardBatch, HeadNorm, KvShape, Picked, Rotation, RowList};
 use crate::config::{Mlp, ModelConfig};
 use crate::error::Result;
-use crate::model::layers::{Dense, Linear, Norm};
+use crate::model::layers::{Dense, Linear, NormWeights};
 use crate::plan::Plan;
 use crate::sampling::{Draw, SampledToken};
 
@@ -42,14 +42,14 @@ const LOGIT_ROWS: usize = 64;
 pub type Probe<'a, B> = &'a mut dyn FnMut(&B, usize, &<B as Backend>::Buffer) -> Result<()>;
 
 struct Layer<B: Backend> {
-    attn_norm: Norm<B>,
+    attn_norm: NormWeights<B>,
     /// ((H + 2K) D, C): queries, keys, values.
     qkv: Linear<B>,
     /// Weights (D) of the norms of q and of k.
     head_norm: Option<[B::Buffer; 2]>,
     /// (C, H D).
     attn_out: Linear<B>,
-    mlp_norm: Norm<B>,
+    mlp_norm: NormWeights<B>,
     mlp: FeedForward<B>,
 }
 
@@ -62,7 +62,7 @@ enum FeedForward<B: Backend> {
 impl<B: Backend> Layer<B> {
     /// The queries of `scratch.x`'s rows in `scratch.qkv`, and their K/V in the pages of `layer`.
     #[allow(clippy::too_many_arguments)] // as the forward's
-    fn keys(
+    fn append_kv(
         &self,
         backend: &B,
         config: &ModelConfig,
@@ -80,7 +80,7 @@ impl<B: Backend> Layer<B> {
     }
 
     /// From what attention left in `scratch.h` to the layer's output in `scratch.x`.
-    fn rest(&self, backend: &B, config: &ModelConfig, rows: usize, scratch: &mut Scratch<B>) -> Result<()> {
+    fn project_and_mlp(&self, backend: &B, config: &ModelConfig, rows: usize, scratch: &mut Scratch<B>) -> Result<()> {
         let Scratch { x, h, qkv, mlp, routing, .. } = scratch;
         self.attn_out.apply(backend, rows, h, Epilogue::Add, x)?;
         self.mlp_norm.apply(backend, config, rows, x, h)?;
@@ -110,7 +110,7 @@ pub struct Model<B: Backend> {
     /// (positions, C) where positions are learned.
     positions: Option<B::Weight>,
     layers: Vec<Layer<B>>,
-    final_norm: Norm<B>,
+    final_norm: NormWeights<B>,
     /// (V, C).
     head: Linear<B>,
 }
@@ -174,7 +174,7 @@ impl<B: Backend> Scratch<B> {
 }
 
 impl<B: Backend> Model<B> {
-    fn new(config: ModelConfig, table: Option<B::Weight>, layers: Vec<Layer<B>>, final_norm: Norm<B>, head: Linear<B>) -> Model<B> {
+    fn new(config: ModelConfig, table: Option<B::Weight>, layers: Vec<Layer<B>>, final_norm: NormWeights<B>, head: Linear<B>) -> Model<B> {
         Model { id: unique(), config, table, positions: None, layers, final_norm, head }
     }
 
@@ -232,7 +232,7 @@ impl<B: Backend> Model<B> {
         let mut look = |layer: usize, x: &B::Buffer| probe.as_mut().map_or(Ok(()), |probe| probe(backend, layer, x));
         look(0, x)?;
         for (i, layer) in self.layers.iter().enumerate() {
-            layer.keys(backend, config, rows, batch, i, kv, scratch)?;
+            layer.append_kv(backend, config, rows, batch, i, kv, scratch)?;
             let Scratch { x, h, qkv, picked, .. } = &mut *scratch;
             match &forward.picked {
                 Picked::Nothing if i + 1 == self.layers.len() => return Ok(()),
@@ -247,7 +247,7 @@ impl<B: Backend> Model<B> {
                 }
                 _ => backend.attention(batch, config.heads, qkv, i, kv, h)?,
             }
-            layer.rest(backend, config, rows, scratch)?;
+            layer.project_and_mlp(backend, config, rows, scratch)?;
             look(i + 1, &scratch.x)?;
         }
         Ok(())

@@ -12,7 +12,7 @@ use crate::model::families::{
     bd3lm, dream, fast_dllm, gpt2, llada, llada_moe, llada2, llama, mdlm, mistral, qwen2, qwen3, qwen3_moe, rnd1, sdar, sdar_moe,
     stable_diffcoder,
 };
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout;
 use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{Layer, Model};
@@ -42,7 +42,7 @@ static FAMILIES: [&FamilyEntry; 17] = [
 
 /// Reads `dir/config.json`.
 pub fn read_config(dir: &Path) -> Result<ModelConfig> {
-    ConfigJson::of(dir, |keys| (entry_of(keys)?.config)(dir, keys)?.complete(dir, keys))
+    ConfigJson::read(dir, |keys| (entry_of(keys)?.config)(dir, keys)?.complete(dir, keys))
 }
 
 /// The family that a configuration names.
@@ -76,7 +76,7 @@ fn entry_of(keys: &ConfigJson) -> Result<&'static FamilyEntry> {
     Ok(entry)
 }
 
-fn layout_of(config: &ModelConfig) -> Layout {
+fn layout_of(config: &ModelConfig) -> TensorLayout {
     FAMILIES.iter().find(|entry| entry.family == config.family).expect("a configuration is of a family in the table").layout
 }
 
@@ -84,9 +84,9 @@ fn layout_of(config: &ModelConfig) -> Layout {
 /// read.
 pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
     let tensors = match layout_of(config) {
-        Layout::Bd3lm => bd3lm::tensors(config),
-        Layout::Gpt2 => gpt2::tensors(config, weights),
-        Layout::Llama(names) => llama_layout::tensors(config, names),
+        TensorLayout::Bd3lm => bd3lm::tensors(config),
+        TensorLayout::Gpt2 => gpt2::tensors(config, weights),
+        TensorLayout::Llama(names) => llama_layout::tensors(config, names),
     };
     tensors.iter().filter_map(|(name, shape)| weights.tensor(name, shape).err()).collect()
 }
@@ -94,26 +94,26 @@ pub fn check(config: &ModelConfig, weights: &Weights) -> Vec<Error> {
 /// Packs the checkpoint's weights for `backend`.
 pub fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
     match layout_of(&config) {
-        Layout::Bd3lm => bd3lm::load(backend, config, weights, progress),
-        Layout::Gpt2 => gpt2::load(backend, config, weights, progress),
-        Layout::Llama(names) => llama_layout::load(backend, config, names, weights, progress),
+        TensorLayout::Bd3lm => bd3lm::load(backend, config, weights, progress),
+        TensorLayout::Gpt2 => gpt2::load(backend, config, weights, progress),
+        TensorLayout::Llama(names) => llama_layout::load(backend, config, names, weights, progress),
     }
 }
 
 /// Names and shapes of a layer of the kind that the model has, without modulation and experts.
 pub(super) fn layer_tensors(config: &ModelConfig, prefix: &str) -> Vec<(String, Vec<usize>)> {
     match layout_of(config) {
-        Layout::Bd3lm => bd3lm::layer_tensors(config, prefix),
-        Layout::Gpt2 => llama_layout::layer_tensors(config, &llama_layout::NAMES, prefix, None),
-        Layout::Llama(names) => llama_layout::layer_tensors(config, names, prefix, None),
+        TensorLayout::Bd3lm => bd3lm::layer_tensors(config, prefix),
+        TensorLayout::Gpt2 => llama_layout::layer_tensors(config, &llama_layout::NAMES, prefix, None),
+        TensorLayout::Llama(names) => llama_layout::layer_tensors(config, names, prefix, None),
     }
 }
 
 /// Packs what [`layer_tensors`] lists.
 pub(super) fn load_layer<B: Backend>(r: &mut WeightLoader<B>, config: &ModelConfig, prefix: &str) -> Result<Layer<B>> {
     match layout_of(config) {
-        Layout::Bd3lm => bd3lm::load_layer(r, config, prefix, None),
-        Layout::Gpt2 => llama_layout::load_layer(r, config, &llama_layout::NAMES, prefix, None),
-        Layout::Llama(names) => llama_layout::load_layer(r, config, names, prefix, None),
+        TensorLayout::Bd3lm => bd3lm::load_layer(r, config, prefix, None),
+        TensorLayout::Gpt2 => llama_layout::load_layer(r, config, &llama_layout::NAMES, prefix, None),
+        TensorLayout::Llama(names) => llama_layout::load_layer(r, config, names, prefix, None),
     }
 }

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::backend::{HeadShape, NormKind, Rope};
-use crate::config::{AttentionMask, DecoderFlags, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, DecoderFlags, Mlp, ModelConfig, SamplingDefaults};
 use crate::error::{Error, Result};
 use crate::model::families::{bd3lm, sdar};
 
@@ -45,7 +45,7 @@ fn bd3lm_shape(name: &str, vocab_size: usize, hidden_dim: usize, num_layers: usi
         eos_id: Some(vocab_size as u32 - 2),
         stop_ids: vec![vocab_size as u32 - 2],
         pad_id: None,
-        sampling: Sampling::default(),
+        sampling: SamplingDefaults::default(),
     }
 }
 
@@ -84,7 +84,7 @@ fn sdar_8b() -> ModelConfig {
         eos_id: Some(151_643),
         stop_ids: vec![151_643],
         pad_id: None,
-        sampling: Sampling::default(),
+        sampling: SamplingDefaults::default(),
     }
 }
 

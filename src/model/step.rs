@@ -71,7 +71,7 @@ impl<B: Backend> Network<B> for StepNetwork<'_, B> {
             let StepNetwork { model, kv, scratch, joint } = &mut *self;
             let Sampler { sampler, state, outside: outside_state } = joint.as_mut().expect("a joint step has its sampler");
             if outside.num_rows() > 0 {
-                sampler.keys(backend, model, outside.num_rows(), outside_batch, kv, scratch, outside_state)?;
+                sampler.append_kv(backend, model, outside.num_rows(), outside_batch, kv, scratch, outside_state)?;
             }
             while let Some(PassBatch { batch, rows, sample_rows, kept }) = parts.pass(backend)? {
                 if let Some(kept) = kept {

@@ -4,7 +4,7 @@
 
 use crate::backend::{Backend, WeightShape};
 use crate::error::Result;
-use crate::model::layers::{Linear, Norm};
+use crate::model::layers::{Linear, NormWeights};
 use crate::weights::{Tensor, Weights};
 
 /// Called before each tensor is read: bytes of the tensors before it, bytes in all.
@@ -149,8 +149,8 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
     }
 
     /// A norm without bias.
-    pub fn norm(&mut self, name: &str, width: usize) -> Result<Norm<B>> {
-        Ok(Norm { weight: self.vector(name, width)?, bias: None })
+    pub fn norm(&mut self, name: &str, width: usize) -> Result<NormWeights<B>> {
+        Ok(NormWeights { weight: self.vector(name, width)?, bias: None })
     }
 
     /// A weight with its bias, both read under `name`.

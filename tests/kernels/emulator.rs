@@ -57,7 +57,7 @@ fn context(driver: Box<dyn Driver>) -> CudaContext {
 /// numbers of `dtype`.
 pub fn gemm_dot(context: &CudaContext, dtype: DType, x: &[f32], w: &[f32]) -> f32 {
     if dtype == DType::Bf16 {
-        return TensorCore::of(&context.driver.arch()).expect("an architecture").dot(x, w);
+        return TensorCore::for_arch(&context.driver.arch()).expect("an architecture").dot(x, w);
     }
     let segments = x.chunks(256).zip(w.chunks(256));
     segments.fold(0.0, |total, (x, w)| total + x.iter().zip(w).fold(0.0f32, |sum, (x, w)| w.mul_add(*x, sum)))

@@ -5,7 +5,7 @@ use half::bf16;
 use redraft::backend::{self, DType, NormKind as Kind};
 use redraft::cpu::oracle;
 use redraft::cuda::context::CudaContext;
-use redraft::cuda::ops::norm::{Norm, add_norm};
+use redraft::cuda::ops::norm::{NormOp, add_norm};
 
 use crate::emulator::{Array, machines, noise, same_bits, words};
 
@@ -62,7 +62,7 @@ impl Case {
     fn launch(&self, context: &CudaContext, x: u64, residual: Option<u64>, out: u64, out_dtype: DType) -> Result<(), String> {
         let weight = Array::new(context, &self.weight);
         let bias = self.bias.as_ref().map(|b| Array::new(context, b));
-        let op = Norm {
+        let op = NormOp {
             rows: ROWS as u32,
             width: self.width as u32,
             eps: EPS,

@@ -213,7 +213,7 @@ fn built_code_is_found_again() {
     std::fs::write(entry(), "damaged").unwrap();
     assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
     // Whole by its checksum, and still not machine code.
-    redraft::cuda::driver::cache::Cache::at(&cache).put(name.trim_end_matches(".cubin"), "cubin", b"not an image").unwrap();
+    redraft::cuda::driver::cache::Cache::in_dir(&cache).store(name.trim_end_matches(".cubin"), "cubin", b"not an image").unwrap();
     assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
 }
 

@@ -43,7 +43,7 @@ struct Example<'a> {
 }
 
 fn check(arch: &'static str, examples: &[Example]) {
-    let core = TensorCore::of(arch).unwrap();
+    let core = TensorCore::for_arch(arch).unwrap();
     // A diagonal element each; the rest of a pair's row and column is zero.
     for (at, Example { c, a, b, expected }) in examples.iter().enumerate() {
         let what = format!("{arch}, example {at}: {c:e} + {a:?} {b:?}");
@@ -181,10 +181,10 @@ fn the_emulation_equals_the_reference() {
             (0..128).map(one).collect()
         };
         for arch in ARCHS {
-            let expected = expected(TensorCore::of(arch).unwrap());
+            let expected = expected(TensorCore::for_arch(arch).unwrap());
             same_bits(&expected, &mma(arch, &a, &b, &c).unwrap(), &format!("{arch}, seed {seed}")).unwrap();
         }
-        let both = ARCHS.map(|arch| expected(TensorCore::of(arch).unwrap()));
+        let both = ARCHS.map(|arch| expected(TensorCore::for_arch(arch).unwrap()));
         generations_differ += both[0].iter().zip(&both[1]).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
     }
     assert!(generations_differ > 500, "{generations_differ} elements of 7,680");

@@ -125,7 +125,7 @@ struct EntryPoint {
 }
 
 #[derive(Clone)]
-struct Recorded {
+struct RecordedLaunch {
     function: Function,
     launch: Launch,
     /// As words, so that they are aligned for any field.
@@ -151,8 +151,8 @@ pub struct Emulator {
     allocations: Mutex<BTreeMap<Address, Allocation>>,
     /// A guard that was found broken when its buffer was freed.
     damage: Mutex<Option<Error>>,
-    capture: Mutex<Option<Vec<Recorded>>>,
-    graphs: Mutex<Vec<Option<Vec<Recorded>>>>,
+    capture: Mutex<Option<Vec<RecordedLaunch>>>,
+    graphs: Mutex<Vec<Option<Vec<RecordedLaunch>>>>,
 }
 
 const PAGE: usize = 4096;
@@ -179,7 +179,7 @@ impl Emulator {
         let compiler = Compiler { headers, edit: options.edit, races: options.races, cache };
         Ok(Emulator {
             options: EmulatorOptions { threads: options.threads.max(1), ..options },
-            tensor_core: TensorCore::of(options.arch)?,
+            tensor_core: TensorCore::for_arch(options.arch)?,
             runtime: Runtime::get(&compiler)?,
             compiler,
             modules: Mutex::default(),
@@ -227,8 +227,8 @@ impl Emulator {
     }
 
     /// Runs a launch to its end.
-    fn run(&self, recorded: &Recorded) -> Result<()> {
-        let Recorded { function, launch, params } = recorded;
+    fn run(&self, recorded: &RecordedLaunch) -> Result<()> {
+        let RecordedLaunch { function, launch, params } = recorded;
         let entry = locked(&self.entries)[function.0].clone();
         debug_assert_eq!(entry.module.copies.len(), entry.copies.len());
         let Launch { grid, block, shared_bytes } = *launch;
@@ -420,7 +420,7 @@ impl Emulator {
             u64::from_ne_bytes(word)
         };
         let words = params.chunks(8).map(word).collect();
-        let recorded = Recorded { function, launch, params: words };
+        let recorded = RecordedLaunch { function, launch, params: words };
         if let Some(capture) = locked(&self.capture).as_mut() {
             capture.push(recorded);
             return Ok(());

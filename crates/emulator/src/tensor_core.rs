@@ -36,7 +36,7 @@ impl TensorCore {
     /// The generation of an architecture such as `sm_90a`.
     ///
     /// Errors: [`Error::Architecture`] for a name that is no architecture from sm_80 on.
-    pub fn of(arch: &str) -> Result<TensorCore> {
+    pub fn for_arch(arch: &str) -> Result<TensorCore> {
         let digits = arch.strip_prefix("sm_").map(|rest| rest.strip_suffix(['a', 'f']).unwrap_or(rest));
         match digits.and_then(|digits| digits.parse::<u32>().ok()) {
             Some(80..90) => Ok(TensorCore::Ampere),
@@ -91,7 +91,7 @@ impl TensorCore {
 
 /// A finite number as `significand * 2^(exponent - 23)`. The exponent is that of the format, so
 /// subnormal numbers have -126; zero has none.
-fn parts(value: f32) -> Option<(i64, i32)> {
+fn significand_and_exponent(value: f32) -> Option<(i64, i32)> {
     let bits = value.to_bits();
     let (exponent, fraction) = ((bits >> 23 & 0xff) as i32, i64::from(bits & 0x7f_ffff));
     let significand = if exponent == 0 { fraction } else { fraction | 1 << 23 };
@@ -111,10 +111,10 @@ fn fused_sum(sum: f32, a: &[f32], b: &[f32], fraction_bits: i32) -> f32 {
     // Terms as (significand, exponent, fraction bits of the significand). A product's exponent is
     // the sum of its factors' exponents, whether or not its significand is 2 or more.
     let product = |(a, b): (&f32, &f32)| {
-        let ((a, a_exponent), (b, b_exponent)) = (parts(*a)?, parts(*b)?);
+        let ((a, a_exponent), (b, b_exponent)) = (significand_and_exponent(*a)?, significand_and_exponent(*b)?);
         Some((a * b, a_exponent + b_exponent, 46))
     };
-    let accumulator = parts(sum).map(|(significand, exponent)| (significand, exponent, 23));
+    let accumulator = significand_and_exponent(sum).map(|(significand, exponent)| (significand, exponent, 23));
     let terms: Vec<(i64, i32, i32)> = a.iter().zip(b).filter_map(product).chain(accumulator).collect();
     let Some(largest) = terms.iter().map(|(_, exponent, _)| *exponent).max() else { return 0.0 };
     // In units of 2^(largest - fraction_bits).
@@ -157,10 +157,10 @@ mod tests {
         for (arch, core) in
             [("sm_80", Ampere), ("sm_86", Ampere), ("sm_89", Ampere), ("sm_90a", Hopper), ("sm_100", Hopper), ("sm_120", Hopper)]
         {
-            assert_eq!(TensorCore::of(arch).unwrap(), core, "{arch}");
+            assert_eq!(TensorCore::for_arch(arch).unwrap(), core, "{arch}");
         }
         for arch in ["sm_75", "host", "sm_", "90"] {
-            assert!(TensorCore::of(arch).unwrap_err().to_string().contains("expected sm_80 or later"), "{arch}");
+            assert!(TensorCore::for_arch(arch).unwrap_err().to_string().contains("expected sm_80 or later"), "{arch}");
         }
     }
 

@@ -22,10 +22,10 @@ use redraft_evaluation::{self as evaluation, Measures, PerSample, Reference, Sam
 use serde::Serialize;
 
 use self::report::{Cost, Human, PairedRow, Report};
-use self::rows::{Row, Rows, Sampling};
+use self::rows::{EvalRow, RowSampling, Rows};
 use crate::api::device::on_backend;
 use crate::backend::{Backend, DType};
-use crate::cli::bench_flags::Flags;
+use crate::cli::bench_flags::BenchFlags;
 use crate::cli::device::DeviceFlags;
 use crate::cli::engine::{attach_joint, drain, load};
 use crate::cli::files::{judge_dir, model_dir, read_text};
@@ -63,8 +63,8 @@ const DOCUMENTS_AT_ONCE: usize = 256;
 const INTERVAL_SEED: u64 = 0x7265_6472_6166_7421;
 
 /// Everything that is known before the first sample.
-struct Job<'a> {
-    flags: &'a Flags,
+struct EvalRun<'a> {
+    flags: &'a BenchFlags,
     /// Of `--model`: further ones are for stages that name them.
     more_models: &'a [PathBuf],
     rows: Rows,
@@ -81,8 +81,8 @@ struct Job<'a> {
     trigram: Option<Interpolated>,
 }
 
-pub(super) fn run(flags: &Flags) -> Result<()> {
-    let job = Job::resolve(flags)?;
+pub(super) fn run(flags: &BenchFlags) -> Result<()> {
+    let job = EvalRun::resolve(flags)?;
     let mut save = flags.quality.save.as_deref().map(Save::create).transpose()?;
     let mut report = job.report();
     // Rows that were measured are worth having whatever became of the next.
@@ -97,11 +97,11 @@ pub(super) fn run(flags: &Flags) -> Result<()> {
     outcome
 }
 
-impl<'a> Job<'a> {
-    fn resolve(flags: &'a Flags) -> Result<Job<'a>> {
+impl<'a> EvalRun<'a> {
+    fn resolve(flags: &'a BenchFlags) -> Result<EvalRun<'a>> {
         let asked = &flags.quality;
         let first = registry::read_config(&model_dir(flags.model.first().map(PathBuf::as_path))?)?;
-        let sampling = Sampling { temperature: asked.temperature, top_p: asked.top_p, seed: asked.seed };
+        let sampling = RowSampling { temperature: asked.temperature, top_p: asked.top_p, seed: asked.seed };
         let mut rows = Rows::new(first, flags.model.len(), sampling)?;
         match &asked.rows {
             Some(path) => rows.read(path)?,
@@ -113,12 +113,12 @@ impl<'a> Job<'a> {
         let more: Vec<ModelConfig> = more_models.iter().map(|dir| registry::read_config(dir)).collect::<Result<_>>()?;
         let judge = registry::read_config(&judge_dir(asked.judge.as_deref())?)?;
         if judge.attention != AttentionMask::Causal {
-            let what = "expected an autoregressive checkpoint as --judge, found one that is trained for diffusion";
+            let what = "expected an autoregressive checkpoint as --judge, found single_value that is trained for diffusion";
             return Err(Error::config(&judge.dir.join("config.json"), what));
         }
-        let batch = one("--batch", &flags.batch)?.unwrap_or(DEFAULT_BATCH).min(asked.samples) as usize;
+        let batch = single_value("--batch", &flags.batch)?.unwrap_or(DEFAULT_BATCH).min(asked.samples) as usize;
         let trained = rows.models.iter().chain([&judge]).map(|config| config.model_length).min().expect("a judge");
-        let length = one("--length", &flags.length)?.map_or(trained.max(2) - 1, |length| length as usize);
+        let length = single_value("--length", &flags.length)?.map_or(trained.max(2) - 1, |length| length as usize);
         rows.models.iter().chain(&more).try_for_each(|config| config.check_len(length + 1))?;
         if length + 1 > judge.model_length {
             let (positions, dir) = (judge.model_length, judge.dir.display());
@@ -138,7 +138,7 @@ impl<'a> Job<'a> {
         let dtype = flags.device.dtype(Some(&writer.dir))?;
         check_vocabularies(&rows, &judge, &tokenizer, &flags.device)?;
 
-        let mut job = Job {
+        let mut job = EvalRun {
             flags,
             more_models,
             rows,
@@ -155,7 +155,7 @@ impl<'a> Job<'a> {
         if let Some(path) = &asked.human {
             let documents = job.documents(std::slice::from_ref(path))?;
             let windows = reference_text::windows(&documents, length, asked.samples as usize, job.end_of_text);
-            let too_short = || Error::request(format!("--human {}: less text than one sample of {length} tokens", path.display()));
+            let too_short = || Error::request(format!("--human {}: less text than single_value sample of {length} tokens", path.display()));
             job.human = Some(windows.ok_or_else(too_short)?);
         }
         if !asked.train.is_empty() {
@@ -217,7 +217,7 @@ impl<'a> Job<'a> {
         let asked = &self.flags.quality;
         let name = |config: &ModelConfig| config.dir.display().to_string();
         let models = std::iter::once(name(self.model())).chain(self.more_models.iter().map(|dir| dir.display().to_string()));
-        let mut notes = vec![format!("times are throughput with {} samples in flight, not the latency of one", self.batch)];
+        let mut notes = vec![format!("times are throughput with {} samples in flight, not the latency of single_value", self.batch)];
         if asked.samples < ENOUGH_SAMPLES {
             notes.push(format!("{} samples a row are few: read the intervals", asked.samples));
         }
@@ -272,13 +272,13 @@ impl<'a> Job<'a> {
                 let spare: Vec<&[u32]> = windows.spare.iter().map(Vec::as_slice).collect();
                 measures.reverse_ppl = evaluation::reverse_perplexity(&spare, &windows.rows, &reference);
             }
-            say("human text", &measures, None);
+            print_row("human text", &measures, None);
             let (windows, overlapping) = (windows.rows.len(), windows.overlapping);
             report.human = Some(Human { windows, overlapping, measures, samples: per_sample.then_some(single) });
         }
         let resamples = resamples(self.flags.quality.samples as usize);
         let mut done: Vec<(PerSample, Vec<Vec<u32>>)> = Vec::new();
-        let mut writer: Option<(usize, Box<dyn Writer>)> = None;
+        let mut writer: Option<(usize, Box<dyn Generator>)> = None;
         for row in &self.rows.rows {
             if writer.as_ref().is_none_or(|(model, _)| *model != row.model) {
                 // Two generators are never held at once.
@@ -298,7 +298,7 @@ impl<'a> Job<'a> {
             let mut set: Vec<Sample> = outputs.into_iter().map(|output| self.sample(output.tokens, Some(output.draft))).collect();
             self.ask(judge.as_mut(), &mut set).map_err(failed)?;
             let (measures, single) = evaluation::measure(&set, &self.reference(), &resamples);
-            say(&row.name, &measures, Some(&cost));
+            print_row(&row.name, &measures, Some(&cost));
             let paired = self.rows.rows[..done.len()].iter().position(|base| shares_drafts(base, row)).and_then(|base| {
                 let to = self.rows.rows[base].name.clone();
                 if done[base].1 != drafts {
@@ -307,7 +307,7 @@ impl<'a> Job<'a> {
                 }
                 Some(PairedRow { to, paired: evaluation::paired(&single, &done[base].0, &resamples) })
             });
-            report.rows.push(report::Row {
+            report.rows.push(report::ReportRow {
                 name: row.name.clone(),
                 model: self.rows.models[row.model].dir.display().to_string(),
                 schedule: row.schedule.stages.iter().map(ToString::to_string).collect(),
@@ -329,7 +329,7 @@ impl<'a> Job<'a> {
 
     /// Fills in what the judge says about every sample, and about every second half behind
     /// another's first half.
-    fn ask(&self, judge: &mut dyn Judge, set: &mut [Sample]) -> Result<()> {
+    fn ask(&self, judge: &mut dyn Scorer, set: &mut [Sample]) -> Result<()> {
         let mut progress = Progress::new("judging");
         let tokens: Vec<Vec<u32>> = set.iter().map(|sample| sample.tokens.clone()).collect();
         let tokens: Vec<&[u32]> = tokens.iter().map(Vec::as_slice).collect();
@@ -353,7 +353,7 @@ impl<'a> Job<'a> {
     }
 
     /// All samples of a row, and the wall time in milliseconds that they took together.
-    fn write(&self, engine: &mut dyn Writer, row: &Row) -> Result<(Vec<Output>, f64)> {
+    fn write(&self, engine: &mut dyn Generator, row: &EvalRow) -> Result<(Vec<Output>, f64)> {
         let samples = self.flags.quality.samples;
         // Kernels that a schedule is the first to use are not its cost.
         engine.write(&row.schedule, row.seed, samples..samples + 1, self.length)?;
@@ -362,7 +362,7 @@ impl<'a> Job<'a> {
         Ok((outputs, start.elapsed().as_secs_f64() * 1e3))
     }
 
-    fn load_writer(&self, model: usize) -> Result<Box<dyn Writer>> {
+    fn load_writer(&self, model: usize) -> Result<Box<dyn Generator>> {
         let flags = &self.flags.device;
         let mut options = flags.options(self.length + 1, self.batch);
         options.budget.max_sequences = self.batch;
@@ -382,7 +382,7 @@ impl<'a> Job<'a> {
     }
 
     /// The judge computes in f32 whatever the generator does: its figures are for comparing.
-    fn load_judge(&self) -> Result<Box<dyn Judge>> {
+    fn load_judge(&self) -> Result<Box<dyn Scorer>> {
         let flags = DeviceFlags { dtype: Some(DTypeFlag::F32), ..self.flags.device.clone() };
         on_backend!(flags.backend(Some(&self.judge.dir))?, |backend| {
             Ok(Box::new(flags.engine(backend, &self.judge.dir, Some(self.tokenizer.clone()), self.length + 1, JUDGED_AT_ONCE)?))
@@ -391,12 +391,12 @@ impl<'a> Job<'a> {
 }
 
 /// What generates, whichever machine it runs on.
-trait Writer {
+trait Generator {
     /// Unconditional samples of full length, in order.
     fn write(&mut self, schedule: &Schedule, seed: u64, samples: std::ops::Range<u32>, length: usize) -> Result<Vec<Output>>;
 }
 
-impl<B: Backend> Writer for Engine<B> {
+impl<B: Backend> Generator for Engine<B> {
     fn write(&mut self, schedule: &Schedule, seed: u64, samples: std::ops::Range<u32>, length: usize) -> Result<Vec<Output>> {
         let mut handles = Vec::with_capacity(samples.len());
         for sample in samples {
@@ -411,7 +411,7 @@ impl<B: Backend> Writer for Engine<B> {
 }
 
 /// What scores, whichever machine it runs on.
-trait Judge {
+trait Scorer {
     /// Negative log-likelihood in nats of every token of every sample, behind BOS and those before
     /// it.
     fn losses(&mut self, samples: &[&[u32]]) -> Result<Vec<Vec<f64>>>;
@@ -419,7 +419,7 @@ trait Judge {
     fn device(&self) -> String;
 }
 
-impl<B: Backend> Judge for Engine<B> {
+impl<B: Backend> Scorer for Engine<B> {
     fn losses(&mut self, samples: &[&[u32]]) -> Result<Vec<Vec<f64>>> {
         let bos = [self.config().first_id()?];
         let with_bos: Vec<Vec<u32>> = samples.iter().map(|tokens| [&bos, *tokens].concat()).collect();
@@ -445,11 +445,11 @@ impl<B: Backend> Judge for Engine<B> {
 }
 
 /// The one value of a flag that takes a list elsewhere.
-fn one(flag: &str, values: &[u32]) -> Result<Option<u32>> {
+fn single_value(flag: &str, values: &[u32]) -> Result<Option<u32>> {
     match values {
         [] => Ok(None),
         [value] => Ok(Some(*value)),
-        more => Err(Error::request(format!("{flag}: expected one value with --quality, found {}", more.len()))),
+        more => Err(Error::request(format!("{flag}: expected single_value value with --quality, found {}", more.len()))),
     }
 }
 
@@ -484,11 +484,11 @@ fn check_vocabularies(rows: &Rows, judge: &ModelConfig, tokenizer: &Tokenizer, f
 
 /// Whether two rows must have the same drafts: the counter-based draws of a draft depend on nothing
 /// else.
-fn shares_drafts(a: &Row, b: &Row) -> bool {
+fn shares_drafts(a: &EvalRow, b: &EvalRow) -> bool {
     (a.model, a.seed, a.schedule.stages[0]) == (b.model, b.seed, b.schedule.stages[0])
 }
 
-fn name_row(row: &Row, error: Error) -> Error {
+fn name_row(row: &EvalRow, error: Error) -> Error {
     match error {
         Error::Request { what } => Error::request(format!("row `{}`: {what}", row.name)),
         Error::Kernel { what } => Error::kernel(format!("row `{}`: {what}", row.name)),
@@ -521,7 +521,7 @@ fn cost(outputs: &[Output], wall_ms: f64) -> Cost {
 }
 
 /// A line on stderr for each row as it is done.
-fn say(name: &str, measures: &Measures, cost: Option<&Cost>) {
+fn print_row(name: &str, measures: &Measures, cost: Option<&Cost>) {
     let perplexity = measures.judge_ppl_pooled.map_or("-".into(), |figure| format!("{:.2}", figure.value));
     let speed = cost.map_or(String::new(), |cost| format!(", {:.0} tokens/s", cost.tokens_per_s));
     eprintln!("redraft: {name}: pooled judge perplexity {perplexity}{speed}");
@@ -557,7 +557,7 @@ impl Save {
         Ok(Save { path: path.to_path_buf(), file })
     }
 
-    fn row(&mut self, model: &ModelConfig, row: &Row, outputs: &[Output], tokenizer: &Tokenizer) -> Result<()> {
+    fn row(&mut self, model: &ModelConfig, row: &EvalRow, outputs: &[Output], tokenizer: &Tokenizer) -> Result<()> {
         let mut lines = String::new();
         for output in outputs {
             let saved = Saved {

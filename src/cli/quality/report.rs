@@ -23,7 +23,7 @@ pub(super) struct Report {
     pub batch: usize,
     pub notes: Vec<String>,
     pub human: Option<Human>,
-    pub rows: Vec<Row>,
+    pub rows: Vec<ReportRow>,
 }
 
 /// Human text, measured as the samples are.
@@ -39,7 +39,7 @@ pub(super) struct Human {
 }
 
 #[derive(Serialize)]
-pub(super) struct Row {
+pub(super) struct ReportRow {
     pub name: String,
     pub model: String,
     pub schedule: Vec<String>,

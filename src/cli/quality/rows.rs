@@ -16,7 +16,7 @@ use crate::schedule::{Remask, RemaskBy, Schedule, StageSpec};
 /// One line of `--rows`.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Line {
+struct RowLine {
     name: String,
     stages: Option<Vec<String>>,
     preset: Option<String>,
@@ -27,7 +27,7 @@ struct Line {
 }
 
 /// A schedule of one model, and the seed of its samples.
-pub(super) struct Row {
+pub(super) struct EvalRow {
     pub name: String,
     /// Index into [`Rows::models`].
     pub model: usize,
@@ -37,7 +37,7 @@ pub(super) struct Row {
 
 /// Sampling that holds where a row does not say otherwise.
 #[derive(Clone, Copy)]
-pub(super) struct Sampling {
+pub(super) struct RowSampling {
     pub temperature: Option<f32>,
     pub top_p: Option<f32>,
     pub seed: u64,
@@ -46,10 +46,10 @@ pub(super) struct Sampling {
 /// Rows and the models they name, each once. The first is the one of `--model`.
 pub(super) struct Rows {
     pub models: Vec<ModelConfig>,
-    pub rows: Vec<Row>,
+    pub rows: Vec<EvalRow>,
     /// Models that stages may name: 1 and those of further `--model` flags.
     num_weights: usize,
-    sampling: Sampling,
+    sampling: RowSampling,
 }
 
 /// The headline: the draft, and a full refine of the draft by each way to choose what is masked
@@ -66,7 +66,7 @@ const HEADLINE: [(&str, Option<RemaskBy>); 5] = [
 const HEADLINE_RATIO: f64 = 0.35;
 
 impl Rows {
-    pub(super) fn new(model: ModelConfig, num_weights: usize, sampling: Sampling) -> Result<Rows> {
+    pub(super) fn new(model: ModelConfig, num_weights: usize, sampling: RowSampling) -> Result<Rows> {
         check_generates(&model)?;
         Ok(Rows { models: vec![model], rows: Vec::new(), num_weights: num_weights.max(1), sampling })
     }
@@ -76,7 +76,7 @@ impl Rows {
         let text = read_text(path)?;
         for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let place = format!("{}:{}", path.display(), number + 1);
-            let parsed: Line = serde_json::from_str(line).map_err(|e| Error::request(format!("{place}: {e}")))?;
+            let parsed: RowLine = serde_json::from_str(line).map_err(|e| Error::request(format!("{place}: {e}")))?;
             let named = |error: Error| match error {
                 // What is wrong with a model directory is already named by it, and is no misuse.
                 Error::Request { what } => Error::request(format!("{place}: row `{}`: {what}", parsed.name)),
@@ -92,17 +92,17 @@ impl Rows {
 
     /// One row for each preset.
     pub(super) fn presets(&mut self, names: &[String]) -> Result<()> {
-        names.iter().try_for_each(|name| self.add(&Line { name: name.clone(), preset: Some(name.clone()), ..Line::default() }))
+        names.iter().try_for_each(|name| self.add(&RowLine { name: name.clone(), preset: Some(name.clone()), ..RowLine::default() }))
     }
 
     /// One row of `--stage` flags.
     pub(super) fn stages(&mut self, specs: &[StageSpec]) -> Result<()> {
-        let schedule = Schedule::resolve(specs, &self.defaults(0, &Line::default())?)?;
+        let schedule = Schedule::resolve(specs, &self.defaults(0, &RowLine::default())?)?;
         self.push("stages", 0, schedule, self.sampling.seed)
     }
 
     pub(super) fn headline(&mut self) -> Result<()> {
-        let defaults = self.defaults(0, &Line::default())?;
+        let defaults = self.defaults(0, &RowLine::default())?;
         for (name, by) in HEADLINE {
             let mut schedule = Schedule::preset(if by.is_some() { "did-fast" } else { "draft" }, &defaults)?;
             if let (Some(by), Some(refine)) = (by, schedule.stages.get_mut(1)) {
@@ -113,12 +113,12 @@ impl Rows {
         self.push("did-lift", 0, Schedule::preset("did-lift", &defaults)?, self.sampling.seed)
     }
 
-    fn defaults(&self, model: usize, line: &Line) -> Result<crate::schedule::Defaults> {
+    fn defaults(&self, model: usize, line: &RowLine) -> Result<crate::schedule::Defaults> {
         let temperature = line.temperature.or(self.sampling.temperature);
         generate::defaults(&self.models[model], temperature, line.top_p.or(self.sampling.top_p), None, None)
     }
 
-    fn add(&mut self, line: &Line) -> Result<()> {
+    fn add(&mut self, line: &RowLine) -> Result<()> {
         let model = line.model.as_deref().map_or(Ok(0), |dir| self.model(dir))?;
         let defaults = self.defaults(model, line)?;
         let schedule = match (&line.stages, &line.preset) {
@@ -141,7 +141,7 @@ impl Rows {
             let known = self.num_weights;
             return Err(Error::request(format!("a stage names weights={missing}, {known} models are given with --model (counted from 0)")));
         }
-        self.rows.push(Row { name: name.into(), model, schedule, seed });
+        self.rows.push(EvalRow { name: name.into(), model, schedule, seed });
         Ok(())
     }
 

@@ -40,14 +40,14 @@ const _: () = assert!(size_of::<Proposal>() == size_of::<sys::cublasLtMatmulHeur
 macro_rules! functions {
     ($($(#[$doc:meta])* $field:ident = $symbol:literal ($($arg:ty),*);)*) => {
         /// Signatures from cublasLt.h; cublasStatus_t and the enumerations are int.
-        struct Functions {
+        struct CublasLtFunctions {
             $($(#[$doc])* $field: unsafe extern "C" fn($($arg),*) -> c_int,)*
         }
 
-        impl Functions {
-            fn of(library: &'static Library) -> crate::error::Result<Functions> {
+        impl CublasLtFunctions {
+            fn load(library: &'static Library) -> crate::error::Result<CublasLtFunctions> {
                 // SAFETY: the signatures are those of cublasLt.h, and the library is never closed.
-                unsafe { Ok(Functions { $($field: symbol(library, $symbol)?,)* }) }
+                unsafe { Ok(CublasLtFunctions { $($field: symbol(library, $symbol)?,)* }) }
             }
         }
     };
@@ -76,13 +76,13 @@ functions! {
          *const [u64; 8], Address, usize, RawHandle);
 }
 
-fn open() -> Result<Functions, String> {
+fn open() -> Result<CublasLtFunctions, String> {
     let mut reason = String::new();
     for name in NAMES {
         // SAFETY: NVIDIA's library by its own name; its initialisers may run at any time.
         match unsafe { Library::new(name) } {
             // Functions of it are kept for the life of the process.
-            Ok(library) => return Functions::of(Box::leak(Box::new(library))).map_err(|error| error.to_string()),
+            Ok(library) => return CublasLtFunctions::load(Box::leak(Box::new(library))).map_err(|error| error.to_string()),
             Err(error) if reason.is_empty() => reason = loader_words(&error),
             Err(_) => {}
         }
@@ -97,7 +97,7 @@ fn checked(call: &str, status: c_int) -> Result<(), String> {
 /// `out (side, side) = x (side, side) weight (side, side)^T`, all bf16, by the first algorithm that
 /// the library proposes.
 pub(super) struct SquareProduct {
-    functions: Functions,
+    functions: CublasLtFunctions,
     /// Library, description, layout and preference; 0 where not made.
     handles: [RawHandle; 4],
     proposal: Proposal,

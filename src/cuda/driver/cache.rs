@@ -36,7 +36,7 @@ impl Cache {
         Cache { dir: var("REDRAFT_CACHE_DIR").or_else(xdg).or_else(home) }
     }
 
-    pub fn at(dir: &Path) -> Cache {
+    pub fn in_dir(dir: &Path) -> Cache {
         Cache { dir: Some(dir.to_path_buf()) }
     }
 
@@ -56,7 +56,7 @@ impl Cache {
     }
 
     /// Keeps `bytes` under `key` in place of whatever was there. None where that is not possible.
-    pub fn put(&self, key: &str, extension: &str, bytes: &[u8]) -> Option<PathBuf> {
+    pub fn store(&self, key: &str, extension: &str, bytes: &[u8]) -> Option<PathBuf> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let path = self.path(key, extension)?;
         fs::create_dir_all(path.parent()?).ok()?;
@@ -105,10 +105,10 @@ mod tests {
     #[test]
     fn entries_come_back_whole_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::at(&dir.path().join("made/when/needed"));
+        let cache = Cache::in_dir(&dir.path().join("made/when/needed"));
         let key = "embed-THREADS=128-sm_90a-nvrtc13.0-65be0db342ad51a0-0123456789abcdef-0123456789abcdef";
         assert_eq!(cache.get(key, "cubin"), None);
-        let path = cache.put(key, "cubin", b"\x7fELF code").unwrap();
+        let path = cache.store(key, "cubin", b"\x7fELF code").unwrap();
         assert_eq!(path.file_name().unwrap().to_str().unwrap(), format!("{key}.cubin"));
         assert_eq!(cache.get(key, "cubin").unwrap(), b"\x7fELF code");
         assert_eq!(cache.path_of(key, "cubin"), Some(path.clone()));
@@ -126,19 +126,19 @@ mod tests {
             fs::write(&path, bytes).unwrap();
             assert_eq!(cache.get(key, "cubin"), None, "byte {flipped}");
         }
-        cache.put(key, "cubin", b"again").unwrap();
+        cache.store(key, "cubin", b"again").unwrap();
         assert_eq!(cache.get(key, "cubin").unwrap(), b"again");
     }
 
     #[test]
     fn an_entry_belongs_to_its_own_key() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::at(dir.path());
-        cache.put("a b", "so", b"1").unwrap();
+        let cache = Cache::in_dir(dir.path());
+        cache.store("a b", "so", b"1").unwrap();
         assert_eq!(cache.get("a_b", "so"), None);
         let long = |end: &str| format!("{}{end}", "DEFINE=1-".repeat(60));
-        cache.put(&long("x"), "so", b"2").unwrap();
-        cache.put(&long("y"), "so", b"3").unwrap();
+        cache.store(&long("x"), "so", b"2").unwrap();
+        cache.store(&long("y"), "so", b"3").unwrap();
         assert_eq!(cache.get(&long("x"), "so").unwrap(), b"2");
     }
 
@@ -147,8 +147,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "not a directory").unwrap();
-        for cache in [Cache::at(&file.join("below")), Cache { dir: None }] {
-            assert_eq!(cache.put("key", "so", b"1"), None);
+        for cache in [Cache::in_dir(&file.join("below")), Cache { dir: None }] {
+            assert_eq!(cache.store("key", "so", b"1"), None);
             assert_eq!(cache.get("key", "so"), None);
         }
     }

@@ -54,7 +54,7 @@ pub struct Compiled {
 
 /// NVRTC, opened.
 pub struct Compiler {
-    functions: Functions,
+    functions: NvrtcFunctions,
     version: (u32, u32),
     identity: String,
     /// Ascending: 80 is sm_80.
@@ -125,7 +125,7 @@ impl Compiler {
     }
 
     fn open() -> Result<Self> {
-        let functions = Functions::of(open_library()?)?;
+        let functions = NvrtcFunctions::load(open_library()?)?;
         let (mut major, mut minor, mut count): (c_int, c_int, c_int) = (0, 0, 0);
         // SAFETY: all three are writable for the calls.
         let codes = unsafe { [(functions.version)(&mut major, &mut minor), (functions.get_num_supported_archs)(&mut count)] };
@@ -263,7 +263,7 @@ fn open_global(path: &OsStr) -> Result<Library, libloading::Error> {
 type NvrtcProgram = sys::nvrtcProgram;
 
 /// The functions in use, with result codes as the plain integers they are.
-struct Functions {
+struct NvrtcFunctions {
     version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int,
     get_num_supported_archs: unsafe extern "C" fn(*mut c_int) -> c_int,
     get_supported_archs: unsafe extern "C" fn(*mut c_int) -> c_int,
@@ -278,12 +278,12 @@ struct Functions {
     get_cubin: unsafe extern "C" fn(NvrtcProgram, *mut c_char) -> c_int,
 }
 
-impl Functions {
-    fn of(library: &'static Library) -> Result<Self> {
+impl NvrtcFunctions {
+    fn load(library: &'static Library) -> Result<Self> {
         // SAFETY: signatures from nvrtc.h (nvrtcResult is an int-sized enum); the library is never
         // closed.
         unsafe {
-            Ok(Functions {
+            Ok(NvrtcFunctions {
                 version: symbol(library, "nvrtcVersion")?,
                 get_num_supported_archs: symbol(library, "nvrtcGetNumSupportedArchs")?,
                 get_supported_archs: symbol(library, "nvrtcGetSupportedArchs")?,
@@ -315,12 +315,12 @@ impl Functions {
 
 /// A program between creation and destruction.
 struct Program<'a> {
-    functions: &'a Functions,
+    functions: &'a NvrtcFunctions,
     handle: NvrtcProgram,
 }
 
 impl<'a> Program<'a> {
-    fn new(functions: &'a Functions, kernel: &Kernel) -> Result<Self, String> {
+    fn new(functions: &'a NvrtcFunctions, kernel: &Kernel) -> Result<Self, String> {
         let c = |text: &str| CString::new(text).map_err(|_| "a NUL byte in the source".to_owned());
         let (name, source) = (c(&format!("{}.cu", kernel.stem))?, c(kernel.source)?);
         let texts = headers().iter().map(|(_, text)| c(text)).collect::<Result<Vec<_>, _>>()?;

@@ -46,7 +46,7 @@ impl BuildCache for Cache {
     }
 
     fn put(&self, key: &str, extension: &str, bytes: &[u8]) {
-        Cache::put(self, key, extension, bytes);
+        Cache::store(self, key, extension, bytes);
     }
 }
 

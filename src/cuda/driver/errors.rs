@@ -28,7 +28,7 @@ pub(in crate::cuda) enum DriverError {
 }
 
 impl DriverError {
-    pub(in crate::cuda) fn of(code: c_int) -> DriverError {
+    pub(in crate::cuda) fn from_code(code: c_int) -> DriverError {
         // By number: a driver may answer with codes that this list of names does not have.
         const OUT_OF_MEMORY: c_int = CUresult::CUDA_ERROR_OUT_OF_MEMORY as c_int;
         const UNAVAILABLE: c_int = CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE as c_int;
@@ -73,7 +73,7 @@ impl DriverError {
 /// The error of one call: `cuda:0: cuLaunchKernel of embed_f32 failed: CUDA_ERROR_LAUNCH_FAILED,
 /// unspecified launch failure; ...`. `what` is the driver's own description of the code.
 pub(in crate::cuda) fn failed(ordinal: usize, call: &str, what: &str, code: c_int) -> Error {
-    Error::device(format!("cuda:{ordinal}: {call} failed: {what}; {}", DriverError::of(code).next_move()))
+    Error::device(format!("cuda:{ordinal}: {call} failed: {what}; {}", DriverError::from_code(code).next_move()))
 }
 
 /// The error of every call after a sticky one.
@@ -143,7 +143,7 @@ mod tests {
             (-5, DriverError::Other),
         ];
         for (code, error) in cases {
-            assert_eq!(DriverError::of(code), error, "{code}");
+            assert_eq!(DriverError::from_code(code), error, "{code}");
             assert_eq!(error.is_sticky(), [700, 719, 999].contains(&code), "{code}");
         }
     }

@@ -20,7 +20,7 @@ use crate::cuda::driver::cache::Cache;
 use crate::cuda::driver::compile::compiler;
 use crate::cuda::driver::device::{DeviceInfo, describe, probe};
 use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch, Limits};
-use crate::cuda::driver::libcuda::{Functions, RawHandle, functions};
+use crate::cuda::driver::libcuda::{CudaFunctions, RawHandle, functions};
 use crate::cuda::driver::prebuilt::Prebuilt;
 use crate::cuda::driver::source::{identity, kernel, portable_identity};
 use crate::cuda::driver::staging::Staging;
@@ -32,7 +32,7 @@ const MAX_PARAMS: usize = 4096;
 
 /// One device with one stream.
 pub struct Gpu {
-    functions: &'static Functions,
+    functions: &'static CudaFunctions,
     prebuilt: Option<Prebuilt>,
     info: DeviceInfo,
     arch: String,
@@ -131,7 +131,7 @@ impl Gpu {
     }
 
     /// The functions, with the context current; an error if the context is lost.
-    fn enter(&self) -> Result<&'static Functions> {
+    fn enter(&self) -> Result<&'static CudaFunctions> {
         if let Some(first) = self.lost.borrow().as_ref() {
             return Err(errors::lost(first));
         }
@@ -141,7 +141,7 @@ impl Gpu {
     }
 
     /// As [`Gpu::enter`], for what cannot be recorded.
-    fn enter_outside_capture(&self, what: &str) -> Result<&'static Functions> {
+    fn enter_outside_capture(&self, what: &str) -> Result<&'static CudaFunctions> {
         if self.capturing.get() {
             return Err(Error::device(format!("cuda:{}: {what} between begin_capture and end_capture", self.info.ordinal)));
         }
@@ -151,7 +151,7 @@ impl Gpu {
     fn check(&self, call: &str, code: c_int) -> Result<()> {
         let outcome = checked(self.info.ordinal, call, code);
         if let Err(error) = &outcome
-            && errors::DriverError::of(code).is_sticky()
+            && errors::DriverError::from_code(code).is_sticky()
         {
             self.lost.borrow_mut().get_or_insert_with(|| error.to_string());
         }
@@ -204,7 +204,7 @@ impl Gpu {
         }
         let cubin = compiler.compile(&kernel(build.stem), build, &self.arch)?.cubin;
         let module = load(&cubin)?;
-        self.cache.put(&identity, "cubin", &cubin);
+        self.cache.store(&identity, "cubin", &cubin);
         Ok(module)
     }
 
@@ -215,7 +215,7 @@ impl Gpu {
         // SAFETY: `cubin` is a whole ELF image from NVRTC, which carries its own size, checked by
         // the cache's checksum where it comes from there; the driver copies it.
         let code = unsafe { (f.module_load_data)(&mut module, cubin.as_ptr().cast()) };
-        if let Some(nvrtc) = nvrtc.filter(|_| errors::DriverError::of(code) == errors::DriverError::OldDriver) {
+        if let Some(nvrtc) = nvrtc.filter(|_| errors::DriverError::from_code(code) == errors::DriverError::OldDriver) {
             return Err(errors::unusable_code(self.info.ordinal, identity, &describe(code), self.driver_version, nvrtc));
         }
         self.check(&format!("cuModuleLoadData of {identity}"), code)?;
@@ -287,7 +287,7 @@ impl Driver for Gpu {
         let mut address: Address = 0;
         // SAFETY: `address` is writable, and the context is current.
         let code = unsafe { (f.mem_alloc)(&mut address, bytes.max(1)) };
-        if errors::DriverError::of(code) == errors::DriverError::OutOfMemory {
+        if errors::DriverError::from_code(code) == errors::DriverError::OutOfMemory {
             let (free, total) = self.memory()?;
             return Err(errors::out_of_memory(self.info.ordinal, bytes, free, total));
         }

@@ -19,15 +19,15 @@ pub(in crate::cuda) type RawHandle = usize;
 macro_rules! functions {
     ($($(#[$doc:meta])* $field:ident = $symbol:literal ($($arg:ty),*);)*) => {
         /// Signatures from cuda.h; CUresult and CUdevice are int.
-        pub(in crate::cuda) struct Functions {
+        pub(in crate::cuda) struct CudaFunctions {
             $($(#[$doc])* pub $field: unsafe extern "C" fn($($arg),*) -> c_int,)*
         }
 
-        impl Functions {
-            fn of(library: &'static Library) -> Result<Functions> {
+        impl CudaFunctions {
+            fn load(library: &'static Library) -> Result<CudaFunctions> {
                 // SAFETY: the signatures above are those of cuda.h, and the library is never
                 // closed.
-                unsafe { Ok(Functions { $($field: symbol(library, $symbol)?,)* }) }
+                unsafe { Ok(CudaFunctions { $($field: symbol(library, $symbol)?,)* }) }
             }
         }
     };
@@ -88,7 +88,7 @@ pub(in crate::cuda) fn library() -> Result<&'static Library> {
 }
 
 /// The table, looked up once.
-pub(in crate::cuda) fn functions() -> Result<&'static Functions> {
-    static FUNCTIONS: OnceLock<Result<Functions>> = OnceLock::new();
-    FUNCTIONS.get_or_init(|| Functions::of(library()?)).as_ref().map_err(Error::clone)
+pub(in crate::cuda) fn functions() -> Result<&'static CudaFunctions> {
+    static FUNCTIONS: OnceLock<Result<CudaFunctions>> = OnceLock::new();
+    FUNCTIONS.get_or_init(|| CudaFunctions::load(library()?)).as_ref().map_err(Error::clone)
 }

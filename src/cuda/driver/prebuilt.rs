@@ -90,7 +90,7 @@ impl Prebuilt {
         let entries = fs::read_dir(dir).map_err(refuse)?;
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let archs = names.filter_map(|name| name.split('-').find(|word| arch_number(word).is_some()).map(String::from)).collect();
-        Ok(Prebuilt { dir: dir.to_path_buf(), files: Cache::at(dir), archs })
+        Ok(Prebuilt { dir: dir.to_path_buf(), files: Cache::in_dir(dir), archs })
     }
 
     /// The newest of its architectures whose machine code a device of this compute capability runs:

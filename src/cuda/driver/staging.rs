@@ -9,7 +9,7 @@
 use std::ffi::{c_int, c_uint};
 
 use crate::cuda::driver::interface::Address;
-use crate::cuda::driver::libcuda::{Functions, RawHandle};
+use crate::cuda::driver::libcuda::{CudaFunctions, RawHandle};
 use crate::error::Result;
 
 /// Four of 4 MiB: while one is copied out the next is filled, and PCIe at 50 GB/s empties one in 80
@@ -36,7 +36,7 @@ pub(in crate::cuda) struct Staging {
 
 impl Staging {
     /// None where the machine gives no page-locked memory; writes then take the slow way.
-    pub(in crate::cuda) fn new(f: &Functions) -> Option<Staging> {
+    pub(in crate::cuda) fn new(f: &CudaFunctions) -> Option<Staging> {
         let mut staging = Staging { memory: 0, events: [0; SEGMENTS], busy: [false; SEGMENTS], segment: 0, taken: 0 };
         // SAFETY: the result is writable and the context is current.
         let mut good = unsafe { (f.mem_host_alloc)(&mut staging.memory, SEGMENTS * SEGMENT_BYTES + READBACK_BYTES, 0) } == 0;
@@ -52,7 +52,7 @@ impl Staging {
     }
 
     /// Enqueues a copy of `src` to `dst`.
-    pub(in crate::cuda) fn write(&mut self, f: &Functions, stream: RawHandle, dst: Address, src: &[u8], check: &Check) -> Result<()> {
+    pub(in crate::cuda) fn write(&mut self, f: &CudaFunctions, stream: RawHandle, dst: Address, src: &[u8], check: &Check) -> Result<()> {
         let mut done = 0;
         while done < src.len() {
             if self.taken == SEGMENT_BYTES {
@@ -77,7 +77,7 @@ impl Staging {
     }
 
     /// Closes the current segment with its event and waits until the next one is free.
-    fn next_segment(&mut self, f: &Functions, stream: RawHandle, check: &Check) -> Result<()> {
+    fn next_segment(&mut self, f: &CudaFunctions, stream: RawHandle, check: &Check) -> Result<()> {
         // SAFETY: events and stream are live.
         check("cuEventRecord", unsafe { (f.event_record)(self.events[self.segment], stream) })?;
         self.busy[self.segment] = true;
@@ -100,7 +100,7 @@ impl Staging {
     }
 
     /// Gives everything back. The stream must be done with it.
-    pub(in crate::cuda) fn release(self, f: &Functions) {
+    pub(in crate::cuda) fn release(self, f: &CudaFunctions) {
         for event in self.events.into_iter().filter(|event| *event != 0) {
             // SAFETY: created in `new`, destroyed once.
             unsafe { (f.event_destroy)(event) };

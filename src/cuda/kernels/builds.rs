@@ -114,14 +114,14 @@ pub(in crate::cuda) fn compile_all<'a>(archs: &'a [String], builds: &'a [Build])
 pub fn kernels_build(archs: &[String], builds: &[Build], dir: &Path) -> Result<(Vec<PathBuf>, u64)> {
     compiler()?;
     fs::create_dir_all(dir).map_err(|error| Error::io(dir, &error))?;
-    let (files, kernels) = (Cache::at(dir), kernels());
+    let (files, kernels) = (Cache::in_dir(dir), kernels());
     let mut bytes = 0;
     let compiled = compile_all(archs, builds)?;
     let paths = compiled.into_iter().map(|CompiledBuild { arch, build, compiled }| {
         let kernel = kernels.iter().find(|kernel| kernel.stem == build.stem).expect("compiled from it");
         let key = portable_identity(kernel, build, arch);
         bytes += compiled.cubin.len() as u64;
-        files.put(&key, EXTENSION, &compiled.cubin).ok_or_else(|| {
+        files.store(&key, EXTENSION, &compiled.cubin).ok_or_else(|| {
             let path = files.path(&key, EXTENSION).unwrap_or_default();
             Error::io(&path, &io::Error::other("cannot be written; is there room, and may this user write there?"))
         })

@@ -275,7 +275,7 @@ pub(in crate::cuda) fn run(context: &CudaContext, bench: &KernelBench, request: 
 
     let launches = rounds * ops.len();
     let batch = || (0..rounds).try_for_each(|_| ops.iter().try_for_each(|op| (op.launch)(context)));
-    let recorded = if request.plain || !ops[0].recordable { None } else { Some(Recorded { driver, graph: context.record(batch)? }) };
+    let recorded = if request.plain || !ops[0].recordable { None } else { Some(RecordedBatch { driver, graph: context.record(batch)? }) };
     let mut times = Vec::new();
     for timed in 0..=request.repeat {
         let start = Instant::now();
@@ -309,12 +309,12 @@ pub(in crate::cuda) fn run(context: &CudaContext, bench: &KernelBench, request: 
 }
 
 /// A recorded batch, forgotten when dropped.
-struct Recorded<'a> {
+struct RecordedBatch<'a> {
     driver: &'a dyn Driver,
     graph: Graph,
 }
 
-impl Drop for Recorded<'_> {
+impl Drop for RecordedBatch<'_> {
     fn drop(&mut self) {
         self.driver.drop_graph(self.graph);
     }

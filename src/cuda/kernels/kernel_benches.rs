@@ -11,7 +11,7 @@ use crate::cuda::ops::embed::Embed;
 use crate::cuda::ops::gather::Gather;
 use crate::cuda::ops::linear::Linear;
 use crate::cuda::ops::moe::MoeArrays;
-use crate::cuda::ops::norm::Norm;
+use crate::cuda::ops::norm::NormOp;
 use crate::cuda::ops::remask::{RemaskParams, state};
 use crate::cuda::ops::rope_append::RopeAppend;
 use crate::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord};
@@ -170,7 +170,7 @@ fn attention(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let heads = heads(shape)?;
     let total = small_count(sequences, rows)?;
     let indptr: Vec<u32> = (0..=sequences).map(|s| s * rows).collect();
-    let regime = Regime::of(&inputs.limits(), dtype, heads, &indptr);
+    let regime = Regime::for_batch(&inputs.limits(), dtype, heads, &indptr);
     let tiles = attention::tiles(&indptr, heads, regime.tile_queries(dtype, heads));
     let pages = len.div_ceil(PAGE_SIZE);
     let width = (heads.num_kv_heads * heads.head_dim) as u32;
@@ -448,7 +448,7 @@ fn norm(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (weight, other) = (inputs.noise(1, width, DType::F32)?, inputs.noise(rows, width, DType::F32)?);
     let (bias, residual) = if rms { (None, Some(other)) } else { (Some(other), None) };
     let out = inputs.space(rows, width, dtype)?;
-    let op = Norm { rows, width, eps: 1e-5, x, weight, bias, out, out_dtype: dtype };
+    let op = NormOp { rows, width, eps: 1e-5, x, weight, bias, out, out_dtype: dtype };
     let kind = if rms { NormKind::Rms } else { NormKind::Layer };
     // The residual is read, and x written back.
     let bytes = count(rows, width) * (4 + dtype.bytes() as u64 + if rms { 8 } else { 0 });

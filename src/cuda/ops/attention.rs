@@ -67,7 +67,7 @@ pub enum Regime {
 
 impl Regime {
     /// The large tiles where they alone give every multiprocessor a CTA.
-    pub fn of(limits: &Limits, dtype: DType, heads: HeadShape, indptr: &[u32]) -> Regime {
+    pub fn for_batch(limits: &Limits, dtype: DType, heads: HeadShape, indptr: &[u32]) -> Regime {
         let tiles = tiles(indptr, heads, Regime::Many.tile_queries(dtype, heads)).len() as u64;
         if tiles * heads.num_kv_heads as u64 >= u64::from(limits.num_sms) { Regime::Many } else { Regime::Few }
     }
@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn large_tiles_where_they_fill_the_machine() {
         let limits = Limits { num_sms: 132, shared_per_cta: 0, memory_bytes: 0, free_bytes: 0 };
-        let of = |rows: u32, heads: HeadShape| Regime::of(&limits, DType::Bf16, heads, &[0, rows]);
+        let of = |rows: u32, heads: HeadShape| Regime::for_batch(&limits, DType::Bf16, heads, &[0, rows]);
         let heads = |num_heads, num_kv_heads, head_dim| HeadShape { num_heads, num_kv_heads, head_dim };
         // A block of a small model, its full pass; a block of an 8B model, its full pass.
         assert_eq!(of(16, heads(12, 12, 64)), Regime::Few);

@@ -39,7 +39,7 @@ params! {
 
 /// One build: the part of the output that a CTA computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::cuda) struct Tile {
+pub(in crate::cuda) struct ProductBuild {
     pub(in crate::cuda) rows: u32,
     pub(in crate::cuda) cols: u32,
     pub(in crate::cuda) threads: u32,
@@ -53,15 +53,15 @@ pub(in crate::cuda) struct Tile {
 /// By rows. The first three stream the weight: a CTA has most of a segment in flight (8 x 32: 20 of
 /// 20 KiB and 6 CTAs, so that 132 multiprocessors ask for 16 MB at once). The last fills 96 of the
 /// 99 KiB that every machine has.
-pub(in crate::cuda) const TILES: [Tile; 5] = [
-    Tile { rows: 8, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 6 },
-    Tile { rows: 16, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 5 },
-    Tile { rows: 32, cols: 64, threads: 128, col_warps: 4, stages: 4, resident: 4 },
-    Tile { rows: 64, cols: 64, threads: 128, col_warps: 2, stages: 4, resident: 3 },
-    Tile { rows: 128, cols: 128, threads: 256, col_warps: 2, stages: 3, resident: 1 },
+pub(in crate::cuda) const TILES: [ProductBuild; 5] = [
+    ProductBuild { rows: 8, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 6 },
+    ProductBuild { rows: 16, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 5 },
+    ProductBuild { rows: 32, cols: 64, threads: 128, col_warps: 4, stages: 4, resident: 4 },
+    ProductBuild { rows: 64, cols: 64, threads: 128, col_warps: 2, stages: 4, resident: 3 },
+    ProductBuild { rows: 128, cols: 128, threads: 256, col_warps: 2, stages: 3, resident: 1 },
 ];
 
-impl Tile {
+impl ProductBuild {
     /// A stage is 128 bytes of K for every row of both operands.
     pub(in crate::cuda) fn shared_bytes(&self) -> u32 {
         self.stages * (self.rows + self.cols) * 128
@@ -82,20 +82,20 @@ impl Tile {
 
 /// The builds of this kernel.
 pub(in crate::cuda) fn builds() -> Vec<Build> {
-    TILES.iter().map(Tile::build).collect()
+    TILES.iter().map(ProductBuild::build).collect()
 }
 
 /// How one product is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    tile: Tile,
+    tile: ProductBuild,
     tiles: u32,
     segments: u32,
     segments_per_cta: u32,
 }
 
 impl Shape {
-    fn new(tile: Tile, rows: u32, n: u32, k: u32, num_sms: u32) -> Shape {
+    fn new(tile: ProductBuild, rows: u32, n: u32, k: u32, num_sms: u32) -> Shape {
         let tiles = rows.div_ceil(tile.rows) * n.div_ceil(tile.cols);
         let segments = k.div_ceil(K_SEGMENT);
         // K is split where it takes more CTAs to fill the machine once, and never beyond that.
@@ -131,7 +131,7 @@ impl Shape {
 /// Up to 64 rows the weight should come from memory once: one tile holds all rows. Above, the tile
 /// that leaves the least to wait for.
 fn shape(rows: u32, n: u32, k: u32, num_sms: u32) -> Shape {
-    let of = |tile: &Tile| Shape::new(*tile, rows, n, k, num_sms);
+    let of = |tile: &ProductBuild| Shape::new(*tile, rows, n, k, num_sms);
     match TILES.iter().find(|tile| rows <= tile.rows && tile.rows <= 64) {
         Some(tile) => of(tile),
         None => TILES[3..].iter().map(of).min_by_key(|shape| shape.work(num_sms)).expect("two tiles"),

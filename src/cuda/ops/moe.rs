@@ -8,7 +8,7 @@ use crate::backend::{DType, ExpertChoice, ExpertShape, RouterScore};
 use crate::cuda::context::{CudaContext, Memory};
 use crate::cuda::driver::interface::{Address, Build, Launch};
 use crate::cuda::ops::gather::Gather;
-use crate::cuda::ops::linear::{TILES, Tile};
+use crate::cuda::ops::linear::{ProductBuild, TILES};
 use crate::cuda::ops::route::Route;
 use crate::cuda::ops::{gather, route};
 use crate::cuda::params::params;
@@ -60,7 +60,7 @@ const COMBINE_THREADS: u32 = 256;
 /// Of [`TILES`]: 8, 32, 64 and 128 rows.
 const GROUPED: [usize; 4] = [0, 2, 3, 4];
 
-fn build(tile: &Tile) -> Build {
+fn build(tile: &ProductBuild) -> Build {
     Build { stem: "moe", ..tile.build() }
 }
 
@@ -78,7 +78,7 @@ pub fn every_tile_rows() -> [u32; 4] {
     GROUPED.map(|i| TILES[i].rows)
 }
 
-fn tile_of(tile_rows: u32) -> &'static Tile {
+fn tile_of(tile_rows: u32) -> &'static ProductBuild {
     let found = GROUPED.iter().map(|i| &TILES[*i]).find(|tile| tile.rows == tile_rows);
     found.unwrap_or_else(|| panic!("no tile of {tile_rows} rows"))
 }
@@ -176,7 +176,7 @@ pub(in crate::cuda) struct MoeArrays {
 
 impl MoeArrays {
     /// One after the other from `base` on, for `rows` rows; and the bytes that takes.
-    fn at(base: Address, dtype: DType, rows: usize, shape: ExpertShape) -> (MoeArrays, usize) {
+    fn lay_out(base: Address, dtype: DType, rows: usize, shape: ExpertShape) -> (MoeArrays, usize) {
         let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = shape;
         let places = rows * top_k;
         assert!(places <= u32::MAX as usize, "{rows} rows of {shape:?}");
@@ -241,8 +241,8 @@ pub struct Routing {
 impl Routing {
     /// Room for `rows` rows.
     pub(in crate::cuda) fn new(context: &CudaContext, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routing> {
-        let memory = context.memory(MoeArrays::at(0, dtype, rows, shape).1)?;
-        let (arrays, _) = MoeArrays::at(memory.address(), dtype, rows, shape);
+        let memory = context.memory(MoeArrays::lay_out(0, dtype, rows, shape).1)?;
+        let (arrays, _) = MoeArrays::lay_out(memory.address(), dtype, rows, shape);
         Ok(Routing { capacity: rows, _memory: memory, arrays: MoeArrays { rows: 0, ..arrays } })
     }
 

@@ -38,7 +38,7 @@ fn build() -> Build {
 }
 
 /// `out (rows, width) = normalised x * weight + bias`.
-pub struct Norm {
+pub struct NormOp {
     pub rows: u32,
     pub width: u32,
     pub eps: f32,
@@ -50,13 +50,13 @@ pub struct Norm {
 }
 
 /// The norm alone.
-pub fn norm(context: &CudaContext, op: &Norm, kind: NormKind) -> Result<()> {
+pub fn norm(context: &CudaContext, op: &NormOp, kind: NormKind) -> Result<()> {
     add_norm(context, op, kind, None)
 }
 
 /// `x += residual (rows, width) f32`, written back, then the norm.
-pub fn add_norm(context: &CudaContext, op: &Norm, kind: NormKind, residual: Option<Address>) -> Result<()> {
-    let Norm { rows, width, eps, x, weight, bias, out, out_dtype } = *op;
+pub fn add_norm(context: &CudaContext, op: &NormOp, kind: NormKind, residual: Option<Address>) -> Result<()> {
+    let NormOp { rows, width, eps, x, weight, bias, out, out_dtype } = *op;
     let entry = match (kind, out_dtype) {
         (NormKind::Layer, DType::F32) => "norm_layer_f32",
         (NormKind::Layer, DType::Bf16) => "norm_layer_bf16",

@@ -194,7 +194,7 @@ pub(in crate::cuda) const CHUNK_BYTES: usize = 64 << 20;
 
 /// One build of `sample_tiles`: `rows` rows of IDS ids.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tile {
+struct TilesBuild {
     rows: u32,
     threads: u32,
     /// Warps side by side along the ids.
@@ -206,15 +206,15 @@ struct Tile {
 
 /// By rows; up to 64 all rows share one reading of the head. The last fills 96 of the 99 KiB that
 /// every machine has.
-const TILES: [Tile; 5] = [
-    Tile { rows: 8, threads: 128, col_warps: 4, stages: 4, resident: 3 },
-    Tile { rows: 16, threads: 128, col_warps: 4, stages: 4, resident: 3 },
-    Tile { rows: 32, threads: 128, col_warps: 4, stages: 4, resident: 2 },
-    Tile { rows: 64, threads: 256, col_warps: 4, stages: 3, resident: 2 },
-    Tile { rows: 128, threads: 256, col_warps: 2, stages: 3, resident: 1 },
+const TILES: [TilesBuild; 5] = [
+    TilesBuild { rows: 8, threads: 128, col_warps: 4, stages: 4, resident: 3 },
+    TilesBuild { rows: 16, threads: 128, col_warps: 4, stages: 4, resident: 3 },
+    TilesBuild { rows: 32, threads: 128, col_warps: 4, stages: 4, resident: 2 },
+    TilesBuild { rows: 64, threads: 256, col_warps: 4, stages: 3, resident: 2 },
+    TilesBuild { rows: 128, threads: 256, col_warps: 2, stages: 3, resident: 1 },
 ];
 
-impl Tile {
+impl TilesBuild {
     fn build(&self) -> Build {
         let defines = vec![
             ("THREADS", self.threads),
@@ -233,7 +233,7 @@ impl Tile {
 }
 
 /// The lowest tile that holds all rows, else the highest. Never changes a bit of the result.
-fn tile(rows: u32) -> Tile {
+fn tile(rows: u32) -> TilesBuild {
     *TILES.iter().find(|tile| rows <= tile.rows).unwrap_or(&TILES[TILES.len() - 1])
 }
 
@@ -252,7 +252,7 @@ fn nucleus_build() -> Build {
 
 /// The builds of these kernels.
 pub(in crate::cuda) fn builds() -> Vec<Build> {
-    TILES.iter().map(Tile::build).chain([draw_build(), nucleus_build()]).collect()
+    TILES.iter().map(TilesBuild::build).chain([draw_build(), nucleus_build()]).collect()
 }
 
 /// Rows of a chunk: as many as `bytes` hold at `row_bytes` each, in whole tiles of 128 where there

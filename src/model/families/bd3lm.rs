@@ -11,17 +11,17 @@
 use std::path::Path;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope};
-use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, SamplingDefaults};
 use crate::error::Result;
-use crate::model::family::{FamilyEntry, Layout};
-use crate::model::layers::{Dense, Linear, Norm};
+use crate::model::family::{FamilyEntry, TensorLayout};
+use crate::model::layers::{Dense, Linear, NormWeights};
 use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
 pub static FAMILY: Family = Family { name: "bd3lm", model_type: "bd3lm", architectures: &["BD3LM"], classes: Classes::Any };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Bd3lm };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Bd3lm };
 
 /// Width of the sinusoidal timestep embedding, fixed in the published `TimestepEmbedder`.
 const TIMESTEP_DIM: usize = 256;
@@ -99,7 +99,7 @@ pub(in crate::model) fn shared_config(
         eos_id: Some(eos_id),
         stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| *id != eos_id),
-        sampling: Sampling::default(),
+        sampling: SamplingDefaults::default(),
     })
 }
 
@@ -151,11 +151,11 @@ pub(in crate::model) fn layer_tensors(config: &ModelConfig, prefix: &str) -> Vec
 }
 
 /// LayerNorm weight under a (shift, scale) pair; plain where there is no adaLN.
-fn norm<B: Backend>(r: &mut WeightLoader<B>, name: &str, width: usize, modulation: Option<(&[f32], &[f32])>) -> Result<Norm<B>> {
+fn norm<B: Backend>(r: &mut WeightLoader<B>, name: &str, width: usize, modulation: Option<(&[f32], &[f32])>) -> Result<NormWeights<B>> {
     let Some((shift, scale)) = modulation else { return r.norm(name, width) };
     let mut weight = r.values(name, width)?;
     weight.iter_mut().zip(scale).for_each(|(w, s)| *w *= 1.0 + s);
-    Ok(Norm { weight: r.backend.upload(&weight)?, bias: Some(r.backend.upload(shift)?) })
+    Ok(NormWeights { weight: r.backend.upload(&weight)?, bias: Some(r.backend.upload(shift)?) })
 }
 
 /// `W c + b` for a modulation of `parts` vectors of `width`.

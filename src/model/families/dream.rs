@@ -7,12 +7,12 @@ use std::path::Path;
 use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::{llama, qwen2};
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 pub static FAMILY: Family = Family { name: "dream", model_type: "Dream", architectures: &["DreamModel"], classes: Classes::Own };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 /// Reads the keys of Qwen2, and MASK.
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {

@@ -8,13 +8,13 @@ use std::path::Path;
 use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::{llama, qwen2};
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 pub static FAMILY: Family =
     Family { name: "fast-dllm", model_type: "Fast_dLLM_Qwen", architectures: &["Fast_dLLM_QwenForCausalLM"], classes: Classes::Own };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 /// MASK as the published sampler has it by default; config.json does not name it.
 const MASK_ID: u32 = 151_665;

@@ -11,17 +11,17 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{Backend, HeadShape, NormKind, Rope};
-use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, SamplingDefaults};
 use crate::error::Result;
-use crate::model::family::{FamilyEntry, Layout};
-use crate::model::layers::{Dense, Linear, Norm};
+use crate::model::family::{FamilyEntry, TensorLayout};
+use crate::model::layers::{Dense, Linear, NormWeights};
 use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
 pub static FAMILY: Family = Family { name: "gpt2", model_type: "gpt2", architectures: &["GPT2LMHeadModel"], classes: Classes::Published };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Gpt2 };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Gpt2 };
 
 /// What `activation_function` may say: both are `v/2 (1 + tanh(sqrt(2/pi) (v + 0.044715 v^3)))`.
 const ACTIVATIONS: [&str; 2] = ["gelu_new", "gelu_pytorch_tanh"];
@@ -78,7 +78,7 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         eos_id,
         stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
-        sampling: Sampling::default(),
+        sampling: SamplingDefaults::default(),
     })
 }
 
@@ -143,7 +143,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
 }
 
 /// A LayerNorm with its bias.
-fn norm<B: Backend>(r: &mut WeightLoader<B>, name: &str, width: usize) -> Result<Norm<B>> {
+fn norm<B: Backend>(r: &mut WeightLoader<B>, name: &str, width: usize) -> Result<NormWeights<B>> {
     let weight = r.vector(&format!("{name}.weight"), width)?;
-    Ok(Norm { weight, bias: Some(r.vector(&format!("{name}.bias"), width)?) })
+    Ok(NormWeights { weight, bias: Some(r.vector(&format!("{name}.bias"), width)?) })
 }

@@ -10,16 +10,16 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::backend::{HeadShape, NormKind, Rope};
-use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, SamplingDefaults};
 use crate::error::Result;
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::{Names, Qkv};
 
 // LLaDA-MoE has the type too: where no class is named, experts tell it apart.
 pub static FAMILY: Family =
     Family { name: "llada", model_type: "llada", architectures: &["LLaDAModelLM"], classes: Classes::OwnUnless("num_experts") };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 /// `ff_proj` is the gate; a layer's `ff_out` is its down-projection, the one beside the layers is
 /// the head.
@@ -112,6 +112,6 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         eos_id,
         stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
-        sampling: Sampling::default(),
+        sampling: SamplingDefaults::default(),
     })
 }

@@ -12,13 +12,13 @@ use crate::backend::{ExpertShape, RouterScore};
 use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect};
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::{self, Names, Qkv};
 
 pub static FAMILY: Family =
     Family { name: "llada2", model_type: "llada2_moe", architectures: &["LLaDA2MoeModelLM"], classes: Classes::Own };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 static NAMES: Names = Names {
     table: "model.word_embeddings.weight",

@@ -11,13 +11,13 @@ use crate::backend::{ExpertShape, RouterScore};
 use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect};
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 pub static FAMILY: Family =
     Family { name: "llada-moe", model_type: "llada", architectures: &["LLaDAMoEModelLM", "LLaDAMoEModel"], classes: Classes::Own };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 const DIALECT: Dialect = Dialect {
     optional_kv_heads: true,

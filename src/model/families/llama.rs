@@ -8,15 +8,15 @@
 use std::path::Path;
 
 use crate::backend::{HeadShape, NormKind, Rope, RopeScaling};
-use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, Sampling};
+use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, SamplingDefaults};
 use crate::error::Result;
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 pub static FAMILY: Family =
     Family { name: "llama", model_type: "llama", architectures: &["LlamaForCausalLM"], classes: Classes::Published };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 /// What families of the layout read differently.
 pub(in crate::model) struct Dialect {
@@ -149,7 +149,7 @@ pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Fam
         eos_id,
         stop_ids: Vec::new(),
         pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
-        sampling: Sampling::default(),
+        sampling: SamplingDefaults::default(),
     })
 }
 

@@ -7,11 +7,11 @@ use std::path::Path;
 use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::bd3lm;
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 
 pub static FAMILY: Family = Family { name: "mdlm", model_type: "mdlm", architectures: &["MDLM"], classes: Classes::Any };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Bd3lm };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Bd3lm };
 
 /// Reads the published keys. MDLM checkpoints have no `block_size` and no `cross_attn`, and always
 /// carry adaLN.

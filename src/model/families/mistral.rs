@@ -6,13 +6,13 @@ use std::path::Path;
 use crate::config::{Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect, Window};
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 pub static FAMILY: Family =
     Family { name: "mistral", model_type: "mistral", architectures: &["MistralForCausalLM"], classes: Classes::Published };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 const DIALECT: Dialect = Dialect { biases: |_| Ok((false, false)), window: Window::Always(4096), ..llama::REQUIRED_KV_HEADS };
 

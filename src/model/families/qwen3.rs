@@ -6,13 +6,13 @@ use std::path::Path;
 use crate::config::{Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect, Window};
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 pub static FAMILY: Family =
     Family { name: "qwen3", model_type: "qwen3", architectures: &["Qwen3ForCausalLM"], classes: Classes::Published };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 pub(in crate::model) const DIALECT: Dialect =
     Dialect { head_dim: Some(128), qk_norm: |_| Ok(true), window: Window::Some, ..llama::REQUIRED_KV_HEADS };

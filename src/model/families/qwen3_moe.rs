@@ -7,13 +7,13 @@ use crate::backend::{ExpertShape, RouterScore};
 use crate::config::{Classes, ConfigJson, Family, ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::families::llama::{self, Dialect, Window};
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 pub static FAMILY: Family =
     Family { name: "qwen3-moe", model_type: "qwen3_moe", architectures: &["Qwen3MoeForCausalLM"], classes: Classes::Published };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 const DIALECT: Dialect = Dialect {
     qk_norm: |_| Ok(true),

@@ -6,12 +6,12 @@ use std::path::Path;
 use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::qwen3_moe;
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 pub static FAMILY: Family = Family { name: "rnd1", model_type: "rnd1", architectures: &["RND1LM"], classes: Classes::Own };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 /// MASK as the published configuration class has it by default.
 const MASK_ID: u32 = 151_669;

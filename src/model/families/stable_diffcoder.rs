@@ -7,14 +7,14 @@ use std::path::Path;
 use crate::config::{AttentionMask, Classes, ConfigJson, Family, ModelConfig};
 use crate::error::Result;
 use crate::model::families::llama;
-use crate::model::family::{FamilyEntry, Layout};
+use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 // Llama's type; the class tells them apart.
 pub static FAMILY: Family =
     Family { name: "stable-diffcoder", model_type: "llama", architectures: &["StableDiffcoderForCausalLM"], classes: Classes::Own };
 
-pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: Layout::Llama(&NAMES) };
+pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 /// Block length and MASK as the published sampler has them by default; config.json names neither.
 const BLOCK_LEN: usize = 4;
