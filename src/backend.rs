@@ -286,7 +286,7 @@ pub trait Backend: Sized {
     type Rows: RowList;
     /// Some ids for each of some rows, where the kernels can read them.
     type Shortlists;
-    /// The experts of every row, in the order of the experts, and room for the rows on their way
+    /// The experts of every row, in the order of the experts, and buffers for the rows on their way
     /// through them.
     type Routing;
     /// Runs planned steps, on the host or on a device that samples by itself.
@@ -310,7 +310,7 @@ pub trait Backend: Sized {
     fn synchronize(&self) -> Result<()>;
     /// Packs a weight, reading it some rows at a time so that no second full copy exists.
     fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Self::Weight>;
-    /// Room for the routing of up to `rows` rows through experts of this shape.
+    /// Buffers for the routing of up to `rows` rows through experts of this shape.
     fn routing(&self, rows: usize, shape: ExpertShape) -> Result<Self::Routing>;
     /// Pages filled with NaN: a slot that is read before it is written poisons the result instead
     /// of looking plausible.
@@ -357,7 +357,7 @@ pub trait Backend: Sized {
     /// x) * up_e x)` for the rows of the last `route`: `up` is E x (2F, C) with gate and up of a
     /// column in neighbouring rows, `down` E x (C, F). Products as in `linear`, over the rows of an
     /// expert together; the sum starts from zero and is added to `out` at its end. A row's result
-    /// does not depend on who shares its experts.
+    /// does not depend on the rows that share its experts.
     fn moe(
         &self,
         routing: &mut Self::Routing,
@@ -455,7 +455,7 @@ pub trait StepRunner<B: Backend> {
 
 /// A model with its K/V store, activations and joint sampler.
 pub trait Network<B: Backend> {
-    /// Makes room; buffers move only where there was too little.
+    /// Reserves buffers; they move only where they were too small.
     fn reserve(&mut self, backend: &B, rows: StepRows) -> Result<()>;
     /// Names the weights and buffers that a step uses: those of the model, the activations, and the
     /// states of a joint sampler.
@@ -535,7 +535,7 @@ pub struct RowsToSample<'a, B: Backend> {
     pub bias: Option<&'a B::Buffer>,
     /// Final rows of the guide's picked rows, in f32.
     pub guide: Option<&'a B::Buffer>,
-    /// Room for (sampled rows, C) f32 each.
+    /// Scratch buffers of (sampled rows, C) f32 each.
     pub room: [&'a mut B::Buffer; 2],
     /// Of [`Windows::shortlists`].
     pub lists: &'a [B::Shortlists],

@@ -106,7 +106,7 @@ impl ChatTemplate {
         Error::tokenizer(&self.path, format!("the chat template {what}: {error:#}"))
     }
 
-    /// The conversation as text, ending where the assistant's answer begins.
+    /// The conversation as text, ending where the assistant's reply begins.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
         let env = self.environment()?;
         let tokens: BTreeMap<String, Value> = self.tokens.iter().map(|(name, token)| (name.clone(), token.as_str().into())).collect();

@@ -94,7 +94,7 @@ pub struct DecoderFlags {
     pub mlp: Mlp,
     /// Biases of the q, k and v projections.
     pub qkv_bias: bool,
-    /// Bias of the projection behind attention.
+    /// Bias of the projection after attention.
     pub attn_out_bias: bool,
     /// Biases of all of the MLP's projections.
     pub mlp_bias: bool,
@@ -151,7 +151,7 @@ pub struct ModelConfig {
     pub cond_dim: Option<usize>,
     /// None in autoregressive checkpoints, which have no such token.
     pub mask_id: Option<u32>,
-    /// What stands before the first token of a text; where a checkpoint names no BOS, its end of
+    /// The token before the first one of a text; where a checkpoint names no BOS, its end of
     /// text.
     pub bos_id: Option<u32>,
     pub eos_id: Option<u32>,

@@ -39,8 +39,8 @@ use crate::weights::Weights;
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     pub budget: Budget,
-    /// K/V pages in the pool; `None` makes room for `budget.max_sequences` sequences of the model's
-    /// length.
+    /// K/V pages in the pool; `None`: as many as hold `budget.max_sequences` sequences of the
+    /// model's length.
     pub kv_pages: Option<usize>,
     /// Positions per page.
     pub page_size: usize,
@@ -426,7 +426,7 @@ impl<B: Backend> Engine<B> {
         Ok(self.is_busy())
     }
 
-    /// Cancelled requests, and those whose handle is gone, end where they stand.
+    /// Cancelled requests, and those whose handle is gone, end at once.
     fn drop_cancelled(&mut self) {
         let gone = |a: &RunningSequence| a.cancel.load(Ordering::Relaxed) || Arc::strong_count(&a.cancel) == 1;
         for active in self.active.iter_mut().chain(&mut self.queue).filter(|a| gone(a)) {

@@ -1,4 +1,5 @@
-//! Error type of the crate: variants by who can act on them, with their operands and their cause.
+//! Error type of the crate: variants by what can be done about them, with their operands and their
+//! cause.
 //!
 //! Every text names the file, key or argument, what was expected and what was found.
 #![forbid(unsafe_code)]

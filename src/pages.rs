@@ -24,7 +24,7 @@ pub struct PagePool {
 }
 
 /// A prompt whose K/V can be shared: same leading tokens, same weights, same block length (K/V
-/// depend on who sees whom).
+/// depend on which rows see which).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PrefixKey {
     pub weights: usize,
@@ -44,7 +44,8 @@ struct Prefix {
 /// What the pool knows of a prefix.
 #[derive(Debug, PartialEq, Eq)]
 pub enum PrefixState {
-    /// No sequence computes it yet: the caller now owns it and must [`PagePool::publish`] it.
+    /// No sequence computes it yet: the caller is now responsible and must [`PagePool::publish`]
+    /// it.
     Yours,
     /// Another sequence is computing it.
     Pending,

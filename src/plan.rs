@@ -34,8 +34,8 @@ pub enum LogitsRows {
     /// The position's own.
     #[default]
     Own,
-    /// Shifted logits: position p is answered by row p - 1, position 0 by its own (Dream, Fast-dLLM
-    /// v2).
+    /// Shifted logits: position p is predicted by row p - 1, position 0 by its own (Dream,
+    /// Fast-dLLM v2).
     Before,
 }
 
@@ -76,7 +76,7 @@ pub enum Kind {
     Prefill,
     /// A block in which something may be revealed now.
     Denoise,
-    /// Finished blocks whose last row answers the first position of the next one (shifted logits):
+    /// Finished blocks whose last row predicts the first position of the next one (shifted logits):
     /// final K/V and an unmasked token.
     Boundary,
     /// A finished block whose final K/V is written.
@@ -149,8 +149,8 @@ impl Plan {
         }
     }
 
-    /// Appends one sequence: `rows` as (position, token id), its page table, and who sees whom in a
-    /// sequence of `len` positions.
+    /// Appends one sequence: `rows` as (position, token id), its page table, and which keys are
+    /// visible in a sequence of `len` positions.
     pub fn push(&mut self, rows: &[(usize, u32)], pages: &[u32], page_size: usize, visibility: Visibility, len: usize) {
         for &(position, id) in rows {
             assert!(position < len, "row at position {position} of a sequence of {len}");

@@ -146,7 +146,7 @@ impl SubmittedRequest {
         self.finished.borrow_mut().take()
     }
 
-    /// Ends the request at the next tick; its output then holds what stands.
+    /// Ends the request at the next tick; its output then holds the tokens so far.
     pub fn cancel(&self) {
         self.cancel.store(true, Ordering::Relaxed);
     }

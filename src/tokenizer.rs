@@ -54,7 +54,7 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// Whether a special token stands spelled out in `text`.
+    /// Whether `text` spells a special token out.
     pub fn spells_special(&self, text: &str) -> bool {
         self.inner.get_added_tokens_decoder().values().any(|token| token.special && text.contains(&token.content))
     }

@@ -117,7 +117,7 @@ impl Weights {
             Error::weights(&path, what)
         })?;
         let shard = self.shards.len();
-        // `read_metadata` returns the header's own length; the 8-byte length field stands before
+        // `read_metadata` returns the header's own length; the 8-byte length field comes before
         // it.
         let data = header + 8;
         for (name, info) in metadata.tensors() {
@@ -323,7 +323,7 @@ impl Tensor<'_> {
     }
 }
 
-/// What reading left behind goes back as a whole.
+/// Buffers that reading left are freed as a whole.
 impl Drop for Tensor<'_> {
     fn drop(&mut self) {
         if let Data::Mapped(entry, shard) = self.data

@@ -18,7 +18,7 @@ use crate::weights::Weights;
 
 /// Bytes of weights in f32 up to which [`EngineBuilder::dtype`] defaults to f32.
 const SMALL_MODEL_BYTES: usize = 1 << 30;
-/// Positions that the K/V pages of one sequence have room for by default.
+/// Positions that the K/V pages of one sequence hold by default.
 const DEFAULT_POSITIONS: usize = 4096;
 
 /// Called before each tensor is read, with the bytes of the tensors before it and the bytes in all.

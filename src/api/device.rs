@@ -1,4 +1,4 @@
-//! Device choice at run time, and the backend behind it.
+//! Device choice at run time, and the backend that it opens.
 #![forbid(unsafe_code)]
 
 use std::fmt;

@@ -106,7 +106,7 @@ impl Engine {
         self.score_tokens(&tokens)
     }
 
-    /// [`Engine::score`] of token ids, without the BOS that stands before them.
+    /// [`Engine::score`] of token ids, without the BOS before them.
     pub fn score_tokens(&mut self, tokens: &[u32]) -> Result<Vec<f64>> {
         if tokens.is_empty() {
             return Err(Error::request("score: expected at least one token, found none"));

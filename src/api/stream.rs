@@ -1,7 +1,7 @@
 //! Text of a request while it is written: final text as deltas, provisional text as snapshots.
 //!
 //! Blocks that the last stage has committed are final: their text comes as deltas, which join to
-//! [`Generation::text`]. Whatever an earlier stage wrote, and whatever the last stage has revealed
+//! [`Generation::text`]. Tokens of earlier stages, and those that the last stage has unmasked
 //! in an open block, may still change: it comes as snapshots of the whole text.
 #![forbid(unsafe_code)]
 
@@ -20,7 +20,7 @@ const MASKED: &str = "·";
 pub enum TextEvent {
     /// Final text, after all deltas before it.
     Delta(String),
-    /// The text as it stands; it replaces the last snapshot.
+    /// The text as it is now; it replaces the last snapshot.
     Snapshot(Snapshot),
     /// The end: the finished text, or the request's error.
     Done(Box<Result<Generation>>),

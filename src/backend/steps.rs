@@ -52,8 +52,8 @@ pub struct SequenceStep {
     pub range: Range<usize>,
     /// How many those are.
     pub num_sampled: usize,
-    /// Which rows answer them. Under [`LogitsRows::Before`] position 0, which no row is before, is
-    /// not among those sampled.
+    /// Which rows hold their logits. Under [`LogitsRows::Before`] position 0, which no row is
+    /// before, is not among those sampled.
     pub logits: LogitsRows,
     /// Without `u`, which the device takes from the counter RNG, and `forced`.
     pub draw: Draw,
@@ -284,7 +284,7 @@ pub struct Timing {
     pub recorded: bool,
 }
 
-/// Rows that a step needs room for.
+/// Numbers of rows that a step needs buffers for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepRows {
     pub forward: usize,
@@ -294,7 +294,7 @@ pub struct StepRows {
 }
 
 impl StepRows {
-    /// Room for either.
+    /// The larger of both.
     pub fn max(self, other: StepRows) -> StepRows {
         StepRows {
             forward: self.forward.max(other.forward),

@@ -2,8 +2,8 @@
 //! lengths.
 //!
 //! Every figure is a median over `--runs` runs after one warm-up; end-of-text is ignored so that
-//! all runs do the same work. With `--quality` the command measures text instead, which is the room
-//! `quality` beside this one.
+//! all runs do the same work. With `--quality` the command measures text instead, which is the
+//! module `quality` beside this one.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -235,7 +235,7 @@ fn products(config: &ModelConfig, rows: f64, sampled: f64, experts: impl Fn(f64,
         Mlp::SwiGlu => 3,
     };
     let layer = |i: usize| {
-        // Behind the last layer's K/V only sampled rows go on.
+        // After the last layer's K/V only sampled rows go on.
         let on = if i + 1 == config.num_layers { sampled } else { rows };
         let mlp = match config.experts(i) {
             None => on * (products * c * config.mlp_dim) as f64,

@@ -58,7 +58,7 @@ pub fn main() -> u8 {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are answers, not mistakes; clap knows which. A closed pipe is fine
+            // Help and version are no mistakes; clap knows which. A closed pipe is fine
             // here too.
             let _ = error.print();
             return if error.use_stderr() { 2 } else { 0 };

@@ -42,7 +42,7 @@ struct Json<'a> {
     sample: u32,
     schedule: Vec<String>,
     prompt_tokens: usize,
-    /// What stands before the first generated token.
+    /// What precedes the first generated token.
     prompt: CanvasPart<'a>,
     tokens: &'a [u32],
     text: String,

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::tokenizer::Tokenizer;
 
-/// One line; what else stands in it is not looked at.
+/// One line; other keys are ignored.
 #[derive(Deserialize)]
 struct SampleLine {
     model: Option<String>,
@@ -120,7 +120,7 @@ fn ids(line: SampleLine, judge: &ModelConfig) -> Result<(Vec<u32>, Vec<bool>)> {
             ([prompt, line.tokens].concat(), counted)
         }
     };
-    // The judge's own BOS stands before every window.
+    // Every window begins with the judge's own BOS.
     if tokens.first().is_some_and(|id| judge.bos_id == Some(*id)) && !counted[0] {
         tokens.remove(0);
         counted.remove(0);

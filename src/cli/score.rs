@@ -1,6 +1,6 @@
 //! `redraft score`: how likely a text is under a model, token by token.
 //!
-//! An autoregressive checkpoint scores by its own chain rule: every window stands behind a BOS (an
+//! An autoregressive checkpoint scores by its own chain rule: every window follows a BOS (an
 //! end of text, where the checkpoint names no BOS), so the first token of a text has a likelihood
 //! like any other. A diffusion model scores by the chain rule of a decoding order it can follow:
 //! left to right, each token revealed in turn under block-causal visibility of the chosen block
@@ -79,7 +79,7 @@ pub(super) fn run(flags: ScoreFlags) -> Result<()> {
     }
     config.first_id()?;
     let tokenizer = flags.device.tokenizer(&config)?;
-    // Windows stand side by side, each behind a BOS of its own: nothing is scored twice, and a
+    // Windows lie side by side, each after a BOS of its own: nothing is scored twice, and a
     // window's first tokens have little context.
     let judge = Judge { dir, window: config.model_length.max(2) - 1, config, visibility, tokenizer };
     let text = match &flags.samples {
@@ -90,7 +90,7 @@ pub(super) fn run(flags: ScoreFlags) -> Result<()> {
     Ok(())
 }
 
-/// Who scores, and how.
+/// The model that scores, and how.
 struct Judge {
     dir: PathBuf,
     config: ModelConfig,

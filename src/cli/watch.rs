@@ -62,7 +62,7 @@ impl Watch {
             }
         }
         if event.kind == EventKind::Done {
-            // A draft that ended early leaves masks behind its last token.
+            // A draft that ended early leaves masks after its last token.
             let len = event.positions.last().map_or(0, |p| p + 1);
             let fixed = self.cells.iter().rposition(|c| matches!(c, Cell::Fixed(_))).map_or(0, |p| p + 1);
             self.cells.truncate(len.max(fixed));

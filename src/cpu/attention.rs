@@ -4,8 +4,9 @@
 //! heads that share the K/V head) and walks the keys in tiles of 64 counted from position 0, with
 //! an online softmax: scores of up to six queries by 64 keys in registers, then their exponentials
 //! times the values. What a query computes, and in which order, is fixed by its own visible end,
-//! never by who shares its tile: queries that see different counts of a tile's keys share the
-//! scores and the values of the groups that all of them see whole, and take the rest apart.
+//! never by the queries that share its tile: queries that see different counts of a tile's keys
+//! share the scores and the values of the groups that all of them see whole, and take the rest
+//! apart.
 //!
 //! Slots at or past the end are kept out twice: their scores become -inf before the maximum, and
 //! their values are not among the steps of the second product, because 0 * NaN is NaN. In bf16,

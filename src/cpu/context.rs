@@ -38,7 +38,7 @@ impl CpuContext {
         if work < INLINE_WORK { &self.serial } else { &self.pool }
     }
 
-    // Scratch holds nothing between calls, so a panic that poisoned it left nothing behind.
+    // Scratch holds nothing between calls, so a panic that poisoned it did no damage.
     pub(super) fn words(&self) -> MutexGuard<'_, Aligned<u32>> {
         self.words.lock().unwrap_or_else(PoisonError::into_inner)
     }

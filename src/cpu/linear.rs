@@ -173,16 +173,16 @@ fn steps(dtype: DType, k: usize) -> usize {
 /// until it is packed.
 pub const READ_VALUES: usize = 1 << 18;
 
-/// `fill(i, part, room)` writes part i, with `room` to read into.
+/// `fill(i, part, room)` writes part i, with `room` as scratch to read into.
 type Fill<'a, T> = dyn Fn(usize, &mut [T], &mut Vec<f32>) -> Result<()> + Sync + 'a;
 
 /// Fills `data` in parts of `part_len`, on all threads.
 ///
-/// Errors: that of the first part that has one; some parts behind it may not have been filled.
+/// Errors: that of the first part that has one; some parts after it may not have been filled.
 pub fn read_in_parts<T: Send>(context: &CpuContext, data: &mut [T], part_len: usize, fill: &Fill<T>) -> Result<()> {
     let rooms: Mutex<Vec<Vec<f32>>> = Mutex::default();
     let first_error: Mutex<Option<(usize, Error)>> = Mutex::default();
-    // What a panic leaves there is complete: rooms hold nothing between parts.
+    // What a panic leaves there is complete: scratch holds nothing between parts.
     let failed = || first_error.lock().unwrap_or_else(PoisonError::into_inner);
     context.pool.chunks(data, part_len, &|i, part| {
         if failed().as_ref().is_some_and(|(at, _)| *at < i) {
@@ -370,7 +370,7 @@ impl Kernel for Panels<'_, '_> {
     }
 }
 
-/// Where a register tile stands: `rows` rows from `row` on, panels from `panel` on, steps
+/// Position of a register tile: `rows` rows from `row` on, panels from `panel` on, steps
 /// `first_step..last_step`.
 #[derive(Clone, Copy)]
 struct At {

@@ -1,9 +1,9 @@
-//! The CPU backend: checks the contract of each op, then hands it to the room of the same name.
+//! The CPU backend: checks the contract of each op, then hands it to the module of the same name.
 //!
 //! Activations are f32 on cache lines; weights and K/V are words in the order the register tile
-//! reads them. Rooms: `simd` (the vector instructions, one choice at run time), `pool` (threads and
-//! disjoint writes), `memory` (aligned buffers), one file per op, `context` (what the ops share),
-//! and `oracle` (plain loops that every backend is tested against).
+//! reads them. Modules: `simd` (the vector instructions, one choice at run time), `pool` (threads
+//! and disjoint writes), `memory` (aligned buffers), one file per op, `context` (what the ops
+//! share), and `oracle` (plain loops that every backend is tested against).
 #![deny(unsafe_code)]
 
 mod attention;

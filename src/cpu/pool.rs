@@ -6,7 +6,7 @@
 //! descheduled is not waited for: the caller takes its share and closes the job. Which thread runs
 //! a task never shows in a result: tasks write disjoint places.
 //!
-//! Also owns the safe ways to write disjoint parts of one buffer: [`Pool::chunks`] and
+//! Also contains the safe ways to write disjoint parts of one buffer: [`Pool::chunks`] and
 //! [`Pool::tiles`].
 
 use std::any::Any;
@@ -55,8 +55,8 @@ struct Shared {
 
 // SAFETY: `task` is the only field that is not already Send and Sync. It is written in `Pool::run`
 // under the `caller` lock before the job opens (release) and read by workers after they entered an
-// open job (acquire); `run` does not return, and so the closure behind the pointer (itself Sync)
-// does not end, until the job is closed and empty.
+// open job (acquire); `run` does not return, and so the closure that the pointer refers to (itself
+// Sync) does not end, until the job is closed and empty.
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
@@ -143,7 +143,7 @@ impl Shared {
 pub struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// Held by the thread whose job runs. Someone else's call, or a call from inside a task, runs
+    /// Held by the thread whose job runs. A call of another thread, or one from inside a task, runs
     /// its tasks alone.
     caller: Mutex<()>,
 }
@@ -190,7 +190,7 @@ impl Pool {
         }
         // SAFETY: only the lifetime changes; this call outlives every use, see `Shared`.
         let erased = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
-        // SAFETY: the job is closed and empty, and the lock is held: nobody reads.
+        // SAFETY: the job is closed and empty, and the lock is held: no thread reads.
         unsafe { *shared.task.get() = Some(erased) };
         let job = (shared.state.0.load(Ordering::Relaxed) >> JOB_SHIFT) + 1;
         shared.state.0.store(job << JOB_SHIFT | OPEN, Ordering::SeqCst);

@@ -1,7 +1,7 @@
 //! Rotary positions: norms (where asked) and rotates q and k of fused rows in place, then writes k
 //! and v to their slots.
 //!
-//! Rotation runs over rows and the writes over K/V heads, each of which owns one region of the
+//! Rotation runs over rows and the writes over K/V heads, each of which writes one region of the
 //! store, so neither needs a lock.
 #![forbid(unsafe_code)]
 

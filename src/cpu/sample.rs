@@ -4,7 +4,7 @@
 //! its mass `sum exp(l - max)` and the moment that the entropy needs, all in f32 lanes over a tile
 //! that stays in L1; tiles are joined in f64. The draw is the inverse CDF of `sampling::sample_row`
 //! on two levels: the tile by cumulative mass, then the id inside it. The nucleus sorts nothing but
-//! its own edge: tokens below `(1 - p) / V` can never be kept, since whatever follows a kept token
+//! its own edge: tokens below `(1 - p) / V` can never be kept, since every token after a kept one
 //! weighs at least `1 - p` together and no more than that token each; above that, thresholds close
 //! in on the logit where the cumulative mass meets p, three per pass, until a few tokens are left
 //! to put in order.
@@ -170,7 +170,7 @@ fn draw_token(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32
         if before + mass <= target {
             before += mass;
             // Should rounding leave the target past the last tile, its last token with any mass is
-            // the answer.
+            // chosen.
             let floor = max - 87.0 * draw.temperature;
             chosen = tile.iter().rposition(|&l| l > floor).map_or(chosen, |at| i * TILE + at);
             continue;
@@ -236,8 +236,8 @@ fn truncated_draw(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max:
         let ids = i * TILE..logits.len().min((i + 1) * TILE);
         if before + mass <= target {
             before += mass;
-            // Should rounding leave the target past the last tile, its last kept token is the
-            // answer.
+            // Should rounding leave the target past the last tile, its last kept token is
+            // chosen.
             chosen = ids.rev().find(|&id| kept(id) && masses[id] > 0.0).or(chosen);
             continue;
         }
@@ -302,7 +302,7 @@ fn edge(context: &CpuContext, logits: &[f32], masses: &[f32], max: f32, total: f
         TopPRule::Within => mass / total <= top_p,
         TopPRule::Crossing => mass / total < top_p,
     };
-    // Logit at which the probability is (1 - p) / V, with room for the rounding of masses.
+    // Logit at which the probability is (1 - p) / V, less a margin for the rounding of masses.
     let least = (total * (1.0 - top_p) / logits.len() as f64).ln().max(-87.0) * f64::from(draw.temperature);
     let room = 1e-4 * (1.0 + least.abs()) * f64::from(draw.temperature).max(1.0);
     // Tokens above `high` are kept, of mass `before` together; tokens at or below `low` are not.
@@ -347,7 +347,7 @@ fn edge(context: &CpuContext, logits: &[f32], masses: &[f32], max: f32, total: f
             TopPRule::Within => (before + mass) / total <= top_p,
             TopPRule::Crossing => before / total < top_p,
         };
-        // Whatever the rule says, the most probable token stays: nothing is before it.
+        // Under either rule the most probable token stays: nothing is before it.
         if !kept && before > 0.0 {
             break;
         }

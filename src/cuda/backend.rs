@@ -322,7 +322,7 @@ impl Backend for Cuda {
 
     fn copy(&self, len: usize, x: &Buffer, out: &mut Buffer) -> Result<()> {
         assert!(x.len.min(out.len) >= len, "{len} of x of {}, out of {}", x.len, out.len);
-        // A kernel and not the driver's copy: it may stand inside a recorded graph.
+        // A kernel and not the driver's copy: it may be part of a recorded graph.
         let op = Gather { count: 1, width: len as u32, rows: None, x: x.address, x_dtype: x.dtype, out: out.address, out_dtype: out.dtype };
         gather::gather(&self.context, &op)
     }

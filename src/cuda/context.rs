@@ -15,7 +15,8 @@ use super::params::Params;
 use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch};
 use crate::error::Result;
 
-/// 32-bit counters that are zero before and after every op, for CTAs that agree on who comes last.
+/// 32-bit counters that are zero before and after every op, for CTAs that agree on which of them
+/// comes last.
 pub const COUNTERS: usize = 1 << 16;
 
 /// Blocks up to this size are kept for the next request of their size instead of being freed, which
@@ -115,7 +116,7 @@ impl CudaContext {
         Ok(address)
     }
 
-    /// [`COUNTERS`] zeros. A kernel that counts in them leaves zeros behind.
+    /// [`COUNTERS`] zeros. A kernel that counts in them leaves zeros.
     pub fn counters(&self) -> Address {
         self.counters.get()
     }
@@ -132,7 +133,7 @@ impl CudaContext {
 
     /// Records what `body` launches, to be replayed whenever it would launch the same again.
     ///
-    /// Errors: those of `body` and of the driver; whatever was recorded until then is forgotten.
+    /// Errors: those of `body` and of the driver; what was recorded until then is discarded.
     ///
     /// # Panics
     /// If `body` moves memory that recorded launches hold addresses of: a replay would read what is

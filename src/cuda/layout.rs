@@ -7,7 +7,7 @@
 //! all      sampled rows, pages, (remask)
 //! ```
 //! All of a step goes to the step buffers at once. Order and sizes follow from its [`Signature`] up
-//! to the pages; what varies otherwise stands behind them, out of the sight of recorded graphs.
+//! to the pages; what varies otherwise follows them, out of the sight of recorded graphs.
 #![forbid(unsafe_code)]
 
 use std::iter::repeat_n;
@@ -61,7 +61,7 @@ pub(super) struct StepPlan {
     /// In the arena.
     pub words: Range<usize>,
     pub signature: Arc<Signature>,
-    /// The forward, and behind it the passes of a sampler.
+    /// The forward, and after it the passes of a sampler.
     pub parts: Vec<PartPlan>,
     /// The sampled rows, found on the device, of all parts; how far those of the forward see, and
     /// their work list.
@@ -227,7 +227,7 @@ impl StepLayout<'_> {
         self.words.push(rows.iter().copied().chain(repeat_n(0, padded(rows.len()) - rows.len())))
     }
 
-    /// Where each row stands in the canvas arrays.
+    /// Index of each row in the canvas arrays.
     fn index(&mut self, plan: &Plan, rows: usize) -> usize {
         let sequence_of_row = (0..plan.num_sequences()).flat_map(|s| (plan.indptr[s]..plan.indptr[s + 1]).map(move |_| s));
         let offsets: Vec<u32> = sequence_of_row.zip(&plan.positions).map(|(s, p)| self.firsts[s] + p).collect();
@@ -250,7 +250,7 @@ impl StepLayout<'_> {
                     range_begin: part.range.start as u32,
                     range_end: part.range.end as u32,
                     row_first,
-                    // The position that the first row answers.
+                    // The position whose logits the first row holds.
                     rows_begin: part.logits.position_of(first_position as usize) as u32,
                     sample_first: first_sampled[i],
                     sample_count: part.num_sampled as u32,

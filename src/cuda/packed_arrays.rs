@@ -66,7 +66,7 @@ impl PackedArrays {
 }
 
 impl PlanOffsets {
-    /// The same as addresses behind `base`.
+    /// The same as addresses from `base` on.
     pub fn pointers(&self, base: Address) -> PlanPointers {
         let at = |place: usize| base + 4 * place as u64;
         PlanPointers {

@@ -10,7 +10,7 @@
 //! end     the log comes down: the one time the host waits
 //! ```
 //! What a step needs from the host is known before the first one runs (`Sequence::look_ahead`). A
-//! graph holds addresses, so whatever it reads or writes lies where it lay when it was recorded:
+//! graph holds addresses, so what it reads or writes must lie where it lay when it was recorded:
 //! canvases, the current step's arrays, draws and sampled tokens have fixed addresses
 //! ([`StepBuffers`](super::step_buffers::StepBuffers)), laid out by nothing but the signature. The
 //! counters of the random generator are part of those arrays, in device memory: a replay never
@@ -39,7 +39,7 @@ use crate::error::{Error, Result};
 /// What was sampled by one forward or pass, for each of its sequences.
 type StepSamples = Vec<Option<Result<Vec<RowOutcome>>>>;
 
-/// The canvases of a run, one after the other, as arrays over N positions of which there is room
+/// The canvases of a run, one after the other, as arrays over N positions, with capacity
 /// for more.
 #[derive(Clone, Copy)]
 struct CanvasArrays {
@@ -113,7 +113,7 @@ impl DeviceRun {
 
         let positions = firsts[lens.len()] as usize;
         let mut fixed = cuda.step_buffers.borrow_mut();
-        // The arrays of a canvas lie by the room there is, not by what is used: their addresses
+        // Offsets within a canvas follow from its capacity, not from what is used: their addresses
         // stay.
         let base = fixed.canvas.reserve(context, CanvasArrays::BYTES * positions.next_multiple_of(4))?;
         let room = fixed.canvas.0.as_ref().expect("reserved").bytes() / CanvasArrays::BYTES / 4 * 4;
@@ -173,7 +173,7 @@ impl DeviceRun {
             };
             remask::remask(context, self.num_sequences as u32, &params)?;
         }
-        // The rows of the passes after the forward stand there as padding until they do.
+        // The rows of the passes after the forward are padding until their pass selects them.
         let part = &plan.parts[0];
         self.select_masked(context, part, part.counts.iter().sum(), plan.num_sampled)?;
         Ok(plan.signature.clone())
@@ -243,7 +243,7 @@ impl DeviceRun {
         Ok(PassBatch { batch, rows: part.shape.batch.rows as usize, sample_rows, kept })
     }
 
-    /// The arrays of a part, whose rows stand at `index` on the canvas.
+    /// The arrays of a part, whose rows are at `index` on the canvas.
     fn arrays_of(&self, index: usize, offsets: &PlanOffsets) -> PlanPointers {
         PlanPointers { ids: self.canvas.token, index: Some(self.arrays + 4 * index as u64), ..offsets.pointers(self.arrays) }
     }
@@ -323,7 +323,7 @@ impl DeviceRun {
     }
 }
 
-/// One sequence's part of a step. Records of steps after an error hold whatever stood there: the
+/// One sequence's part of a step. Records of steps after an error are undefined: the
 /// first of them ends the sequence anyway.
 fn answer(records: &[SampledRecord], summary: &SequenceSummary) -> Result<Vec<RowOutcome>> {
     let sampled: Result<Vec<RowOutcome>> = records

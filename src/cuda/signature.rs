@@ -56,7 +56,7 @@ pub(super) struct PartShape {
     pub kept: Option<u32>,
 }
 
-/// What a joint sampler does behind a forward.
+/// What a joint sampler does after a forward.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct JointShape {
     /// Padded.

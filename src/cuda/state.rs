@@ -197,7 +197,7 @@ impl Cuda {
     }
 
     /// x as the element type of the weights: itself, or a rounded copy that lives as long as the
-    /// answer.
+    /// result.
     pub(super) fn as_input(&self, x: &Buffer, elements: usize) -> Result<(Address, Option<Memory>)> {
         if x.dtype == self.dtype {
             return Ok((x.address, None));
@@ -289,7 +289,7 @@ impl Cuda {
         self.upload_words(bytemuck::cast_slice(&records))
     }
 
-    /// Their answers to `rows` rows. Waits.
+    /// The records that a kernel wrote for `rows` rows. Waits.
     pub(super) fn read_sampled(&self, answers: &Memory, rows: usize) -> Result<Vec<sample::SampledRecord>> {
         let mut records = vec![sample::SampledRecord::default(); rows];
         self.context.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;

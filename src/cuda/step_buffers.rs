@@ -20,7 +20,7 @@ pub(super) struct StepBuffers {
 pub(super) struct StepBuffer(pub(super) Option<Memory>);
 
 impl StepBuffer {
-    /// Its address, with room for `bytes`.
+    /// Its address, with capacity for `bytes`.
     pub(super) fn reserve(&mut self, context: &CudaContext, bytes: usize) -> Result<Address> {
         if self.0.as_ref().is_none_or(|memory| memory.bytes() < bytes) {
             self.0 = None;

@@ -76,7 +76,7 @@ mod tests {
         SequenceStep { remask: None, stage: 0, block: 0, step: 0, range, num_sampled, logits: LogitsRows::Own, draw, unmask }
     }
 
-    /// A block behind the one before it, a neighbour without a sampler, and a whole canvas of
+    /// A block after the one before it, a neighbour without a sampler, and a whole canvas of
     /// shifted logits that is through after one pass.
     #[test]
     fn rows_of_windows_are_rows_of_the_forward() {

@@ -250,7 +250,7 @@ impl RunningSequences<'_> {
         if active.failed.is_none() && !revealed.iter().all(agree) {
             active.fail(Error::kernel("the device revealed other positions than the specification"));
         }
-        // A draft that ended early leaves the rest of the run behind.
+        // A draft that ended early leaves the rest of the run unused.
         active.failed.is_none() && now == len
     }
 }

@@ -2,14 +2,14 @@
 //! (ADJUST, arXiv 2509.22738).
 //!
 //! ```text
-//! h <- final rows of the model, those that answer each position
+//! h <- final rows of the model, those that predict each position
 //! after every unmasked token, at every position i of the window:
 //!     u = W_d [ rms_e(E[x_i]) ; rms_h(h_i) ] + b_d        v = layer(u)        h_i <- h_i + rms_p(v)
-//!     the answer to i: softmax(W h_i)
+//!     the distribution at i: softmax(W h_i)
 //! ```
 //! E and W are the model's own table and head, the layer is one of its own kind (without
-//! modulation) with weights of its own, and sees whatever the window sees. K/V of the layer lie in
-//! the pages behind the model's own layers. A position outside the window keeps the K/V that it had
+//! modulation) with weights of its own, and sees what the window sees. K/V of the layer lie in
+//! the pages after the model's own layers. A position outside the window keeps the K/V that it had
 //! when the model last computed it: those of the state that no call has changed yet
 //! ([`Joint::append`]).
 #![forbid(unsafe_code)]
@@ -58,14 +58,14 @@ pub struct JointState<B: Backend> {
 }
 
 impl<B: Backend> JointState<B> {
-    /// Room for `rows` rows.
+    /// With buffers for `rows` rows.
     pub fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self> {
         let len = rows * config.hidden_dim;
         let [hidden, normed] = backend.alloc([Activation::F32(len), Activation::Input(len)])?;
         Ok(JointState { id: unique(), rows, hidden, normed })
     }
 
-    /// Makes room for `rows` rows; what stood there is lost where there was too little.
+    /// Reserves buffers for `rows` rows; growing loses their content.
     pub(super) fn reserve(&mut self, backend: &B, config: &ModelConfig, rows: usize) -> Result<()> {
         if rows > self.rows {
             // Freed before the larger one is made.
@@ -76,7 +76,7 @@ impl<B: Backend> JointState<B> {
     }
 }
 
-/// The sampler's own norms, whatever those of the model are.
+/// The sampler's own norms, independent of the model's.
 fn rms<'a, V>(config: &ModelConfig, weight: &'a V) -> backend::Norm<'a, V> {
     backend::Norm { kind: NormKind::Rms, eps: config.norm_eps, weight, bias: None }
 }
@@ -90,7 +90,7 @@ impl<B: Backend> Joint<B> {
     /// Opens a sampler's directory: `config.json`, which names the model it belongs to, and
     /// `model.safetensors`.
     ///
-    /// Errors: a model of another family or size, and whatever keeps weights from loading.
+    /// Errors: a model of another family or size, and those of loading weights.
     pub fn load(backend: &B, base: &ModelConfig, dir: &Path, progress: Progress) -> Result<Joint<B>> {
         ConfigJson::read(dir, |keys| check(keys, base))?;
         let c = base.hidden_dim;
@@ -115,7 +115,7 @@ impl<B: Backend> Joint<B> {
         self.start_rows(backend, model, &backend.rows(rows)?, scratch, state)
     }
 
-    /// [`Joint::start`] from rows that the backend holds, for as many of which the state has room.
+    /// [`Joint::start`] from rows that the backend holds, at most as many as the state holds.
     pub(super) fn start_rows(
         &self,
         backend: &B,

@@ -38,7 +38,7 @@ pub(super) struct Dense<B: Backend> {
 }
 
 impl<B: Backend> Dense<B> {
-    /// `out (rows, C) += down(activation(up x))`; `inner` is room of (rows, F).
+    /// `out (rows, C) += down(activation(up x))`; `inner` is scratch of (rows, F).
     pub(super) fn apply(
         &self,
         backend: &B,

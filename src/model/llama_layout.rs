@@ -13,7 +13,7 @@ use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
-/// Where a layout keeps what the decoder reads; names in a layer come behind `{layers}.{i}.`,
+/// Where a layout keeps what the decoder reads; names in a layer come after `{layers}.{i}.`,
 /// projections without `.weight` and `.bias`.
 pub(super) struct Names {
     pub table: &'static str,

@@ -143,7 +143,7 @@ fn unique() -> u64 {
 }
 
 impl<B: Backend> Scratch<B> {
-    /// Room for `rows` rows.
+    /// With buffers for `rows` rows.
     pub fn new(backend: &B, config: &ModelConfig, rows: usize) -> Result<Self> {
         let width = config.hidden_dim.max(config.heads.q_width());
         let num_experts = config.moe.as_ref().map_or(0, |moe| moe.shape.num_experts);
@@ -187,7 +187,7 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
-    /// Shape of the page store this model needs, with `more` layers behind its own.
+    /// Shape of the page store this model needs, with `more` layers after its own.
     pub fn kv_shape(&self, num_pages: usize, page_size: usize, more: usize) -> KvShape {
         KvShape {
             num_layers: self.config.num_layers + more,
@@ -260,7 +260,7 @@ impl<B: Backend> Model<B> {
         self.final_norm.apply(backend, &self.config, rows.len(), &mut scratch.qkv, &mut scratch.h)
     }
 
-    /// Samples rows, counted among the wanted ones of the last forward: `rows[i]` is answered by
+    /// Samples rows, counted among the wanted ones of the last forward: `rows[i]` is sampled with
     /// `draws[i]`.
     pub fn sample(&self, backend: &B, rows: &[u32], draws: &[Draw], banned: &[u32], scratch: &mut Scratch<B>) -> Result<Vec<SampledToken>> {
         assert_eq!(rows.len(), draws.len(), "one draw per row");

@@ -35,7 +35,8 @@ pub(super) struct MoeLayer<B: Backend> {
     shared: Option<Dense<B>>,
 }
 
-/// What rows need on their way: room of (rows, E) for the router's logits, and of (rows, shared F).
+/// What rows need on their way: scratch of (rows, E) for the router's logits, and of (rows, shared
+/// F).
 pub(super) struct Room<'a, B: Backend> {
     pub logits: &'a mut B::Buffer,
     pub mlp: &'a mut B::Buffer,

@@ -58,8 +58,8 @@ const ENOUGH_SAMPLES: u32 = 200;
 /// Documents encoded between two looks at the clock.
 const DOCUMENTS_AT_ONCE: usize = 256;
 
-/// Key of the draws of intervals: an interval is a function of the values alone, whatever seed the
-/// text was generated from.
+/// Key of the draws of intervals: an interval is a function of the values alone, for any seed that
+/// the text was generated from.
 const INTERVAL_SEED: u64 = 0x7265_6472_6166_7421;
 
 /// Everything that is known before the first sample.
@@ -85,7 +85,7 @@ pub(super) fn run(flags: &BenchFlags) -> Result<()> {
     let job = EvalRun::resolve(flags)?;
     let mut save = flags.quality.save.as_deref().map(Save::create).transpose()?;
     let mut report = job.report();
-    // Rows that were measured are worth having whatever became of the next.
+    // Rows that were measured are worth having even if the next one fails.
     let outcome = job.measure(&mut report, save.as_mut());
     if outcome.is_ok() || !report.rows.is_empty() {
         let text = match flags.format {
@@ -327,7 +327,7 @@ impl<'a> EvalRun<'a> {
         Sample { tokens, draft, documents, ..Sample::default() }
     }
 
-    /// Fills in what the judge says about every sample, and about every second half behind
+    /// Fills in what the judge says about every sample, and about every second half after
     /// another's first half.
     fn ask(&self, judge: &mut dyn Scorer, set: &mut [Sample]) -> Result<()> {
         let mut progress = Progress::new("judging");
@@ -381,7 +381,7 @@ impl<'a> EvalRun<'a> {
         })
     }
 
-    /// The judge computes in f32 whatever the generator does: its figures are for comparing.
+    /// The judge computes in f32 whatever type the generator has: its figures are for comparing.
     fn load_judge(&self) -> Result<Box<dyn Scorer>> {
         let flags = DeviceFlags { dtype: Some(DTypeFlag::F32), ..self.flags.device.clone() };
         on_backend!(flags.backend(Some(&self.judge.dir))?, |backend| {
@@ -412,7 +412,7 @@ impl<B: Backend> Generator for Engine<B> {
 
 /// What scores, whichever machine it runs on.
 trait Scorer {
-    /// Negative log-likelihood in nats of every token of every sample, behind BOS and those before
+    /// Negative log-likelihood in nats of every token of every sample, given BOS and those before
     /// it.
     fn losses(&mut self, samples: &[&[u32]]) -> Result<Vec<Vec<f64>>>;
 
@@ -453,7 +453,7 @@ fn single_value(flag: &str, values: &[u32]) -> Result<Option<u32>> {
     }
 }
 
-/// Ids are judged as they were drawn: whatever a row's model may draw must mean the same to all.
+/// Ids are judged as they were drawn: an id that a row's model may draw must mean the same to all.
 fn check_vocabularies(rows: &Rows, judge: &ModelConfig, tokenizer: &Tokenizer, flags: &DeviceFlags) -> Result<()> {
     let first = &rows.models[0];
     if first.vocab_size >= MAX_VOCAB {
@@ -527,7 +527,7 @@ fn print_row(name: &str, measures: &Measures, cost: Option<&Cost>) {
     eprintln!("redraft: {name}: pooled judge perplexity {perplexity}{speed}");
 }
 
-/// The `--save` file: samples of finished rows are in it whatever becomes of the next.
+/// The `--save` file: samples of finished rows are in it even if the next one fails.
 struct Save {
     path: PathBuf,
     file: File,

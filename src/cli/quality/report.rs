@@ -72,7 +72,7 @@ pub(super) struct Cost {
     pub tokens_per_s: f64,
 }
 
-/// A column of the table of measures: heading, width, and what stands in it.
+/// A column of the table of measures: heading, width, and content.
 type Column = (&'static str, usize, fn(&Measures) -> String);
 
 fn number(figure: Option<Figure>, digits: usize) -> String {

@@ -86,12 +86,12 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn load(self, x: &[f32; LANES]) -> __m512 {
-        // SAFETY: reads the sixteen floats behind `x`, unaligned; features as in `op`.
+        // SAFETY: reads the sixteen floats at `x`, unaligned; features as in `op`.
         unsafe { _mm512_loadu_ps(x.as_ptr()) }
     }
     #[inline(always)]
     fn store(self, x: __m512, to: &mut [f32; LANES]) {
-        // SAFETY: writes the sixteen floats behind `to`, unaligned; features as in `op`.
+        // SAFETY: writes the sixteen floats at `to`, unaligned; features as in `op`.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
     }
     #[inline(always)]
@@ -144,7 +144,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn store_bf16(self, x: __m512, to: &mut [u16; LANES]) {
-        // SAFETY: writes the sixteen halves behind `to`, unaligned; features as in `op`, the first
+        // SAFETY: writes the sixteen halves at `to`, unaligned; features as in `op`, the first
         // branch only with BF16.
         unsafe {
             let rounded = if BF16 {
@@ -164,7 +164,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn load_bf16(self, x: &[u16; LANES]) -> __m512 {
-        // SAFETY: reads the sixteen halves behind `x`, unaligned; features as in `op`.
+        // SAFETY: reads the sixteen halves at `x`, unaligned; features as in `op`.
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast())))) }
     }
 
@@ -174,7 +174,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     }
     #[inline(always)]
     fn words(self, x: &[u32; LANES]) -> __m512i {
-        // SAFETY: reads the sixteen words behind `x`, unaligned; features as in `op`.
+        // SAFETY: reads the sixteen words at `x`, unaligned; features as in `op`.
         unsafe { _mm512_loadu_si512(x.as_ptr().cast()) }
     }
     #[inline(always)]
@@ -232,12 +232,12 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn load(self, x: &[f32; LANES]) -> Self::F {
-        // SAFETY: reads the sixteen floats behind `x`, unaligned; features as in `op`.
+        // SAFETY: reads the sixteen floats at `x`, unaligned; features as in `op`.
         unsafe { [_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))] }
     }
     #[inline(always)]
     fn store(self, x: Self::F, to: &mut [f32; LANES]) {
-        // SAFETY: writes the sixteen floats behind `to`, unaligned; features as in `op`.
+        // SAFETY: writes the sixteen floats at `to`, unaligned; features as in `op`.
         unsafe {
             _mm256_storeu_ps(to.as_mut_ptr(), x[0]);
             _mm256_storeu_ps(to.as_mut_ptr().add(8), x[1]);
@@ -316,7 +316,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn store_bf16(self, x: Self::F, to: &mut [u16; LANES]) {
-        // SAFETY: writes the sixteen halves behind `to`, unaligned; features as in `op`.
+        // SAFETY: writes the sixteen halves at `to`, unaligned; features as in `op`.
         unsafe {
             let halves = Self::pair(x, |x| {
                 let bits = _mm256_castps_si256(x);
@@ -335,7 +335,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn load_bf16(self, x: &[u16; LANES]) -> Self::F {
-        // SAFETY: reads the sixteen halves behind `x`, unaligned; features as in `op`.
+        // SAFETY: reads the sixteen halves at `x`, unaligned; features as in `op`.
         unsafe {
             let halves = [_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x.as_ptr().add(8).cast())];
             Self::pair(halves, |h| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(h))))
@@ -348,7 +348,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn words(self, x: &[u32; LANES]) -> Self::W {
-        // SAFETY: reads the sixteen words behind `x`, unaligned; features as in `op`.
+        // SAFETY: reads the sixteen words at `x`, unaligned; features as in `op`.
         unsafe { [_mm256_loadu_si256(x.as_ptr().cast()), _mm256_loadu_si256(x.as_ptr().add(8).cast())] }
     }
     #[inline(always)]

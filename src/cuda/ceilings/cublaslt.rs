@@ -114,7 +114,7 @@ impl SquareProduct {
         let transa = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA as c_int;
         let most = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as c_int;
         // SAFETY: results are writable, each handle is live when it is used, and both attributes,
-        // which are copied, have the sizes that are said. There is room for the one proposal.
+        // which are copied, have the sizes that are said. There is space for the one proposal.
         unsafe {
             checked("Create", (f.create)(library))?;
             checked("MatmulDescCreate", (f.desc_create)(desc, compute, f32_type))?;

@@ -50,12 +50,12 @@ impl Cache {
         })
     }
 
-    /// The file that holds the payload, and a trailer behind it, if it is there and whole.
+    /// The file that holds the payload, and a trailer after it, if it is there and whole.
     pub fn path_of(&self, key: &str, extension: &str) -> Option<PathBuf> {
         self.get(key, extension).and_then(|_| self.path(key, extension))
     }
 
-    /// Keeps `bytes` under `key` in place of whatever was there. None where that is not possible.
+    /// Keeps `bytes` under `key` in place of an earlier entry. None where that is not possible.
     pub fn store(&self, key: &str, extension: &str, bytes: &[u8]) -> Option<PathBuf> {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let path = self.path(key, extension)?;

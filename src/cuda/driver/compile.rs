@@ -303,7 +303,7 @@ impl NvrtcFunctions {
         if code == sys::nvrtcResult::NVRTC_SUCCESS as c_int {
             return Ok(());
         }
-        // SAFETY: accepts any code and answers with a static string.
+        // SAFETY: accepts any code and returns a static string.
         let text = unsafe { (self.get_error_string)(code) };
         if text.is_null() {
             return Err(format!("NVRTC error {code}"));

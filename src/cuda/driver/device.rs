@@ -136,10 +136,10 @@ impl Driver {
     fn describe(&self, code: c_int) -> String {
         let text = |function: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
             let mut text: *const c_char = std::ptr::null();
-            // SAFETY: `text` is writable; the functions accept any code and answer with a static
+            // SAFETY: `text` is writable; the functions accept any code and return a static
             // string or null.
             let answer = unsafe { function(code, &mut text) };
-            // SAFETY: a non-null answer is a NUL-terminated static string.
+            // SAFETY: a non-null result is a NUL-terminated static string.
             (answer == 0 && !text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
         };
         match (text(self.error_name), text(self.error_string)) {

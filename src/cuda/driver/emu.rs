@@ -1,4 +1,4 @@
-//! The emulator as a machine: the crate `redraft-emulator` behind the interface, with the kernels'
+//! The emulator as a machine: the crate `redraft-emulator` as a driver, with the kernels'
 //! sources and the cache on disk.
 #![forbid(unsafe_code)]
 

@@ -29,7 +29,7 @@ pub(in crate::cuda) enum DriverError {
 
 impl DriverError {
     pub(in crate::cuda) fn from_code(code: c_int) -> DriverError {
-        // By number: a driver may answer with codes that this list of names does not have.
+        // By number: a driver may return codes that this list of names does not have.
         const OUT_OF_MEMORY: c_int = CUresult::CUDA_ERROR_OUT_OF_MEMORY as c_int;
         const UNAVAILABLE: c_int = CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE as c_int;
         const UNKNOWN: c_int = CUresult::CUDA_ERROR_UNKNOWN as c_int;

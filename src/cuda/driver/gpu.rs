@@ -1,5 +1,5 @@
-//! The GPU behind libcuda: memory, modules, launches and graphs on one stream of the device's
-//! primary context.
+//! The GPU driven through libcuda: memory, modules, launches and graphs on one stream of the
+//! device's primary context.
 //!
 //! Every call makes the context current first, so a [`Gpu`] may move between threads. Writes go
 //! through page-locked memory in pieces and return when the source may be reused; the copies run
@@ -320,7 +320,7 @@ impl Driver for Gpu {
         let mut place = staging.as_mut().and_then(|staging| staging.readback(dst.len()));
         let target: *mut c_void = place.as_mut().map_or(dst.as_mut_ptr().cast(), |place| place.as_mut_ptr().cast());
         if !dst.is_empty() {
-            // SAFETY: `target` has room for `dst.len()` bytes and is not touched before the wait
+            // SAFETY: `target` holds `dst.len()` bytes and is not touched before the wait
             // below; the caller's buffer at `src` holds as many.
             self.check("cuMemcpyDtoHAsync", unsafe { (f.copy_to_host)(target, src, dst.len(), self.stream) })?;
         }

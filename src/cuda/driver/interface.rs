@@ -1,14 +1,14 @@
 //! The narrow interface between the launchers and a machine that runs kernels: memory, modules,
 //! launches, graphs.
 //!
-//! Two machines implement it: the GPU behind libcuda (`gpu.rs`) and the host that executes the same
-//! kernel sources through g++ (`emu.rs`). Everything above this trait (params structs, grids,
+//! Two machines implement it: the GPU through libcuda (`gpu.rs`) and the host that executes the
+//! same kernel sources through g++ (`emu.rs`). Everything above this trait (params structs, grids,
 //! launch order, graph replay) is the same code for both, which is what makes a machine without a
 //! GPU able to test it.
 //!
-//! There is one stream: whatever is enqueued runs in the order of the calls. `write`, `copy`,
-//! `fill`, `launch` and `replay` enqueue; `read` and `synchronize` wait, and report what went wrong
-//! in anything enqueued before.
+//! There is one stream: everything that is enqueued runs in the order of the calls. `write`,
+//! `copy`, `fill`, `launch` and `replay` enqueue; `read` and `synchronize` wait, and report what
+//! went wrong in anything enqueued before.
 #![forbid(unsafe_code)]
 
 use crate::error::Result;

@@ -1,4 +1,4 @@
-//! Machines that run kernels: the interface, the GPU behind libcuda, and the emulator.
+//! Machines that run kernels: the interface, the GPU through libcuda, and the emulator.
 
 pub mod cache;
 pub(super) mod compile;

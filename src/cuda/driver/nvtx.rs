@@ -43,7 +43,7 @@ pub(in crate::cuda) fn push(name: &str) {
 /// Closes the innermost range of this thread.
 pub(in crate::cuda) fn pop() {
     if let Some(nvtx) = nvtx() {
-        // SAFETY: takes nothing; without an open range it answers a negative number.
+        // SAFETY: takes nothing; without an open range it returns a negative number.
         unsafe { (nvtx.pop)() };
     }
 }

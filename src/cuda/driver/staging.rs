@@ -2,7 +2,7 @@
 //! waits for the device nor holds on to its source.
 //!
 //! Writes fill segments of a ring one after the other; small ones share a segment. A segment is
-//! used again once the copies out of it are over, which an event behind its last copy tells. A
+//! used again once the copies out of it are over, which an event after its last copy tells. A
 //! separate area takes small reads: a copy into ordinary memory would go through the driver's own
 //! staging and cost one more wait.
 
@@ -26,7 +26,7 @@ pub(in crate::cuda) type Check<'a> = dyn Fn(&str, c_int) -> Result<()> + 'a;
 pub(in crate::cuda) struct Staging {
     /// SEGMENTS * SEGMENT_BYTES for writes, then READBACK_BYTES for reads.
     memory: RawHandle,
-    /// Behind the last copy out of each segment; not recorded before the first.
+    /// After the last copy out of each segment; not recorded before the first.
     events: [RawHandle; SEGMENTS],
     busy: [bool; SEGMENTS],
     /// The segment being filled, and how much of it is taken.
@@ -91,9 +91,9 @@ impl Staging {
         Ok(())
     }
 
-    /// Room for a small read, if it is small.
+    /// Staging memory for a small read, `None` for a large one.
     pub(in crate::cuda) fn readback(&mut self, bytes: usize) -> Option<&mut [u8]> {
-        // SAFETY: the area behind the segments holds READBACK_BYTES that the driver has mapped and,
+        // SAFETY: the area after the segments holds READBACK_BYTES that the driver has mapped and,
         // as zeros or by a copy, initialised; only one borrow of it exists.
         (bytes <= READBACK_BYTES)
             .then(|| unsafe { std::slice::from_raw_parts_mut((self.memory + SEGMENTS * SEGMENT_BYTES) as *mut u8, bytes) })

@@ -440,7 +440,7 @@ fn linear(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     Ok(Op::new(bytes, launch).flop(2 * count(rows, n) * u64::from(k)).result(out, count(rows, n), dtype))
 }
 
-/// `rms` 1 is RMSNorm behind a residual, anything else LayerNorm with a bias.
+/// `rms` 1 is RMSNorm after a residual, anything else LayerNorm with a bias.
 fn norm(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, width, dtype) = (shape.get("rows"), shape.get("width"), shape.dtype);
     let rms = shape.get("rms") == 1;

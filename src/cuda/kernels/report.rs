@@ -174,7 +174,7 @@ pub fn report_table(reports: &[KernelReport]) -> String {
     )
 }
 
-/// Columns as wide as their widest cell; numbers stand at the right.
+/// Columns as wide as their widest cell; numbers are aligned right.
 fn table(head: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let head = head.iter().map(|cell| (*cell).to_owned()).collect();
     let rows: Vec<Vec<String>> = std::iter::once(head).chain(rows).collect();

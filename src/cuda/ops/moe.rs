@@ -148,7 +148,7 @@ pub fn combine(context: &CudaContext, op: &Combine) -> Result<()> {
     context.launch(combine_build(), "moe_combine", launch, &MoeCombineParams { y, place, weight, out, rows, width, top_k, vectors })
 }
 
-/// Where a routing lies, and room for its rows between the products.
+/// Addresses of a routing, and of its rows between the products.
 #[derive(Clone, Copy)]
 pub(in crate::cuda) struct MoeArrays {
     /// Of the weights, and so of what enters a product.
@@ -229,7 +229,7 @@ impl MoeArrays {
     }
 }
 
-/// The choices of the last routing, and room for its rows between the products. Everything lies
+/// The choices of the last routing, and buffers for its rows between the products. Everything lies
 /// where it lay before, as recorded graphs need it.
 pub struct Routing {
     capacity: usize,
@@ -239,7 +239,7 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// Room for `rows` rows.
+    /// With buffers for `rows` rows.
     pub(in crate::cuda) fn new(context: &CudaContext, dtype: DType, rows: usize, shape: ExpertShape) -> Result<Routing> {
         let memory = context.memory(MoeArrays::lay_out(0, dtype, rows, shape).1)?;
         let (arrays, _) = MoeArrays::lay_out(memory.address(), dtype, rows, shape);

@@ -118,7 +118,7 @@ pub fn route(context: &CudaContext, op: &Route) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// However the choices fall, their tiles have room.
+    /// The tiles fit for any choices.
     #[test]
     fn there_is_room_for_every_tile() {
         for (num_experts, top_k, rows, tile_rows) in [(4, 2, 3, 8), (4, 2, 100, 8), (256, 8, 1, 8), (256, 8, 1024, 64), (8, 8, 33, 32)] {

@@ -1,11 +1,11 @@
 //! Launcher of `sample`: LM head and token choice of rows, as `sampling::sample_row` specifies.
 //!
 //! Two routes, chosen by each row's own draw. Most rows take A: `sample_tiles` computes logits tile
-//! by tile and keeps a few sums, `sample_draw` answers from those, and the logits of a row never
+//! by tile and keeps a few sums, `sample_draw` samples from those, and the logits of a row never
 //! exist. Draws from a nucleus (`top_p < 1`), and those that want the statistics of what is left of
 //! a distribution (`truncated_confidence`), take B: the logits of a chunk of rows are written by
 //! `linear`, and `sample_nucleus` reads them. Where both routes run, both compute all rows and each
-//! answers its own.
+//! samples its own.
 #![forbid(unsafe_code)]
 
 use crate::backend::{DType, Epilogue};
@@ -27,14 +27,14 @@ params! {
         flags: u32 = 16,
         /// The token to choose under [`flag::FORCED`].
         forced: u32 = 20,
-        /// Passed on to the answer.
+        /// Passed on to the record that is written.
         position: u32 = 24,
         sequence: u32 = 28,
     }
 }
 
 params! {
-    /// The answer for a row.
+    /// The sampled token of a row.
     SampledRecord, 32 bytes {
         token: u32 = 0,
         confidence: f32 = 4,
@@ -54,7 +54,7 @@ pub mod flag {
     pub const CROSSING: u32 = 1;
     pub const TRUNCATED: u32 = 2;
     pub const FORCED: u32 = 4;
-    /// A padding row: it gets no answer.
+    /// A padding row: nothing is written for it.
     pub const PADDING: u32 = 8;
     /// The nucleus is one of the whole distribution, not of what top-k leaves.
     pub const TOP_K_AFTER: u32 = 16;
@@ -98,7 +98,7 @@ impl From<&Draw> for DrawRecord {
 }
 
 impl SampledRecord {
-    /// The answer in the words of the backend.
+    /// As the backend's type.
     ///
     /// Errors: as `sampling::sample_row`, naming `row`.
     pub fn sampled(&self, row: usize) -> Result<SampledToken> {
@@ -184,7 +184,7 @@ params! {
 const IDS: u32 = 128;
 /// Bytes of a TileRecord there.
 const TILE_BYTES: usize = 32;
-/// Groups of 32 tiles that `sample_draw` has room for, 8 bytes each: 4,194,304 ids.
+/// Groups of 32 tiles that `sample_draw` holds at most, 8 bytes each: 4,194,304 ids.
 const MAX_GROUPS: u32 = 1024;
 /// Threads of `sample_nucleus`, a row.
 const NUCLEUS_THREADS: u32 = 512;

@@ -19,7 +19,8 @@ params! {
         /// Its masked positions are sampled, up to `range_end`.
         range_begin: u32 = 12,
         range_end: u32 = 16,
-        /// Plan row that answers position `rows_begin`, the next one answers the next position.
+        /// Plan row with the logits of position `rows_begin`; the next row is that of the next
+        /// position.
         row_first: u32 = 20,
         rows_begin: u32 = 24,
         /// Place of its first sampled row among all.

@@ -1,7 +1,7 @@
 //! Launchers of `shortlist` and `sample_shortlist`: the most probable ids of each row, and the
 //! token choice among them.
 //!
-//! Lists stay on the device. Every one has room for the same number of ids; a shorter one ends with
+//! Lists stay on the device. Every one takes the same number of ids; a shorter one ends with
 //! [`NO_ID`].
 #![forbid(unsafe_code)]
 
@@ -132,7 +132,7 @@ pub struct SampleShortlistOp {
     pub head: Address,
     /// (vocab) f32.
     pub bias: Option<Address>,
-    /// Room of a list, at most [`MAX_SHORTLIST`].
+    /// Capacity of a list in ids, at most [`MAX_SHORTLIST`].
     pub count: u32,
     /// (lists, count) u32.
     pub ids: Address,

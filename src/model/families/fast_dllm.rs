@@ -1,5 +1,5 @@
 //! Fast-dLLM v2 (arXiv 2509.26328): the Qwen2 layout under block-causal attention, with shifted
-//! logits. The first position of a block is answered by the last row of the finished block before
+//! logits. The first position of a block is predicted by the last row of the finished block before
 //! it, as in the autoregressive model that the weights were made from.
 #![forbid(unsafe_code)]
 

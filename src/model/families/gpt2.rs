@@ -82,7 +82,7 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     })
 }
 
-/// What stands in front of the names of this checkpoint.
+/// Prefix of the names of this checkpoint.
 fn prefix(weights: &Weights) -> &'static str {
     const SAVED: &str = "transformer.";
     if weights.contains(&format!("{SAVED}wte.weight")) { SAVED } else { "" }

@@ -1,5 +1,5 @@
-//! LLaDA (arXiv 2502.09992): the Llama layout under names of its own, full attention, row i answers
-//! position i.
+//! LLaDA (arXiv 2502.09992): the Llama layout under names of its own, full attention, row i
+//! predicts position i.
 //!
 //! 8B Base, 8B Instruct and 1.5 share it. The published configuration class can say far more (fused
 //! projections, ALiBi, layer groups); what no published checkpoint uses is refused by key.

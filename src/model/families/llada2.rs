@@ -1,6 +1,6 @@
 //! LLaDA2.0 and 2.1 (arXiv 2512.15745) over Ling 2.0's mixture of experts: fused q, k and v, norms
 //! of their heads, rotary positions on a part of each head, sigmoid routing limited to groups,
-//! shared experts, dense MLPs in the first layers; block-causal attention, row i answers position
+//! shared experts, dense MLPs in the first layers; block-causal attention, row i predicts position
 //! i.
 #![forbid(unsafe_code)]
 

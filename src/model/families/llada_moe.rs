@@ -1,6 +1,6 @@
 //! LLaDA-MoE (arXiv 2509.24389): the Llama layout with norms of the heads of q and k and
-//! softmax-routed experts, full attention, row i answers position i. It shares LLaDA's `model_type`
-//! and nothing else.
+//! softmax-routed experts, full attention, row i predicts position i. It shares LLaDA's
+//! `model_type` and nothing else.
 #![forbid(unsafe_code)]
 
 use std::path::Path;

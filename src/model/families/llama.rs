@@ -143,7 +143,7 @@ pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Fam
         shift: false,
         cond_dim: None,
         mask_id: None,
-        // Texts of models without a BOS of their own are scored behind an end of text, as their
+        // Texts of models without a BOS of their own are scored after an end of text, as their
         // training joined documents.
         bos_id: keys.first_token("bos_token_id", vocab_size)?.or(eos_id),
         eos_id,

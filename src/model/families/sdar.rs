@@ -1,4 +1,4 @@
-//! SDAR (arXiv 2510.06303) and TraDo: the Qwen3 layout under block-causal attention, row i answers
+//! SDAR (arXiv 2510.06303) and TraDo: the Qwen3 layout under block-causal attention, row i predicts
 //! position i.
 #![forbid(unsafe_code)]
 

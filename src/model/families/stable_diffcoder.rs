@@ -1,5 +1,5 @@
 //! Stable-DiffCoder (ByteDance Seed, 2026): the Llama layout under block-causal attention, row i
-//! answers position i.
+//! predicts position i.
 #![forbid(unsafe_code)]
 
 use std::path::Path;
