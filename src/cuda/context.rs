@@ -3,8 +3,8 @@
 //!
 //! Ops run one after the other on one stream, so one workspace serves them all. An op that needs
 //! more makes it grow, which moves it and so outdates every recorded graph (see
-//! [`CudaContext::generation`]). For the same reason memory that was dropped may be handed out again
-//! at once: what was enqueued before is done with it when what is enqueued next begins.
+//! [`CudaContext::generation`]). For the same reason memory that was dropped may be handed out
+//! again at once: what was enqueued before is done with it when what is enqueued next begins.
 #![forbid(unsafe_code)]
 
 use std::cell::{Cell, RefCell};

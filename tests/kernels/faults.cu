@@ -1,4 +1,5 @@
-// Test entries: one mistake each, which the runtime must name, beside their right twins. A CTA has 64 threads.
+// Test entries: one mistake each, which the runtime must name, beside their right twins. A CTA has
+// 64 threads.
 #include "common.cuh"
 
 struct FaultParams {
@@ -69,7 +70,8 @@ KERNEL(copy_unaligned, FaultParams) {
     cp_async_wait<0>();
 }
 
-// A neighbour's number, without a barrier, with one, with the barrier of the warp, and with that where it does not reach.
+// A neighbour's number, without a barrier, with one, with the barrier of the warp, and with that
+// where it does not reach.
 template <u32 DISTANCE, typename Barrier>
 __device__ __forceinline__ void exchanged(const FaultParams& p, Barrier barrier) {
     __shared__ float numbers[THREADS];
@@ -105,7 +107,8 @@ KERNEL(race_of_writes, FaultParams) {
     __shared__ float number;
     number = p.in[threadIdx.x];
 }
-// The barrier at the end of a round is missing: the copy for the next one begins while others still read.
+// The barrier at the end of a round is missing: the copy for the next one begins while others still
+// read.
 KERNEL(race_with_a_copy, FaultParams) {
     DYNAMIC_SHARED(bytes);
     float* numbers = (float*)bytes;

@@ -1,4 +1,5 @@
-// Test entry: the Philox words and the uniforms of one draw per thread, and the bf16 rounding, as the kernels compute them.
+// Test entry: the Philox words and the uniforms of one draw per thread, and the bf16 rounding, as
+// the kernels compute them.
 #include "common.cuh"
 
 struct RngParams {

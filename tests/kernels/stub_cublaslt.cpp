@@ -1,5 +1,5 @@
-// A cuBLASLt over the stub driver, for the ceilings of a device: it checks the description, the layouts and the addresses that it is
-// given, and counts products. Environment:
+// A cuBLASLt over the stub driver, for the ceilings of a device: it checks the description, the
+// layouts and the addresses that it is given, and counts products. Environment:
 //   STUB_BLAS_FAIL  NAME=STATUS: the function cublasLtNAME answers with that status
 #include <dlfcn.h>
 

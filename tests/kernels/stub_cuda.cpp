@@ -1,7 +1,8 @@
 // A driver library without a device, for tests of everything between the engine and libcuda.
 //
-// It keeps what a real one promises and no more: device memory is host memory, and whatever is enqueued runs at the next wait, not
-// before, so a source that is reused too early shows. Kernels do nothing but say how they were launched. Environment:
+// It keeps what a real one promises and no more: device memory is host memory, and whatever is
+// enqueued runs at the next wait, not before, so a source that is reused too early shows. Kernels
+// do nothing but say how they were launched. Environment:
 //   STUB_DEVICES  how many devices there are; -1: cuInit finds none, 77: cuInit fails with a code that nobody knows
 //   STUB_CC       compute capability of each, 90 by default
 //   STUB_DRIVER   version that the driver claims, 13000 by default
@@ -146,7 +147,8 @@ CALL(MemsetD32Async, size_t to, unsigned word, size_t words, size_t)
     return 0;
 }
 
-// An event is the number of entries of the queue that stood before it; the test needs only that waiting for it runs them.
+// An event is the number of entries of the queue that stood before it; the test needs only that
+// waiting for it runs them.
 CALL(EventCreate, size_t* event, unsigned) *event = 31, ++live; return 0; }
 CALL(EventDestroy_v2, size_t) --live; return 0; }
 CALL(EventRecord, size_t, size_t) return 0; }

@@ -1,4 +1,5 @@
-// A compiler library that accepts every source and writes an image of five words, for tests of what happens around the compiler.
+// A compiler library that accepts every source and writes an image of five words, for tests of what
+// happens around the compiler.
 //   STUB_ARCH   the newest architecture that it knows, 120 by default
 //   STUB_NVRTC  its version as 10 * major + minor, 130 by default
 #include <cstdio>
