@@ -16,10 +16,11 @@
 //! Libraries are opened at run time and their absence is an [`Error`](crate::Error) with the next
 //! move. docs/cuda.md tells the story.
 //!
-//! cudarc supplies the search for the libraries and the numbers of the driver's interface. Its own
-//! entry points panic when a library or a symbol is absent and read foreign codes as enums; symbols
-//! are therefore looked up one by one, as functions that return plain integers. `unsafe` is in the
-//! files that call foreign functions: in `driver/`, and in `ceilings/cublaslt.rs`.
+//! cudarc supplies the search for the libraries and the types of their interfaces. Its functions
+//! panic when a library or a symbol is absent and read foreign codes as enums; symbols are
+//! therefore looked up one by one, as functions of the same arguments that return plain integers.
+//! `unsafe` is in the files that call foreign functions: in `driver/`, and in
+//! `ceilings/cublaslt.rs`.
 
 mod backend;
 mod ceilings;

@@ -6,13 +6,18 @@
 //! `out = weight^T x`.
 
 use std::ffi::{c_int, c_void};
+use std::ptr::null_mut;
 
 use cudarc::cublaslt::sys;
+use cudarc::cublaslt::sys::{
+    cublasComputeType_t, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t,
+    cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, cublasLtMatrixLayout_t,
+    cublasStatus_t, cudaDataType_t, cudaStream_t,
+};
 use libloading::Library;
 
 use crate::cuda::driver::interface::Address;
-use crate::cuda::driver::libcuda::RawHandle;
-use crate::cuda::driver::library::{loader_words, symbol};
+use crate::cuda::driver::library::{function_table, loader_words};
 
 /// The newest toolkit first; the bare name exists where development files are installed.
 const NAMES: [&str; 3] = ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
@@ -22,58 +27,46 @@ pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
 
 /// cublasOperation_t: the operand is transposed.
 const CUBLAS_OP_T: c_int = 1;
-const BF16: c_int = sys::cudaDataType_t::CUDA_R_16BF as c_int;
+const BF16: cudaDataType_t = cudaDataType_t::CUDA_R_16BF;
 
-/// `cublasLtMatmulHeuristicResult_t`, which begins with a `cublasLtMatmulAlgo_t`.
+/// `cublasLtMatmulHeuristicResult_t` with its status as the plain integer that the library writes.
 #[repr(C)]
-#[derive(Default)]
 struct Proposal {
-    algorithm: [u64; 8],
+    algorithm: cublasLtMatmulAlgo_t,
     workspace_bytes: usize,
     state: c_int,
     waves: f32,
     reserved: [c_int; 4],
 }
 
-const _: () = assert!(size_of::<Proposal>() == size_of::<sys::cublasLtMatmulHeuristicResult_t>());
+const _: () = assert!(size_of::<Proposal>() == size_of::<cublasLtMatmulHeuristicResult_t>());
 
-macro_rules! functions {
-    ($($(#[$doc:meta])* $field:ident = $symbol:literal ($($arg:ty),*);)*) => {
-        /// Signatures from cublasLt.h; cublasStatus_t and the enumerations are int.
-        struct CublasLtFunctions {
-            $($(#[$doc])* $field: unsafe extern "C" fn($($arg),*) -> c_int,)*
-        }
-
-        impl CublasLtFunctions {
-            fn load(library: &'static Library) -> crate::error::Result<CublasLtFunctions> {
-                // SAFETY: the signatures are those of cublasLt.h, and the library is never closed.
-                unsafe { Ok(CublasLtFunctions { $($field: symbol(library, $symbol)?,)* }) }
-            }
-        }
-    };
-}
-
-functions! {
-    create = "cublasLtCreate" (*mut RawHandle);
-    destroy = "cublasLtDestroy" (RawHandle);
+function_table! { CublasLtFunctions, cublasStatus_t;
+    create = cublasLtCreate(*mut cublasLtHandle_t);
+    destroy = cublasLtDestroy(cublasLtHandle_t);
     /// (description, compute type, type of the scalars).
-    desc_create = "cublasLtMatmulDescCreate" (*mut RawHandle, c_int, c_int);
-    desc_set = "cublasLtMatmulDescSetAttribute" (RawHandle, c_int, *const c_void, usize);
-    desc_destroy = "cublasLtMatmulDescDestroy" (RawHandle);
+    desc_create = cublasLtMatmulDescCreate(*mut cublasLtMatmulDesc_t, cublasComputeType_t, cudaDataType_t);
+    desc_set = cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t, cublasLtMatmulDescAttributes_t, *const c_void, usize);
+    desc_destroy = cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t);
     /// (layout, type, rows, columns, leading dimension).
-    layout_create = "cublasLtMatrixLayoutCreate" (*mut RawHandle, c_int, u64, u64, i64);
-    layout_destroy = "cublasLtMatrixLayoutDestroy" (RawHandle);
-    preference_create = "cublasLtMatmulPreferenceCreate" (*mut RawHandle);
-    preference_set = "cublasLtMatmulPreferenceSetAttribute" (RawHandle, c_int, *const c_void, usize);
-    preference_destroy = "cublasLtMatmulPreferenceDestroy" (RawHandle);
+    layout_create = cublasLtMatrixLayoutCreate(*mut cublasLtMatrixLayout_t, cudaDataType_t, u64, u64, i64);
+    layout_destroy = cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t);
+    preference_create = cublasLtMatmulPreferenceCreate(*mut cublasLtMatmulPreference_t);
+    preference_set =
+        cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, *const c_void, usize);
+    preference_destroy = cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t);
     /// (library, description, layouts of A B C D, preference, proposals wanted, proposals, given).
-    propose = "cublasLtMatmulAlgoGetHeuristic"
-        (RawHandle, RawHandle, RawHandle, RawHandle, RawHandle, RawHandle, RawHandle, c_int, *mut Proposal, *mut c_int);
+    propose = cublasLtMatmulAlgoGetHeuristic(
+        cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+        cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, c_int, *mut cublasLtMatmulHeuristicResult_t, *mut c_int,
+    );
     /// (library, description, alpha, A and its layout, B, beta, C, D, algorithm, workspace,
     /// stream).
-    matmul = "cublasLtMatmul"
-        (RawHandle, RawHandle, *const f32, Address, RawHandle, Address, RawHandle, *const f32, Address, RawHandle, Address, RawHandle,
-         *const [u64; 8], Address, usize, RawHandle);
+    matmul = cublasLtMatmul(
+        cublasLtHandle_t, cublasLtMatmulDesc_t, *const c_void, *const c_void, cublasLtMatrixLayout_t, *const c_void,
+        cublasLtMatrixLayout_t, *const c_void, *const c_void, cublasLtMatrixLayout_t, *mut c_void, cublasLtMatrixLayout_t,
+        *const cublasLtMatmulAlgo_t, *mut c_void, usize, cudaStream_t,
+    );
 }
 
 fn open() -> Result<CublasLtFunctions, String> {
@@ -98,65 +91,81 @@ fn checked(call: &str, status: c_int) -> Result<(), String> {
 /// the library proposes.
 pub(super) struct SquareProduct {
     functions: CublasLtFunctions,
-    /// Library, description, layout and preference; 0 where not made.
-    handles: [RawHandle; 4],
+    // Null where not made.
+    library: cublasLtHandle_t,
+    desc: cublasLtMatmulDesc_t,
+    square: cublasLtMatrixLayout_t,
+    preference: cublasLtMatmulPreference_t,
     proposal: Proposal,
 }
 
 impl SquareProduct {
     /// Opens the library on the current context.
     pub(super) fn open(side: u32) -> Result<SquareProduct, String> {
-        let mut product = SquareProduct { functions: open()?, handles: [0; 4], proposal: Proposal::default() };
-        let (f, [library, desc, layout, preference]) = (&product.functions, &mut product.handles);
+        let mut p = SquareProduct {
+            functions: open()?,
+            library: null_mut(),
+            desc: null_mut(),
+            square: null_mut(),
+            preference: null_mut(),
+            proposal: Proposal {
+                algorithm: cublasLtMatmulAlgo_t { data: [0; 8] },
+                workspace_bytes: 0,
+                state: 0,
+                waves: 0.0,
+                reserved: [0; 4],
+            },
+        };
+        let f = &p.functions;
         let (side, bytes, mut count) = (u64::from(side), WORKSPACE_BYTES as u64, 0);
-        let (f32_type, compute) = (sys::cudaDataType_t::CUDA_R_32F as c_int, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F as c_int);
+        let (f32_type, compute) = (cudaDataType_t::CUDA_R_32F, cublasComputeType_t::CUBLAS_COMPUTE_32F);
         let transposed = CUBLAS_OP_T;
-        let transa = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA as c_int;
-        let most = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as c_int;
+        let transa = cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        let most = cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         // SAFETY: results are writable, each handle is live when it is used, and both attributes,
         // which are copied, have the sizes that are said. There is space for the one proposal.
         unsafe {
-            checked("Create", (f.create)(library))?;
-            checked("MatmulDescCreate", (f.desc_create)(desc, compute, f32_type))?;
-            checked("MatmulDescSetAttribute", (f.desc_set)(*desc, transa, (&raw const transposed).cast(), size_of::<c_int>()))?;
-            checked("MatrixLayoutCreate", (f.layout_create)(layout, BF16, side, side, side as i64))?;
-            checked("MatmulPreferenceCreate", (f.preference_create)(preference))?;
-            checked("MatmulPreferenceSetAttribute", (f.preference_set)(*preference, most, (&raw const bytes).cast(), size_of::<u64>()))?;
-            let square = *layout;
-            let status = (f.propose)(*library, *desc, square, square, square, square, *preference, 1, &mut product.proposal, &mut count);
+            checked("Create", (f.create)(&mut p.library))?;
+            checked("MatmulDescCreate", (f.desc_create)(&mut p.desc, compute, f32_type))?;
+            checked("MatmulDescSetAttribute", (f.desc_set)(p.desc, transa, (&raw const transposed).cast(), size_of::<c_int>()))?;
+            checked("MatrixLayoutCreate", (f.layout_create)(&mut p.square, BF16, side, side, side as i64))?;
+            checked("MatmulPreferenceCreate", (f.preference_create)(&mut p.preference))?;
+            checked("MatmulPreferenceSetAttribute", (f.preference_set)(p.preference, most, (&raw const bytes).cast(), size_of::<u64>()))?;
+            let proposals = (&raw mut p.proposal).cast();
+            let square = p.square;
+            let status = (f.propose)(p.library, p.desc, square, square, square, square, p.preference, 1, proposals, &mut count);
             checked("MatmulAlgoGetHeuristic", status)?;
         }
-        if count == 0 || product.proposal.state != 0 || product.proposal.workspace_bytes > WORKSPACE_BYTES {
+        if count == 0 || p.proposal.state != 0 || p.proposal.workspace_bytes > WORKSPACE_BYTES {
             return Err("it has no such product".to_owned());
         }
-        Ok(product)
+        Ok(p)
     }
 
     /// Enqueues the product on a stream of the context that was current when it was opened.
     /// `workspace` has [`WORKSPACE_BYTES`]; addresses are multiples of 256.
-    pub(super) fn enqueue(&self, x: Address, weight: Address, out: Address, workspace: Address, stream: RawHandle) -> Result<(), String> {
-        let ([library, desc, square, _], one, zero) = (self.handles, 1.0f32, 0.0f32);
-        let algorithm = &self.proposal.algorithm;
+    pub(super) fn enqueue(&self, x: Address, weight: Address, out: Address, workspace: Address, stream: usize) -> Result<(), String> {
+        let (one, zero) = (1.0f32, 0.0f32);
         // SAFETY: the caller's arrays hold side x side bf16 values each as the layout says, the
         // scalars are on the host as is the default, and stream and workspace are of this context.
         let status = unsafe {
             (self.functions.matmul)(
-                library,
-                desc,
-                &one,
-                weight,
-                square,
-                x,
-                square,
-                &zero,
-                out,
-                square,
-                out,
-                square,
-                algorithm,
-                workspace,
+                self.library,
+                self.desc,
+                (&raw const one).cast(),
+                weight as *const c_void,
+                self.square,
+                x as *const c_void,
+                self.square,
+                (&raw const zero).cast(),
+                out as *const c_void,
+                self.square,
+                out as *mut c_void,
+                self.square,
+                &self.proposal.algorithm,
+                workspace as *mut c_void,
                 WORKSPACE_BYTES,
-                stream,
+                stream as cudaStream_t,
             )
         };
         checked("Matmul", status)
@@ -166,11 +175,21 @@ impl SquareProduct {
 impl Drop for SquareProduct {
     fn drop(&mut self) {
         let f = &self.functions;
-        let destroy = [f.destroy, f.desc_destroy, f.layout_destroy, f.preference_destroy];
-        for (handle, destroy) in self.handles.into_iter().zip(destroy).rev().filter(|(handle, _)| *handle != 0) {
-            // SAFETY: made by the library, destroyed once; calls in flight keep copies of
-            // descriptions.
-            unsafe { destroy(handle) };
+        // SAFETY: what is not null was made by the library and is destroyed once; calls in flight
+        // keep copies of descriptions.
+        unsafe {
+            if !self.preference.is_null() {
+                (f.preference_destroy)(self.preference);
+            }
+            if !self.square.is_null() {
+                (f.layout_destroy)(self.square);
+            }
+            if !self.desc.is_null() {
+                (f.desc_destroy)(self.desc);
+            }
+            if !self.library.is_null() {
+                (f.destroy)(self.library);
+            }
         }
     }
 }

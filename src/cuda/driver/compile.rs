@@ -15,12 +15,13 @@ use std::sync::OnceLock;
 use std::time::{Instant, UNIX_EPOCH};
 
 use cudarc::nvrtc::sys;
+use cudarc::nvrtc::sys::{nvrtcProgram, nvrtcResult};
 use libloading::Library;
 
 use crate::cuda::driver::cache::fnv1a;
 use crate::cuda::driver::elf::{build_id, max_threads};
 use crate::cuda::driver::interface::Build;
-use crate::cuda::driver::library::{loader_words, symbol};
+use crate::cuda::driver::library::{function_table, loader_words, symbol};
 use crate::cuda::driver::source::{Kernel, arch_number, headers, identity, options};
 use crate::error::{Error, Result};
 
@@ -54,7 +55,7 @@ pub struct Compiled {
 
 /// NVRTC, opened.
 pub struct Compiler {
-    functions: NvrtcFunctions,
+    nvrtc: Nvrtc,
     version: (u32, u32),
     identity: String,
     /// Ascending: 80 is sm_80.
@@ -104,7 +105,7 @@ impl Compiler {
         self.check_arch(arch)?;
         let options = options(build, arch);
         let identity = format!("kernel {} [{}]", identity(kernel, build, arch, &self.identity), options.join(" "));
-        let program = Program::new(&self.functions, kernel).map_err(|what| Error::kernel(format!("{identity}: {what}")))?;
+        let program = Program::new(&self.nvrtc, kernel).map_err(|what| Error::kernel(format!("{identity}: {what}")))?;
         let start = Instant::now();
         let outcome = program.compile(&options);
         let compile_ms = start.elapsed().as_secs_f64() * 1e3;
@@ -125,7 +126,8 @@ impl Compiler {
     }
 
     fn open() -> Result<Self> {
-        let functions = NvrtcFunctions::load(open_library()?)?;
+        let nvrtc = Nvrtc::open()?;
+        let functions = &nvrtc.functions;
         let (mut major, mut minor, mut count): (c_int, c_int, c_int) = (0, 0, 0);
         // SAFETY: all three are writable for the calls.
         let codes = unsafe { [(functions.version)(&mut major, &mut minor), (functions.get_num_supported_archs)(&mut count)] };
@@ -133,14 +135,14 @@ impl Compiler {
         // SAFETY: `archs` holds the number of elements that the library has just asked for.
         let last = unsafe { (functions.get_supported_archs)(archs.as_mut_ptr()) };
         for code in [codes[0], codes[1], last] {
-            functions.check(code).map_err(|what| Error::device(format!("NVRTC cannot describe itself: {what}")))?;
+            nvrtc.check(code).map_err(|what| Error::device(format!("NVRTC cannot describe itself: {what}")))?;
         }
         let mut architectures: Vec<u32> = archs.iter().filter_map(|arch| u32::try_from(*arch).ok()).collect();
         architectures.sort_unstable();
         let version = (major.unsigned_abs(), minor.unsigned_abs());
         let library = library_file(functions.version as *const c_void).and_then(|path| contents_of(&path));
         let identity = format!("nvrtc{}.{}{}", version.0, version.1, library.map_or(String::new(), |contents| format!("-{contents}")));
-        Ok(Compiler { functions, version, identity, architectures })
+        Ok(Compiler { nvrtc, version, identity, architectures })
     }
 }
 
@@ -169,26 +171,16 @@ fn contents_of(path: &Path) -> Option<String> {
 fn library_file(address: *const c_void) -> Option<PathBuf> {
     use std::os::unix::ffi::OsStrExt;
 
-    /// Dl_info of dlfcn.h.
-    #[repr(C)]
-    struct Found {
-        file: *const c_char,
-        base: *mut c_void,
-        symbol: *const c_char,
-        symbol_address: *mut c_void,
-    }
-    unsafe extern "C" {
-        fn dladdr(address: *const c_void, found: *mut Found) -> c_int;
-    }
-    let mut found =
-        Found { file: std::ptr::null(), base: std::ptr::null_mut(), symbol: std::ptr::null(), symbol_address: std::ptr::null_mut() };
-    // SAFETY: `found` is writable and of the layout of Dl_info; any address may be asked for.
-    if unsafe { dladdr(address, &mut found) } == 0 || found.file.is_null() {
+    use std::ptr::{null, null_mut};
+
+    let mut found = libc::Dl_info { dli_fname: null(), dli_fbase: null_mut(), dli_sname: null(), dli_saddr: null_mut() };
+    // SAFETY: `found` is writable, and any address may be looked up.
+    if unsafe { libc::dladdr(address, &mut found) } == 0 || found.dli_fname.is_null() {
         return None;
     }
     // SAFETY: not null, and the loader keeps the name as long as the library is open, which is for
     // good.
-    Some(PathBuf::from(OsStr::from_bytes(unsafe { CStr::from_ptr(found.file) }.to_bytes())))
+    Some(PathBuf::from(OsStr::from_bytes(unsafe { CStr::from_ptr(found.dli_fname) }.to_bytes())))
 }
 
 #[cfg(not(unix))]
@@ -260,51 +252,45 @@ fn open_global(path: &OsStr) -> Result<Library, libloading::Error> {
 
 // ---- the C interface ----
 
-type NvrtcProgram = sys::nvrtcProgram;
-
-/// The functions in use, with result codes as the plain integers they are.
-struct NvrtcFunctions {
-    version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int,
-    get_num_supported_archs: unsafe extern "C" fn(*mut c_int) -> c_int,
-    get_supported_archs: unsafe extern "C" fn(*mut c_int) -> c_int,
-    get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
-    create:
-        unsafe extern "C" fn(*mut NvrtcProgram, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> c_int,
-    destroy: unsafe extern "C" fn(*mut NvrtcProgram) -> c_int,
-    compile: unsafe extern "C" fn(NvrtcProgram, c_int, *const *const c_char) -> c_int,
-    get_log_size: unsafe extern "C" fn(NvrtcProgram, *mut usize) -> c_int,
-    get_log: unsafe extern "C" fn(NvrtcProgram, *mut c_char) -> c_int,
-    get_cubin_size: unsafe extern "C" fn(NvrtcProgram, *mut usize) -> c_int,
-    get_cubin: unsafe extern "C" fn(NvrtcProgram, *mut c_char) -> c_int,
+function_table! { NvrtcFunctions, nvrtcResult;
+    version = nvrtcVersion(*mut c_int, *mut c_int);
+    get_num_supported_archs = nvrtcGetNumSupportedArchs(*mut c_int);
+    get_supported_archs = nvrtcGetSupportedArchs(*mut c_int);
+    /// (program, source, name, number of headers, their texts, their names).
+    create = nvrtcCreateProgram(*mut nvrtcProgram, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char);
+    destroy = nvrtcDestroyProgram(*mut nvrtcProgram);
+    compile = nvrtcCompileProgram(nvrtcProgram, c_int, *const *const c_char);
+    get_log_size = nvrtcGetProgramLogSize(nvrtcProgram, *mut usize);
+    get_log = nvrtcGetProgramLog(nvrtcProgram, *mut c_char);
+    get_cubin_size = nvrtcGetCUBINSize(nvrtcProgram, *mut usize);
+    get_cubin = nvrtcGetCUBIN(nvrtcProgram, *mut c_char);
 }
 
-impl NvrtcFunctions {
-    fn load(library: &'static Library) -> Result<Self> {
-        // SAFETY: signatures from nvrtc.h (nvrtcResult is an int-sized enum); the library is never
-        // closed.
-        unsafe {
-            Ok(NvrtcFunctions {
-                version: symbol(library, "nvrtcVersion")?,
-                get_num_supported_archs: symbol(library, "nvrtcGetNumSupportedArchs")?,
-                get_supported_archs: symbol(library, "nvrtcGetSupportedArchs")?,
-                get_error_string: symbol(library, "nvrtcGetErrorString")?,
-                create: symbol(library, "nvrtcCreateProgram")?,
-                destroy: symbol(library, "nvrtcDestroyProgram")?,
-                compile: symbol(library, "nvrtcCompileProgram")?,
-                get_log_size: symbol(library, "nvrtcGetProgramLogSize")?,
-                get_log: symbol(library, "nvrtcGetProgramLog")?,
-                get_cubin_size: symbol(library, "nvrtcGetCUBINSize")?,
-                get_cubin: symbol(library, "nvrtcGetCUBIN")?,
-            })
-        }
+/// The library's text for a result code. It takes any code, so it is declared here: cudarc's takes
+/// an enum.
+type ErrorText = unsafe extern "C" fn(c_int) -> *const c_char;
+
+/// The table, and the text of its codes.
+struct Nvrtc {
+    functions: NvrtcFunctions,
+    error_text: ErrorText,
+}
+
+impl Nvrtc {
+    fn open() -> Result<Nvrtc> {
+        let library = open_library()?;
+        // SAFETY: the signature of nvrtc.h, where nvrtcResult is an int-sized enum; the library is
+        // never closed.
+        let error_text = unsafe { symbol(library, "nvrtcGetErrorString")? };
+        Ok(Nvrtc { functions: NvrtcFunctions::load(library)?, error_text })
     }
 
     fn check(&self, code: c_int) -> Result<(), String> {
-        if code == sys::nvrtcResult::NVRTC_SUCCESS as c_int {
+        if code == nvrtcResult::NVRTC_SUCCESS as c_int {
             return Ok(());
         }
         // SAFETY: accepts any code and returns a static string.
-        let text = unsafe { (self.get_error_string)(code) };
+        let text = unsafe { (self.error_text)(code) };
         if text.is_null() {
             return Err(format!("NVRTC error {code}"));
         }
@@ -315,26 +301,26 @@ impl NvrtcFunctions {
 
 /// A program between creation and destruction.
 struct Program<'a> {
-    functions: &'a NvrtcFunctions,
-    handle: NvrtcProgram,
+    nvrtc: &'a Nvrtc,
+    handle: nvrtcProgram,
 }
 
 impl<'a> Program<'a> {
-    fn new(functions: &'a NvrtcFunctions, kernel: &Kernel) -> Result<Self, String> {
+    fn new(nvrtc: &'a Nvrtc, kernel: &Kernel) -> Result<Self, String> {
         let c = |text: &str| CString::new(text).map_err(|_| "a NUL byte in the source".to_owned());
         let (name, source) = (c(&format!("{}.cu", kernel.stem))?, c(kernel.source)?);
         let texts = headers().iter().map(|(_, text)| c(text)).collect::<Result<Vec<_>, _>>()?;
         let names = headers().iter().map(|(name, _)| c(name)).collect::<Result<Vec<_>, _>>()?;
         let (text_pointers, name_pointers) = (pointers(&texts), pointers(&names));
-        let mut handle: NvrtcProgram = std::ptr::null_mut();
+        let mut handle: nvrtcProgram = std::ptr::null_mut();
         // SAFETY: all strings outlive the call, which copies them; both header arrays hold
         // `texts.len()` pointers.
         let code = unsafe {
             let count = texts.len() as c_int;
-            (functions.create)(&mut handle, source.as_ptr(), name.as_ptr(), count, text_pointers.as_ptr(), name_pointers.as_ptr())
+            (nvrtc.functions.create)(&mut handle, source.as_ptr(), name.as_ptr(), count, text_pointers.as_ptr(), name_pointers.as_ptr())
         };
-        functions.check(code)?;
-        Ok(Program { functions, handle })
+        nvrtc.check(code)?;
+        Ok(Program { nvrtc, handle })
     }
 
     fn compile(&self, options: &[String]) -> Result<(), String> {
@@ -343,31 +329,31 @@ impl<'a> Program<'a> {
         let option_pointers = pointers(&options);
         // SAFETY: the handle is live, and the array holds as many pointers to live strings as it
         // says.
-        self.functions.check(unsafe { (self.functions.compile)(self.handle, options.len() as c_int, option_pointers.as_ptr()) })
+        self.nvrtc.check(unsafe { (self.nvrtc.functions.compile)(self.handle, options.len() as c_int, option_pointers.as_ptr()) })
     }
 
     fn log(&self) -> Result<String, String> {
-        let bytes = self.read(self.functions.get_log_size, self.functions.get_log)?;
+        let bytes = self.read(self.nvrtc.functions.get_log_size, self.nvrtc.functions.get_log)?;
         Ok(String::from_utf8_lossy(&bytes).trim_end_matches('\0').to_owned())
     }
 
     fn cubin(&self) -> Result<Vec<u8>, String> {
-        self.read(self.functions.get_cubin_size, self.functions.get_cubin)
+        self.read(self.nvrtc.functions.get_cubin_size, self.nvrtc.functions.get_cubin)
     }
 
     /// A result of the program: first its size, then its bytes.
     fn read(
         &self,
-        size_of: unsafe extern "C" fn(NvrtcProgram, *mut usize) -> c_int,
-        bytes_of: unsafe extern "C" fn(NvrtcProgram, *mut c_char) -> c_int,
+        size_of: unsafe extern "C" fn(nvrtcProgram, *mut usize) -> c_int,
+        bytes_of: unsafe extern "C" fn(nvrtcProgram, *mut c_char) -> c_int,
     ) -> Result<Vec<u8>, String> {
         let mut size = 0usize;
         // SAFETY: the handle is live and `size` is writable.
-        self.functions.check(unsafe { size_of(self.handle, &mut size) })?;
+        self.nvrtc.check(unsafe { size_of(self.handle, &mut size) })?;
         let mut bytes = vec![0u8; size];
         // SAFETY: the handle is live and `bytes` holds the size that the library has just asked
         // for.
-        self.functions.check(unsafe { bytes_of(self.handle, bytes.as_mut_ptr().cast()) })?;
+        self.nvrtc.check(unsafe { bytes_of(self.handle, bytes.as_mut_ptr().cast()) })?;
         Ok(bytes)
     }
 }
@@ -376,7 +362,7 @@ impl Drop for Program<'_> {
     fn drop(&mut self) {
         // SAFETY: the handle came from nvrtcCreateProgram and is destroyed once. Nothing can be
         // done about a failure here.
-        let _ = unsafe { (self.functions.destroy)(&mut self.handle) };
+        let _ = unsafe { (self.nvrtc.functions.destroy)(&mut self.handle) };
     }
 }
 

@@ -6,10 +6,11 @@ use std::fmt;
 use std::sync::OnceLock;
 
 use cudarc::driver::sys;
+use cudarc::driver::sys::{CUdevice, CUdevice_attribute, CUresult};
 use serde::Serialize;
 
 use crate::cuda::driver::libcuda::library;
-use crate::cuda::driver::library::symbol;
+use crate::cuda::driver::library::{function_table, symbol};
 use crate::error::{Error, Result};
 
 /// One CUDA device, as the driver describes it.
@@ -36,7 +37,7 @@ pub fn device_count() -> Result<usize> {
     let driver = driver()?;
     let mut count: c_int = 0;
     // SAFETY: `count` is writable for the call; the driver is initialised by `driver()`.
-    driver.check("cuDeviceGetCount", unsafe { (driver.device_get_count)(&mut count) })?;
+    driver.check("cuDeviceGetCount", unsafe { (driver.functions.device_get_count)(&mut count) })?;
     match usize::try_from(count) {
         Ok(count) if count > 0 => Ok(count),
         _ => Err(no_device("the driver reports none")),
@@ -53,22 +54,23 @@ pub fn probe(ordinal: usize) -> Result<DeviceInfo> {
     let driver = driver()?;
     let mut device: c_int = 0;
     // SAFETY: `device` is writable; ordinal < count, which came from a c_int.
-    driver.check("cuDeviceGet", unsafe { (driver.device_get)(&mut device, ordinal as c_int) })?;
+    driver.check("cuDeviceGet", unsafe { (driver.functions.device_get)(&mut device, ordinal as c_int) })?;
     let mut name = [0u8; 256];
+    let (text, room) = (name.as_mut_ptr().cast(), name.len() as c_int);
     // SAFETY: the driver writes at most the given length, the terminating NUL included.
-    driver.check("cuDeviceGetName", unsafe { (driver.device_get_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) })?;
+    driver.check("cuDeviceGetName", unsafe { (driver.functions.device_get_name)(text, room, device) })?;
     let mut memory_bytes = 0usize;
     // SAFETY: `memory_bytes` is writable; `device` came from cuDeviceGet.
-    driver.check("cuDeviceTotalMem", unsafe { (driver.device_total_mem)(&mut memory_bytes, device) })?;
-    let attribute = |which: sys::CUdevice_attribute| -> Result<u32> {
+    driver.check("cuDeviceTotalMem", unsafe { (driver.functions.device_total_mem)(&mut memory_bytes, device) })?;
+    let attribute = |which: CUdevice_attribute| -> Result<u32> {
         let mut value: c_int = 0;
         // SAFETY: `value` is writable; `device` came from cuDeviceGet.
-        driver.check("cuDeviceGetAttribute", unsafe { (driver.device_get_attribute)(&mut value, which as c_int, device) })?;
+        driver.check("cuDeviceGetAttribute", unsafe { (driver.functions.device_get_attribute)(&mut value, which, device) })?;
         u32::try_from(value)
             .map_err(|_| Error::device(format!("cuda:{ordinal}: the driver reports {value} for attribute {}", which as c_int)))
     };
-    let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-    let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let major = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
     let name = CStr::from_bytes_until_nul(&name).map_or_else(|_| "unnamed".to_owned(), |name| name.to_string_lossy().into_owned());
     Ok(DeviceInfo { ordinal, name, compute_capability: (major, minor), memory_bytes: memory_bytes as u64 })
 }
@@ -83,16 +85,24 @@ pub(in crate::cuda) fn describe(code: c_int) -> String {
     driver().map_or_else(|_| format!("driver error {code}"), |driver| driver.describe(code))
 }
 
-/// The functions that describe devices, with result codes as the plain integers they are.
-struct Driver {
-    device_get_count: unsafe extern "C" fn(*mut c_int) -> c_int,
-    device_get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int,
-    device_get_name: unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int,
-    device_get_attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int,
-    device_total_mem: unsafe extern "C" fn(*mut usize, c_int) -> c_int,
-    error_name: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
-    error_string: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int,
+function_table! { DeviceFunctions, CUresult;
+    device_get_count = cuDeviceGetCount(*mut c_int);
+    device_get = cuDeviceGet(*mut CUdevice, c_int);
+    device_get_name = cuDeviceGetName(*mut c_char, c_int, CUdevice);
+    device_get_attribute = cuDeviceGetAttribute(*mut c_int, CUdevice_attribute, CUdevice);
+    device_total_mem = cuDeviceTotalMem_v2(*mut usize, CUdevice);
+    init = cuInit(c_uint);
 }
+
+/// The driver, initialised, with the functions that describe its codes. They take any code, so they
+/// are declared here: cudarc's take an enum.
+struct Driver {
+    functions: DeviceFunctions,
+    error_name: CodeText,
+    error_string: CodeText,
+}
+
+type CodeText = unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int;
 
 /// The driver, opened and initialised once.
 fn driver() -> Result<&'static Driver> {
@@ -102,22 +112,17 @@ fn driver() -> Result<&'static Driver> {
 
 fn open() -> Result<Driver> {
     let library = library()?;
-    // SAFETY: signatures from cuda.h (CUresult and CUdevice are int); `library` is 'static.
-    let (driver, init) = unsafe {
-        let driver = Driver {
-            device_get_count: symbol(library, "cuDeviceGetCount")?,
-            device_get: symbol(library, "cuDeviceGet")?,
-            device_get_name: symbol(library, "cuDeviceGetName")?,
-            device_get_attribute: symbol(library, "cuDeviceGetAttribute")?,
-            device_total_mem: symbol(library, "cuDeviceTotalMem_v2")?,
+    // SAFETY: signatures from cuda.h, where CUresult is an int-sized enum; `library` is 'static.
+    let driver = unsafe {
+        Driver {
+            functions: DeviceFunctions::load(library)?,
             error_name: symbol(library, "cuGetErrorName")?,
             error_string: symbol(library, "cuGetErrorString")?,
-        };
-        (driver, symbol::<unsafe extern "C" fn(c_uint) -> c_int>(library, "cuInit")?)
+        }
     };
     // SAFETY: cuInit takes flags that must be 0 and may be called again.
-    let code = unsafe { init(0) };
-    if code == sys::CUresult::CUDA_ERROR_NO_DEVICE as c_int {
+    let code = unsafe { (driver.functions.init)(0) };
+    if code == CUresult::CUDA_ERROR_NO_DEVICE as c_int {
         return Err(no_device(&driver.describe(code)));
     }
     driver.check("cuInit", code)?;
@@ -126,7 +131,7 @@ fn open() -> Result<Driver> {
 
 impl Driver {
     fn check(&self, call: &str, code: c_int) -> Result<()> {
-        if code == sys::CUresult::CUDA_SUCCESS as c_int {
+        if code == CUresult::CUDA_SUCCESS as c_int {
             return Ok(());
         }
         Err(Error::device(format!("{call} failed: {}; check nvidia-smi, or use --device cpu", self.describe(code))))
@@ -134,7 +139,7 @@ impl Driver {
 
     /// Falls back to the bare number where the driver knows no name.
     fn describe(&self, code: c_int) -> String {
-        let text = |function: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
+        let text = |function: CodeText| {
             let mut text: *const c_char = std::ptr::null();
             // SAFETY: `text` is writable; the functions accept any code and return a static
             // string or null.

@@ -6,21 +6,25 @@
 //! behind. Nothing else waits but `read`, `synchronize` and `free`.
 //!
 //! A failing kernel is reported by whichever call comes next, and ends the context: [`Gpu`] keeps
-//! the first such report and repeats it. CudaContext code is for the one architecture of this
-//! device. It comes from `REDRAFT_KERNELS_DIR`, else from the cache on disk, else from NVRTC, which
-//! is opened when the first kernel needs it.
+//! the first such report and repeats it. Machine code is for the one architecture of this device.
+//! It comes from `REDRAFT_KERNELS_DIR`, else from the cache on disk, else from NVRTC, which is
+//! opened when the first kernel needs it.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_uint, c_void};
+use std::ptr::null_mut;
 
-use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute, CUresult, CUstream_flags, CUstreamCaptureMode};
+use cudarc::driver::sys::{
+    CUcontext, CUdevice, CUdevice_attribute, CUfunction, CUfunction_attribute, CUgraph, CUgraphExec, CUmodule, CUresult, CUstream,
+    CUstream_flags, CUstreamCaptureMode,
+};
 
 use crate::cuda::driver::cache::Cache;
 use crate::cuda::driver::compile::compiler;
 use crate::cuda::driver::device::{DeviceInfo, describe, probe};
 use crate::cuda::driver::interface::{Address, Build, Driver, Function, Graph, Launch, Limits};
-use crate::cuda::driver::libcuda::{CudaFunctions, RawHandle, functions};
+use crate::cuda::driver::libcuda::{CudaFunctions, functions};
 use crate::cuda::driver::prebuilt::Prebuilt;
 use crate::cuda::driver::source::{identity, kernel, portable_identity};
 use crate::cuda::driver::staging::Staging;
@@ -39,13 +43,13 @@ pub struct Gpu {
     /// What the driver speaks, as major and minor of CUDA.
     driver_version: (u32, u32),
     limits: Limits,
-    device: c_int,
-    context: RawHandle,
-    stream: RawHandle,
+    device: CUdevice,
+    context: CUcontext,
+    stream: CUstream,
     /// Page-locked memory for writes; none where the machine has none to give.
     staging: RefCell<Option<Staging>>,
     cache: Cache,
-    modules: RefCell<HashMap<Build, RawHandle>>,
+    modules: RefCell<HashMap<Build, CUmodule>>,
     /// Entries of the functions handed out, for errors.
     names: RefCell<HashMap<Function, String>>,
     graphs: RefCell<Vec<Graph>>,
@@ -57,6 +61,10 @@ pub struct Gpu {
     /// The first failure that ended the context.
     lost: RefCell<Option<String>>,
 }
+
+// SAFETY: the pointers are names that the driver gave. It takes them from any thread on which their
+// context is current, and every method makes it current first.
+unsafe impl Send for Gpu {}
 
 impl Gpu {
     /// Opens `cuda:ordinal`: driver and device must be there, and either `REDRAFT_KERNELS_DIR`
@@ -76,8 +84,8 @@ impl Gpu {
         };
         let check = |call: &str, code: c_int| checked(ordinal, call, code);
 
-        let (mut version, mut device): (c_int, c_int) = (0, 0);
-        let (mut context, mut stream): (RawHandle, RawHandle) = (0, 0);
+        let (mut version, mut device): (c_int, CUdevice) = (0, 0);
+        let (mut context, mut stream): (CUcontext, CUstream) = (null_mut(), null_mut());
         // SAFETY: both results are writable; `probe` has initialised the driver and found the
         // ordinal.
         check("cuDriverGetVersion", unsafe { (functions.driver_get_version)(&mut version) })?;
@@ -86,7 +94,7 @@ impl Gpu {
         let attribute = |which: CUdevice_attribute| -> Result<u32> {
             let mut value: c_int = 0;
             // SAFETY: `value` is writable and `device` came from cuDeviceGet.
-            check("cuDeviceGetAttribute", unsafe { (functions.device_get_attribute)(&mut value, which as c_int, device) })?;
+            check("cuDeviceGetAttribute", unsafe { (functions.device_get_attribute)(&mut value, which, device) })?;
             u32::try_from(value).map_err(|_| Error::device(format!("cuda:{ordinal}: the driver reports {value} for {which:?}")))
         };
         let num_sms = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
@@ -168,7 +176,7 @@ impl Gpu {
     }
 
     /// The module of a build: loaded before, built beforehand, from the cache, or compiled now.
-    fn module(&self, build: &Build) -> Result<RawHandle> {
+    fn module(&self, build: &Build) -> Result<CUmodule> {
         if let Some(module) = self.modules.borrow().get(build) {
             return Ok(*module);
         }
@@ -186,14 +194,14 @@ impl Gpu {
 
     /// The module of a cubin of the named directory. Errors: why there is none, where a directory
     /// is named.
-    fn prebuilt_module(&self, build: &Build) -> std::result::Result<RawHandle, Option<String>> {
+    fn prebuilt_module(&self, build: &Build) -> std::result::Result<CUmodule, Option<String>> {
         let prebuilt = self.prebuilt.as_ref().ok_or(None)?;
         let cubin = prebuilt.find(&kernel(build.stem), build, &self.arch).map_err(Some)?;
         self.load(&portable_identity(&kernel(build.stem), build, &self.arch), &cubin, None).map_err(|error| Some(error.to_string()))
     }
 
     /// The module of a cubin that this machine's NVRTC wrote, earlier or now.
-    fn built_module(&self, build: &Build) -> Result<RawHandle> {
+    fn built_module(&self, build: &Build) -> Result<CUmodule> {
         let compiler = compiler()?;
         let identity = identity(&kernel(build.stem), build, &self.arch, compiler.identity());
         let load = |cubin: &[u8]| self.load(&identity, cubin, Some(compiler.version()));
@@ -209,9 +217,9 @@ impl Gpu {
     }
 
     /// `nvrtc`: major and minor of the compiler that wrote the cubin, where it is known.
-    fn load(&self, identity: &str, cubin: &[u8], nvrtc: Option<(u32, u32)>) -> Result<RawHandle> {
+    fn load(&self, identity: &str, cubin: &[u8], nvrtc: Option<(u32, u32)>) -> Result<CUmodule> {
         let f = self.enter()?;
-        let mut module: RawHandle = 0;
+        let mut module: CUmodule = null_mut();
         // SAFETY: `cubin` is a whole ELF image from NVRTC, which carries its own size, checked by
         // the cache's checksum where it comes from there; the driver copies it.
         let code = unsafe { (f.module_load_data)(&mut module, cubin.as_ptr().cast()) };
@@ -227,7 +235,7 @@ impl Gpu {
     fn destroy(&self, graph: Graph) {
         if let Ok(f) = self.enter() {
             // SAFETY: the graph came from `end_capture` and is destroyed once, after the wait.
-            let codes = unsafe { [(f.stream_synchronize)(self.stream), (f.graph_exec_destroy)(graph.0)] };
+            let codes = unsafe { [(f.stream_synchronize)(self.stream), (f.graph_exec_destroy)(graph.0 as CUgraphExec)] };
             let _ = self.check("cuStreamSynchronize", codes[0]).and_then(|()| self.check("cuGraphExecDestroy", codes[1]));
         }
     }
@@ -360,13 +368,13 @@ impl Driver for Gpu {
         let f = self.enter()?;
         let module = self.module(build)?;
         let name = CString::new(entry).map_err(|_| Error::kernel(format!("{entry:?}: a NUL byte in the name of an entry")))?;
-        let mut function: RawHandle = 0;
+        let mut function: CUfunction = null_mut();
         // SAFETY: the module is loaded, the name NUL-terminated, the result writable.
         self.check(&format!("cuModuleGetFunction of {entry}"), unsafe { (f.module_get_function)(&mut function, module, name.as_ptr()) })?;
         let mut fixed: c_int = 0;
         let (shared, dynamic) = (
-            CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as c_int,
-            CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as c_int,
+            CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+            CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
         );
         // SAFETY: the function is loaded, the result writable.
         self.check("cuFuncGetAttribute", unsafe { (f.function_get_attribute)(&mut fixed, shared, function) })?;
@@ -374,7 +382,7 @@ impl Driver for Gpu {
         // SAFETY: the function is loaded; the limit is what the device has beside the function's
         // static part.
         self.check("cuFuncSetAttribute", unsafe { (f.function_set_attribute)(function, dynamic, room) })?;
-        let function = Function(function);
+        let function = Function(function as usize);
         self.names.borrow_mut().insert(function, entry.to_owned());
         Ok(function)
     }
@@ -388,11 +396,11 @@ impl Driver for Gpu {
         let mut aligned = [0u64; MAX_PARAMS / 8];
         bytemuck::cast_slice_mut::<u64, u8>(&mut aligned)[..params.len()].copy_from_slice(params);
         let mut pointers: [*mut c_void; 1] = [aligned.as_mut_ptr().cast()];
-        let (pointers, none) = (pointers.as_mut_ptr(), std::ptr::null_mut());
+        let (pointers, none) = (pointers.as_mut_ptr(), null_mut());
         // SAFETY: the function was loaded by `function` and its module lives as long as this value.
         // Its one parameter is a struct of `params.len()` bytes, which the layout checks of
         // `params!` and FIELD/LAYOUT state on both sides; the driver copies it.
-        let code = unsafe { (f.launch_kernel)(function.0, x, y, z, block, 1, 1, shared_bytes, self.stream, pointers, none) };
+        let code = unsafe { (f.launch_kernel)(function.0 as CUfunction, x, y, z, block, 1, 1, shared_bytes, self.stream, pointers, none) };
         if code == CUresult::CUDA_SUCCESS as c_int {
             return Ok(());
         }
@@ -408,7 +416,7 @@ impl Driver for Gpu {
         let f = self.enter()?;
         // Relaxed: a kernel that is used for the first time is loaded while others are being
         // recorded.
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as c_int;
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream is this value's own and not recording.
         self.check("cuStreamBeginCapture", unsafe { (f.stream_begin_capture)(self.stream, mode) })?;
         self.capturing.set(true);
@@ -418,7 +426,7 @@ impl Driver for Gpu {
     fn end_capture(&self) -> Result<Graph> {
         let f = self.enter()?;
         assert!(self.capturing.replace(false), "end_capture without begin_capture");
-        let (mut recorded, mut runnable): (RawHandle, RawHandle) = (0, 0);
+        let (mut recorded, mut runnable): (CUgraph, CUgraphExec) = (null_mut(), null_mut());
         // SAFETY: the stream is recording; the result is writable.
         let outcome = self.check("cuStreamEndCapture", unsafe { (f.stream_end_capture)(self.stream, &mut recorded) }).and_then(|()| {
             // SAFETY: the recording just ended; the result is writable. The recording itself is not
@@ -429,7 +437,7 @@ impl Driver for Gpu {
         self.freed_late.take().into_iter().for_each(|address| self.free_now(address));
         self.dropped_late.take().into_iter().for_each(|graph| self.destroy(graph));
         outcome?;
-        let graph = Graph(runnable);
+        let graph = Graph(runnable as usize);
         self.graphs.borrow_mut().push(graph);
         Ok(graph)
     }
@@ -441,7 +449,7 @@ impl Driver for Gpu {
     fn launch_graph(&self, graph: Graph) -> Result<()> {
         let f = self.enter_outside_capture("launch_graph")?;
         // SAFETY: the graph came from `end_capture` and has not been dropped.
-        self.check("cuGraphLaunch", unsafe { (f.graph_launch)(graph.0, self.stream) })
+        self.check("cuGraphLaunch", unsafe { (f.graph_launch)(graph.0 as CUgraphExec, self.stream) })
     }
 
     fn drop_graph(&self, graph: Graph) {
@@ -455,7 +463,7 @@ impl Driver for Gpu {
 
     fn stream(&self) -> std::result::Result<usize, String> {
         self.enter_outside_capture("a library's call").map_err(|error| error.to_string())?;
-        Ok(self.stream)
+        Ok(self.stream as usize)
     }
 
     fn push_range(&self, name: &str) {
@@ -476,7 +484,7 @@ impl Drop for Gpu {
             (f.context_set_current)(self.context);
             (f.stream_synchronize)(self.stream);
             for graph in self.graphs.take() {
-                (f.graph_exec_destroy)(graph.0);
+                (f.graph_exec_destroy)(graph.0 as CUgraphExec);
             }
             for module in self.modules.take().into_values() {
                 (f.module_unload)(module);

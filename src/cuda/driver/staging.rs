@@ -6,10 +6,13 @@
 //! separate area takes small reads: a copy into ordinary memory would go through the driver's own
 //! staging and cost one more wait.
 
-use std::ffi::{c_int, c_uint};
+use std::ffi::{c_int, c_uint, c_void};
+use std::ptr::null_mut;
+
+use cudarc::driver::sys::{CUevent, CUevent_flags, CUstream};
 
 use crate::cuda::driver::interface::Address;
-use crate::cuda::driver::libcuda::{CudaFunctions, RawHandle};
+use crate::cuda::driver::libcuda::CudaFunctions;
 use crate::error::Result;
 
 /// Four of 4 MiB: while one is copied out the next is filled, and PCIe at 50 GB/s empties one in 80
@@ -18,16 +21,16 @@ const SEGMENTS: usize = 4;
 const SEGMENT_BYTES: usize = 4 << 20;
 /// Summaries and sampled tokens of one step are far smaller; a download of logits is far larger.
 const READBACK_BYTES: usize = 64 << 10;
-const EVENT_DISABLE_TIMING: c_uint = 2;
+const EVENT_DISABLE_TIMING: c_uint = CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
 
 /// What is done with the code of a call.
 pub(in crate::cuda) type Check<'a> = dyn Fn(&str, c_int) -> Result<()> + 'a;
 
 pub(in crate::cuda) struct Staging {
     /// SEGMENTS * SEGMENT_BYTES for writes, then READBACK_BYTES for reads.
-    memory: RawHandle,
+    memory: *mut c_void,
     /// After the last copy out of each segment; not recorded before the first.
-    events: [RawHandle; SEGMENTS],
+    events: [CUevent; SEGMENTS],
     busy: [bool; SEGMENTS],
     /// The segment being filled, and how much of it is taken.
     segment: usize,
@@ -37,7 +40,7 @@ pub(in crate::cuda) struct Staging {
 impl Staging {
     /// None where the machine gives no page-locked memory; writes then take the slow way.
     pub(in crate::cuda) fn new(f: &CudaFunctions) -> Option<Staging> {
-        let mut staging = Staging { memory: 0, events: [0; SEGMENTS], busy: [false; SEGMENTS], segment: 0, taken: 0 };
+        let mut staging = Staging { memory: null_mut(), events: [null_mut(); SEGMENTS], busy: [false; SEGMENTS], segment: 0, taken: 0 };
         // SAFETY: the result is writable and the context is current.
         let mut good = unsafe { (f.mem_host_alloc)(&mut staging.memory, SEGMENTS * SEGMENT_BYTES + READBACK_BYTES, 0) } == 0;
         for event in &mut staging.events {
@@ -52,7 +55,7 @@ impl Staging {
     }
 
     /// Enqueues a copy of `src` to `dst`.
-    pub(in crate::cuda) fn write(&mut self, f: &CudaFunctions, stream: RawHandle, dst: Address, src: &[u8], check: &Check) -> Result<()> {
+    pub(in crate::cuda) fn write(&mut self, f: &CudaFunctions, stream: CUstream, dst: Address, src: &[u8], check: &Check) -> Result<()> {
         let mut done = 0;
         while done < src.len() {
             if self.taken == SEGMENT_BYTES {
@@ -60,7 +63,7 @@ impl Staging {
             }
             let start = self.segment * SEGMENT_BYTES + self.taken;
             let bytes = (SEGMENT_BYTES - self.taken).min(src.len() - done);
-            let place = (self.memory + start) as *mut u8;
+            let place = self.memory.cast::<u8>().wrapping_add(start);
             // SAFETY: [start, start + bytes) lies in the current segment, and no copy out of this
             // part of it is under way: the part is untouched since the segment's event was waited
             // for. `dst` holds `src.len()` bytes by the caller's word.
@@ -77,7 +80,7 @@ impl Staging {
     }
 
     /// Closes the current segment with its event and waits until the next one is free.
-    fn next_segment(&mut self, f: &CudaFunctions, stream: RawHandle, check: &Check) -> Result<()> {
+    fn next_segment(&mut self, f: &CudaFunctions, stream: CUstream, check: &Check) -> Result<()> {
         // SAFETY: events and stream are live.
         check("cuEventRecord", unsafe { (f.event_record)(self.events[self.segment], stream) })?;
         self.busy[self.segment] = true;
@@ -96,16 +99,16 @@ impl Staging {
         // SAFETY: the area after the segments holds READBACK_BYTES that the driver has mapped and,
         // as zeros or by a copy, initialised; only one borrow of it exists.
         (bytes <= READBACK_BYTES)
-            .then(|| unsafe { std::slice::from_raw_parts_mut((self.memory + SEGMENTS * SEGMENT_BYTES) as *mut u8, bytes) })
+            .then(|| unsafe { std::slice::from_raw_parts_mut(self.memory.cast::<u8>().add(SEGMENTS * SEGMENT_BYTES), bytes) })
     }
 
     /// Gives everything back. The stream must be done with it.
     pub(in crate::cuda) fn release(self, f: &CudaFunctions) {
-        for event in self.events.into_iter().filter(|event| *event != 0) {
+        for event in self.events.into_iter().filter(|event| !event.is_null()) {
             // SAFETY: created in `new`, destroyed once.
             unsafe { (f.event_destroy)(event) };
         }
-        if self.memory != 0 {
+        if !self.memory.is_null() {
             // SAFETY: allocated in `new`, freed once.
             unsafe { (f.mem_free_host)(self.memory) };
         }
