@@ -536,7 +536,7 @@ pub struct RowsToSample<'a, B: Backend> {
     /// Final rows of the guide's picked rows, in f32.
     pub guide: Option<&'a B::Buffer>,
     /// Scratch buffers of (sampled rows, C) f32 each.
-    pub room: [&'a mut B::Buffer; 2],
+    pub scratch: [&'a mut B::Buffer; 2],
     /// Of [`Windows::shortlists`].
     pub lists: &'a [B::Shortlists],
 }

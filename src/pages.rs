@@ -254,7 +254,7 @@ mod tests {
         /// Random sequences that share, write and leave: free + live = capacity, no page has two
         /// writers, no prefix names a free page, and a committed sequence always gets its pages.
         #[test]
-        fn page_laws(moves in proptest::collection::vec((0usize..6, 0usize..4, 0usize..24), 1..200)) {
+        fn page_invariants(moves in proptest::collection::vec((0usize..6, 0usize..4, 0usize..24), 1..200)) {
             const LEN: usize = 24;
             let mut pool = PagePool::new(18, 4);
             let mut tables: Vec<Option<PageTable>> = (0..6).map(|_| None).collect();

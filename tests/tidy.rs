@@ -1,4 +1,4 @@
-//! Rules of the house that a machine can check.
+//! Rules of the sources that a machine can check.
 
 #[path = "tidy/imports.rs"]
 mod imports;
@@ -65,20 +65,23 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(|c: char| !c.is_alphanumeric() && c != '_')
 }
 
-/// Rooms where unsafe code may live: mapped files, vector instructions, the thread pool's handover,
-/// and foreign interfaces.
+/// Modules where unsafe code may live: mapped files, vector instructions, the thread pool's
+/// handover, and foreign interfaces.
 const FENCED: [&str; 6] = ["src/weights.rs", "src/cpu/simd.rs", "src/cpu/simd/", "src/cpu/pool.rs", "src/cuda/", "crates/emulator/src/"];
 
 #[test]
-fn unsafe_code_stays_in_its_rooms() {
+fn unsafe_code_stays_in_its_modules() {
     let broken = all_sources()
         .into_iter()
-        .filter(|(file, _)| !FENCED.iter().any(|room| file.starts_with(room)))
+        .filter(|(file, _)| !FENCED.iter().any(|module| file.starts_with(module)))
         .filter(|(_, text)| !text.contains("#![forbid(unsafe_code)]") && words(&code(text)).any(|word| word == "unsafe"))
         .map(|(file, _)| file)
         .collect();
-    fail_on("unsafe outside the fenced rooms", broken);
-    fail_on("fenced, but not there", FENCED.iter().filter(|room| !root().join(room).exists()).map(|room| (*room).to_owned()).collect());
+    fail_on("unsafe outside the fenced modules", broken);
+    fail_on(
+        "fenced, but not there",
+        FENCED.iter().filter(|module| !root().join(module).exists()).map(|module| (*module).to_owned()).collect(),
+    );
 }
 
 /// Every unsafe block says what makes it true (clippy checks blocks; this also covers builds that
@@ -94,7 +97,7 @@ fn unsafe_code_carries_its_reason() {
 }
 
 #[test]
-fn rooms_stay_small_and_say_what_they_own() {
+fn modules_stay_small_and_say_what_they_contain() {
     let mut broken = Vec::new();
     for (file, text) in all_sources() {
         let lines = text.lines().count();
@@ -105,7 +108,7 @@ fn rooms_stay_small_and_say_what_they_own() {
             broken.push(format!("{file}: no head comment"));
         }
     }
-    fail_on("rooms", broken);
+    fail_on("modules", broken);
 }
 
 /// The library prints nothing and leaves nothing unfinished; only the command line talks.
@@ -167,12 +170,12 @@ fn knowledge_points_down() {
 }
 
 #[test]
-fn the_map_lists_every_room() {
+fn the_overview_lists_every_module() {
     let text = read("src/lib.rs");
-    let rooms = text.lines().filter_map(|line| line.trim().strip_prefix("pub mod ")).map(|name| name.trim_end_matches(';'));
+    let modules = text.lines().filter_map(|line| line.trim().strip_prefix("pub mod ")).map(|name| name.trim_end_matches(';'));
     let head: String = text.lines().take_while(|line| line.starts_with("//!")).collect();
-    let broken: Vec<String> = rooms.clone().filter(|room| !head.contains(&format!("`{room}`"))).map(String::from).collect();
-    assert!(rooms.count() > 10, "src/lib.rs is the table of contents");
+    let broken: Vec<String> = modules.clone().filter(|module| !head.contains(&format!("`{module}`"))).map(String::from).collect();
+    assert!(modules.count() > 10, "src/lib.rs is the table of contents");
     fail_on("modules that the head of src/lib.rs does not list", broken);
 }
 

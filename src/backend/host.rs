@@ -28,7 +28,7 @@ impl<B: Backend> StepRunner<B> for HostSteps {
         for PlannedStep { plan, sampling } in &run.steps {
             let StepSampling::Draws(sampling) = sampling else { panic!("steps by rules are a device's") };
             let mut parts = HostParts::new(plan, sampling, run.banned, sequences);
-            network.reserve(backend, parts.room())?;
+            network.reserve(backend, parts.rows_needed())?;
             network.step(backend, &mut parts)?;
         }
         Ok(())
@@ -101,7 +101,7 @@ impl<'a> HostParts<'a> {
         HostParts { plan, sampling, banned, sequences, shortlists_of, passes: 0, window_rows, pass: None }
     }
 
-    fn room(&self) -> StepRows {
+    fn rows_needed(&self) -> StepRows {
         let outside = |sequence: &HostSequence| sequence.window.as_ref().map_or(0, |window| window.outside.len());
         StepRows {
             forward: self.plan.num_rows(),
@@ -212,7 +212,7 @@ impl<B: Backend> StepParts<B> for HostParts<'_> {
     /// A row that cannot be sampled fails its own sequence only.
     fn sample(&mut self, backend: &B, mut sample_rows: RowsToSample<B>) -> Result<()> {
         let parts = self.parts();
-        let mut answers: Vec<Result<Vec<SampledToken>>> = Vec::with_capacity(parts.len());
+        let mut sampled: Vec<Result<Vec<SampledToken>>> = Vec::with_capacity(parts.len());
         let alike = |(_, a): &(usize, SampleGroup), (_, b): &(usize, SampleGroup)| (a.rule, a.lists) == (b.rule, b.lists);
         // Neighbours with equal rules are sampled together.
         for group in parts.chunk_by(alike) {
@@ -224,20 +224,20 @@ impl<B: Backend> StepParts<B> for HostParts<'_> {
                 which: of(|part| &part.which),
                 ..first.clone()
             };
-            match answer(backend, &mut sample_rows, self.banned, &all) {
+            match sample_group(backend, &mut sample_rows, self.banned, &all) {
                 Ok(all) => {
                     let own = |part: &SampleGroup| part.rows.start - first.rows.start..part.rows.end - first.rows.start;
-                    answers.extend(group.iter().map(|(_, part)| Ok(all[own(part)].to_vec())));
+                    sampled.extend(group.iter().map(|(_, part)| Ok(all[own(part)].to_vec())));
                 }
                 // Found by sampling again, one sequence at a time.
-                Err(_) => answers.extend(group.iter().map(|(_, part)| answer(backend, &mut sample_rows, self.banned, part))),
+                Err(_) => sampled.extend(group.iter().map(|(_, part)| sample_group(backend, &mut sample_rows, self.banned, part))),
             }
         }
         let mut outcomes: Vec<Option<Result<Vec<RowOutcome>>>> = self.sampling.sequences.iter().map(|_| None).collect();
-        for ((s, _), answer) in parts.iter().zip(answers) {
+        for ((s, _), outcome) in parts.iter().zip(sampled) {
             let sequence = self.pass.as_ref().map_or(Some(&self.sampling.sequences[*s]), |pass| pass[*s].as_ref()).expect("it samples");
             let row = |(position, sampled): (&usize, SampledToken)| RowOutcome { position: *position, sampled, revealed: None };
-            outcomes[*s] = Some(answer.map(|sampled| sequence.positions.iter().zip(sampled).map(row).collect()));
+            outcomes[*s] = Some(outcome.map(|sampled| sequence.positions.iter().zip(sampled).map(row).collect()));
         }
         let pass = self.pass.as_ref().map(|_| self.passes - 1);
         self.sequences.apply(StepOutcome { pass, began: None, sequences: outcomes });
@@ -282,43 +282,48 @@ pub(crate) fn forward_batch<B: Backend>(backend: &B, plan: &Plan, picked: &[u32]
 }
 
 /// The sampled tokens of a part's rows.
-fn answer<B: Backend>(backend: &B, sample_rows: &mut RowsToSample<B>, banned: &BannedIds, part: &SampleGroup) -> Result<Vec<SampledToken>> {
+fn sample_group<B: Backend>(
+    backend: &B,
+    sample_rows: &mut RowsToSample<B>,
+    banned: &BannedIds,
+    part: &SampleGroup,
+) -> Result<Vec<SampledToken>> {
     let SampleGroup { rule, lists, ref rows, guide, ref draws, ref which } = *part;
     if rows.is_empty() {
         return Ok(Vec::new());
     }
-    let RowsToSample { hidden, width, head, bias, guide: guides, ref mut room, lists: made } = *sample_rows;
-    let [room, base] = room;
+    let RowsToSample { hidden, width, head, bias, guide: guides, ref mut scratch, lists: made } = *sample_rows;
+    let [mixed, base] = scratch;
     let list = |rows: Range<usize>| backend.rows(&rows.map(|row| row as u32).collect::<Vec<_>>());
     let mut hidden = hidden;
     if rows.start > 0 || rule.guidance > 0.0 {
-        backend.gather(&list(rows.clone())?, width, hidden, room)?;
+        backend.gather(&list(rows.clone())?, width, hidden, mixed)?;
         if rule.guidance > 0.0 {
             let guides = guides.expect("a guided step has a guide");
             backend.gather(&list(guide..guide + rows.len())?, width, guides, base)?;
             // [LLaDA] The published scale counts from 0.
-            backend.apply_guidance(rows.len() * width, rule.guidance + 1.0, base, room)?;
+            backend.apply_guidance(rows.len() * width, rule.guidance + 1.0, base, mixed)?;
         }
-        hidden = &**room;
+        hidden = &**mixed;
     }
     if let Some(lists) = lists {
         return backend.sample(hidden, head, bias, Candidates::Shortlists { lists: &made[lists], which }, draws);
     }
-    let mut answers = backend.sample(hidden, head, bias, Candidates::AllBut(banned.ids(rule.banned)), draws)?;
+    let mut sampled = backend.sample(hidden, head, bias, Candidates::AllBut(banned.ids(rule.banned)), draws)?;
     if rule.ends_last {
-        let ends = |answer: &SampledToken| banned.last.contains(&answer.token);
+        let ends = |token: &SampledToken| banned.last.contains(&token.token);
         // [LLaDA] Tokens first, from everything; then what each is worth where the ends do not
         // count.
-        let again = |(draw, answer): (&Draw, &SampledToken)| match ends(answer) {
+        let again = |(draw, token): (&Draw, &SampledToken)| match ends(token) {
             true => Draw { temperature: 0.0, forced: None, ..*draw },
-            false => Draw { forced: Some(answer.token), ..*draw },
+            false => Draw { forced: Some(token.token), ..*draw },
         };
-        let again: Vec<Draw> = draws.iter().zip(&answers).map(again).collect();
+        let again: Vec<Draw> = draws.iter().zip(&sampled).map(again).collect();
         let others = backend.sample(hidden, head, bias, Candidates::AllBut(&banned.never_and_last), &again)?;
-        for (answer, other) in answers.iter_mut().zip(others) {
-            let (confidence, log_prob) = if ends(answer) { (0.0, answer.log_prob) } else { (other.confidence, other.log_prob) };
-            *answer = SampledToken { confidence, log_prob, ..*answer };
+        for (token, other) in sampled.iter_mut().zip(others) {
+            let (confidence, log_prob) = if ends(token) { (0.0, token.log_prob) } else { (other.confidence, other.log_prob) };
+            *token = SampledToken { confidence, log_prob, ..*token };
         }
     }
-    Ok(answers)
+    Ok(sampled)
 }

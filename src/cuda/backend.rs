@@ -345,7 +345,7 @@ impl Backend for Cuda {
         let Weight { n, k, .. } = *head;
         assert!(hidden.len >= draws.len() * k, "hidden of {} for {} rows of {k}", hidden.len, draws.len());
         let draws_memory = self.upload_draws(draws)?;
-        let answers = self.context.memory(draws.len() * size_of::<sample::SampledRecord>())?;
+        let output = self.context.memory(draws.len() * size_of::<sample::SampledRecord>())?;
         let (hidden, _copy) = self.as_input(hidden, draws.len() * k)?;
         let op = SampleOp {
             rows: draws.len() as u32,
@@ -357,12 +357,12 @@ impl Backend for Cuda {
             bias: bias.map(Buffer::address),
             banned: self.banned_mask(banned, n)?,
             draws: draws_memory.address(),
-            sampled: answers.address(),
+            sampled: output.address(),
             any_fused: draws.iter().any(|draw| !sample::needs_nucleus(draw)),
             any_nucleus: draws.iter().any(sample::needs_nucleus),
         };
         sample::sample(&self.context, &op)?;
-        let records = self.read_sampled(&answers, draws.len())?;
+        let records = self.read_sampled(&output, draws.len())?;
         records.iter().enumerate().map(|(row, record)| record.sampled(row)).collect()
     }
 

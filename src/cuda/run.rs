@@ -307,25 +307,25 @@ impl DeviceRun {
         context.driver.read(self.log.address(), bytemuck::cast_slice_mut(&mut records))?;
         let mut summaries = vec![SequenceSummary::default(); self.num_sequences];
         context.driver.read(self.summaries, bytemuck::cast_slice_mut(&mut summaries))?;
-        let mut answers = Vec::new();
+        let mut outcomes = Vec::new();
         for plan in &self.steps {
             for (pass, part) in plan.parts.iter().enumerate() {
                 let mut first = plan.log + part.first_sampled;
                 let sequence = |(count, summary): (&usize, &SequenceSummary)| {
                     first += count;
                     // A sequence that is through takes no part in a pass.
-                    (pass == 0 || *count > 0).then(|| answer(&records[first - count..first], summary))
+                    (pass == 0 || *count > 0).then(|| row_outcomes(&records[first - count..first], summary))
                 };
-                answers.push(part.counts.iter().zip(&summaries).map(sequence).collect());
+                outcomes.push(part.counts.iter().zip(&summaries).map(sequence).collect());
             }
         }
-        Ok(answers)
+        Ok(outcomes)
     }
 }
 
 /// One sequence's part of a step. Records of steps after an error are undefined: the
 /// first of them ends the sequence anyway.
-fn answer(records: &[SampledRecord], summary: &SequenceSummary) -> Result<Vec<RowOutcome>> {
+fn row_outcomes(records: &[SampledRecord], summary: &SequenceSummary) -> Result<Vec<RowOutcome>> {
     let sampled: Result<Vec<RowOutcome>> = records
         .iter()
         .enumerate()

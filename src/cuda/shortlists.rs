@@ -70,7 +70,7 @@ impl Cuda {
         assert!(which.iter().all(|list| (*list as usize) < lists.rows), "{which:?} of {} lists", lists.rows);
         let draws = self.upload_draws(draws)?;
         let which = self.upload_words(which)?;
-        let answers = self.context.memory(rows * size_of::<SampledRecord>())?;
+        let output = self.context.memory(rows * size_of::<SampledRecord>())?;
         let (hidden, _copy) = self.as_input(hidden, rows * k)?;
         let op = SampleShortlistOp {
             rows: rows as u32,
@@ -83,10 +83,10 @@ impl Cuda {
             ids: lists.memory.address(),
             which: which.address(),
             draws: draws.address(),
-            sampled: answers.address(),
+            sampled: output.address(),
         };
         sample_shortlist(&self.context, &op)?;
-        let records = self.read_sampled(&answers, rows)?;
+        let records = self.read_sampled(&output, rows)?;
         let sampled = |(row, record): (usize, &SampledRecord)| match record.status {
             status::FORCED => Err(not_on_shortlist(row, record.token)),
             _ => record.sampled(row),

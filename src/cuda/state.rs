@@ -290,9 +290,9 @@ impl Cuda {
     }
 
     /// The records that a kernel wrote for `rows` rows. Waits.
-    pub(super) fn read_sampled(&self, answers: &Memory, rows: usize) -> Result<Vec<sample::SampledRecord>> {
+    pub(super) fn read_sampled(&self, output: &Memory, rows: usize) -> Result<Vec<sample::SampledRecord>> {
         let mut records = vec![sample::SampledRecord::default(); rows];
-        self.context.driver.read(answers.address(), bytemuck::cast_slice_mut(&mut records))?;
+        self.context.driver.read(output.address(), bytemuck::cast_slice_mut(&mut records))?;
         Ok(records)
     }
 }

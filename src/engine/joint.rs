@@ -36,7 +36,7 @@ impl<B: Backend> Engine<B> {
             }
             if loaded.model.config().logits_rows().are_shifted() && stage.visibility() != Visibility::Full {
                 let what =
-                    "sampler=joint with shifted logits needs visible=canvas: the first position of a block is answered outside of it";
+                    "sampler=joint with shifted logits needs visible=canvas: the first position of a block is predicted outside of it";
                 return Err(Error::request(format!("stage {index}: {what}")));
             }
         }
@@ -109,10 +109,10 @@ impl<B: Backend> Engine<B> {
         let len = states[0].len() as u32;
         model.forward(backend, &plan(&states[0], 0..len as usize), &(0..len).collect::<Vec<_>>(), kv, scratch, None)?;
         let logits_rows = model.config().logits_rows();
-        let answering = |positions: Range<usize>| -> Vec<u32> { positions.map(|p| logits_rows.logits_row_for(p) as u32).collect() };
-        sampler.start(backend, model, &answering(window.clone()), scratch, state)?;
+        let rows_for = |positions: Range<usize>| -> Vec<u32> { positions.map(|p| logits_rows.logits_row_for(p) as u32).collect() };
+        sampler.start(backend, model, &rows_for(window.clone()), scratch, state)?;
         if window.start > 0 {
-            sampler.start(backend, model, &answering(0..window.start), scratch, outside)?;
+            sampler.start(backend, model, &rows_for(0..window.start), scratch, outside)?;
             sampler.append(backend, model, &plan(&states[0], 0..window.start), kv, scratch, outside)?;
         }
         let mut logits = Vec::new();

@@ -24,7 +24,7 @@ impl<B: Backend> LoadedJoint<B> {
     }
 }
 
-/// What the sampler does after a foreseen forward over `plan`: `None` where no sequence samples
+/// What the sampler does after a planned forward over `plan`: `None` where no sequence samples
 /// are joint. `logits` are the model's.
 pub(super) fn planned_joint(plan: &Plan, steps: &[&LookaheadStep], logits: LogitsRows) -> Option<PlannedJoint> {
     if steps.iter().all(|step| step.joint.is_none()) {
@@ -97,7 +97,7 @@ mod tests {
             plan.push(&rows, &[0, 1], 4, step.visibility, step.len);
         }
         let joint = planned_joint(&plan, &steps.each_ref(), LogitsRows::Before).expect("two of them are joint");
-        assert_eq!(joint.inside, [1, 2, 3, 4, 9, 9, 10], "position p is answered by p - 1, and 0 by itself");
+        assert_eq!(joint.inside, [1, 2, 3, 4, 9, 9, 10], "position p is predicted by row p - 1, and 0 by itself");
         assert_eq!(joint.outside, [0, 1]);
         let rows: Vec<&[u32]> = joint.passes.iter().map(|pass| pass.rows.as_slice()).collect();
         assert_eq!(rows, [&[2, 3, 4, 5, 9, 10, 11][..], &[2, 3, 4, 5]]);

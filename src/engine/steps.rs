@@ -1,7 +1,7 @@
 //! The middle of a tick: steps are planned for the chosen sequences, run, and their outcomes
 //! applied.
 //!
-//! Where the runner looks ahead and every chosen sequence foresees its steps, several are planned
+//! Where the runner and every chosen sequence can plan ahead, several steps are planned
 //! by rules; otherwise one is, with the draws of the host.
 #![forbid(unsafe_code)]
 
@@ -37,7 +37,7 @@ impl<B: Backend> Engine<B> {
             let young = chosen.iter().any(|i| self.active[*i].timings.first_token_ms == 0.0);
             let max = if young { FIRST_RUN } else { LONGEST_RUN };
             match chosen.iter().map(|i| self.active[*i].sequence.look_ahead(max)).collect() {
-                Ok(foreseen) => return self.plan_by_rules(chosen, weights, foreseen),
+                Ok(lookahead) => return self.plan_by_rules(chosen, weights, lookahead),
                 Err(reason) => because = Some(reason),
             }
         }
@@ -45,24 +45,24 @@ impl<B: Backend> Engine<B> {
         Ok(vec![PlannedStep { plan, sampling: StepSampling::Draws(sampling) }])
     }
 
-    /// Steps that all chosen sequences foresee.
-    fn plan_by_rules(&mut self, chosen: &[usize], weights: usize, foreseen: Vec<Vec<LookaheadStep>>) -> Result<Vec<PlannedStep>> {
-        let count = foreseen.iter().map(Vec::len).min().unwrap_or(0);
+    /// Steps that all chosen sequences can plan ahead.
+    fn plan_by_rules(&mut self, chosen: &[usize], weights: usize, lookahead: Vec<Vec<LookaheadStep>>) -> Result<Vec<PlannedStep>> {
+        let count = lookahead.iter().map(Vec::len).min().unwrap_or(0);
         let mut steps = Vec::with_capacity(count);
         for index in 0..count {
             // A later step may need more rows than the scheduler allowed the first.
-            let rows: usize = foreseen.iter().map(|steps| steps[index].rows.len()).sum();
+            let rows: usize = lookahead.iter().map(|steps| steps[index].rows.len()).sum();
             if index > 0 && chosen.len() > 1 && rows > self.options.budget.max_rows {
                 break;
             }
             let mut plan = Plan::new();
-            for (&i, steps) in chosen.iter().zip(&foreseen) {
+            for (&i, steps) in chosen.iter().zip(&lookahead) {
                 let step = &steps[index];
                 self.make_writable(i, weights, step.rows.iter().copied())?;
                 let rows: Vec<(usize, u32)> = step.rows.iter().map(|p| (*p, 0)).collect();
                 plan.push(&rows, self.active[i].table.pages(), self.options.page_size, step.visibility, step.len);
             }
-            let of: Vec<&LookaheadStep> = foreseen.iter().map(|steps| &steps[index]).collect();
+            let of: Vec<&LookaheadStep> = lookahead.iter().map(|steps| &steps[index]).collect();
             let joint = planned_joint(&plan, &of, self.models[weights].model.config().logits_rows());
             let sequences = of.iter().map(|step| step.part.clone()).collect();
             steps.push(PlannedStep { plan, sampling: StepSampling::Rules(RuleSampling { sequences, joint }) });
@@ -220,7 +220,7 @@ impl RunningSequences<'_> {
         let prefill = active.sequence.is_prefilling();
         let applied = rows.and_then(|rows| {
             if !pass {
-                let sampled = accept(&active.sequence.step().expect("foreseen").sample_rows, rows)?;
+                let sampled = accept(&active.sequence.step().expect("planned ahead").sample_rows, rows)?;
                 return active.sequence.apply(&sampled, &mut events);
             }
             let waiting = self.waiting[c].take().or_else(|| active.sequence.joint_pass());

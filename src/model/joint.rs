@@ -237,7 +237,7 @@ impl<B: Backend> Joint<B> {
         let (Scratch { x, h, picked, .. }, width) = (scratch, model.config.hidden_dim);
         backend.gather(sample_rows, width, &state.hidden, h)?;
         let (head, bias) = (&model.head.weight, model.head.bias.as_ref());
-        parts.sample(backend, RowsToSample { hidden: h, width, head, bias, guide: None, room: [picked, x], lists })
+        parts.sample(backend, RowsToSample { hidden: h, width, head, bias, guide: None, scratch: [picked, x], lists })
     }
 
     /// The most probable ids of rows of the window, by their states as they are now: what passes

@@ -94,7 +94,7 @@ impl<B: Backend> Layer<B> {
             }
             FeedForward::Experts(experts) => {
                 let (moe, routing) = config.moe.as_ref().zip(routing.as_mut()).expect("made with the layer");
-                experts.apply(backend, moe, rows, h, moe::Room { logits: qkv, mlp, routing }, x)
+                experts.apply(backend, moe, rows, h, moe::MoeScratch { logits: qkv, mlp, routing }, x)
             }
         }
     }

@@ -37,7 +37,7 @@ pub(super) struct MoeLayer<B: Backend> {
 
 /// What rows need on their way: scratch of (rows, E) for the router's logits, and of (rows, shared
 /// F).
-pub(super) struct Room<'a, B: Backend> {
+pub(super) struct MoeScratch<'a, B: Backend> {
     pub logits: &'a mut B::Buffer,
     pub mlp: &'a mut B::Buffer,
     pub routing: &'a mut B::Routing,
@@ -45,12 +45,12 @@ pub(super) struct Room<'a, B: Backend> {
 
 impl<B: Backend> MoeLayer<B> {
     /// `out (rows, C) += experts(x)`.
-    pub fn apply(&self, backend: &B, moe: &Moe, rows: usize, x: &B::Buffer, room: Room<B>, out: &mut B::Buffer) -> Result<()> {
-        self.router.apply(backend, rows, x, Epilogue::Store, room.logits)?;
-        backend.route(rows, room.logits, &Router { score: moe.score, bias: self.bias.as_ref() }, room.routing)?;
-        backend.moe(room.routing, x, &self.up, &self.down, out)?;
+    pub fn apply(&self, backend: &B, moe: &Moe, rows: usize, x: &B::Buffer, scratch: MoeScratch<B>, out: &mut B::Buffer) -> Result<()> {
+        self.router.apply(backend, rows, x, Epilogue::Store, scratch.logits)?;
+        backend.route(rows, scratch.logits, &Router { score: moe.score, bias: self.bias.as_ref() }, scratch.routing)?;
+        backend.moe(scratch.routing, x, &self.up, &self.down, out)?;
         match &self.shared {
-            Some(shared) => shared.apply(backend, rows, Epilogue::SwiGlu, x, room.mlp, out),
+            Some(shared) => shared.apply(backend, rows, Epilogue::SwiGlu, x, scratch.mlp, out),
             None => Ok(()),
         }
     }

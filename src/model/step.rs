@@ -142,7 +142,7 @@ impl<B: Backend> StepNetwork<'_, B> {
         let hidden = if guided { &*qkv } else { &*h };
         let guide = guide.as_ref().map(|(_, rows)| rows).filter(|_| guided);
         let (weight, bias) = (&head.weight, head.bias.as_ref());
-        parts.sample(backend, RowsToSample { hidden, width, head: weight, bias, guide, room: [picked, x], lists })
+        parts.sample(backend, RowsToSample { hidden, width, head: weight, bias, guide, scratch: [picked, x], lists })
     }
 }
 

@@ -1,5 +1,5 @@
 //! Joint sampling: what it decodes is what its definition says, computed without any cache; and it
-//! keeps the laws of the engine.
+//! keeps the invariants of the engine.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -1,11 +1,11 @@
-//! Laws of decoding: a sequence over a symbolic network, where a stale or unwritten slot cannot
-//! hide, and the engine over real checkpoints, where a result must depend on the request alone and
-//! every forward and row is accounted for.
+//! Invariants of decoding: a sequence over a symbolic network, where a stale or unwritten slot
+//! cannot hide, and the engine over real checkpoints, where a result must depend on the request
+//! alone and every forward and row is accounted for.
 
 mod counts;
 mod ends;
+mod invariants;
 mod joint;
-mod laws;
 mod sharing;
 mod support;
 mod symbolic;

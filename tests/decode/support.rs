@@ -1,4 +1,4 @@
-//! Engines, schedules and outcomes for the laws of the engine.
+//! Engines, schedules and outcomes for the invariants of the engine.
 
 use std::path::{Path, PathBuf};
 

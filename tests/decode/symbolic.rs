@@ -668,10 +668,11 @@ proptest! {
         same(&run(&case, &mixed, How { separate_commit: true, shared_prompt: true }), &slow, "all at once and recompute")?;
     }
 
-    /// Approximate policies keep every law but equality: they end, count honestly, touch nothing
-    /// they may not, and never read a slot that was never written. (`run` checks all of it.)
+    /// Approximate policies keep every invariant but equality: they end, count honestly, touch
+    /// nothing they may not, and never read a slot that was never written. (`run` checks all of
+    /// it.)
     #[test]
-    fn approximate_policies_keep_the_laws(
+    fn approximate_policies_keep_the_invariants(
         case in case(), kv in proptest::collection::vec((0usize..7, 2usize..6), 4), separate in any::<bool>()
     ) {
         let schedule = case.schedule(|k| match kv[k] {

@@ -12,10 +12,10 @@ mod joint;
 #[allow(dead_code)] // shared with the kernel tests, which need all of it
 mod machines;
 #[path = "../decode/support.rs"]
-#[allow(dead_code)] // shared with the tests of the engine's laws
+#[allow(dead_code)] // shared with the tests of the engine's invariants
 mod support;
 
-mod laws;
+mod invariants;
 mod parity;
 mod passes;
 mod tokens;
