@@ -55,6 +55,10 @@
 //! | SDAR | arXiv 2510.06303 |
 //! | ReMDM | arXiv 2503.00307 |
 
+// What the library has to say it returns; the command writes to streams that may fail
+// (`cli::terminal`).
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod api;
 pub mod backend;
 pub mod canvas;
@@ -67,6 +71,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod engine;
 pub mod error;
+mod input_file;
 pub mod model;
 pub mod pages;
 pub mod plan;

@@ -1,30 +1,40 @@
-//! Checkpoint files: safetensors, single or sharded with an index, mapped and read as named,
-//! shape-checked views.
+//! Checkpoint files: safetensors, single or sharded with an index, read as named, shape-checked
+//! tensors.
 //!
-//! Weights are read once, straight into their packed form, and the mapped pages are handed back as
-//! they are read, so the file and its packed copy are never resident together. Unsafe lives here
-//! for the mapping alone.
+//! Weights are read once, straight into their packed form. They are read and not mapped: a file
+//! that another program cuts short meanwhile gives an error that names the tensor, where a mapping
+//! would end the process by SIGBUS, and file systems without shared mappings serve as well. After
+//! loading nothing is read any more. A file that is overwritten in place while it is read may give
+//! the values of either version: only its length and what is not finite are noticed.
+#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use half::slice::HalfFloatSliceExt;
-use memmap2::{Advice, Mmap};
-use safetensors::SafeTensors;
-use safetensors::tensor::Dtype;
+use safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::input_file::{self, MAX_JSON_BYTES};
 
-/// Pages that were read are handed back by the stretch: a call for each read would interrupt the
-/// other threads for little memory.
-const RELEASE_BYTES: usize = 1 << 20;
+/// Bytes of a header at most, as the safetensors crate has it.
+const MAX_HEADER_BYTES: usize = 100_000_000;
+
+/// Elements of 16 bits that are read at once, before they are converted: 32 KiB stay in L1, and a
+/// call for each costs a twentieth of the copy that it makes.
+const HALVES: usize = 16 << 10;
 
 /// Bytes requested from the disk ahead of a sequential read of a tensor. The system's own
-/// read-ahead, 128 KiB where a mapping is concerned, leaves a fast disk idle.
+/// read-ahead of 128 KiB leaves a fast disk idle.
+#[cfg(target_os = "linux")]
 const AHEAD_BYTES: usize = 16 << 20;
+
+/// Bytes at the beginning of a file that tell what it is.
+const FIRST_BYTES: usize = 512;
 
 /// Problems of one checkpoint that an error names.
 const NAMED_PROBLEMS: usize = 4;
@@ -41,7 +51,7 @@ pub struct Weights {
 
 struct Shard {
     path: PathBuf,
-    map: Mmap,
+    file: File,
 }
 
 struct Entry {
@@ -61,19 +71,20 @@ impl Weights {
     pub fn open(dir: &Path) -> Result<Weights> {
         let index = dir.join("model.safetensors.index.json");
         let single = dir.join("model.safetensors");
-        if single.exists() {
+        let exists = |path: &Path| input_file::exists(path).map_err(|e| Error::io(path, &e));
+        if exists(&single)? {
             let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: single.clone(), random: false };
             weights.add_shard(single)?;
             return Ok(weights);
         }
-        if !index.exists() {
-            return Err(Error::weights(&single, "no weights: expected model.safetensors, or model.safetensors.index.json with its shards"));
+        if !exists(&index)? {
+            return Err(Error::weights(&single, no_weights(dir)));
         }
         let named = Index::read(dir, &index)?;
         let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: index.clone(), random: false };
         let mut problems = Vec::new();
         for (path, tensors) in named.files() {
-            if path.exists() {
+            if exists(&path)? {
                 problems.extend(weights.add_shard(path).err());
             } else {
                 let first = tensors.first().copied().unwrap_or_default();
@@ -107,31 +118,21 @@ impl Weights {
     }
 
     fn add_shard(&mut self, path: PathBuf) -> Result<()> {
-        let file = File::open(&path).map_err(|e| Error::weights(&path, format!("cannot open: {e}")))?;
-        // SAFETY: the mapping is read-only and private to this process; as with every mapped file,
-        // another process that truncates it while it is being read can raise SIGBUS. All offsets
-        // used below were validated against the mapped length by `read_metadata`.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::weights(&path, format!("cannot map: {e}")))?;
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
-            let what = cut_short(&map).unwrap_or_else(|| format!("not a safetensors file of {} bytes: {e}", map.len()));
-            Error::weights(&path, what)
-        })?;
+        let wrong = |what: String| Error::weights(&path, what);
+        let file = input_file::open(&path).map_err(|e| wrong(format!("cannot open: {e}")))?;
+        let len = file.metadata().map_err(|e| wrong(format!("cannot open: {e}")))?.len();
+        let (metadata, data) = header(&file, len).map_err(wrong)?;
         let shard = self.shards.len();
-        // `read_metadata` returns the header's own length; the 8-byte length field comes before
-        // it.
-        let data = header + 8;
         for (name, info) in metadata.tensors() {
+            // Offsets lie within the file, whose length the header agrees with.
             let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
-            if end > map.len() {
-                return Err(Error::weights(&path, format!("tensor {name} ends at byte {end}, the file has {}", map.len())));
-            }
             let entry = Entry { shard, dtype: info.dtype, shape: info.shape.clone(), start, end };
             if let Some(other) = self.tensors.insert(name.clone(), entry) {
                 let other = self.shards[other.shard].path.file_name().unwrap_or_default().display();
                 return Err(Error::weights(&path, format!("tensor {name} appears in two shards, the other is {other}")));
             }
         }
-        self.shards.push(Shard { path, map });
+        self.shards.push(Shard { path, file });
         Ok(())
     }
 
@@ -151,7 +152,7 @@ impl Weights {
         if !matches!(entry.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
             return Err(Error::weights(&shard.path, format!("tensor {name}: expected dtype F32, BF16 or F16, found {:?}", entry.dtype)));
         }
-        Ok(Tensor { name: name.to_string(), len: shape.iter().product(), data: Data::Mapped(entry, shard) })
+        Ok(Tensor { name: name.to_string(), len: shape.iter().product(), data: Data::Stored(entry, shard) })
     }
 
     /// Whether there is a tensor of the name.
@@ -206,15 +207,71 @@ fn fail_if_any(problems: Vec<Error>) -> Result<()> {
     Err(Error::weights(path, text))
 }
 
-/// Where a file whose header can be read ends before its tensors do.
-fn cut_short(bytes: &[u8]) -> Option<String> {
-    let (length, rest) = bytes.split_first_chunk::<8>()?;
-    let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
-    let header: serde_json::Map<String, Value> = serde_json::from_slice(rest.get(..length)?).ok()?;
-    let end = |tensor: &Value| usize::try_from(tensor.get("data_offsets")?.get(1)?.as_u64()?).ok();
-    let (end, name) = header.iter().filter_map(|(name, tensor)| Some((end(tensor)?, name))).max()?;
-    let (expected, found) = (end.checked_add(8 + length)?, bytes.len());
-    (found < expected).then(|| format!("cut short: expected {expected} bytes, up to the end of tensor {name}, found {found}"))
+/// The tensors of a safetensors file of `len` bytes, and where their data begins.
+///
+/// Errors: what is wrong with the file.
+fn header(file: &File, len: u64) -> std::result::Result<(Metadata, usize), String> {
+    let read = |bytes: &mut [u8], at: usize| read_exact_at(file, bytes, at).map_err(|e| format!("cannot read: {e}"));
+    let mut first = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(FIRST_BYTES)];
+    read(&mut first, 0)?;
+    let unlike = |why: String| match input_file::looks_like(&first) {
+        Some(kind) => format!("not a safetensors file: {kind}"),
+        None => format!("not a safetensors file of {len} bytes: {why}"),
+    };
+    let Some((size, _)) = first.split_first_chunk::<8>() else { return Err(unlike("too short for a header".into())) };
+    let size = u64::from_le_bytes(*size);
+    if size > MAX_HEADER_BYTES as u64 {
+        return Err(unlike(format!("its header would have {size} bytes, at most {MAX_HEADER_BYTES} are read")));
+    }
+    if size + 8 > len {
+        return Err(unlike(format!("cut short: its header has {size} bytes")));
+    }
+    let mut text = vec![0; size as usize];
+    read(&mut text, 8)?;
+    // Checks offsets against each other, and lengths against shapes and types.
+    let metadata: Metadata = serde_json::from_slice(&text).map_err(|e| unlike(format!("its header: {e}")))?;
+    let (data, expected) = (8 + size as usize, 8 + size + metadata.data_len() as u64);
+    if expected > len {
+        let tensors = metadata.tensors();
+        let last = tensors.iter().max_by_key(|(name, info)| (info.data_offsets.1, (*name).clone())).map_or("", |(name, _)| name);
+        return Err(format!("cut short: expected {expected} bytes, up to the end of tensor {last}, found {len}"));
+    }
+    if expected < len {
+        return Err(format!("expected {expected} bytes, up to the end of the last tensor, found {len}"));
+    }
+    Ok((metadata, data))
+}
+
+/// What stands in a directory that has no weights, and the next move.
+fn no_weights(dir: &Path) -> String {
+    const EXPECTED: &str = "no weights: expected model.safetensors, or model.safetensors.index.json with its shards";
+    let mut names: Vec<String> = match dir.read_dir() {
+        Ok(entries) => entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect(),
+        Err(_) => return EXPECTED.into(),
+    };
+    names.sort();
+    let found = |suffix: &str| names.iter().find(|name| name.ends_with(suffix));
+    if let Some(name) = names.iter().find(|name| name.starts_with("model-") && name.ends_with(".safetensors")) {
+        return format!("{EXPECTED}; found {name} without the index: download model.safetensors.index.json too");
+    }
+    if let Some(name) = found(".safetensors") {
+        return format!("{EXPECTED}; found {name}: rename it if it holds the whole model");
+    }
+    if let Some(name) = [".bin", ".pt", ".pth", ".ckpt"].into_iter().find_map(found) {
+        return format!(
+            "{EXPECTED}; found {name}, a PyTorch file: load it in transformers and call `save_pretrained(DIR, safe_serialization=True)`"
+        );
+    }
+    if let Some(name) = found(".gguf") {
+        return format!("{EXPECTED}; found {name}, a file of llama.cpp: download the Hugging Face directory that it was made from");
+    }
+    if let Some(name) = [".h5", ".msgpack", ".onnx"].into_iter().find_map(found) {
+        return format!("{EXPECTED}; found {name}, weights of another framework");
+    }
+    if let Some(name) = [".incomplete", ".part", ".aria2", ".crdownload"].into_iter().find_map(found) {
+        return format!("{EXPECTED}; found {name}: the download is not complete");
+    }
+    EXPECTED.into()
 }
 
 /// `model.safetensors.index.json`: the shard of every tensor.
@@ -224,8 +281,11 @@ struct Index {
 
 impl Index {
     fn read(dir: &Path, index: &Path) -> Result<Index> {
-        let text = std::fs::read_to_string(index).map_err(|e| Error::weights(index, format!("cannot read: {e}")))?;
-        let value: Value = serde_json::from_str(&text).map_err(|e| Error::weights(index, format!("not JSON: {e}")))?;
+        let text = input_file::read_text(index, MAX_JSON_BYTES).map_err(|e| Error::weights(index, format!("cannot read: {e}")))?;
+        let value: Value = serde_json::from_str(&text).map_err(|e| {
+            let kind = input_file::looks_like(text.as_bytes()).map_or(String::new(), |kind| format!(": {kind}"));
+            Error::weights(index, format!("not JSON{kind}: {e}"))
+        })?;
         let map = value.get("weight_map").and_then(Value::as_object);
         let map = map.ok_or_else(|| Error::weights(index, "expected an object `weight_map`"))?;
         let path = |(tensor, file): (&String, &Value)| {
@@ -254,7 +314,7 @@ pub struct Tensor<'a> {
 }
 
 enum Data<'a> {
-    Mapped(&'a Entry, &'a Shard),
+    Stored(&'a Entry, &'a Shard),
     Random(u64),
 }
 
@@ -262,7 +322,7 @@ impl Tensor<'_> {
     /// Bytes in the file.
     pub fn num_bytes(&self) -> usize {
         match self.data {
-            Data::Mapped(entry, _) => entry.end - entry.start,
+            Data::Stored(entry, _) => entry.end - entry.start,
             Data::Random(_) => self.len * size_of::<f32>(),
         }
     }
@@ -272,7 +332,7 @@ impl Tensor<'_> {
     /// Errors: a value that is NaN or infinite, named with its index.
     pub fn read(&self, first: usize, dst: &mut [f32]) -> Result<()> {
         let (entry, shard) = match self.data {
-            Data::Mapped(entry, shard) => (entry, shard),
+            Data::Stored(entry, shard) => (entry, shard),
             Data::Random(seed) => {
                 for (i, value) in dst.iter_mut().enumerate() {
                     let hash = (seed ^ (first + i) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
@@ -288,16 +348,30 @@ impl Tensor<'_> {
         let range = entry.start + first * size..entry.start + (first + dst.len()) * size;
         assert!(range.end <= entry.end, "elements {first}..{} of tensor {}", first + dst.len(), self.name);
         shard.ask_ahead(&range, entry);
-        let bytes = &shard.map[range.clone()];
         match entry.dtype {
-            Dtype::F32 => convert(bytes, dst, f32::from_le_bytes),
-            Dtype::BF16 => convert(bytes, dst, |b: [u8; 2]| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)),
-            // Where the machine has an instruction for it. Tensors begin on a multiple of their
-            // size in any file that was not made by hand.
-            _ => match bytemuck::try_cast_slice::<u8, half::f16>(bytes) {
-                Ok(halves) if cfg!(target_endian = "little") => halves.convert_to_f32_slice(dst),
-                _ => convert(bytes, dst, |b: [u8; 2]| half::f16::from_le_bytes(b).to_f32()),
-            },
+            Dtype::F32 => {
+                shard.read(bytemuck::cast_slice_mut(dst), range.start, &self.name)?;
+                if cfg!(target_endian = "big") {
+                    dst.iter_mut().for_each(|value| *value = f32::from_bits(value.to_bits().swap_bytes()));
+                }
+            }
+            dtype => {
+                let mut halves = [0u16; HALVES];
+                for (i, dst) in dst.chunks_mut(HALVES).enumerate() {
+                    let halves = &mut halves[..dst.len()];
+                    shard.read(bytemuck::cast_slice_mut(halves), range.start + i * HALVES * size, &self.name)?;
+                    if cfg!(target_endian = "big") {
+                        halves.iter_mut().for_each(|half| *half = half.swap_bytes());
+                    }
+                    match dtype {
+                        Dtype::BF16 => {
+                            dst.iter_mut().zip(&*halves).for_each(|(value, half)| *value = f32::from_bits(u32::from(*half) << 16))
+                        }
+                        // Where the machine has an instruction for it.
+                        _ => bytemuck::cast_slice::<u16, half::f16>(halves).convert_to_f32_slice(dst),
+                    }
+                }
+            }
         }
         // Without an early end, so that it runs on vectors: the largest magnitude says whether to
         // look for the culprit.
@@ -307,58 +381,65 @@ impl Tensor<'_> {
         {
             return Err(Error::weights(&shard.path, format!("tensor {}: element {} is {}", self.name, first + at, dst[at])));
         }
-        // The stretches that this read came to the end of; others may still read from the last one.
-        let stretch = |at: usize| at / RELEASE_BYTES * RELEASE_BYTES;
-        if stretch(range.start) < stretch(range.end) {
-            shard.release(stretch(range.start).max(entry.start)..stretch(range.end));
-        }
         Ok(())
     }
 
     /// The whole tensor.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; self.len];
+        let mut values = Vec::new();
+        if values.try_reserve_exact(self.len).is_err() {
+            let bytes = self.len * size_of::<f32>();
+            return Err(Error::device(format!("tensor {}: cannot allocate {bytes} bytes: the system refuses the memory", self.name)));
+        }
+        values.resize(self.len, 0.0);
         self.read(0, &mut values)?;
         Ok(values)
     }
 }
 
-/// Buffers that reading left are freed as a whole.
-impl Drop for Tensor<'_> {
-    fn drop(&mut self) {
-        if let Data::Mapped(entry, shard) = self.data
-            && entry.end - entry.start >= RELEASE_BYTES
-        {
-            shard.release(entry.start..entry.end);
-        }
-    }
-}
-
 impl Shard {
+    /// Bytes from `at` on, which belong to a tensor.
+    fn read(&self, bytes: &mut [u8], at: usize, tensor: &str) -> Result<()> {
+        read_exact_at(&self.file, bytes, at).map_err(|error| {
+            let what = match error.kind() {
+                ErrorKind::UnexpectedEof => format!("tensor {tensor}: the file was cut short while it was read"),
+                _ => format!("tensor {tensor}: cannot read: {error}"),
+            };
+            Error::weights(&self.path, what)
+        })
+    }
+
     /// Asks for what follows a read, whenever the reader comes to the next stretch of
-    /// [`AHEAD_BYTES`] of a tensor.
+    /// `AHEAD_BYTES` of a tensor.
+    #[cfg(target_os = "linux")]
     fn ask_ahead(&self, read: &Range<usize>, tensor: &Entry) {
         let stretch = |at: usize| (at - tensor.start) / AHEAD_BYTES;
         let end = tensor.end.min(read.end + 2 * AHEAD_BYTES);
         if read.end < end && (read.start == tensor.start || stretch(read.start) != stretch(read.end)) {
+            let len = std::num::NonZeroU64::new((end - read.start) as u64);
             // Advice only: a system that refuses it reads later.
-            let _ = self.map.advise_range(Advice::WillNeed, read.start, end - read.start);
+            let _ = rustix::fs::fadvise(&self.file, read.start as u64, len, rustix::fs::Advice::WillNeed);
         }
     }
 
-    /// Hands the pages of a byte range back to the system once they were read; reading again would
-    /// fault them in anew.
-    fn release(&self, bytes: Range<usize>) {
-        // SAFETY: the mapping is read-only and file-backed, so dropped pages are read from the file
-        // again on the next access.
-        let advised = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, bytes.start, bytes.len()) };
-        // Advice only: a system that refuses it keeps more memory, nothing else changes.
-        let _ = advised;
-    }
+    #[cfg(not(target_os = "linux"))]
+    fn ask_ahead(&self, _read: &Range<usize>, _tensor: &Entry) {}
 }
 
-fn convert<const N: usize>(bytes: &[u8], dst: &mut [f32], to_f32: impl Fn([u8; N]) -> f32) {
-    for (value, chunk) in dst.iter_mut().zip(bytes.as_chunks::<N>().0) {
-        *value = to_f32(*chunk);
+/// Reads at a place of its own, so that threads share a file.
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], at: usize) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at as u64)
+}
+
+/// Reads at a place of its own, so that threads share a file.
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: usize) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, at as u64)? {
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            read => (bytes, at) = (&mut bytes[read..], at + read),
+        }
     }
+    Ok(())
 }
