@@ -4,12 +4,15 @@
 //! file knows none of them. Checkpoints are hostile: every size is bounded before it is used.
 #![forbid(unsafe_code)]
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
+use crate::input_file::{self, MAX_JSON_BYTES, MAX_TOKENIZER_BYTES};
 use crate::plan::{LogitsRows, Visibility};
 use crate::sampling::{valid_temperature, valid_top_p};
 
@@ -156,11 +159,18 @@ pub struct ModelConfig {
     pub bos_id: Option<u32>,
     pub eos_id: Option<u32>,
     /// Every id that ends a text, ascending: `eos_id`, and what lists in config.json and
-    /// generation_config.json add.
+    /// generation_config.json, and the `eos_token` of tokenizer_config.json add.
     pub stop_ids: Vec<u32>,
+    /// Padding that does not end a text: never drawn.
     pub pad_id: Option<u32>,
     /// What generation_config.json recommends.
     pub sampling: SamplingDefaults,
+    /// The block length of [`AttentionMask::BlockCausal`] stands nowhere in the checkpoint: it is
+    /// that of the family's published sampler.
+    pub guessed_block_len: bool,
+    /// What was found in the directory's configuration and passed over, for a user to read: advice
+    /// that cannot be followed, and guesses.
+    pub warnings: Vec<String>,
 }
 
 /// Recommended sampling of a checkpoint: keys `temperature`, `top_p` and `top_k` of its
@@ -179,33 +189,54 @@ impl ModelConfig {
         self.shift.into()
     }
 
-    /// Adds what every family has in common: every id that ends a text, and recommended sampling.
+    /// Adds what every family has in common: every id that ends a text, recommended sampling, and
+    /// what was passed over.
     pub fn complete(mut self, dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         self.stop_ids = self.eos_id.into_iter().collect();
         self.stop_ids.extend(keys.tokens("eos_token_id", self.vocab_size)?);
-        self.read_generation(dir)?;
+        self.read_generation(dir, keys)?;
+        self.stop_ids.extend(tokenizer_eos(dir, self.vocab_size, keys)?);
         self.stop_ids.sort_unstable();
         self.stop_ids.dedup();
+        // A model that was trained to end texts with its padding has to be able to write it.
+        self.pad_id = self.pad_id.filter(|id| !self.stop_ids.contains(id));
+        if self.guessed_block_len
+            && let AttentionMask::BlockCausal(len) = self.attention
+        {
+            let what = format!("no key `block_size`, and no block length in the directory's name: {len} is a guess; add the key");
+            keys.warn(what);
+        }
+        self.warnings = keys.warnings.take();
         Ok(self)
     }
 
     /// What `dir/generation_config.json` adds, where there is one: chat models name there what ends
-    /// a turn.
-    fn read_generation(&mut self, dir: &Path) -> Result<()> {
+    /// a turn. Its sampling is advice: a value that cannot be followed is passed over.
+    fn read_generation(&mut self, dir: &Path, config: &ConfigJson) -> Result<()> {
         let path = dir.join("generation_config.json");
-        let Ok(text) = std::fs::read_to_string(&path) else {
-            return Ok(());
-        };
+        let text = input_file::read_optional_text(&path, MAX_JSON_BYTES).map_err(|e| Error::config(&path, format!("cannot read: {e}")))?;
+        let Some(text) = text else { return Ok(()) };
         let map: Map<String, Value> =
             serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))?;
-        let keys = ConfigJson { path: &path, map: &map, parent: "" };
+        let keys = ConfigJson { path: &path, map: &map, inner: None, parent: "", warnings: config.warnings };
         self.stop_ids.extend(keys.tokens("eos_token_id", self.vocab_size)?);
         self.sampling = SamplingDefaults {
-            temperature: keys.checked("temperature", valid_temperature, "a finite number of at least 0")?,
-            top_p: keys.checked("top_p", valid_top_p, "a number above 0, at most 1")?,
-            top_k: keys.optional_count("top_k", u32::MAX as usize)?.map(|k| k as u32),
+            temperature: keys.advice("temperature", valid_temperature, "a finite number of at least 0"),
+            top_p: keys.advice("top_p", valid_top_p, "a number above 0, at most 1"),
+            // Other engines say -1 for all of them.
+            top_k: match keys.get("top_k").and_then(Value::as_f64) {
+                Some(-1.0) => Some(0),
+                _ => keys.advice("top_k", |k| k >= 0.0 && k.fract() == 0.0, "a number of tokens").map(|k| k as u32),
+            },
         };
         Ok(())
+    }
+
+    /// Positions of a text of the trained length that is decoded to the end of its last block.
+    pub fn decoded_length(&self) -> usize {
+        // Schedules of published samplers have blocks of 32.
+        let block_len = if let AttentionMask::BlockCausal(len) = self.attention { len.max(32) } else { 32 };
+        if self.mask_id.is_some() { self.model_length.next_multiple_of(block_len).min(self.max_len()) } else { self.model_length }
     }
 
     /// Positions served at most.
@@ -257,27 +288,40 @@ impl ModelConfig {
 }
 
 /// `config.json` with typed access; errors name the file and the key.
+///
+/// A key that is null is absent. Where the decoder's keys are nested in `text_config`, as
+/// transformers 5 writes them for models of several parts, they are found there too.
 pub struct ConfigJson<'a> {
     path: &'a Path,
     map: &'a Map<String, Value>,
+    /// Looked at after `map`.
+    inner: Option<&'a Map<String, Value>>,
     /// Where the object is a value itself: its key and a dot.
     parent: &'static str,
+    warnings: &'a RefCell<Vec<String>>,
 }
 
-impl ConfigJson<'_> {
+impl<'a> ConfigJson<'a> {
     /// What `read` makes of `dir/config.json`.
     pub fn read<T>(dir: &Path, read: impl FnOnce(&ConfigJson) -> Result<T>) -> Result<T> {
         let path = dir.join("config.json");
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(_) if !dir.is_dir() => return Err(Error::config(dir, "no such model directory")),
-            Err(error) => return Err(Error::config(&path, format!("cannot read the model's configuration: {error}"))),
-        };
-        let value: Value = serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("not JSON: {e}")))?;
+        if dir.is_file() || !input_file::exists(&path).unwrap_or(true) {
+            return Err(no_config(dir, &path));
+        }
+        let text = input_file::read_text(&path, MAX_JSON_BYTES)
+            .map_err(|e| Error::config(&path, format!("cannot read the model's configuration: {e}")))?;
+        let value: Value = serde_json::from_str(&text).map_err(|e| {
+            let kind = input_file::looks_like(text.as_bytes()).map_or(String::new(), |kind| format!(": {kind}"));
+            Error::config(&path, format!("not JSON{kind}: {e}"))
+        })?;
         let Value::Object(map) = value else {
             return Err(Error::config(&path, "expected a JSON object"));
         };
-        read(&ConfigJson { path: &path, map: &map, parent: "" })
+        let inner = map.get("text_config").and_then(Value::as_object);
+        let warnings = RefCell::default();
+        let keys = ConfigJson { path: &path, map: &map, inner, parent: "", warnings: &warnings };
+        keys.refuse_quantised()?;
+        read(&keys)
     }
 
     /// An error about this file.
@@ -285,14 +329,34 @@ impl ConfigJson<'_> {
         Error::config(self.path, what)
     }
 
+    /// Keeps what was passed over, once, under the name of this file.
+    pub fn warn(&self, what: impl AsRef<str>) {
+        let file = self.path.file_name().unwrap_or_default().to_string_lossy();
+        let warning = format!("{file}: {}", what.as_ref());
+        let mut warnings = self.warnings.borrow_mut();
+        if !warnings.contains(&warning) {
+            warnings.push(warning);
+        }
+    }
+
+    /// Weights in integers or 8-bit floats have scales beside them that are not read here.
+    fn refuse_quantised(&self) -> Result<()> {
+        let quantised = self.get("quantization_config").filter(|v| **v != Value::Bool(false));
+        quantised.map_or(Ok(()), |found| {
+            let method = found.get("quant_method").map_or(String::new(), |method| format!(" ({method})"));
+            let what = "quantised weights are not supported, expected f32, bf16 or f16 tensors";
+            Err(self.error(format!("key `quantization_config`{method}: {what}")))
+        })
+    }
+
     /// What `model_type` says, empty where it is absent.
     pub fn model_type(&self) -> &str {
-        self.map.get("model_type").and_then(Value::as_str).unwrap_or_default()
+        self.get("model_type").and_then(Value::as_str).unwrap_or_default()
     }
 
     /// The classes that `architectures` names.
     pub fn architectures(&self) -> Vec<&str> {
-        let list = self.map.get("architectures").and_then(Value::as_array);
+        let list = self.get("architectures").and_then(Value::as_array);
         list.map(|list| list.iter().filter_map(Value::as_str).collect()).unwrap_or_default()
     }
 
@@ -306,14 +370,28 @@ impl ConfigJson<'_> {
         format!("{}{key}", self.parent)
     }
 
-    /// Whether the key is there, if only as null.
+    /// Whether the key has a value.
     pub fn has(&self, key: &str) -> bool {
-        self.map.contains_key(key)
+        self.get(key).is_some()
     }
 
-    /// Whether any value is an object itself.
-    pub fn is_nested(&self) -> bool {
-        self.map.values().any(Value::is_object)
+    /// Whether the key is there and null, for the few whose default is not absence.
+    pub fn is_null(&self, key: &str) -> bool {
+        self.get(key).is_none() && [Some(self.map), self.inner].into_iter().flatten().any(|map| map.contains_key(key))
+    }
+
+    /// Where values are objects themselves, one for each kind of layer: theirs if all are equal,
+    /// `None` where they differ.
+    pub fn shared(self) -> Option<Self> {
+        match self.map.values().find_map(Value::as_object) {
+            None => Some(self),
+            Some(first) => self.map.values().all(|other| other.as_object() == Some(first)).then_some(ConfigJson { map: first, ..self }),
+        }
+    }
+
+    /// Whether the object says nothing.
+    pub fn is_empty(&self) -> bool {
+        self.map.values().all(Value::is_null)
     }
 
     /// Whether the value is false, which some configurations say where others leave a number out.
@@ -322,7 +400,8 @@ impl ConfigJson<'_> {
     }
 
     fn get(&self, key: &str) -> Option<&Value> {
-        self.map.get(key).filter(|v| !v.is_null())
+        let of = |map: Option<&'a Map<String, Value>>| map?.get(key).filter(|v| !v.is_null());
+        of(Some(self.map)).or_else(|| of(self.inner))
     }
 
     /// A required size, from 1 to `max`.
@@ -344,7 +423,7 @@ impl ConfigJson<'_> {
     fn whole(&self, key: &str, min: usize, max: usize) -> Result<Option<usize>> {
         self.get(key)
             .map(|v| {
-                v.as_u64()
+                whole_number(v)
                     .and_then(|n| usize::try_from(n).ok())
                     .filter(|n| (min..=max).contains(n))
                     .ok_or_else(|| self.error(format!("key `{}`: expected a number from {min} to {max}, found {v}", self.name(key))))
@@ -370,7 +449,7 @@ impl ConfigJson<'_> {
 
     /// An optional list of numbers from 0 to `max`.
     pub fn counts(&self, key: &str, max: usize) -> Result<Option<Vec<usize>>> {
-        let number = |v: &Value| v.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n <= max);
+        let number = |v: &Value| whole_number(v).and_then(|n| usize::try_from(n).ok()).filter(|n| *n <= max);
         self.get(key)
             .map(|v| {
                 let list: Option<Vec<usize>> = v.as_array().and_then(|list| list.iter().map(number).collect());
@@ -389,16 +468,10 @@ impl ConfigJson<'_> {
             return Ok(id);
         }
         let path = dir.join("tokenizer.json");
-        let added = match std::fs::read_to_string(&path) {
-            Ok(text) => {
-                let value: Value = serde_json::from_str(&text).map_err(|e| Error::tokenizer(&path, format!("not JSON: {e}")))?;
-                value["added_tokens"].as_array().cloned().unwrap_or_default()
-            }
-            Err(_) => Vec::new(),
-        };
-        let spelled = |text: &str| added.iter().find(|token| token["content"].as_str() == Some(text)).map(|token| &token["id"]);
+        let added = added_tokens(&path)?;
+        let spelled = |text: &str| added.iter().find(|token| token.content == text).map(|token| &token.id);
         match MASK_SPELLINGS.into_iter().find_map(spelled) {
-            Some(id) => id.as_u64().filter(|id| *id < vocab_size as u64).map(|id| id as u32).ok_or_else(|| {
+            Some(id) => token_id_of(id, vocab_size).ok_or_else(|| {
                 Error::tokenizer(&path, format!("the mask token has id {id}: expected a token id below vocab_size {vocab_size}"))
             }),
             None => published.filter(|id| (*id as usize) < vocab_size).ok_or_else(|| {
@@ -410,10 +483,33 @@ impl ConfigJson<'_> {
         }
     }
 
+    /// The block length of block-causal attention, and whether it is a guess: what one of `names`
+    /// says, or the names of the directory and of `_name_or_path`, or the `published` one.
+    ///
+    /// Variants of one model are published with their block length in the name alone
+    /// (`SDAR-1.7B-Chat-b32`).
+    pub fn block_len(&self, dir: &Path, names: &[&str], published: usize) -> Result<(usize, bool)> {
+        for name in names {
+            if let Some(len) = self.optional_size(name, 1 << 24)? {
+                return Ok((len, false));
+            }
+        }
+        let path = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf());
+        // The cache of the Hub: models--OWNER--NAME/snapshots/REVISION.
+        let repository = path.ancestors().nth(2).filter(|_| path.parent().is_some_and(|parent| parent.ends_with("snapshots")));
+        let directories = [Some(dir), Some(&path), repository].into_iter().flatten().filter_map(Path::file_name);
+        let mut named = directories.map(|name| name.to_string_lossy().into_owned()).collect::<Vec<_>>();
+        named.extend(
+            self.text("_name_or_path").ok().flatten().and_then(|name| name.split('/').rfind(|part| !part.is_empty())).map(str::to_owned),
+        );
+        Ok(named.iter().find_map(|name| block_len_in(name)).map_or((published, true), |len| (len, false)))
+    }
+
     /// A boolean with the default of the published configuration class.
     pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
-        self.get(key)
-            .map_or(Ok(default), |v| v.as_bool().ok_or_else(|| self.error(format!("key `{key}`: expected true or false, found {v}"))))
+        self.get(key).map_or(Ok(default), |v| {
+            v.as_bool().ok_or_else(|| self.error(format!("key `{}`: expected true or false, found {v}", self.name(key))))
+        })
     }
 
     /// An optional number above 0 that f32 holds.
@@ -451,39 +547,50 @@ impl ConfigJson<'_> {
         self.get(key)
             .filter(|v| **v != Value::Bool(false))
             .map(|v| match v {
-                Value::Object(map) => Ok(ConfigJson { path: self.path, map, parent: dotted }),
+                Value::Object(map) => Ok(ConfigJson { map, inner: None, parent: dotted, ..*self }),
                 _ => Err(self.error(format!("key `{key}`: expected an object, found {v}"))),
             })
             .transpose()
     }
 
-    /// An optional token id below `vocab_size`; of a list, the first.
+    /// An optional token id below `vocab_size`, of a list the first, that a model can do without:
+    /// a number that names no row of the vocabulary is passed over with a warning.
+    ///
+    /// Errors: no number.
     pub fn first_token(&self, key: &str, vocab_size: usize) -> Result<Option<u32>> {
-        match self.get(key) {
-            Some(Value::Array(list)) => match list.first() {
-                Some(first) => self.token_id(key, first, vocab_size).map(Some),
-                None => Ok(None),
-            },
-            _ => self.token(key, vocab_size),
-        }
+        Ok(self.tokens(key, vocab_size)?.first().copied())
     }
 
-    /// Token ids below `vocab_size`: one, a list, or none.
+    /// [`ConfigJson::first_token`], all of them.
     fn tokens(&self, key: &str, vocab_size: usize) -> Result<Vec<u32>> {
-        match self.get(key) {
-            None => Ok(Vec::new()),
-            Some(Value::Array(list)) => list.iter().map(|id| self.token_id(key, id, vocab_size)).collect(),
-            Some(id) => Ok(vec![self.token_id(key, id, vocab_size)?]),
+        let mut ids = Vec::new();
+        let values = match self.get(key) {
+            None => &[],
+            Some(Value::Array(list)) => list.as_slice(),
+            Some(id) => std::slice::from_ref(id),
+        };
+        for value in values.iter().filter(|value| !value.is_null()) {
+            match token_id_of(value, vocab_size) {
+                Some(id) => ids.push(id),
+                // Files of other engines say -1 for none, and a tokenizer may have been given more
+                // tokens than the weights have rows.
+                None if value.as_f64().is_some_and(|id| id.fract() == 0.0) => {
+                    self.warn(format!("key `{}`: {value} is no token id below vocab_size {vocab_size}: passed over", self.name(key)));
+                }
+                None => drop(self.token_id(key, value, vocab_size)?),
+            }
         }
+        Ok(ids)
     }
 
-    /// An optional number that `valid` accepts.
-    fn checked(&self, key: &str, valid: impl Fn(f32) -> bool, expected: &str) -> Result<Option<f32>> {
-        let read = |v: &Value| {
-            let number = v.as_f64().map(|n| n as f32).filter(|n| valid(*n));
-            number.ok_or_else(|| self.error(format!("key `{}`: expected {expected}, found {v}", self.name(key))))
-        };
-        self.get(key).map(read).transpose()
+    /// An optional number that `valid` accepts; any other value is passed over with a warning.
+    fn advice(&self, key: &str, valid: impl Fn(f32) -> bool, expected: &str) -> Option<f32> {
+        let value = self.get(key)?;
+        let number = value.as_f64().map(|n| n as f32).filter(|n| valid(*n));
+        if number.is_none() {
+            self.warn(format!("key `{}`: expected {expected}, found {value}: passed over", self.name(key)));
+        }
+        number
     }
 
     /// An optional token id below `vocab_size`.
@@ -492,7 +599,154 @@ impl ConfigJson<'_> {
     }
 
     fn token_id(&self, key: &str, value: &Value, vocab_size: usize) -> Result<u32> {
-        let id = value.as_u64().filter(|id| *id < vocab_size as u64).map(|id| id as u32);
-        id.ok_or_else(|| self.error(format!("key `{}`: expected a token id below vocab_size {vocab_size}, found {value}", self.name(key))))
+        token_id_of(value, vocab_size).ok_or_else(|| {
+            self.error(format!("key `{}`: expected a token id below vocab_size {vocab_size}, found {value}", self.name(key)))
+        })
+    }
+}
+
+/// A whole number, also where it is written as 50.0.
+fn whole_number(value: &Value) -> Option<u64> {
+    value.as_u64().or_else(|| value.as_f64().filter(|n| n.fract() == 0.0 && (0.0..9e15).contains(n)).map(|n| n as u64))
+}
+
+fn token_id_of(value: &Value, vocab_size: usize) -> Option<u32> {
+    whole_number(value).filter(|id| *id < vocab_size as u64).map(|id| id as u32)
+}
+
+/// The block length in the name of a published variant: `-b32`, `block_size16`, `block-len-8`.
+fn block_len_in(name: &str) -> Option<usize> {
+    let number = |rest: &str| {
+        let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let ends = !rest[digits..].starts_with(|c: char| c.is_alphanumeric());
+        rest[..digits].parse().ok().filter(|len| ends && (1..=1 << 16).contains(len))
+    };
+    let name = name.to_ascii_lowercase();
+    for marker in ["block_size", "block-size", "blocksize", "block_len", "block-len", "blocklen", "block_length", "block-length"] {
+        let found = name.match_indices(marker).find_map(|(at, _)| number(name[at + marker.len()..].trim_start_matches(['-', '_', '='])));
+        if found.is_some() {
+            return found;
+        }
+    }
+    // The last one: names count billions of parameters too, but with the letter at the end.
+    name.rmatch_indices(['-', '_', '.']).find_map(|(at, _)| number(name[at + 1..].strip_prefix('b')?))
+}
+
+/// A token that tokenizer.json adds to its model's vocabulary.
+#[derive(Deserialize)]
+struct AddedToken {
+    #[serde(default)]
+    id: Value,
+    #[serde(default)]
+    content: String,
+}
+
+/// Tokens that a tokenizer.json adds, none where there is no such file.
+fn added_tokens(path: &Path) -> Result<Vec<AddedToken>> {
+    #[derive(Deserialize)]
+    struct File {
+        #[serde(default)]
+        added_tokens: Option<Vec<AddedToken>>,
+    }
+    let text =
+        input_file::read_optional_text(path, MAX_TOKENIZER_BYTES).map_err(|e| Error::tokenizer(path, format!("cannot read: {e}")))?;
+    let Some(text) = text else { return Ok(Vec::new()) };
+    let file: File = serde_json::from_str(&text).map_err(|e| {
+        let kind = input_file::looks_like(text.as_bytes()).map_or(String::new(), |kind| format!(": {kind}"));
+        Error::tokenizer(path, format!("not JSON of a tokenizer{kind}: {e}"))
+    })?;
+    Ok(file.added_tokens.unwrap_or_default())
+}
+
+/// The id of the `eos_token` that `dir/tokenizer_config.json` names, where both are there: what
+/// ends a text for programs that ask the tokenizer.
+fn tokenizer_eos(dir: &Path, vocab_size: usize, config: &ConfigJson) -> Result<Option<u32>> {
+    let path = dir.join("tokenizer_config.json");
+    let text = input_file::read_optional_text(&path, MAX_JSON_BYTES).map_err(|e| Error::config(&path, format!("cannot read: {e}")))?;
+    let Some(text) = text else { return Ok(None) };
+    let value: Value = serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("not JSON: {e}")))?;
+    // A text, or an object that describes the token.
+    let content = value["eos_token"].as_str().or_else(|| value["eos_token"]["content"].as_str());
+    let Some(content) = content else { return Ok(None) };
+    let decoder = value["added_tokens_decoder"].as_object();
+    let listed = decoder.and_then(|tokens| tokens.iter().find(|(_, token)| token["content"].as_str() == Some(content)));
+    let id = match listed {
+        Some((id, _)) => id.parse().ok().filter(|id| (*id as usize) < vocab_size),
+        None => {
+            let added = added_tokens(&dir.join("tokenizer.json"))?;
+            added.iter().find(|token| token.content == content).and_then(|token| token_id_of(&token.id, vocab_size))
+        }
+    };
+    if id.is_none() {
+        let file = ConfigJson { path: &path, map: &Map::new(), inner: None, parent: "", warnings: config.warnings };
+        file.warn(format!("key `eos_token`: `{content}` has no token id below vocab_size {vocab_size}: passed over"));
+    }
+    Ok(id)
+}
+
+/// Why a directory has no configuration, and the next move.
+fn no_config(dir: &Path, path: &Path) -> Error {
+    if dir.is_file() {
+        let what = "a file: expected the directory that it lies in, with config.json beside the weights";
+        return Error::config(dir, what);
+    }
+    if !dir.exists() {
+        let parts: Vec<_> = dir.components().collect();
+        let text = dir.to_string_lossy();
+        let hub = parts.len() == 2 && !dir.is_absolute() && !text.starts_with('.') && !text.contains('\\');
+        let what = if hub {
+            format!(
+                "no such model directory; if it is a model of the Hugging Face Hub, download it first: `hf download {text} --local-dir DIR`"
+            )
+        } else {
+            "no such model directory".into()
+        };
+        return Error::config(dir, what);
+    }
+    let snapshots = dir.join("snapshots");
+    let newest = snapshots.read_dir().ok().and_then(|entries| entries.flatten().map(|entry| entry.path()).max());
+    if let Some(snapshot) = newest {
+        let what = format!("the root of an entry of the Hub's cache: the model is in {}", snapshot.display());
+        return Error::config(dir, what);
+    }
+    let inside = |entry: std::fs::DirEntry| entry.path().join("config.json").exists().then(|| entry.path());
+    let below = dir.read_dir().ok().and_then(|entries| entries.flatten().filter_map(inside).min());
+    let what = match below {
+        Some(below) => format!("no such file; there is one in {}", below.display()),
+        None => "no such file: expected a Hugging Face directory with config.json, safetensors and tokenizer.json".into(),
+    };
+    Error::config(path, format!("cannot read the model's configuration: {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_variants_give_block_lengths() {
+        for (name, len) in [
+            ("SDAR-1.7B-Chat-b32", Some(32)),
+            ("models--JetLM--SDAR-30B-A3B-Chat-b16", Some(16)),
+            ("SDAR-4B-Chat-b8-sft", Some(8)),
+            ("bd3lm-owt-block_size16", Some(16)),
+            ("model-block-len-4", Some(4)),
+            ("SDAR-8B-Chat", None),
+            ("SDAR-8b", None),
+            ("model-b4x", None),
+            ("model-b0", None),
+            ("model-b99999999999999999999", None),
+            ("blocksize", None),
+        ] {
+            assert_eq!(block_len_in(name), len, "{name}");
+        }
+    }
+
+    #[test]
+    fn whole_numbers_may_be_written_with_a_point() {
+        for (text, number) in
+            [("50", Some(50)), ("50.0", Some(50)), ("0", Some(0)), ("-1", None), ("2.5", None), ("1e300", None), ("\"5\"", None)]
+        {
+            assert_eq!(whole_number(&serde_json::from_str(text).unwrap()), number, "{text}");
+        }
     }
 }

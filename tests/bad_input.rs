@@ -299,8 +299,11 @@ fn broken_configurations() {
     }
     spoil("time_conditioning", Some(json!(true)), &["time_conditioning", "only models without"]);
     spoil("vocab_size", Some(json!(2)), &["vocab_size", "at least 3"]);
-    for key in ["mask_token_id", "eos_token_id", "bos_token_id", "pad_token_id"] {
-        for value in [json!(131), json!(-1), json!("x"), json!(u64::MAX)] {
+    for value in [json!(131), json!(-1), json!("x"), json!(u64::MAX)] {
+        spoil("mask_token_id", Some(value), &["mask_token_id", "131"]);
+    }
+    for key in ["eos_token_id", "bos_token_id", "pad_token_id"] {
+        for value in [json!("x"), json!(2.5), json!({})] {
             spoil(key, Some(value), &[key, "131"]);
         }
     }
@@ -346,7 +349,7 @@ fn broken_configurations_of_plain_decoders() {
         for value in [json!(0), json!(-1e-6), json!(1e300), json!("x"), json!([])] {
             spoil(name, "rms_norm_eps", Some(value.clone()), &["rms_norm_eps", "above 0", &value.to_string()]);
         }
-        for value in [json!(67), json!(-1), json!("x"), json!([67]), json!([-1, 2])] {
+        for value in [json!("x"), json!(["x"]), json!([2, 2.5])] {
             spoil(name, "eos_token_id", Some(value.clone()), &["eos_token_id", "67"]);
             spoil(name, "bos_token_id", Some(value), &["bos_token_id", "67"]);
         }
@@ -361,7 +364,9 @@ fn broken_configurations_of_plain_decoders() {
         spoil(name, "rope_scaling", Some(json!({"rope_type": "linear", "factor": 0})), &["rope_scaling.factor", "above 0"]);
         let llama3 = json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4});
         spoil(name, "rope_scaling", Some(llama3), &["high_freq_factor 4", "low_freq_factor 4"]);
-        spoil(name, "rope_scaling", Some(json!({"full_attention": {"rope_type": "default"}})), &["differ between layers"]);
+        let kinds = json!({"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e6}});
+        spoil(name, "rope_scaling", Some(kinds), &["differ between layers"]);
+        spoil(name, "rope_scaling", Some(json!({"full_attention": {}, "rope_theta": 1e4})), &["differ between layers"]);
         spoil(name, "partial_rotary_factor", Some(json!(0.5)), &["partial_rotary_factor", "0.5"]);
     }
     spoil("qwen2", "rope_theta", Some(json!("x")), &["rope_theta", "above 0"]);
@@ -485,13 +490,256 @@ fn ids_that_end_a_text() {
     copy.edit("config.json", |c| drop(c.insert("eos_token_id".into(), json!([65, 7]))));
     assert_eq!(copy.load().expect("three ids").config().stop_ids, [3, 7, 65]);
     for (text, words) in [
-        (r#"{"eos_token_id": 67}"#, ["eos_token_id", "67"]),
-        (r#"{"eos_token_id": [3, -1]}"#, ["eos_token_id", "-1"]),
+        (r#"{"eos_token_id": "x"}"#, ["eos_token_id", "67"]),
+        (r#"{"eos_token_id": [3, 2.5]}"#, ["eos_token_id", "2.5"]),
         ("[]", ["JSON object", "generation_config.json"]),
     ] {
         copy.write("generation_config.json", text);
         copy.refused(text, "Config", &[["generation_config.json"].as_slice(), &words].concat());
     }
+    // What the tokenizer calls its end of text ends one, however it is written.
+    std::fs::remove_file(copy.path("generation_config.json")).expect("a file");
+    let added = copy.json("tokenizer.json")["added_tokens"].clone();
+    let mask = added.as_array().expect("a list").iter().find(|token| token["content"] == "<|MASK|>").expect("MASK").clone();
+    for (tokenizer_config, ids) in [
+        (json!({"eos_token": "<|end|>", "added_tokens_decoder": {"9": {"content": "<|end|>"}}}), vec![7, 9, 65]),
+        (json!({"eos_token": {"content": "<|end|>"}, "added_tokens_decoder": {"9": {"content": "<|end|>"}}}), vec![7, 9, 65]),
+        (json!({"eos_token": null}), vec![7, 65]),
+        (json!({"eos_token": "<|MASK|>"}), vec![7, 65, mask["id"].as_u64().expect("an id") as u32]),
+    ] {
+        copy.write("tokenizer_config.json", tokenizer_config.to_string());
+        assert_eq!(copy.load().expect("loads").config().stop_ids, ids, "{tokenizer_config}");
+    }
+}
+
+/// Values that a model can do without are passed over with a warning that names file and key;
+/// transformers and vLLM load such directories.
+#[test]
+fn advice_that_cannot_be_followed() {
+    let warned = |name: &str, key: &str, value: Value| {
+        let copy = Copy::of(name);
+        copy.edit("config.json", |c| drop(c.insert(key.into(), value.clone())));
+        let engine = copy.load().unwrap_or_else(|e| panic!("{name} {key} {value}: {e}"));
+        let warnings = engine.config().warnings.join("; ");
+        assert!(warnings.contains("config.json") && warnings.contains(key), "{name} {key} {value}: {warnings}");
+        engine.config().clone()
+    };
+    for name in ["sdar", "llama", "gpt2", "llada", "llada2", "mdlm", "bd3lm-plain"] {
+        for value in [json!(-1), json!(1 << 23), json!(u64::MAX)] {
+            assert_eq!(warned(name, "pad_token_id", value.clone()).pad_id, None, "{name} {value}");
+            warned(name, "bos_token_id", value.clone());
+            warned(name, "eos_token_id", json!([2, value])).stop_ids.binary_search(&2).expect("the other ends a text");
+        }
+    }
+    for name in ["mdlm", "bd3lm-plain"] {
+        let copy = Copy::of(name);
+        copy.edit("config.json", |c| drop(c.insert("eos_token_id".into(), json!([0, 2]))));
+        let config = copy.load().expect("a list").config().clone();
+        assert_eq!((config.eos_id, config.stop_ids), (Some(0), vec![0, 2]), "{name}");
+    }
+}
+
+/// Null is absent, for every key whose absence has a meaning.
+#[test]
+fn null_is_absent() {
+    for name in ["sdar", "llada", "llada2", "llada-moe", "dream", "fast-dllm", "gpt2", "llama", "qwen2", "qwen3", "rnd1", "bd3lm-plain"] {
+        let copy = Copy::of(name);
+        let before = copy.load().expect("loads").config().clone();
+        let known = copy.json("config.json");
+        copy.edit("config.json", |c| {
+            for key in ["quantization_config", "rope_scaling", "rope_parameters", "text_config", "pad_token_id", "auto_map", "clip_qkv"] {
+                if known.get(key).is_none() {
+                    c.insert(key.into(), Value::Null);
+                }
+            }
+        });
+        let after = copy.load().unwrap_or_else(|e| panic!("{name}: {e}")).config().clone();
+        assert_eq!(redraft::config::ModelConfig { dir: before.dir.clone(), ..after }, before, "{name}");
+    }
+    // LLaDA and LLaDA-MoE share a type: experts that are null are none.
+    let copy = Copy::of("llada");
+    copy.edit("config.json", |c| drop(c.insert("num_experts".into(), Value::Null)));
+    copy.load().expect("LLaDA");
+}
+
+/// transformers 5 writes rotary keys into `rope_parameters`, and a decoder's keys into
+/// `text_config`: they mean there what they mean at the top.
+#[test]
+fn keys_mean_the_same_where_they_are_nested() {
+    for name in ["llada2", "llada-moe", "llada", "llama", "sdar", "qwen2"] {
+        let top = Copy::of(name);
+        let partial = top.json("config.json").get("partial_rotary_factor").is_some();
+        top.edit("config.json", |c| {
+            c.remove("rope_scaling");
+            c.remove("rope_parameters");
+            c.insert("rope_theta".into(), json!(12345.0));
+            if partial {
+                c.insert("partial_rotary_factor".into(), json!(0.25));
+            }
+        });
+        let expected = top.load().expect("keys at the top").config().rope;
+        let mut object = json!({"rope_type": "default", "rope_theta": 12345.0});
+        if partial {
+            object["partial_rotary_factor"] = json!(0.25);
+        }
+        for object in [object.clone(), json!({"full_attention": object, "sliding_attention": object})] {
+            let nested = Copy::of(name);
+            nested.edit("config.json", |c| {
+                c.remove("rope_scaling");
+                c.remove("rope_theta");
+                c.remove("partial_rotary_factor");
+                c.insert("rope_parameters".into(), object.clone());
+            });
+            assert_eq!(nested.load().unwrap_or_else(|e| panic!("{name} {object}: {e}")).config().rope, expected, "{name} {object}");
+        }
+        let inner = Copy::of(name);
+        let before = inner.load().expect("loads").config().clone();
+        inner.edit("config.json", |c| {
+            let mut text = std::mem::take(c);
+            for key in ["architectures", "model_type", "auto_map"] {
+                c.extend(text.remove(key).map(|value| (key.to_owned(), value)));
+            }
+            c.insert("text_config".into(), Value::Object(text));
+        });
+        let after = inner.load().unwrap_or_else(|e| panic!("{name} in text_config: {e}")).config().clone();
+        assert_eq!(after, before, "{name} in text_config");
+    }
+    let copy = Copy::of("llama");
+    copy.edit("config.json", |c| {
+        c.remove("rope_scaling");
+        c.insert("rope_parameters".into(), json!({"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e6}}));
+    });
+    copy.refused("layers that differ", "Config", &["rope_parameters", "differ between layers"]);
+}
+
+/// SDAR's variants carry their block length in their name alone.
+#[test]
+fn block_lengths_are_found_or_guessed_aloud() {
+    let root = tempfile::tempdir().expect("a directory");
+    let config = |path: &str, edit: &dyn Fn(&mut Map<String, Value>)| {
+        let dir = root.path().join(path);
+        std::fs::create_dir_all(&dir).expect("a directory");
+        let copy = Copy::of("sdar");
+        copy.edit("config.json", edit);
+        for file in ["config.json", "tokenizer.json"] {
+            std::fs::copy(copy.path(file), dir.join(file)).expect("a file");
+        }
+        let config = redraft::model::registry::read_config(&dir).expect("a configuration");
+        (config.attention, config.guessed_block_len, config.warnings.join("; "))
+    };
+    let none = |_: &mut Map<String, Value>| {};
+    let block = AttentionMask::BlockCausal;
+    assert_eq!(config("SDAR-1.7B-Chat-b32", &none), (block(32), false, String::new()));
+    assert_eq!(config("models--JetLM--SDAR-1.7B-Chat-b16/snapshots/0a1b", &none), (block(16), false, String::new()));
+    let named = |c: &mut Map<String, Value>| drop(c.insert("_name_or_path".into(), json!("JetLM/SDAR-4B-Chat-b64")));
+    assert_eq!(config("mine", &named), (block(64), false, String::new()));
+    let keyed = |c: &mut Map<String, Value>| drop(c.insert("block_size".into(), json!(8)));
+    assert_eq!(config("other-b32", &keyed), (block(8), false, String::new()), "the key goes before the name");
+    let (attention, guessed, warnings) = config("SDAR-1.7B-Chat", &none);
+    assert_eq!((attention, guessed), (block(4), true));
+    assert!(warnings.contains("block_size") && warnings.contains("guess"), "{warnings}");
+}
+
+/// Padding that ends a text can be written, whichever file says so.
+#[test]
+fn padding_that_ends_a_text_is_not_banned() {
+    let copy = Copy::of("sdar");
+    let banned = |copy: &Copy, id: u32| copy.load().expect("loads").banned().contains(&id);
+    copy.edit("config.json", |c| drop(c.insert("pad_token_id".into(), json!(9))));
+    assert!(banned(&copy, 9), "padding alone");
+    copy.write("generation_config.json", r#"{"eos_token_id": [65, 9]}"#);
+    assert!(!banned(&copy, 9), "by generation_config.json");
+    std::fs::remove_file(copy.path("generation_config.json")).expect("a file");
+    copy.edit("config.json", |c| drop(c.insert("eos_token_id".into(), json!([65, 9]))));
+    assert!(!banned(&copy, 9), "by config.json");
+    copy.edit("config.json", |c| drop(c.insert("eos_token_id".into(), json!(65))));
+    copy.write("tokenizer_config.json", r#"{"eos_token": "<end>", "added_tokens_decoder": {"9": {"content": "<end>"}}}"#);
+    assert!(!banned(&copy, 9), "by the tokenizer");
+}
+
+/// What lies in a directory is named, with the next move.
+#[test]
+fn files_that_are_not_what_they_seem() {
+    let lfs = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 554496\n";
+    for (bytes, word) in [
+        (lfs.as_bytes(), "git lfs pull"),
+        (b"<!DOCTYPE html><html><title>Sign in</title>", "web page"),
+        (b"PK\x03\x04\x00\x00\x00\x00\x00\x00", "zip archive"),
+        (b"\x80\x02}q\x00X\x05\x00\x00\x00", "pickle"),
+        (b"GGUF\x03\x00\x00\x00\x01\x00\x00\x00", "GGUF"),
+        (b"Entry not found", "error message"),
+        (&[0; 4096], "zeros"),
+        (b"", "empty file"),
+    ] {
+        let copy = Copy::of("bd3lm-plain");
+        copy.write(WEIGHTS, bytes);
+        copy.refused(word, "Weights", &[WEIGHTS, word]);
+        if word != "zeros" {
+            let copy = Copy::of("bd3lm-plain");
+            copy.write("config.json", bytes);
+            copy.refused(word, "Config", &["config.json"]);
+        }
+    }
+    let lone = |name: &str, word: &str| {
+        let copy = Copy::of("bd3lm-plain");
+        std::fs::rename(copy.path(WEIGHTS), copy.path(name)).expect("a file");
+        copy.refused(name, "Weights", &["no weights", name, word]);
+    };
+    lone("pytorch_model.bin", "save_pretrained");
+    lone("model.gguf", "llama.cpp");
+    lone("model-00001-of-00002.safetensors", "index");
+    lone("diffusion_pytorch_model.safetensors", "rename");
+    lone("model.safetensors.incomplete", "not complete");
+    let copy = Copy::of("bd3lm-plain");
+    std::fs::remove_file(copy.path(WEIGHTS)).expect("a file");
+    std::fs::create_dir(copy.path(WEIGHTS)).expect("a directory");
+    copy.refused("a directory", "Weights", &[WEIGHTS, "found a directory"]);
+    let load = |dir: &Path| Engine::load(dir, Cpu::new(1, DType::F32).expect("a CPU"), EngineOptions::default()).err().expect("refused");
+    let copy = Copy::of("bd3lm-plain");
+    assert!(load(&copy.path(WEIGHTS)).to_string().contains("expected the directory"), "a file");
+    assert!(load(Path::new("GSAI-ML/LLaDA-8B-Instruct")).to_string().contains("hf download GSAI-ML/LLaDA-8B-Instruct"));
+    let snapshot = copy.path("cache/snapshots/0a1b");
+    std::fs::create_dir_all(&snapshot).expect("a directory");
+    assert!(load(&copy.path("cache")).to_string().contains("snapshots/0a1b"), "the root of a cache entry");
+}
+
+/// Pipes and devices in the place of a file do not hang the loader; a link to nothing is not
+/// absence.
+#[cfg(unix)]
+#[test]
+fn special_files_are_refused_at_once() {
+    use std::os::unix::fs::symlink;
+    for (name, kind) in
+        [(WEIGHTS, "Weights"), ("config.json", "Config"), ("generation_config.json", "Config"), ("tokenizer_config.json", "Config")]
+    {
+        for (target, word) in [("/dev/zero", "device"), ("../blobs/4d7a", "a link to ../blobs/4d7a")] {
+            let copy = Copy::of("bd3lm-plain");
+            let _ = std::fs::remove_file(copy.path(name));
+            symlink(target, copy.path(name)).expect("a link");
+            copy.refused(&format!("{name} -> {target}"), kind, &[name, word]);
+        }
+        let copy = Copy::of("bd3lm-plain");
+        let _ = std::fs::remove_file(copy.path(name));
+        assert!(std::process::Command::new("mkfifo").arg(copy.path(name)).status().expect("runs").success());
+        copy.refused(&format!("{name} is a pipe"), kind, &[name, "a pipe"]);
+    }
+}
+
+/// A file that another program cuts short, or removes, while it is read: an error or the whole
+/// model, never a signal.
+#[test]
+fn a_file_that_shrinks_while_it_is_read() {
+    let copy = Copy::of("bd3lm-plain");
+    let (weights, whole) = (redraft::weights::Weights::open(copy.dir.path()).expect("opens"), copy.read(WEIGHTS));
+    let tensor = weights.tensor(NORM, &[32]).expect("a tensor");
+    let before = tensor.to_vec().expect("is read");
+    std::fs::OpenOptions::new().write(true).open(copy.path(WEIGHTS)).expect("a file").set_len(1000).expect("shorter");
+    let error = tensor.to_vec().expect_err("cut short").to_string();
+    assert!(error.contains(WEIGHTS) && error.contains(NORM) && error.contains("cut short while it was read"), "{error}");
+    copy.write(WEIGHTS, whole);
+    assert_eq!(tensor.to_vec().expect("is whole again"), before);
+    std::fs::remove_file(copy.path(WEIGHTS)).expect("a file");
+    assert_eq!(tensor.to_vec().expect("is still open"), before);
 }
 
 /// Sampling that a checkpoint recommends is where its schedules start; what a stage says itself
@@ -510,15 +758,21 @@ fn recommended_sampling() {
     assert_eq!(draft(&copy), [(0.5, 0.9, Some(20)), (0.25, 0.9, Some(3))]);
     copy.write("generation_config.json", r#"{"temperature": 0, "top_p": 0.75, "top_k": 0}"#);
     assert_eq!(draft(&copy), [(0.0, 0.75, None), (0.25, 0.75, Some(3))]);
+    copy.write("generation_config.json", r#"{"top_k": 50.0, "top_p": 1}"#);
+    assert_eq!(draft(&copy), [(1.0, 1.0, Some(50)), (0.25, 1.0, Some(3))]);
+    // Other engines say -1 for all tokens.
+    copy.write("generation_config.json", r#"{"top_k": -1}"#);
+    assert_eq!(draft(&copy)[0].2, None);
     for (text, key) in [
         (r#"{"temperature": -1}"#, "temperature"),
         (r#"{"temperature": "warm"}"#, "temperature"),
         (r#"{"top_p": 0}"#, "top_p"),
-        (r#"{"top_k": -1}"#, "top_k"),
         (r#"{"top_k": 2.5}"#, "top_k"),
     ] {
         copy.write("generation_config.json", text);
-        copy.refused(text, "Config", &["generation_config.json", key]);
+        assert_eq!(draft(&copy), [(1.0, 0.9, None), (0.25, 0.9, Some(3))], "{text}");
+        let warnings = copy.load().expect("loads").config().warnings.join("; ");
+        assert!(warnings.contains("generation_config.json") && warnings.contains(key), "{text}: {warnings}");
     }
 }
 
@@ -608,7 +862,7 @@ fn gpt2() {
         ("scale_attn_by_inverse_layer_idx", json!(true), ["expected false", "found true"]),
         ("scale_attn_weights", json!(false), ["expected true", "found false"]),
         ("add_cross_attention", json!(true), ["expected false", "found true"]),
-        ("quantization_config", json!({"bits": 4}), ["expected null", "bits"]),
+        ("quantization_config", json!({"quant_method": "gptq"}), ["not supported", "gptq"]),
         ("n_head", json!(5), ["n_embd 48", "n_head 5"]),
         ("n_inner", json!(0), ["from 1", "found 0"]),
         ("n_positions", json!(null), ["n_positions", "missing"]),
@@ -849,4 +1103,68 @@ proptest! {
         copy.write(name, bytes);
         let _ = load_and_run(&copy);
     }
+}
+
+/// A copy whose head is the weights times `factor`.
+fn loud(factor: f32) -> Copy {
+    let copy = Copy::of("bd3lm-plain");
+    let (header, mut data) = copy.weights();
+    let tensor = &header["backbone.output_layer.linear.weight"];
+    let offset = |i: usize| tensor["data_offsets"][i].as_u64().expect("an offset") as usize;
+    assert_eq!(tensor["dtype"], "F32");
+    for value in data[offset(0)..offset(1)].chunks_exact_mut(4) {
+        let scaled = f32::from_le_bytes(value.try_into().expect("four bytes")) * factor;
+        value.copy_from_slice(&scaled.clamp(-3e38, 3e38).to_le_bytes());
+    }
+    copy.set_weights(&header, &data);
+    copy
+}
+
+/// Finite weights whose products are not: every way to the numbers is an error that names model,
+/// type and position, and nothing is written.
+#[test]
+fn logits_that_are_not_finite() {
+    use redraft::plan::Visibility;
+    use redraft::request::{Prompt, Request};
+    let copy = loud(f32::MAX);
+    let dir = copy.dir.path().display().to_string();
+    for dtype in [DType::F32, DType::Bf16] {
+        let mut engine = Engine::load(copy.dir.path(), Cpu::new(1, dtype).expect("a CPU"), EngineOptions::default()).expect("loads");
+        let mut rows = 0;
+        let mut sink = |_: usize, _: &[f32]| {
+            rows += 1;
+            Ok(())
+        };
+        let error = engine.logits(&[1, 2, 3], Visibility::Full, &mut sink).expect_err("not finite");
+        assert_eq!(rows, 0, "no row was handed on");
+        let schedule = Schedule::preset("draft", &Engine::<Cpu>::defaults(engine.config())).expect("a preset");
+        let request = Request::new(Prompt::Tokens { tokens: vec![1], length: 4 }, schedule, 0, 0);
+        let handle = engine.submit(request).expect("queued");
+        engine.run().expect("the engine goes on");
+        handle.events().for_each(drop);
+        let drawn = handle.take_output().expect("an outcome").expect_err("not finite");
+        for error in [error, drawn] {
+            let text = error.to_string();
+            for word in [&dir, dtype.name(), "logit of token", "not finite"] {
+                assert!(text.contains(word), "no `{word}` in: {text}");
+            }
+        }
+    }
+}
+
+/// Costs of tokens are not cut where f32 has no probabilities any more.
+#[test]
+fn scores_see_below_the_smallest_probability() {
+    use redraft::plan::Visibility;
+    let copy = loud(4096.0);
+    let mut engine = copy.load().expect("loads");
+    let tokens: Vec<u32> = (0..12).collect();
+    let request = redraft::scoring::scoring_request(tokens, Visibility::BlockCausal(4)).expect("a request");
+    let handle = engine.submit(request).expect("queued");
+    engine.run().expect("runs");
+    handle.events().for_each(drop);
+    let output = handle.take_output().expect("an outcome").expect("scores");
+    let costs: Vec<f32> = output.log_prob.iter().map(|log_prob| -log_prob).collect();
+    assert!(costs.iter().all(|cost| cost.is_finite() && *cost >= 0.0), "{costs:?}");
+    assert!(costs.iter().any(|cost| *cost > 88.0), "-ln of the smallest f32 is 87.3: {costs:?}");
 }

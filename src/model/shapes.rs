@@ -46,6 +46,8 @@ fn bd3lm_shape(name: &str, vocab_size: usize, hidden_dim: usize, num_layers: usi
         stop_ids: vec![vocab_size as u32 - 2],
         pad_id: None,
         sampling: SamplingDefaults::default(),
+        guessed_block_len: false,
+        warnings: Vec::new(),
     }
 }
 
@@ -85,6 +87,8 @@ fn sdar_8b() -> ModelConfig {
         stop_ids: vec![151_643],
         pad_id: None,
         sampling: SamplingDefaults::default(),
+        guessed_block_len: false,
+        warnings: Vec::new(),
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) const SWITCHES: DecoderFlags = DecoderFlags {
 
 /// Reads the published keys with the defaults of the published configuration class.
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
-    let block_size = keys.optional_size("block_size", 1 << 24)?.unwrap_or(1);
+    let (block_size, guessed) = keys.block_len(dir, &["block_size"], 1)?;
     let attention = if keys.flag("causal", false)? {
         AttentionMask::Causal
     } else if keys.flag("cross_attn", true)? {
@@ -49,7 +49,8 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     } else {
         AttentionMask::Full
     };
-    shared_config(dir, keys, &FAMILY, attention)
+    let guessed_block_len = guessed && matches!(attention, AttentionMask::BlockCausal(_));
+    Ok(ModelConfig { guessed_block_len, ..shared_config(dir, keys, &FAMILY, attention)? })
 }
 
 /// The keys that BD3-LM and MDLM have in common.
@@ -76,7 +77,7 @@ pub(in crate::model) fn shared_config(
     // [BD3-LM] MASK is one past the tokenizer's ids, so the last row; GPT-2's end of text, which is
     // also BOS, is the row before it.
     let mask_id = keys.token("mask_token_id", vocab_size)?.unwrap_or(vocab_size as u32 - 1);
-    let eos_id = keys.token("eos_token_id", vocab_size)?.unwrap_or(vocab_size as u32 - 2);
+    let eos_id = keys.first_token("eos_token_id", vocab_size)?.unwrap_or(vocab_size as u32 - 2);
     Ok(ModelConfig {
         family,
         dir: dir.to_path_buf(),
@@ -95,11 +96,13 @@ pub(in crate::model) fn shared_config(
         shift: false,
         cond_dim: if keys.flag("adaln", true)? { Some(keys.size("cond_dim", 1 << 16)?) } else { None },
         mask_id: Some(mask_id),
-        bos_id: Some(keys.token("bos_token_id", vocab_size)?.unwrap_or(eos_id)),
+        bos_id: Some(keys.first_token("bos_token_id", vocab_size)?.unwrap_or(eos_id)),
         eos_id: Some(eos_id),
         stop_ids: Vec::new(),
-        pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| *id != eos_id),
+        pad_id: keys.first_token("pad_token_id", vocab_size)?,
         sampling: SamplingDefaults::default(),
+        guessed_block_len: false,
+        warnings: Vec::new(),
     })
 }
 

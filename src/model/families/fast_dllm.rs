@@ -24,6 +24,6 @@ const MASK_ID: u32 = 151_665;
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, &FAMILY, &qwen2::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
-    let block_len = keys.optional_size("bd_size", 1 << 24)?.unwrap_or(32);
+    let (block_len, _) = keys.block_len(dir, &["bd_size", "block_size"], 32)?;
     Ok(ModelConfig { attention: AttentionMask::BlockCausal(block_len), shift: true, mask_id, ..base })
 }

@@ -28,12 +28,9 @@ const ACTIVATIONS: [&str; 2] = ["gelu_new", "gelu_pytorch_tanh"];
 
 /// Reads the published keys with the defaults of the published configuration class.
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
-    for (key, value) in [
-        ("scale_attn_weights", json!(true)),
-        ("scale_attn_by_inverse_layer_idx", json!(false)),
-        ("add_cross_attention", json!(false)),
-        ("quantization_config", json!(null)),
-    ] {
+    for (key, value) in
+        [("scale_attn_weights", json!(true)), ("scale_attn_by_inverse_layer_idx", json!(false)), ("add_cross_attention", json!(false))]
+    {
         keys.only(key, value)?;
     }
     if let Some(act) = keys.text("activation_function")?.filter(|act| !ACTIVATIONS.contains(act)) {
@@ -77,8 +74,10 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         bos_id: keys.first_token("bos_token_id", vocab_size)?.or(eos_id),
         eos_id,
         stop_ids: Vec::new(),
-        pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
+        pad_id: keys.first_token("pad_token_id", vocab_size)?,
         sampling: SamplingDefaults::default(),
+        guessed_block_len: false,
+        warnings: Vec::new(),
     })
 }
 

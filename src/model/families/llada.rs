@@ -9,9 +9,10 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::backend::{HeadShape, NormKind, Rope};
+use crate::backend::{HeadShape, NormKind, RopeScaling};
 use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Mlp, ModelConfig, SamplingDefaults};
 use crate::error::Result;
+use crate::model::families::llama;
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::{Names, Qkv};
 
@@ -60,9 +61,7 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     ] {
         keys.only(key, value)?;
     }
-    for key in ["clip_qkv", "quantization_config", "rope_scaling"] {
-        keys.only(key, json!(null))?;
-    }
+    keys.only("clip_qkv", json!(null))?;
     // The table and the head may be padded beyond the tokenizer's ids.
     let vocab_size = keys.optional_size("embedding_size", 1 << 24)?.map_or_else(|| keys.size("vocab_size", 1 << 24), Ok)?;
     let hidden_dim = keys.size("d_model", 1 << 16)?;
@@ -79,6 +78,11 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         Some(width) => width,
         None => keys.optional_size("mlp_ratio", 1 << 6)?.unwrap_or(4) * hidden_dim,
     };
+    let model_length = keys.size("max_sequence_length", 1 << 24)?;
+    let rope = llama::rope(keys, &llama::DIALECT, model_length)?;
+    if rope.scaling != RopeScaling::None {
+        return Err(keys.error("key `rope_scaling`: LLaDA's code has no scaled rotary positions"));
+    }
     let eos_id = keys.first_token("eos_token_id", vocab_size)?;
     Ok(ModelConfig {
         family: &FAMILY,
@@ -90,7 +94,7 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         mlp_dim,
         moe: None,
         norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-5),
-        rope: Rope::plain(keys.number("rope_theta")?.unwrap_or(10_000.0)),
+        rope,
         switches: DecoderFlags {
             norm: NormKind::Rms,
             mlp: Mlp::SwiGlu,
@@ -102,7 +106,7 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
             tied_head: keys.flag("weight_tying", true)?,
             learned_positions: false,
         },
-        model_length: keys.size("max_sequence_length", 1 << 24)?,
+        model_length,
         sliding_window: None,
         attention: AttentionMask::Full,
         shift: false,
@@ -111,7 +115,9 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
         bos_id: keys.first_token("bos_token_id", vocab_size)?.or(eos_id),
         eos_id,
         stop_ids: Vec::new(),
-        pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
+        pad_id: keys.first_token("pad_token_id", vocab_size)?,
         sampling: SamplingDefaults::default(),
+        guessed_block_len: false,
+        warnings: Vec::new(),
     })
 }

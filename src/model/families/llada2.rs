@@ -76,9 +76,10 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     })?;
     let mlp_dim = if dense == 0 { 0 } else { keys.size("intermediate_size", 1 << 20)? };
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
-    let block_len = keys.optional_size("block_size", 1 << 24)?.unwrap_or(BLOCK_LEN);
+    // All published variants have the sampler's.
+    let (block_len, _) = keys.block_len(dir, &["block_size", "block_length"], BLOCK_LEN)?;
     // Published configurations name the end of text as padding alone.
-    let eos_id = base.eos_id.or(keys.token("pad_token_id", base.vocab_size)?);
-    let (bos_id, pad_id) = (base.bos_id.or(eos_id), base.pad_id.filter(|id| Some(*id) != eos_id));
-    Ok(ModelConfig { mlp_dim, moe: Some(moe), attention: AttentionMask::BlockCausal(block_len), mask_id, bos_id, eos_id, pad_id, ..base })
+    let eos_id = base.eos_id.or(keys.first_token("pad_token_id", base.vocab_size)?);
+    let bos_id = base.bos_id.or(eos_id);
+    Ok(ModelConfig { mlp_dim, moe: Some(moe), attention: AttentionMask::BlockCausal(block_len), mask_id, bos_id, eos_id, ..base })
 }

@@ -104,11 +104,9 @@ pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Fam
     if !num_heads.is_multiple_of(num_kv_heads) {
         return Err(keys.error(format!("num_attention_heads {num_heads}: expected a multiple of num_key_value_heads {num_kv_heads}")));
     }
-    if let Some(act) = keys.text("hidden_act")?.filter(|act| *act != "silu") {
+    // Two names of one function.
+    if let Some(act) = keys.text("hidden_act")?.filter(|act| !["silu", "swish"].contains(act)) {
         return Err(keys.error(format!("key `hidden_act`: expected silu, found {act}")));
-    }
-    if keys.has("quantization_config") {
-        return Err(keys.error("key `quantization_config`: quantised weights are not supported, expected f32, bf16 or f16 tensors"));
     }
     let model_length = keys.size("max_position_embeddings", 1 << 24)?;
     let (qkv_bias, attn_out_bias) = (dialect.biases)(keys)?;
@@ -148,14 +146,16 @@ pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Fam
         bos_id: keys.first_token("bos_token_id", vocab_size)?.or(eos_id),
         eos_id,
         stop_ids: Vec::new(),
-        pad_id: keys.token("pad_token_id", vocab_size)?.filter(|id| Some(*id) != eos_id),
+        pad_id: keys.first_token("pad_token_id", vocab_size)?,
         sampling: SamplingDefaults::default(),
+        guessed_block_len: false,
+        warnings: Vec::new(),
     })
 }
 
 /// Rotary positions: `rope_parameters` with everything, or `rope_theta` beside an optional
 /// `rope_scaling`.
-fn rope(keys: &ConfigJson, dialect: &Dialect, model_length: usize) -> Result<Rope> {
+pub(in crate::model) fn rope(keys: &ConfigJson, dialect: &Dialect, model_length: usize) -> Result<Rope> {
     let theta = keys.number("rope_theta")?;
     let full = |keys: &ConfigJson| match keys.number("partial_rotary_factor")? {
         Some(factor) if factor != 1.0 && dialect.rotary_factor.is_none() => {
@@ -166,15 +166,7 @@ fn rope(keys: &ConfigJson, dialect: &Dialect, model_length: usize) -> Result<Rop
         _ => Ok(()),
     };
     full(keys)?;
-    // The published classes let the older key win where both are there.
-    let object = match keys.object("rope_scaling.")? {
-        Some(object) => Some(object),
-        None => keys.object("rope_parameters.")?,
-    };
-    let Some(object) = object else { return Ok(Rope::plain(theta.unwrap_or(10_000.0))) };
-    if object.is_nested() {
-        return Err(keys.error("rotary positions that differ between layers (`rope_parameters` holds objects) are not supported"));
-    }
+    let Some(object) = rope_object(keys)? else { return Ok(Rope::plain(theta.unwrap_or(10_000.0))) };
     full(&object)?;
     let base = object.number("rope_theta")?.or(theta).unwrap_or(10_000.0);
     let needed = |key: &str| object.number(key)?.ok_or_else(|| keys.error(format!("rotary positions: key `{key}` is missing")));
@@ -201,10 +193,29 @@ fn rope(keys: &ConfigJson, dialect: &Dialect, model_length: usize) -> Result<Rop
     Ok(Rope { base, scaling, width: None })
 }
 
-/// Elements of a head that are rotated, where that is not the whole head.
+/// `rope_scaling`, or `rope_parameters` as transformers 5 writes it. The published classes let the
+/// older key win where both are there.
+fn rope_object<'a>(keys: &'a ConfigJson) -> Result<Option<ConfigJson<'a>>> {
+    let object = match keys.object("rope_scaling.")?.filter(|object| !object.is_empty()) {
+        Some(object) => Some(object),
+        None => keys.object("rope_parameters.")?.filter(|object| !object.is_empty()),
+    };
+    let differ = || keys.error("rotary positions that differ between layers (`rope_parameters` holds objects) are not supported");
+    object.map(|object| object.shared().ok_or_else(differ)).transpose()
+}
+
+/// Elements of a head that are rotated, where that is not the whole head. What `rope_parameters`
+/// says wins, as for `rope_theta`.
 fn rotary_dim(keys: &ConfigJson, dialect: &Dialect, head_dim: usize) -> Result<Option<usize>> {
     let Some(default) = dialect.rotary_factor else { return Ok(None) };
-    let factor = keys.number("partial_rotary_factor")?.unwrap_or(default);
+    let nested = match rope_object(keys)? {
+        Some(object) => object.number("partial_rotary_factor")?,
+        None => None,
+    };
+    let factor = match nested {
+        Some(factor) => factor,
+        None => keys.number("partial_rotary_factor")?.unwrap_or(default),
+    };
     let width = (f64::from(factor) * head_dim as f64) as usize;
     if factor > 1.0 || !width.is_multiple_of(2) {
         let what =
@@ -223,20 +234,22 @@ fn sliding_window(keys: &ConfigJson, dialect: &Dialect, num_layers: usize, model
     if let Some(other) = kinds.iter().flatten().find(|kind| ![FULL, SLIDING].contains(*kind)) {
         return Err(keys.error(format!("key `layer_types`: expected {FULL} or {SLIDING}, found {other}")));
     }
-    // RND1's is false.
-    let window = if keys.is_false("sliding_window") { None } else { keys.optional_size("sliding_window", 1 << 24)? };
+    // RND1's is false. Read only where attention has a window: a size that is not used may be 0.
+    let window = || if keys.is_false("sliding_window") { Ok(None) } else { keys.optional_size("sliding_window", 1 << 24) };
     let window = match dialect.window {
+        // Null says that there is none.
+        Window::Always(_) if keys.is_null("sliding_window") => None,
         Window::Always(default) if !keys.has("sliding_window") => Some(default),
-        Window::Always(_) => window,
+        Window::Always(_) => window()?,
         Window::Some if keys.flag("use_sliding_window", false)? => {
             let sliding = match kinds {
                 Some(kinds) => kinds.contains(&SLIDING),
                 // Layers before this one see everything.
                 None => keys.optional_count("max_window_layers", 1 << 24)?.unwrap_or(28) < num_layers,
             };
-            window.filter(|_| sliding)
+            if sliding { window()? } else { None }
         }
-        Window::All if keys.flag("use_sliding_window", false)? => window,
+        Window::All if keys.flag("use_sliding_window", false)? => window()?,
         _ => None,
     };
     match window {

@@ -14,7 +14,7 @@ pub static FAMILY: Family = Family { name: "sdar", model_type: "sdar", architect
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
-/// Block length of the checkpoints whose names give none; it is not in their config.json.
+/// Block length of the checkpoints whose names give none (`-b32`); it is not in their config.json.
 const BLOCK_LEN: usize = 4;
 
 /// Reads the keys of Qwen3, MASK, and the block length that derivatives add.
@@ -25,6 +25,6 @@ fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
 /// SDAR over any Qwen3 decoder.
 pub(in crate::model) fn block_causal(dir: &Path, keys: &ConfigJson, base: ModelConfig) -> Result<ModelConfig> {
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, None)?);
-    let block_len = keys.optional_size("block_size", 1 << 24)?.unwrap_or(BLOCK_LEN);
-    Ok(ModelConfig { attention: AttentionMask::BlockCausal(block_len), mask_id, ..base })
+    let (block_len, guessed_block_len) = keys.block_len(dir, &["block_size", "block_length", "bd_size"], BLOCK_LEN)?;
+    Ok(ModelConfig { guessed_block_len, attention: AttentionMask::BlockCausal(block_len), mask_id, ..base })
 }

@@ -24,5 +24,6 @@ const MASK_ID: u32 = 5;
 fn config(dir: &Path, keys: &ConfigJson) -> Result<ModelConfig> {
     let base = llama::read(dir, keys, &FAMILY, &llama::DIALECT)?;
     let mask_id = Some(keys.mask_token(dir, base.vocab_size, Some(MASK_ID))?);
-    Ok(ModelConfig { attention: AttentionMask::BlockCausal(BLOCK_LEN), mask_id, ..base })
+    let (block_len, _) = keys.block_len(dir, &["block_size", "block_length"], BLOCK_LEN)?;
+    Ok(ModelConfig { attention: AttentionMask::BlockCausal(block_len), mask_id, ..base })
 }
