@@ -99,16 +99,23 @@ impl Device {
         let opened = |backend| Ok(Opened { backend, passed_over: None });
         #[cfg(feature = "cuda")]
         {
-            use crate::cuda::{Cuda, Gpu, device_count, emulated};
+            use crate::cuda::{Cuda, Gpu, emulated, is_there};
             let gpu = |index| Ok(AnyBackend::Cuda(Cuda::new(Box::new(Gpu::open(index)?), dtype)?));
             match self {
                 Device::Cuda(index) => opened(gpu(index)?),
                 Device::Emu(arch) => opened(AnyBackend::Cuda(Cuda::new(emulated(arch, threads)?, dtype)?)),
-                Device::Auto if device_count().is_ok() => match gpu(0) {
-                    Ok(cuda) => opened(cuda),
-                    Err(error) => Ok(Opened { backend: cpu()?, passed_over: Some(error) }),
-                },
-                Device::Auto | Device::Cpu => opened(cpu()?),
+                Device::Auto => {
+                    let gpu = match is_there() {
+                        Ok(false) => return opened(cpu()?),
+                        Ok(true) => gpu(0),
+                        Err(error) => Err(error),
+                    };
+                    match gpu {
+                        Ok(cuda) => opened(cuda),
+                        Err(error) => Ok(Opened { backend: cpu()?, passed_over: Some(error) }),
+                    }
+                }
+                Device::Cpu => opened(cpu()?),
             }
         }
         #[cfg(not(feature = "cuda"))]

@@ -41,7 +41,7 @@ mod step_buffers;
 
 pub use device_steps::DeviceSteps;
 pub use driver::compile::{Compiled, Compiler, EntryUse, compiler};
-pub use driver::device::{DeviceInfo, device_count, probe};
+pub use driver::device::{DeviceInfo, device_count, is_there, probe};
 #[cfg(feature = "emulator")]
 pub use driver::emu::Emulator;
 pub use driver::gpu::Gpu;

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use cudarc::driver::sys;
 use cudarc::driver::sys::{CUdevice, CUdevice_attribute, CUresult};
+use libloading::Library;
 use serde::Serialize;
 
 use crate::cuda::driver::libcuda::library;
@@ -31,16 +32,23 @@ impl fmt::Display for DeviceInfo {
     }
 }
 
+/// Whether there is a device to use. False without a driver, and where the driver reports none.
+///
+/// Errors: a driver that is there and does not start.
+pub fn is_there() -> Result<bool> {
+    match opened() {
+        Opened::Driver(driver) => driver.count().map(|count| count > 0),
+        Opened::NoDriver(_) | Opened::NoDevice(_) => Ok(false),
+        Opened::Broken(error) => Err(error.clone()),
+    }
+}
+
 /// How many CUDA devices this process sees. A driver that reports none is an error as well: zero
 /// never comes back.
 pub fn device_count() -> Result<usize> {
-    let driver = driver()?;
-    let mut count: c_int = 0;
-    // SAFETY: `count` is writable for the call; the driver is initialised by `driver()`.
-    driver.check("cuDeviceGetCount", unsafe { (driver.functions.device_get_count)(&mut count) })?;
-    match usize::try_from(count) {
-        Ok(count) if count > 0 => Ok(count),
-        _ => Err(no_device("the driver reports none")),
+    match driver()?.count()? {
+        0 => Err(no_device("the driver reports none")),
+        count => Ok(count),
     }
 }
 
@@ -104,14 +112,34 @@ struct Driver {
 
 type CodeText = unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int;
 
-/// The driver, opened and initialised once.
-fn driver() -> Result<&'static Driver> {
-    static DRIVER: OnceLock<Result<Driver>> = OnceLock::new();
-    DRIVER.get_or_init(open).as_ref().map_err(Error::clone)
+/// What came of looking for the driver.
+enum Opened {
+    Driver(Driver),
+    /// There is no library of that name.
+    NoDriver(Error),
+    /// It starts and reports no device.
+    NoDevice(Error),
+    /// It is there and does not start: another version than the kernel's module, for one.
+    Broken(Error),
 }
 
-fn open() -> Result<Driver> {
-    let library = library()?;
+/// The driver, opened and initialised once.
+fn opened() -> &'static Opened {
+    static OPENED: OnceLock<Opened> = OnceLock::new();
+    OPENED.get_or_init(|| match library() {
+        Ok(library) => open(library).unwrap_or_else(Opened::Broken),
+        Err(error) => Opened::NoDriver(error),
+    })
+}
+
+fn driver() -> Result<&'static Driver> {
+    match opened() {
+        Opened::Driver(driver) => Ok(driver),
+        Opened::NoDriver(error) | Opened::NoDevice(error) | Opened::Broken(error) => Err(error.clone()),
+    }
+}
+
+fn open(library: &'static Library) -> Result<Opened> {
     // SAFETY: signatures from cuda.h, where CUresult is an int-sized enum; `library` is 'static.
     let driver = unsafe {
         Driver {
@@ -123,13 +151,25 @@ fn open() -> Result<Driver> {
     // SAFETY: cuInit takes flags that must be 0 and may be called again.
     let code = unsafe { (driver.functions.init)(0) };
     if code == CUresult::CUDA_ERROR_NO_DEVICE as c_int {
-        return Err(no_device(&driver.describe(code)));
+        return Ok(Opened::NoDevice(no_device(&driver.describe(code))));
     }
     driver.check("cuInit", code)?;
-    Ok(driver)
+    Ok(Opened::Driver(driver))
 }
 
 impl Driver {
+    /// Devices that this process sees; none is no error here.
+    fn count(&self) -> Result<usize> {
+        let mut count: c_int = 0;
+        // SAFETY: `count` is writable for the call; the driver was initialised by `open`.
+        let code = unsafe { (self.functions.device_get_count)(&mut count) };
+        if code == CUresult::CUDA_ERROR_NO_DEVICE as c_int {
+            return Ok(0);
+        }
+        self.check("cuDeviceGetCount", code)?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
     fn check(&self, call: &str, code: c_int) -> Result<()> {
         if code == CUresult::CUDA_SUCCESS as c_int {
             return Ok(());

@@ -55,7 +55,7 @@ impl DriverError {
 
     fn next_move(self) -> &'static str {
         match self {
-            DriverError::OutOfMemory => "use a smaller --length, --batch or --kv-pages, --dtype bf16, or --device cpu",
+            DriverError::OutOfMemory => "use a smaller --length or --batch, --dtype bf16, or --device cpu",
             DriverError::Fault => {
                 "a kernel failed, and everything on the device is lost; rerun with CUDA_LAUNCH_BLOCKING=1 to learn which, or under \
                  compute-sanitizer, and report it"
