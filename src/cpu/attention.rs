@@ -144,15 +144,15 @@ impl Queries<'_, '_> {
         let layout = self.head.layout;
         let queries_per_head = num_heads / num_kv_heads;
         let queries = self.tile.rows.len() * queries_per_head;
-        state.sums.reserve(queries * layout.value_width).fill(0.0);
+        state.sums.reserve(queries * layout.value_width).expect(SMALL).fill(0.0);
         state.max.clear();
         state.max.resize(queries, f32::NEG_INFINITY);
         state.mass.clear();
         state.mass.resize(queries, 0.0);
-        state.scores.reserve(MAX_ROWS * TILE);
-        state.pairs.reserve(MAX_ROWS * TILE / 2);
-        state.last_pair.reserve(layout.value_width);
-        let q_words = state.q.reserve(queries * layout.key_steps);
+        state.scores.reserve(MAX_ROWS * TILE).expect(SMALL);
+        state.pairs.reserve(MAX_ROWS * TILE / 2).expect(SMALL);
+        state.last_pair.reserve(layout.value_width).expect(SMALL);
+        let q_words = state.q.reserve(queries * layout.key_steps).expect(SMALL);
         for (query, words) in q_words.chunks_exact_mut(layout.key_steps).enumerate() {
             let row = self.tile.rows.start + query / queries_per_head;
             let first = row * self.heads.qkv_width() + self.tile.cols.start + query % queries_per_head * head_dim;
@@ -410,6 +410,9 @@ fn score<S: Simd, const BF16: bool, const NV: usize>(
     NV
 }
 
+/// Scratch of a tile is some hundred KiB, which no check could have foreseen to be refused.
+const SMALL: &str = "memory for a tile's scratch";
+
 /// A tile of pages smaller than a group, copied into whole groups.
 struct Gathered {
     keys: Aligned<u32>,
@@ -424,7 +427,8 @@ impl Gathered {
         let whole = layout.lanes == LANES;
         let (key_group, value_group) = (layout.key_steps * LANES, LANES * layout.dtype.bytes() / 4 * layout.value_width);
         let len = if whole { 0 } else { GROUPS };
-        Gathered { keys: Aligned::zeroed(len * key_group), values: Aligned::zeroed(len * value_group), key_group, value_group }
+        let room = |group: usize| Aligned::zeroed(len * group).expect(SMALL);
+        Gathered { keys: room(key_group), values: room(value_group), key_group, value_group }
     }
 
     fn fill(&mut self, head: &Head, pages: &[u32], first: usize, end: usize) {

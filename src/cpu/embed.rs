@@ -18,12 +18,12 @@ impl Table {
         let at_once = (READ_VALUES / k).max(1);
         match dtype {
             DType::F32 => {
-                let mut rows = Aligned::zeroed(n * k);
+                let mut rows = Aligned::zeroed(n * k)?;
                 read_in_parts(context, &mut rows, at_once * k, &|i, rows, _| source(i * at_once, rows))?;
                 Ok(Table::F32 { n, k, rows })
             }
             DType::Bf16 => {
-                let mut rows = Aligned::<u16>::zeroed(n * k);
+                let mut rows = Aligned::<u16>::zeroed(n * k)?;
                 read_in_parts(context, &mut rows, at_once * k, &|i, rows, wide| {
                     wide.resize(rows.len(), 0.0);
                     source(i * at_once, wide)?;

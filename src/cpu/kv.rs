@@ -99,8 +99,8 @@ impl KvCache {
         let mut kv = KvCache {
             shape,
             layout,
-            keys: Aligned::zeroed(pages * layout.key_page()),
-            values: Aligned::zeroed(pages * layout.value_page()),
+            keys: Aligned::zeroed(pages * layout.key_page())?,
+            values: Aligned::zeroed(pages * layout.value_page())?,
         };
         let poison = kv.poison();
         kv.keys.fill(poison);

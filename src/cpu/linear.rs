@@ -63,7 +63,7 @@ impl Packed {
     /// Reads the (n, k) rows sixteen at a time, a vector of columns of a panel, on all threads.
     pub fn new(context: &CpuContext, dtype: DType, n: usize, k: usize, source: &RowSource) -> Result<Packed> {
         let steps = steps(dtype, k);
-        let words = Aligned::zeroed(n.div_ceil(PANEL) * steps * PANEL);
+        let words = Aligned::zeroed(n.div_ceil(PANEL) * steps * PANEL)?;
         context.packed_words.fetch_add(words.len(), Ordering::Relaxed);
         let mut packed = Packed { n, k, dtype, steps, words, by_rows: OnceLock::new(), all_words: context.packed_words.clone() };
         read_in_parts(context, &mut packed.words, steps * PANEL, &|i, panel, room| {
@@ -112,20 +112,23 @@ impl Packed {
     }
 
     /// The weight by rows, made of the panels when it is first asked for.
-    pub fn by_rows(&self, context: &CpuContext) -> &ByRows {
-        self.by_rows.get_or_init(|| {
-            let stride = self.steps.next_multiple_of(LANES);
-            let mut words = Aligned::zeroed(self.n * stride);
-            context.pool_for(self.words.len()).chunks(&mut words, PANEL * stride, &|panel, rows| {
-                let count = rows.len() / stride;
-                for (step, line) in self.panel(panel).chunks_exact(PANEL).enumerate() {
-                    for (row, word) in line[..count].iter().enumerate() {
-                        rows[row * stride + step] = *word;
-                    }
+    ///
+    /// Errors: memory that the system refuses.
+    pub fn by_rows(&self, context: &CpuContext) -> Result<&ByRows> {
+        if let Some(rows) = self.by_rows.get() {
+            return Ok(rows);
+        }
+        let stride = self.steps.next_multiple_of(LANES);
+        let mut words = Aligned::zeroed(self.n * stride)?;
+        context.pool_for(self.words.len()).chunks(&mut words, PANEL * stride, &|panel, rows| {
+            let count = rows.len() / stride;
+            for (step, line) in self.panel(panel).chunks_exact(PANEL).enumerate() {
+                for (row, word) in line[..count].iter().enumerate() {
+                    rows[row * stride + step] = *word;
                 }
-            });
-            ByRows { dtype: self.dtype, k: self.k, stride, words }
-        })
+            }
+        });
+        Ok(self.by_rows.get_or_init(|| ByRows { dtype: self.dtype, k: self.k, stride, words }))
     }
 
     /// Bytes of the packed weight.
@@ -216,13 +219,20 @@ fn pack_columns(words: &[u32], steps: usize, panel: &mut [u32]) {
 
 /// `x (rows, k)` as words `(rows, steps)`: itself in f32, rounded to bf16 pairs in `scratch`
 /// otherwise.
-fn words_of<'a>(context: &CpuContext, dtype: DType, rows: usize, k: usize, x: &'a [f32], scratch: &'a mut Aligned<u32>) -> &'a [u32] {
+fn words_of<'a>(
+    context: &CpuContext,
+    dtype: DType,
+    rows: usize,
+    k: usize,
+    x: &'a [f32],
+    scratch: &'a mut Aligned<u32>,
+) -> Result<&'a [u32]> {
     let x = &x[..rows * k];
     if dtype == DType::F32 {
-        return bytemuck::cast_slice(x);
+        return Ok(bytemuck::cast_slice(x));
     }
     let steps = steps(dtype, k);
-    let words = scratch.reserve(rows * steps);
+    let words = scratch.reserve(rows * steps)?;
     // 16 KiB of x per task at least.
     let rows_at_once = (4096 / k.max(1)).max(rows.div_ceil(4 * context.pool.threads())).max(1);
     // An element costs about as much as eight multiply-adds of a product.
@@ -230,7 +240,7 @@ fn words_of<'a>(context: &CpuContext, dtype: DType, rows: usize, k: usize, x: &'
         let x = &x[i * rows_at_once * k..];
         context.isa.run(Round { x, k, words: bytemuck::cast_slice_mut(words) });
     });
-    words
+    Ok(words)
 }
 
 /// Rounds rows of k f32 to rows of k bf16, padded with a zero to a whole word.
@@ -277,13 +287,23 @@ struct Product<'a> {
 
 /// See [`crate::backend::Backend::linear`]. `x` holds at least rows * k, `out` at least rows times
 /// the width of the epilogue.
-pub fn linear(context: &CpuContext, rows: usize, x: &[f32], weight: &Packed, bias: Option<&[f32]>, epilogue: Epilogue, out: &mut [f32]) {
+///
+/// Errors: scratch memory that the system refuses.
+pub fn linear(
+    context: &CpuContext,
+    rows: usize,
+    x: &[f32],
+    weight: &Packed,
+    bias: Option<&[f32]>,
+    epilogue: Epilogue,
+    out: &mut [f32],
+) -> Result<()> {
     let Packed { n, k, steps, .. } = *weight;
     if rows == 0 {
-        return;
+        return Ok(());
     }
     let mut scratch = context.words();
-    let x = words_of(context, weight.dtype, rows, k, x, &mut scratch);
+    let x = words_of(context, weight.dtype, rows, k, x, &mut scratch)?;
     let product = Product { x, weight, bias, epilogue };
     let panels = n.div_ceil(PANEL);
     let pool = context.pool_for(rows * panels * PANEL * steps);
@@ -292,18 +312,21 @@ pub fn linear(context: &CpuContext, rows: usize, x: &[f32], weight: &Packed, bia
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
         context.isa.run(Panels { product, tile });
     });
+    Ok(())
 }
 
 /// The products of several weights of one shape, each with rows of its own: rows
 /// `bounds[g]..bounds[g + 1]` of x and `out` belong to `weights[g]`. One job for all of them, so
 /// that small groups keep every thread busy. A row's result is that of [`linear`].
-pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[Packed], epilogue: Epilogue, out: &mut [f32]) {
-    let (Some(&rows), Some(&Packed { n, k, steps, dtype, .. })) = (bounds.last(), weights.first()) else { return };
+///
+/// Errors: as [`linear`].
+pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[Packed], epilogue: Epilogue, out: &mut [f32]) -> Result<()> {
+    let (Some(&rows), Some(&Packed { n, k, steps, dtype, .. })) = (bounds.last(), weights.first()) else { return Ok(()) };
     if rows == 0 {
-        return;
+        return Ok(());
     }
     let mut scratch = context.words();
-    let x = words_of(context, dtype, rows, k, x, &mut scratch);
+    let x = words_of(context, dtype, rows, k, x, &mut scratch)?;
     let panels = n.div_ceil(PANEL);
     let pool = context.pool_for(rows * panels * PANEL * steps);
     // Groups that outgrow L2 are cut as a product alone would be.
@@ -324,6 +347,7 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[Pac
         let weight = &weights[bounds.partition_point(|bound| *bound <= tile.rows.start) - 1];
         context.isa.run(Panels { product: Product { x, weight, bias: None, epilogue }, tile });
     });
+    Ok(())
 }
 
 /// Row bounds and panels of a task. Rows are cut where x outgrows L2, or where the panels are too
@@ -405,7 +429,7 @@ impl Panels<'_, '_> {
         let part = if blocks == 1 { steps } else { part_of(steps) };
         // Where k is walked in parts, the sums of every block wait for the next part.
         let mut one = Sums([[0.0; LANES]; SUMS]);
-        let mut all = Aligned::<f32>::zeroed(if part < steps { blocks * SUMS * LANES } else { 0 });
+        let mut all = Aligned::<f32>::zeroed(if part < steps { blocks * SUMS * LANES } else { 0 }).expect("a tile's sums fit");
         let (all, _) = all.as_chunks_mut::<LANES>();
         let mut panel = panels.start;
         while panel < panels.end {

@@ -11,6 +11,8 @@ use std::ops::{Deref, DerefMut};
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 
+use crate::error::{Error, Result};
+
 /// Bytes from which a buffer is a mapping of its own: four huge pages. Below, the allocator serves
 /// better.
 const MAPPED_BYTES: usize = 8 << 20;
@@ -37,21 +39,47 @@ impl<T: Pod> Aligned<T> {
     const PER_LINE: usize = size_of::<CacheLine>() / size_of::<T>();
 
     /// `len` zeros. What is never written to takes no memory.
-    pub fn zeroed(len: usize) -> Self {
+    ///
+    /// Errors: [`Error::Device`] with the bytes that the system refuses.
+    pub fn zeroed(len: usize) -> Result<Self> {
         let lines = len.div_ceil(Self::PER_LINE);
-        let mapped = if lines * size_of::<CacheLine>() >= MAPPED_BYTES { map(lines * size_of::<CacheLine>()) } else { None };
-        let lines = mapped.map_or_else(|| Lines::Allocated(bytemuck::zeroed_vec(lines)), Lines::Mapped);
-        Aligned { lines, len, element: std::marker::PhantomData }
+        let refused = || Error::device(format!("cannot allocate {}: the system refuses the memory", amount(lines)));
+        let bytes = lines.checked_mul(size_of::<CacheLine>()).ok_or_else(refused)?;
+        let mapped = if bytes >= MAPPED_BYTES { map(bytes) } else { None };
+        let lines = match mapped {
+            Some(map) => Lines::Mapped(map),
+            None => Lines::Allocated(bytemuck::try_zeroed_vec(lines).map_err(|()| refused())?),
+        };
+        Ok(Aligned { lines, len, element: std::marker::PhantomData })
+    }
+
+    /// A copy of `src`.
+    ///
+    /// Errors: as [`Aligned::zeroed`].
+    pub fn copied(src: &[T]) -> Result<Self> {
+        let mut copy = Self::zeroed(src.len())?;
+        copy.copy_from_slice(src);
+        Ok(copy)
     }
 
     /// The first `len` elements. Where there are fewer, all are replaced by zeros; otherwise they
     /// keep their content. Never shrinks.
-    pub fn reserve(&mut self, len: usize) -> &mut [T] {
+    ///
+    /// Errors: as [`Aligned::zeroed`].
+    pub fn reserve(&mut self, len: usize) -> Result<&mut [T]> {
         if self.len < len {
-            *self = Self::zeroed(len);
+            // Given back before the larger one is asked for.
+            *self = Self::default();
+            *self = Self::zeroed(len)?;
         }
-        &mut self[..len]
+        Ok(&mut self[..len])
     }
+}
+
+/// Lines as bytes: `12.3 GB`, `4.1 MB`.
+fn amount(lines: usize) -> String {
+    let bytes = lines as f64 * size_of::<CacheLine>() as f64;
+    if bytes >= 1e9 { format!("{:.1} GB", bytes / 1e9) } else { format!("{:.1} MB", bytes / 1e6) }
 }
 
 /// Zeros on huge pages where the system has them. `None`: it refuses the mapping, and the allocator
@@ -64,15 +92,10 @@ fn map(bytes: usize) -> Option<MmapMut> {
     Some(map)
 }
 
-impl<T: Pod> Clone for Aligned<T> {
-    fn clone(&self) -> Self {
-        Self::from(&self[..])
-    }
-}
-
 impl<T: Pod> Default for Aligned<T> {
+    /// Nothing, which takes no memory.
     fn default() -> Self {
-        Self::zeroed(0)
+        Aligned { lines: Lines::Allocated(Vec::new()), len: 0, element: std::marker::PhantomData }
     }
 }
 
@@ -97,10 +120,18 @@ impl<T: Pod> DerefMut for Aligned<T> {
     }
 }
 
-impl<T: Pod> From<&[T]> for Aligned<T> {
-    fn from(src: &[T]) -> Self {
-        let mut copy = Self::zeroed(src.len());
-        copy.copy_from_slice(src);
-        copy
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refused_memory_is_an_error_with_its_size() {
+        for len in [1 << 58, usize::MAX / 8, usize::MAX] {
+            let Err(Error::Device { what }) = Aligned::<f32>::zeroed(len) else { panic!("{len} elements were allocated") };
+            assert!(what.contains(" GB") && what.contains("refuses"), "{what}");
+        }
+        let mut kept = Aligned::<f32>::copied(&[1.0, 2.0]).unwrap();
+        assert!(kept.reserve(1 << 58).is_err());
+        assert_eq!(kept.reserve(3).unwrap(), [0.0; 3], "usable after a refusal");
     }
 }

@@ -84,8 +84,9 @@ impl Cpu {
 pub struct Buffer(Aligned<f32>);
 
 impl From<&[f32]> for Buffer {
+    /// Panics where the system refuses the memory; [`Backend::upload`] says so instead.
     fn from(src: &[f32]) -> Buffer {
-        Buffer(src.into())
+        Buffer(Aligned::copied(src).expect("memory for a buffer"))
     }
 }
 
@@ -191,11 +192,15 @@ impl Backend for Cpu {
     fn alloc<const N: usize>(&self, parts: [Activation; N]) -> Result<[Buffer; N]> {
         // Inputs are f32 as well: the product rounds what it reads. Parts of their own begin at
         // cache lines.
-        Ok(parts.map(|(Activation::F32(len) | Activation::Input(len))| Buffer(Aligned::zeroed(len))))
+        let mut buffers = Vec::with_capacity(N);
+        for Activation::F32(len) | Activation::Input(len) in parts {
+            buffers.push(Buffer(Aligned::zeroed(len)?));
+        }
+        buffers.try_into().map_err(|_| Error::device("as many buffers as parts"))
     }
 
     fn upload(&self, src: &[f32]) -> Result<Buffer> {
-        Ok(src.into())
+        Aligned::copied(src).map(Buffer)
     }
 
     fn download(&self, src: &Buffer, offset: usize, dst: &mut [f32]) -> Result<()> {
@@ -259,7 +264,7 @@ impl Backend for Cpu {
         table.rows(ids, out);
         if let Some(positions) = positions {
             assert!(positions.width() == width, "tables of widths {width} and {}", positions.width());
-            let mut room = Aligned::zeroed(out.len());
+            let mut room = Aligned::zeroed(out.len())?;
             positions.rows(&batch.0.positions, &mut room);
             out.iter_mut().zip(&room[..]).for_each(|(out, position)| *out += position);
         }
@@ -293,8 +298,7 @@ impl Backend for Cpu {
         let bias = bias.map(|b| &b.0[..]);
         assert!(bias.is_none_or(|b| b.len() == n), "bias of {:?} for {n} columns", bias.map(<[f32]>::len));
         assert!(epilogue != Epilogue::SwiGlu || n % 2 == 0, "gate and up in pairs of {n} rows");
-        linear::linear(&self.context, rows, &x.0, weight, bias, epilogue, &mut out.0);
-        Ok(())
+        linear::linear(&self.context, rows, &x.0, weight, bias, epilogue, &mut out.0)
     }
 
     fn route(&self, rows: usize, logits: &Buffer, router: &Router<Buffer>, routing: &mut Routing) -> Result<()> {
@@ -316,8 +320,7 @@ impl Backend for Cpu {
         }
         let len = routing.0.choices.len() / top_k * hidden_dim;
         assert!(x.0.len().min(out.0.len()) >= len, "x of {}, out of {} for {len} elements", x.0.len(), out.0.len());
-        moe::moe(&self.context, &mut routing.0, &x.0, up, down, &mut out.0);
-        Ok(())
+        moe::moe(&self.context, &mut routing.0, &x.0, up, down, &mut out.0)
     }
 
     fn rope_append(
@@ -400,7 +403,7 @@ impl Backend for Cpu {
         let (head, bias) = (head.packed(), bias.map(|b| &b.0[..]));
         assert!(n > 0 && hidden.0.len() >= rows * head.k, "lists of {n}, hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
         assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
-        Ok(Shortlists(shortlist::shortlist(&self.context, rows, &hidden.0, head, bias, banned, n)))
+        shortlist::shortlist(&self.context, rows, &hidden.0, head, bias, banned, n).map(Shortlists)
     }
 }
 

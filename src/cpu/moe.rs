@@ -20,18 +20,27 @@ impl ExpertWeights {
 }
 
 /// See [`crate::backend::Backend::moe`]. `x` and `out` hold the rows of the routing.
-pub fn moe(context: &CpuContext, routing: &mut Routing, x: &[f32], up: &ExpertWeights, down: &ExpertWeights, out: &mut [f32]) {
+///
+/// Errors: scratch memory that the system refuses.
+pub fn moe(
+    context: &CpuContext,
+    routing: &mut Routing,
+    x: &[f32],
+    up: &ExpertWeights,
+    down: &ExpertWeights,
+    out: &mut [f32],
+) -> Result<()> {
     let Routing { shape, choices, bounds, places, tokens, input, inner, output } = routing;
     let ExpertShape { top_k, hidden_dim: c, expert_dim: f, .. } = *shape;
     if choices.is_empty() {
-        return;
+        return Ok(());
     }
-    let input = input.reserve(places.len() * c);
+    let input = input.reserve(places.len() * c)?;
     context.pool_for(places.len() * c).chunks(input, c, &|place, row| row.copy_from_slice(&x[tokens[place] * c..][..c]));
-    let inner = inner.reserve(places.len() * f);
-    linear::grouped(context, bounds, input, &up.0, Epilogue::SwiGlu, inner);
-    let output = output.reserve(places.len() * c);
-    linear::grouped(context, bounds, inner, &down.0, Epilogue::Store, output);
+    let inner = inner.reserve(places.len() * f)?;
+    linear::grouped(context, bounds, input, &up.0, Epilogue::SwiGlu, inner)?;
+    let output = output.reserve(places.len() * c)?;
+    linear::grouped(context, bounds, inner, &down.0, Epilogue::Store, output)?;
     let output = &*output;
     let out = &mut out[..choices.len() / top_k * c];
     context.pool_for(places.len() * c).chunks(out, c, &|row, out| {
@@ -45,4 +54,5 @@ pub fn moe(context: &CpuContext, routing: &mut Routing, x: &[f32], up: &ExpertWe
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
         }
     });
+    Ok(())
 }

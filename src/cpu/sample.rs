@@ -40,8 +40,8 @@ pub fn sample(
     let mut scratch = context.logits();
     for (chunk, draws) in draws.chunks(CHUNK).enumerate() {
         let first = chunk * CHUNK;
-        let logits = scratch.reserve(draws.len() * vocab);
-        linear::linear(context, draws.len(), &hidden[first * k..], head, bias, Epilogue::Store, logits);
+        let logits = scratch.reserve(draws.len() * vocab)?;
+        linear::linear(context, draws.len(), &hidden[first * k..], head, bias, Epilogue::Store, logits)?;
         let mut results: Vec<Option<Result<SampledToken>>> = vec![None; draws.len()];
         let mut rows: Vec<_> = logits.chunks_exact_mut(vocab).zip(&mut results).zip(draws).collect();
         context.pool_for(draws.len() * vocab * 4).chunks(&mut rows, 1, &|i, row| {
@@ -145,12 +145,18 @@ pub fn sample_row(context: &CpuContext, logits: &[f32], banned: &[u32], draw: &D
     })
 }
 
+/// What logits are multiplied by at a temperature. The inverse of one below 2.9e-39 is not a finite
+/// f32: the largest stands for it, under which all that is not the maximum has no mass either.
+fn inverse(temperature: f32) -> f32 {
+    (1.0 / temperature).min(f32::MAX)
+}
+
 /// Mass of each tile after temperature, relative to the row's maximum.
 fn tile_masses(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32, temperature: f32) -> Vec<f64> {
     if temperature == 1.0 {
         tiles.iter().map(|tile| if tile.max > f32::NEG_INFINITY { tile.mass * f64::from(tile.max - max).exp() } else { 0.0 }).collect()
     } else {
-        context.isa.run(Masses { logits, max, inverse_temperature: 1.0 / temperature })
+        context.isa.run(Masses { logits, max, inverse_temperature: inverse(temperature) })
     }
 }
 
@@ -159,7 +165,7 @@ fn draw_token(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max: f32
     if draw.top_p < 1.0 || draw.top_k.is_some() {
         return truncated_draw(context, logits, tiles, max, argmax, draw).token;
     }
-    let inverse_temperature = 1.0 / draw.temperature;
+    let inverse_temperature = inverse(draw.temperature);
     let masses = tile_masses(context, logits, tiles, max, draw.temperature);
     let total: f64 = masses.iter().sum();
     let target = draw.u * total;
@@ -208,7 +214,7 @@ fn truncated_draw(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max:
     let mut masses = context.spare_row();
     masses.clear();
     masses.extend_from_slice(logits);
-    context.isa.run(Exponentials { logits: &mut masses, max, inverse_temperature: 1.0 / draw.temperature });
+    context.isa.run(Exponentials { logits: &mut masses, max, inverse_temperature: inverse(draw.temperature) });
 
     // Top-k keeps what is above this.
     let floor = draw.top_k.map_or(f32::NEG_INFINITY, |TopK { k, .. }| kth(context, logits, tiles, k as usize).next_down());
@@ -252,7 +258,7 @@ fn truncated_draw(context: &CpuContext, logits: &[f32], tiles: &[TileSums], max:
         break;
     }
     // The most probable token is always kept and weighs 1, so there is one.
-    let chosen = chosen.unwrap_or(0);
+    let chosen = chosen.unwrap_or(argmax);
     let share = f64::from(masses[chosen]) / kept_total;
     let (mut second, mut moment) = (0.0f32, 0.0f64);
     if draw.truncated_confidence {

@@ -41,13 +41,13 @@ pub fn shortlist(
     bias: Option<&[f32]>,
     banned: &[u32],
     n: usize,
-) -> Shortlists {
+) -> Result<Shortlists> {
     let Packed { n: vocab, k, .. } = *head;
     let mut ids = vec![Vec::new(); rows];
     let mut scratch = context.logits();
     for (chunk, ids) in ids.chunks_mut(CHUNK).enumerate() {
-        let logits = scratch.reserve(ids.len() * vocab);
-        linear::linear(context, ids.len(), &hidden[chunk * CHUNK * k..], head, bias, Epilogue::Store, logits);
+        let logits = scratch.reserve(ids.len() * vocab)?;
+        linear::linear(context, ids.len(), &hidden[chunk * CHUNK * k..], head, bias, Epilogue::Store, logits)?;
         let mut rows: Vec<_> = logits.chunks_exact_mut(vocab).zip(ids).collect();
         context.pool_for(rows.len() * vocab * 4).chunks(&mut rows, 1, &|_, row| {
             let (logits, ids) = &mut row[0];
@@ -59,7 +59,7 @@ pub fn shortlist(
             **ids = largest(context, logits, n);
         });
     }
-    Shortlists { ids }
+    Ok(Shortlists { ids })
 }
 
 /// The ids of the `n` largest finite logits, ascending; ties to the lower id.
@@ -115,7 +115,7 @@ pub fn sample_shortlist(
     which: &[u32],
     draws: &[Draw],
 ) -> Result<Vec<SampledToken>> {
-    let by_rows = head.by_rows(context);
+    let by_rows = head.by_rows(context)?;
     let longest = which.iter().map(|list| lists.ids[*list as usize].len()).max().unwrap_or(0);
     let mut results: Vec<Option<Result<SampledToken>>> = vec![None; draws.len()];
     let mut rows: Vec<_> = results.iter_mut().zip(which).zip(draws).collect();
