@@ -67,20 +67,58 @@ pub fn next_step(unmask: &Unmask, mut progress: BlockProgress, times: impl Itera
         // [Dream] `origin`: with p = 1 - s/t at every step, a position's step is the one in which
         // its time lies.
         let latest = times.fold(0.0, f64::max);
+        progress.step = progress.step.max(ancestral_start(eps, steps, latest));
         while progress.step + 1 < steps && latest < f64::from(linspace_f32(eps, steps, progress.step + 1)) {
             progress.step += 1;
         }
         return progress.step;
     }
-    while progress.masks > 0 && quota(unmask, progress) == Some(0) {
-        progress.step += 1;
-        if let Unmask::Linear { steps, .. } | Unmask::Fixed { steps, .. } | Unmask::Above { steps: Some(steps), .. } = unmask
-            && progress.step >= *steps
-        {
-            break;
-        }
+    if progress.masks == 0 || quota(unmask, progress) != Some(0) {
+        return progress.step;
     }
-    progress.step
+    match *unmask {
+        // Shares fall from step to step: once they are nothing, they stay so.
+        Unmask::Linear { steps, .. } | Unmask::Fixed { steps, .. } | Unmask::Above { steps: Some(steps), .. } => {
+            progress.step.saturating_add(1).max(steps)
+        }
+        Unmask::Timestep { steps, eps, .. } => {
+            progress.step = progress.step.max(timestep_start(eps, steps, progress.masks));
+            while quota(unmask, progress) == Some(0) {
+                progress.step += 1;
+            }
+            progress.step
+        }
+        _ => progress.step,
+    }
+}
+
+/// A step before which [`Unmask::Ancestral`] reveals no position of the time `latest`, so that a
+/// schedule of 2^32 steps is not walked through: steps are counted from here on.
+///
+/// Times of f32 are within 2^-22 of the line that they lie on.
+fn ancestral_start(eps: f32, steps: usize, latest: f64) -> usize {
+    let delta = (1.0 - f64::from(eps)) / steps as f64;
+    if delta <= 0.0 {
+        return 0;
+    }
+    let first = ((1.0 - latest - 2f64.powi(-22)) / delta).floor() - 2.0;
+    // A float that is negative becomes 0.
+    (first as usize).min(steps.saturating_sub(1))
+}
+
+/// A step before which [`Unmask::Timestep`] reveals none of `masks` positions.
+///
+/// It reveals one where `1 - s/t`, with `s = t - delta`, is at least `1 / masks`, that is where `t`
+/// is at most `delta * masks`; what f32 makes of `1 - s/t` is within 2^-21 of it.
+fn timestep_start(eps: f32, steps: usize, masks: usize) -> usize {
+    let delta = (1.0 - f64::from(eps)) / steps as f64;
+    let share = 1.0 / masks as f64 - 2f64.powi(-21);
+    if delta <= 0.0 || share <= 0.0 {
+        return 0;
+    }
+    let latest = delta / share + 2f64.powi(-22);
+    let first = ((1.0 - latest) / delta).floor() - 2.0;
+    (first as usize).min(steps.saturating_sub(1))
 }
 
 /// The positions to unmask now: indices into `candidates`, ascending. At least one and never more
@@ -208,6 +246,59 @@ mod tests {
 
     fn confident(values: &[f32]) -> Vec<Candidate> {
         candidates(&values.iter().map(|c| (*c, 0.0, 0.0, 0.0)).collect::<Vec<_>>())
+    }
+
+    /// What is skipped in closed form is what walking skips.
+    #[test]
+    fn steps_are_skipped_as_walking_skips_them() {
+        let walk = |unmask: &Unmask, mut progress: BlockProgress| {
+            let last = |step: usize| match *unmask {
+                Unmask::Linear { steps, .. } | Unmask::Fixed { steps, .. } => step >= steps,
+                _ => false,
+            };
+            while progress.masks > 0 && quota(unmask, progress) == Some(0) {
+                progress.step += 1;
+                if last(progress.step) {
+                    break;
+                }
+            }
+            progress.step
+        };
+        for steps in [1, 2, 3, 7, 64, 512, 1000, 4099, 70_001] {
+            for masks in [1, 2, 3, 8, 31, 300, 4096] {
+                for step in [0, 1, steps / 3, steps - 1, steps] {
+                    let progress = BlockProgress { block_len: 300, masks_at_start: masks + 1, masks, step };
+                    for eps in [1e-3, 0.2, 1e-6] {
+                        let timestep = Unmask::Timestep { steps, rank: Rank::Left, eps };
+                        assert_eq!(
+                            next_step(&timestep, progress, std::iter::empty()),
+                            walk(&timestep, progress),
+                            "{timestep:?} {progress:?}"
+                        );
+                        let ancestral = Unmask::Ancestral { steps, eps };
+                        for latest in [0.0, 1e-3, 0.1, 0.5, 0.999, 1.0 - 1e-9] {
+                            let mut walked = step;
+                            while walked + 1 < steps && latest < f64::from(linspace_f32(eps, steps, walked + 1)) {
+                                walked += 1;
+                            }
+                            assert_eq!(next_step(&ancestral, progress, std::iter::once(latest)), walked, "{ancestral:?} {latest} {step}");
+                        }
+                    }
+                    for unmask in [Unmask::Linear { steps, rank: Rank::Left }, Unmask::Fixed { steps, rank: Rank::Left }] {
+                        assert_eq!(next_step(&unmask, progress, std::iter::empty()), walk(&unmask, progress), "{unmask:?} {progress:?}");
+                    }
+                }
+            }
+        }
+        // As many as a stage may name: walking would take a minute for each call.
+        let steps = 1 << 32;
+        let progress = BlockProgress { block_len: 300, masks_at_start: 300, masks: 300, step: 300 };
+        for _ in 0..1000 {
+            assert_eq!(next_step(&Unmask::Timestep { steps, rank: Rank::Left, eps: 1e-3 }, progress, std::iter::empty()), steps - 1);
+            let step = next_step(&Unmask::Ancestral { steps, eps: 1e-3 }, progress, std::iter::once(0.5));
+            assert!((step as f64 / steps as f64 - 0.5).abs() < 1e-3, "{step}");
+            assert_eq!(next_step(&Unmask::Linear { steps, rank: Rank::Left }, progress, std::iter::empty()), steps);
+        }
     }
 
     #[test]
