@@ -26,12 +26,12 @@ use crate::model::registry;
 use crate::model::step::StepNetwork;
 use crate::model::{Model, Progress, Scratch};
 use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
-use crate::request::{Message, stop_at};
+use crate::request::{Message, Outcome, stop_at};
 use crate::request::{Output, Prompt, Request, Segment, SubmittedRequest, Timings};
 use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Scope};
 use crate::scheduler::{self, Budget, Need};
-use crate::sequence::{Event, Next, Sequence, SequenceSpec, Step, Stop};
+use crate::sequence::{Event, Finish, Next, Sequence, SequenceSpec, Step, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -39,8 +39,8 @@ use crate::weights::Weights;
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
     pub budget: Budget,
-    /// K/V pages in the pool; `None`: as many as hold `budget.max_sequences` sequences of the
-    /// model's length.
+    /// K/V pages in the pool; `None` makes room for `budget.max_sequences` sequences of the model's
+    /// length, and for one of the longest that is served.
     pub kv_pages: Option<usize>,
     /// Positions per page.
     pub page_size: usize,
@@ -64,6 +64,15 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
+    /// With as many pages as `budget.max_sequences` sequences of `len` decoded positions take.
+    ///
+    /// A schedule may decode more positions than a request asks for
+    /// ([`Sequence::decoded_len`]).
+    pub fn with_pages_for(self, len: usize) -> EngineOptions {
+        let pages = len.div_ceil(self.page_size.max(1)).saturating_mul(self.budget.max_sequences);
+        EngineOptions { kv_pages: Some(pages), ..self }
+    }
+
     /// Pages of a K/V store beyond those of the pool: one that is never written, and so holds NaN,
     /// where freed pages take its place.
     fn spare_pages(&self) -> usize {
@@ -77,6 +86,8 @@ struct RunningSequence {
     table: PageTable,
     committed_pages: usize,
     prefix: Option<PrefixKey>,
+    /// Where the request ends its text.
+    stop: Stop,
     messages: Sender<Message>,
     cancel: Arc<AtomicBool>,
     submitted: Instant,
@@ -94,13 +105,19 @@ pub(crate) struct LoadedModel<B: Backend> {
 }
 
 impl<B: Backend> LoadedModel<B> {
-    fn new(backend: &B, model: Model<B>, pool: &PagePool, options: &EngineOptions) -> Result<LoadedModel<B>> {
-        let (num_pages, page_size) = (pool.capacity(), pool.page_size());
+    fn new(backend: &B, model: Model<B>, num_pages: usize, options: &EngineOptions) -> Result<LoadedModel<B>> {
+        let page_size = options.page_size;
         let bytes = model.config().kv_bytes_per_token(backend.dtype().bytes()).checked_mul(num_pages * page_size);
         if bytes.is_none_or(|bytes| bytes > isize::MAX as usize / 4) {
             return Err(Error::request(format!("{num_pages} K/V pages of {page_size} positions are more than can be addressed")));
         }
-        let kv = backend.kv_cache(model.kv_shape(num_pages + options.spare_pages(), page_size, 0))?;
+        let kv = backend.kv_cache(model.kv_shape(num_pages + options.spare_pages(), page_size, 0)).map_err(|error| match error {
+            Error::Device { what } => {
+                let next = "lower `kv_pages` or `max_sequences`, or use bf16";
+                Error::device(format!("K/V of {num_pages} pages of {page_size} positions: {what}; {next}"))
+            }
+            other => other,
+        })?;
         let scratch = Scratch::new(backend, model.config(), 16)?;
         Ok(LoadedModel { model, kv, scratch, joint: None })
     }
@@ -132,6 +149,8 @@ pub struct Engine<B: Backend> {
     active: Vec<RunningSequence>,
     turn: usize,
     next_id: u64,
+    /// A tick began and did not come to its end: it runs now, or it panicked.
+    ticking: bool,
 }
 
 impl<B: Backend> Engine<B> {
@@ -170,8 +189,9 @@ impl<B: Backend> Engine<B> {
         if options.page_size == 0 || options.budget.max_rows == 0 || options.budget.max_sequences == 0 {
             return Err(Error::request("page size, row budget and sequence limit must be at least 1"));
         }
-        let per_sequence = config.model_length.div_ceil(options.page_size);
-        let num_pages = options.kv_pages.unwrap_or(per_sequence.saturating_mul(options.budget.max_sequences)).max(1);
+        let pages_for = |len: usize| len.div_ceil(options.page_size);
+        let trained = pages_for(config.decoded_length()).saturating_mul(options.budget.max_sequences);
+        let num_pages = options.kv_pages.unwrap_or(trained.max(pages_for(config.max_len()))).max(1);
         if num_pages > u32::MAX as usize / options.page_size {
             return Err(Error::request(format!("{num_pages} K/V pages of {} positions are more than can be addressed", options.page_size)));
         }
@@ -186,8 +206,9 @@ impl<B: Backend> Engine<B> {
         let mut last = config.stop_ids.clone();
         last.extend(tokenizer.as_ref().ok().and_then(|tokenizer| tokenizer.id(END_OF_TURN)));
         let banned = BannedIds::new(banned, config.eos_id.into_iter().collect(), last);
+        // Before the list of the pages, which is small beside them.
+        let models = vec![LoadedModel::new(&backend, model, num_pages, &options)?];
         let pool = PagePool::new(num_pages, options.page_size);
-        let models = vec![LoadedModel::new(&backend, model, &pool, &options)?];
         Ok(Engine {
             backend,
             models,
@@ -201,6 +222,7 @@ impl<B: Backend> Engine<B> {
             active: Vec::new(),
             turn: 0,
             next_id: 0,
+            ticking: false,
         })
     }
 
@@ -224,7 +246,7 @@ impl<B: Backend> Engine<B> {
             return Err(Error::config(&model_dir.join("config.json"), "an autoregressive checkpoint cannot run a stage"));
         }
         let model = registry::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
-        self.models.push(LoadedModel::new(&self.backend, model, &self.pool, &self.options)?);
+        self.models.push(LoadedModel::new(&self.backend, model, self.pool.capacity(), &self.options)?);
         Ok(self.models.len() - 1)
     }
 
@@ -362,7 +384,7 @@ impl<B: Backend> Engine<B> {
             shifted: self.models.iter().map(|loaded| loaded.model.config().shift).collect(),
             seed: request.seed,
             sample: request.sample,
-            stop,
+            stop: stop.clone(),
             separate_commit: request.separate_commit,
             forced: request.forced,
             draft: request.draft,
@@ -384,6 +406,7 @@ impl<B: Backend> Engine<B> {
             table: PageTable::default(),
             committed_pages: needed,
             prefix,
+            stop,
             messages: sender,
             cancel: cancel.clone(),
             submitted: now,
@@ -392,7 +415,7 @@ impl<B: Backend> Engine<B> {
             failed: None,
         });
         self.next_id += 1;
-        Ok(SubmittedRequest { messages, cancel, finished: RefCell::new(None) })
+        Ok(SubmittedRequest { messages, cancel, outcome: RefCell::new(Outcome::Pending) })
     }
 
     /// True while something is queued or in flight.
@@ -413,8 +436,32 @@ impl<B: Backend> Engine<B> {
 
     /// One iteration: admit, schedule, plan steps, run them, apply their outcomes, retire.
     /// False when idle. A request that fails ends with its error in its handle and leaves the
-    /// others alone; an error here means the engine itself cannot go on.
+    /// others alone; an error here means the engine itself cannot go on: all requests end with it.
     pub fn tick(&mut self) -> Result<bool> {
+        if self.ticking {
+            let error = Error::device("an earlier tick of this engine panicked: it cannot go on");
+            self.abandon(&error);
+            return Err(error);
+        }
+        self.ticking = true;
+        let outcome = self.tick_once();
+        self.ticking = false;
+        if let Err(error) = &outcome {
+            self.active.iter_mut().chain(&mut self.queue).for_each(|running| running.fail(error.clone()));
+            self.retire();
+        }
+        outcome
+    }
+
+    /// Ends every request with the error, and leaves everything else as it stands.
+    pub(crate) fn abandon(&mut self, error: &Error) {
+        for mut running in self.queue.drain(..).chain(self.active.drain(..)) {
+            running.failed = Some(error.clone());
+            running.finish();
+        }
+    }
+
+    fn tick_once(&mut self) -> Result<bool> {
         self.drop_cancelled();
         self.admit();
         let (weights, chosen) = self.schedule();
@@ -501,6 +548,11 @@ impl<B: Backend> Engine<B> {
                         self.pool.uncommit(done.committed_pages);
                     }
                     self.poison(&freed);
+                    if queue {
+                        // It never ran: all of its time was spent waiting.
+                        done.admitted = Instant::now();
+                        done.timings.queued_ms = ms(done.submitted, done.admitted);
+                    }
                     done.finish();
                 }
             }
@@ -516,6 +568,15 @@ impl<B: Backend> Engine<B> {
                 }
             }
         }
+    }
+}
+
+/// Requests in flight end with an error: their handles may outlive the engine.
+impl<B: Backend> Drop for Engine<B> {
+    fn drop(&mut self) {
+        let panicked = || Error::device("the engine's thread panicked before the request ended");
+        let error = if std::thread::panicking() { panicked() } else { Error::EngineGone };
+        self.abandon(&error);
     }
 }
 
@@ -557,20 +618,39 @@ impl RunningSequence {
         let _ = self.messages.send(Message::Finished(Box::new(result)));
     }
 
+    /// Why the text ends where it does: a later stage may have left what ends a text in a draft of
+    /// full length.
+    fn finish_of(&self, tokens: &[u32]) -> Finish {
+        let finish = self.sequence.finish();
+        let continues = self.sequence.prompt_len() + tokens.len() == self.sequence.canvas().len();
+        if finish != Finish::Length || !continues {
+            finish
+        } else if tokens.iter().any(|token| self.stop.tokens.contains(token)) {
+            Finish::EndOfText
+        } else if self.stop.text.as_ref().is_some_and(|stop| stop(tokens).is_some()) {
+            Finish::StopText
+        } else {
+            finish
+        }
+    }
+
     fn output(&self) -> Output {
         let canvas = self.sequence.canvas();
         let positions: Vec<usize> = canvas.generated().collect();
         let stages = self.sequence.reports().to_vec();
         let draft_ms = stages.first().map_or(0.0, |s| s.ms);
-        let refine_ms = stages.iter().skip(1).map(|s| s.ms).sum();
+        // The sum of nothing is -0.
+        let refine_ms = stages.iter().skip(1).fold(0.0, |sum, s| sum + s.ms);
+        let tokens: Vec<u32> = positions.iter().map(|p| canvas.tokens()[*p]).collect();
         Output {
             sample: self.sequence.sample(),
-            finish: self.sequence.finish(),
+            finish: self.finish_of(&tokens),
             prompt_tokens: self.sequence.prompt_len(),
             canvas: canvas.tokens().to_vec(),
-            tokens: positions.iter().map(|p| canvas.tokens()[*p]).collect(),
+            tokens,
             draft: self.sequence.draft().to_vec(),
             confidence: positions.iter().map(|p| canvas.confidence(*p)).collect(),
+            log_prob: positions.iter().map(|p| self.sequence.log_prob(*p)).collect(),
             revealed_at: positions.iter().map(|p| canvas.revealed_at(*p)).collect(),
             positions,
             stages,

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, TryRecvError};
 
 use crate::error::{Error, Result};
 use crate::schedule::Schedule;
@@ -98,11 +98,13 @@ pub struct Output {
     pub prompt_tokens: usize,
     /// The whole sequence, fixed positions included.
     pub canvas: Vec<u32>,
-    /// Which positions were generated, ascending; the four vectors below follow it.
+    /// Which positions were generated, ascending; the vectors below follow it.
     pub positions: Vec<usize>,
     pub tokens: Vec<u32>,
     pub draft: Vec<u32>,
     pub confidence: Vec<f32>,
+    /// Log probability of each token in nats, before temperature, top-k and nucleus.
+    pub log_prob: Vec<f32>,
     /// (stage, step).
     pub revealed_at: Vec<(u8, u32)>,
     pub stages: Vec<StageReport>,
@@ -126,24 +128,69 @@ pub(crate) enum Message {
 pub struct SubmittedRequest {
     pub(crate) messages: Receiver<Message>,
     pub(crate) cancel: Arc<AtomicBool>,
-    pub(crate) finished: RefCell<Option<Result<Output>>>,
+    pub(crate) outcome: RefCell<Outcome>,
+}
+
+/// How far the result of a request has come. Every request has one: where its engine is gone
+/// without a word, that is it.
+pub(crate) enum Outcome {
+    Pending,
+    Ready(Box<Result<Output>>),
+    Told,
 }
 
 impl SubmittedRequest {
     /// Events that have happened since the last call; never waits.
     pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
-        std::iter::from_fn(|| match self.messages.try_recv().ok()? {
-            Message::Event(event) => Some(event),
-            Message::Finished(result) => {
-                *self.finished.borrow_mut() = Some(*result);
+        std::iter::from_fn(|| self.next_event(|| Error::EngineGone))
+    }
+
+    /// The next event that is there already. A result is kept for [`SubmittedRequest::take_output`]; where the
+    /// engine is gone and left none, `cause` is it.
+    pub(crate) fn next_event(&self, cause: impl FnOnce() -> Error) -> Option<Event> {
+        match self.messages.try_recv() {
+            Ok(message) => self.keep(message),
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => {
+                self.end(cause);
                 None
             }
-        })
+        }
+    }
+
+    /// The event that a message is; a result is kept.
+    pub(crate) fn keep(&self, message: Message) -> Option<Event> {
+        match message {
+            Message::Event(event) => Some(event),
+            Message::Finished(result) => {
+                *self.outcome.borrow_mut() = Outcome::Ready(result);
+                None
+            }
+        }
+    }
+
+    /// The engine is gone: without a result, `cause` is the result. False where it was told before.
+    pub(crate) fn end(&self, cause: impl FnOnce() -> Error) -> bool {
+        let mut outcome = self.outcome.borrow_mut();
+        if matches!(*outcome, Outcome::Pending) {
+            *outcome = Outcome::Ready(Box::new(Err(cause())));
+        }
+        matches!(*outcome, Outcome::Ready(_))
     }
 
     /// The outcome, once the request is finished and its events were read; given once.
+    ///
+    /// Errors: the request's own, or the engine's; [`Error::EngineGone`] where the engine was
+    /// dropped before the request ended.
     pub fn take_output(&self) -> Option<Result<Output>> {
-        self.finished.borrow_mut().take()
+        let mut outcome = self.outcome.borrow_mut();
+        match std::mem::replace(&mut *outcome, Outcome::Told) {
+            Outcome::Ready(result) => Some(*result),
+            other => {
+                *outcome = other;
+                None
+            }
+        }
     }
 
     /// Ends the request at the next tick; its output then holds the tokens so far.
@@ -152,15 +199,18 @@ impl SubmittedRequest {
     }
 }
 
+/// What is said about stop texts where the generated positions are holes in a given text.
+pub(crate) const STOP_IN_A_HOLE: &str = "stop texts end a text that is continued; the holes of an infilling have their own lengths";
+
 /// Byte offset of the first of `texts` in `text`.
 pub fn find_stop(text: &str, texts: &[String]) -> Option<usize> {
     texts.iter().filter_map(|t| text.find(t.as_str())).min()
 }
 
-/// Text of generated tokens, up to `end_of_text` and the first of the texts in `stop`, and whether
-/// it ends at one of them.
-pub(crate) fn generated_text(tokenizer: &Tokenizer, tokens: &[u32], end_of_text: Option<u32>, stop: &[String]) -> (String, bool) {
-    let end = end_of_text.and_then(|eos| tokens.iter().position(|token| *token == eos));
+/// Text of generated tokens, up to the first of the ids `ends` and the first of the texts in
+/// `stop`, and whether it ends at one of them.
+pub(crate) fn generated_text(tokenizer: &Tokenizer, tokens: &[u32], ends: &[u32], stop: &[String]) -> (String, bool) {
+    let end = tokens.iter().position(|token| ends.contains(token));
     let mut text = tokenizer.decode(&tokens[..end.unwrap_or(tokens.len())]);
     let at = find_stop(&text, stop);
     if let Some(at) = at {

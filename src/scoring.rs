@@ -17,7 +17,7 @@ use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::{Engine, LoadedModel};
 use crate::error::{Error, Result};
 use crate::model::{Model, Probe, Scratch};
-use crate::pages::PageTable;
+use crate::pages::{PagePool, PageTable};
 use crate::plan::{Plan, Visibility};
 use crate::request::{Prompt, Request};
 use crate::sampling::{Draw, Rank, TopPRule, UnmaskStep};
@@ -54,6 +54,27 @@ struct Scored {
     table: PageTable,
 }
 
+/// Pages of a forward whose results a caller's function reads: they go back even where it panics.
+struct Lease<'a> {
+    table: PageTable,
+    committed: usize,
+    freed: Vec<u32>,
+    pool: &'a mut PagePool,
+}
+
+impl Lease<'_> {
+    fn give_back(&mut self) {
+        self.freed.extend(self.table.truncate(self.pool, 0));
+        self.pool.uncommit(std::mem::take(&mut self.committed));
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
 impl<B: Backend> Engine<B> {
     /// Refuses ids outside the vocabulary, and nothing at all.
     pub fn check_tokens(config: &ModelConfig, tokens: &[u32]) -> Result<()> {
@@ -82,16 +103,17 @@ impl<B: Backend> Engine<B> {
         if !self.pool.commit(needed) {
             return Err(Error::OutOfPages { needed, capacity: self.pool.capacity() });
         }
-        let mut table = PageTable::default();
-        table.make_writable(&mut self.pool, 0..len);
+        let mut lease = Lease { table: PageTable::default(), committed: needed, freed: Vec::new(), pool: &mut self.pool };
+        lease.table.make_writable(lease.pool, 0..len);
         let mut plan = Plan::new();
         let rows: Vec<_> = tokens.iter().copied().enumerate().collect();
-        plan.push(&rows, table.pages(), self.options.page_size, visibility, len);
+        plan.push(&rows, lease.table.pages(), self.options.page_size, visibility, len);
         let wanted: Vec<u32> = (0..len as u32).collect();
         let LoadedModel { model, kv, scratch, .. } = &mut self.models[0];
         let outcome = model.forward(&self.backend, &plan, &wanted, kv, scratch, probe).and_then(|()| read(model, &self.backend, scratch));
-        let freed = table.truncate(&mut self.pool, 0);
-        self.pool.uncommit(needed);
+        lease.give_back();
+        let freed = std::mem::take(&mut lease.freed);
+        drop(lease);
         self.poison(&freed);
         outcome
     }

@@ -116,6 +116,9 @@ pub enum Next {
 pub struct Sequence {
     spec: SequenceSpec,
     canvas: Canvas,
+    /// Of each position's token, in the forward that wrote it, in nats: what confidences cannot
+    /// hold, which round to 1 and end at 1e-38. 0 where nothing was written.
+    log_probs: Vec<f32>,
     phase: Phase,
     stage: usize,
     /// Positions below hold final K/V under the current stage's visibility.
@@ -179,6 +182,7 @@ impl Sequence {
         }
         let prompt_len = canvas.fixed_prefix();
         let mut sequence = Sequence {
+            log_probs: vec![0.0; canvas.len()],
             canvas,
             phase: Phase::Prefill,
             stage: 0,
@@ -218,6 +222,11 @@ impl Sequence {
 
     pub fn canvas(&self) -> &Canvas {
         &self.canvas
+    }
+
+    /// Log probability of a position's token, in nats, in the forward that wrote it.
+    pub fn log_prob(&self, position: usize) -> f32 {
+        self.log_probs[position]
     }
 
     pub fn sample(&self) -> u32 {
@@ -657,11 +666,13 @@ impl Sequence {
         for &i in chosen {
             let Candidate { position, sampled, .. } = candidates[i];
             self.canvas.unmask(position, sampled.token, confidence(&sampled), self.stage as u8, step);
+            self.log_probs[position] = sampled.log_prob;
             self.fresh.push(position);
         }
         for &i in edits {
             let Candidate { position, sampled, .. } = candidates[i];
             self.canvas.edit(position, sampled.token, confidence(&sampled), self.stage as u8, step);
+            self.log_probs[position] = sampled.log_prob;
         }
         self.reports.last_mut().expect("opened with the stage").edited += edits.len();
         let revealed = self.fresh.clone();

@@ -171,7 +171,8 @@ impl EngineBuilder {
     }
 
     fn load<B: Backend>(&mut self, backend: B, config: &ModelConfig) -> Result<EngineCore<B>> {
-        let positions = self.max_positions.unwrap_or(config.model_length.min(DEFAULT_POSITIONS));
+        let default = || config.decoded_length().min(DEFAULT_POSITIONS.next_multiple_of(self.page_size.max(1)));
+        let positions = self.max_positions.unwrap_or_else(default);
         let pages = positions.div_ceil(self.page_size.max(1)).saturating_mul(self.max_sequences);
         let options = EngineOptions {
             budget: Budget { max_rows: self.max_rows, max_sequences: self.max_sequences },

@@ -11,7 +11,7 @@ use crate::chat::ChatTemplate;
 use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::Engine as EngineCore;
 use crate::error::{Error, Result};
-use crate::request::{self, Request, StopOptions};
+use crate::request::{self, Request, STOP_IN_A_HOLE, StopOptions};
 use crate::schedule::Defaults;
 use crate::scoring::scoring_request;
 use crate::tokenizer::Tokenizer;
@@ -86,11 +86,12 @@ impl Engine {
     /// Errors: the request's own, or those of the device.
     pub fn wait(&mut self, handle: &RequestHandle) -> Result<Generation> {
         loop {
-            let busy = self.tick()?;
-            match handle.try_wait() {
-                Some(result) => return result,
-                None if !busy => return Err(Error::EngineGone),
-                None => {}
+            let busy = self.tick();
+            if let Some(result) = handle.try_wait() {
+                return result;
+            }
+            if !busy? {
+                return Err(Error::EngineGone);
             }
         }
     }
@@ -127,7 +128,12 @@ impl Engine {
                 None => {}
             }
         };
-        Ok(output.confidence.iter().map(|p| -f64::from(*p).ln()).collect())
+        Ok(output.log_prob.iter().map(|log_prob| -f64::from(*log_prob)).collect())
+    }
+
+    /// Ends every request with the error.
+    pub(super) fn abandon(&mut self, error: &Error) {
+        on_core!(&mut self.core, |core| core.abandon(error))
     }
 
     /// The first model's configuration.
@@ -186,13 +192,17 @@ impl Engine {
                 request::Prompt::Canvas(canvas)
             }
         };
+        let infills = infills && draft.is_empty();
+        if infills && !options.stop.is_empty() {
+            return Err(Error::request(STOP_IN_A_HOLE));
+        }
         let ignore_eos = options.ignore_eos || !draft.is_empty();
         let rules = TextRules {
             tokenizer: self.tokenizer().ok().cloned(),
-            end_of_text: config.eos_id.filter(|_| !ignore_eos),
+            ends: if ignore_eos || infills { Vec::new() } else { config.stop_ids.clone() },
             stop: options.stop.clone(),
             last_stage: schedule.stages.len() - 1,
-            infills: infills && draft.is_empty(),
+            infills,
         };
         let mut request = Request::new(prompt, schedule, options.seed, options.sample);
         request.stop = StopOptions { ignore_eos, texts: options.stop, entropy: options.stop_entropy };

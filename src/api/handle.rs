@@ -1,11 +1,10 @@
 //! Caller's end of a request: events, cancellation, the finished text.
 #![forbid(unsafe_code)]
 
-use std::sync::mpsc::TryRecvError;
 use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Result};
-use crate::request::{Message, Output, SubmittedRequest, generated_text};
+use crate::request::{Output, SubmittedRequest, generated_text};
 use crate::sequence::Event;
 use crate::tokenizer::Tokenizer;
 
@@ -14,8 +13,8 @@ use crate::tokenizer::Tokenizer;
 pub(crate) struct TextRules {
     /// `None` for models without one: texts are empty.
     pub(crate) tokenizer: Option<Arc<Tokenizer>>,
-    /// Where the text ends, if the model writes it.
-    pub(crate) end_of_text: Option<u32>,
+    /// Ids that end the text, if the model writes them.
+    pub(crate) ends: Vec<u32>,
     pub(crate) stop: Vec<String>,
     /// Index of the stage whose committed blocks are final.
     pub(crate) last_stage: usize,
@@ -28,7 +27,7 @@ impl TextRules {
     /// there.
     pub(crate) fn text(&self, tokens: &[u32]) -> (String, bool) {
         let Some(tokenizer) = &self.tokenizer else { return (String::new(), false) };
-        generated_text(tokenizer, tokens, self.end_of_text, &self.stop)
+        generated_text(tokenizer, tokens, &self.ends, &self.stop)
     }
 
     pub(crate) fn decode(&self, tokens: &[u32]) -> String {
@@ -85,18 +84,18 @@ impl RequestHandle {
     /// Events since the last call; never waits. Each gives a stage, a step, positions, tokens and
     /// confidences.
     pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
-        self.core.events()
+        std::iter::from_fn(|| self.poll())
     }
 
     /// The result if the request is finished, given once; never waits. Unread events are dropped.
     pub fn try_wait(&self) -> Option<Result<Generation>> {
-        self.core.events().for_each(drop);
+        self.events().for_each(drop);
         self.take()
     }
 
-    /// Whether no result has arrived yet.
-    pub(super) fn is_pending(&self) -> bool {
-        self.core.finished.borrow().is_none()
+    /// What ended the engine.
+    fn cause(&self) -> Error {
+        self.thread.as_ref().map_or(Error::EngineGone, cause_of)
     }
 
     /// Waits for the finished text. For requests of an [`super::EngineThread`]; on an engine that
@@ -125,30 +124,21 @@ impl RequestHandle {
     /// Blocks until a message has come. An event is returned, a result is kept for
     /// [`RequestHandle::try_wait`].
     pub(super) fn receive(&self) -> Result<Option<Event>> {
-        let Some(failure) = &self.thread else {
+        if self.thread.is_none() {
             return Err(Error::request("this engine is driven by its caller: use Engine::wait, or tick it between two looks"));
-        };
-        self.core.messages.recv().map(|message| self.event_of(message)).map_err(|_| cause_of(failure))
-    }
-
-    /// The next event that is there already. `Err`: the engine is gone and no result has come.
-    pub(super) fn poll(&self) -> Result<Option<Event>> {
-        match self.core.messages.try_recv() {
-            Ok(message) => Ok(self.event_of(message)),
-            Err(TryRecvError::Disconnected) if self.is_pending() => Err(self.thread.as_ref().map_or(Error::EngineGone, cause_of)),
-            Err(_) => Ok(None),
+        }
+        match self.core.messages.recv() {
+            Ok(message) => Ok(self.core.keep(message)),
+            Err(_) if self.core.end(|| self.cause()) => Ok(None),
+            // The result was told before.
+            Err(_) => Err(self.cause()),
         }
     }
 
-    /// The event that a message is; a result is kept.
-    fn event_of(&self, message: Message) -> Option<Event> {
-        match message {
-            Message::Event(event) => Some(event),
-            Message::Finished(result) => {
-                *self.core.finished.borrow_mut() = Some(*result);
-                None
-            }
-        }
+    /// The next event that is there already. Where the engine is gone and left no result, what
+    /// ended it becomes the result.
+    pub(super) fn poll(&self) -> Option<Event> {
+        self.core.next_event(|| self.cause())
     }
 
     /// The result that has come, given once.

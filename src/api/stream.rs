@@ -97,9 +97,8 @@ impl TextStream {
         }
         while self.result.is_none() {
             match self.handle.poll() {
-                Ok(Some(event)) => self.apply(&event),
-                Ok(None) => break,
-                Err(error) => return Some(self.finish(Err(error))),
+                Some(event) => self.apply(&event),
+                None => break,
             }
         }
         self.ready()

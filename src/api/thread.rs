@@ -1,6 +1,7 @@
 //! An engine on a thread of its own: requests come from any thread and wait for their texts there.
 #![forbid(unsafe_code)]
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -8,7 +9,7 @@ use std::thread::JoinHandle;
 use super::engine::Engine;
 use super::handle::{Failure, RequestHandle, cause_of};
 use super::options::{Options, Prompt};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A request on its way to the engine's thread, and where its handle goes.
 struct Submission {
@@ -44,12 +45,21 @@ impl EngineThread {
         let failure: Failure = Arc::default();
         let kept = failure.clone();
         let handle = std::thread::spawn(move || {
+            // A panic is a fault of ours; requests still get an outcome that says so.
+            let served = catch_unwind(AssertUnwindSafe(|| serve(&mut engine, &inbox, &kept)));
+            let error = match served {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => error,
+                Err(panic) => {
+                    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+                    Error::device(format!("the engine's thread panicked: {}", text.unwrap_or("without a word")))
+                }
+            };
             // Told before the engine is dropped, which is how handles notice.
-            if let Err(error) = serve(&mut engine, &inbox, &kept)
-                && let Ok(mut failure) = kept.lock()
-            {
-                *failure = Some(error);
+            if let Ok(mut failure) = kept.lock() {
+                *failure = Some(error.clone());
             }
+            engine.abandon(&error);
         });
         EngineThread { submissions: Some(submissions), thread: Arc::new(Thread { handle: Mutex::new(Some(handle)), failure }) }
     }

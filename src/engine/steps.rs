@@ -5,6 +5,7 @@
 //! by rules; otherwise one is, with the draws of the host.
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use super::joint_steps::planned_joint;
@@ -105,6 +106,7 @@ impl<B: Backend> Engine<B> {
         }
         let mask_id = self.config().masking()?;
         let loaded = &mut self.models[weights];
+        let model = (loaded.model.config().dir.clone(), self.backend.dtype().name());
         let run = PlannedRun { steps, banned: &self.banned, mask_id };
         let mut sequences = RunningSequences {
             active: &mut self.active,
@@ -114,8 +116,10 @@ impl<B: Backend> Engine<B> {
             over: vec![false; chosen.len()],
             waiting: chosen.iter().map(|_| None).collect(),
             freed: Vec::new(),
+            model: &model,
         };
-        self.runner.run(&self.backend, &mut loaded.network(), &run, &mut sequences)?;
+        let outcome = self.runner.run(&self.backend, &mut loaded.network(), &run, &mut sequences);
+        outcome.map_err(|error| error.in_model(&model.0, model.1))?;
         let freed = sequences.freed;
         self.poison(&freed);
         Ok(())
@@ -165,6 +169,8 @@ struct RunningSequences<'a> {
     waiting: Vec<Option<JointPass>>,
     /// Pages of drafts that ended early.
     freed: Vec<u32>,
+    /// Directory and type of the model that runs, for errors.
+    model: &'a (PathBuf, &'static str),
 }
 
 impl Sequences for RunningSequences<'_> {
@@ -229,7 +235,7 @@ impl RunningSequences<'_> {
             active.sequence.apply_joint(&pass, &sampled, &mut events)
         });
         match applied {
-            Err(error) => active.fail(error),
+            Err(error) => active.fail(error.in_model(&self.model.0, self.model.1)),
             Ok(()) => {
                 if prefill && let Some(key) = &active.prefix {
                     self.pool.publish(key, active.id, active.table.pages());

@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::backend::host::forward_batch;
 use crate::backend::{Activation, Backend, Candidates, Epilogue, ForwardBatch, HeadNorm, KvShape, Picked, Rotation, RowList};
 use crate::config::{Mlp, ModelConfig};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::layers::{Dense, Linear, NormWeights};
 use crate::plan::Plan;
 use crate::sampling::{Draw, SampledToken};
@@ -268,11 +268,15 @@ impl<B: Backend> Model<B> {
             return Ok(Vec::new());
         }
         self.final_rows(backend, rows, scratch)?;
-        backend.sample(&scratch.h, &self.head.weight, self.head.bias.as_ref(), Candidates::AllBut(banned), draws)
+        let sampled = backend.sample(&scratch.h, &self.head.weight, self.head.bias.as_ref(), Candidates::AllBut(banned), draws);
+        sampled.map_err(|error| error.in_model(&self.config.dir, backend.dtype().name()))
     }
 
     /// Logits of all `num_rows` wanted rows of the last forward, before any ban or shift, a few
     /// rows at a time: `sink(first_row, logits)`.
+    ///
+    /// Errors: [`Error::Kernel`] that names model, type, position and token where a logit is NaN or
+    /// +inf.
     pub fn logits(
         &self,
         backend: &B,
@@ -289,6 +293,13 @@ impl<B: Backend> Model<B> {
             self.head.apply(backend, rows.len(), &scratch.h, Epilogue::Store, &mut out)?;
             let host = &mut host[..rows.len() * vocab_size];
             backend.download(&out, 0, host)?;
+            for (row, logits) in host.chunks_exact(vocab_size).enumerate() {
+                if let Some(token) = logits.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
+                    let (position, logit) = (first + row, logits[token]);
+                    let what = format!("position {position}: logit of token {token} is {logit}: the weights or activations are not finite");
+                    return Err(Error::kernel(what).in_model(&self.config.dir, backend.dtype().name()));
+                }
+            }
             sink(first, host)?;
         }
         Ok(())

@@ -4,9 +4,11 @@
 
 mod counts;
 mod ends;
+mod gone;
 mod invariants;
 mod joint;
 mod sharing;
+mod sizes;
 mod support;
 mod symbolic;
 mod toy;

@@ -8,6 +8,8 @@
 mod fixture;
 #[path = "../parity/joint.rs"]
 mod joint;
+#[path = "../decode/sizes.rs"]
+mod lengths;
 #[path = "../kernels/machines.rs"]
 #[allow(dead_code)] // shared with the kernel tests, which need all of it
 mod machines;
@@ -18,6 +20,7 @@ mod support;
 mod invariants;
 mod parity;
 mod passes;
+mod sizes;
 mod tokens;
 
 use redraft::DType;
