@@ -16,6 +16,7 @@ use crate::api::device::on_backend;
 use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{Backend, DType, ExpertShape};
 use crate::cli::bench_flags::{BenchFlags, Forward};
+use crate::cli::device::decoded_len;
 use crate::cli::engine::{attach_joint, drain, load};
 use crate::cli::files::{model_dir, write_atomically};
 use crate::cli::flags::Format;
@@ -146,11 +147,13 @@ pub(super) fn run(mut flags: BenchFlags) -> Result<()> {
         vec![("stages".into(), Schedule::resolve(&flags.stage, &defaults)?)]
     };
     config.check_len(longest)?;
+    // A last block that is decoded to its end needs pages for all of it.
+    let longest = schedules.iter().map(|(_, schedule)| decoded_len(schedule, longest_text)).fold(longest, usize::max);
     let mut options = flags.device.options(longest, most);
     // All samples of a batch run together: that is what a batch means here.
     options.budget.max_sequences = most;
     options.budget.max_rows = usize::MAX;
-    options.kv_pages = Some(longest.div_ceil(options.page_size) * most);
+    let options = options.with_pages_for(longest);
     // Random weights of a shape have no directory.
     let checkpoint = flags.shape.is_none().then_some(config.dir.as_path());
     let dtype = flags.device.dtype(checkpoint)?;

@@ -11,10 +11,13 @@ use crate::api::device::{AnyBackend, Device};
 use crate::backend::{Backend, DType};
 use crate::cli::engine::load;
 use crate::cli::flags::DTypeFlag;
+use crate::cli::terminal::note;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Result;
+use crate::schedule::Schedule;
 use crate::scheduler::Budget;
+use crate::sequence::Sequence;
 use crate::tokenizer::Tokenizer;
 
 /// Where and how the network runs.
@@ -28,7 +31,7 @@ pub(crate) struct DeviceFlags {
     /// GiB in f32]
     #[arg(long, value_enum)]
     pub(super) dtype: Option<DTypeFlag>,
-    /// CPU threads [default: all cores]
+    /// CPU threads, as many as cores at most [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(super) threads: Option<u16>,
     /// tokenizer.json, where the model directory has none
@@ -37,13 +40,19 @@ pub(crate) struct DeviceFlags {
 }
 
 impl DeviceFlags {
-    /// The device asked for. `auto` says so where there is a GPU that cannot be used.
+    /// The device asked for. `auto` says so where there is a GPU, or a driver, that cannot be used.
     ///
     /// `dir`: the checkpoint that decides the type of the weights where no flag does.
     pub(crate) fn backend(&self, dir: Option<&Path>) -> Result<AnyBackend> {
-        let opened = self.device.open(self.dtype(dir)?, self.threads.map(usize::from))?;
+        let cores = std::thread::available_parallelism().map_or(usize::MAX, usize::from);
+        let threads = self.threads.map(usize::from);
+        if let Some(threads) = threads.filter(|threads| *threads > cores) {
+            // Threads wait for each other at every product: more than the cores only slow them down.
+            note(format_args!("--threads {threads}: this process may use {cores} cores, and uses as many threads"));
+        }
+        let opened = self.device.open(self.dtype(dir)?, threads.map(|threads| threads.min(cores)))?;
         if let Some(error) = opened.passed_over {
-            eprintln!("redraft: {error}; going on with the CPU");
+            note(format_args!("{error}; going on with the CPU"));
         }
         Ok(opened.backend)
     }
@@ -56,8 +65,8 @@ impl DeviceFlags {
         }
     }
 
-    /// Loads a model for sequences of `len` positions, `sequences` at a time, with just the pages
-    /// they need.
+    /// Loads a model for sequences of `len` decoded positions, `sequences` at a time, with just
+    /// the pages they need.
     pub(crate) fn engine<B: Backend>(
         &self,
         backend: B,
@@ -67,14 +76,7 @@ impl DeviceFlags {
         sequences: usize,
     ) -> Result<Engine<B>> {
         let options = EngineOptions { tokenizer, ..self.options(len, sequences) };
-        let engine = load(dir, backend, options)?;
-        if len > engine.config().model_length {
-            eprintln!(
-                "redraft: {len} positions, the model was trained on {}: expect the text to fall apart beyond",
-                engine.config().model_length
-            );
-        }
-        Ok(engine)
+        load(dir, backend, options)
     }
 
     /// The tokenizer that `--tokenizer` names, or the directory's own; prompts are measured with it
@@ -87,7 +89,20 @@ impl DeviceFlags {
     pub(crate) fn options(&self, len: usize, sequences: usize) -> EngineOptions {
         let defaults = EngineOptions::default();
         let sequences = sequences.clamp(1, defaults.budget.max_sequences);
-        let pages = len.div_ceil(defaults.page_size).saturating_mul(sequences);
-        EngineOptions { budget: Budget { max_sequences: sequences, ..defaults.budget }, kv_pages: Some(pages), ..defaults }
+        let budget = Budget { max_sequences: sequences, ..defaults.budget };
+        EngineOptions { budget, ..defaults }.with_pages_for(len)
+    }
+}
+
+/// Positions that a schedule decodes where `len` are asked for, the last of them generated.
+pub(crate) fn decoded_len(schedule: &Schedule, len: usize) -> usize {
+    Sequence::decoded_len(schedule, &vec![None; len])
+}
+
+/// Says so where a text is longer than those of the training.
+pub(crate) fn note_length(config: &ModelConfig, len: usize) {
+    let trained = config.model_length;
+    if len > trained {
+        note(format_args!("{len} positions, the model was trained on {trained}: expect the text to fall apart beyond"));
     }
 }

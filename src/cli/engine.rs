@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use crate::backend::Backend;
-use crate::cli::terminal::Progress;
+use crate::cli::terminal::{Progress, note_warnings};
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Result;
 use crate::request::SubmittedRequest;
@@ -14,9 +14,12 @@ use crate::sequence::EventKind;
 /// [`Engine::load`] with its progress on a terminal.
 pub(crate) fn load<B: Backend>(dir: &Path, backend: B, options: EngineOptions) -> Result<Engine<B>> {
     let mut progress = Progress::on_terminal("loading");
-    Engine::load_with_progress(dir, backend, options, &mut |done, total| {
+    let engine = Engine::load_with_progress(dir, backend, options, &mut |done, total| {
         progress.show(|| format!("{}: {:.2} of {:.2} GB", dir.display(), done as f64 / 1e9, total as f64 / 1e9));
-    })
+    })?;
+    drop(progress);
+    note_warnings(engine.config());
+    Ok(engine)
 }
 
 /// [`Engine::attach_joint`] of the sampler that was named, or of the model's own where one of its

@@ -1,10 +1,11 @@
 //! Files of the commands: model directories, texts to read, files to write.
 #![forbid(unsafe_code)]
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::input_file;
 
 /// Directory under `models/` that is used without `--model`.
 const SHIPPED_MODEL: &str = "redraft-stories-10m";
@@ -38,16 +39,18 @@ fn shipped(name: &str, missing: &str) -> Result<PathBuf> {
     found.ok_or_else(|| Error::config(&relative, missing))
 }
 
-/// Reads a file, or stdin for `-`.
+/// Bytes of a text at most: a device without an end is refused before it fills the memory.
+const MAX_TEXT_BYTES: u64 = 2 << 30;
+
+/// Reads a file, or stdin for `-`. Pipes are fine: a shell makes them of `<(...)`.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     let outcome = if path == Path::new("-") {
-        std::io::stdin().read_to_string(&mut text)
+        input_file::read_to_bound(std::io::stdin(), MAX_TEXT_BYTES, &mut bytes)
     } else {
-        std::fs::File::open(path).and_then(|mut f| f.read_to_string(&mut text))
+        std::fs::File::open(path).and_then(|file| input_file::read_to_bound(file, MAX_TEXT_BYTES, &mut bytes))
     };
-    outcome.map_err(|e| Error::io(path, &e))?;
-    Ok(text)
+    outcome.and_then(|()| input_file::text_of(bytes)).map_err(|e| Error::io(path, &e))
 }
 
 /// Writes through a temporary sibling, so that a full disk or an interruption never leaves half a

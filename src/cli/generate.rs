@@ -11,12 +11,12 @@ use crate::api::device::on_backend;
 use crate::api::options::{DEFAULT_PRESET, default_length};
 use crate::backend::Backend;
 use crate::chat::{ChatTemplate, Message};
-use crate::cli::device::DeviceFlags;
+use crate::cli::device::{DeviceFlags, decoded_len, note_length};
 use crate::cli::engine::attach_joint;
 use crate::cli::files::{model_dir, read_text};
 use crate::cli::flags::TopPRuleFlag;
 use crate::cli::output::{self, RunFacts};
-use crate::cli::terminal::{Piped, Progress, print};
+use crate::cli::terminal::{Piped, Progress, note, note_warnings, print};
 use crate::cli::watch::Watch;
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
@@ -35,22 +35,22 @@ pub(super) struct GenerateFlags {
     #[arg(long, value_name = "DIR")]
     model: Vec<PathBuf>,
     /// Text to continue
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["prompt_file", "infill", "stdin"])]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["prompt_file", "infill", "stdin"], allow_hyphen_values = true)]
     prompt: Option<String>,
     /// File with the text to continue, - for stdin
     #[arg(long, value_name = "FILE", conflicts_with_all = ["infill", "stdin"])]
     prompt_file: Option<PathBuf>,
     /// Text with holes of N tokens: "The [____:12] sat on the [____:4]."
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["length", "stdin"])]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["length", "stdin", "stop"], allow_hyphen_values = true)]
     infill: Option<String>,
     /// `-` reads the prompt from stdin
-    #[arg(value_name = "-", value_parser = ["-"])]
+    #[arg(value_name = "-", value_parser = parse_stdin)]
     stdin: Option<String>,
     /// The prompt is a user's message: it goes through the checkpoint's chat template
     #[arg(long, conflicts_with = "infill")]
     chat: bool,
     /// System message in front of it
-    #[arg(long, value_name = "TEXT", requires = "chat")]
+    #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
     /// Tokens to generate
     #[arg(long, value_name = "N")]
@@ -102,7 +102,7 @@ pub(super) struct GenerateFlags {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// End the text before this string; may be repeated
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Treat the end-of-text token as an ordinary one and always write the full length
     #[arg(long)]
@@ -121,6 +121,13 @@ enum Format {
     Text,
     Json,
     Jsonl,
+}
+
+fn parse_stdin(text: &str) -> std::result::Result<String, String> {
+    match text {
+        "-" => Ok(text.to_owned()),
+        _ => Err("expected - for stdin; a text goes into --prompt TEXT".into()),
+    }
 }
 
 /// 0 for all.
@@ -227,7 +234,10 @@ pub(super) fn run(flags: GenerateFlags) -> Result<()> {
     }
     // The engine checks this too, but only once everything is loaded.
     config.check_len(len)?;
-    let job = Job { flags, dir, config, schedule, tokenizer, prompt, len };
+    // A last block that is decoded to its end needs pages for all of it.
+    let open_end = !matches!(&prompt, Prompt::Infill(segments) if matches!(segments.last(), Some(Segment::Text(_))));
+    let decoded = if open_end { decoded_len(&schedule, len) } else { len };
+    let job = Job { flags, dir, config, schedule, tokenizer, prompt, len, decoded };
     on_backend!(job.flags.device.backend(Some(&job.dir))?, |backend| generate(backend, &job))
 }
 
@@ -239,18 +249,23 @@ struct Job {
     schedule: Schedule,
     tokenizer: Arc<Tokenizer>,
     prompt: Prompt,
+    /// Positions that are asked for.
     len: usize,
+    /// Positions that are decoded.
+    decoded: usize,
 }
 
 fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
-    let Job { flags, dir, config, schedule, tokenizer, prompt, len } = job;
+    let Job { flags, dir, config, schedule, tokenizer, prompt, len, decoded } = job;
     let mut trace = flags.trace.as_deref().map(Trace::create).transpose()?;
 
     let loading = std::time::Instant::now();
-    let mut engine = flags.device.engine(backend, dir, Some(tokenizer.clone()), *len, flags.samples as usize)?;
+    let mut engine = flags.device.engine(backend, dir, Some(tokenizer.clone()), *decoded, flags.samples as usize)?;
     for other in flags.model.iter().skip(1) {
         engine.add_model(other, &mut |_, _| {})?;
     }
+    engine.models.iter().skip(1).for_each(|loaded| note_warnings(loaded.model.config()));
+    note_length(config, *len);
     attach_joint(&mut engine, flags.joint.as_deref(), dir, [schedule])?;
     let load_ms = loading.elapsed().as_secs_f64() * 1e3;
     let stop = StopOptions { ignore_eos: flags.ignore_eos, texts: flags.stop.clone(), entropy: flags.stop_entropy };
@@ -261,7 +276,8 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
         schedule: schedule.clone(),
         load_ms,
         models: std::iter::once(dir).chain(flags.model.iter().skip(1)).map(|d| d.display().to_string()).collect(),
-        end_of_text: config.eos_id.filter(|_| !flags.ignore_eos),
+        // A hole has its own length: what a model writes into it ends nothing.
+        ends: if flags.ignore_eos || flags.infill.is_some() { Vec::new() } else { config.stop_ids.clone() },
         stop: flags.stop.clone(),
     };
 
@@ -347,7 +363,7 @@ impl Trace {
         if self.error.is_none()
             && let Err(error) = writeln!(self.out, "{}", output::trace_line(event))
         {
-            eprintln!("redraft: {}: {error}; going on without the trace", self.path.display());
+            note(format_args!("{}: {error}; going on without the trace", self.path.display()));
             self.error = Some(error);
         }
     }

@@ -22,7 +22,7 @@ mod score;
 mod terminal;
 mod watch;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Error;
 
@@ -53,15 +53,34 @@ enum Command {
     Kernels(kernels::Command),
 }
 
+/// Names of all long flags of all commands, sorted, without their dashes.
+pub fn flag_names() -> Vec<String> {
+    fn collect(command: &clap::Command, names: &mut Vec<String>) {
+        names.extend(command.get_arguments().filter_map(|flag| flag.get_long()).map(str::to_owned));
+        command.get_subcommands().for_each(|command| collect(command, names));
+    }
+    let mut command = Cli::command();
+    command.build();
+    let mut names = Vec::new();
+    collect(&command, &mut names);
+    names.sort();
+    names.dedup();
+    names
+}
+
 /// Parses the arguments, runs, and returns the exit code.
 pub fn main() -> u8 {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no mistakes; clap knows which. A closed pipe is fine
-            // here too.
-            let _ = error.print();
-            return if error.use_stderr() { 2 } else { 0 };
+            // Help and version are answers, not mistakes; clap knows which. A closed pipe is fine
+            // here too, a full disk is not.
+            let printed = error.print();
+            return match printed {
+                _ if error.use_stderr() => 2,
+                Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => 1,
+                _ => 0,
+            };
         }
     };
     let outcome = match cli.command {
@@ -76,7 +95,7 @@ pub fn main() -> u8 {
     match outcome {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("redraft: {error}");
+            terminal::note(&error);
             if matches!(error, Error::Request { .. }) { 2 } else { 1 }
         }
     }

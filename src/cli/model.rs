@@ -13,7 +13,7 @@ use crate::cli::flags::Format;
 use crate::cli::terminal::print;
 use crate::config::{AttentionMask, Mlp, ModelConfig, Moe};
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Shown};
 use crate::model::registry;
 use crate::plan::Visibility;
 use crate::tokenizer::Tokenizer;
@@ -66,7 +66,9 @@ pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
     let config = registry::read_config(&dir)?;
     Engine::<crate::cpu::Cpu>::check_tokens(&config, &tokens)?;
     let visibility = flags.block_len.map_or(config.attention.visibility(), BlockLen::visibility);
-    let mut data = Vec::with_capacity(tokens.len() * config.vocab_size * 4);
+    let mut data = Vec::new();
+    let bytes = tokens.len().saturating_mul(config.vocab_size).saturating_mul(4);
+    data.try_reserve_exact(bytes).map_err(|e| Error::request(format!("logits of {} tokens are {bytes} bytes: {e}", tokens.len())))?;
     on_backend!(flags.device.backend(Some(&dir))?, |backend| {
         flags.device.engine(backend, &dir, None, tokens.len(), 1)?.logits(&tokens, visibility, &mut |_, logits| {
             data.extend(logits.iter().flat_map(|l| l.to_le_bytes()));
@@ -96,10 +98,12 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size);
     let problems = registry::check(&config, &weights);
     let attention = match config.attention {
+        AttentionMask::BlockCausal(block_len) if config.guessed_block_len => format!("block-causal, block length {block_len} (a guess)"),
         AttentionMask::BlockCausal(block_len) => format!("block-causal, published block length {block_len}"),
         AttentionMask::Full => "full".into(),
         AttentionMask::Causal => "causal (a judge for `score`; cannot generate)".into(),
     };
+    let warnings: Vec<String> = config.warnings.iter().map(|warning| Shown::line(warning).to_string()).collect();
     let mut unsupported: Vec<String> = problems.iter().map(ToString::to_string).collect();
     unsupported.extend(tokenizer.as_ref().err().map(ToString::to_string));
     if config.attention == AttentionMask::Causal {
@@ -131,6 +135,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
             "rope": rope,
             "mask_id": config.mask_id, "bos_id": config.bos_id, "eos_id": config.eos_id, "pad_id": config.pad_id,
             "kv_bytes_per_token": {"f32": kv(4), "bf16": kv(2)}, "unsupported": unsupported,
+            "stop_ids": config.stop_ids, "warnings": warnings,
         });
         print(&format!("{object}\n"))?;
         return Ok(());
@@ -179,6 +184,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
         ("adaLN", config.cond_dim.map_or("none".into(), |d| format!("constant condition of width {d}, folded at load"))),
         ("K/V per token", format!("{} bytes in f32, {} in bf16", kv(4), kv(2))),
         ("K/V per sequence", format!("{} in f32, {} in bf16", mib(kv(4) * config.model_length), mib(kv(2) * config.model_length))),
+        ("warnings", if warnings.is_empty() { "none".into() } else { warnings.join("; ") }),
         ("unsupported", if unsupported.is_empty() { "nothing".into() } else { unsupported.join("; ") }),
     ];
     let table: String = rows.iter().map(|(name, value)| format!("{name:<17} {value}\n")).collect();

@@ -17,8 +17,8 @@ pub(super) struct RunFacts {
     pub seed: u64,
     pub schedule: Schedule,
     pub load_ms: f64,
-    /// Where the text ends, if the model writes it.
-    pub end_of_text: Option<u32>,
+    /// Ids that end the text, if the model writes them.
+    pub ends: Vec<u32>,
     pub stop: Vec<String>,
 }
 
@@ -26,7 +26,7 @@ impl RunFacts {
     /// Text of generated tokens: up to the end of text and the first stop text, wherever the last
     /// stage left them.
     fn text(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> String {
-        generated_text(tokenizer, tokens, self.end_of_text, &self.stop).0
+        generated_text(tokenizer, tokens, &self.ends, &self.stop).0
     }
 }
 

@@ -217,7 +217,7 @@ fn score<B: Backend>(engine: &mut Engine<B>, windows: &[&[u32]], visibility: Vis
         drain(engine, &handles)?;
         for handle in &handles {
             let output = handle.take_output().expect("drained")?;
-            nll.extend(output.confidence.iter().map(|p| -f64::from(*p).ln()));
+            nll.extend(output.log_prob.iter().map(|log_prob| -f64::from(*log_prob)));
         }
     }
     Ok(nll)

@@ -5,7 +5,8 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Result};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result, Shown};
 
 /// A closed pipe ends the output and is no failure; any other trouble with stdout is.
 pub(crate) fn print(text: &str) -> Result<Piped> {
@@ -14,6 +15,24 @@ pub(crate) fn print(text: &str) -> Result<Piped> {
         Ok(()) => Ok(Piped::Open),
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(Piped::Closed),
         Err(e) => Err(Error::io(Path::new("stdout"), &e)),
+    }
+}
+
+/// A line on stderr. One that cannot be written, because the log's disk is full or its reader is
+/// gone, is not worth the text that was asked for.
+pub(crate) fn note(text: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr().lock(), "redraft: {text}");
+}
+
+/// Whether stderr is a terminal on which what was drawn can be drawn over.
+pub(crate) fn stderr_moves() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb" && !term.is_empty())
+}
+
+/// What is noteworthy about a checkpoint, a line each.
+pub(crate) fn note_warnings(config: &ModelConfig) {
+    for warning in &config.warnings {
+        note(format_args!("{}: {}", Shown::path(&config.dir), Shown::line(warning)));
     }
 }
 
@@ -37,7 +56,7 @@ pub(crate) struct Progress {
 
 impl Progress {
     pub(crate) fn new(what: &'static str) -> Self {
-        Progress { what, start: Instant::now(), last: None, terminal: std::io::stderr().is_terminal(), silent: false }
+        Progress { what, start: Instant::now(), last: None, terminal: stderr_moves(), silent: false }
     }
 
     /// For loading, which logs need no lines of.
@@ -53,7 +72,9 @@ impl Progress {
         if due && !self.silent {
             self.last = Some(Instant::now());
             let end = if self.terminal { '\r' } else { '\n' };
-            eprint!("redraft: {} {}          {end}", self.what, state());
+            let mut err = std::io::stderr().lock();
+            // As for `note`.
+            let _ = write!(err, "redraft: {} {}          {end}", self.what, state()).and_then(|()| err.flush());
         }
     }
 }
@@ -61,7 +82,7 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         if self.terminal && self.last.is_some() {
-            eprintln!();
+            let _ = writeln!(std::io::stderr().lock());
         }
     }
 }

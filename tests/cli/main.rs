@@ -2,6 +2,7 @@
 //! a fresh directory.
 
 mod score;
+mod streams;
 mod work;
 
 use std::io::Read;

@@ -26,11 +26,11 @@ use self::rows::{EvalRow, RowSampling, Rows};
 use crate::api::device::on_backend;
 use crate::backend::{Backend, DType};
 use crate::cli::bench_flags::BenchFlags;
-use crate::cli::device::DeviceFlags;
+use crate::cli::device::{DeviceFlags, decoded_len};
 use crate::cli::engine::{attach_joint, drain, load};
 use crate::cli::files::{judge_dir, model_dir, read_text};
 use crate::cli::flags::{DTypeFlag, Format};
-use crate::cli::terminal::{Progress, print};
+use crate::cli::terminal::{Progress, note, print};
 use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -364,11 +364,12 @@ impl<'a> EvalRun<'a> {
 
     fn load_writer(&self, model: usize) -> Result<Box<dyn Generator>> {
         let flags = &self.flags.device;
-        let mut options = flags.options(self.length + 1, self.batch);
+        let longest = self.rows.rows.iter().map(|row| decoded_len(&row.schedule, self.length + 1)).max().unwrap_or(self.length + 1);
+        let mut options = flags.options(longest, self.batch);
         options.budget.max_sequences = self.batch;
         options.budget.max_rows = MAX_ROWS;
-        options.kv_pages = Some((self.length + 1).div_ceil(options.page_size) * self.batch);
         options.tokenizer = Some(self.tokenizer.clone());
+        let options = options.with_pages_for(longest);
         let dir = &self.rows.models[model].dir;
         on_backend!(flags.backend(Some(dir))?, |backend| {
             let mut engine = load(dir, backend, options)?;
@@ -524,7 +525,7 @@ fn cost(outputs: &[Output], wall_ms: f64) -> Cost {
 fn print_row(name: &str, measures: &Measures, cost: Option<&Cost>) {
     let perplexity = measures.judge_ppl_pooled.map_or("-".into(), |figure| format!("{:.2}", figure.value));
     let speed = cost.map_or(String::new(), |cost| format!(", {:.0} tokens/s", cost.tokens_per_s));
-    eprintln!("redraft: {name}: pooled judge perplexity {perplexity}{speed}");
+    note(format_args!("{name}: pooled judge perplexity {perplexity}{speed}"));
 }
 
 /// The `--save` file: samples of finished rows are in it even if the next one fails.
