@@ -340,7 +340,7 @@ impl<B: Backend> Engine<B> {
     pub fn submit(&mut self, request: Request) -> Result<SubmittedRequest> {
         let config = self.config();
         let mask_id = config.masking()?;
-        if let Some(missing) = request.schedule.stages.iter().map(|s| s.weights).find(|w| *w >= self.models.len()) {
+        if let Some(missing) = request.schedule.stages().iter().map(|s| s.weights).find(|w| *w >= self.models.len()) {
             return Err(Error::request(format!(
                 "a stage names weights={missing}, {} models are loaded (counted from 0)",
                 self.models.len()
@@ -352,8 +352,8 @@ impl<B: Backend> Engine<B> {
             Eos::Last => !self.banned.last.is_empty(),
             Eos::NeverLast => !self.banned.end.is_empty(),
         };
-        if let Some(index) = request.schedule.stages.iter().position(|s| !ends(s.eos)) {
-            let eos = request.schedule.stages[index].eos;
+        if let Some(index) = request.schedule.stages().iter().position(|s| !ends(s.eos)) {
+            let eos = request.schedule.stages()[index].eos;
             return Err(Error::request(format!(
                 "stage {index}: eos={eos}, but the checkpoint's `eos_token_id` names no token that ends a text"
             )));

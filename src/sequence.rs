@@ -42,8 +42,8 @@ use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};
 use crate::plan::{Kind, LogitsRows, Visibility};
 use crate::rng::{self, DrawKey, STAGE_STEP, TIME_STEP, Uniforms};
-use crate::sampling::{self, BlockProgress, Candidate, Draw, Rank, SampledToken, Unmask};
-use crate::schedule::{Edit, Eos, KvPolicy, Remask, RemaskBy, Schedule, Stage};
+use crate::sampling::{self, BlockProgress, Candidate, Draw, GeneratedToken, Rank, RemaskBy, SampledToken, ScoringForwards};
+use crate::schedule::{Edit, Eos, KvPolicy, SamplingParams, Schedule, Stage};
 
 /// What one sequence generates, fully resolved.
 #[derive(Clone)]
@@ -169,13 +169,13 @@ impl Sequence {
         for tokens in [&spec.forced, &spec.draft] {
             assert!(tokens.is_empty() || tokens.len() == spec.fixed.len(), "one forced token per position");
         }
-        if let Some(block_len) = spec.schedule.stages.iter().filter_map(|s| s.block_len).min()
+        if let Some(block_len) = spec.schedule.stages().iter().filter_map(Stage::block_len).min()
             && canvas.len() / block_len >= 1 << 24
         {
             return Err(Error::request(format!("{} positions make more than 2^24 blocks of {block_len}", canvas.len())));
         }
         let shifted = |stage: &Stage| spec.shifted[stage.weights] && matches!(stage.visibility(), Visibility::BlockCausal(_));
-        if let Some(index) = spec.schedule.stages.iter().position(|stage| stage.edit.is_some() && shifted(stage)) {
+        if let Some(index) = spec.schedule.stages().iter().position(|stage| stage.edit().is_some() && shifted(stage)) {
             return Err(Error::request(format!(
                 "stage {index}: edit samples a whole block again, and shifted logits predict its first position from the block before; use visible=canvas"
             )));
@@ -214,7 +214,7 @@ impl Sequence {
     /// Positions of the canvas on which `schedule` decodes `fixed`: a last block that is generated
     /// to its end may be decoded whole.
     pub fn decoded_len(schedule: &Schedule, fixed: &[Option<u32>]) -> usize {
-        match (schedule.stages.first(), fixed.last()) {
+        match (schedule.stages().first(), fixed.last()) {
             (Some(stage), Some(None)) => stage.decoded_len(fixed.len()),
             _ => fixed.len(),
         }
@@ -254,9 +254,9 @@ impl Sequence {
     /// Length of the shareable prompt: its whole blocks under the draft's block-causal visibility,
     /// 0 where none is exact.
     pub fn prefix_len(&self) -> usize {
-        let stage = &self.spec.schedule.stages[0];
+        let stage = &self.spec.schedule.stages()[0];
         match stage.visibility() {
-            Visibility::BlockCausal(block_len) if stage.kv != KvPolicy::Recompute => self.prompt_len / block_len * block_len,
+            Visibility::BlockCausal(block_len) if stage.kv() != KvPolicy::Recompute => self.prompt_len / block_len * block_len,
             _ => 0,
         }
     }
@@ -268,12 +268,12 @@ impl Sequence {
 
     /// Block length of the visibility that the prefix was computed under.
     pub fn prefix_block_len(&self) -> usize {
-        self.spec.schedule.stages[0].block_len.unwrap_or(usize::MAX)
+        self.spec.schedule.stages()[0].block_len().unwrap_or(usize::MAX)
     }
 
     /// Model that the prefix is computed with.
     pub fn prefix_weights(&self) -> usize {
-        self.spec.schedule.stages[0].weights
+        self.spec.schedule.stages()[0].weights
     }
 
     /// True while the pending step is the prompt's prefill.
@@ -351,7 +351,7 @@ impl Sequence {
     }
 
     fn stage(&self) -> &Stage {
-        &self.spec.schedule.stages[self.stage]
+        &self.spec.schedule.stages()[self.stage]
     }
 
     /// Which row of the stage's model answers a position.
@@ -383,21 +383,14 @@ impl Sequence {
     }
 
     fn draw(&self, u: f64, forced: Option<u32>) -> Draw {
-        let stage = self.stage();
-        Draw {
-            u,
-            temperature: stage.temperature,
-            top_p: stage.top_p,
-            top_p_rule: stage.top_p_rule,
-            top_k: stage.top_k,
-            forced,
-            truncated_confidence: stage.truncated_confidence,
-        }
+        let SamplingParams { temperature, top_p, top_p_rule, top_k, truncated_confidence } = self.stage().sampling;
+        Draw { u, temperature, top_p, top_p_rule, top_k, forced, truncated_confidence }
     }
 
     fn set_step(&mut self, kind: Kind, positions: impl IntoIterator<Item = usize>, sample_rows: Vec<SampleRow>) {
         let rows: Vec<_> = positions.into_iter().map(|p| (p, self.canvas.tokens()[p])).collect();
-        let Stage { weights, eos, guidance, .. } = *self.stage();
+        let stage = self.stage();
+        let (weights, eos, guidance) = (stage.weights, stage.eos, stage.guidance());
         // Scoring keeps the tokens that are there.
         let (eos, guidance) = if matches!(kind, Kind::Denoise | Kind::Boundary) { (eos, guidance) } else { (Eos::Free, 0.0) };
         self.pending =
@@ -414,7 +407,8 @@ impl Sequence {
     /// The next denoising (or separate commit) forward; false if no position of the stage is masked
     /// any more.
     fn set_denoise_step(&mut self) -> bool {
-        let stage = *self.stage();
+        let stage = self.stage().clone();
+        let kv = stage.kv();
         let len = self.canvas.len();
         let block_len = stage.block_len_in(len);
         let from = self.range(self.block).start;
@@ -433,7 +427,7 @@ impl Sequence {
             return true;
         }
         // [Fast-dLLM] Its loop for Dream.
-        let cached = !blockwise && matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
+        let cached = !blockwise && matches!(kv, KvPolicy::Prefix | KvPolicy::Dual);
         let entered = block != self.block || self.progress.masks_at_start == 0;
         if cached
             && self.logits_rows().are_shifted()
@@ -446,11 +440,11 @@ impl Sequence {
             self.since_full = Some(1);
             return true;
         }
-        if self.spec.separate_commit && blockwise && self.committed < range.start && stage.kv != KvPolicy::Recompute {
+        if self.spec.separate_commit && blockwise && self.committed < range.start && kv != KvPolicy::Recompute {
             self.set_step(Kind::Commit, self.committed..range.start, Vec::new());
             return true;
         }
-        let unit = match stage.sub_len {
+        let unit = match stage.sub_len() {
             Some(sub) => {
                 let start = range.start + (first - range.start) / sub * sub;
                 start..(start + sub).min(range.end)
@@ -460,37 +454,37 @@ impl Sequence {
         let masked: Vec<usize> = self.canvas.masked_in(unit.clone()).collect();
         // A block the stage has not entered yet has no K/V under the stage's visibility;
         // Fast-dLLM's caches are filled anew for every block.
-        if entered && (cached && self.boundary_done != Some(block) || blockwise && stage.kv != KvPolicy::Draft) {
+        if entered && (cached && self.boundary_done != Some(block) || blockwise && kv != KvPolicy::Draft) {
             self.since_full = None;
         }
         if entered || unit != self.unit {
-            let block_len = stage.sub_len.unwrap_or(block_len);
+            let block_len = stage.sub_len().unwrap_or(block_len);
             self.progress = BlockProgress { block_len, masks_at_start: masked.len(), masks: masked.len(), step: 0 };
         }
         self.block = block;
         self.unit = unit;
         self.progress.masks = masked.len();
-        let times = masked.iter().map(|p| self.time(block, *p));
-        self.progress.step = sampling::next_step(&stage.unmask, self.progress, times);
+        let mut times = masked.iter().map(|p| self.time(block, *p));
+        self.progress.step = stage.unmask.next_step(self.progress, &mut times);
 
         let end = if blockwise { range.end } else { len };
-        let partial = match stage.kv {
+        let partial = match kv {
             KvPolicy::Exact | KvPolicy::Recompute => false,
-            KvPolicy::Refresh(r) => self.since_full.is_some_and(|n| n < r),
+            KvPolicy::Refresh(r) => self.since_full.is_some_and(|n| n < r.get()),
             KvPolicy::Draft => true,
             // [Fast-dLLM v2] The whole block until the first position of the part is there.
             KvPolicy::Dual if blockwise => self.since_full.is_some() && self.canvas.state(self.unit.start) != State::Masked,
             KvPolicy::Prefix | KvPolicy::Dual => self.since_full.is_some(),
         };
         let positions: Vec<usize> = if !partial {
-            let first = if stage.kv == KvPolicy::Recompute { 0 } else { self.committed };
+            let first = if kv == KvPolicy::Recompute { 0 } else { self.committed };
             (first..end).collect()
         } else if cached {
             // [Fast-dLLM] The block, and behind it what the dual cache holds and the prefix cache
             // does not.
             let first = self.logits_row_for(first).min(range.start);
-            (first..if stage.kv == KvPolicy::Dual { range.end } else { len }).collect()
-        } else if stage.kv == KvPolicy::Dual {
+            (first..if kv == KvPolicy::Dual { range.end } else { len }).collect()
+        } else if kv == KvPolicy::Dual {
             self.unit.clone().collect()
         } else {
             let mut rows = self.fresh.clone();
@@ -500,7 +494,7 @@ impl Sequence {
             rows.dedup();
             rows
         };
-        let sample_rows = match stage.edit {
+        let sample_rows = match stage.edit() {
             None => masked.iter().map(|p| self.sample_row(block, *p, &positions)).collect(),
             Some(_) => {
                 self.unit.clone().filter(|p| self.canvas.state(*p) != State::Fixed).map(|p| self.sample_row(block, p, &positions)).collect()
@@ -511,7 +505,7 @@ impl Sequence {
         true
     }
 
-    /// When `position` is revealed by [`Unmask::Ancestral`].
+    /// The uniform of a position for rules that draw one for the whole stage.
     fn time(&self, block: usize, position: usize) -> f64 {
         self.uniforms(block, TIME_STEP, position).order
     }
@@ -521,7 +515,7 @@ impl Sequence {
     fn sample_row(&self, block: usize, position: usize, positions: &[usize]) -> SampleRow {
         let row = positions.binary_search(&self.logits_row_for(position)).expect("a row that answers is always computed");
         let Uniforms { token, order } = self.uniforms(block, self.denoised, position);
-        let order = if matches!(self.stage().unmask, Unmask::Ancestral { .. }) { self.time(block, position) } else { order };
+        let order = if self.stage().unmask.draws_times() { self.time(block, position) } else { order };
         let forced = self.forced(position);
         SampleRow { row, position, draw: self.draw(token, forced), order }
     }
@@ -535,7 +529,7 @@ impl Sequence {
         self.progress = BlockProgress { block_len: 1, masks_at_start: 0, masks: 1, step: 0 };
         let last = self.logits_row_for(start);
         let blockwise = matches!(self.stage().visibility(), Visibility::BlockCausal(_));
-        let positions: Vec<usize> = match self.stage().kv {
+        let positions: Vec<usize> = match self.stage().kv() {
             KvPolicy::Exact | KvPolicy::Refresh(_) => (self.committed.min(last)..start).collect(),
             KvPolicy::Dual if blockwise => (self.committed.min(last)..start).collect(),
             KvPolicy::Prefix | KvPolicy::Dual => (0..self.canvas.len()).collect(),
@@ -549,9 +543,9 @@ impl Sequence {
     /// Scoring forward `group`: visible text for post-hoc, one interleaved group hidden for
     /// held-out.
     fn set_score_step(&mut self, group: usize) {
-        let groups = match self.stage().remask {
-            Some(Remask { by: RemaskBy::HeldOut(groups), .. }) => Some(groups),
-            _ => None,
+        let groups = match self.remask_by().forwards() {
+            ScoringForwards::HeldOut(groups) => Some(groups.get()),
+            ScoringForwards::None | ScoringForwards::Visible => None,
         };
         let scored: Vec<usize> =
             self.canvas.generated().enumerate().filter(|(i, _)| groups.is_none_or(|g| i % g == group)).map(|(_, p)| p).collect();
@@ -588,10 +582,10 @@ impl Sequence {
         let mut edits = Vec::new();
         let chosen = match step.kind {
             Kind::Denoise => {
-                let Stage { unmask, order_temperature, edit, joint, .. } = *self.stage();
-                match edit {
-                    None if joint => self.first_of_round(&candidates)?,
-                    None => sampling::select_tempered(&unmask, order_temperature, self.progress, &candidates)?,
+                let unmask = self.stage().unmask.clone();
+                match self.stage().edit() {
+                    None if self.stage().is_joint() => self.first_of_round(&candidates)?,
+                    None => sampling::select(&unmask, self.progress, &candidates)?,
                     Some(Edit { bound, .. }) => {
                         // Unmasked and edited tokens of a forward know nothing of each other.
                         let is_masked = |i: &usize| self.canvas.state(candidates[*i].position) == State::Masked;
@@ -602,14 +596,14 @@ impl Sequence {
                         let open: Vec<Candidate> = masked.iter().map(|i| candidates[*i]).collect();
                         let chosen = match open.is_empty() {
                             true => Vec::new(),
-                            false => sampling::select_tempered(&unmask, order_temperature, self.progress, &open)?,
+                            false => sampling::select(&unmask, self.progress, &open)?,
                         };
                         chosen.into_iter().map(|i| masked[i]).collect()
                     }
                 }
             }
             // The one candidate; the selection looks for NaN.
-            Kind::Boundary => sampling::select(&Unmask::Count { rank: Rank::Left, n: 1 }, self.progress, &candidates)?,
+            Kind::Boundary => sampling::select_best(Rank::Left.into(), 1, &candidates)?,
             _ => Vec::new(),
         };
         let step = self.pending.take().expect("checked above");
@@ -631,9 +625,8 @@ impl Sequence {
             }
             Kind::Score => {
                 report.forwards.score += 1;
-                let score = self.stage().remask.expect("scored for a remask").score;
-                let score = |c: &Candidate| sampling::score(score, &c.sampled, self.canvas.confidence(c.position));
-                self.scores.extend(candidates.iter().map(|c| (c.position, score(c))));
+                let scores: Vec<_> = candidates.iter().map(|c| (c.position, self.score(c.position, Some(c.sampled)))).collect();
+                self.scores.extend(scores);
                 self.end_score(events);
             }
             Kind::Denoise | Kind::Boundary => {
@@ -687,13 +680,11 @@ impl Sequence {
 
     /// What follows once a forward has revealed everything it does, and `edited` tokens or not.
     fn close(&mut self, edited: bool, events: &mut Vec<Event>) {
-        let (stage, step) = (*self.stage(), self.denoised);
+        let (visibility, kv, step) = (self.stage().visibility(), self.stage().kv(), self.denoised);
         self.denoised += 1;
         self.progress.step += 1;
         let Range { start, end } = self.range(self.block);
-        if matches!(stage.visibility(), Visibility::BlockCausal(_))
-            && matches!(stage.kv, KvPolicy::Exact | KvPolicy::Refresh(_) | KvPolicy::Dual)
-        {
+        if matches!(visibility, Visibility::BlockCausal(_)) && matches!(kv, KvPolicy::Exact | KvPolicy::Refresh(_) | KvPolicy::Dual) {
             // Everything before the block went through this forward, or an earlier one, in its
             // final form.
             self.committed = self.committed.max(start);
@@ -717,7 +708,7 @@ impl Sequence {
     /// give way, after the first forward over it that `edited` nothing, or the last that is
     /// allowed.
     fn is_settled(&mut self, edited: bool) -> bool {
-        if let Some(Edit { passes, .. }) = self.stage().edit {
+        if let Some(Edit { passes, .. }) = self.stage().edit() {
             let (ran, stable) = self.settling.map_or((0, false), |ran| (ran + 1, !edited));
             if ran < passes && !stable {
                 self.settling = Some(ran);
@@ -765,7 +756,7 @@ impl Sequence {
 
     fn open_report(&mut self) {
         let report = StageReport {
-            stage: *self.stage(),
+            stage: self.stage().clone(),
             forwards: Forwards::default(),
             rows: 0,
             remasked: Vec::new(),
@@ -781,8 +772,8 @@ impl Sequence {
     /// The stage has no mask left: final K/V for a stage that wants to reuse it, then the next
     /// stage or the end.
     fn end_stage(&mut self, events: &mut Vec<Event>) {
-        let next = self.spec.schedule.stages.get(self.stage + 1).copied();
-        if next.is_some_and(|n| n.kv == KvPolicy::Draft) {
+        let next = self.spec.schedule.stages().get(self.stage + 1).map(Stage::kv);
+        if next == Some(KvPolicy::Draft) {
             let len = self.canvas.len();
             let first = match self.stage().visibility() {
                 Visibility::BlockCausal(_) => self.committed,
@@ -808,40 +799,45 @@ impl Sequence {
             events.push(self.event(EventKind::Done, self.denoised, generated, confidence));
             return;
         }
-        let previous = *self.stage();
+        let previous = self.stage().clone();
         self.stage += 1;
         self.open_report();
         self.block = 0;
         self.denoised = 0;
         self.scores.clear();
-        let stage = *self.stage();
-        match stage.remask.expect("later stages remask").by {
-            RemaskBy::PostHoc | RemaskBy::HeldOut(_) => {
-                self.committed = 0;
-                self.phase = Phase::Score { group: 0 };
-            }
-            by @ (RemaskBy::Snapshot | RemaskBy::Random) => {
-                let score = |p: usize| match by {
-                    RemaskBy::Random => self.uniforms(0, STAGE_STEP, p).order,
-                    _ => f64::from(self.canvas.confidence(p)),
-                };
-                self.scores = self.canvas.generated().map(|p| (p, score(p))).collect();
-                // Same weights and visibility as before: blocks before the first mask are still
-                // final. Under full visibility none ever is.
-                let same = (previous.weights, previous.visibility()) == (stage.weights, stage.visibility());
-                let same = same && stage.visibility() != Visibility::Full;
-                // A joint sampler's layer has K/V of its own there only where it ran before.
-                let same = same && (previous.joint || !stage.joint);
-                let keep = if same { self.committed } else { 0 };
-                self.remask(keep, events);
-            }
+        if self.remask_by().forwards() != ScoringForwards::None {
+            self.committed = 0;
+            self.phase = Phase::Score { group: 0 };
+            return;
         }
+        self.scores = self.canvas.generated().map(|p| (p, self.score(p, None))).collect();
+        let stage = self.stage();
+        // Same weights and visibility as before: blocks before the first mask are still final.
+        // Under full visibility none ever is.
+        let same = (previous.weights, previous.visibility()) == (stage.weights, stage.visibility());
+        let same = same && stage.visibility() != Visibility::Full;
+        // A joint sampler's layer has K/V of its own there only where it ran before.
+        let same = same && (previous.is_joint() || !stage.is_joint());
+        let keep = if same { self.committed } else { 0 };
+        self.remask(keep, events);
+    }
+
+    /// The remask rule of the current stage, which is not the first.
+    fn remask_by(&self) -> &RemaskBy {
+        &self.stage().remask.as_ref().expect("later stages remask").by
+    }
+
+    /// Score of the token at `position` by the stage's remask rule; the lowest are masked again.
+    fn score(&self, position: usize, scored: Option<SampledToken>) -> f64 {
+        let (token, snapshot) = (self.canvas.tokens()[position], self.canvas.confidence(position));
+        let token = GeneratedToken { position, token, snapshot, unmasked_at: self.canvas.revealed_at(position), scored };
+        self.remask_by().score(&token, &|| self.uniforms(0, STAGE_STEP, position).order)
     }
 
     fn end_score(&mut self, events: &mut Vec<Event>) {
         let Phase::Score { group } = self.phase else { unreachable!("a score step belongs to the score phase") };
-        match self.stage().remask.expect("scored for a remask").by {
-            RemaskBy::HeldOut(groups) if group + 1 < groups.min(self.canvas.generated().count()) => {
+        match self.remask_by().forwards() {
+            ScoringForwards::HeldOut(groups) if group + 1 < groups.get().min(self.canvas.generated().count()) => {
                 self.phase = Phase::Score { group: group + 1 }
             }
             _ => self.remask(0, events),
@@ -851,9 +847,9 @@ impl Sequence {
     /// Masks the lowest scores again and starts denoising. `final_before`: K/V below it is final
     /// under this stage's visibility.
     fn remask(&mut self, final_before: usize, events: &mut Vec<Event>) {
-        let remask = self.stage().remask.expect("later stages remask");
+        let ratio = self.stage().remask.as_ref().expect("later stages remask").ratio;
         self.scores.sort_unstable_by_key(|(position, _)| *position);
-        let positions = sampling::remask(remask.ratio, &self.scores);
+        let positions = sampling::remask(ratio, &self.scores);
         let score_of = |p: &usize| self.scores[self.scores.binary_search_by_key(p, |s| s.0).expect("scored")].1 as f32;
         let scores = positions.iter().map(score_of).collect();
         events.push(self.event(EventKind::Remask, 0, positions.clone(), scores));

@@ -751,7 +751,10 @@ fn recommended_sampling() {
         let engine = copy.load().expect("an engine");
         let stages = ["block=4", "block=4,remask=0.5,temperature=0.25,top_k=3"].map(|stage| stage.parse().unwrap());
         let schedule = Schedule::resolve(&stages, &Engine::<Cpu>::defaults(engine.config())).unwrap();
-        [0, 1].map(|i| (schedule.stages[i].temperature, schedule.stages[i].top_p, schedule.stages[i].top_k.map(|top_k| top_k.k)))
+        [0, 1].map(|i| {
+            let sampling = schedule.stages()[i].sampling;
+            (sampling.temperature, sampling.top_p, sampling.top_k.map(|top_k| top_k.k))
+        })
     };
     assert_eq!(draft(&copy), [(1.0, 0.9, None), (0.25, 0.9, Some(3))]);
     copy.write("generation_config.json", r#"{"temperature": 0.5, "top_p": null, "top_k": 20}"#);

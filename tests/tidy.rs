@@ -2,6 +2,8 @@
 
 #[path = "tidy/imports.rs"]
 mod imports;
+#[path = "tidy/schedule_tables.rs"]
+mod schedule_tables;
 
 use std::path::{Path, PathBuf};
 
@@ -208,14 +210,27 @@ fn no_file_names_a_machine() {
     fail_on("paths of one machine", broken);
 }
 
+/// Tables of stage keys, rules and presets in `docs/schedules.md` are those of the code.
+/// `REDRAFT_WRITE_DOCS=1 cargo test --test tidy tables` writes them.
 #[test]
-fn every_preset_is_documented() {
-    let mut broken = Vec::new();
-    for file in ["README.md", "docs/schedules.md"] {
-        let text = read(file);
-        broken.extend(PRESETS.iter().filter(|(name, _)| !text.contains(&format!("`{name}`"))).map(|(name, _)| format!("{file}: {name}")));
+fn tables_of_schedules_are_those_of_the_code() {
+    let page = read(schedule_tables::PAGE);
+    let written = schedule_tables::written_into(&page);
+    if std::env::var_os("REDRAFT_WRITE_DOCS").is_some() {
+        std::fs::write(Path::new(env!("CARGO_MANIFEST_DIR")).join(schedule_tables::PAGE), &written).unwrap();
+    } else if let Some((number, (found, expected))) =
+        page.lines().zip(written.lines()).enumerate().find(|(_, (found, expected))| found != expected)
+    {
+        panic!("{}:{}: expected\n{expected}\nfound\n{found}\nREDRAFT_WRITE_DOCS=1 writes the tables", schedule_tables::PAGE, number + 1);
+    } else {
+        assert_eq!(page.len(), written.len(), "{}: a table is too short or too long", schedule_tables::PAGE);
     }
-    fail_on("presets without a word", broken);
+    let unnamed: Vec<_> = PRESETS
+        .iter()
+        .filter(|preset| !read("README.md").contains(&format!("`{}`", preset.name)))
+        .map(|preset| preset.name.to_owned())
+        .collect();
+    fail_on("presets that README does not name", unnamed);
 }
 
 /// Links between our own pages lead somewhere.

@@ -184,7 +184,7 @@ impl Engine {
                 if tokens.is_empty() {
                     return Err(Error::request("refine: expected a text to refine, found none"));
                 }
-                if schedule.stages.len() < 2 {
+                if schedule.stages().len() < 2 {
                     return Err(Error::request("refine: expected a schedule with a stage that remasks, such as did-lift"));
                 }
                 draft = canvas.iter().map(|id| id.expect("given")).chain(tokens.iter().copied()).collect();
@@ -201,7 +201,7 @@ impl Engine {
             tokenizer: self.tokenizer().ok().cloned(),
             ends: if ignore_eos || infills { Vec::new() } else { config.stop_ids.clone() },
             stop: options.stop.clone(),
-            last_stage: schedule.stages.len() - 1,
+            last_stage: schedule.stages().len() - 1,
             infills,
         };
         let mut request = Request::new(prompt, schedule, options.seed, options.sample);

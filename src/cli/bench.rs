@@ -345,13 +345,13 @@ fn measure<B: Backend>(
     }
     let mid = |f: &dyn Fn(&Output) -> f64| median(&mut outputs.iter().map(f).collect::<Vec<_>>());
     let total_ms = median(&mut walls);
-    let stages = (0..schedule.stages.len())
+    let stages = (0..schedule.stages().len())
         .map(|k| {
             let report = &outputs[0].stages[k];
             let ms = mid(&|o| o.stages[k].ms);
             StageRow {
-                block_len: report.stage.block_len.map_or("full".into(), |b| b.to_string()),
-                kv: report.stage.kv.to_string(),
+                block_len: report.stage.block_len().map_or("full".into(), |b| b.to_string()),
+                kv: report.stage.kv().to_string(),
                 nfe: report.nfe(),
                 forwards: report.forwards.total(),
                 rows: report.rows,

@@ -31,7 +31,7 @@ pub(crate) fn attach_joint<'a, B: Backend>(
     schedules: impl IntoIterator<Item = &'a Schedule>,
 ) -> Result<()> {
     let own = model.join("joint");
-    let wanted = || schedules.into_iter().any(|schedule| schedule.stages.iter().any(|stage| stage.joint && stage.weights == 0));
+    let wanted = || schedules.into_iter().any(|schedule| schedule.stages().iter().any(|stage| stage.is_joint() && stage.weights == 0));
     match named {
         Some(dir) => engine.attach_joint(dir, &mut |_, _| {}),
         None if own.join("config.json").exists() && wanted() => engine.attach_joint(&own, &mut |_, _| {}),

@@ -69,7 +69,7 @@ impl Watch {
 
     pub(super) fn start(&mut self, canvas: &[Option<u32>], tokenizer: &Tokenizer, schedule: &Schedule) {
         self.cells = canvas.iter().map(|c| c.map_or(Cell::Masked, Cell::Fixed)).collect();
-        self.stages = schedule.stages.iter().map(ToString::to_string).collect();
+        self.stages = schedule.stages().iter().map(ToString::to_string).collect();
         self.draw(tokenizer);
     }
 

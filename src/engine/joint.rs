@@ -19,10 +19,10 @@ impl<B: Backend> Engine<B> {
     /// Whether the first stage is joint. Errors: a stage is, and there is no sampler for its model,
     /// or it could not be defined there.
     pub(super) fn check_joint(&self, schedule: &Schedule) -> Result<bool> {
-        for (index, stage) in schedule.stages.iter().enumerate().filter(|(_, stage)| stage.joint) {
+        for (index, stage) in schedule.stages().iter().enumerate().filter(|(_, stage)| stage.is_joint()) {
             let loaded = &self.models[stage.weights];
             let longest = B::MAX_SHORTLIST;
-            if let Some(n) = stage.shortlist.filter(|n| *n > longest && *n < loaded.model.config().vocab_size) {
+            if let Some(n) = stage.shortlist().filter(|n| *n > longest && *n < loaded.model.config().vocab_size) {
                 return Err(Error::request(format!(
                     "stage {index}: shortlist={n}: {} lists at most {longest} ids, or all of them (shortlist=all)",
                     self.backend.name()
@@ -40,7 +40,7 @@ impl<B: Backend> Engine<B> {
                 return Err(Error::request(format!("stage {index}: {what}")));
             }
         }
-        Ok(schedule.stages.first().is_some_and(|stage| stage.joint))
+        Ok(schedule.stages().first().is_some_and(|stage| stage.is_joint()))
     }
 
     /// Puts the joint sampler in `dir` beside the engine's first model.

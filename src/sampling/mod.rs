@@ -8,7 +8,9 @@ pub mod sample;
 pub mod types;
 pub mod unmask;
 
-pub use remask::{remask, score};
+pub use remask::{GeneratedToken, REMASK_RULES, RemaskBy, RemaskRow, RemaskRule, Score, ScoringForwards, parse_remask, remask};
 pub use sample::sample_row;
-pub use types::{Draw, Rank, SampledToken, Score, TopK, TopKOrder, TopPRule, Unmask, UnmaskStep, top_k_of, valid_temperature, valid_top_p};
-pub use unmask::{BlockProgress, Candidate, edits, next_step, quota, select, select_tempered};
+pub use types::{Draw, Rank, SampledToken, TopK, TopKOrder, TopPRule, UnmaskStep, top_k_of, valid_temperature, valid_top_p};
+pub use unmask::{
+    BlockProgress, Candidate, Ranking, RuleArguments, UNMASK_RULES, Unmask, UnmaskRow, UnmaskRule, edits, parse_unmask, select, select_best,
+};

@@ -4,6 +4,11 @@
 //! knows any of them.
 #![forbid(unsafe_code)]
 
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+
 /// Which published nucleus rule applies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TopPRule {
@@ -33,7 +38,7 @@ pub enum TopKOrder {
     After,
 }
 
-/// How one masked row is sampled: a token draw, or the probability of a given token.
+/// What is asked of one masked row: a token draw, or the probability of a given token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
     /// Uniform in [0, 1) with 53 random bits.
@@ -73,7 +78,7 @@ pub struct SampledToken {
 /// The ranking by which masked positions are revealed, best first; ties to the lower position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rank {
-    /// A uniformly random order. With one token per forward this is BD3-LM's first-hitting
+    /// A uniformly random order. With one reveal per forward this is BD3-LM's first-hitting
     /// sampler.
     Uniform,
     /// Highest probability of the chosen token first.
@@ -86,58 +91,35 @@ pub enum Rank {
     Left,
 }
 
-/// Which masked positions of the current block a forward unmasks. Every rule unmasks at least one.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Unmask {
-    /// The best `n`.
-    Count { rank: Rank, n: usize },
-    /// LLaDA's quota: m masks over `steps` forwards, `m / steps` each and one more in the first `m
-    /// % steps`.
-    Linear { rank: Rank, steps: usize },
-    /// SDAR's quota: a block of L positions over `steps` forwards, `L / steps` each and one more in
-    /// the first `L % steps`, however many of them are masked.
-    Fixed { rank: Rank, steps: usize },
-    /// Dream's integer schedule over `linspace(1, eps, steps + 1)` in f32: `floor(masks left * (1 -
-    /// s/t))`, the rest in the last step. Steps whose count is zero are skipped without a forward:
-    /// Dream runs them, and throws their result away.
-    Timestep { rank: Rank, steps: usize, eps: f32 },
-    /// Dream's `origin` over the same times: each masked position by itself, with probability `1 -
-    /// s/t` and in the last step surely. Drawn as one time in [0, 1) for each position, revealed by
-    /// the step in which it lies: the reverse process itself. Steps in which no time lies are
-    /// skipped without a forward.
-    Ancestral { steps: usize, eps: f32 },
-    /// Everything with confidence >= the threshold, and always the most confident (Fast-dLLM).
-    Threshold(f32),
-    /// Everything with confidence > the bound, and at least the most confident ones of
-    /// [`Unmask::Fixed`]'s quota over `steps`, one without (SDAR `low_confidence_dynamic`,
-    /// Fast-dLLM v2).
-    Above { bound: f32, steps: Option<usize> },
-    /// Fast-dLLM's factor f: of the confidences in descending order the first, and on from there
-    /// while the r-th is at least `1 - f / (r + 1)`. As in its code, a last mask that alone falls
-    /// short goes along.
-    Factor(f32),
-    /// Lowest entropies first while (cumulative sum - largest so far) <= the bound, in nats.
-    EntropyBound(f32),
+impl Rank {
+    /// Every ranking with its name in a stage.
+    pub const ALL: [(Rank, &str); 5] = [
+        (Rank::Uniform, "uniform"),
+        (Rank::Confidence, "confidence"),
+        (Rank::Margin, "margin"),
+        (Rank::Entropy, "entropy"),
+        (Rank::Left, "left"),
+    ];
 }
 
-impl Unmask {
-    /// The ranking of the rules that count.
-    pub fn rank(&self) -> Option<Rank> {
-        match *self {
-            Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
-                Some(rank)
-            }
-            _ => None,
-        }
-    }
+impl FromStr for Rank {
+    type Err = Error;
 
-    /// Whether confidence alone says what is revealed.
-    pub fn by_confidence(&self) -> bool {
-        self.rank() == Some(Rank::Confidence) || matches!(self, Unmask::Threshold(_) | Unmask::Above { .. } | Unmask::Factor(_))
+    fn from_str(text: &str) -> Result<Rank> {
+        let found = Rank::ALL.iter().find(|(_, name)| *name == text).map(|(rank, _)| *rank);
+        found.ok_or_else(|| Error::request(format!("expected uniform, confidence, margin, entropy or left, found `{text}`")))
     }
 }
 
-/// The unmask rule of one step, its quota already counted (`sampling::quota`).
+impl fmt::Display for Rank {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (_, name) = Rank::ALL.iter().find(|(rank, _)| rank == self).expect("every ranking has a name");
+        f.write_str(name)
+    }
+}
+
+/// The unmask rule of one step, its quota already counted:
+/// [`UnmaskRule::on_device`](crate::sampling::UnmaskRule::on_device).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum UnmaskStep {
     /// The best `n` by `rank`.
@@ -146,21 +128,6 @@ pub enum UnmaskStep {
     Threshold(f32),
     /// Lowest entropies first while (cumulative sum - largest so far) <= the bound, in nats.
     EntropyBound(f32),
-}
-
-/// What a scoring forward (post-hoc, held-out) makes of the answer p at a position; the lowest are
-/// masked again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Score {
-    /// `ln p(token)`: improbable tokens, mistakes and rare words alike.
-    Probability,
-    /// `ln p(token) + H(p)`: less probable than a draw from p would be on average (after Meister et
-    /// al., "Locally typical sampling", arXiv 2202.00666, equation 6, one-sided). A rare word among
-    /// many possible ones is not low.
-    Typicality,
-    /// `ln p(token) - ln snapshot(token)`: what the forward that revealed the token believed, and
-    /// this one no longer does.
-    Lift,
 }
 
 /// Finite and not negative.

@@ -6,10 +6,15 @@
 //! ```
 #![forbid(unsafe_code)]
 
-mod parse;
+mod keys;
 mod presets;
+mod spec;
 mod stage;
 
-pub use parse::StageSpec;
-pub use presets::{PRESETS, Schedule};
-pub use stage::{Bans, Defaults, Edit, Eos, KvPolicy, MAX_MODELS, Remask, RemaskBy, Scope, Stage};
+pub use keys::{STAGE_KEYS, StageKey};
+pub use presets::{PRESETS, Preset, Schedule};
+pub use spec::StageSpec;
+pub use stage::{
+    Bans, BlockLen, BlockOrigin, Blocks, Decoding, Defaults, Edit, Eos, ExactKv, JointChoice, KvPolicy, LastBlock, MAX_MODELS, Remask,
+    SamplingParams, Scope, Stage,
+};

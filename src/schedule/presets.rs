@@ -2,80 +2,152 @@
 #![forbid(unsafe_code)]
 
 use crate::error::{Error, Result};
-use crate::schedule::parse::StageSpec;
+use crate::schedule::spec::StageSpec;
 use crate::schedule::stage::{Defaults, Stage};
+
+/// Maximum number of stages: an event holds the index of its stage in 8 bits.
+const MAX_STAGES: usize = 255;
 
 /// A checked list of stages: the first drafts, every later one remasks and regenerates.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
-    pub stages: Vec<Stage>,
+    stages: Vec<Stage>,
 }
 
-/// Named schedules and the stages they expand to.
-pub const PRESETS: [(&str, &[&str]); 15] = [
-    ("draft", &["block=trained,unmask=uniform:1"]),
-    // As published, in the fewest forwards that lose little.
-    ("did", &["block=trained,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact"]),
-    ("did-fast", &["block=trained,unmask=uniform:1", "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=refresh:12"]),
-    // What lowers perplexity at equal diversity: docs/evidence.md.
-    (
-        "did-lift",
-        &["block=trained,unmask=uniform:1", "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
-    ),
-    // The same over a draft of a forward or few a block, where there is a joint sampler:
-    // docs/joint.md.
-    (
-        "did-joint",
-        &["block=trained,sampler=joint:4", "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
-    ),
-    ("global", &["block=full,unmask=uniform:1"]),
-    ("semi-ar", &["block=32,visible=canvas,unmask=linear:32"]),
-    (
-        "three",
-        &[
-            "block=trained,unmask=uniform:1",
+/// A named schedule.
+#[derive(Clone, Copy, Debug)]
+pub struct Preset {
+    /// What `--preset` names.
+    pub name: &'static str,
+    /// The stages it expands to.
+    pub stages: &'static [&'static str],
+    /// What it is, with its source.
+    pub doc: &'static str,
+}
+
+const DRAFT: &str = "block=trained,unmask=uniform:1";
+
+/// Every preset.
+pub static PRESETS: [Preset; 15] = [
+    Preset { name: "draft", stages: &[DRAFT], doc: "a draft alone: blocks of the trained length, one token a forward (BD3-LM)" },
+    Preset {
+        name: "did",
+        stages: &[DRAFT, "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact"],
+        doc: "draft-then-refine as published (Diffusion in Diffusion), in the fewest forwards that lose little",
+    },
+    Preset {
+        name: "did-fast",
+        stages: &[DRAFT, "block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=refresh:12"],
+        doc: "`did` with one full pass, then rows masked or just unmasked alone (approximate)",
+    },
+    Preset {
+        name: "did-lift",
+        stages: &[DRAFT, "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12"],
+        doc: "the default: what [lowers perplexity at equal diversity](evidence.md), for fewer rows than `did`",
+    },
+    Preset {
+        name: "did-joint",
+        stages: &[
+            "block=trained,sampler=joint:4",
+            "block=full,remask=0.1,by=held-out:4,score=lift,unmask=linear:4,order=uniform,kv=refresh:12",
+        ],
+        doc: "the same over a draft of one or few forwards a block, for models with a [joint sampler](#joint-sampling); [what it is \
+              worth](joint.md)",
+    },
+    Preset {
+        name: "three",
+        stages: &[
+            DRAFT,
             "block=64,remask=0.35,by=snapshot,unmask=linear:6,order=uniform",
             "block=full,remask=0.2,by=snapshot,unmask=linear:12,order=uniform",
         ],
-    ),
-    // The published samplers as their authors run them; docs/schedules.md has the variants.
-    ("llada", &["block=32,visible=canvas,from=prompt,unmask=linear:32,order=confidence,temperature=0,top_p=1,top_k=all"]),
-    (
-        "dream",
-        &[
+        doc: "a draft refined twice, by blocks of 64 and by the whole text",
+    },
+    Preset { name: "global", stages: &["block=full,unmask=uniform:1"], doc: "plain masked diffusion, one token a forward (MDLM)" },
+    Preset {
+        name: "semi-ar",
+        stages: &["block=32,visible=canvas,unmask=linear:32"],
+        doc: "semi-autoregressive: blocks of 32 under full attention (LLaDA)",
+    },
+    Preset {
+        name: "llada",
+        stages: &["block=32,visible=canvas,from=prompt,unmask=linear:32,order=confidence,temperature=0,top_p=1,top_k=all"],
+        doc: "LLaDA as its authors run it",
+    },
+    Preset {
+        name: "dream",
+        stages: &[
             "block=full,visible=canvas,unmask=timestep:512,order=entropy,temperature=0.2,top_p=0.95,top_p_rule=crossing,top_k=all,confidence=truncated",
         ],
-    ),
-    ("sdar", &["block=trained,visible=block,unmask=above:0.85,steps=4,last=fill,temperature=1,top_p=1,top_k=all,confidence=truncated"]),
-    ("llada2", &["block=trained,visible=block,unmask=above:0.95,steps=32,last=fill,temperature=0,top_p=1,top_k=all"]),
-    ("llada21", &["block=trained,visible=block,unmask=above:0.95,edit=0.9,passes=16,last=fill,temperature=0,top_p=1,top_k=all"]),
-    ("fast-dllm-v1", &["block=32,visible=canvas,from=prompt,unmask=threshold:0.9,temperature=0,top_p=1,top_k=all,kv=dual"]),
-    ("fast-dllm-v2", &["block=32,visible=block,sub=8,unmask=above:0.95,temperature=0,top_p=1,top_k=all"]),
+        doc: "Dream as its authors run it",
+    },
+    Preset {
+        name: "sdar",
+        stages: &["block=trained,visible=block,unmask=above:0.85,steps=4,last=fill,temperature=1,top_p=1,top_k=all,confidence=truncated"],
+        doc: "SDAR as its authors run it",
+    },
+    Preset {
+        name: "llada2",
+        stages: &["block=trained,visible=block,unmask=above:0.95,steps=32,last=fill,temperature=0,top_p=1,top_k=all"],
+        doc: "LLaDA2.0 as its authors run it",
+    },
+    Preset {
+        name: "llada21",
+        stages: &["block=trained,visible=block,unmask=above:0.95,edit=0.9,passes=16,last=fill,temperature=0,top_p=1,top_k=all"],
+        doc: "LLaDA2.1 as its authors run it",
+    },
+    Preset {
+        name: "fast-dllm-v1",
+        stages: &["block=32,visible=canvas,from=prompt,unmask=threshold:0.9,temperature=0,top_p=1,top_k=all,kv=dual"],
+        doc: "Fast-dLLM as its authors run it, over LLaDA and Dream",
+    },
+    Preset {
+        name: "fast-dllm-v2",
+        stages: &["block=32,visible=block,sub=8,unmask=above:0.95,temperature=0,top_p=1,top_k=all"],
+        doc: "Fast-dLLM v2 as its authors run it",
+    },
 ];
 
 impl Schedule {
+    /// A schedule of stages made by hand.
+    ///
+    /// Errors: [`Error::Request`] that names the first stage which is not sound in its place, and
+    /// what was expected.
+    pub fn new(stages: Vec<Stage>) -> Result<Schedule> {
+        let schedule = Schedule { stages };
+        schedule.check()?;
+        Ok(schedule)
+    }
+
+    /// The stages, at least one.
+    pub fn stages(&self) -> &[Stage] {
+        &self.stages
+    }
+
+    fn check(&self) -> Result<()> {
+        if !(1..=MAX_STAGES).contains(&self.stages.len()) {
+            return Err(Error::request(format!("a schedule holds 1 to {MAX_STAGES} stages, found {}", self.stages.len())));
+        }
+        let previous = std::iter::once(None).chain(self.stages.iter().map(Some));
+        self.stages.iter().zip(previous).enumerate().try_for_each(|(index, (stage, previous))| stage.check(index, previous))
+    }
+
     /// Resolves typed stages against the request's defaults. Errors name the stage and what it may
     /// hold.
     pub fn resolve(specs: &[StageSpec], defaults: &Defaults) -> Result<Schedule> {
-        if specs.is_empty() {
-            return Err(Error::request("a schedule needs at least one stage"));
-        }
-        if specs.len() > 255 {
-            return Err(Error::request(format!("a schedule holds at most 255 stages, found {}", specs.len())));
-        }
         let mut stages: Vec<Stage> = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
             stages.push(spec.resolve(index, defaults, stages.last())?);
         }
-        Ok(Schedule { stages })
+        Schedule::new(stages)
     }
 
     /// Expands a preset. Errors list the names.
     pub fn preset(name: &str, defaults: &Defaults) -> Result<Schedule> {
-        let Some((_, stages)) = PRESETS.iter().find(|(preset, _)| *preset == name) else {
-            let names: Vec<_> = PRESETS.iter().map(|(preset, _)| *preset).collect();
+        let Some(preset) = PRESETS.iter().find(|preset| preset.name == name) else {
+            let names: Vec<_> = PRESETS.iter().map(|preset| preset.name).collect();
             return Err(Error::request(format!("unknown preset `{name}`; presets: {}", names.join(", "))));
         };
-        Schedule::resolve(&stages.iter().map(|s| s.parse()).collect::<Result<Vec<_>>>()?, defaults)
+        Schedule::resolve(&preset.stages.iter().map(|s| s.parse()).collect::<Result<Vec<_>>>()?, defaults)
     }
 }

@@ -8,8 +8,7 @@ use super::Sequence;
 use crate::backend::SequenceStep;
 use crate::error::Result;
 use crate::plan::{Kind, LogitsRows, Visibility};
-use crate::sampling::{self, Candidate, SampledToken, Unmask, UnmaskStep};
-use crate::schedule::Stage;
+use crate::sampling::{self, Candidate, Ranking, SampledToken, UnmaskStep};
 use crate::sequence::forwards::{JointPass, Round, SampleRow};
 use crate::sequence::report::Event;
 
@@ -20,14 +19,14 @@ impl Sequence {
     /// Whether the pending step belongs to a stage that samples jointly: all of its rows are
     /// wanted.
     pub fn is_joint(&self) -> bool {
-        self.stage().joint && self.pending.as_ref().is_some_and(|step| step.kind != Kind::Score)
+        self.stage().is_joint() && self.pending.as_ref().is_some_and(|step| step.kind != Kind::Score)
     }
 
     /// Ids that the sampler's calls behind the pending step choose among at each position that it
     /// asks; `None`: all of them, or it makes no call.
     pub fn joint_shortlist(&self) -> Option<usize> {
         let step = self.pending.as_ref().filter(|step| step.kind == Kind::Denoise)?;
-        self.stage().shortlist.filter(|_| self.round_quota(step.sample_rows.len()) > 1)
+        self.stage().shortlist().filter(|_| self.round_quota(step.sample_rows.len()) > 1)
     }
 
     /// Positions whose states the sampler carries on after the pending step: its block, or under
@@ -56,13 +55,15 @@ impl Sequence {
 
     /// Tokens unmasked by a forward that samples `num_sampled` positions.
     fn round_quota(&self, num_sampled: usize) -> usize {
-        sampling::quota(&self.stage().unmask, self.progress).unwrap_or(1).clamp(1, num_sampled.max(1))
+        self.stage().unmask.quota(self.progress).unwrap_or(1).clamp(1, num_sampled.max(1))
     }
 
     fn select_one(&self, candidates: &[Candidate]) -> Result<Vec<usize>> {
-        let stage = self.stage();
-        let rank = stage.unmask.rank().expect("checked with the schedule");
-        sampling::select_tempered(&Unmask::Count { rank, n: 1 }, stage.order_temperature, self.progress, candidates)
+        sampling::select_best(self.ranking(), 1, candidates)
+    }
+
+    fn ranking(&self) -> Ranking {
+        self.stage().unmask.ranking().expect("checked with the schedule")
     }
 
     /// The step that keys the draws of a round's next call.
@@ -73,7 +74,6 @@ impl Sequence {
     /// `pass` as a device runs it.
     pub(super) fn planned_pass(&self, pass: &JointPass) -> SequenceStep {
         let round = self.round.expect("a pass belongs to a round");
-        let rank = self.stage().unmask.rank().expect("checked with the schedule");
         SequenceStep {
             remask: None,
             stage: self.stage as u8,
@@ -84,7 +84,7 @@ impl Sequence {
             // A state belongs to its own position, whichever row it began as.
             logits: LogitsRows::Own,
             draw: pass.sample_rows.first().expect("a quota never exceeds the masks").draw,
-            unmask: UnmaskStep::Best { rank, n: 1 },
+            unmask: UnmaskStep::Best { rank: self.ranking().rank(), n: 1 },
         }
     }
 
@@ -100,7 +100,7 @@ impl Sequence {
         };
         let sample_rows = self.canvas.masked_in(self.unit.clone()).map(pass).collect();
         let rows = window.clone().map(|p| (p, self.canvas.tokens()[p])).collect();
-        let Stage { eos, bans, .. } = *self.stage();
+        let (eos, bans) = (self.stage().eos, self.stage().bans());
         Some(JointPass { rows, sample_rows, visibility: self.stage().visibility(), len: self.canvas.len(), eos, bans })
     }
 

@@ -6,8 +6,8 @@ use super::{Sequence, Step};
 use crate::backend::{HostReason, RunCanvas, SequenceStep};
 use crate::canvas::State;
 use crate::plan::{Kind, Visibility};
-use crate::sampling::{self, Rank, SampledToken, Unmask, UnmaskStep};
-use crate::schedule::{Bans, Eos, KvPolicy, RemaskBy, Stage};
+use crate::sampling::{BlockProgress, Rank, SampledToken, UnmaskStep};
+use crate::schedule::{Bans, Eos, KvPolicy, Stage};
 use crate::sequence::forwards::{LookaheadJoint, LookaheadStep};
 use crate::sequence::report::Stop;
 
@@ -38,11 +38,11 @@ impl Sequence {
                 if ghost.stage != stage {
                     // One remask that the device can do: by snapshot, where every later row is
                     // computed whatever is masked.
-                    let by_snapshot = ghost.stage().remask.is_some_and(|remask| remask.by == RemaskBy::Snapshot);
+                    let by_snapshot = ghost.stage().remask.as_ref().is_some_and(|remask| remask.by.is_snapshot());
                     if ghost.stage != stage + 1
                         || !by_snapshot
                         || ghost.stage().visibility() != Visibility::Full
-                        || ghost.stage().block_len.is_some()
+                        || ghost.stage().block_len().is_some()
                     {
                         break;
                     }
@@ -78,7 +78,7 @@ impl Sequence {
                 rows: step.rows.iter().map(|(position, _)| *position).collect(),
                 visibility: step.visibility,
                 len: step.len,
-                joint: ghost.stage().joint.then(|| LookaheadJoint { window: ghost.joint_window(), passes: Vec::new() }),
+                joint: ghost.stage().is_joint().then(|| LookaheadJoint { window: ghost.joint_window(), passes: Vec::new() }),
             });
             if !matches!(unmask, UnmaskStep::Best { .. }) {
                 break;
@@ -110,13 +110,13 @@ impl Sequence {
             Kind::Score => return Err(HostReason::Scoring),
             Kind::Prefill | Kind::Commit => return Err(HostReason::NothingToSample),
         }
-        if stage.shortlist.is_some() {
+        if stage.shortlist().is_some() {
             return Err(HostReason::Shortlist);
         }
-        if stage.bans != Bans::Every {
+        if stage.bans() != Bans::Every {
             return Err(HostReason::BansFirst);
         }
-        if !matches!(stage.kv, KvPolicy::Exact | KvPolicy::Recompute) {
+        if !matches!(stage.kv(), KvPolicy::Exact | KvPolicy::Recompute) {
             return Err(HostReason::KvPolicy);
         }
         // No row is before position 0, so its own answers it: the device answers all of a step
@@ -127,7 +127,7 @@ impl Sequence {
         for (needs_host, reason) in [
             (step.guidance > 0.0, HostReason::Guidance),
             (step.eos != Eos::Free, HostReason::Eos),
-            (stage.edit.is_some(), HostReason::Edit),
+            (stage.edit().is_some(), HostReason::Edit),
         ] {
             if needs_host {
                 return Err(reason);
@@ -146,21 +146,15 @@ impl Sequence {
 }
 
 /// The unmask rule of a stage as the device knows it, or why the host samples.
-fn stage_rule(stage: &Stage, progress: sampling::BlockProgress) -> Result<UnmaskStep, HostReason> {
-    if stage.order_temperature > 0.0 {
+fn stage_rule(stage: &Stage, progress: BlockProgress) -> Result<UnmaskStep, HostReason> {
+    let ranking = stage.unmask.ranking();
+    if ranking.is_some_and(|ranking| ranking.temperature() > 0.0) {
         return Err(HostReason::OrderTemperature);
     }
-    // The rest of a joint forward's quota is its sampler's.
-    let quota = if stage.joint { 1 } else { sampling::quota(&stage.unmask, progress).unwrap_or(1).max(1) };
-    match stage.unmask {
-        Unmask::Count { rank, .. } | Unmask::Linear { rank, .. } | Unmask::Fixed { rank, .. } | Unmask::Timestep { rank, .. } => {
-            Ok(UnmaskStep::Best { rank, n: quota })
-        }
-        Unmask::Threshold(t) => Ok(UnmaskStep::Threshold(t)),
-        // The least f32 that is above.
-        Unmask::Above { bound, .. } if quota == 1 => Ok(UnmaskStep::Threshold(bound.next_up())),
-        Unmask::EntropyBound(bound) => Ok(UnmaskStep::EntropyBound(bound)),
-        Unmask::Above { .. } | Unmask::Factor(_) | Unmask::Ancestral { .. } => Err(HostReason::UnmaskRule),
+    match ranking {
+        // The rest of a joint forward's quota is its sampler's.
+        Some(ranking) if stage.is_joint() => Ok(UnmaskStep::Best { rank: ranking.rank(), n: 1 }),
+        _ => stage.unmask.on_device(progress).ok_or(HostReason::UnmaskRule),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Prompts computed once for many samples, and requests that end before their time.
 
 use redraft::request::Request;
-use redraft::schedule::KvPolicy;
+use redraft::schedule::{Decoding, KvPolicy, Schedule};
 use redraft::{DType, EngineOptions, Finish, Output};
 
 use crate::support::*;
@@ -205,8 +205,12 @@ fn stages_may_name_other_weights() {
     assert_ne!(expected[0].tokens, expected[1].tokens, "two models write two texts");
     // Reuse is exact across them.
     let mut slow = requests.clone();
-    for stage in slow.iter_mut().flat_map(|r| &mut r.schedule.stages).filter(|s| s.kv == KvPolicy::Exact) {
-        stage.kv = KvPolicy::Recompute;
+    for request in &mut slow {
+        let mut stages = request.schedule.stages().to_vec();
+        for stage in stages.iter_mut().filter(|stage| stage.decoding == Decoding::Independent { kv: KvPolicy::Exact }) {
+            stage.decoding = Decoding::Independent { kv: KvPolicy::Recompute };
+        }
+        request.schedule = Schedule::new(stages).unwrap();
     }
     same(&alone(&mut two(1), &slow, "recomputed"), &expected, true, "recomputed");
 

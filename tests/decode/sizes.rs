@@ -55,14 +55,14 @@ pub fn every_length<B: Backend>(
 
 /// Presets that need nothing beside the model.
 pub fn presets() -> impl Iterator<Item = &'static str> {
-    PRESETS.iter().map(|(name, _)| *name).filter(|name| *name != "did-joint")
+    PRESETS.iter().map(|preset| preset.name).filter(|name| *name != "did-joint")
 }
 
 #[test]
 fn every_length_of_every_preset_is_served() {
     let cpu = || Cpu::new(1, DType::F32).expect("the CPU is always there");
     for preset in presets() {
-        let fills = PRESETS.iter().any(|(name, stages)| *name == preset && stages[0].contains("last=fill"));
+        let fills = PRESETS.iter().any(|known| known.name == preset && known.stages[0].contains("last=fill"));
         // Presets that decode what they are asked for run the whole text at every step: writing
         // all of their lengths takes minutes.
         every_length(cpu, preset, 32, 1..=300, |length| fills || length <= 24 || length % 23 == 0);

@@ -11,8 +11,8 @@
 use proptest::prelude::*;
 use redraft::canvas::State;
 use redraft::plan::{Kind, Visibility};
-use redraft::sampling::{Draw, SampledToken, Score, Unmask};
-use redraft::schedule::{Defaults, KvPolicy, RemaskBy, Schedule, Stage};
+use redraft::sampling::{Draw, SampledToken, ScoringForwards, Unmask};
+use redraft::schedule::{Defaults, KvPolicy, Schedule, Stage};
 use redraft::sequence::{Event, EventKind, Finish, Forwards, Next, Sequence, SequenceSpec, StageReport, Step, Stop};
 
 const VOCAB: u64 = 60;
@@ -144,7 +144,10 @@ fn spec(case: &Case, schedule: &Schedule, how: How) -> SequenceSpec {
 }
 
 fn run(case: &Case, schedule: &Schedule, how: How) -> Run {
-    let exact = schedule.stages.iter().all(|s| matches!(s.kv, KvPolicy::Exact | KvPolicy::Recompute | KvPolicy::Refresh(1)));
+    let exact = schedule.stages().iter().all(|s| match s.kv() {
+        KvPolicy::Refresh(forwards) => forwards.get() == 1,
+        kv => matches!(kv, KvPolicy::Exact | KvPolicy::Recompute),
+    });
     let mut watched = Watched {
         sequence: Sequence::new(spec(case, schedule, how)).expect("a sequence"),
         network: Network::default(),
@@ -159,7 +162,7 @@ fn run(case: &Case, schedule: &Schedule, how: How) -> Run {
         scored: Vec::new(),
         exact,
         shifted: case.shifted,
-        label: format!("{how:?} {:?}", schedule.stages.iter().map(ToString::to_string).collect::<Vec<_>>()),
+        label: format!("{how:?} {:?}", schedule.stages().iter().map(ToString::to_string).collect::<Vec<_>>()),
     };
     if how.shared_prompt && watched.sequence.wants_prefix() {
         let other = Case { seed: case.seed ^ 1, ..case.clone() };
@@ -170,7 +173,7 @@ fn run(case: &Case, schedule: &Schedule, how: How) -> Run {
         watched.network.forward(step, donor.canvas().tokens(), exact, "donor");
         watched.sequence.skip_prefill();
     }
-    watched.masks[0] = watched.masks_by_block(&schedule.stages[0]);
+    watched.masks[0] = watched.masks_by_block(&schedule.stages()[0]);
     watched.run(schedule)
 }
 
@@ -187,14 +190,14 @@ impl Watched {
     fn masks_by_block(&self, stage: &Stage) -> Vec<usize> {
         let blockwise = matches!(stage.visibility(), Visibility::BlockCausal(_));
         // Where caches are filled for a block, the first one has a boundary forward too.
-        let cached = !blockwise && matches!(stage.kv, KvPolicy::Prefix | KvPolicy::Dual);
+        let cached = !blockwise && matches!(stage.kv(), KvPolicy::Prefix | KvPolicy::Dual);
         let has_boundary = self.shifted && (blockwise || cached);
         let mut counts = Vec::new();
         for (b, block) in self.shadow[self.origin(stage)..].chunks(stage.block_len_in(self.shadow.len())).enumerate() {
             // A boundary forward costs what a block of one mask costs.
             let mut boundary = usize::from(has_boundary && (b > 0 || cached) && block[0].is_none());
             counts.push(boundary);
-            for part in block.chunks(stage.sub_len.unwrap_or(block.len())) {
+            for part in block.chunks(stage.sub_len().unwrap_or(block.len())) {
                 counts.push(part.iter().filter(|t| t.is_none()).count() - boundary);
                 boundary = 0;
             }
@@ -205,13 +208,13 @@ impl Watched {
 
     /// Where block 0 of a stage begins.
     fn origin(&self, stage: &Stage) -> usize {
-        if stage.from_prompt { self.fixed.iter().take_while(|f| f.is_some()).count() } else { 0 }
+        if stage.from_prompt() { self.fixed.iter().take_while(|f| f.is_some()).count() } else { 0 }
     }
 
     fn run(mut self, schedule: &Schedule) -> Run {
         let mut events = Vec::new();
         // Denoising, commit and scoring forwards there can be at most, over all stages.
-        let limit = schedule.stages.len() * (3 * self.fixed.len() + 3);
+        let limit = schedule.stages().len() * (3 * self.fixed.len() + 3);
         for forward in 0.. {
             assert!(forward <= limit, "{}: no end after {limit} forwards", self.label);
             let mut new = Vec::new();
@@ -226,12 +229,14 @@ impl Watched {
             let label = format!("{} stage {} forward {forward}", self.label, self.stage);
             let sampled = self.network.forward(&step, self.sequence.canvas().tokens(), self.exact, &label);
             if step.kind == Kind::Score {
-                let score = self.sequence.reports().last().expect("a stage").stage.remask.expect("scored for a remask").score;
+                let stage = &self.sequence.reports().last().expect("a stage").stage;
+                let by = stage.remask.as_ref().expect("scored for a remask").by.to_string();
                 self.scored.extend(step.sample_rows.iter().zip(&sampled).map(|(row, d)| {
-                    let value = match score {
-                        Score::Probability => f64::from(d.confidence),
-                        Score::Typicality => f64::from(d.log_prob) + f64::from(d.entropy),
-                        Score::Lift => f64::from(d.log_prob) - f64::from(self.snapshots[row.position]).ln(),
+                    let value = match by.split_once(",score=").map(|(_, score)| score) {
+                        None => f64::from(d.confidence),
+                        Some("typicality") => f64::from(d.log_prob) + f64::from(d.entropy),
+                        Some("lift") => f64::from(d.log_prob) - f64::from(self.snapshots[row.position]).ln(),
+                        Some(other) => panic!("{label}: score {other}"),
                     };
                     (row.position, value)
                 }));
@@ -281,15 +286,15 @@ impl Watched {
                 counts.score += 1;
                 assert!(self.shadow.iter().all(Option::is_some), "{label}: scoring an unfinished text");
                 assert_eq!(step.rows.len(), step.len, "{label}: scoring reads everything");
-                let by = self.sequence.reports()[stage].stage.remask.expect("scored for a remask").by;
+                let by = self.sequence.reports()[stage].stage.remask.as_ref().expect("scored for a remask").by.forwards();
                 let group = counts.score - 1;
                 let expected: Vec<usize> = match by {
-                    RemaskBy::PostHoc => generated,
-                    RemaskBy::HeldOut(g) => generated.into_iter().skip(group).step_by(g).collect(),
-                    other => panic!("{label}: {other} needs no forward"),
+                    ScoringForwards::Visible => generated,
+                    ScoringForwards::HeldOut(g) => generated.into_iter().skip(group).step_by(g.get()).collect(),
+                    ScoringForwards::None => panic!("{label}: the rule needs no forward"),
                 };
                 assert_eq!(sampled, expected, "{label}: group {group}");
-                assert_eq!(hidden, if by == RemaskBy::PostHoc { vec![] } else { expected }, "{label}: group {group}: hidden rows");
+                assert_eq!(hidden, if by == ScoringForwards::Visible { vec![] } else { expected }, "{label}: group {group}: hidden rows");
                 let forced: Vec<_> = step.sample_rows.iter().map(|a| a.draw.forced).collect();
                 assert_eq!(forced, sampled.iter().map(|p| self.shadow[*p]).collect::<Vec<_>>(), "{label}: scored tokens");
             }
@@ -298,7 +303,7 @@ impl Watched {
             assert!(hidden.is_empty(), "{label}: rows {hidden:?} are hidden");
         }
         if step.kind == Kind::Boundary {
-            let Stage { kv, .. } = self.sequence.reports()[stage].stage;
+            let kv = self.sequence.reports()[stage].stage.kv();
             let block_len = self.sequence.reports()[stage].stage.block_len_in(step.len);
             let last = step.rows.last().expect("a row").0;
             assert!(self.shifted && sampled.len() == 1 && self.shadow[sampled[0]].is_none(), "{label}: samples {sampled:?}");
@@ -313,10 +318,10 @@ impl Watched {
             assert!(self.shadow[..sampled[0]].iter().all(Option::is_some), "{label}: a mask before position {}", sampled[0]);
         } else if step.kind == Kind::Denoise {
             assert!(!sampled.is_empty() && sampled.iter().all(|p| self.shadow[*p].is_none()), "{label}: samples {sampled:?}");
-            let stage = self.sequence.reports()[stage].stage;
+            let stage = self.sequence.reports()[stage].stage.clone();
             let (origin, block_len) = (self.origin(&stage), stage.block_len_in(step.len));
             let block = origin + (sampled[0] - origin) / block_len * block_len;
-            let part = stage.sub_len.unwrap_or(block_len);
+            let part = stage.sub_len().unwrap_or(block_len);
             let first = block + (sampled[0] - block) / part * part;
             let masked = (first..(first + part).min(step.len)).filter(|p| self.shadow[*p].is_none());
             assert_eq!(sampled, masked.collect::<Vec<_>>(), "{label}: every mask of the block is sampled, and nothing else");
@@ -335,7 +340,7 @@ impl Watched {
         for event in events {
             let stage = usize::from(event.stage);
             let label = format!("{} stage {stage} step {} {:?}", self.label, event.step, event.kind);
-            assert!(stage < schedule.stages.len() && event.sample == 3, "{label}");
+            assert!(stage < schedule.stages().len() && event.sample == 3, "{label}");
             assert_eq!(event.positions.len(), event.tokens.len(), "{label}");
             assert_eq!(event.positions.len(), event.confidence.len(), "{label}");
             assert!(event.positions.windows(2).all(|w| w[0] < w[1]), "{label}: positions {:?}", event.positions);
@@ -351,7 +356,7 @@ impl Watched {
                     }
                 }
                 EventKind::Edit => panic!("{label}: no stage here edits"),
-                EventKind::Remask => self.follow_remask(event, &schedule.stages[stage], &label),
+                EventKind::Remask => self.follow_remask(event, &schedule.stages()[stage], &label),
                 EventKind::Commit => {
                     // A block that is finished holds no mask.
                     assert!(event.positions.iter().all(|p| self.shadow[*p].is_some()), "{label}: {:?}", event.positions);
@@ -369,7 +374,7 @@ impl Watched {
     }
 
     fn follow_remask(&mut self, event: &Event, stage: &Stage, label: &str) {
-        let remask = stage.remask.expect("a refining stage");
+        let remask = stage.remask.as_ref().expect("a refining stage");
         let generated = self.generated();
         let count = (remask.ratio * generated.len() as f64).floor() as usize;
         assert_eq!(event.positions.len(), count, "{label}: floor({} x {})", remask.ratio, generated.len());
@@ -377,10 +382,11 @@ impl Watched {
         self.open(index);
         // The lowest scores by (score, position); snapshot scores are those of the unmasked tokens,
         // others those of the scoring forwards.
-        let scores: Option<Vec<(f64, usize)>> = match remask.by {
-            RemaskBy::Snapshot => Some(generated.iter().map(|p| (f64::from(self.snapshots[*p]), *p)).collect()),
-            RemaskBy::PostHoc | RemaskBy::HeldOut(_) => Some(self.scored.iter().map(|(p, s)| (*s, *p)).collect()),
-            RemaskBy::Random => None,
+        let scores: Option<Vec<(f64, usize)>> = match remask.by.value().split(':').next() {
+            Some("snapshot") => Some(generated.iter().map(|p| (f64::from(self.snapshots[*p]), *p)).collect()),
+            Some("post-hoc" | "held-out") => Some(self.scored.iter().map(|(p, s)| (*s, *p)).collect()),
+            Some("random") => None,
+            other => panic!("{label}: remask by {other:?}"),
         };
         if let Some(mut scores) = scores {
             assert_eq!(scores.len(), generated.len(), "{label}: every generated position has one score");
@@ -424,9 +430,9 @@ impl Watched {
         assert_eq!(done, [events.len() - 1], "{label}: one end, and it is last");
         assert_eq!(self.sequence.canvas().num_masks(), 0, "{label}: masks are left");
         assert!(self.sequence.is_finished(), "{label}");
-        assert_eq!(self.sequence.reports().len(), schedule.stages.len(), "{label}: stages");
-        self.open(schedule.stages.len() - 1);
-        for k in 0..schedule.stages.len() {
+        assert_eq!(self.sequence.reports().len(), schedule.stages().len(), "{label}: stages");
+        self.open(schedule.stages().len() - 1);
+        for k in 0..schedule.stages().len() {
             self.settle(k);
             let report = &self.sequence.reports()[k];
             let label = format!("{label} stage {k}");
@@ -435,9 +441,9 @@ impl Watched {
             let whole = k > 0 || self.sequence.finish() == Finish::Length;
             let (least, most) = nfe_bounds(&report.stage.unmask, &self.masks[k]);
             assert!(report.nfe() <= most && (!whole || report.nfe() >= least), "{label}: {} forwards, {least} to {most}", report.nfe());
-            let groups = match report.stage.remask.map(|r| r.by) {
-                Some(RemaskBy::PostHoc) => 1,
-                Some(RemaskBy::HeldOut(g)) => g.min(self.generated().len()),
+            let groups = match report.stage.remask.as_ref().map(|r| r.by.forwards()) {
+                Some(ScoringForwards::Visible) => 1,
+                Some(ScoringForwards::HeldOut(g)) => g.get().min(self.generated().len()),
                 _ => 0,
             };
             assert_eq!(report.forwards.score, groups, "{label}: scoring forwards");
@@ -478,13 +484,19 @@ impl Watched {
 /// Fewest and most denoising forwards of a stage whose blocks start with these masks.
 fn nfe_bounds(unmask: &Unmask, masks: &[usize]) -> (usize, usize) {
     let sum = |f: &dyn Fn(usize) -> usize| masks.iter().map(|m| f(*m)).sum::<usize>();
-    match *unmask {
-        Unmask::Count { n, .. } => (sum(&|m| m.div_ceil(n)), sum(&|m| m.div_ceil(n))),
+    let text = unmask.to_string();
+    let mut parts = text.split([':', ',']);
+    let (name, value) = (parts.next().expect("a name"), parts.next().expect("a value"));
+    let number = || value.parse::<usize>().expect("a count");
+    let steps = parts.find_map(|key| key.strip_prefix("steps=")).map(|steps| steps.parse::<usize>().expect("a count"));
+    match (name, steps) {
+        ("uniform" | "confidence" | "margin" | "entropy" | "left", _) => (sum(&|m| m.div_ceil(number())), sum(&|m| m.div_ceil(number()))),
         // A step whose quota is empty needs no forward.
-        Unmask::Linear { steps, .. } => (sum(&|m| m.min(steps)), sum(&|m| m.min(steps))),
-        Unmask::Timestep { steps, .. } | Unmask::Ancestral { steps, .. } => (masks.len(), sum(&|m| m.min(steps))),
-        Unmask::Fixed { steps, .. } | Unmask::Above { steps: Some(steps), .. } => (masks.len(), sum(&|m| m.min(steps))),
-        Unmask::Threshold(_) | Unmask::Above { .. } | Unmask::Factor(_) | Unmask::EntropyBound(_) => (masks.len(), sum(&|m| m)),
+        ("linear", _) => (sum(&|m| m.min(number())), sum(&|m| m.min(number()))),
+        ("timestep" | "ancestral" | "fixed", _) => (masks.len(), sum(&|m| m.min(number()))),
+        ("above", Some(steps)) => (masks.len(), sum(&|m| m.min(steps))),
+        ("threshold" | "above" | "factor" | "entropy-bound", _) => (masks.len(), sum(&|m| m)),
+        other => panic!("no bounds for {other:?}"),
     }
 }
 

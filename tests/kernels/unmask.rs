@@ -1,11 +1,14 @@
 //! `unmask` takes what `sampling::select` takes and leaves the canvas as `sequence.rs` leaves it.
 
+use std::num::NonZeroUsize;
+
 use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::remask::state;
 use redraft::cuda::ops::sample::{SampledRecord, status};
 use redraft::cuda::ops::select_masked::{SequenceSummary, StepRecord, step_error};
 use redraft::cuda::ops::unmask::{UnmaskParams, unmask};
 use redraft::rng::{DrawKey, uniforms};
+use redraft::sampling::unmask::{Count, EntropyBound, Threshold};
 use redraft::sampling::{BlockProgress, Candidate, Rank, SampledToken, Unmask, UnmaskStep, select};
 
 use crate::emulator::{Array, machines, noise, words};
@@ -66,9 +69,9 @@ fn reference(sequence: &Sequence) -> (Vec<usize>, SequenceSummary) {
         })
         .collect();
     let unmask = match *unmask {
-        UnmaskStep::Best { rank, n } => Unmask::Count { rank, n },
-        UnmaskStep::Threshold(bound) => Unmask::Threshold(bound),
-        UnmaskStep::EntropyBound(bound) => Unmask::EntropyBound(bound),
+        UnmaskStep::Best { rank, n } => Unmask::new(Count { ranking: rank.into(), n: NonZeroUsize::new(n).expect("a count") }),
+        UnmaskStep::Threshold(bound) => Unmask::new(Threshold::new(bound).expect("a probability")),
+        UnmaskStep::EntropyBound(bound) => Unmask::new(EntropyBound::new(bound).expect("a bound")),
     };
     let progress = BlockProgress { block_len: candidates.len(), masks_at_start: candidates.len(), masks: candidates.len(), step: 0 };
     let chosen = select(&unmask, progress, &candidates).expect("no NaN");

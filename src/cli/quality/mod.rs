@@ -310,7 +310,7 @@ impl<'a> EvalRun<'a> {
             report.rows.push(report::ReportRow {
                 name: row.name.clone(),
                 model: self.rows.models[row.model].dir.display().to_string(),
-                schedule: row.schedule.stages.iter().map(ToString::to_string).collect(),
+                schedule: row.schedule.stages().iter().map(ToString::to_string).collect(),
                 seed: row.seed,
                 measures,
                 paired,
@@ -486,7 +486,7 @@ fn check_vocabularies(rows: &Rows, judge: &ModelConfig, tokenizer: &Tokenizer, f
 /// Whether two rows must have the same drafts: the counter-based draws of a draft depend on nothing
 /// else.
 fn shares_drafts(a: &EvalRow, b: &EvalRow) -> bool {
-    (a.model, a.seed, a.schedule.stages[0]) == (b.model, b.seed, b.schedule.stages[0])
+    (a.model, a.seed, &a.schedule.stages()[0]) == (b.model, b.seed, &b.schedule.stages()[0])
 }
 
 fn name_row(row: &EvalRow, error: Error) -> Error {

@@ -10,8 +10,7 @@ use crate::cli::generate;
 use crate::config::{AttentionMask, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::registry;
-use crate::sampling::Score;
-use crate::schedule::{Remask, RemaskBy, Schedule, StageSpec};
+use crate::schedule::{Schedule, StageSpec};
 
 /// One line of `--rows`.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -54,12 +53,12 @@ pub(super) struct Rows {
 
 /// The headline: the draft, and a full refine of the draft by each way to choose what is masked
 /// again.
-const HEADLINE: [(&str, Option<RemaskBy>); 5] = [
+const HEADLINE: [(&str, Option<&str>); 5] = [
     ("draft", None),
-    ("snapshot", Some(RemaskBy::Snapshot)),
-    ("random", Some(RemaskBy::Random)),
-    ("post-hoc", Some(RemaskBy::PostHoc)),
-    ("held-out:4", Some(RemaskBy::HeldOut(4))),
+    ("snapshot", Some("snapshot")),
+    ("random", Some("random")),
+    ("post-hoc", Some("post-hoc")),
+    ("held-out:4", Some("held-out:4")),
 ];
 
 /// Share of tokens masked again in the headline rows.
@@ -104,10 +103,9 @@ impl Rows {
     pub(super) fn headline(&mut self) -> Result<()> {
         let defaults = self.defaults(0, &RowLine::default())?;
         for (name, by) in HEADLINE {
-            let mut schedule = Schedule::preset(if by.is_some() { "did-fast" } else { "draft" }, &defaults)?;
-            if let (Some(by), Some(refine)) = (by, schedule.stages.get_mut(1)) {
-                refine.remask = Some(Remask { ratio: HEADLINE_RATIO, by, score: Score::Probability });
-            }
+            let refine = by.map(|by| format!("block=full,remask={HEADLINE_RATIO},by={by},unmask=linear:12,order=uniform,kv=refresh:12"));
+            let stages = std::iter::once("block=trained,unmask=uniform:1").chain(refine.as_deref());
+            let schedule = Schedule::resolve(&stages.map(str::parse).collect::<Result<Vec<_>>>()?, &defaults)?;
             self.push(name, 0, schedule, self.sampling.seed)?;
         }
         self.push("did-lift", 0, Schedule::preset("did-lift", &defaults)?, self.sampling.seed)
@@ -137,7 +135,7 @@ impl Rows {
         if self.rows.iter().any(|row| row.name == name) {
             return Err(Error::request(format!("name `{name}` is given to two rows")));
         }
-        if let Some(missing) = schedule.stages.iter().map(|s| s.weights).find(|w| *w >= self.num_weights) {
+        if let Some(missing) = schedule.stages().iter().map(|s| s.weights).find(|w| *w >= self.num_weights) {
             let known = self.num_weights;
             return Err(Error::request(format!("a stage names weights={missing}, {known} models are given with --model (counted from 0)")));
         }
