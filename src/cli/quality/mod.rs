@@ -113,7 +113,7 @@ impl<'a> EvalRun<'a> {
         let more: Vec<ModelConfig> = more_models.iter().map(|dir| registry::read_config(dir)).collect::<Result<_>>()?;
         let judge = registry::read_config(&judge_dir(asked.judge.as_deref())?)?;
         if judge.attention != AttentionMask::Causal {
-            let what = "expected an autoregressive checkpoint as --judge, found single_value that is trained for diffusion";
+            let what = "expected an autoregressive checkpoint as --judge, found one that is trained for diffusion";
             return Err(Error::config(&judge.dir.join("config.json"), what));
         }
         let batch = single_value("--batch", &flags.batch)?.unwrap_or(DEFAULT_BATCH).min(asked.samples) as usize;
@@ -155,7 +155,7 @@ impl<'a> EvalRun<'a> {
         if let Some(path) = &asked.human {
             let documents = job.documents(std::slice::from_ref(path))?;
             let windows = reference_text::windows(&documents, length, asked.samples as usize, job.end_of_text);
-            let too_short = || Error::request(format!("--human {}: less text than single_value sample of {length} tokens", path.display()));
+            let too_short = || Error::request(format!("--human {}: less text than one sample of {length} tokens", path.display()));
             job.human = Some(windows.ok_or_else(too_short)?);
         }
         if !asked.train.is_empty() {
@@ -217,7 +217,7 @@ impl<'a> EvalRun<'a> {
         let asked = &self.flags.quality;
         let name = |config: &ModelConfig| config.dir.display().to_string();
         let models = std::iter::once(name(self.model())).chain(self.more_models.iter().map(|dir| dir.display().to_string()));
-        let mut notes = vec![format!("times are throughput with {} samples in flight, not the latency of single_value", self.batch)];
+        let mut notes = vec![format!("times are throughput with {} samples in flight, not the latency of one", self.batch)];
         if asked.samples < ENOUGH_SAMPLES {
             notes.push(format!("{} samples a row are few: read the intervals", asked.samples));
         }
@@ -450,7 +450,7 @@ fn single_value(flag: &str, values: &[u32]) -> Result<Option<u32>> {
     match values {
         [] => Ok(None),
         [value] => Ok(Some(*value)),
-        more => Err(Error::request(format!("{flag}: expected single_value value with --quality, found {}", more.len()))),
+        more => Err(Error::request(format!("{flag}: expected one value with --quality, found {}", more.len()))),
     }
 }
 
