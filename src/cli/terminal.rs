@@ -45,6 +45,9 @@ pub(crate) enum Piped {
 
 /// A line on stderr for work that takes long: rewritten in place on a terminal, every ten seconds
 /// elsewhere.
+///
+/// Not indicatif: it draws nothing where there is no terminal, so the lines for logs would stay
+/// beside it, which are most of this.
 pub(crate) struct Progress {
     what: &'static str,
     start: Instant,
