@@ -24,9 +24,10 @@ use crate::input_file::{self, MAX_JSON_BYTES};
 /// Bytes of a header at most, as the safetensors crate has it.
 const MAX_HEADER_BYTES: usize = 100_000_000;
 
-/// Elements of 16 bits that are read at once, before they are converted: 32 KiB stay in L1, and a
-/// call for each costs a twentieth of the copy that it makes.
-const HALVES: usize = 16 << 10;
+/// Elements that are read at once, then converted and looked at while they are in L2. For 256 MiB
+/// in the page cache that takes 38 ms of CPU in bf16 and 46 ms in f32; a mapping that is converted
+/// by megabytes and then looked at takes 50 ms and 28 ms.
+const AT_ONCE: usize = 32 << 10;
 
 /// Bytes requested from the disk ahead of a sequential read of a tensor. The system's own
 /// read-ahead of 128 KiB leaves a fast disk idle.
@@ -348,37 +349,44 @@ impl Tensor<'_> {
         let range = entry.start + first * size..entry.start + (first + dst.len()) * size;
         assert!(range.end <= entry.end, "elements {first}..{} of tensor {}", first + dst.len(), self.name);
         shard.ask_ahead(&range, entry);
+        let mut finite = true;
         match entry.dtype {
             Dtype::F32 => {
-                shard.read(bytemuck::cast_slice_mut(dst), range.start, &self.name)?;
-                if cfg!(target_endian = "big") {
-                    dst.iter_mut().for_each(|value| *value = f32::from_bits(value.to_bits().swap_bytes()));
+                for (i, dst) in dst.chunks_mut(AT_ONCE).enumerate() {
+                    shard.read(bytemuck::cast_slice_mut(dst), range.start + i * AT_ONCE * size, &self.name)?;
+                    if cfg!(target_endian = "big") {
+                        dst.iter_mut().for_each(|value| *value = f32::from_bits(value.to_bits().swap_bytes()));
+                    }
+                    // Without an early end, so that it runs on vectors: the largest magnitude says
+                    // whether to look for the culprit.
+                    let largest = dst.iter().fold(0, |largest, value| largest.max(value.to_bits() & 0x7fff_ffff));
+                    finite &= largest < f32::INFINITY.to_bits();
                 }
             }
             dtype => {
-                let mut halves = [0u16; HALVES];
-                for (i, dst) in dst.chunks_mut(HALVES).enumerate() {
+                let mut halves = vec![0u16; dst.len().min(AT_ONCE)];
+                for (i, dst) in dst.chunks_mut(AT_ONCE).enumerate() {
                     let halves = &mut halves[..dst.len()];
-                    shard.read(bytemuck::cast_slice_mut(halves), range.start + i * HALVES * size, &self.name)?;
+                    shard.read(bytemuck::cast_slice_mut(halves), range.start + i * AT_ONCE * size, &self.name)?;
                     if cfg!(target_endian = "big") {
                         halves.iter_mut().for_each(|half| *half = half.swap_bytes());
                     }
+                    let largest = halves.iter().fold(0, |largest, half| largest.max(half & 0x7fff));
                     match dtype {
                         Dtype::BF16 => {
-                            dst.iter_mut().zip(&*halves).for_each(|(value, half)| *value = f32::from_bits(u32::from(*half) << 16))
+                            finite &= largest < half::bf16::INFINITY.to_bits();
+                            dst.iter_mut().zip(&*halves).for_each(|(value, half)| *value = f32::from_bits(u32::from(*half) << 16));
                         }
                         // Where the machine has an instruction for it.
-                        _ => bytemuck::cast_slice::<u16, half::f16>(halves).convert_to_f32_slice(dst),
+                        _ => {
+                            finite &= largest < half::f16::INFINITY.to_bits();
+                            bytemuck::cast_slice::<u16, half::f16>(halves).convert_to_f32_slice(dst);
+                        }
                     }
                 }
             }
         }
-        // Without an early end, so that it runs on vectors: the largest magnitude says whether to
-        // look for the culprit.
-        let largest = dst.iter().fold(0, |largest, v| largest.max(v.to_bits() & 0x7fff_ffff));
-        if largest >= f32::INFINITY.to_bits()
-            && let Some(at) = dst.iter().position(|v| !v.is_finite())
-        {
+        if !finite && let Some(at) = dst.iter().position(|v| !v.is_finite()) {
             return Err(Error::weights(&shard.path, format!("tensor {}: element {} is {}", self.name, first + at, dst[at])));
         }
         Ok(())

@@ -10,7 +10,8 @@ use super::engine::Engine;
 use crate::backend::{Backend, DType};
 use crate::config::ModelConfig;
 use crate::engine::{Engine as EngineCore, EngineOptions};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::input_file;
 use crate::model::registry;
 use crate::scheduler::Budget;
 use crate::tokenizer::Tokenizer;
@@ -188,8 +189,12 @@ impl EngineBuilder {
         let own = self.dir.join("joint");
         match &self.joint {
             Some(dir) => core.attach_joint(dir, &mut |_, _| {})?,
-            None if own.join("config.json").exists() => core.attach_joint(&own, &mut |_, _| {})?,
-            None => {}
+            None => {
+                let config = own.join("config.json");
+                if input_file::exists(&config).map_err(|e| Error::io(&config, &e))? {
+                    core.attach_joint(&own, &mut |_, _| {})?;
+                }
+            }
         }
         Ok(core)
     }

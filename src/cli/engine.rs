@@ -6,7 +6,8 @@ use std::path::Path;
 use crate::backend::Backend;
 use crate::cli::terminal::{Progress, note_warnings};
 use crate::engine::{Engine, EngineOptions};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::input_file;
 use crate::request::SubmittedRequest;
 use crate::schedule::Schedule;
 use crate::sequence::EventKind;
@@ -32,9 +33,10 @@ pub(crate) fn attach_joint<'a, B: Backend>(
 ) -> Result<()> {
     let own = model.join("joint");
     let wanted = || schedules.into_iter().any(|schedule| schedule.stages().iter().any(|stage| stage.is_joint() && stage.weights == 0));
+    let config = own.join("config.json");
     match named {
         Some(dir) => engine.attach_joint(dir, &mut |_, _| {}),
-        None if own.join("config.json").exists() && wanted() => engine.attach_joint(&own, &mut |_, _| {}),
+        None if wanted() && input_file::exists(&config).map_err(|e| Error::io(&config, &e))? => engine.attach_joint(&own, &mut |_, _| {}),
         None => Ok(()),
     }
 }

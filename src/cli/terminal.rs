@@ -5,6 +5,8 @@ use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use unicode_width::UnicodeWidthChar;
+
 use crate::config::ModelConfig;
 use crate::error::{Error, Result, Shown};
 
@@ -27,6 +29,26 @@ pub(crate) fn note(text: impl std::fmt::Display) {
 /// Whether stderr is a terminal on which what was drawn can be drawn over.
 pub(crate) fn stderr_moves() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb" && !term.is_empty())
+}
+
+/// Columns of the window that stderr shows.
+fn columns_of_stderr() -> usize {
+    terminal_size::terminal_size_of(std::io::stderr()).map_or(80, |(width, _)| usize::from(width.0))
+}
+
+/// A line of exactly so many columns: cut, or filled with spaces that hide what was longer before.
+fn fitted(line: &str, columns: usize) -> String {
+    let mut taken = 0;
+    let mut fitted = String::new();
+    for c in line.chars() {
+        let width = c.width().unwrap_or(0);
+        if taken + width > columns {
+            break;
+        }
+        fitted.push(c);
+        taken += width;
+    }
+    fitted + &" ".repeat(columns - taken)
 }
 
 /// What is noteworthy about a checkpoint, a line each.
@@ -74,10 +96,14 @@ impl Progress {
             self.last.map_or_else(|| self.start.elapsed().as_secs_f64() > patience, |l| l.elapsed() > Duration::from_secs_f64(interval));
         if due && !self.silent {
             self.last = Some(Instant::now());
-            let end = if self.terminal { '\r' } else { '\n' };
+            let line = format!("redraft: {} {}", self.what, Shown::line(&state()));
             let mut err = std::io::stderr().lock();
-            // As for `note`.
-            let _ = write!(err, "redraft: {} {}          {end}", self.what, state()).and_then(|()| err.flush());
+            // As for `note`. A line that was broken could not be rewritten in place.
+            let _ = match self.terminal {
+                true => write!(err, "{}\r", fitted(&line, columns_of_stderr().saturating_sub(1))),
+                false => writeln!(err, "{line}"),
+            }
+            .and_then(|()| err.flush());
         }
     }
 }
@@ -86,6 +112,18 @@ impl Drop for Progress {
     fn drop(&mut self) {
         if self.terminal && self.last.is_some() {
             let _ = writeln!(std::io::stderr().lock());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_fits_its_window() {
+        for (line, columns, fit) in [("redraft: loading", 7, "redraft"), ("日本語", 5, "日本 "), ("ab", 4, "ab  "), ("ab", 0, "")] {
+            assert_eq!(fitted(line, columns), fit);
         }
     }
 }
