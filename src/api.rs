@@ -18,7 +18,7 @@ mod thread;
 
 pub use builder::EngineBuilder;
 pub use device::Device;
-pub use engine::Engine;
+pub use engine::{Engine, ModelInfo};
 pub use handle::{Generation, RequestHandle};
 pub use options::{Options, Prompt};
 pub use stream::{Snapshot, TextEvent, TextStream};

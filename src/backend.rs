@@ -37,11 +37,14 @@ use crate::sampling::{Draw, SampledToken};
 /// Element type of weights and K/V. The residual stream is f32 everywhere, and so is accumulation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DType {
+    /// 32-bit floats.
     F32,
+    /// bfloat16: 16 bits, the exponent of f32.
     Bf16,
 }
 
 impl DType {
+    /// Bytes of one number.
     pub fn bytes(self) -> usize {
         match self {
             DType::F32 => 4,
@@ -49,6 +52,7 @@ impl DType {
         }
     }
 
+    /// `f32` or `bf16`.
     pub fn name(self) -> &'static str {
         match self {
             DType::F32 => "f32",

@@ -24,10 +24,12 @@ const MAX_BYTES: u64 = 16 << 20;
 pub struct Message {
     /// `system`, `user`, `assistant`, or what the template knows.
     pub role: String,
+    /// Text of the turn.
     pub content: String,
 }
 
 impl Message {
+    /// A turn of `role`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
         Message { role: role.into(), content: content.into() }
     }

@@ -35,9 +35,10 @@ use crate::sequence::{Event, Finish, Next, Sequence, SequenceSpec, Step, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
-/// Habits of an engine.
+/// Sizes of an engine.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
+    /// Rows and sequences of a forward.
     pub budget: Budget,
     /// K/V pages in the pool; `None` makes room for `budget.max_sequences` sequences of the model's
     /// length, and for one of the longest that is served.

@@ -28,15 +28,15 @@
 //!
 //! | module | contains |
 //! |---|---|
-//! | [`error`], [`rng`], [`canvas`], [`pages`], [`plan`] | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
-//! | [`config`], [`weights`], [`tokenizer`], [`chat`] | a checkpoint directory, validated |
-//! | [`schedule`], [`sampling`] | what a request asks for; which token, which positions are unmasked, which masked again |
-//! | [`backend`], [`cpu`], `cuda` | ops of a machine, runners of planned steps; the CPU; the CUDA backend |
-//! | [`model`] | the forward pass and the families |
-//! | [`sequence`], [`scheduler`], [`request`] | one request's life; which sequences advance; what callers hand in and get back |
-//! | [`api`] | the public engine on a device chosen at run time, its requests, their streams |
-//! | [`engine`], [`scoring`] | the tick; likelihoods, logits and timed forwards outside of any request |
-//! | [`cli`] | the command line |
+//! | `error`, `rng`, `canvas`, `pages`, `plan` | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
+//! | `config`, `weights`, `tokenizer`, `chat` | a checkpoint directory, validated |
+//! | `schedule`, `sampling` | what a request asks for; which token, which positions are unmasked, which masked again |
+//! | `backend`, `cpu`, `cuda` | ops of a machine, runners of planned steps; the CPU; the CUDA backend |
+//! | `model` | the forward pass and the families |
+//! | `sequence`, `scheduler`, `request` | one request's life; which sequences advance; what callers hand in and get back |
+//! | `api` | the public engine on a device chosen at run time, its requests, their streams |
+//! | `engine`, `scoring` | the tick; likelihoods, logits and timed forwards outside of any request |
+//! | `cli` | the command line |
 //!
 //! The measures of text that `bench --quality` prints are the crate `redraft-evaluation`, which
 //! knows no engine.
@@ -58,41 +58,107 @@
 // What the library has to say it returns; the command writes to streams that may fail
 // (`cli::terminal`).
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+// What a caller can reach is documented and has a name. The feature `testing` opens the rest, of
+// which some is there for tests alone.
+#![cfg_attr(not(feature = "testing"), warn(missing_docs, unnameable_types), allow(dead_code, unused_imports))]
 
-pub mod api;
-pub mod backend;
-pub mod canvas;
-pub mod chat;
-#[cfg(feature = "cli")]
-pub mod cli;
-pub mod config;
-pub mod cpu;
-#[cfg(feature = "cuda")]
-pub mod cuda;
-pub mod engine;
-pub mod error;
-mod input_file;
-pub mod model;
-pub mod pages;
-pub mod plan;
-pub mod request;
-pub mod rng;
 pub mod sampling;
 pub mod schedule;
+
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
+mod input_file;
+
+// The modules behind the public items. Tests and benches reach into them by the feature `testing`,
+// which the package turns on for itself alone (`[dev-dependencies]`).
+#[cfg(not(feature = "testing"))]
+mod api;
+#[cfg(feature = "testing")]
+pub mod api;
+#[cfg(not(feature = "testing"))]
+mod backend;
+#[cfg(feature = "testing")]
+pub mod backend;
+#[cfg(not(feature = "testing"))]
+mod canvas;
+#[cfg(feature = "testing")]
+pub mod canvas;
+#[cfg(not(feature = "testing"))]
+mod chat;
+#[cfg(feature = "testing")]
+pub mod chat;
+#[cfg(not(feature = "testing"))]
+mod config;
+#[cfg(feature = "testing")]
+pub mod config;
+#[cfg(not(feature = "testing"))]
+mod cpu;
+#[cfg(feature = "testing")]
+pub mod cpu;
+#[cfg(all(feature = "cuda", not(feature = "testing")))]
+mod cuda;
+#[cfg(all(feature = "cuda", feature = "testing"))]
+pub mod cuda;
+#[cfg(not(feature = "testing"))]
+mod engine;
+#[cfg(feature = "testing")]
+pub mod engine;
+#[cfg(not(feature = "testing"))]
+mod error;
+#[cfg(feature = "testing")]
+pub mod error;
+#[cfg(not(feature = "testing"))]
+mod model;
+#[cfg(feature = "testing")]
+pub mod model;
+#[cfg(not(feature = "testing"))]
+mod pages;
+#[cfg(feature = "testing")]
+pub mod pages;
+#[cfg(not(feature = "testing"))]
+mod plan;
+#[cfg(feature = "testing")]
+pub mod plan;
+#[cfg(not(feature = "testing"))]
+mod request;
+#[cfg(feature = "testing")]
+pub mod request;
+#[cfg(not(feature = "testing"))]
+mod rng;
+#[cfg(feature = "testing")]
+pub mod rng;
+#[cfg(not(feature = "testing"))]
+mod scheduler;
+#[cfg(feature = "testing")]
 pub mod scheduler;
+#[cfg(not(feature = "testing"))]
+mod scoring;
+#[cfg(feature = "testing")]
 pub mod scoring;
+#[cfg(not(feature = "testing"))]
+mod sequence;
+#[cfg(feature = "testing")]
 pub mod sequence;
+#[cfg(not(feature = "testing"))]
+mod tokenizer;
+#[cfg(feature = "testing")]
 pub mod tokenizer;
+#[cfg(not(feature = "testing"))]
+mod weights;
+#[cfg(feature = "testing")]
 pub mod weights;
 
-pub use api::{Device, Engine, EngineBuilder, EngineThread, Generation, Options, Prompt, RequestHandle, Snapshot, TextEvent, TextStream};
-pub use backend::{Backend, DType};
+pub use api::{
+    Device, Engine, EngineBuilder, EngineThread, Generation, ModelInfo, Options, Prompt, RequestHandle, Snapshot, TextEvent, TextStream,
+};
+pub use backend::DType;
 pub use chat::Message;
-pub use cpu::Cpu;
-pub use engine::EngineOptions;
 pub use error::{Error, Result};
+pub use plan::Visibility;
 pub use request::{Output, Segment, Timings};
 pub use schedule::{Defaults, Schedule, Stage, StageSpec};
-pub use scheduler::Budget;
-pub use sequence::{Event, EventKind, Finish, StageReport};
+pub use sequence::{Event, EventKind, Finish, Forwards, StageReport};
 pub use tokenizer::Tokenizer;
+#[cfg(feature = "testing")]
+pub use {backend::Backend, cpu::Cpu, engine::EngineOptions, scheduler::Budget};

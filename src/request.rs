@@ -27,6 +27,7 @@ pub enum Prompt {
 /// A piece of an infilling prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Segment {
+    /// Given text.
     Text(String),
     /// This many generated positions.
     Hole(usize),
@@ -83,16 +84,22 @@ impl Request {
 pub struct Timings {
     /// Waiting for admission; not part of the others.
     pub queued_ms: f64,
+    /// Until a forward unmasked the first token.
     pub first_token_ms: f64,
+    /// Until the first stage ended.
     pub draft_ms: f64,
+    /// From there until the last stage ended.
     pub refine_ms: f64,
+    /// Until the text was final.
     pub total_ms: f64,
 }
 
 /// A finished sample.
 #[derive(Clone, Debug)]
 pub struct Output {
+    /// Index of this sample among those of one seed.
     pub sample: u32,
+    /// Why the text ended.
     pub finish: Finish,
     /// Positions before the first generated one.
     pub prompt_tokens: usize,
@@ -100,14 +107,19 @@ pub struct Output {
     pub canvas: Vec<u32>,
     /// Which positions were generated, ascending; the vectors below follow it.
     pub positions: Vec<usize>,
+    /// Ids of the generated tokens.
     pub tokens: Vec<u32>,
+    /// Their ids when the first stage ended.
     pub draft: Vec<u32>,
+    /// Snapshot confidence of each: its probability in the forward that unmasked it.
     pub confidence: Vec<f32>,
     /// Log probability of each token in nats, before temperature, top-k and nucleus.
     pub log_prob: Vec<f32>,
-    /// (stage, step).
+    /// Stage and step that unmasked each.
     pub revealed_at: Vec<(u8, u32)>,
+    /// What each stage did and cost.
     pub stages: Vec<StageReport>,
+    /// Wall times.
     pub timings: Timings,
 }
 
@@ -145,8 +157,8 @@ impl SubmittedRequest {
         std::iter::from_fn(|| self.next_event(|| Error::EngineGone))
     }
 
-    /// The next event that is there already. A result is kept for [`SubmittedRequest::take_output`]; where the
-    /// engine is gone and left none, `cause` is it.
+    /// The next event that is there already. A result is kept for
+    /// [`SubmittedRequest::take_output`]; where the engine is gone and left none, `cause` is it.
     pub(crate) fn next_event(&self, cause: impl FnOnce() -> Error) -> Option<Event> {
         match self.messages.try_recv() {
             Ok(message) => self.keep(message),

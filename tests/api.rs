@@ -173,7 +173,7 @@ fn a_given_text_is_refined() {
     let stages = ["block=trained,unmask=left:1", "block=full,remask=0,unmask=linear:1"].map(|stage| stage.parse().unwrap());
     let kept = engine.generate(Prompt::refine("", text), Options::default().stages(stages).top_p(1.0)).unwrap();
     let nll = engine.score(text).unwrap();
-    let found: Vec<f64> = kept.output.confidence.iter().map(|p| -f64::from(*p).ln()).collect();
+    let found: Vec<f64> = kept.output.log_prob.iter().map(|log_prob| -f64::from(*log_prob)).collect();
     assert_eq!(found, nll);
     for (prompt, preset) in [(Prompt::refine("a", ""), "did"), (Prompt::refine("a", text), "draft")] {
         let error = engine.generate(prompt, options().preset(preset)).unwrap_err().to_string();

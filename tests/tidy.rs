@@ -482,7 +482,8 @@ fn the_glossary_names_types_that_exist() {
 fn flags_in_texts_exist() {
     let known: Vec<String> = redraft::cli::flag_names();
     assert!(known.len() > 30 && known.contains(&"device".to_owned()), "{known:?}");
-    const FOREIGN: [(&str, &str); 5] = [
+    const FOREIGN: [(&str, &str); 6] = [
+        ("src/cuda/emulated.rs", "features"),
         ("src/config.rs", "local-dir"),
         ("src/api/device.rs", "features"),
         ("src/cuda/driver/", ""),

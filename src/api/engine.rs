@@ -16,6 +16,26 @@ use crate::schedule::Defaults;
 use crate::scoring::scoring_request;
 use crate::tokenizer::Tokenizer;
 
+/// What a loaded model is.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct ModelInfo {
+    /// Name of its family: `llada`, `bd3lm`, ... (README lists them).
+    pub architecture: String,
+    /// Ids that its rows hold.
+    pub vocab_size: usize,
+    /// Longest sequence that is served, in positions.
+    pub max_length: usize,
+    /// Length that it was trained with, in positions.
+    pub trained_length: usize,
+    /// Block length of a block diffusion model; `None` where attention is full or causal.
+    pub block_len: Option<usize>,
+    /// Whether it fills masks. An autoregressive model scores text alone.
+    pub generates: bool,
+    /// What its directory says that was not followed, and why.
+    pub warnings: Vec<String>,
+}
+
 /// A loaded model that serves requests.
 ///
 /// ```no_run
@@ -136,8 +156,25 @@ impl Engine {
         on_core!(&mut self.core, |core| core.abandon(error))
     }
 
+    /// What the first model is.
+    pub fn model(&self) -> ModelInfo {
+        let config = self.config();
+        ModelInfo {
+            architecture: config.family.name.to_owned(),
+            vocab_size: config.vocab_size,
+            max_length: config.max_len(),
+            trained_length: config.model_length,
+            block_len: match config.attention {
+                AttentionMask::BlockCausal(block_len) => Some(block_len),
+                AttentionMask::Full | AttentionMask::Causal => None,
+            },
+            generates: config.attention != AttentionMask::Causal,
+            warnings: config.warnings.clone(),
+        }
+    }
+
     /// The first model's configuration.
-    pub fn config(&self) -> &ModelConfig {
+    pub(crate) fn config(&self) -> &ModelConfig {
         on_core!(&self.core, |core| core.config())
     }
 

@@ -47,7 +47,7 @@ impl DeviceFlags {
         let cores = std::thread::available_parallelism().map_or(usize::MAX, usize::from);
         let threads = self.threads.map(usize::from);
         if let Some(threads) = threads.filter(|threads| *threads > cores) {
-            // Threads wait for each other at every product: more than the cores only slow them down.
+            // Threads wait for each other at every product: more than the cores are slower.
             note(format_args!("--threads {threads}: this process may use {cores} cores, and uses as many threads"));
         }
         let opened = self.device.open(self.dtype(dir)?, threads.map(|threads| threads.min(cores)))?;

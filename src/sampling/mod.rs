@@ -1,16 +1,32 @@
-//! Sampling of masked rows: which token a row takes, which positions are revealed or masked again.
+//! Sampling of masked rows: which token a row takes, which positions are unmasked or masked again.
 //!
-//! Pure functions over the plain data of [`types`]. They know no page, no tensor and no request.
+//! Pure functions over plain data. They know no page, no tensor and no request.
 #![forbid(unsafe_code)]
 
-pub mod remask;
-pub mod sample;
-pub mod types;
-pub mod unmask;
+pub(crate) mod remask;
+pub(crate) mod sample;
+pub(crate) mod types;
+pub(crate) mod unmask;
 
-pub use remask::{GeneratedToken, REMASK_RULES, RemaskBy, RemaskRow, RemaskRule, Score, ScoringForwards, parse_remask, remask};
-pub use sample::sample_row;
-pub use types::{Draw, Rank, SampledToken, TopK, TopKOrder, TopPRule, UnmaskStep, top_k_of, valid_temperature, valid_top_p};
+pub use remask::{GeneratedToken, HeldOut, PostHoc, Random, RemaskBy, RemaskRule, Score, ScoringForwards, Snapshot};
+pub use types::{Rank, SampledToken, TopK, TopKOrder, TopPRule, UnmaskStep};
 pub use unmask::{
-    BlockProgress, Candidate, Ranking, RuleArguments, UNMASK_RULES, Unmask, UnmaskRow, UnmaskRule, edits, parse_unmask, select, select_best,
+    Above, Ancestral, BlockProgress, Candidate, Count, EntropyBound, Factor, Fixed, Linear, Ranking, Threshold, Times, Timestep, Unmask,
+    UnmaskRule,
+};
+
+// What the engine and the tests use of the rules.
+#[cfg(feature = "testing")]
+pub use {
+    remask::{REMASK_RULES, RemaskRow, parse_remask, remask},
+    sample::sample_row,
+    types::{Draw, top_k_of, valid_temperature, valid_top_p},
+    unmask::{RuleArguments, UNMASK_RULES, UnmaskRow, edits, parse_unmask, select, select_best},
+};
+#[cfg(not(feature = "testing"))]
+pub(crate) use {
+    remask::{parse_remask, remask},
+    sample::sample_row,
+    types::{Draw, top_k_of, valid_temperature, valid_top_p},
+    unmask::{RuleArguments, edits, parse_unmask, select, select_best},
 };

@@ -25,6 +25,7 @@ pub enum TopPRule {
 pub struct TopK {
     /// At least 1.
     pub k: u32,
+    /// Before or after the nucleus.
     pub order: TopKOrder,
 }
 
@@ -47,6 +48,7 @@ pub struct Draw {
     pub temperature: f32,
     /// In (0, 1]; 1 keeps everything.
     pub top_p: f32,
+    /// Which published nucleus.
     pub top_p_rule: TopPRule,
     /// `None` keeps everything.
     pub top_k: Option<TopK>,
@@ -63,6 +65,7 @@ pub struct Draw {
 /// otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SampledToken {
+    /// Id of the token.
     pub token: u32,
     /// Probability of `token`: raw, or after temperature, top-k and nucleus where the draw asks for
     /// it.
@@ -123,7 +126,12 @@ impl fmt::Display for Rank {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum UnmaskStep {
     /// The best `n` by `rank`.
-    Best { rank: Rank, n: usize },
+    Best {
+        /// By what positions are ranked.
+        rank: Rank,
+        /// Positions, at least 1.
+        n: usize,
+    },
     /// Everything with confidence >= the threshold, and always the most confident.
     Threshold(f32),
     /// Lowest entropies first while (cumulative sum - largest so far) <= the bound, in nats.

@@ -409,7 +409,7 @@ mod tests {
     use crate::schedule::{PRESETS, Preset, Schedule};
     use proptest::prelude::*;
 
-    use crate::sampling::unmask::{Count, Linear};
+    use crate::sampling::{Count, Linear};
     use crate::sampling::{REMASK_RULES, UNMASK_RULES, Unmask, top_k_of};
     use crate::sampling::{Rank, Ranking};
     use crate::schedule::stage::Defaults;

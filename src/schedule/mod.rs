@@ -11,6 +11,7 @@ mod presets;
 mod spec;
 mod stage;
 
+#[cfg(feature = "testing")]
 pub use keys::{STAGE_KEYS, StageKey};
 pub use presets::{PRESETS, Preset, Schedule};
 pub use spec::StageSpec;

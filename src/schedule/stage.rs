@@ -36,7 +36,7 @@ impl BlockLen {
     }
 
     /// Positions of a block.
-    pub fn len(&self) -> usize {
+    pub fn positions(&self) -> usize {
         self.len.get()
     }
 
@@ -271,7 +271,7 @@ impl Stage {
     /// Which keys a query sees in this stage.
     pub fn visibility(&self) -> Visibility {
         match self.blocks {
-            Blocks::Causal { block, .. } => Visibility::BlockCausal(block.len()),
+            Blocks::Causal { block, .. } => Visibility::BlockCausal(block.positions()),
             Blocks::Full { .. } | Blocks::Canvas { .. } => Visibility::Full,
         }
     }
@@ -285,7 +285,7 @@ impl Stage {
 
     /// Length of a block; `None` is `full`, one block that spans the sequence.
     pub fn block_len(&self) -> Option<usize> {
-        self.block().map(|block| block.len())
+        self.block().map(|block| block.positions())
     }
 
     /// Length of the parts in which a block is decoded.

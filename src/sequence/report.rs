@@ -26,14 +26,20 @@ pub struct Stop {
 /// Why a sequence ended where it did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
+    /// It has the requested length.
     Length,
+    /// At a token that ends the text.
     EndOfText,
+    /// Before a stop text.
     StopText,
+    /// Where its tokens repeated: the unigram entropy fell below the limit.
     LowEntropy,
+    /// Where it was cancelled.
     Cancelled,
 }
 
 impl Finish {
+    /// As the JSON output spells it: `end-of-text`.
     pub fn name(self) -> &'static str {
         match self {
             Finish::Length => "length",
@@ -68,13 +74,21 @@ pub enum EventKind {
 /// One step of a sequence, as `--trace` writes it and library callers receive it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
+    /// Index of the sample among those of one seed.
     pub sample: u32,
+    /// Index of the stage in the schedule.
     pub stage: u8,
+    /// Index of the block in the stage.
     pub block: usize,
+    /// Denoising forwards of the stage before this one.
     pub step: u32,
+    /// What happened.
     pub kind: EventKind,
+    /// Where, ascending.
     pub positions: Vec<usize>,
+    /// The token at each position.
     pub tokens: Vec<u32>,
+    /// Snapshot confidence at each position; scores where tokens are masked again.
     pub confidence: Vec<f32>,
 }
 
@@ -82,9 +96,13 @@ pub struct Event {
 /// cost rows, not forwards).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Forwards {
+    /// Forwards over a prompt's whole blocks.
     pub prefill: usize,
+    /// Forwards that unmask tokens: NFE.
     pub denoise: usize,
+    /// Forwards that only write final K/V.
     pub commit: usize,
+    /// Passes of a joint sampler.
     pub joint: usize,
     /// Scoring forwards of post-hoc and held-out remasking.
     pub score: usize,
@@ -103,15 +121,19 @@ impl Forwards {
 /// What a stage did and cost.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StageReport {
+    /// The stage itself.
     pub stage: Stage,
+    /// Forwards by kind.
     pub forwards: Forwards,
     /// Query rows processed.
     pub rows: usize,
+    /// Positions masked again, ascending.
     pub remasked: Vec<usize>,
     /// Remasked tokens that came back different.
     pub changed: usize,
     /// Tokens overwritten while their block was decoded, a position once for each time.
     pub edited: usize,
+    /// Wall time, in milliseconds.
     pub ms: f64,
     /// Positions masked again, paired with the token each held.
     pub(super) before: Vec<(usize, u32)>,

@@ -135,7 +135,7 @@ fn a_request_that_never_fits_is_refused_with_both_numbers() {
     let error = engine.submit(long).err().expect("49 positions need 4 pages of 16");
     assert_eq!(error, Error::OutOfPages { needed: 4, capacity: 3 });
     let text = error.to_string();
-    assert!(text.contains("needs 4") && text.contains("holds 3") && text.contains("--kv-pages"), "{text}");
+    assert!(text.contains("needs 4") && text.contains("holds 3") && text.contains("kv_pages"), "{text}");
     // The engine goes on with what fits.
     let outputs = together(&mut engine, &[request(&[1], 47, &preset("draft"), 0, 0)], "what fits");
     assert_eq!((outputs[0].tokens.len(), engine.free_pages()), (47, 3));

@@ -8,8 +8,8 @@ use redraft::cuda::ops::sample::{SampledRecord, status};
 use redraft::cuda::ops::select_masked::{SequenceSummary, StepRecord, step_error};
 use redraft::cuda::ops::unmask::{UnmaskParams, unmask};
 use redraft::rng::{DrawKey, uniforms};
-use redraft::sampling::unmask::{Count, EntropyBound, Threshold};
 use redraft::sampling::{BlockProgress, Candidate, Rank, SampledToken, Unmask, UnmaskStep, select};
+use redraft::sampling::{Count, EntropyBound, Threshold};
 
 use crate::emulator::{Array, machines, noise, words};
 

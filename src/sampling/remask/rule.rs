@@ -125,8 +125,7 @@ impl fmt::Display for RemaskBy {
     }
 }
 
-/// A rule's row in [`crate::sampling::REMASK_RULES`]: how a stage spells it, and its line in
-/// docs/schedules.md.
+/// A rule's row in `REMASK_RULES`: how a stage spells it, and its line in docs/schedules.md.
 #[derive(Clone, Copy, Debug)]
 pub struct RemaskRow {
     /// What `by=` names: `held-out`.

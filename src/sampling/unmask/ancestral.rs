@@ -6,7 +6,7 @@ use crate::sampling::unmask::rule::{Unmask, UnmaskRow, UnmaskRule};
 use crate::sampling::unmask::times::Times;
 
 /// Unmasks each masked position by itself, with probability `1 - s/t` in the step from time t to
-/// time s, and all in the last step ([Dream] `origin`).
+/// time s, and all in the last step (Dream, `origin`).
 ///
 /// A position draws one time in [0, 1), and the step in which that time lies unmasks it. Steps in
 /// which no time lies run no forward.

@@ -10,7 +10,7 @@ use crate::sampling::unmask::rule::{Unmask, UnmaskRow, UnmaskRule};
 use crate::sampling::unmask::values::{count, next_share, share};
 
 /// Spreads a block of L positions over `steps` forwards, `L / steps` each and one more in the first
-/// `L % steps`, however many of them are masked ([SDAR] `get_num_transfer_tokens`).
+/// `L % steps`, however many of them are masked (SDAR, `get_num_transfer_tokens`).
 #[derive(Clone, Copy, Debug)]
 pub struct Fixed {
     /// By what positions are ranked.

@@ -10,7 +10,7 @@ use crate::sampling::unmask::rule::{Unmask, UnmaskRow, UnmaskRule};
 use crate::sampling::unmask::values::{count, next_share, share};
 
 /// Spreads the m masks that a block held at first over `steps` forwards: `m / steps` each, and one
-/// more in the first `m % steps` ([LLaDA] `get_num_transfer_tokens`).
+/// more in the first `m % steps` (LLaDA, `get_num_transfer_tokens`).
 #[derive(Clone, Copy, Debug)]
 pub struct Linear {
     /// By what positions are ranked.

@@ -124,8 +124,7 @@ impl fmt::Display for Unmask {
     }
 }
 
-/// A rule's row in [`crate::sampling::UNMASK_RULES`]: how a stage spells it, and its line in
-/// docs/schedules.md.
+/// A rule's row in `UNMASK_RULES`: how a stage spells it, and its line in docs/schedules.md.
 #[derive(Clone, Copy, Debug)]
 pub struct UnmaskRow {
     /// What `unmask=` names: `threshold`.

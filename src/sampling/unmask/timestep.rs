@@ -8,7 +8,7 @@ use crate::sampling::unmask::rule::{Unmask, UnmaskRow, UnmaskRule};
 use crate::sampling::unmask::times::Times;
 
 /// Unmasks `floor(masks left * (1 - s/t))` positions in the step from time t to time s, and all
-/// that are left in the last step ([Dream] `generation_utils.py`). Dream runs steps whose count is
+/// that are left in the last step (Dream, `generation_utils.py`). Dream runs steps whose count is
 /// zero and drops their result; here they run no forward.
 #[derive(Clone, Copy, Debug)]
 pub struct Timestep {
