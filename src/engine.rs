@@ -114,7 +114,7 @@ impl<B: Backend> LoadedModel<B> {
         }
         let kv = backend.kv_cache(model.kv_shape(num_pages + options.spare_pages(), page_size, 0)).map_err(|error| match error {
             Error::Device { what } => {
-                let next = "lower `kv_pages` or `max_sequences`, or use bf16";
+                let next = "lower `kv_pages` or `max_sequences`";
                 Error::device(format!("K/V of {num_pages} pages of {page_size} positions: {what}; {next}"))
             }
             other => other,

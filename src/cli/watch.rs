@@ -181,7 +181,11 @@ fn texts(cells: &[Cell], decode: &dyn Fn(&[u32]) -> String) -> Vec<String> {
             at += 1;
             continue;
         }
-        let whole = |count: &usize| !decode(&group[..*count]).ends_with('\u{fffd}');
+        let whole = |count: &usize| match (*count, decode(&group[..*count])) {
+            (1, text) => !text.ends_with('\u{fffd}'),
+            // A byte that begins no character is not mended by what follows.
+            (_, text) => !text.contains('\u{fffd}'),
+        };
         let group = &group[..(1..=group.len()).find(whole).unwrap_or(1)];
         let (prefix, both) = (decode(&before), decode(&[&before, group].concat()));
         at += group.len();

@@ -43,7 +43,7 @@ impl<T: Pod> Aligned<T> {
     /// Errors: [`Error::Device`] with the bytes that the system refuses.
     pub fn zeroed(len: usize) -> Result<Self> {
         let lines = len.div_ceil(Self::PER_LINE);
-        let refused = || Error::device(format!("cannot allocate {}: the system refuses the memory", amount(lines)));
+        let refused = || Error::device(format!("cannot allocate {}: the system refuses the memory; {LESS}", amount(lines)));
         let bytes = lines.checked_mul(size_of::<CacheLine>()).ok_or_else(refused)?;
         let mapped = if bytes >= MAPPED_BYTES { map(bytes) } else { None };
         let lines = match mapped {
@@ -75,6 +75,9 @@ impl<T: Pod> Aligned<T> {
         Ok(&mut self[..len])
     }
 }
+
+/// The next move where memory is refused.
+const LESS: &str = "bf16, shorter texts or fewer sequences at once take less";
 
 /// Lines as bytes: `12.3 GB`, `4.1 MB`.
 fn amount(lines: usize) -> String {

@@ -2,13 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use redraft::backend::HeadShape;
+use redraft::config::{AttentionMask, ModelConfig};
 use redraft::engine::Engine;
 use redraft::model::registry;
 use redraft::model::shapes;
 use redraft::request::{Prompt, Request, SubmittedRequest};
-use redraft::schedule::Defaults;
+use redraft::schedule::{Defaults, PRESETS};
 use redraft::scheduler::Budget;
-use redraft::sequence::Forwards;
+use redraft::sequence::{Forwards, Sequence};
 use redraft::{Backend, Cpu, DType, EngineOptions, Finish, Output, Schedule};
 
 /// A tiny checkpoint with odd shapes: 131 tokens, three heads of 32.
@@ -155,4 +157,52 @@ pub fn same(found: &[Output], expected: &[Output], text: bool, label: &str) {
         assert_eq!(found.canvas, expected.canvas, "{label}: request {i}: canvas");
         assert_eq!(found, expected, "{label}: request {i}");
     }
+}
+
+/// Every length of a preset, over a model that was trained with blocks of `block_len`, in a pool
+/// that is made for that length.
+///
+/// The network has one layer of width 16 and 24 tokens: what is tested is counting. Every length
+/// is submitted, which is where pages are counted; those that `generates` picks are written too.
+pub fn every_length<B: Backend>(
+    backend: impl Fn() -> B,
+    preset: &str,
+    block_len: usize,
+    lengths: impl Iterator<Item = usize>,
+    generates: impl Fn(usize) -> bool,
+) {
+    let tiny = shapes::config("tiny").expect("a known shape");
+    let mut config = ModelConfig {
+        num_layers: 1,
+        vocab_size: 24,
+        hidden_dim: 16,
+        mlp_dim: 32,
+        heads: HeadShape { num_heads: 1, num_kv_heads: 1, head_dim: 16 },
+        cond_dim: None,
+        attention: AttentionMask::BlockCausal(block_len),
+        ..tiny
+    };
+    (config.mask_id, config.bos_id, config.eos_id, config.stop_ids) = (Some(23), Some(22), Some(22), vec![22]);
+    let schedule = Schedule::preset(preset, &Engine::<Cpu>::defaults(&config)).expect("a preset");
+    for length in lengths {
+        let prompt = [1, 2, 3];
+        let mut canvas = vec![Some(0); prompt.len()];
+        canvas.resize(prompt.len() + length, None);
+        let budget = Budget { max_sequences: 1, ..EngineOptions::default().budget };
+        let options = EngineOptions { budget, ..EngineOptions::default() }.with_pages_for(Sequence::decoded_len(&schedule, &canvas));
+        let mut engine = Engine::random(config.clone(), backend(), options).expect("random weights");
+        let handle = engine.submit(request(&prompt, length, &schedule, 1, 0)).unwrap_or_else(|e| panic!("{preset}, {length}: {e}"));
+        if !generates(length) {
+            continue;
+        }
+        engine.run().expect("runs");
+        handle.events().for_each(drop);
+        let output = handle.take_output().expect("finished").unwrap_or_else(|e| panic!("{preset}, {length}: {e}"));
+        assert_eq!(output.tokens.len(), length, "{preset}");
+    }
+}
+
+/// Presets that need nothing beside the model.
+pub fn independent_presets() -> impl Iterator<Item = &'static str> {
+    PRESETS.iter().map(|preset| preset.name).filter(|name| *name != "did-joint")
 }

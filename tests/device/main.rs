@@ -8,8 +8,6 @@
 mod fixture;
 #[path = "../parity/joint.rs"]
 mod joint;
-#[path = "../decode/sizes.rs"]
-mod lengths;
 #[path = "../kernels/machines.rs"]
 #[allow(dead_code)] // shared with the kernel tests, which need all of it
 mod machines;

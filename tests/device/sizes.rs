@@ -4,11 +4,11 @@
 use redraft::DType;
 
 use crate::backends;
-use crate::lengths::{every_length, presets};
+use crate::support::{every_length, independent_presets};
 
 #[test]
 fn lengths_around_blocks_and_pages_are_served() {
-    for preset in presets() {
+    for preset in independent_presets() {
         let backend = || backends(DType::F32).pop().expect("one machine at least");
         every_length(backend, preset, 32, [1, 13, 28, 29, 30, 45].into_iter(), |_| true);
     }
