@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -12,16 +13,14 @@ use serde_json::{Map, Value};
 
 use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
-use crate::input_file::{self, MAX_JSON_BYTES, MAX_TOKENIZER_BYTES};
+use crate::input_file::{self, MAX_JSON_BYTES};
 use crate::plan::{LogitsRows, Visibility};
 use crate::sampling::{valid_temperature, valid_top_p};
+use crate::tokenizer::{self, AddedToken, MASK_SPELLINGS, Tokenizer};
 
 /// How far beyond the trained length positions may go before a request is refused: rotary angles
 /// further out were never seen.
 pub const MAX_STRETCH: usize = 4;
-
-/// How tokenizers spell the token that hides another, in the order in which they are looked for.
-const MASK_SPELLINGS: [&str; 6] = ["<|MASK|>", "<|mask|>", "|<MASK>|", "<|mdm_mask|>", "[MASK]", "<mask>"];
 
 /// A family of checkpoints as their configurations name it.
 #[derive(Debug, PartialEq, Eq)]
@@ -468,17 +467,21 @@ impl<'a> ConfigJson<'a> {
             return Ok(id);
         }
         let path = dir.join("tokenizer.json");
-        let added = added_tokens(&path)?;
-        let spelled = |text: &str| added.iter().find(|token| token.content == text).map(|token| &token.id);
+        let (added, absent) = added_tokens(dir)?;
+        let spelled = |text: &str| added.iter().find(|(_, token)| token.content == text).map(|(id, _)| *id);
         match MASK_SPELLINGS.into_iter().find_map(spelled) {
-            Some(id) => token_id_of(id, vocab_size).ok_or_else(|| {
-                Error::tokenizer(&path, format!("the mask token has id {id}: expected a token id below vocab_size {vocab_size}"))
-            }),
+            Some(id) if (id as usize) < vocab_size => Ok(id),
+            Some(id) => {
+                let what = format!("the mask token has id {id}: expected a token id below vocab_size {vocab_size}");
+                Err(Error::tokenizer(&path, what))
+            }
             None => published.filter(|id| (*id as usize) < vocab_size).ok_or_else(|| {
-                self.error(format!(
-                "key `mask_token_id` is missing, and tokenizer.json adds no token spelled {}: add the key with the id that hides a token",
-                MASK_SPELLINGS.join(", ")
-            ))
+                let spellings = MASK_SPELLINGS.join(", ");
+                let why = absent.map_or_else(
+                    || format!("the tokenizer adds no token spelled {spellings}: add the key with the id that hides a token"),
+                    |error| format!("no tokenizer says which token hides another: add the key, or the tokenizer ({error})"),
+                );
+                self.error(format!("key `mask_token_id` is missing, and {why}"))
             }),
         }
     }
@@ -641,21 +644,14 @@ struct AddedToken {
     content: String,
 }
 
-/// Tokens that a tokenizer.json adds, none where there is no such file.
-fn added_tokens(path: &Path) -> Result<Vec<AddedToken>> {
-    #[derive(Deserialize)]
-    struct File {
-        #[serde(default)]
-        added_tokens: Option<Vec<AddedToken>>,
+/// Tokens that the tokenizer of a directory adds, by id; none, and why, where it has no tokenizer:
+/// another may be named with a flag.
+fn added_tokens(dir: &Path) -> Result<(BTreeMap<u32, AddedToken>, Option<Error>)> {
+    match tokenizer::added_tokens(&dir.join("tokenizer.json")) {
+        Ok(added) => Ok((added, None)),
+        Err(error) if Tokenizer::is_in(dir) => Err(error),
+        Err(error) => Ok((BTreeMap::new(), Some(error))),
     }
-    let text =
-        input_file::read_optional_text(path, MAX_TOKENIZER_BYTES).map_err(|e| Error::tokenizer(path, format!("cannot read: {e}")))?;
-    let Some(text) = text else { return Ok(Vec::new()) };
-    let file: File = serde_json::from_str(&text).map_err(|e| {
-        let kind = input_file::looks_like(text.as_bytes()).map_or(String::new(), |kind| format!(": {kind}"));
-        Error::tokenizer(path, format!("not JSON of a tokenizer{kind}: {e}"))
-    })?;
-    Ok(file.added_tokens.unwrap_or_default())
 }
 
 /// The id of the `eos_token` that `dir/tokenizer_config.json` names, where both are there: what
@@ -673,8 +669,8 @@ fn tokenizer_eos(dir: &Path, vocab_size: usize, config: &ConfigJson) -> Result<O
     let id = match listed {
         Some((id, _)) => id.parse().ok().filter(|id| (*id as usize) < vocab_size),
         None => {
-            let added = added_tokens(&dir.join("tokenizer.json"))?;
-            added.iter().find(|token| token.content == content).and_then(|token| token_id_of(&token.id, vocab_size))
+            let (added, _) = added_tokens(dir)?;
+            added.iter().find(|(_, token)| token.content == content).map(|(id, _)| *id).filter(|id| (*id as usize) < vocab_size)
         }
     };
     if id.is_none() {

@@ -166,7 +166,7 @@ impl<B: Backend> Engine<B> {
         let config = registry::read_config(model_dir)?;
         let tokenizer = match &options.tokenizer {
             Some(tokenizer) => Ok(tokenizer.clone()),
-            None => Tokenizer::load(&model_dir.join("tokenizer.json"), config.vocab_size).map(Arc::new),
+            None => Tokenizer::of(model_dir, config.vocab_size, config.mask_id).map(Arc::new),
         };
         Engine::build(config, &Weights::open(model_dir)?, tokenizer, backend, options, progress)
     }
@@ -246,9 +246,24 @@ impl<B: Backend> Engine<B> {
         if config.attention == AttentionMask::Causal {
             return Err(Error::config(&model_dir.join("config.json"), "an autoregressive checkpoint cannot run a stage"));
         }
+        self.check_vocabulary(model_dir, &config)?;
         let model = registry::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
         self.models.push(LoadedModel::new(&self.backend, model, self.pool.capacity(), &self.options)?);
         Ok(self.models.len() - 1)
+    }
+
+    /// Refuses a model whose ids mean other tokens than the first model's. Published ones have no
+    /// tokenizer of their own: they are not asked.
+    fn check_vocabulary(&self, model_dir: &Path, config: &ModelConfig) -> Result<()> {
+        let (Ok(first), true) = (&self.tokenizer, Tokenizer::is_in(model_dir)) else { return Ok(()) };
+        let other = Tokenizer::of(model_dir, config.vocab_size, config.mask_id)?;
+        let Some((id, expected, found)) = first.first_difference(&other) else { return Ok(()) };
+        let spelled = |token: Option<String>| token.map_or("no token".into(), |token| format!("`{token}`"));
+        let (expected, found) = (spelled(expected), spelled(found));
+        Err(Error::tokenizer(
+            &model_dir.join("tokenizer.json"),
+            format!("id {id} is {found}: expected the first model's vocabulary, where it is {expected}"),
+        ))
     }
 
     /// The first model's configuration.

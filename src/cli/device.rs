@@ -83,7 +83,7 @@ impl DeviceFlags {
     /// before anything large is loaded.
     pub(crate) fn tokenizer(&self, config: &ModelConfig) -> Result<Arc<Tokenizer>> {
         let path = self.tokenizer.clone().unwrap_or_else(|| config.dir.join("tokenizer.json"));
-        Tokenizer::load(&path, config.vocab_size).map(Arc::new)
+        Tokenizer::load(&path, config.vocab_size)?.masked_by(config.mask_id).map(Arc::new)
     }
 
     pub(crate) fn options(&self, len: usize, sequences: usize) -> EngineOptions {

@@ -95,7 +95,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let dir = model_dir(flags.dir.as_deref())?;
     let config = registry::read_config(&dir)?;
     let weights = Weights::open(&dir)?;
-    let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size);
+    let tokenizer = Tokenizer::of(&dir, config.vocab_size, config.mask_id);
     let problems = registry::check(&config, &weights);
     let attention = match config.attention {
         AttentionMask::BlockCausal(block_len) if config.guessed_block_len => format!("block-causal, block length {block_len} (a guess)"),

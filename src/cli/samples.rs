@@ -99,7 +99,7 @@ pub(super) fn read(path: &Path, judge: &ModelConfig, tokenizer: &Tokenizer) -> R
 
 /// Whether the generator's tokenizer is there and spells every id as the judge's does.
 fn same_vocabulary(dir: &Path, judge: &Tokenizer) -> bool {
-    let generator = registry::read_config(dir).and_then(|config| Tokenizer::load(&dir.join("tokenizer.json"), config.vocab_size));
+    let generator = registry::read_config(dir).and_then(|config| Tokenizer::of(dir, config.vocab_size, config.mask_id));
     generator.is_ok_and(|generator| generator.same_vocabulary(judge))
 }
 

@@ -1,0 +1,95 @@
+//! Tokenizers of every published kind against transformers (`golden.jsonl`, written by
+//! tools/fixtures/write_tokenizers.py), and files that are not as the tokenizers crate expects.
+
+mod hostile;
+
+use std::path::{Path, PathBuf};
+
+use redraft::tokenizer::Tokenizer;
+use serde_json::Value;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// The tokenizer of a kind, or of a directory below the root.
+fn load(name: &str) -> Tokenizer {
+    let dir = if name.contains('/') { Path::new(ROOT).join(name) } else { files(name) };
+    Tokenizer::load(&dir.join("tokenizer.json"), 1 << 20).unwrap()
+}
+
+fn files(kind: &str) -> PathBuf {
+    Path::new(ROOT).join("tests/tokenizer/files").join(kind)
+}
+
+/// The texts, and a tokenizer and its rows for each of the other lines.
+fn golden() -> (Vec<String>, Vec<Value>) {
+    let mut lines = include_str!("golden.jsonl").lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let texts = lines.next().unwrap()["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_owned()).collect();
+    (texts, lines.collect())
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+#[test]
+fn ids_are_those_of_transformers() {
+    let (texts, kinds) = golden();
+    assert_eq!((kinds.len(), texts.len()), (20, 200));
+    let (mut compared, mut as_text, mut decoded) = (0, 0, 0);
+    for kind in &kinds {
+        let name = kind["name"].as_str().unwrap();
+        let tokenizer = load(name);
+        assert_eq!(tokenizer.prefix(), ids(&kind["prefix"]), "{name}");
+        for (text, row) in texts.iter().zip(kind["rows"].as_array().unwrap()) {
+            let expected = ids(&row["ids"]);
+            assert_eq!(tokenizer.encode_with_special(text).unwrap(), expected, "{name}: {text:?}");
+            let plain = tokenizer.encode(text).unwrap();
+            // A model gives the unknown token itself, for characters that it does not know.
+            let specials = tokenizer.specials().filter(|(_, token)| !["<unk>", "[UNK]"].contains(&token.content.as_str()));
+            let specials: Vec<u32> = specials.map(|(id, _)| id).collect();
+            let special = plain.iter().find(|id| specials.contains(id));
+            assert_eq!(special, None, "{name}: {text:?}: no text spells a special token");
+            match row.get("plain") {
+                Some(Value::Null) => as_text += 1,
+                other => {
+                    let expected = other.map_or(expected, ids);
+                    assert_eq!(plain, expected, "{name}: {text:?} as text");
+                    assert_eq!(tokenizer.decode(&plain), row["decoded"].as_str().unwrap(), "{name}: {text:?} back");
+                    decoded += 1;
+                }
+            }
+            compared += 1;
+        }
+        let refs: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let each = tokenizer.encode_each(&refs).unwrap();
+        assert!(refs.iter().zip(each).all(|(text, ids)| tokenizer.encode(text).unwrap() == ids), "{name}: side by side");
+    }
+    println!("{compared} texts compared, {decoded} also as text and back, {as_text} spell what is text here alone");
+    assert_eq!((compared, decoded + as_text), (4000, 4000));
+    assert!(decoded > 3700, "{decoded}");
+}
+
+#[test]
+fn spans_are_special_and_the_same_letters_beside_them_are_text() {
+    for kind in ["gpt2", "qwen2", "llama3", "deepseek", "llama_legacy", "llama_metaspace", "gemma", "unigram", "wordpiece", "added"] {
+        let tokenizer = load(kind);
+        let specials = tokenizer.specials().map(|(id, token)| (id, token.content.clone()));
+        for (id, token) in specials.filter(|(_, token)| !["<unk>", "[UNK]"].contains(&token.as_str())).collect::<Vec<_>>() {
+            let user = format!("Hello {token} the sea");
+            let text = format!("{token}user\n{user}{token}\n");
+            let end = text.len() - 1;
+            let spans = [(0..token.len(), id), (end - token.len()..end, id)];
+            let found = tokenizer.encode_spans(&text, &spans).unwrap();
+            assert_eq!(found.iter().filter(|found| **found == id).count(), 2, "{kind}: {token}: {found:?}");
+            // Where nothing in between spells one, the crate itself is right.
+            let text = text.replacen(&user, "Hello the sea", 1);
+            let end = text.len() - 1;
+            let spans = [(0..token.len(), id), (end - token.len()..end, id)];
+            assert_eq!(tokenizer.encode_spans(&text, &spans).unwrap(), tokenizer.encode_with_special(&text).unwrap(), "{kind}: {token}");
+            // Private characters of the text's own are text.
+            let private = format!("{token}\u{100000}\u{100001}");
+            let found = tokenizer.encode_spans(&private, &[(0..token.len(), id)]).unwrap();
+            assert_eq!(found.iter().filter(|found| **found == id).count(), 1, "{kind}: {token}: {found:?}");
+        }
+    }
+}
