@@ -15,9 +15,6 @@ use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, context};
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 
-/// Largest file that is read as a template or its configuration; published ones have a few
-/// kilobytes.
-const MAX_BYTES: u64 = 16 << 20;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -8,7 +8,6 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
@@ -32,6 +31,8 @@ pub struct Family {
     /// The classes that `architectures` may name, the published one first.
     pub architectures: &'static [&'static str],
     pub classes: Classes,
+    /// The family's own script puts BOS before a text, whatever the tokenizer says.
+    pub begins_with_bos: bool,
 }
 
 /// What the class of a checkpoint says about its family.
@@ -633,15 +634,6 @@ fn block_len_in(name: &str) -> Option<usize> {
     }
     // The last one: names count billions of parameters too, but with the letter at the end.
     name.rmatch_indices(['-', '_', '.']).find_map(|(at, _)| number(name[at + 1..].strip_prefix('b')?))
-}
-
-/// A token that tokenizer.json adds to its model's vocabulary.
-#[derive(Deserialize)]
-struct AddedToken {
-    #[serde(default)]
-    id: Value,
-    #[serde(default)]
-    content: String,
 }
 
 /// Tokens that the tokenizer of a directory adds, by id; none, and why, where it has no tokenizer:

@@ -26,7 +26,7 @@ use crate::model::registry;
 use crate::model::step::StepNetwork;
 use crate::model::{Model, Progress, Scratch};
 use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
-use crate::request::{Message, Outcome, stop_at};
+use crate::request::{Bos, Message, Outcome, stop_at};
 use crate::request::{Output, Prompt, Request, Segment, SubmittedRequest, Timings};
 use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Scope};
@@ -306,8 +306,13 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// The canvas of a prompt: BOS first where the prompt is text.
+    /// The canvas of a prompt, with the first tokens of [`Bos::Auto`] where it is text.
     pub fn canvas(&self, prompt: &Prompt) -> Result<Vec<Option<u32>>> {
+        self.canvas_after(Bos::Auto, prompt)
+    }
+
+    /// The canvas of a prompt; `bos` says what stands before text.
+    pub fn canvas_after(&self, bos: Bos, prompt: &Prompt) -> Result<Vec<Option<u32>>> {
         let config = self.config();
         let holes = |length: usize, fixed: usize| -> Result<std::iter::RepeatN<Option<u32>>> {
             if length == 0 {
@@ -318,7 +323,7 @@ impl<B: Backend> Engine<B> {
         };
         let mut canvas = Vec::new();
         if matches!(prompt, Prompt::Text { .. } | Prompt::Infill(_)) {
-            canvas.push(Some(config.first_id()?));
+            canvas.extend(bos.tokens(config, self.tokenizer()?)?.into_iter().map(Some));
         }
         match prompt {
             Prompt::Text { text, length } => {
@@ -375,7 +380,7 @@ impl<B: Backend> Engine<B> {
             )));
         }
         let stages_joint = self.check_joint(&request.schedule)?;
-        let fixed = self.canvas(&request.prompt)?;
+        let fixed = self.canvas_after(request.bos, &request.prompt)?;
         let mut stop = Stop { tokens: Vec::new(), entropy: request.stop.entropy, text: None };
         if !request.stop.ignore_eos {
             stop.tokens.extend(&config.stop_ids);
@@ -384,8 +389,12 @@ impl<B: Backend> Engine<B> {
             return Err(Error::request(format!("stop text `{empty}` is empty")));
         }
         if !request.stop.texts.is_empty() {
+            let before: Vec<u32> = fixed.iter().map_while(|token| *token).collect();
+            if fixed[before.len()..].iter().any(Option::is_some) {
+                return Err(Error::request("stop texts end a continuation: expected none where holes of a given text are filled"));
+            }
             let (tokenizer, texts) = (self.tokenizer()?.clone(), request.stop.texts.clone());
-            stop.text = Some(Arc::new(move |tokens: &[u32]| stop_at(&tokenizer, &texts, tokens)));
+            stop.text = Some(Arc::new(move |tokens: &[u32]| stop_at(&tokenizer, &texts, &before, tokens)));
         }
         let decoded = Sequence::decoded_len(&request.schedule, &fixed);
         self.check_len(decoded)?;

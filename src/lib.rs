@@ -153,12 +153,12 @@ pub use api::{
     Device, Engine, EngineBuilder, EngineThread, Generation, ModelInfo, Options, Prompt, RequestHandle, Snapshot, TextEvent, TextStream,
 };
 pub use backend::DType;
-pub use chat::Message;
+pub use chat::{Conversation, Message};
 pub use error::{Error, Result};
 pub use plan::Visibility;
-pub use request::{Output, Segment, Timings};
+pub use request::{Bos, Output, Segment, Timings};
 pub use schedule::{Defaults, Schedule, Stage, StageSpec};
 pub use sequence::{Event, EventKind, Finish, Forwards, StageReport};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{AddedToken, Tokenizer};
 #[cfg(feature = "testing")]
 pub use {backend::Backend, cpu::Cpu, engine::EngineOptions, scheduler::Budget};

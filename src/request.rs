@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::schedule::Schedule;
 use crate::sequence::{DrawSource, Event, Finish, StageReport};
@@ -14,11 +15,11 @@ use crate::tokenizer::Tokenizer;
 /// What is given of the text.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Prompt {
-    /// BOS, then this text, then `length` generated positions.
+    /// [`Request::bos`], then this text, then `length` generated positions.
     Text { text: String, length: usize },
     /// These ids as they are, then `length` generated positions.
     Tokens { tokens: Vec<u32>, length: usize },
-    /// BOS, then text and holes in turn: infilling.
+    /// [`Request::bos`], then text and holes in turn: infilling.
     Infill(Vec<Segment>),
     /// The canvas itself: `Some(id)` fixed, `None` generated.
     Canvas(Vec<Option<u32>>),
@@ -31,6 +32,32 @@ pub enum Segment {
     Text(String),
     /// This many generated positions.
     Hole(usize),
+}
+
+/// Whether a token stands before the first of a text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Bos {
+    /// What the family's own script and the post-processor of its tokenizer put there: BOS for
+    /// BD3-LM and MDLM; for the others what `tokenizer.json` says, which is mostly nothing.
+    #[default]
+    Auto,
+    /// The checkpoint's BOS, or where it names none, its end of text.
+    Yes,
+    /// Nothing.
+    No,
+}
+
+impl Bos {
+    /// Ids before the first token of a text.
+    ///
+    /// Errors: a checkpoint that names neither BOS nor end of text, where one is asked for.
+    pub fn tokens(self, config: &ModelConfig, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        match self {
+            Bos::No => Ok(Vec::new()),
+            Bos::Auto if !config.family.begins_with_bos => Ok(tokenizer.prefix().to_vec()),
+            Bos::Auto | Bos::Yes => Ok(vec![config.first_id()?]),
+        }
+    }
 }
 
 /// When a draft may end before its length.
@@ -48,6 +75,8 @@ pub struct StopOptions {
 #[derive(Clone)]
 pub struct Request {
     pub prompt: Prompt,
+    /// What stands before prompts of text.
+    pub bos: Bos,
     pub schedule: Schedule,
     pub seed: u64,
     /// Index of this sample among those of one seed.
@@ -67,6 +96,7 @@ impl Request {
     pub fn new(prompt: Prompt, schedule: Schedule, seed: u64, sample: u32) -> Request {
         Request {
             prompt,
+            bos: Bos::Auto,
             schedule,
             seed,
             sample,
@@ -219,11 +249,11 @@ pub fn find_stop(text: &str, texts: &[String]) -> Option<usize> {
     texts.iter().filter_map(|t| text.find(t.as_str())).min()
 }
 
-/// Text of generated tokens, up to the first of the ids `ends` and the first of the texts in
-/// `stop`, and whether it ends at one of them.
-pub(crate) fn generated_text(tokenizer: &Tokenizer, tokens: &[u32], ends: &[u32], stop: &[String]) -> (String, bool) {
+/// Text of the tokens generated after `before`, up to the first of the ids `ends` and the first of
+/// the texts in `stop`, and whether it ends at one of them.
+pub(crate) fn generated_text(tokenizer: &Tokenizer, before: &[u32], tokens: &[u32], ends: &[u32], stop: &[String]) -> (String, bool) {
     let end = tokens.iter().position(|token| ends.contains(token));
-    let mut text = tokenizer.decode(&tokens[..end.unwrap_or(tokens.len())]);
+    let mut text = tokenizer.decode_after(before, &tokens[..end.unwrap_or(tokens.len())]);
     let at = find_stop(&text, stop);
     if let Some(at) = at {
         text.truncate(at);
@@ -231,10 +261,10 @@ pub(crate) fn generated_text(tokenizer: &Tokenizer, tokens: &[u32], ends: &[u32]
     (text, end.is_some() || at.is_some())
 }
 
-/// The fewest tokens whose text holds a stop text.
-pub(crate) fn stop_at(tokenizer: &Tokenizer, texts: &[String], tokens: &[u32]) -> Option<usize> {
-    find_stop(&tokenizer.decode(tokens), texts)?;
-    (1..=tokens.len()).find(|n| find_stop(&tokenizer.decode(&tokens[..*n]), texts).is_some())
+/// The fewest tokens after `before` whose text holds a stop text.
+pub(crate) fn stop_at(tokenizer: &Tokenizer, texts: &[String], before: &[u32], tokens: &[u32]) -> Option<usize> {
+    find_stop(&tokenizer.decode_after(before, tokens), texts)?;
+    (1..=tokens.len()).find(|n| find_stop(&tokenizer.decode_after(before, &tokens[..*n]), texts).is_some())
 }
 
 /// Splits `"The [____:12] sat."` into text and holes. A hole is `[`, one or more `_`, `:`, a count,

@@ -20,9 +20,17 @@ pub use self::definition::{AddedToken, MASK_SPELLINGS, SPECIAL_NAMES, added_toke
 use self::guard::guarded;
 use crate::error::{Error, Result};
 
-/// Characters that stand for special tokens inside a text that is encoded in one piece: those of the
-/// last private plane.
+/// Characters that stand for special tokens inside a text that is encoded in one piece: those of
+/// the last private plane.
 const MARKS: Range<u32> = 0x10_0000..0x10_fffd;
+
+/// How many tokens before others decide how those are spelled: more than any character has bytes.
+const CONTEXT: usize = 64;
+
+/// Bytes that both texts begin with, whole characters.
+fn common(a: &str, b: &str) -> usize {
+    a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(c, _)| c.len_utf8()).sum()
+}
 
 /// A model's tokenizer.
 #[derive(Debug)]
@@ -215,7 +223,7 @@ impl Tokenizer {
                     }
                     _ => {}
                 }
-                // The model may name what it renamed: what stands for characters that it does not know.
+                // The model names the token of characters that it does not know.
                 if let Some(unknown) = json.pointer("/model/unk_token").and_then(Value::as_str).map(str::to_owned)
                     && special(&unknown)
                     && let Some(id) = self.inner.token_to_id(&unknown)
@@ -233,7 +241,7 @@ impl Tokenizer {
         self.added.iter().filter(|(_, token)| token.special).map(|(id, token)| (*id, token))
     }
 
-    /// Whether a special token is spelled out in `text`.
+    /// Whether `text` spells a special token out.
     pub fn spells_special(&self, text: &str) -> bool {
         self.specials().any(|(_, token)| text.contains(&token.content))
     }
@@ -283,7 +291,7 @@ impl Tokenizer {
     }
 
     fn try_decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        // The crate knows special tokens by what they decode to, which a normalizer may have changed.
+        // The crate knows special tokens by what they decode to, which normalizers change.
         let left_out = |id: &u32| self.fillers.contains(id) || skip_special && self.added.get(id).is_some_and(|token| token.special);
         let kept: Vec<u32> = ids.iter().copied().filter(|id| !left_out(id)).collect();
         guarded(&self.path, "cannot decode the tokens", || self.inner.decode(&kept, false))
@@ -299,6 +307,44 @@ impl Tokenizer {
     /// Text of `ids`, special tokens left out. Ids without a token give nothing.
     pub fn decode(&self, ids: &[u32]) -> String {
         self.decode_by(ids, true)
+    }
+
+    /// Text that `ids` add to that of `before`: both are decoded in one piece, since a decoder may
+    /// join words, drop the first space, or make one character of bytes on either side.
+    pub fn decode_after(&self, before: &[u32], ids: &[u32]) -> String {
+        let (head, whole) = self.around(before, ids);
+        whole[common(&head, &whole)..].to_owned()
+    }
+
+    /// Text of `before` as far as it stays with `ids` after it: [`Tokenizer::decode_after`] is the
+    /// rest.
+    pub fn decode_before(&self, before: &[u32], ids: &[u32]) -> String {
+        let (head, whole) = self.around(before, ids);
+        let mut text = self.decode(before);
+        text.truncate(text.len().saturating_sub(head.len() - common(&head, &whole)));
+        text
+    }
+
+    /// The part of [`Tokenizer::decode_after`] that no later id changes: without bytes of a
+    /// character that may still come, which end in replacement characters until it is whole.
+    pub fn decode_settled(&self, before: &[u32], ids: &[u32]) -> String {
+        let is_byte = |id: &u32| self.inner.id_to_token(*id).is_some_and(|token| token.len() == 6 && token.starts_with("<0x"));
+        // A run of bytes is read as a whole: one that is none of a character's changes them all.
+        let open = ids.iter().rev().take_while(|id| is_byte(id)).count();
+        let mut text = self.decode_after(before, &ids[..ids.len() - open]);
+        text.truncate(text.trim_end_matches(char::REPLACEMENT_CHARACTER).len());
+        text
+    }
+
+    /// Text of the end of `before`, and the same with `ids` after it.
+    fn around(&self, before: &[u32], ids: &[u32]) -> (String, String) {
+        let is_special = |id: &u32| self.added.get(id).is_some_and(|token| token.special);
+        let near = before.iter().rev().filter(|id| !is_special(id)).take(CONTEXT);
+        let mut context: Vec<u32> = near.copied().collect();
+        context.reverse();
+        let head = self.decode(&context);
+        context.extend(ids);
+        (head, self.decode(&context))
     }
 
     /// Text of `ids` with special tokens spelled out.

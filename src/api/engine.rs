@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::core::{AnyCore, on_core};
 use super::handle::{Generation, RequestHandle, TextRules};
 use super::options::{Options, Prompt, default_length};
-use crate::chat::ChatTemplate;
+use crate::chat::{ChatTemplate, Conversation};
 use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::Engine as EngineCore;
 use crate::error::{Error, Result};
@@ -200,22 +200,25 @@ impl Engine {
         let infills = matches!(prompt, Prompt::Infill(_) | Prompt::Canvas(_));
         let mut draft = Vec::new();
         let length = |fixed: usize| options.length.unwrap_or_else(|| default_length(config, fixed));
+        let chat = |conversation: &Conversation| -> Result<request::Prompt> {
+            let tokens = ChatTemplate::load(&self.dir)?.encode_conversation(conversation, self.tokenizer()?)?;
+            Ok(request::Prompt::Tokens { length: length(tokens.len()), tokens })
+        };
         let prompt = match prompt {
             Prompt::Text(text) => {
-                let fixed = 1 + self.tokenizer()?.encode(&text)?.len();
-                request::Prompt::Text { text, length: length(fixed) }
-            }
-            Prompt::Tokens(tokens) => request::Prompt::Tokens { length: length(tokens.len()), tokens },
-            Prompt::Chat(messages) => {
-                let tokens = ChatTemplate::load(&self.dir)?.encode(&messages, self.tokenizer()?)?;
+                let tokenizer = self.tokenizer()?;
+                let tokens = [options.bos.tokens(config, tokenizer)?, tokenizer.encode(&text)?].concat();
                 request::Prompt::Tokens { length: length(tokens.len()), tokens }
             }
+            Prompt::Tokens(tokens) => request::Prompt::Tokens { length: length(tokens.len()), tokens },
+            Prompt::Chat(messages) => chat(&Conversation::new(&messages))?,
+            Prompt::Conversation(conversation) => chat(&conversation)?,
             Prompt::Infill(segments) => request::Prompt::Infill(segments),
             Prompt::Canvas(canvas) => request::Prompt::Canvas(canvas),
             Prompt::Refine { prompt, draft: text } => {
                 let tokenizer = self.tokenizer()?;
-                let mut canvas = vec![Some(config.first_id()?)];
-                canvas.extend(tokenizer.encode(&prompt)?.into_iter().map(Some));
+                let given = [options.bos.tokens(config, tokenizer)?, tokenizer.encode(&prompt)?].concat();
+                let mut canvas: Vec<Option<u32>> = given.into_iter().map(Some).collect();
                 // Encoded together, so that a token may span neither side by accident of the split.
                 let tokens = tokenizer.encode(&text)?;
                 if tokens.is_empty() {
@@ -234,8 +237,14 @@ impl Engine {
             return Err(Error::request(STOP_IN_A_HOLE));
         }
         let ignore_eos = options.ignore_eos || !draft.is_empty();
+        let before = match &prompt {
+            request::Prompt::Tokens { tokens, .. } => tokens.clone(),
+            request::Prompt::Canvas(canvas) => canvas.iter().map_while(|token| *token).collect(),
+            _ => Vec::new(),
+        };
         let rules = TextRules {
             tokenizer: self.tokenizer().ok().cloned(),
+            before,
             ends: if ignore_eos || infills { Vec::new() } else { config.stop_ids.clone() },
             stop: options.stop.clone(),
             last_stage: schedule.stages().len() - 1,
@@ -244,6 +253,7 @@ impl Engine {
         let mut request = Request::new(prompt, schedule, options.seed, options.sample);
         request.stop = StopOptions { ignore_eos, texts: options.stop, entropy: options.stop_entropy };
         request.draft = draft;
+        request.bos = options.bos;
         Ok((request, rules))
     }
 

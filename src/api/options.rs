@@ -1,12 +1,12 @@
 //! What is asked of a text: prompt, length, schedule, sampling.
 #![forbid(unsafe_code)]
 
-use crate::chat::Message;
+use crate::chat::{Conversation, Message};
 use crate::config::ModelConfig;
 use crate::cpu::Cpu;
 use crate::engine::Engine as EngineCore;
 use crate::error::{Error, Result};
-use crate::request::{Segment, parse_infill};
+use crate::request::{Bos, Segment, parse_infill};
 use crate::sampling::{TopKOrder, TopPRule, top_k_of, valid_temperature, valid_top_p};
 use crate::schedule::{Defaults, Schedule, StageSpec};
 
@@ -27,13 +27,15 @@ pub(crate) fn default_length(config: &ModelConfig, fixed: usize) -> usize {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Prompt {
-    /// BOS and this text, which the model continues.
+    /// This text, which the model continues; [`Options::bos`] says what stands before it.
     Text(String),
     /// These ids as they are, which the model continues.
     Tokens(Vec<u32>),
     /// Messages, through the chat template of the model's directory.
     Chat(Vec<Message>),
-    /// Text and holes in turn, BOS first; the model fills the holes.
+    /// Messages with tools, documents and other arguments of the chat template.
+    Conversation(Conversation),
+    /// Text and holes in turn; the model fills the holes.
     Infill(Vec<Segment>),
     /// Every position: `Some(id)` is given, `None` is generated.
     Canvas(Vec<Option<u32>>),
@@ -81,6 +83,12 @@ impl From<Vec<u32>> for Prompt {
     }
 }
 
+impl From<Conversation> for Prompt {
+    fn from(conversation: Conversation) -> Prompt {
+        Prompt::Conversation(conversation)
+    }
+}
+
 impl From<Vec<Message>> for Prompt {
     fn from(messages: Vec<Message>) -> Prompt {
         Prompt::Chat(messages)
@@ -107,6 +115,7 @@ pub struct Options {
     pub(super) stop: Vec<String>,
     pub(super) ignore_eos: bool,
     pub(super) stop_entropy: Option<f64>,
+    pub(super) bos: Bos,
 }
 
 /// The stages of a request, not yet resolved.
@@ -188,6 +197,13 @@ impl Options {
     /// Treats the end-of-text token as an ordinary one: the text has its full length.
     pub fn ignore_eos(mut self, ignore: bool) -> Self {
         self.ignore_eos = ignore;
+        self
+    }
+
+    /// Whether a token stands before prompts of text. By default what the family's own script and
+    /// its tokenizer put there.
+    pub fn bos(mut self, bos: Bos) -> Self {
+        self.bos = bos;
         self
     }
 

@@ -162,33 +162,29 @@ impl TextStream {
         }
         self.seen_end = self.final_end;
         let tokens: Vec<u32> = self.cells.range(..self.final_end).map_while(|(_, (token, _))| *token).collect();
-        let (mut text, ended) = rules.text(&tokens);
-        if !ended {
-            let whole = text.trim_end_matches('\u{fffd}').len();
-            text.truncate(whole);
-            let begins = |at: usize| rules.stop.iter().any(|stop| stop.starts_with(&text[at..]));
-            if let Some(at) = text.char_indices().map(|(at, _)| at).find(|at| begins(*at)) {
-                text.truncate(at);
-            }
-        }
+        let (text, _) = rules.settled(&tokens);
         let delta = text.strip_prefix(&self.sent).filter(|delta| !delta.is_empty())?.to_owned();
         self.sent = text;
         Some(delta)
     }
 
     fn snapshot(&self) -> Snapshot {
+        let rules = self.handle.rules();
         let mut text = String::new();
+        // Tokens before the run, masked positions left out.
+        let mut before = rules.before.clone();
         let mut run = Vec::new();
         for (token, _) in self.cells.values() {
             match token {
                 Some(token) => run.push(*token),
                 None => {
-                    text += &self.handle.rules().decode(&std::mem::take(&mut run));
+                    text += &rules.decode_after(&before, &run);
+                    before.append(&mut run);
                     text += MASKED;
                 }
             }
         }
-        text += &self.handle.rules().decode(&run);
+        text += &rules.decode_after(&before, &run);
         Snapshot {
             stage: self.stage,
             text,

@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use crate::api::device::on_backend;
 use crate::api::options::{DEFAULT_PRESET, default_length};
 use crate::backend::Backend;
-use crate::chat::{ChatTemplate, Message};
+use crate::chat::{ChatTemplate, Conversation, Message};
 use crate::cli::device::{DeviceFlags, decoded_len, note_length};
 use crate::cli::engine::attach_joint;
 use crate::cli::files::{model_dir, read_text};
@@ -23,7 +23,7 @@ use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
-use crate::request::{Prompt, Request, Segment, StopOptions, parse_infill};
+use crate::request::{Bos, Prompt, Request, Segment, StopOptions, parse_infill};
 use crate::sampling::{TopKOrder, top_k_of, valid_temperature, valid_top_p};
 use crate::schedule::{Defaults, Schedule, StageSpec};
 use crate::tokenizer::Tokenizer;
@@ -52,6 +52,14 @@ pub(super) struct GenerateFlags {
     /// System message in front of it
     #[arg(long, value_name = "TEXT", requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
+    /// File with a conversation, - for stdin: a JSON list of messages, or an object with messages,
+    /// tools, documents and other arguments of the checkpoint's chat template
+    #[arg(long, value_name = "FILE.json", conflicts_with_all = ["prompt", "prompt_file", "infill", "stdin", "system", "bos"])]
+    messages: Option<PathBuf>,
+    /// Whether BOS stands before a prompt: auto is what the family's own script and the tokenizer's
+    /// post-processor put there
+    #[arg(long, value_enum, default_value = "auto", conflicts_with = "chat")]
+    bos: BosFlag,
     /// Tokens to generate
     #[arg(long, value_name = "N")]
     length: Option<usize>,
@@ -102,7 +110,7 @@ pub(super) struct GenerateFlags {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// End the text before this string; may be repeated
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "infill")]
     stop: Vec<String>,
     /// Treat the end-of-text token as an ordinary one and always write the full length
     #[arg(long)]
@@ -114,6 +122,24 @@ pub(super) struct GenerateFlags {
     /// Write a finished block's K/V in a forward of its own (same text, more forwards)
     #[arg(long)]
     separate_commit: bool,
+}
+
+/// [`Bos`].
+#[derive(Clone, Copy, ValueEnum)]
+enum BosFlag {
+    Auto,
+    Yes,
+    No,
+}
+
+impl From<BosFlag> for Bos {
+    fn from(flag: BosFlag) -> Bos {
+        match flag {
+            BosFlag::Auto => Bos::Auto,
+            BosFlag::Yes => Bos::Yes,
+            BosFlag::No => Bos::No,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -180,9 +206,10 @@ impl GenerateFlags {
 
     /// The prompt, and how many positions it makes with what is to be generated.
     fn prompt(&self, config: &ModelConfig, tokenizer: &Tokenizer) -> Result<(Prompt, usize)> {
+        let bos = Bos::from(self.bos);
         if let Some(text) = &self.infill {
             let segments = parse_infill(text)?;
-            let mut len = 1usize;
+            let mut len = bos.tokens(config, tokenizer)?.len();
             for segment in &segments {
                 len = len.saturating_add(match segment {
                     Segment::Text(text) => tokenizer.encode(text)?.len(),
@@ -192,10 +219,13 @@ impl GenerateFlags {
             return Ok((Prompt::Infill(segments), len));
         }
         let text = self.prompt_text()?;
-        let chat = if self.chat { Some(self.conversation(config, tokenizer, &text)?) } else { None };
+        let chat = match self.conversation(&text)? {
+            Some(conversation) => Some(ChatTemplate::load(&config.dir)?.encode_conversation(&conversation, tokenizer)?),
+            None => None,
+        };
         let fixed = match &chat {
             Some(tokens) => tokens.len(),
-            None => 1 + tokenizer.encode(&text)?.len(),
+            None => bos.tokens(config, tokenizer)?.len() + tokenizer.encode(&text)?.len(),
         };
         let length = self.length.unwrap_or_else(|| default_length(config, fixed));
         let prompt = match chat {
@@ -205,15 +235,21 @@ impl GenerateFlags {
         Ok((prompt, fixed.saturating_add(length)))
     }
 
-    /// Ids of the chat so far. The template says which special tokens it begins with, so nothing is
-    /// added.
-    fn conversation(&self, config: &ModelConfig, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+    /// The chat so far, where one is asked for. The template says which special tokens it begins
+    /// with, so nothing is added.
+    fn conversation(&self, text: &str) -> Result<Option<Conversation>> {
+        if let Some(path) = &self.messages {
+            return Conversation::from_json(&read_text(path)?).map(Some);
+        }
+        if !self.chat {
+            return Ok(None);
+        }
         if text.trim().is_empty() {
             return Err(Error::request("--chat: expected a message in --prompt, --prompt-file or stdin, found none"));
         }
         let system = self.system.iter().map(|content| Message::new("system", content));
         let messages: Vec<Message> = system.chain([Message::new("user", text)]).collect();
-        ChatTemplate::load(&config.dir)?.encode(&messages, tokenizer)
+        Ok(Some(Conversation::new(&messages)))
     }
 }
 
@@ -283,12 +319,13 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
 
     let mut watch = (flags.watch && flags.format == Format::Text).then(|| Watch::new(flags.watch_delay)).flatten();
     if let Some(watch) = &mut watch {
-        watch.start(&engine.canvas(prompt)?, tokenizer, schedule);
+        watch.start(&engine.canvas_after(flags.bos.into(), prompt)?, tokenizer, schedule);
     }
     let mut handles = Vec::new();
     for sample in 0..flags.samples {
         let mut request = Request::new(prompt.clone(), schedule.clone(), flags.seed, sample);
         request.stop = stop.clone();
+        request.bos = flags.bos.into();
         request.separate_commit = flags.separate_commit;
         handles.push(engine.submit(request)?);
     }

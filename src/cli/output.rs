@@ -25,8 +25,8 @@ pub(super) struct RunFacts {
 impl RunFacts {
     /// Text of generated tokens: up to the end of text and the first stop text, wherever the last
     /// stage left them.
-    fn text(&self, tokenizer: &Tokenizer, tokens: &[u32]) -> String {
-        generated_text(tokenizer, tokens, &self.ends, &self.stop).0
+    fn text(&self, tokenizer: &Tokenizer, before: &[u32], tokens: &[u32]) -> String {
+        generated_text(tokenizer, before, tokens, &self.ends, &self.stop).0
     }
 }
 
@@ -123,6 +123,8 @@ fn round_ms(ms: f64) -> f64 {
 /// The contract's object, on one line.
 pub(super) fn json(output: &Output, run: &RunFacts, tokenizer: &Tokenizer, infill: bool) -> String {
     let prompt = &output.canvas[..output.prompt_tokens];
+    // In a filled text nothing ends at a hole: all of its tokens are part of it.
+    let text = |tokens: &[u32]| if infill { tokenizer.decode(tokens) } else { run.text(tokenizer, prompt, tokens) };
     let object = Json {
         model: &run.models[0],
         models: (run.models.len() > 1).then_some(&run.models),
@@ -134,9 +136,9 @@ pub(super) fn json(output: &Output, run: &RunFacts, tokenizer: &Tokenizer, infil
         prompt_tokens: output.prompt_tokens,
         prompt: CanvasPart { tokens: prompt, text: tokenizer.decode(prompt) },
         tokens: &output.tokens,
-        text: run.text(tokenizer, &output.tokens),
+        text: text(&output.tokens),
         finish: output.finish.name(),
-        draft: CanvasPart { tokens: &output.draft, text: run.text(tokenizer, &output.draft) },
+        draft: CanvasPart { tokens: &output.draft, text: text(&output.draft) },
         confidence: &output.confidence,
         revealed_at: &output.revealed_at,
         stages: output
@@ -178,9 +180,13 @@ pub(super) fn json(output: &Output, run: &RunFacts, tokenizer: &Tokenizer, infil
 
 /// The whole text, prompt included; samples of a batch are told apart by a header line.
 pub(super) fn text(output: &Output, run: &RunFacts, tokenizer: &Tokenizer, many: bool) -> String {
-    let prompt = tokenizer.decode(&output.canvas[..output.prompt_tokens]);
+    let prompt = &output.canvas[..output.prompt_tokens];
     let continues = output.positions.len() + output.prompt_tokens == output.canvas.len();
-    let body = if continues { prompt + &run.text(tokenizer, &output.tokens) } else { tokenizer.decode(&output.canvas) };
+    let body = if continues {
+        tokenizer.decode_before(prompt, &output.tokens) + &run.text(tokenizer, prompt, &output.tokens)
+    } else {
+        tokenizer.decode(&output.canvas)
+    };
     if many { format!("=== sample {}\n{body}\n\n", output.sample) } else { format!("{body}\n") }
 }
 

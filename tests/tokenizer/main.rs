@@ -93,3 +93,59 @@ fn spans_are_special_and_the_same_letters_beside_them_are_text() {
         }
     }
 }
+
+#[test]
+fn pieces_of_a_text_join_to_its_whole() {
+    let (texts, _) = golden();
+    let mut draw = 7u64;
+    let mut next = |below: usize| {
+        draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (draw >> 33) as usize % below
+    };
+    let mut checked = 0;
+    for kind in [
+        "gpt2",
+        "qwen2",
+        "llama3",
+        "deepseek",
+        "neox",
+        "llama_legacy",
+        "llama_metaspace",
+        "gemma",
+        "unigram",
+        "wordpiece",
+        "wordlevel",
+        "added",
+    ] {
+        let tokenizer = load(kind);
+        let all: Vec<u32> = (0..700).filter(|id| tokenizer.token(*id).is_some()).collect();
+        let written = texts.iter().map(|text| tokenizer.encode(text).unwrap()).filter(|ids| ids.len() > 1);
+        let mut sequences: Vec<Vec<u32>> = written.collect();
+        // Also what a model may write that no text is encoded to: bytes of no character, words cut off.
+        sequences.extend((0..200).map(|_| (0..12).map(|_| all[next(all.len())]).collect()));
+        if kind.starts_with("llama") || kind == "gemma" {
+            let bytes: Vec<u32> = (0..=255u32).filter_map(|byte| tokenizer.id(&format!("<0x{byte:02X}>"))).collect();
+            assert_eq!(bytes.len(), 256, "{kind}");
+            sequences.extend((0..200).map(|_| (0..8).map(|_| bytes[next(256)]).collect()));
+        }
+        for ids in &sequences {
+            let whole = tokenizer.decode(ids);
+            for cut in [0, 1, ids.len() / 2] {
+                let (before, after) = ids.split_at(cut);
+                let joined = tokenizer.decode_before(before, after) + &tokenizer.decode_after(before, after);
+                assert_eq!(joined, whole, "{kind}: {ids:?} at {cut}");
+                let rest = tokenizer.decode_after(before, after);
+                let mut sent = String::new();
+                for n in 0..=after.len() {
+                    let settled = tokenizer.decode_settled(before, &after[..n]);
+                    assert!(settled.starts_with(&sent), "{kind}: {ids:?} at {cut}, {n} after it: {settled:?} takes {sent:?} back");
+                    sent = settled;
+                }
+                assert!(rest.starts_with(&sent), "{kind}: {ids:?} at {cut}: {rest:?} takes {sent:?} back");
+                checked += 1;
+            }
+        }
+    }
+    println!("{checked} texts in pieces");
+    assert!(checked > 10_000, "{checked}");
+}

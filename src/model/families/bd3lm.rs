@@ -19,7 +19,8 @@ use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
-pub static FAMILY: Family = Family { name: "bd3lm", model_type: "bd3lm", architectures: &["BD3LM"], classes: Classes::Any };
+pub static FAMILY: Family =
+    Family { name: "bd3lm", model_type: "bd3lm", architectures: &["BD3LM"], classes: Classes::Any, begins_with_bos: true };
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Bd3lm };
 

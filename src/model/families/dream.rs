@@ -10,7 +10,8 @@ use crate::model::families::{llama, qwen2};
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
-pub static FAMILY: Family = Family { name: "dream", model_type: "Dream", architectures: &["DreamModel"], classes: Classes::Own };
+pub static FAMILY: Family =
+    Family { name: "dream", model_type: "Dream", architectures: &["DreamModel"], classes: Classes::Own, begins_with_bos: false };
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

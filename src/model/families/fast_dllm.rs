@@ -11,8 +11,13 @@ use crate::model::families::{llama, qwen2};
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
-pub static FAMILY: Family =
-    Family { name: "fast-dllm", model_type: "Fast_dLLM_Qwen", architectures: &["Fast_dLLM_QwenForCausalLM"], classes: Classes::Own };
+pub static FAMILY: Family = Family {
+    name: "fast-dllm",
+    model_type: "Fast_dLLM_Qwen",
+    architectures: &["Fast_dLLM_QwenForCausalLM"],
+    classes: Classes::Own,
+    begins_with_bos: false,
+};
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

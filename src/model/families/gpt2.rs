@@ -19,7 +19,8 @@ use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
-pub static FAMILY: Family = Family { name: "gpt2", model_type: "gpt2", architectures: &["GPT2LMHeadModel"], classes: Classes::Published };
+pub static FAMILY: Family =
+    Family { name: "gpt2", model_type: "gpt2", architectures: &["GPT2LMHeadModel"], classes: Classes::Published, begins_with_bos: false };
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Gpt2 };
 

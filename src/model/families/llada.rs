@@ -17,8 +17,13 @@ use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::{Names, Qkv};
 
 // LLaDA-MoE has the type too: where no class is named, experts tell it apart.
-pub static FAMILY: Family =
-    Family { name: "llada", model_type: "llada", architectures: &["LLaDAModelLM"], classes: Classes::OwnUnless("num_experts") };
+pub static FAMILY: Family = Family {
+    name: "llada",
+    model_type: "llada",
+    architectures: &["LLaDAModelLM"],
+    classes: Classes::OwnUnless("num_experts"),
+    begins_with_bos: false,
+};
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

@@ -15,8 +15,13 @@ use crate::model::families::llama::{self, Dialect};
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::{self, Names, Qkv};
 
-pub static FAMILY: Family =
-    Family { name: "llada2", model_type: "llada2_moe", architectures: &["LLaDA2MoeModelLM"], classes: Classes::Own };
+pub static FAMILY: Family = Family {
+    name: "llada2",
+    model_type: "llada2_moe",
+    architectures: &["LLaDA2MoeModelLM"],
+    classes: Classes::Own,
+    begins_with_bos: false,
+};
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

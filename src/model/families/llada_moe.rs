@@ -14,8 +14,13 @@ use crate::model::families::llama::{self, Dialect};
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
-pub static FAMILY: Family =
-    Family { name: "llada-moe", model_type: "llada", architectures: &["LLaDAMoEModelLM", "LLaDAMoEModel"], classes: Classes::Own };
+pub static FAMILY: Family = Family {
+    name: "llada-moe",
+    model_type: "llada",
+    architectures: &["LLaDAMoEModelLM", "LLaDAMoEModel"],
+    classes: Classes::Own,
+    begins_with_bos: false,
+};
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

@@ -13,8 +13,13 @@ use crate::error::Result;
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
-pub static FAMILY: Family =
-    Family { name: "llama", model_type: "llama", architectures: &["LlamaForCausalLM"], classes: Classes::Published };
+pub static FAMILY: Family = Family {
+    name: "llama",
+    model_type: "llama",
+    architectures: &["LlamaForCausalLM"],
+    classes: Classes::Published,
+    begins_with_bos: false,
+};
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

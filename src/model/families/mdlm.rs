@@ -9,7 +9,8 @@ use crate::error::Result;
 use crate::model::families::bd3lm;
 use crate::model::family::{FamilyEntry, TensorLayout};
 
-pub static FAMILY: Family = Family { name: "mdlm", model_type: "mdlm", architectures: &["MDLM"], classes: Classes::Any };
+pub static FAMILY: Family =
+    Family { name: "mdlm", model_type: "mdlm", architectures: &["MDLM"], classes: Classes::Any, begins_with_bos: true };
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Bd3lm };
 

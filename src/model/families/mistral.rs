@@ -9,8 +9,13 @@ use crate::model::families::llama::{self, Dialect, Window};
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
-pub static FAMILY: Family =
-    Family { name: "mistral", model_type: "mistral", architectures: &["MistralForCausalLM"], classes: Classes::Published };
+pub static FAMILY: Family = Family {
+    name: "mistral",
+    model_type: "mistral",
+    architectures: &["MistralForCausalLM"],
+    classes: Classes::Published,
+    begins_with_bos: false,
+};
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

@@ -10,8 +10,13 @@ use crate::model::families::llama::{self, Dialect, Window};
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
-pub static FAMILY: Family =
-    Family { name: "qwen3-moe", model_type: "qwen3_moe", architectures: &["Qwen3MoeForCausalLM"], classes: Classes::Published };
+pub static FAMILY: Family = Family {
+    name: "qwen3-moe",
+    model_type: "qwen3_moe",
+    architectures: &["Qwen3MoeForCausalLM"],
+    classes: Classes::Published,
+    begins_with_bos: false,
+};
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

@@ -9,7 +9,8 @@ use crate::model::families::qwen3_moe;
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
-pub static FAMILY: Family = Family { name: "rnd1", model_type: "rnd1", architectures: &["RND1LM"], classes: Classes::Own };
+pub static FAMILY: Family =
+    Family { name: "rnd1", model_type: "rnd1", architectures: &["RND1LM"], classes: Classes::Own, begins_with_bos: false };
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

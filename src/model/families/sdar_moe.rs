@@ -9,8 +9,13 @@ use crate::model::families::{qwen3_moe, sdar};
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
-pub static FAMILY: Family =
-    Family { name: "sdar-moe", model_type: "sdar_moe", architectures: &["SDARMoeForCausalLM"], classes: Classes::Own };
+pub static FAMILY: Family = Family {
+    name: "sdar-moe",
+    model_type: "sdar_moe",
+    architectures: &["SDARMoeForCausalLM"],
+    classes: Classes::Own,
+    begins_with_bos: false,
+};
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 

@@ -11,8 +11,13 @@ use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::llama_layout::NAMES;
 
 // Llama's type; the class tells them apart.
-pub static FAMILY: Family =
-    Family { name: "stable-diffcoder", model_type: "llama", architectures: &["StableDiffcoderForCausalLM"], classes: Classes::Own };
+pub static FAMILY: Family = Family {
+    name: "stable-diffcoder",
+    model_type: "llama",
+    architectures: &["StableDiffcoderForCausalLM"],
+    classes: Classes::Own,
+    begins_with_bos: false,
+};
 
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
