@@ -1,152 +1,326 @@
 //! Chat templates: what a checkpoint makes of a conversation before it is tokenised.
 //!
 //! A template is the Jinja text that the checkpoint ships, rendered as transformers renders it
-//! (`apply_chat_template`): blocks trimmed, Python's string and list methods, `raise_exception`.
-//! What users wrote stays text: special tokens in the template are special, the same letters inside
-//! a message are not.
+//! (`apply_chat_template`). A template is a program from outside: its steps and the bytes that it
+//! makes are bounded. What users wrote stays text: special tokens of the template are special, the
+//! same letters inside a message are not.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+mod conversation;
+mod date;
+mod environment;
+mod format;
+mod json;
+mod python;
+mod source;
+mod text;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, context};
+use minijinja::{Environment, UndefinedBehavior, Value};
 
+pub use self::conversation::{Conversation, Message};
+use self::python::Budget;
 use crate::error::{Error, Result};
-use crate::tokenizer::Tokenizer;
+use crate::files;
+use crate::tokenizer::{SPECIAL_NAMES, Tokenizer};
 
+/// Largest file that is read as a template or its configuration; published ones have a few
+/// kilobytes.
+const MAX_BYTES: u64 = 16 << 20;
+/// Bytes of text that one rendering may make, all its pieces together.
+const MAX_MADE: usize = 64 << 20;
+/// Steps of a rendering, and how many more each message may take. Published templates take some
+/// hundred a message.
+const STEPS: u64 = 1_000_000;
+const STEPS_PER_MESSAGE: u64 = 20_000;
 
-/// One turn of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Message {
-    /// `system`, `user`, `assistant`, or what the template knows.
-    pub role: String,
-    /// Text of the turn.
-    pub content: String,
-}
-
-impl Message {
-    /// A turn of `role`.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
-        Message { role: role.into(), content: content.into() }
-    }
-}
-
-/// A checkpoint's chat template and the tokens it names.
+/// A checkpoint's chat templates and the tokens they name.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    source: String,
-    /// Where it was read.
-    path: PathBuf,
+    /// Source and file of each, by name; a single one is `default`.
+    templates: BTreeMap<String, (String, PathBuf)>,
     /// `bos_token`, `eos_token` and their like, by name.
     tokens: Vec<(String, String)>,
 }
 
-/// Names under which templates expect special tokens.
-const TOKEN_NAMES: [&str; 5] = ["bos_token", "eos_token", "pad_token", "unk_token", "mask_token"];
-
 impl ChatTemplate {
-    /// Reads the template of a model directory: `chat_template.jinja`, or the key `chat_template`
-    /// of `tokenizer_config.json` (a string, or a list of `{name, template}` of which `default` is
-    /// taken). Errors name the files that were looked at.
+    /// Reads the templates of a model directory: `chat_template.jinja` and `chat_templates/*.jinja`,
+    /// or the key `chat_template` of `tokenizer_config.json` (a string, or a list of `{name,
+    /// template}`). Errors name the files that were looked at.
     pub fn load(dir: &Path) -> Result<ChatTemplate> {
         let config_path = dir.join("tokenizer_config.json");
-        let config: serde_json::Value = match read(&config_path)? {
-            Some(text) => serde_json::from_str(&text).map_err(|e| Error::tokenizer(&config_path, format!("not JSON: {e}")))?,
-            None => serde_json::Value::Null,
+        let object = |path: &Path| -> Result<serde_json::Value> {
+            let Some(text) = files::read_text(path, MAX_BYTES)? else { return Ok(serde_json::Value::Null) };
+            serde_json::from_str(&text).map_err(|e| Error::tokenizer(path, format!("not JSON: {e}")))
         };
+        let config = object(&config_path)?;
+        let map = object(&dir.join("special_tokens_map.json"))?;
         // A token is a string, or an object with its spelling as `content`.
         let token = |name: &str| {
-            let value = config.get(name)?;
+            let value = [&config, &map].into_iter().filter_map(|from| from.get(name)).find(|value| !value.is_null())?;
             Some((name.to_string(), value.as_str().or_else(|| value.get("content")?.as_str())?.to_string()))
         };
-        let tokens = TOKEN_NAMES.iter().filter_map(|name| token(name)).collect();
+        let tokens = SPECIAL_NAMES.iter().filter_map(|name| token(name)).collect();
+        let mut templates = BTreeMap::new();
         let file = dir.join("chat_template.jinja");
-        let (source, path) = match (read(&file)?, config.get("chat_template")) {
-            (Some(source), _) => (source, file),
-            (None, Some(serde_json::Value::String(source))) => (source.clone(), config_path),
-            (None, Some(serde_json::Value::Array(list))) => {
-                let named = list.iter().find(|t| t.get("name").and_then(|n| n.as_str()) == Some("default"));
-                let source = named
-                    .and_then(|t| t.get("template")?.as_str())
-                    .ok_or_else(|| Error::tokenizer(&config_path, "chat_template: expected a template named `default` in the list"))?;
-                (source.to_string(), config_path)
+        if let Some(source) = files::read_text(&file, MAX_BYTES)? {
+            templates.insert("default".to_owned(), (source, file));
+        }
+        for (name, file) in more_templates(&dir.join("chat_templates"))? {
+            if let Some(source) = files::read_text(&file, MAX_BYTES)? {
+                templates.insert(name, (source, file));
             }
-            (None, Some(serde_json::Value::Null) | None) => {
-                let what = "no chat template: expected chat_template.jinja, or the key chat_template in tokenizer_config.json; a base model has none";
-                return Err(Error::tokenizer(dir, what));
+        }
+        if templates.is_empty() {
+            let wrong = |what: String| Error::tokenizer(&config_path, format!("chat_template: {what}"));
+            match config.get("chat_template") {
+                Some(serde_json::Value::String(source)) => {
+                    templates.insert("default".to_owned(), (source.clone(), config_path.clone()));
+                }
+                Some(serde_json::Value::Array(list)) => {
+                    for named in list {
+                        let text = |key: &str| named.get(key).and_then(serde_json::Value::as_str).map(str::to_owned);
+                        let (Some(name), Some(source)) = (text("name"), text("template")) else {
+                            return Err(wrong("expected a list of objects with a name and a template".into()));
+                        };
+                        templates.insert(name, (source, config_path.clone()));
+                    }
+                }
+                None | Some(serde_json::Value::Null) => {
+                    let what = "no chat template: expected chat_template.jinja, or the key chat_template in tokenizer_config.json; a base model has none";
+                    return Err(Error::tokenizer(dir, what));
+                }
+                Some(other) => return Err(wrong(format!("expected a string or a list, found {other}"))),
             }
-            (None, Some(other)) => {
-                return Err(Error::tokenizer(&config_path, format!("chat_template: expected a string or a list, found {other}")));
-            }
-        };
-        let template = ChatTemplate { source, path, tokens };
-        template.environment()?;
+        }
+        let template = ChatTemplate { templates, tokens };
+        if let Some((source, path)) = template.templates.get("default") {
+            environment(source, 0).map_err(|e| failure(path, &e))?;
+        } else if !template.templates.contains_key("tool_use") {
+            let names: Vec<&str> = template.templates.keys().map(String::as_str).collect();
+            let what = format!("chat_template: expected a template named `default` in the list, found {}", names.join(", "));
+            return Err(Error::tokenizer(&config_path, what));
+        }
         Ok(template)
     }
 
-    fn environment(&self) -> Result<Environment<'_>> {
-        let mut env = Environment::new();
-        // As transformers sets Jinja up.
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        env.set_syntax(syntax.map_err(|e| self.error("cannot be set up", &e))?);
-        env.set_undefined_behavior(UndefinedBehavior::Lenient);
-        env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        // A template is a program from outside.
-        env.set_fuel(Some(10_000_000));
-        env.add_function("raise_exception", |message: String| -> std::result::Result<Value, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
-        env.add_template("chat", &self.source).map_err(|e| self.error("does not parse", &e))?;
-        Ok(env)
-    }
-
-    fn error(&self, what: &str, error: &minijinja::Error) -> Error {
-        Error::tokenizer(&self.path, format!("the chat template {what}: {error:#}"))
+    /// The template of a conversation, as transformers chooses it: by name, `tool_use` where there
+    /// are tools, `default`.
+    fn choose(&self, conversation: &Conversation) -> Result<&(String, PathBuf)> {
+        let name = match &conversation.template {
+            Some(name) => name.as_str(),
+            None if conversation.tools.is_some() && self.templates.contains_key("tool_use") => "tool_use",
+            None => "default",
+        };
+        self.templates.get(name).ok_or_else(|| {
+            let names: Vec<&str> = self.templates.keys().map(String::as_str).collect();
+            Error::request(format!("chat: no template is named `{name}`; the model has {}", names.join(", ")))
+        })
     }
 
     /// The conversation as text, ending where the assistant's reply begins.
     pub fn render(&self, messages: &[Message]) -> Result<String> {
-        let env = self.environment()?;
-        let tokens: BTreeMap<String, Value> = self.tokens.iter().map(|(name, token)| (name.clone(), token.as_str().into())).collect();
-        let turns: Vec<Value> = messages.iter().map(|m| context! { role => m.role.as_str(), content => m.content.as_str() }).collect();
-        let context = context! { messages => turns, add_generation_prompt => true, ..Value::from(tokens) };
-        env.get_template("chat").and_then(|t| t.render(context)).map_err(|e| self.error("fails", &e))
+        self.render_conversation(&Conversation::new(messages))
     }
 
-    /// Ids of the conversation. Where a message spells a special token, that message is encoded as
-    /// text, apart from the template around it; otherwise everything is encoded in one piece, as
-    /// transformers does.
+    /// The conversation as text.
+    ///
+    /// Errors: [`Error::Tokenizer`] for a template that fails or asks for too much, and
+    /// [`Error::Request`] for one that the model does not have.
+    pub fn render_conversation(&self, conversation: &Conversation) -> Result<String> {
+        let (source, path) = self.choose(conversation)?;
+        self.render_with(source, conversation).map_err(|e| failure(path, &e))
+    }
+
+    fn render_with(&self, source: &str, conversation: &Conversation) -> std::result::Result<String, String> {
+        let env = environment(source, conversation.num_messages())?;
+        let template = env.get_template("chat").map_err(|e| shown(&e))?;
+        template.render(conversation.context(&self.tokens)).map_err(|e| format!("fails: {}", shown(&e)))
+    }
+
+    /// Ids of the conversation of [`ChatTemplate::encode_conversation`].
     pub fn encode(&self, messages: &[Message], tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-        let text = self.render(messages)?;
-        if !messages.iter().any(|m| tokenizer.spells_special(&m.content)) {
+        self.encode_conversation(&Conversation::new(messages), tokenizer)
+    }
+
+    /// Ids of the conversation. Special tokens that the template writes are those tokens; what the
+    /// conversation holds is text, even where it spells one, alone or with what stands beside it.
+    pub fn encode_conversation(&self, conversation: &Conversation, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        let (source, path) = self.choose(conversation)?;
+        let fail = |e: String| failure(path, &e);
+        let text = self.render_with(source, conversation).map_err(fail)?;
+        let specials: Vec<(u32, &str)> = tokenizer.specials().map(|(id, token)| (id, token.content.as_str())).collect();
+        let spelled: Vec<&str> = specials.iter().map(|(_, content)| *content).collect();
+        let touches = |text: &str| spelled.iter().any(|special| text.contains(special)) || fragment(text, &spelled);
+        if !conversation.any_text(&touches) {
             return tokenizer.encode_with_special(&text);
         }
-        let mut ids = Vec::new();
-        let mut rest = text.as_str();
-        for message in messages.iter().filter(|m| !m.content.trim().is_empty()) {
-            // Templates may trim what they are given.
-            let content = message.content.trim();
-            let at = rest.find(content).ok_or_else(|| {
-                let what =
-                    "a message spells a special token, and the template changes the message: it cannot be told apart from the template";
-                Error::tokenizer(&self.path, what)
-            })?;
-            ids.extend(tokenizer.encode_with_special(&rest[..at])?);
-            ids.extend(tokenizer.encode(content)?);
-            rest = &rest[at + content.len()..];
+        // Rendered again with characters in place of the conversation's own: what is left of them
+        // afterwards shows where it came from. A template that looks into what users wrote may take
+        // another way then, so the result is compared; each way hides less.
+        let taken: BTreeSet<char> = source.chars().chain(text.chars()).chain(conversation.chars()).collect();
+        let mut free = (0xf_0000..0xf_fffe).chain(0x10_0000..0x10_fffe).filter_map(char::from_u32).filter(|c| !taken.contains(c));
+        let ways: [fn(&str, &[&str]) -> Vec<Range<usize>>; 2] = [all_visible, only_special];
+        for hide in ways {
+            let mut disguise = Disguise::default();
+            let hidden = conversation.map_text(&mut |text: &str, is_role: bool| {
+                let ranges = if is_role { only_special(text, &spelled) } else { hide(text, &spelled) };
+                disguise.apply(text, &ranges, &mut free)
+            });
+            let Ok(rendered) = self.render_with(source, &hidden) else { continue };
+            let (plain, spans) = disguise.reveal(&rendered, &specials);
+            if plain == text {
+                return tokenizer.encode_spans(&text, &spans);
+            }
         }
-        ids.extend(tokenizer.encode_with_special(rest)?);
-        Ok(ids)
+        let what = "a message spells a special token, and the template changes the message: it cannot be told apart from the template";
+        Err(Error::tokenizer(path, what))
     }
 }
 
-/// The file's text, if there is such a file.
-fn read(path: &Path) -> Result<Option<String>> {
-    match std::fs::metadata(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io(path, &e)),
-        Ok(m) if m.len() > MAX_BYTES => Err(Error::tokenizer(path, format!("{} bytes; expected at most {MAX_BYTES}", m.len()))),
-        Ok(_) => std::fs::read_to_string(path).map(Some).map_err(|e| Error::io(path, &e)),
+/// Names and paths of the templates in a directory, which may be absent.
+fn more_templates(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io(dir, &error)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|e| Error::io(dir, &e))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".jinja"));
+        if let Some(name) = name {
+            found.push((name.to_owned(), path.clone()));
+        }
     }
+    found.sort();
+    Ok(found)
+}
+
+fn failure(path: &Path, what: &str) -> Error {
+    Error::tokenizer(path, format!("the chat template {what}"))
+}
+
+/// An error of minijinja without the source around it, at a readable length.
+fn shown(error: &minijinja::Error) -> String {
+    let text: String = format!("{error:#}").chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if text.chars().count() > 400 { text.chars().take(400).chain(" ...".chars()).collect() } else { text }
+}
+
+/// The template `chat` under transformers' rules.
+fn environment(source: &str, num_messages: usize) -> std::result::Result<Environment<'static>, String> {
+    let rewritten = source::rewrite(source).map_err(|e| format!("does not parse: {e}"))?;
+    let mut env = Environment::new();
+    env.set_undefined_behavior(UndefinedBehavior::Lenient);
+    env.set_fuel(Some(STEPS + STEPS_PER_MESSAGE * num_messages as u64));
+    environment::install(&mut env, &Budget::new(MAX_MADE), rewritten.texts);
+    env.add_template_owned("chat", rewritten.source).map_err(|e| format!("does not parse: {}", shown(&e)))?;
+    Ok(env)
+}
+
+/// Whether a text begins, ends or goes on with a part of a special token, which what stands beside
+/// it may complete.
+fn fragment(text: &str, specials: &[&str]) -> bool {
+    !edges(text, specials).is_empty()
+}
+
+/// The parts of special tokens at both ends of a text; all of it where it is inside of one.
+fn edges(text: &str, specials: &[&str]) -> Vec<Range<usize>> {
+    if !text.is_empty() && specials.iter().any(|special| special.contains(text)) {
+        return vec![0..text.len()];
+    }
+    let ends = |special: &str| {
+        let cuts = special.char_indices().map(|(at, _)| at).skip(1);
+        let head = cuts.clone().filter(|at| text.starts_with(&special[*at..])).map(|at| special.len() - at).max();
+        let tail = cuts.filter(|at| text.ends_with(&special[..*at])).max();
+        (head.unwrap_or(0), tail.unwrap_or(0))
+    };
+    let (head, tail) = specials.iter().map(|special| ends(special)).fold((0, 0), |a, b| (a.0.max(b.0), a.1.max(b.1)));
+    let mut ranges = Vec::new();
+    if head > 0 {
+        ranges.push(0..head);
+    }
+    if tail > 0 {
+        ranges.push((text.len() - tail).max(head)..text.len());
+    }
+    ranges
+}
+
+/// Everything that is seen, except what is written differently in JSON.
+fn all_visible(text: &str, _: &[&str]) -> Vec<Range<usize>> {
+    let is_hidden = |c: &char| !source::is_space(*c) && !c.is_control() && !matches!(c, '"' | '\\' | '\'');
+    text.char_indices().filter(|(_, c)| is_hidden(c)).map(|(at, c)| at..at + c.len_utf8()).collect()
+}
+
+/// Special tokens that the text spells, and their parts at its ends.
+fn only_special(text: &str, specials: &[&str]) -> Vec<Range<usize>> {
+    let mut hidden: BTreeSet<usize> = edges(text, specials).into_iter().flatten().collect();
+    for special in specials.iter().filter(|special| !special.is_empty()) {
+        // Occurrences may overlap.
+        let mut from = 0;
+        while let Some(at) = text[from..].find(special).map(|at| from + at) {
+            hidden.extend(at..at + special.len());
+            from = at + text[at..].chars().next().map_or(1, char::len_utf8);
+        }
+    }
+    text.char_indices().filter(|(at, _)| hidden.contains(at)).map(|(at, c)| at..at + c.len_utf8()).collect()
+}
+
+/// Characters in place of others, each its own.
+#[derive(Default)]
+struct Disguise {
+    of: BTreeMap<char, char>,
+    back: BTreeMap<char, char>,
+}
+
+impl Disguise {
+    /// The text with the characters of `ranges` replaced; where no free character is left, they
+    /// stay.
+    fn apply(&mut self, text: &str, ranges: &[Range<usize>], free: &mut impl Iterator<Item = char>) -> String {
+        let mut hidden = ranges.iter().map(|range| range.start).peekable();
+        let mut replace = |c: char| {
+            if let Some(other) = self.of.get(&c) {
+                return *other;
+            }
+            let Some(other) = free.next() else { return c };
+            self.of.insert(c, other);
+            self.back.insert(other, c);
+            other
+        };
+        text.char_indices().map(|(at, c)| if hidden.next_if_eq(&at).is_some() { replace(c) } else { c }).collect()
+    }
+
+    /// The text with every character back, and where special tokens stand that no replaced
+    /// character is part of.
+    fn reveal(&self, text: &str, specials: &[(u32, &str)]) -> (String, Vec<(Range<usize>, u32)>) {
+        let mut by_first: BTreeMap<char, Vec<(u32, &str)>> = BTreeMap::new();
+        for (id, special) in specials {
+            if let Some(first) = special.chars().next() {
+                by_first.entry(first).or_default().push((*id, special));
+            }
+        }
+        let (mut plain, mut spans) = (String::with_capacity(text.len()), Vec::new());
+        let mut rest = text;
+        while let Some(c) = rest.chars().next() {
+            let here = by_first.get(&c).into_iter().flatten().filter(|(_, special)| rest.starts_with(special));
+            // The longest of those that begin here, as the tokenizer finds them.
+            if let Some((id, special)) = here.max_by_key(|(_, special)| special.len()) {
+                spans.push((plain.len()..plain.len() + special.len(), *id));
+                plain.push_str(special);
+                rest = &rest[special.len()..];
+            } else {
+                plain.push(self.back.get(&c).copied().unwrap_or(c));
+                rest = &rest[c.len_utf8()..];
+            }
+        }
+        (plain, spans)
+    }
+}
+
+/// A value of a template that is a text.
+fn is_text(value: &Value) -> bool {
+    value.as_str().is_some()
 }

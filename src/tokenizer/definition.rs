@@ -42,7 +42,9 @@ pub(super) struct Definition {
 /// A token outside the model's own vocabulary, or one that is found before the model sees a text.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AddedToken {
+    /// How it is spelled.
     pub content: String,
+    /// No text spells it: it marks a beginning, an end, a turn, a hidden position.
     pub special: bool,
     single_word: bool,
     lstrip: bool,

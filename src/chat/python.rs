@@ -1,0 +1,312 @@
+//! What templates expect of Python's values: arithmetic and printing; and the bound on the bytes
+//! that they may make.
+#![forbid(unsafe_code)]
+
+use std::fmt::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use minijinja::value::{Tuple, ValueKind};
+use minijinja::{Error, ErrorKind, Value};
+
+use super::format::percent;
+
+pub(super) type Outcome<T = Value> = Result<T, Error>;
+
+pub(super) fn fail<T>(what: impl Into<String>) -> Outcome<T> {
+    Err(Error::new(ErrorKind::InvalidOperation, what.into()))
+}
+
+/// Bytes that a rendering may still make.
+#[derive(Clone)]
+pub(super) struct Budget {
+    left: Arc<AtomicUsize>,
+    all: usize,
+}
+
+impl Budget {
+    pub(super) fn new(bytes: usize) -> Budget {
+        Budget { left: Arc::new(AtomicUsize::new(bytes)), all: bytes }
+    }
+
+    /// Takes `bytes` off. Errors: fewer are left.
+    pub(super) fn charge(&self, bytes: usize) -> Outcome<()> {
+        match self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(bytes)) {
+            Ok(_) => Ok(()),
+            Err(_) => fail(format!("it makes more than {} bytes of text", self.all)),
+        }
+    }
+
+    /// Refuses what takes more than is left, before it is made.
+    pub(super) fn allows(&self, bytes: Option<usize>) -> Outcome<()> {
+        match bytes {
+            Some(bytes) if bytes <= self.left.load(Ordering::Relaxed) => Ok(()),
+            _ => fail(format!("it makes more than {} bytes of text", self.all)),
+        }
+    }
+
+    pub(super) fn text(&self, text: String) -> Outcome {
+        self.charge(text.len())?;
+        Ok(Value::from(text))
+    }
+}
+
+/// A text that is charged as it grows.
+pub(super) struct Charged<'b> {
+    pub text: String,
+    pub budget: &'b Budget,
+}
+
+impl Charged<'_> {
+    pub(super) fn push(&mut self, text: &str) -> Outcome<()> {
+        self.budget.charge(text.len())?;
+        self.text.push_str(text);
+        Ok(())
+    }
+}
+
+/// `str(value)`.
+pub(super) fn string(value: &Value, budget: &Budget) -> Outcome<String> {
+    if let Some(text) = value.as_str() {
+        budget.charge(text.len())?;
+        return Ok(text.to_owned());
+    }
+    let mut out = Charged { text: String::new(), budget };
+    if !value.is_undefined() {
+        repr(value, &mut out, 0)?;
+    }
+    Ok(out.text)
+}
+
+/// Values inside values.
+pub(super) const MAX_DEPTH: usize = 200;
+
+/// `repr(value)`.
+pub(super) fn repr(value: &Value, out: &mut Charged, depth: usize) -> Outcome<()> {
+    if depth > MAX_DEPTH {
+        return fail("values inside values without an end");
+    }
+    match value.kind() {
+        ValueKind::String => out.push(&quoted(value.as_str().unwrap_or_default())),
+        ValueKind::Number if !value.is_integer() => out.push(&float(f64::try_from(value.clone())?)),
+        ValueKind::Seq => {
+            let tuple = value.is_tuple();
+            out.push(if tuple { "(" } else { "[" })?;
+            let mut count = 0;
+            for item in value.try_iter()?.checked() {
+                if count > 0 {
+                    out.push(", ")?;
+                }
+                repr(&item?, out, depth + 1)?;
+                count += 1;
+            }
+            out.push(match (tuple, count) {
+                (true, 1) => ",)",
+                (true, _) => ")",
+                _ => "]",
+            })
+        }
+        ValueKind::Map => {
+            out.push("{")?;
+            for (i, key) in value.try_iter()?.checked().enumerate() {
+                let key = key?;
+                if i > 0 {
+                    out.push(", ")?;
+                }
+                repr(&key, out, depth + 1)?;
+                out.push(": ")?;
+                repr(&value.get_item(&key)?, out, depth + 1)?;
+            }
+            out.push("}")
+        }
+        ValueKind::Undefined => out.push("Undefined"),
+        _ => out.push(&value.to_string()),
+    }
+}
+
+/// `repr` of a string: in single quotes, unless only those are in it.
+fn quoted(text: &str) -> String {
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push(quote);
+    for c in text.chars() {
+        let code = c as u32;
+        match c {
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            c if c == quote => {
+                out.push('\\');
+                out.push(c);
+            }
+            ' ' => out.push(' '),
+            _ if code < 0x20 || (0x7f..0xa1).contains(&code) || code == 0xad => {
+                let _ = write!(out, "\\x{code:02x}");
+            }
+            c if c.is_whitespace() || matches!(code, 0x200b..=0x200f | 0x2028..=0x202e | 0x2060..=0x206f | 0xfeff | 0xe000..=0xf8ff) => {
+                let _ = write!(out, "\\u{code:04x}");
+            }
+            c => out.push(c),
+        }
+    }
+    out.push(quote);
+    out
+}
+
+/// `repr` of a float: the shortest digits, with an exponent from 1e16 and below 1e-4.
+pub(super) fn float(x: f64) -> String {
+    if x.is_nan() {
+        return "nan".into();
+    }
+    if x.is_infinite() {
+        return if x > 0.0 { "inf".into() } else { "-inf".into() };
+    }
+    let size = x.abs();
+    if size != 0.0 && !(1e-4..1e16).contains(&size) {
+        let text = format!("{x:e}");
+        let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+        let exponent: i32 = exponent.parse().unwrap_or(0);
+        return format!("{digits}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs());
+    }
+    let text = x.to_string();
+    if text.contains('.') { text } else { text + ".0" }
+}
+
+/// The type's name as Python's errors give it.
+pub(super) fn type_name(value: &Value) -> &'static str {
+    match value.kind() {
+        ValueKind::Undefined => "Undefined",
+        ValueKind::None => "NoneType",
+        ValueKind::Bool => "bool",
+        ValueKind::Number if value.is_integer() => "int",
+        ValueKind::Number => "float",
+        ValueKind::String => "str",
+        ValueKind::Seq if value.is_tuple() => "tuple",
+        ValueKind::Seq => "list",
+        ValueKind::Map => "dict",
+        _ => "object",
+    }
+}
+
+/// An integer, which a bool is too.
+pub(super) fn int(value: &Value) -> Option<i128> {
+    match value.kind() {
+        ValueKind::Bool => Some(i128::from(value.is_true())),
+        ValueKind::Number if value.is_integer() => i128::try_from(value.clone()).ok(),
+        _ => None,
+    }
+}
+
+pub(super) fn number(value: &Value) -> Option<f64> {
+    match value.kind() {
+        ValueKind::Number if !value.is_integer() => f64::try_from(value.clone()).ok(),
+        _ => int(value).map(|n| n as f64),
+    }
+}
+
+pub(super) fn from_int(n: i128) -> Value {
+    i64::try_from(n).map_or_else(|_| Value::from(n), Value::from)
+}
+
+pub(super) fn items(value: &Value) -> Outcome<Vec<Value>> {
+    value.try_iter()?.checked().collect()
+}
+
+fn sequence(items: Vec<Value>, tuple: bool) -> Value {
+    if tuple { Value::from(Tuple::from(items)) } else { Value::from(items) }
+}
+
+/// `a op b op c ...`, from left to right.
+pub(super) fn math(arguments: &[Value], budget: &Budget) -> Outcome {
+    let [first, rest @ ..] = arguments else { return fail("expected operands") };
+    let mut value = first.clone();
+    for pair in rest.chunks(2) {
+        let [op, other] = pair else { return fail("expected an operand") };
+        value = binary(&value, op.as_str().unwrap_or_default(), other, budget)?;
+    }
+    Ok(value)
+}
+
+fn binary(a: &Value, op: &str, b: &Value, budget: &Budget) -> Outcome {
+    if a.is_undefined() || b.is_undefined() {
+        return Err(Error::new(ErrorKind::UndefinedError, format!("an operand of {op} is undefined")));
+    }
+    let wrong = || fail(format!("unsupported operand types for {op}: '{}' and '{}'", type_name(a), type_name(b)));
+    if let Some(text) = a.as_str().filter(|_| op == "%") {
+        let arguments = if b.is_tuple() { items(b)? } else { vec![b.clone()] };
+        return budget.text(percent(text, &arguments, b, budget)?);
+    }
+    match op {
+        "+" => {
+            if let (Some(left), Some(right)) = (a.as_str(), b.as_str()) {
+                budget.allows(left.len().checked_add(right.len()))?;
+                // What `safe` marked makes the other side HTML.
+                return match (a.is_safe(), b.is_safe()) {
+                    (false, false) => budget.text([left, right].concat()),
+                    (true, true) => budget.text([left, right].concat()).map(|text| Value::from_safe_string(text.to_string())),
+                    (safe, _) => {
+                        let (left, right) = if safe { (left.to_owned(), html(right)) } else { (html(left), right.to_owned()) };
+                        budget.text(left + &right).map(|text| Value::from_safe_string(text.to_string()))
+                    }
+                };
+            }
+            if a.kind() == ValueKind::Seq && b.kind() == ValueKind::Seq {
+                if a.is_tuple() != b.is_tuple() {
+                    return wrong();
+                }
+                let size = a.len().zip(b.len()).and_then(|(a, b)| a.checked_add(b)?.checked_mul(size_of::<Value>()));
+                budget.allows(size)?;
+                budget.charge(size.unwrap_or(0))?;
+                return Ok(sequence([items(a)?, items(b)?].concat(), a.is_tuple()));
+            }
+        }
+        "*" => {
+            let (many, count) = if int(b).is_some() { (a, int(b)) } else { (b, int(a)) };
+            if let Some(count) = count {
+                let count = usize::try_from(count.max(0)).unwrap_or(usize::MAX);
+                if let Some(text) = many.as_str() {
+                    budget.allows(text.len().checked_mul(count))?;
+                    return budget.text(text.repeat(count));
+                }
+                if many.kind() == ValueKind::Seq {
+                    let size = many.len().and_then(|len| len.checked_mul(count)?.checked_mul(size_of::<Value>()));
+                    budget.allows(size)?;
+                    budget.charge(size.unwrap_or(0))?;
+                    let one = items(many)?;
+                    return Ok(sequence((0..count).flat_map(|_| one.iter().cloned()).collect(), many.is_tuple()));
+                }
+            }
+        }
+        _ => {}
+    }
+    if let (Some(x), Some(y)) = (int(a), int(b)) {
+        let exact = match op {
+            "+" => x.checked_add(y),
+            "-" => x.checked_sub(y),
+            "*" => x.checked_mul(y),
+            "//" | "%" | "/" if y == 0 => return fail("division by zero"),
+            "//" => Some(x.div_euclid(y) - i128::from(y < 0 && x.rem_euclid(y) != 0)),
+            "%" => Some(x - y * (x.div_euclid(y) - i128::from(y < 0 && x.rem_euclid(y) != 0))),
+            "**" if y >= 0 => u32::try_from(y).ok().and_then(|y| x.checked_pow(y)),
+            _ => return Ok(Value::from(if op == "/" { x as f64 / y as f64 } else { (x as f64).powf(y as f64) })),
+        };
+        return exact.map_or_else(|| fail("a number is too large"), |n| Ok(from_int(n)));
+    }
+    let (Some(x), Some(y)) = (number(a), number(b)) else { return wrong() };
+    Ok(Value::from(match op {
+        "+" => x + y,
+        "-" => x - y,
+        "*" => x * y,
+        "**" => x.powf(y),
+        _ if y == 0.0 => return fail("division by zero"),
+        "/" => x / y,
+        "//" => (x / y).floor(),
+        _ => x - y * (x / y).floor(),
+    }))
+}
+
+/// Text with what HTML reads as markup spelled out.
+fn html(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&#34;").replace('\'', "&#39;")
+}
