@@ -19,17 +19,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use minijinja::{Environment, UndefinedBehavior, Value};
+use minijinja::{Environment, UndefinedBehavior};
 
 pub use self::conversation::{Conversation, Message};
 use self::python::Budget;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::input_file::{self, MAX_JSON_BYTES};
 use crate::tokenizer::{SPECIAL_NAMES, Tokenizer};
 
-/// Largest file that is read as a template or its configuration; published ones have a few
-/// kilobytes.
-const MAX_BYTES: u64 = 16 << 20;
 /// Bytes of text that one rendering may make, all its pieces together.
 const MAX_MADE: usize = 64 << 20;
 /// Steps of a rendering, and how many more each message may take. Published templates take some
@@ -53,7 +50,7 @@ impl ChatTemplate {
     pub fn load(dir: &Path) -> Result<ChatTemplate> {
         let config_path = dir.join("tokenizer_config.json");
         let object = |path: &Path| -> Result<serde_json::Value> {
-            let Some(text) = files::read_text(path, MAX_BYTES)? else { return Ok(serde_json::Value::Null) };
+            let Some(text) = read(path)? else { return Ok(serde_json::Value::Null) };
             serde_json::from_str(&text).map_err(|e| Error::tokenizer(path, format!("not JSON: {e}")))
         };
         let config = object(&config_path)?;
@@ -66,11 +63,11 @@ impl ChatTemplate {
         let tokens = SPECIAL_NAMES.iter().filter_map(|name| token(name)).collect();
         let mut templates = BTreeMap::new();
         let file = dir.join("chat_template.jinja");
-        if let Some(source) = files::read_text(&file, MAX_BYTES)? {
+        if let Some(source) = read(&file)? {
             templates.insert("default".to_owned(), (source, file));
         }
         for (name, file) in more_templates(&dir.join("chat_templates"))? {
-            if let Some(source) = files::read_text(&file, MAX_BYTES)? {
+            if let Some(source) = read(&file)? {
                 templates.insert(name, (source, file));
             }
         }
@@ -181,6 +178,11 @@ impl ChatTemplate {
     }
 }
 
+/// The text of a file, if there is one.
+fn read(path: &Path) -> Result<Option<String>> {
+    input_file::read_optional_text(path, MAX_JSON_BYTES).map_err(|e| Error::tokenizer(path, format!("cannot read: {e}")))
+}
+
 /// Names and paths of the templates in a directory, which may be absent.
 fn more_templates(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let entries = match std::fs::read_dir(dir) {
@@ -204,9 +206,10 @@ fn failure(path: &Path, what: &str) -> Error {
     Error::tokenizer(path, format!("the chat template {what}"))
 }
 
-/// An error of minijinja without the source around it, at a readable length.
+/// An error of minijinja at a readable length, without the place: it read a rewritten source.
 fn shown(error: &minijinja::Error) -> String {
-    let text: String = format!("{error:#}").chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let text = error.detail().map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     if text.chars().count() > 400 { text.chars().take(400).chain(" ...".chars()).collect() } else { text }
 }
 
@@ -318,9 +321,4 @@ impl Disguise {
         }
         (plain, spans)
     }
-}
-
-/// A value of a template that is a text.
-fn is_text(value: &Value) -> bool {
-    value.as_str().is_some()
 }

@@ -94,7 +94,7 @@ impl Conversation {
         if messages.is_empty() {
             return Err(fail("expected at least one message, found none".into()));
         }
-        if let Some(i) = messages.iter().position(|message| !message.get_attr("role").is_ok_and(|role| super::is_text(&role))) {
+        if let Some(i) = messages.iter().position(|message| !message.get_attr("role").is_ok_and(|role| role.as_str().is_some())) {
             return Err(fail(format!("message {i} has no text as its `role`")));
         }
         conversation.messages = messages.iter().map(normalised).collect();

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use minijinja::Value;
 use minijinja::value::{Kwargs, ValueKind};
 
-use super::python::{Budget, Charged, MAX_DEPTH, Outcome, fail, float, int, items, string, type_name};
+use super::python::{Budget, Charged, MAX_DEPTH, Outcome, PER_VALUE, fail, float, int, items, string, type_name};
 
 /// How `json.dumps` writes.
 struct Dump<'b> {
@@ -73,6 +73,7 @@ impl Dump<'_> {
         if depth > MAX_DEPTH {
             return fail("values inside values without an end");
         }
+        self.out.budget.charge(PER_VALUE)?;
         if let Some(text) = value.as_str() {
             return self.string(text);
         }

@@ -81,11 +81,15 @@ pub(super) fn string(value: &Value, budget: &Budget) -> Outcome<String> {
 /// Values inside values.
 pub(super) const MAX_DEPTH: usize = 200;
 
+/// Bytes that a value counts for where it is printed, beside its text.
+pub(super) const PER_VALUE: usize = 16;
+
 /// `repr(value)`.
 pub(super) fn repr(value: &Value, out: &mut Charged, depth: usize) -> Outcome<()> {
     if depth > MAX_DEPTH {
         return fail("values inside values without an end");
     }
+    out.budget.charge(PER_VALUE)?;
     match value.kind() {
         ValueKind::String => out.push(&quoted(value.as_str().unwrap_or_default())),
         ValueKind::Number if !value.is_integer() => out.push(&float(f64::try_from(value.clone())?)),
@@ -217,6 +221,28 @@ fn sequence(items: Vec<Value>, tuple: bool) -> Value {
     if tuple { Value::from(Tuple::from(items)) } else { Value::from(items) }
 }
 
+/// Values inside a value, each as often as it is in it; a list may hold another one twice.
+const MAX_VALUES: usize = 1 << 20;
+
+/// Refuses a value that holds more than [`MAX_VALUES`]: comparing it would take as many steps.
+pub(super) fn measured(value: Value, budget: &Budget) -> Outcome {
+    fn count(value: &Value, depth: usize, left: &mut usize) -> Outcome<()> {
+        if depth > MAX_DEPTH {
+            return fail("values inside values without an end");
+        }
+        *left = left.checked_sub(1).map_or_else(|| fail(format!("it makes a value of more than {MAX_VALUES} others")), Ok)?;
+        match value.kind() {
+            ValueKind::Seq => value.try_iter()?.checked().try_for_each(|item| count(&item?, depth + 1, left)),
+            ValueKind::Map => value.try_iter()?.checked().try_for_each(|key| count(&value.get_item(&key?)?, depth + 1, left)),
+            _ => Ok(()),
+        }
+    }
+    let mut left = MAX_VALUES;
+    count(&value, 0, &mut left)?;
+    budget.charge(MAX_VALUES - left)?;
+    Ok(value)
+}
+
 /// `a op b op c ...`, from left to right.
 pub(super) fn math(arguments: &[Value], budget: &Budget) -> Outcome {
     let [first, rest @ ..] = arguments else { return fail("expected operands") };
@@ -258,7 +284,7 @@ fn binary(a: &Value, op: &str, b: &Value, budget: &Budget) -> Outcome {
                 let size = a.len().zip(b.len()).and_then(|(a, b)| a.checked_add(b)?.checked_mul(size_of::<Value>()));
                 budget.allows(size)?;
                 budget.charge(size.unwrap_or(0))?;
-                return Ok(sequence([items(a)?, items(b)?].concat(), a.is_tuple()));
+                return measured(sequence([items(a)?, items(b)?].concat(), a.is_tuple()), budget);
             }
         }
         "*" => {
@@ -274,7 +300,8 @@ fn binary(a: &Value, op: &str, b: &Value, budget: &Budget) -> Outcome {
                     budget.allows(size)?;
                     budget.charge(size.unwrap_or(0))?;
                     let one = items(many)?;
-                    return Ok(sequence((0..count).flat_map(|_| one.iter().cloned()).collect(), many.is_tuple()));
+                    let repeated = (0..count).flat_map(|_| one.iter().cloned()).collect();
+                    return measured(sequence(repeated, many.is_tuple()), budget);
                 }
             }
         }

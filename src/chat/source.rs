@@ -19,6 +19,7 @@ pub(super) const TEXT: &str = "_redraft_text";
 pub(super) const MATH: &str = "_redraft_math";
 pub(super) const JOIN: &str = "_redraft_join";
 pub(super) const EACH: &str = "_redraft_each";
+pub(super) const VALUE: &str = "_redraft_value";
 
 /// A template that minijinja reads without rules for white space.
 #[derive(Debug, PartialEq)]
@@ -380,7 +381,10 @@ impl Parser<'_> {
                         && self.begins_operand(token)
                         && !matches!(token, Token::Op("+" | "-"))
                     {
-                        self.primary(&mut out)?;
+                        match token {
+                            Token::Op(_) => self.group(&mut out)?,
+                            _ => self.primary(&mut out)?,
+                        }
                     }
                 }
                 _ => return Ok(out),
@@ -390,7 +394,15 @@ impl Parser<'_> {
 
     fn primary(&mut self, out: &mut String) -> Result<(), String> {
         match self.peek() {
-            Some(Token::Op("(" | "[" | "{")) => self.group(out),
+            Some(Token::Op("(")) => self.group(out),
+            // Lists and dictionaries are measured, since each may hold others twice.
+            Some(Token::Op("[" | "{")) => {
+                out.push_str(VALUE);
+                out.push('(');
+                self.group(out)?;
+                out.push_str(") ");
+                Ok(())
+            }
             Some(Token::Text(_)) => {
                 // Strings that follow each other are one.
                 let mut texts = Vec::new();
@@ -450,7 +462,7 @@ mod tests {
         for (i, text) in texts.iter().enumerate() {
             shown = shown.replacen(&format!("{{{{ {TEXT}({i}) }}}}"), &format!("<{text}>"), 1);
         }
-        shown.replace(MATH, "M").replace(JOIN, "J").replace(EACH, "E")
+        shown.replace(MATH, "M").replace(JOIN, "J").replace(EACH, "E").replace(VALUE, "V")
     }
 
     #[test]
@@ -477,7 +489,7 @@ mod tests {
         assert_eq!(shown("{{ i is divisibleby 2 + 1 }}"), "{{ M(i is divisibleby 2 , \"+\", 1 )  }}");
         assert_eq!(shown("{% if a and -1 < b %}"), "{% if a and -1 < b  %}");
         assert_eq!(shown("{% set ns.x = ns.x + 1 %}"), "{% set ns . x = M(ns . x , \"+\", 1 )  %}");
-        assert_eq!(shown("{{ {'a': {'b': 1}}['a'] }}"), "{{ { 'a' : { 'b' : 1 } } [ 'a' ]  }}");
+        assert_eq!(shown("{{ {'a': {'b': 1}}['a'] }}"), "{{ V({ 'a' : V({ 'b' : 1 } ) } ) [ 'a' ]  }}");
         assert_eq!(shown("{{ 'a' \"b\" }}"), "{{ J('a', \"b\")  }}");
         assert_eq!(shown("{{ 'it\\'s %}' }}"), "{{ 'it\\'s %}'  }}");
         assert_eq!(shown("{{ m.0.x + 1.5e3 }}"), "{{ M(m . 0 . x , \"+\", 1.5e3 )  }}");

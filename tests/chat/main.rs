@@ -210,6 +210,8 @@ fn a_template_is_bounded_in_steps_and_bytes() {
         doubled("'a\\n'", "{% set x = x | tojson %}"),
         doubled("['a']", "{% set x = [x, x] %}"),
         doubled("['a']", "{% set x = [x, x] %}").replace("{{ x }}", "{{ x | tojson }}"),
+        doubled("['a']", "{% set x = [x, x] %}").replace("{{ x }}", "{% set y = [x] %}{{ x == y }}"),
+        doubled("{}", "{% set x = {'a': x, 'b': x} %}"),
         "{{ 'x' | indent(1000000000) }}".to_owned(),
         "{{ 'x' | center(1000000000) }}".to_owned(),
         "{{ 'x'.rjust(1000000000) }}".to_owned(),
