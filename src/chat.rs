@@ -11,6 +11,7 @@ mod date;
 mod environment;
 mod format;
 mod json;
+mod math;
 mod python;
 mod source;
 mod text;
@@ -25,7 +26,7 @@ pub use self::conversation::{Conversation, Message};
 use self::python::Budget;
 use crate::error::{Error, Result};
 use crate::input_file::{self, MAX_JSON_BYTES};
-use crate::tokenizer::{SPECIAL_NAMES, Tokenizer};
+use crate::tokenizer::{SPECIAL_NAMES, Tokenizer, caught};
 
 /// Bytes of text that one rendering may make, all its pieces together.
 const MAX_MADE: usize = 64 << 20;
@@ -44,9 +45,9 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Reads the templates of a model directory: `chat_template.jinja` and `chat_templates/*.jinja`,
-    /// or the key `chat_template` of `tokenizer_config.json` (a string, or a list of `{name,
-    /// template}`). Errors name the files that were looked at.
+    /// Reads the templates of a model directory: `chat_template.jinja` and
+    /// `chat_templates/*.jinja`, or the key `chat_template` of `tokenizer_config.json` (a string, or
+    /// a list of `{name, template}`). Errors name the files that were looked at.
     pub fn load(dir: &Path) -> Result<ChatTemplate> {
         let config_path = dir.join("tokenizer_config.json");
         let object = |path: &Path| -> Result<serde_json::Value> {
@@ -135,7 +136,10 @@ impl ChatTemplate {
     fn render_with(&self, source: &str, conversation: &Conversation) -> std::result::Result<String, String> {
         let env = environment(source, conversation.num_messages())?;
         let template = env.get_template("chat").map_err(|e| shown(&e))?;
-        template.render(conversation.context(&self.tokens)).map_err(|e| format!("fails: {}", shown(&e)))
+        // Minijinja panics on some values.
+        let rendered = caught(|| template.render(conversation.context(&self.tokens)))
+            .map_err(|panic| format!("fails: the template library failed: {panic}"))?;
+        rendered.map_err(|e| format!("fails: {}", shown(&e)))
     }
 
     /// Ids of the conversation of [`ChatTemplate::encode_conversation`].
@@ -160,7 +164,7 @@ impl ChatTemplate {
         // another way then, so the result is compared; each way hides less.
         let taken: BTreeSet<char> = source.chars().chain(text.chars()).chain(conversation.chars()).collect();
         let mut free = (0xf_0000..0xf_fffe).chain(0x10_0000..0x10_fffe).filter_map(char::from_u32).filter(|c| !taken.contains(c));
-        let ways: [fn(&str, &[&str]) -> Vec<Range<usize>>; 2] = [all_visible, only_special];
+        let ways: [fn(&str, &[&str]) -> Vec<Range<usize>>; 3] = [all_visible, only_special, inside_special];
         for hide in ways {
             let mut disguise = Disguise::default();
             let hidden = conversation.map_text(&mut |text: &str, is_role: bool| {
@@ -270,6 +274,24 @@ fn only_special(text: &str, specials: &[&str]) -> Vec<Range<usize>> {
         }
     }
     text.char_indices().filter(|(at, _)| hidden.contains(at)).map(|(at, c)| at..at + c.len_utf8()).collect()
+}
+
+/// The same without the first character of each and, of longer ones, the last: templates look at
+/// how a message begins and ends.
+fn inside_special(text: &str, specials: &[&str]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Vec<Range<usize>>> = Vec::new();
+    for range in only_special(text, specials) {
+        match runs.last_mut().filter(|run| run.last().is_some_and(|last| last.end == range.start)) {
+            Some(run) => run.push(range),
+            None => runs.push(vec![range]),
+        }
+    }
+    let inside = |run: Vec<Range<usize>>| match run.len() {
+        1 => run,
+        2 => run[1..].to_vec(),
+        len => run[1..len - 1].to_vec(),
+    };
+    runs.into_iter().flat_map(inside).collect()
 }
 
 /// Characters in place of others, each its own.

@@ -17,6 +17,7 @@ use serde_json::Value;
 
 use self::definition::filler;
 pub use self::definition::{AddedToken, MASK_SPELLINGS, SPECIAL_NAMES, added_tokens};
+pub(crate) use self::guard::caught;
 use self::guard::guarded;
 use crate::error::{Error, Result};
 

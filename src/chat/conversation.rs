@@ -54,8 +54,8 @@ impl Conversation {
         }
     }
 
-    /// Reads JSON: a list of messages, or an object with `messages` and any of `tools`, `documents`,
-    /// `add_generation_prompt`, `chat_template` (the name of one of several), and
+    /// Reads JSON: a list of messages, or an object with `messages` and any of `tools`,
+    /// `documents`, `add_generation_prompt`, `chat_template` (the name of one of several), and
     /// `chat_template_kwargs`, an object of further arguments. Messages are objects with a role;
     /// everything else in them is the template's business.
     ///

@@ -9,8 +9,9 @@ use minijinja::{Environment, Error, Value};
 use super::date;
 use super::format::percent;
 use super::json::tojson;
-use super::python::{Budget, Outcome, fail, from_int, int, items, math, measured, number, string, type_name};
-use super::source::{EACH, JOIN, MATH, TEXT, VALUE, is_space};
+use super::math::{math, slice};
+use super::python::{Budget, Outcome, fail, from_int, int, items, measured, number, string, type_name};
+use super::source::{EACH, JOIN, MATH, SLICE, TEXT, VALUE, is_space};
 use super::text::{capitalize, joined, justify, method, replace, strip};
 
 /// Puts Python's rules into an environment. Everything that makes text takes its bytes off
@@ -31,6 +32,8 @@ pub(super) fn install(env: &mut Environment, budget: &Budget, texts: Vec<String>
     env.add_function(EACH, |values: &Value| -> Outcome {
         if values.is_none() { fail("'NoneType' object is not iterable") } else { Ok(values.clone()) }
     });
+    let b = budget.clone();
+    env.add_function(SLICE, move |value: &Value, bounds: Rest<Value>| slice(value, &bounds, &b));
     let b = budget.clone();
     env.add_function(VALUE, move |value: &Value| measured(value.clone(), &b));
     env.add_function("raise_exception", |message: Value| -> Outcome { fail(message.to_string()) });

@@ -20,6 +20,7 @@ pub(super) const MATH: &str = "_redraft_math";
 pub(super) const JOIN: &str = "_redraft_join";
 pub(super) const EACH: &str = "_redraft_each";
 pub(super) const VALUE: &str = "_redraft_value";
+pub(super) const SLICE: &str = "_redraft_slice";
 
 /// A template that minijinja reads without rules for white space.
 #[derive(Debug, PartialEq)]
@@ -66,7 +67,7 @@ pub(super) fn rewrite(source: &str) -> Result<Rewritten, String> {
         let (tokens, end) = tokenize(source, body, if variable { "}}" } else { "%}" }).map_err(fail)?;
         let mut parser = Parser { tokens: &tokens, at: 0, depth: 0 };
         if variable {
-            let text = parser.sequence(None).map_err(fail)?;
+            let text = parser.sequence().map_err(fail)?;
             writer.out += &format!("{{{{ {text} }}}}");
         } else {
             let word = match tokens.first() {
@@ -74,7 +75,7 @@ pub(super) fn rewrite(source: &str) -> Result<Rewritten, String> {
                 _ => return Err(fail("expected the name of a statement".into())),
             };
             parser.at = 1;
-            let text = if word == "for" { parser.loop_head() } else { parser.sequence(None) }.map_err(fail)?;
+            let text = if word == "for" { parser.loop_head() } else { parser.sequence() }.map_err(fail)?;
             let word = match word {
                 "generation" => "with",
                 "endgeneration" => "endwith",
@@ -286,14 +287,20 @@ impl Parser<'_> {
         self.peek() == Some(Token::Op(op))
     }
 
-    /// Operands and what stands between them, up to `close`.
-    fn sequence(&mut self, close: Option<&str>) -> Result<String, String> {
+    /// Operands and what stands between them, up to the end of the tag.
+    fn sequence(&mut self) -> Result<String, String> {
+        let out = self.sequence_to("", false)?;
+        if self.peek().is_some() { Err("a bracket closes that was not opened".into()) } else { Ok(out) }
+    }
+
+    /// The same up to a bracket that closes, which none is where the tag ends, or a colon.
+    fn sequence_to(&mut self, close: &str, colon: bool) -> Result<String, String> {
         let mut out = String::new();
         loop {
             match self.peek() {
-                None if close.is_some() => return Err("a bracket has no end".into()),
+                None if !close.is_empty() => return Err("a bracket has no end".into()),
                 None => return Ok(out),
-                Some(Token::Op(op)) if Some(op) == close => return Ok(out),
+                Some(Token::Op(op)) if op == close || colon && op == ":" => return Ok(out),
                 Some(token) if self.begins_operand(token) => out += &self.level(0)?,
                 Some(Token::Op(")" | "]" | "}")) => return Err("a bracket closes another one".into()),
                 Some(_) => self.take(&mut out),
@@ -317,7 +324,7 @@ impl Parser<'_> {
         } else {
             out += &format!("{EACH}({values}) ")
         }
-        Ok(out + &self.sequence(None)?)
+        Ok(out + &self.sequence()?)
     }
 
     fn begins_operand(&self, token: Token) -> bool {
@@ -364,7 +371,8 @@ impl Parser<'_> {
                     self.take(&mut out);
                     self.take(&mut out);
                 }
-                Some(Token::Op("(" | "[")) => self.group(&mut out)?,
+                Some(Token::Op("(")) => self.group(&mut out)?,
+                Some(Token::Op("[")) => out = self.subscript(&out)?,
                 Some(Token::Op("|")) => {
                     self.take(&mut out);
                     self.name(&mut out);
@@ -424,6 +432,29 @@ impl Parser<'_> {
         }
     }
 
+    /// `[index]` after `value`, or a slice of it.
+    fn subscript(&mut self, value: &str) -> Result<String, String> {
+        self.enter()?;
+        self.at += 1;
+        let mut bounds = vec![self.sequence_to("]", true)?];
+        while self.is_op(":") {
+            self.at += 1;
+            bounds.push(self.sequence_to("]", true)?);
+        }
+        self.at += 1;
+        self.depth -= 1;
+        if let [index] = bounds.as_slice() {
+            return Ok(format!("{value}[ {index}] "));
+        }
+        let bounds: Vec<&str> = bounds.iter().map(|bound| if bound.is_empty() { "none " } else { bound.as_str() }).collect();
+        Ok(format!("{SLICE}({value}, {}) ", bounds.join(", ")))
+    }
+
+    fn enter(&mut self) -> Result<(), String> {
+        self.depth += 1;
+        if self.depth > MAX_DEPTH { Err(format!("more than {MAX_DEPTH} brackets inside each other")) } else { Ok(()) }
+    }
+
     /// The name of a filter or test.
     fn name(&mut self, out: &mut String) {
         self.take(out);
@@ -434,17 +465,14 @@ impl Parser<'_> {
     }
 
     fn group(&mut self, out: &mut String) -> Result<(), String> {
-        self.depth += 1;
-        if self.depth > MAX_DEPTH {
-            return Err(format!("more than {MAX_DEPTH} brackets inside each other"));
-        }
+        self.enter()?;
         let close = match self.peek() {
             Some(Token::Op("(")) => ")",
             Some(Token::Op("[")) => "]",
             _ => "}",
         };
         self.take(out);
-        *out += &self.sequence(Some(close))?;
+        *out += &self.sequence_to(close, false)?;
         self.take(out);
         self.depth -= 1;
         Ok(())
@@ -462,7 +490,7 @@ mod tests {
         for (i, text) in texts.iter().enumerate() {
             shown = shown.replacen(&format!("{{{{ {TEXT}({i}) }}}}"), &format!("<{text}>"), 1);
         }
-        shown.replace(MATH, "M").replace(JOIN, "J").replace(EACH, "E").replace(VALUE, "V")
+        shown.replace(MATH, "M").replace(JOIN, "J").replace(EACH, "E").replace(VALUE, "V").replace(SLICE, "S")
     }
 
     #[test]
@@ -484,7 +512,7 @@ mod tests {
         assert_eq!(shown("{{ a + b ~ c * 2 }}"), "{{ M(a , \"+\", J(b , M(c , \"*\", 2 ) ) )  }}");
         assert_eq!(shown("{{ a - -b }}"), "{{ M(a , \"-\", -b )  }}");
         assert_eq!(shown("{{ '%s' % (a, b) }}"), "{{ M('%s' , \"%\", ( a , b ) )  }}");
-        assert_eq!(shown("{{ x[1:-1] + y.z(b=-1)|trim }}"), "{{ M(x [ 1 : -1 ] , \"+\", y . z ( b = -1 ) | trim )  }}");
+        assert_eq!(shown("{{ x[1:-1] + y.z(b=-1)|trim }}"), "{{ M(S(x , 1 , -1 ) , \"+\", y . z ( b = -1 ) | trim )  }}");
         assert_eq!(shown("{{ a + b is none }}"), "{{ M(a , \"+\", b is none )  }}");
         assert_eq!(shown("{{ i is divisibleby 2 + 1 }}"), "{{ M(i is divisibleby 2 , \"+\", 1 )  }}");
         assert_eq!(shown("{% if a and -1 < b %}"), "{% if a and -1 < b  %}");

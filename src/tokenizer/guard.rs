@@ -1,4 +1,5 @@
-//! The one door to the tokenizers crate: what panics there becomes an error here.
+//! The one door to the tokenizers crate, and to that of templates: what panics there becomes an
+//! error here.
 #![forbid(unsafe_code)]
 
 use std::cell::Cell;
@@ -21,20 +22,24 @@ thread_local! {
 ///
 /// Programs that abort on panic have no such guard.
 pub(super) fn guarded<T>(path: &Path, what: &str, call: impl FnOnce() -> CrateResult<T>) -> Result<T> {
-    quiet();
-    INSIDE.with(|inside| inside.set(inside.get() + 1));
-    // A tokenizer that panicked is asked again at most: its caches hold whole entries.
-    let outcome = catch_unwind(AssertUnwindSafe(call));
-    INSIDE.with(|inside| inside.set(inside.get() - 1));
-    match outcome {
+    match caught(call) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(Error::tokenizer_from(path, what, error)),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-            let text = text.unwrap_or("it panicked");
-            Err(Error::tokenizer(path, format!("{what}: the tokenizers library failed: {}", shortened(text))))
-        }
+        Err(panic) => Err(Error::tokenizer(path, format!("{what}: the tokenizers library failed: {panic}"))),
     }
+}
+
+/// What `call` returns, or the first line of what it panicked with; nothing is printed.
+pub(crate) fn caught<T>(call: impl FnOnce() -> T) -> Result<T, String> {
+    quiet();
+    INSIDE.with(|inside| inside.set(inside.get() + 1));
+    // Caches of what panicked hold whole entries, so it may be called again.
+    let outcome = catch_unwind(AssertUnwindSafe(call));
+    INSIDE.with(|inside| inside.set(inside.get() - 1));
+    outcome.map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        shortened(text.unwrap_or("it panicked"))
+    })
 }
 
 /// The first line of a panic's message, at a readable length.

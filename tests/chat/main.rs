@@ -109,8 +109,8 @@ fn special_tokens_of_the_template_are_special_and_those_of_a_message_are_text() 
 #[test]
 fn no_message_makes_a_special_token() {
     let tokenizer = tokenizer();
-    // How templates handle what they are given, and how many special tokens each writes for a user's
-    // message after an assistant's.
+    // How templates handle what they are given, and how many special tokens each writes for a
+    // user's message after an assistant's.
     let sources = [
         (
             "<|endoftext|>system: be kind<|endoftext|>{% for m in messages %}<|endoftext|>{{ m.role }}\n{{ m.content }}<|endoftext|>{% endfor %}",

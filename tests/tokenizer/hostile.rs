@@ -108,7 +108,8 @@ fn added_tokens_have_the_ids_of_the_file() {
             let (content, id) = (token["content"].as_str().unwrap(), token["id"].as_u64().unwrap() as u32);
             assert_eq!((tokenizer.id(content), tokenizer.token(id).is_some()), (Some(id), true), "{kind}: {content}");
             assert!(tokenizer.encode_with_special(&format!("a {content}.")).unwrap().contains(&id), "{kind}: {content}");
-            if token["special"] == json!(true) {
+            // A model gives the unknown token itself.
+            if token["special"] == json!(true) && content != "<unk>" {
                 assert!(!tokenizer.encode(&format!("a {content}.")).unwrap().contains(&id), "{kind}: {content}");
                 assert_eq!(tokenizer.decode(&[id]), "", "{kind}: {content}");
             }
