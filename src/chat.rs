@@ -46,8 +46,8 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// Reads the templates of a model directory: `chat_template.jinja` and
-    /// `chat_templates/*.jinja`, or the key `chat_template` of `tokenizer_config.json` (a string, or
-    /// a list of `{name, template}`). Errors name the files that were looked at.
+    /// `chat_templates/*.jinja`, or the key `chat_template` of `tokenizer_config.json` (a string,
+    /// or a list of `{name, template}`). Errors name the files that were looked at.
     pub fn load(dir: &Path) -> Result<ChatTemplate> {
         let config_path = dir.join("tokenizer_config.json");
         let object = |path: &Path| -> Result<serde_json::Value> {

@@ -144,8 +144,12 @@ pub(super) fn define(path: &Path, vocab_size: usize) -> Result<Definition> {
 
 /// The JSON object of `path`, or one made of the vocabulary files beside it.
 fn object(path: &Path) -> Result<Map<String, Value>> {
-    match read(path, MAX_TOKENIZER_BYTES)? {
-        Some(text) => parse(path, &text),
+    let wrong = |error: Error| match error {
+        Error::Tokenizer { path, what, .. } => Error::tokenizer(&path, format!("not a tokenizer: {what}")),
+        other => other,
+    };
+    match read(path, MAX_TOKENIZER_BYTES).map_err(wrong)? {
+        Some(text) => parse(path, &text).map_err(wrong),
         None => byte_level(path),
     }
 }
@@ -161,7 +165,7 @@ fn parse(path: &Path, text: &str) -> Result<Map<String, Value>> {
         Ok(_) => Err(Error::tokenizer(path, "expected a JSON object")),
         Err(error) => {
             let kind = input_file::looks_like(text.as_bytes()).map_or(String::new(), |kind| format!(": {kind}"));
-            Err(Error::tokenizer(path, format!("not JSON of a tokenizer{kind}: {error}")))
+            Err(Error::tokenizer(path, format!("not JSON{kind}: {error}")))
         }
     }
 }
@@ -240,11 +244,14 @@ fn merge(path: &Path, vocabulary: &BTreeMap<String, u32>, added: &mut BTreeMap<u
             }
         }
     }
+    let taken: BTreeMap<u32, &String> = vocabulary.iter().map(|(token, id)| (*id, token)).collect();
     let mut ids: BTreeMap<String, u32> = added.iter().map(|(id, token)| (token.content.clone(), *id)).collect();
     for (id, token) in more {
         // A token that has an id keeps it; only its flags are news.
         let id = ids.get(&token.content).or_else(|| vocabulary.get(&token.content)).copied().unwrap_or(id);
-        if !token.content.is_empty() && added.get(&id).is_none_or(|other| other.content == token.content) {
+        let free = taken.get(&id).is_none_or(|other| **other == token.content);
+        // An id that another token has is none for this one.
+        if !token.content.is_empty() && free && added.get(&id).is_none_or(|other| other.content == token.content) {
             ids.insert(token.content.clone(), id);
             added.insert(id, token);
         }
