@@ -44,6 +44,9 @@ pub struct ChatTemplate {
     tokens: Vec<(String, String)>,
 }
 
+/// Ranges of the characters of a text that are replaced, given the spellings of special tokens.
+type Hide = fn(&str, &[&str]) -> Vec<Range<usize>>;
+
 impl ChatTemplate {
     /// Reads the templates of a model directory: `chat_template.jinja` and
     /// `chat_templates/*.jinja`, or the key `chat_template` of `tokenizer_config.json` (a string,
@@ -164,7 +167,7 @@ impl ChatTemplate {
         // another way then, so the result is compared; each way hides less.
         let taken: BTreeSet<char> = source.chars().chain(text.chars()).chain(conversation.chars()).collect();
         let mut free = (0xf_0000..0xf_fffe).chain(0x10_0000..0x10_fffe).filter_map(char::from_u32).filter(|c| !taken.contains(c));
-        let ways: [fn(&str, &[&str]) -> Vec<Range<usize>>; 3] = [all_visible, only_special, inside_special];
+        let ways: [Hide; 3] = [all_visible, only_special, inside_special];
         for hide in ways {
             let mut disguise = Disguise::default();
             let hidden = conversation.map_text(&mut |text: &str, is_role: bool| {
@@ -237,7 +240,7 @@ fn fragment(text: &str, specials: &[&str]) -> bool {
 /// The parts of special tokens at both ends of a text; all of it where it is inside of one.
 fn edges(text: &str, specials: &[&str]) -> Vec<Range<usize>> {
     if !text.is_empty() && specials.iter().any(|special| special.contains(text)) {
-        return vec![0..text.len()];
+        return std::iter::once(0..text.len()).collect();
     }
     let ends = |special: &str| {
         let cuts = special.char_indices().map(|(at, _)| at).skip(1);

@@ -11,10 +11,12 @@ use crate::error::{Error, Result};
 pub struct Message {
     /// `system`, `user`, `assistant`, or what the template knows.
     pub role: String,
+    /// What was said.
     pub content: String,
 }
 
 impl Message {
+    /// A turn of this role.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
         Message { role: role.into(), content: content.into() }
     }

@@ -273,9 +273,8 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, arguments: &[
             Ok(Value::from(first && text.chars().all(|c| c == '_' || c.is_alphanumeric())))
         }
         "isupper" | "islower" => {
-            let (has, not): (fn(char) -> bool, fn(char) -> bool) =
-                if name == "isupper" { (char::is_uppercase, char::is_lowercase) } else { (char::is_lowercase, char::is_uppercase) };
-            Ok(Value::from(text.chars().any(has) && !text.chars().any(not)))
+            let (upper, lower) = (text.chars().any(char::is_uppercase), text.chars().any(char::is_lowercase));
+            Ok(Value::from(if name == "isupper" { upper && !lower } else { lower && !upper }))
         }
         "istitle" => Ok(Value::from(text.chars().any(char::is_alphabetic) && title(text) == text)),
         _ => Err(Error::from(ErrorKind::UnknownMethod)),
