@@ -5,6 +5,7 @@
 //! all runs do the same work. With `--quality` the command measures text instead, which is the
 //! module `quality` beside this one.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -14,7 +15,7 @@ use serde_json::json;
 
 use crate::api::device::on_backend;
 use crate::backend::measure::{Ceilings, Measure};
-use crate::backend::{Backend, DType, ExpertShape};
+use crate::backend::{Backend, DType, ExpertShape, HostReason};
 use crate::cli::bench_flags::{BenchFlags, Forward};
 use crate::cli::device::decoded_len;
 use crate::cli::engine::{attach_joint, drain, load};
@@ -45,6 +46,8 @@ struct ScheduleTimes {
     tokens_per_s: f64,
     total_ms: f64,
     first_token_ms: f64,
+    /// Steps of the measured runs that the host sampled beside a device that samples, by reason.
+    host_steps: BTreeMap<&'static str, usize>,
     stages: Vec<StageRow>,
 }
 
@@ -321,7 +324,11 @@ fn measure<B: Backend>(
 ) -> Result<ScheduleTimes> {
     let mut walls = Vec::new();
     let mut outputs: Vec<Output> = Vec::new();
+    let mut before = BTreeMap::new();
     for run in 0..=runs {
+        if run == 1 {
+            before = engine.host_steps().clone();
+        }
         let start = Instant::now();
         let mut handles = Vec::new();
         for sample in 0..batch {
@@ -360,6 +367,8 @@ fn measure<B: Backend>(
             }
         })
         .collect();
+    let since = |(reason, count): (&HostReason, &usize)| (reason.name(), count - before.get(reason).unwrap_or(&0));
+    let host_steps = engine.host_steps().iter().map(since).filter(|(_, count)| *count > 0).collect();
     Ok(ScheduleTimes {
         schedule: name.into(),
         batch,
@@ -367,6 +376,7 @@ fn measure<B: Backend>(
         tokens_per_s: f64::from(batch) * f64::from(length) / (total_ms / 1e3),
         total_ms,
         first_token_ms: mid(&|o| o.timings.first_token_ms),
+        host_steps,
         stages,
     })
 }
@@ -412,6 +422,10 @@ fn table(head: &str, ceilings: &CeilingsRow, probes: &[Probe], rows: &[ScheduleT
             );
             let _ = writeln!(out, "{}", line.trim_end());
         }
+    }
+    for row in rows.iter().filter(|row| !row.host_steps.is_empty()) {
+        let reasons: Vec<String> = row.host_steps.iter().map(|(reason, count)| format!("{count} for {reason}")).collect();
+        let _ = writeln!(out, "{}: the host sampled steps, {}", row.schedule, reasons.join("; "));
     }
     out
 }

@@ -22,8 +22,12 @@ impl Sequence {
     /// condition may end the text earlier than foreseen.
     pub fn look_ahead(&self, max: usize) -> Result<Vec<LookaheadStep>, HostReason> {
         let mut foreseen = Vec::new();
-        if !self.spec.forced.is_empty() || !self.spec.draft.is_empty() {
+        if !self.spec.forced.is_empty() {
             return Err(HostReason::ForcedTokens);
+        }
+        // The tokens of the first stage are given; the steps of later stages are like any others.
+        if !self.spec.draft.is_empty() && self.stage == 0 {
+            return Err(HostReason::GivenDraft);
         }
         if self.spec.draws.is_some() {
             return Err(HostReason::InjectedDraws);

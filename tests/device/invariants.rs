@@ -210,8 +210,11 @@ fn the_host_says_why_it_samples() {
         run("block=4,unmask=uniform:2");
         run("block=4,unmask=uniform:2,kv=refresh:2");
         run("block=4,unmask=confidence:2,order_temperature=0.5");
+        let mut given = request(&[1, 2], 10, &schedule(&["block=4,unmask=left:1"]), 3, 0);
+        given.draft = vec![5; 12];
+        together(&mut engine, &[given], "a given draft");
         let found: Vec<HostReason> = engine.host_steps().keys().copied().collect();
-        assert_eq!(found, [HostReason::KvPolicy, HostReason::OrderTemperature]);
+        assert_eq!(found, [HostReason::GivenDraft, HostReason::KvPolicy, HostReason::OrderTemperature]);
         let counts = engine.host_steps().clone();
         engine.backend().set_runs(false);
         let request = request(&[1, 2], 10, &schedule(&["block=4,unmask=uniform:2,kv=refresh:2"]), 3, 0);

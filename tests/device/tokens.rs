@@ -159,6 +159,15 @@ fn tokens_equal_the_cpus_on_the_shipped_model() {
     agree(&shipped(), &requests, "shipped");
 }
 
+/// The host samples the stage whose tokens are given, the device what refines them.
+#[test]
+fn a_given_draft_is_refined_as_on_the_cpu() {
+    let stages = schedule(&["block=4,unmask=left:1", "block=full,remask=0.4,by=snapshot,unmask=uniform:3"]);
+    let mut given = request(&[1, 2], 14, &stages, 3, 0);
+    given.draft = (0..16).map(|position| 3 + position * 7 % 50).collect();
+    agree(&fixture("bd3lm-plain"), &[given], "a given draft");
+}
+
 /// Confidence bits aside, nothing of a bf16 run depends on whether the host or the device samples.
 #[test]
 fn bf16_runs_sample_as_the_host_would() {
