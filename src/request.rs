@@ -51,7 +51,7 @@ impl Bos {
     /// Ids before the first token of a text.
     ///
     /// Errors: a checkpoint that names neither BOS nor end of text, where one is asked for.
-    pub fn tokens(self, config: &ModelConfig, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    pub(crate) fn tokens(self, config: &ModelConfig, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         match self {
             Bos::No => Ok(Vec::new()),
             Bos::Auto if !config.family.begins_with_bos => Ok(tokenizer.prefix().to_vec()),

@@ -330,8 +330,8 @@ impl Tokenizer {
     /// character that may still come, which end in replacement characters until it is whole.
     pub fn decode_settled(&self, before: &[u32], ids: &[u32]) -> String {
         let is_byte = |id: &u32| self.inner.id_to_token(*id).is_some_and(|token| token.len() == 6 && token.starts_with("<0x"));
-        // A run of bytes is read as a whole: one that is none of a character's changes them all, also
-        // over what is left out between them.
+        // A run of bytes is read as a whole: one that is none of a character's changes them all,
+        // also over what is left out between them.
         let is_left_out = |id: &u32| self.token(*id).is_none() || self.added.get(id).is_some_and(|token| token.special);
         let open = ids.iter().rev().take_while(|id| is_byte(id) || is_left_out(id)).count();
         let mut text = self.decode_after(before, &ids[..ids.len() - open]);
