@@ -18,12 +18,12 @@
 //! never sees a later one, so this equals recomputing everything. Under full visibility nothing is
 //! ever final and every exact forward needs all rows.
 //!
-//! Where a model's logits are shifted ([`LogitsRows::Before`]), the row before a position answers
-//! it. Forwards that compute some rows only compute the answering ones too. Under block-causal
-//! attention the first position of a block is answered by the last row of the block before it,
-//! which sees nothing of its own: one forward, the *boundary forward*, writes the finished blocks'
-//! final K/V and unmasks that position, and then the block is denoised. [Fast-dLLM v2] It is the
-//! commit and the next token of the autoregressive reading in one.
+//! Where a model's logits are shifted ([`LogitsRows::Before`]), the row before a position holds its
+//! logits. A forward over some rows computes those rows too. Under block-causal attention the last
+//! row of a block holds the logits of the next block's first position, and sees nothing of that
+//! block. One forward, the *boundary forward*, writes the finished blocks' final K/V and unmasks
+//! that position; then the block is denoised. [Fast-dLLM v2] It is the commit and the next token of
+//! the autoregressive reading in one.
 #![forbid(unsafe_code)]
 
 mod forwards;
@@ -85,10 +85,10 @@ pub struct Step {
     /// Sequence length: no row sees a key at or beyond it.
     pub len: usize,
     pub sample_rows: Vec<SampleRow>,
-    /// What the answers do with tokens that end the text.
+    /// How rows are sampled where tokens end the text.
     pub eos: Eos,
-    /// Above 0: the same rows run once more before, with every given position masked, and guide the
-    /// answers away from what they say.
+    /// Above 0: the same rows run once more before, with every given position masked, and logits
+    /// move away from those of that forward.
     pub guidance: f32,
 }
 
@@ -299,7 +299,7 @@ impl Sequence {
         self.stage_start = Instant::now();
     }
 
-    /// Ends the sequence as it stands.
+    /// Ends the sequence with the tokens that it has now.
     pub fn cancel(&mut self) {
         self.pending = None;
         self.cut(self.requested_len);
@@ -318,8 +318,8 @@ impl Sequence {
         self.next_at(events, Instant::now())
     }
 
-    /// [`Sequence::next`] for a host that follows behind the device: a stage that ends here ended
-    /// at `clock`.
+    /// [`Sequence::next`] for a host that applies steps after the device ran them: a stage that
+    /// ends here ended at `clock`.
     pub fn next_at(&mut self, events: &mut Vec<Event>, clock: Instant) -> Next {
         self.clock = clock;
         while self.pending.is_none() {
@@ -354,12 +354,12 @@ impl Sequence {
         &self.spec.schedule.stages()[self.stage]
     }
 
-    /// Which row of the stage's model answers a position.
+    /// Which rows hold the logits of a position in the stage's model.
     fn logits_rows(&self) -> LogitsRows {
         self.spec.shifted[self.stage().weights].into()
     }
 
-    /// The row that answers `position`.
+    /// The position whose row holds the logits of `position`.
     fn logits_row_for(&self, position: usize) -> usize {
         self.logits_rows().logits_row_for(position)
     }
@@ -480,8 +480,8 @@ impl Sequence {
             let first = if kv == KvPolicy::Recompute { 0 } else { self.committed };
             (first..end).collect()
         } else if cached {
-            // [Fast-dLLM] The block, and behind it what the dual cache holds and the prefix cache
-            // does not.
+            // [Fast-dLLM] The block; for the prefix cache also all positions after it, whose K/V the
+            // dual cache keeps.
             let first = self.logits_row_for(first).min(range.start);
             (first..if kv == KvPolicy::Dual { range.end } else { len }).collect()
         } else if kv == KvPolicy::Dual {
@@ -525,7 +525,7 @@ impl Sequence {
     fn set_boundary_forward(&mut self, block: usize, start: usize) {
         self.block = block;
         self.unit = start..start + 1;
-        // Steps of the block's own schedule begin behind it.
+        // Steps of the block's own schedule begin after it.
         self.progress = BlockProgress { block_len: 1, masks_at_start: 0, masks: 1, step: 0 };
         let last = self.logits_row_for(start);
         let blockwise = matches!(self.stage().visibility(), Visibility::BlockCausal(_));
@@ -649,8 +649,7 @@ impl Sequence {
         positions.iter().map(|p| self.canvas.confidence(*p)).collect()
     }
 
-    /// Writes the `chosen` of the candidates where they are masked, and the `edits` over what
-    /// stands.
+    /// Writes the `chosen` candidates into masked positions, and the `edits` over current tokens.
     fn write(&mut self, candidates: &[Candidate], chosen: &[usize], edits: &[usize], events: &mut Vec<Event>) {
         let step = self.denoised;
         self.fresh.clear();
@@ -728,7 +727,7 @@ impl Sequence {
         }
     }
 
-    /// Ends the draft early where a stop condition holds for what stands before `end`.
+    /// Ends the draft early where a stop condition holds for the tokens before `end`.
     fn check_stop(&mut self, end: usize) {
         let generated_to_the_end = (self.prompt_len..self.canvas.len()).all(|p| self.canvas.state(p) != State::Fixed);
         if !generated_to_the_end || self.canvas.masked_in(self.prompt_len..end).next().is_some() {

@@ -27,7 +27,7 @@ pub(crate) fn default_length(config: &ModelConfig, fixed: usize) -> usize {
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Prompt {
-    /// This text, which the model continues; [`Options::bos`] says what stands before it.
+    /// This text, which the model continues; [`Options::bos`] says which token comes before it.
     Text(String),
     /// These ids as they are, which the model continues.
     Tokens(Vec<u32>),
@@ -200,7 +200,7 @@ impl Options {
         self
     }
 
-    /// Whether a token stands before prompts of text. By default what the family's own script and
+    /// Whether a token comes before prompts of text. By default what the family's own script and
     /// its tokenizer put there.
     pub fn bos(mut self, bos: Bos) -> Self {
         self.bos = bos;

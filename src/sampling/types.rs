@@ -60,7 +60,7 @@ pub struct Draw {
     pub truncated_confidence: bool,
 }
 
-/// The answer for one row. Raw quantities are under softmax(logits) with banned ids excluded,
+/// The token sampled from one row. Raw quantities are under softmax(logits) with banned ids excluded,
 /// before temperature, top-k and nucleus; `log_prob` always is, the others unless the draw asks
 /// otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -16,7 +16,7 @@ use crate::schedule::stage::{Bans, BlockOrigin, Blocks, Eos, KvPolicy, LastBlock
 /// A key of a stage.
 #[derive(Clone, Copy, Debug)]
 pub struct StageKey {
-    /// What stands before `=`.
+    /// The text before `=`.
     pub name: &'static str,
     /// What may follow it, as errors say it.
     pub values: &'static str,

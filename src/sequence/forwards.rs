@@ -29,7 +29,7 @@ pub struct LookaheadStep {
     pub joint: Option<LookaheadJoint>,
 }
 
-/// What a joint sampler does behind a foreseen forward.
+/// What a joint sampler does after a forward that was planned ahead.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LookaheadJoint {
     /// Positions whose states it carries on, all of them among the rows of the forward.

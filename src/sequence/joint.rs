@@ -22,8 +22,8 @@ impl Sequence {
         self.stage().is_joint() && self.pending.as_ref().is_some_and(|step| step.kind != Kind::Score)
     }
 
-    /// Ids that the sampler's calls behind the pending step choose among at each position that it
-    /// asks; `None`: all of them, or it makes no call.
+    /// Ids among which the sampler's calls after the pending step choose at each sampled position;
+    /// `None`: all of them, or it makes no call.
     pub fn joint_shortlist(&self) -> Option<usize> {
         let step = self.pending.as_ref().filter(|step| step.kind == Kind::Denoise)?;
         self.stage().shortlist().filter(|_| self.round_quota(step.sample_rows.len()) > 1)
