@@ -9,7 +9,7 @@ use redraft::cuda::ops::select_masked::{SequenceSummary, StepRecord, step_error}
 use redraft::cuda::ops::unmask::{UnmaskParams, unmask};
 use redraft::rng::{DrawKey, uniforms};
 use redraft::sampling::{BlockProgress, Candidate, Rank, SampledToken, Unmask, UnmaskStep, select};
-use redraft::sampling::{Count, EntropyBound, Threshold};
+use redraft::sampling::{Count, EntropyBound, Ranking, UnmaskRule};
 
 use crate::emulator::{Array, machines, noise, words};
 
@@ -69,14 +69,31 @@ fn reference(sequence: &Sequence) -> (Vec<usize>, SequenceSummary) {
         })
         .collect();
     let unmask = match *unmask {
-        UnmaskStep::Best { rank, n } => Unmask::new(Count { ranking: rank.into(), n: NonZeroUsize::new(n).expect("a count") }),
-        UnmaskStep::Threshold(bound) => Unmask::new(Threshold::new(bound).expect("a probability")),
+        UnmaskStep::Best { rank, n } => Unmask::new(Count { ranking: rank.into(), n: NonZeroUsize::new(n).unwrap_or(NonZeroUsize::MIN) }),
+        UnmaskStep::Threshold(bound) => Unmask::new(Reaches(bound)),
+        // Below 0 the first alone is within.
+        UnmaskStep::EntropyBound(bound) if bound < 0.0 => Unmask::new(Count { ranking: Rank::Entropy.into(), n: NonZeroUsize::MIN }),
         UnmaskStep::EntropyBound(bound) => Unmask::new(EntropyBound::new(bound).expect("a bound")),
     };
     let progress = BlockProgress { block_len: candidates.len(), masks_at_start: candidates.len(), masks: candidates.len(), step: 0 };
     let chosen = select(&unmask, progress, &candidates).expect("no NaN");
     let revealed = chosen.len() as u32;
     (chosen, SequenceSummary { revealed, ..*before })
+}
+
+/// `threshold:T` for any T: a stage takes none that is not a probability, a kernel does.
+#[derive(Debug)]
+struct Reaches(f32);
+
+impl UnmaskRule for Reaches {
+    fn value(&self) -> String {
+        format!("reaches:{}", self.0)
+    }
+
+    fn select(&self, _: BlockProgress, candidates: &[Candidate]) -> Vec<usize> {
+        let best = Ranking::from(Rank::Confidence).best_first(candidates)[0];
+        (0..candidates.len()).filter(|i| *i == best || candidates[*i].sampled.confidence >= self.0).collect()
+    }
 }
 
 /// The canvas of one sequence, as the arrays of the kernel; confidences as bits.
