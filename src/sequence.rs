@@ -480,8 +480,8 @@ impl Sequence {
             let first = if kv == KvPolicy::Recompute { 0 } else { self.committed };
             (first..end).collect()
         } else if cached {
-            // [Fast-dLLM] The block; for the prefix cache also all positions after it, whose K/V the
-            // dual cache keeps.
+            // [Fast-dLLM] The block; for the prefix cache also all positions after it, whose K/V
+            // the dual cache keeps.
             let first = self.logits_row_for(first).min(range.start);
             (first..if kv == KvPolicy::Dual { range.end } else { len }).collect()
         } else if kv == KvPolicy::Dual {

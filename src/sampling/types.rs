@@ -60,9 +60,9 @@ pub struct Draw {
     pub truncated_confidence: bool,
 }
 
-/// The token sampled from one row. Raw quantities are under softmax(logits) with banned ids excluded,
-/// before temperature, top-k and nucleus; `log_prob` always is, the others unless the draw asks
-/// otherwise.
+/// The token sampled from one row. Raw quantities are under softmax(logits) with banned ids
+/// excluded, before temperature, top-k and nucleus; `log_prob` always is, the others unless the
+/// draw says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SampledToken {
     /// Id of the token.
