@@ -11,8 +11,8 @@ pub(crate) mod unmask;
 pub use remask::{GeneratedToken, HeldOut, PostHoc, Random, RemaskBy, RemaskRule, Score, ScoringForwards, Snapshot};
 pub use types::{Rank, SampledToken, TopK, TopKOrder, TopPRule, UnmaskStep};
 pub use unmask::{
-    Above, Ancestral, BlockProgress, Candidate, Count, EntropyBound, Factor, Fixed, Linear, Ranking, Threshold, Times, Timestep, Unmask,
-    UnmaskRule,
+    Above, Ancestral, BlockProgress, Candidate, Cosine, Count, EntropyBound, Factor, Fixed, Linear, Ranking, Threshold, Times, Timestep,
+    Unmask, UnmaskRule,
 };
 
 // What the engine and the tests use of the rules.

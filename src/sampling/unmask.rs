@@ -7,6 +7,7 @@
 mod above;
 mod ancestral;
 mod candidate;
+mod cosine;
 mod count;
 mod entropy_bound;
 mod factor;
@@ -24,6 +25,7 @@ mod values;
 pub use above::Above;
 pub use ancestral::Ancestral;
 pub use candidate::{BlockProgress, Candidate};
+pub use cosine::Cosine;
 pub use count::Count;
 pub use entropy_bound::EntropyBound;
 pub use factor::Factor;
@@ -39,7 +41,7 @@ use crate::error::{Error, Result};
 use crate::sampling::types::SampledToken;
 
 /// Every rule that a stage can name. A new rule is a file beside this one, and its row here.
-pub static UNMASK_RULES: [UnmaskRow; 13] = {
+pub static UNMASK_RULES: [UnmaskRow; 14] = {
     let [uniform, confidence, margin, entropy, left] = count::ROWS;
     [
         uniform,
@@ -53,6 +55,7 @@ pub static UNMASK_RULES: [UnmaskRow; 13] = {
         entropy_bound::ROW,
         linear::ROW,
         fixed::ROW,
+        cosine::ROW,
         timestep::ROW,
         ancestral::ROW,
     ]
