@@ -166,8 +166,11 @@ impl Sequence {
         if let Some(position) = spec.fixed.iter().position(|f| *f == Some(spec.mask_id)) {
             return Err(Error::request(format!("position {position} is fixed to the mask id {}", spec.mask_id)));
         }
-        for tokens in [&spec.forced, &spec.draft] {
-            assert!(tokens.is_empty() || tokens.len() == spec.fixed.len(), "one forced token per position");
+        for (name, tokens) in [("forced", &spec.forced), ("draft", &spec.draft)] {
+            if !tokens.is_empty() && tokens.len() != spec.fixed.len() {
+                let (found, expected) = (tokens.len(), spec.fixed.len());
+                return Err(Error::request(format!("{name}: expected one token for each of {expected} positions, found {found}")));
+            }
         }
         if let Some(block_len) = spec.schedule.stages().iter().filter_map(Stage::block_len).min()
             && canvas.len() / block_len >= 1 << 24

@@ -547,7 +547,7 @@ mod tests {
         let draft = one(0, "block=8,sub=4").unwrap();
         let refine = one(1, "block=full,remask=0.5,by=held-out:2").unwrap();
         assert!(Schedule::new(vec![draft.clone(), refine.clone()]).is_ok());
-        assert!(Schedule::new(vec![]).unwrap_err().to_string().contains("1 to 255 stages"));
+        assert!(Schedule::new(vec![]).unwrap_err().to_string().contains("at least one stage"));
         assert!(Schedule::new(vec![draft.clone(); 256]).is_err());
         let broken = |index: usize, change: &dyn Fn(&mut Stage), word: &str| {
             let mut stages = vec![draft.clone(), refine.clone()];

@@ -125,8 +125,10 @@ impl Schedule {
     }
 
     fn check(&self) -> Result<()> {
-        if !(1..=MAX_STAGES).contains(&self.stages.len()) {
-            return Err(Error::request(format!("a schedule holds 1 to {MAX_STAGES} stages, found {}", self.stages.len())));
+        match self.stages.len() {
+            0 => return Err(Error::request("a schedule needs at least one stage")),
+            n if n > MAX_STAGES => return Err(Error::request(format!("a schedule holds at most {MAX_STAGES} stages, found {n}"))),
+            _ => {}
         }
         let previous = std::iter::once(None).chain(self.stages.iter().map(Some));
         self.stages.iter().zip(previous).enumerate().try_for_each(|(index, (stage, previous))| stage.check(index, previous))

@@ -823,6 +823,12 @@ fn sequences_without_work_or_with_a_fixed_mask_are_refused() {
     assert!(refuse(vec![Some(1), Some(2)]).contains("nothing to generate"));
     assert!(refuse(vec![]).contains("nothing to generate"));
     assert!(refuse(vec![Some(1), Some(MASK), None]).contains("position 1"));
+    let case = Case { fixed: vec![None; 3], stages: vec!["block=4,visible=block".into()], seed: 0, stop: None, shifted: false };
+    let schedule = case.schedule(|_| "exact".into());
+    for (forced, draft, name) in [(vec![1, 2], vec![], "forced"), (vec![], vec![1; 4], "draft")] {
+        let error = Sequence::new(SequenceSpec { forced, draft, ..spec(&case, &schedule, PLAIN) }).err().expect(name).to_string();
+        assert!(error.starts_with(name) && error.contains("3 positions"), "{error}");
+    }
 }
 
 /// A cancelled sequence stands still where it is.
