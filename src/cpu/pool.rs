@@ -6,10 +6,10 @@
 //! descheduled is not waited for: the caller takes its share and closes the job. Which thread runs
 //! a task never shows in a result: tasks write disjoint places.
 //!
-//! Why not rayon: every op enters the pool by itself, and entering rayon's costs 13 us a loop, here
-//! 0.7 us; a draft step of a small model has some fifty loops (benches/pool.rs, and
-//! benches/reports/2026-11-27-pool-rayon.md). Entered once for a whole forward rayon costs 0.3 us a
-//! loop; the `Backend` interface has no place for that.
+//! Why not rayon: on quiet cores entering it costs 16 us a loop, here about 1 us, and a draft step
+//! of a small model has some fifty loops, since every op enters the pool by itself. Entered once
+//! for a whole step rayon still takes 1.3 times as long on a small model, and as long on a large
+//! one (benches/pool.rs, and benches/reports/2026-11-27-pool-rayon.md).
 //!
 //! Also contains the safe ways to write disjoint parts of one buffer: [`Pool::chunks`] and
 //! [`Pool::tiles`].
