@@ -44,7 +44,7 @@ impl UnmaskRule for Cosine {
     }
 
     fn keys(&self) -> Vec<(&'static str, String)> {
-        std::iter::once(("order", self.ranking.rank().to_string())).chain(self.ranking.temperature_key()).collect()
+        self.ranking.order_keys()
     }
 
     fn select(&self, progress: BlockProgress, candidates: &[Candidate]) -> Vec<usize> {

@@ -28,17 +28,23 @@ pub const ROW: UnmaskRow = UnmaskRow {
     parse: |arguments| Ok(Unmask::new(Fixed { ranking: arguments.ranking()?, steps: count(arguments.value.unwrap_or_default())? })),
 };
 
+impl Fixed {
+    fn count(&self, progress: BlockProgress) -> usize {
+        share(progress.block_len, self.steps.get(), progress.step)
+    }
+}
+
 impl UnmaskRule for Fixed {
     fn value(&self) -> String {
         format!("fixed:{}", self.steps)
     }
 
     fn keys(&self) -> Vec<(&'static str, String)> {
-        std::iter::once(("order", self.ranking.rank().to_string())).chain(self.ranking.temperature_key()).collect()
+        self.ranking.order_keys()
     }
 
     fn select(&self, progress: BlockProgress, candidates: &[Candidate]) -> Vec<usize> {
-        self.ranking.best(share(progress.block_len, self.steps.get(), progress.step), candidates)
+        self.ranking.best(self.count(progress), candidates)
     }
 
     fn ranking(&self) -> Option<Ranking> {
@@ -46,7 +52,7 @@ impl UnmaskRule for Fixed {
     }
 
     fn quota(&self, progress: BlockProgress) -> Option<usize> {
-        Some(share(progress.block_len, self.steps.get(), progress.step))
+        Some(self.count(progress))
     }
 
     fn next_step(&self, progress: BlockProgress, _times: &mut dyn Iterator<Item = f64>) -> usize {
@@ -54,8 +60,7 @@ impl UnmaskRule for Fixed {
     }
 
     fn on_device(&self, progress: BlockProgress) -> Option<UnmaskStep> {
-        let n = share(progress.block_len, self.steps.get(), progress.step);
-        Some(UnmaskStep::Best { rank: self.ranking.rank(), n: n.max(1) })
+        Some(UnmaskStep::Best { rank: self.ranking.rank(), n: self.count(progress).max(1) })
     }
 }
 

@@ -50,6 +50,11 @@ impl Ranking {
         (self.temperature > 0.0).then(|| ("order_temperature", self.temperature.to_string()))
     }
 
+    /// The stage keys of a rule that counts over a block: `order`, and a temperature above 0.
+    pub(super) fn order_keys(&self) -> Vec<(&'static str, String)> {
+        std::iter::once(("order", self.rank.to_string())).chain(self.temperature_key()).collect()
+    }
+
     /// Indices of `candidates`, best first; ties go to the lower position.
     ///
     /// The n smallest of `E exp(-value / temperature)`, E exponential, are a draw of n without
