@@ -20,7 +20,7 @@ mod testing;
 mod threshold;
 mod times;
 mod timestep;
-mod values;
+pub(crate) mod values;
 
 pub use above::Above;
 pub use ancestral::Ancestral;
@@ -187,7 +187,7 @@ mod tests {
             value: None,
             order: Some("entropy".parse().unwrap()),
             order_temperature: Some(0.5),
-            steps: Some(7),
+            steps: std::num::NonZeroUsize::new(7),
             eps: Some(0.25),
         };
         for row in &UNMASK_RULES {

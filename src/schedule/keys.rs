@@ -9,6 +9,7 @@ use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
+use crate::sampling::unmask::values;
 use crate::sampling::{RuleArguments, TopKOrder, TopPRule, parse_remask, parse_unmask, valid_temperature, valid_top_p};
 use crate::schedule::spec::{BlockSpec, RemaskSpec, StageSpec, UnmaskSpec};
 use crate::schedule::stage::{Bans, BlockOrigin, Blocks, Eos, KvPolicy, LastBlock, MAX_MODELS, Scope, Stage};
@@ -137,7 +138,7 @@ pub static STAGE_KEYS: [StageKey; 28] = [
         default: "",
         doc: "with a ranking alone: `unmask=uniform,steps=12` is `unmask=linear:12,order=uniform`. With `above`: unmask the quota of \
               `fixed:STEPS` at least",
-        set: |spec, text| fill(&mut spec.steps, count(text).map(NonZeroUsize::get)),
+        set: |spec, text| fill(&mut spec.steps, count(text)),
         print: |stage| key_of(&stage.unmask.keys(), "steps"),
     },
     StageKey {
@@ -337,8 +338,9 @@ fn key_of(keys: &[(&'static str, String)], name: &str) -> Option<String> {
     keys.iter().find(|(key, _)| *key == name).map(|(_, value)| value.clone())
 }
 
+/// A count of at least 1, as rules take it.
 fn count(text: &str) -> Option<NonZeroUsize> {
-    text.parse().ok().filter(|n: &NonZeroUsize| n.get() <= 1 << 32)
+    values::count(text).ok()
 }
 
 fn fill<T>(slot: &mut Option<T>, value: Option<T>) -> std::result::Result<(), Refusal> {

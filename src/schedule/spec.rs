@@ -28,7 +28,7 @@ pub struct StageSpec {
     pub(super) score: Option<Score>,
     pub(super) unmask: Option<UnmaskSpec>,
     pub(super) order: Option<Rank>,
-    pub(super) steps: Option<usize>,
+    pub(super) steps: Option<NonZeroUsize>,
     pub(super) eps: Option<f32>,
     pub(super) order_temperature: Option<f32>,
     pub(super) temperature: Option<f32>,

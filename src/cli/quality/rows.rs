@@ -53,13 +53,7 @@ pub(super) struct Rows {
 
 /// The headline: the draft, and a full refine of the draft by each way to choose what is masked
 /// again.
-const HEADLINE: [(&str, Option<&str>); 5] = [
-    ("draft", None),
-    ("snapshot", Some("snapshot")),
-    ("random", Some("random")),
-    ("post-hoc", Some("post-hoc")),
-    ("held-out:4", Some("held-out:4")),
-];
+const HEADLINE: [Option<&str>; 5] = [None, Some("snapshot"), Some("random"), Some("post-hoc"), Some("held-out:4")];
 
 /// Share of tokens masked again in the headline rows.
 const HEADLINE_RATIO: f64 = 0.35;
@@ -102,11 +96,11 @@ impl Rows {
 
     pub(super) fn headline(&mut self) -> Result<()> {
         let defaults = self.defaults(0, &RowLine::default())?;
-        for (name, by) in HEADLINE {
+        for by in HEADLINE {
             let refine = by.map(|by| format!("block=full,remask={HEADLINE_RATIO},by={by},unmask=linear:12,order=uniform,kv=refresh:12"));
             let stages = std::iter::once("block=trained,unmask=uniform:1").chain(refine.as_deref());
             let schedule = Schedule::resolve(&stages.map(str::parse).collect::<Result<Vec<_>>>()?, &defaults)?;
-            self.push(name, 0, schedule, self.sampling.seed)?;
+            self.push(by.unwrap_or("draft"), 0, schedule, self.sampling.seed)?;
         }
         self.push("did-lift", 0, Schedule::preset("did-lift", &defaults)?, self.sampling.seed)
     }

@@ -8,7 +8,7 @@ use crate::sampling::types::{Rank, UnmaskStep};
 use crate::sampling::unmask::candidate::{BlockProgress, Candidate};
 use crate::sampling::unmask::ranking::Ranking;
 use crate::sampling::unmask::rule::{Unmask, UnmaskRow, UnmaskRule};
-use crate::sampling::unmask::values::{count, next_share, number, probability, share};
+use crate::sampling::unmask::values::{next_share, number, probability, share};
 
 /// Unmasks every position with confidence > the bound, and at least the most confident ones of the
 /// quota of [`Fixed`](crate::sampling::unmask::Fixed) over `steps`, or one without `steps` (SDAR
@@ -25,10 +25,7 @@ pub const ROW: UnmaskRow = UnmaskRow {
     argument: "T",
     keys: &["steps"],
     doc: "every position with confidence above T, and always the most confident (Fast-dLLM v2); with `steps=S`, at least the quota of `fixed:S` (SDAR)",
-    parse: |arguments| {
-        let steps = arguments.steps.map(|steps| count(&steps.to_string())).transpose()?;
-        Ok(Unmask::new(Above::new(number(arguments.value)?, steps)?))
-    },
+    parse: |arguments| Ok(Unmask::new(Above::new(number(arguments.value)?, arguments.steps)?)),
 };
 
 impl Above {

@@ -37,7 +37,7 @@ const fn row(name: &'static str, parse: fn(&RuleArguments) -> Result<Unmask>, do
 fn parse(rank: Rank, arguments: &RuleArguments) -> Result<Unmask> {
     let ranking = Ranking::new(rank, arguments.order_temperature.unwrap_or(0.0))?;
     match (arguments.value, arguments.steps) {
-        (None, Some(steps)) => Ok(Unmask::new(Linear { ranking, steps: count(&steps.to_string())? })),
+        (None, Some(steps)) => Ok(Unmask::new(Linear { ranking, steps })),
         (Some(_), Some(_)) => Err(Error::request("steps goes with a ranking alone, as in unmask=uniform,steps=12")),
         (None, None) => Ok(Unmask::new(Count { ranking, n: NonZeroUsize::MIN })),
         (Some(n), None) => Ok(Unmask::new(Count { ranking, n: count(n)? })),

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::sync::Arc;
 
@@ -156,7 +157,7 @@ pub struct RuleArguments<'a> {
     /// Key `order_temperature`, where it is above 0.
     pub order_temperature: Option<f32>,
     /// Key `steps`.
-    pub steps: Option<usize>,
+    pub steps: Option<NonZeroUsize>,
     /// Key `eps`.
     pub eps: Option<f32>,
 }
