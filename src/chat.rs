@@ -8,9 +8,11 @@
 
 mod conversation;
 mod date;
+mod disguise;
 mod environment;
 mod format;
 mod json;
+mod marks;
 mod math;
 mod python;
 mod source;
@@ -19,10 +21,14 @@ mod text;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use chrono::NaiveDateTime;
 use minijinja::{Environment, UndefinedBehavior};
 
 pub use self::conversation::{Conversation, Message};
+use self::disguise::{Disguise, LEAST, Place, WAYS, Way};
+use self::marks::{Marks, Spans, Specials};
 use self::python::Budget;
 use crate::error::{Error, Result};
 use crate::input_file::{self, MAX_JSON_BYTES};
@@ -43,9 +49,6 @@ pub struct ChatTemplate {
     /// `bos_token`, `eos_token` and their like, by name.
     tokens: Vec<(String, String)>,
 }
-
-/// Ranges of the characters of a text that are replaced, given the spellings of special tokens.
-type Hide = fn(&str, &[&str]) -> Vec<Range<usize>>;
 
 impl ChatTemplate {
     /// Reads the templates of a model directory: `chat_template.jinja` and
@@ -99,7 +102,7 @@ impl ChatTemplate {
         }
         let template = ChatTemplate { templates, tokens };
         if let Some((source, path)) = template.templates.get("default") {
-            environment(source, 0).map_err(|e| failure(path, &e))?;
+            Renderer::new(source, &[], Marks::default()).environment(0).map_err(|e| failure(path, &e))?;
         } else if !template.templates.contains_key("tool_use") {
             let names: Vec<&str> = template.templates.keys().map(String::as_str).collect();
             let what = format!("chat_template: expected a template named `default` in the list, found {}", names.join(", "));
@@ -130,19 +133,12 @@ impl ChatTemplate {
     /// The conversation as text.
     ///
     /// Errors: [`Error::Tokenizer`] for a template that fails or asks for too much, and
-    /// [`Error::Request`] for one that the model does not have.
+    /// [`Error::Request`] for one that the model does not have, or a conversation that it cannot
+    /// continue.
     pub fn render_conversation(&self, conversation: &Conversation) -> Result<String> {
         let (source, path) = self.choose(conversation)?;
-        self.render_with(source, conversation).map_err(|e| failure(path, &e))
-    }
-
-    fn render_with(&self, source: &str, conversation: &Conversation) -> std::result::Result<String, String> {
-        let env = environment(source, conversation.num_messages())?;
-        let template = env.get_template("chat").map_err(|e| shown(&e))?;
-        // Minijinja panics on some values.
-        let rendered = caught(|| template.render(conversation.context(&self.tokens)))
-            .map_err(|panic| format!("fails: the template library failed: {panic}"))?;
-        rendered.map_err(|e| format!("fails: {}", shown(&e)))
+        conversation.check_final(source)?;
+        Renderer::new(source, &self.tokens, Marks::default()).render(conversation).map_err(|e| failure(path, &e))
     }
 
     /// Ids of the conversation of [`ChatTemplate::encode_conversation`].
@@ -154,34 +150,105 @@ impl ChatTemplate {
     /// conversation holds is text, even where it spells one, alone or with what stands beside it.
     pub fn encode_conversation(&self, conversation: &Conversation, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         let (source, path) = self.choose(conversation)?;
+        conversation.check_final(source)?;
         let fail = |e: String| failure(path, &e);
-        let text = self.render_with(source, conversation).map_err(fail)?;
-        let specials: Vec<(u32, &str)> = tokenizer.specials().map(|(id, token)| (id, token.content.as_str())).collect();
-        let spelled: Vec<&str> = specials.iter().map(|(_, content)| *content).collect();
-        let touches = |text: &str| spelled.iter().any(|special| text.contains(special)) || fragment(text, &spelled);
-        if !conversation.any_text(&touches) {
-            return tokenizer.encode_with_special(&text);
-        }
-        // Rendered again with characters in place of the conversation's own: what is left of them
-        // afterwards shows where it came from. A template that looks into what users wrote may take
-        // another way then, so the result is compared; each way hides less.
-        let taken: BTreeSet<char> = source.chars().chain(text.chars()).chain(conversation.chars()).collect();
-        let mut free = (0xf_0000..0xf_fffe).chain(0x10_0000..0x10_fffe).filter_map(char::from_u32).filter(|c| !taken.contains(c));
-        let ways: [Hide; 3] = [all_visible, only_special, inside_special];
-        for hide in ways {
-            let mut disguise = Disguise::default();
-            let hidden = conversation.map_text(&mut |text: &str, is_role: bool| {
-                let ranges = if is_role { only_special(text, &spelled) } else { hide(text, &spelled) };
-                disguise.apply(text, &ranges, &mut free)
-            });
-            let Ok(rendered) = self.render_with(source, &hidden) else { continue };
-            let (plain, spans) = disguise.reveal(&rendered, &specials);
-            if plain == text {
-                return tokenizer.encode_spans(&text, &spans);
+        let plain = Renderer::new(source, &self.tokens, Marks::default());
+        let text = plain.render(conversation).map_err(fail)?;
+        let specials = Specials::new(tokenizer.specials().map(|(id, token)| (id, token.content.as_str())));
+        let all = specials.find(&text, |_| true);
+        let own = self.own_specials(&plain, conversation, &text, &specials);
+        let what = "a message spells a special token, and the template looks into the message: what it writes itself cannot be told";
+        let own = own.ok_or_else(|| Error::tokenizer(path, what))?;
+        if own == all {
+            // Normalization may spell special tokens too.
+            let ids = tokenizer.encode_with_special(&text)?;
+            if ids.iter().filter(|id| tokenizer.specials().any(|(special, _)| special == **id)).count() == own.len() {
+                return Ok(ids);
             }
         }
-        let what = "a message spells a special token, and the template changes the message: it cannot be told apart from the template";
-        Err(Error::tokenizer(path, what))
+        tokenizer.encode_spans(&text, &own)
+    }
+
+    /// Which special tokens of `text` the template wrote; none where that cannot be told.
+    ///
+    /// It is rendered again with marks in place of the special tokens that the template spells as a
+    /// whole. Those that are left are a message's, or pieced together; to tell, the conversation is
+    /// disguised. Every answer is compared with `text`.
+    fn own_specials(&self, plain: &Renderer, conversation: &Conversation, text: &str, specials: &Specials) -> Option<Spans> {
+        let taken: BTreeSet<char> = plain.source.chars().chain(text.chars()).chain(conversation.chars()).collect();
+        let free = || (0xf_0000..0xf_fffe).chain(0x10_0000..0x10_fffe).filter_map(char::from_u32).filter(|c| !taken.contains(c));
+        let mut marks = Marks::default();
+        let mut private = free();
+        let source = marks.put(plain.source, specials, &mut private);
+        let tokens: Vec<_> = self.tokens.iter().map(|(name, token)| (name.clone(), marks.put(token, specials, &mut private))).collect();
+        let marked = Renderer { now: plain.now, ..Renderer::new(&source, &tokens, marks) };
+        let whole = |conversation: &Conversation| marked.render(conversation).ok().map(|text| marked.marks.reveal(&text));
+        // Spans ascend.
+        let reaching = |whole: &Spans, at: usize| whole.partition_point(|(own, _)| own.end <= at);
+        let pieced = |text: &str, whole: &Spans| {
+            let apart = |range: &Range<usize>| whole.get(reaching(whole, range.start)).is_none_or(|(own, _)| range.end <= own.start);
+            specials.find(text, apart).len()
+        };
+        let whole_here = whole(conversation).filter(|(found, _)| found == text).map(|(_, spans)| spans);
+        if let Some(spans) = &whole_here
+            && pieced(text, spans) == 0
+        {
+            return whole_here;
+        }
+        let spellings: Vec<String> = specials.spellings().map(str::to_ascii_lowercase).collect();
+        let strings = source::rewrite(plain.source).map(|rewritten| rewritten.literals).unwrap_or_default();
+        let strings: Vec<String> = strings.into_iter().filter(|string| !string.is_empty()).collect();
+        let disguised = |way: Way| {
+            let mut disguise = Disguise::new(way, &spellings, &strings, free());
+            let other = conversation.map_text(&mut |text: &str, place: Place| disguise.apply(text, place));
+            (disguise, other)
+        };
+        for way in WAYS {
+            let (disguise, other) = disguised(way);
+            let Ok(rendered) = plain.render(&other) else { continue };
+            let Some(theirs) = disguise.seen_through(text, &rendered) else { continue };
+            let is_whole = |range: &Range<usize>| {
+                whole_here.as_ref().is_some_and(|whole| whole.get(reaching(whole, range.start)).is_some_and(|(own, _)| own == range))
+            };
+            return Some(specials.find(text, |range| is_whole(range) || !theirs[range.clone()].contains(&true)));
+        }
+        // The template looks for special tokens in the message. What it writes to other words shows
+        // whether it pieces any together.
+        let (other, spans) = whole(&disguised(LEAST).1)?;
+        if pieced(&other, &spans) == 0 { whole_here } else { None }
+    }
+}
+
+/// A template with all that does not change from one rendering to the next.
+struct Renderer<'t> {
+    source: &'t str,
+    tokens: &'t [(String, String)],
+    marks: Arc<Marks>,
+    now: NaiveDateTime,
+}
+
+impl<'t> Renderer<'t> {
+    fn new(source: &'t str, tokens: &'t [(String, String)], marks: Marks) -> Renderer<'t> {
+        Renderer { source, tokens, marks: Arc::new(marks), now: date::now() }
+    }
+
+    fn environment(&self, num_messages: usize) -> std::result::Result<Environment<'static>, String> {
+        let rewritten = source::rewrite(self.source).map_err(|e| format!("does not parse: {e}"))?;
+        let mut env = Environment::new();
+        env.set_undefined_behavior(UndefinedBehavior::Lenient);
+        env.set_fuel(Some(STEPS + STEPS_PER_MESSAGE * num_messages as u64));
+        environment::install(&mut env, &Budget::new(MAX_MADE), &self.marks, self.now, rewritten.texts);
+        env.add_template_owned("chat", rewritten.source).map_err(|e| format!("does not parse: {}", shown(&e)))?;
+        Ok(env)
+    }
+
+    fn render(&self, conversation: &Conversation) -> std::result::Result<String, String> {
+        let env = self.environment(conversation.num_messages())?;
+        let template = env.get_template("chat").map_err(|e| shown(&e))?;
+        // Minijinja panics on some values.
+        let rendered = caught(|| template.render(conversation.context(self.tokens)))
+            .map_err(|panic| format!("fails: the template library failed: {panic}"))?;
+        conversation.cut(rendered.map_err(|e| format!("fails: {}", shown(&e)))?)
     }
 }
 
@@ -218,132 +285,4 @@ fn shown(error: &minijinja::Error) -> String {
     let text = error.detail().map_or_else(|| error.kind().to_string(), |detail| format!("{}: {detail}", error.kind()));
     let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     if text.chars().count() > 400 { text.chars().take(400).chain(" ...".chars()).collect() } else { text }
-}
-
-/// The template `chat` under transformers' rules.
-fn environment(source: &str, num_messages: usize) -> std::result::Result<Environment<'static>, String> {
-    let rewritten = source::rewrite(source).map_err(|e| format!("does not parse: {e}"))?;
-    let mut env = Environment::new();
-    env.set_undefined_behavior(UndefinedBehavior::Lenient);
-    env.set_fuel(Some(STEPS + STEPS_PER_MESSAGE * num_messages as u64));
-    environment::install(&mut env, &Budget::new(MAX_MADE), rewritten.texts);
-    env.add_template_owned("chat", rewritten.source).map_err(|e| format!("does not parse: {}", shown(&e)))?;
-    Ok(env)
-}
-
-/// Whether a text begins, ends or goes on with a part of a special token, which what stands beside
-/// it may complete.
-fn fragment(text: &str, specials: &[&str]) -> bool {
-    !edges(text, specials).is_empty()
-}
-
-/// The parts of special tokens at both ends of a text; all of it where it is inside of one.
-fn edges(text: &str, specials: &[&str]) -> Vec<Range<usize>> {
-    if !text.is_empty() && specials.iter().any(|special| special.contains(text)) {
-        return std::iter::once(0..text.len()).collect();
-    }
-    let ends = |special: &str| {
-        let cuts = special.char_indices().map(|(at, _)| at).skip(1);
-        let head = cuts.clone().filter(|at| text.starts_with(&special[*at..])).map(|at| special.len() - at).max();
-        let tail = cuts.filter(|at| text.ends_with(&special[..*at])).max();
-        (head.unwrap_or(0), tail.unwrap_or(0))
-    };
-    let (head, tail) = specials.iter().map(|special| ends(special)).fold((0, 0), |a, b| (a.0.max(b.0), a.1.max(b.1)));
-    let mut ranges = Vec::new();
-    if head > 0 {
-        ranges.push(0..head);
-    }
-    if tail > 0 {
-        ranges.push((text.len() - tail).max(head)..text.len());
-    }
-    ranges
-}
-
-/// Everything that is seen, except what is written differently in JSON.
-fn all_visible(text: &str, _: &[&str]) -> Vec<Range<usize>> {
-    let is_hidden = |c: &char| !source::is_space(*c) && !c.is_control() && !matches!(c, '"' | '\\' | '\'');
-    text.char_indices().filter(|(_, c)| is_hidden(c)).map(|(at, c)| at..at + c.len_utf8()).collect()
-}
-
-/// Special tokens that the text spells, and their parts at its ends.
-fn only_special(text: &str, specials: &[&str]) -> Vec<Range<usize>> {
-    let mut hidden: BTreeSet<usize> = edges(text, specials).into_iter().flatten().collect();
-    for special in specials.iter().filter(|special| !special.is_empty()) {
-        // Occurrences may overlap.
-        let mut from = 0;
-        while let Some(at) = text[from..].find(special).map(|at| from + at) {
-            hidden.extend(at..at + special.len());
-            from = at + text[at..].chars().next().map_or(1, char::len_utf8);
-        }
-    }
-    text.char_indices().filter(|(at, _)| hidden.contains(at)).map(|(at, c)| at..at + c.len_utf8()).collect()
-}
-
-/// The same without the first character of each and, of longer ones, the last: templates look at
-/// how a message begins and ends.
-fn inside_special(text: &str, specials: &[&str]) -> Vec<Range<usize>> {
-    let mut runs: Vec<Vec<Range<usize>>> = Vec::new();
-    for range in only_special(text, specials) {
-        match runs.last_mut().filter(|run| run.last().is_some_and(|last| last.end == range.start)) {
-            Some(run) => run.push(range),
-            None => runs.push(vec![range]),
-        }
-    }
-    let inside = |run: Vec<Range<usize>>| match run.len() {
-        1 => run,
-        2 => run[1..].to_vec(),
-        len => run[1..len - 1].to_vec(),
-    };
-    runs.into_iter().flat_map(inside).collect()
-}
-
-/// Characters in place of others, each its own.
-#[derive(Default)]
-struct Disguise {
-    of: BTreeMap<char, char>,
-    back: BTreeMap<char, char>,
-}
-
-impl Disguise {
-    /// The text with the characters of `ranges` replaced; where no free character is left, they
-    /// stay.
-    fn apply(&mut self, text: &str, ranges: &[Range<usize>], free: &mut impl Iterator<Item = char>) -> String {
-        let mut hidden = ranges.iter().map(|range| range.start).peekable();
-        let mut replace = |c: char| {
-            if let Some(other) = self.of.get(&c) {
-                return *other;
-            }
-            let Some(other) = free.next() else { return c };
-            self.of.insert(c, other);
-            self.back.insert(other, c);
-            other
-        };
-        text.char_indices().map(|(at, c)| if hidden.next_if_eq(&at).is_some() { replace(c) } else { c }).collect()
-    }
-
-    /// The text with every character back, and where special tokens stand that no replaced
-    /// character is part of.
-    fn reveal(&self, text: &str, specials: &[(u32, &str)]) -> (String, Vec<(Range<usize>, u32)>) {
-        let mut by_first: BTreeMap<char, Vec<(u32, &str)>> = BTreeMap::new();
-        for (id, special) in specials {
-            if let Some(first) = special.chars().next() {
-                by_first.entry(first).or_default().push((*id, special));
-            }
-        }
-        let (mut plain, mut spans) = (String::with_capacity(text.len()), Vec::new());
-        let mut rest = text;
-        while let Some(c) = rest.chars().next() {
-            let here = by_first.get(&c).into_iter().flatten().filter(|(_, special)| rest.starts_with(special));
-            // The longest of those that begin here, as the tokenizer finds them.
-            if let Some((id, special)) = here.max_by_key(|(_, special)| special.len()) {
-                spans.push((plain.len()..plain.len() + special.len(), *id));
-                plain.push_str(special);
-                rest = &rest[special.len()..];
-            } else {
-                plain.push(self.back.get(&c).copied().unwrap_or(c));
-                rest = &rest[c.len_utf8()..];
-            }
-        }
-        (plain, spans)
-    }
 }

@@ -5,12 +5,13 @@ use std::fmt::Write;
 
 use chrono::{Local, NaiveDateTime};
 
-/// `datetime.now().strftime(format)`. Errors: a format that is not Python's.
-pub(super) fn now(format: &str) -> Result<String, String> {
-    strftime(Local::now().naive_local(), format)
+/// `datetime.now()`.
+pub(super) fn now() -> NaiveDateTime {
+    Local::now().naive_local()
 }
 
-fn strftime(time: NaiveDateTime, format: &str) -> Result<String, String> {
+/// `time.strftime(format)`. Errors: a format that is not Python's.
+pub(super) fn strftime(time: NaiveDateTime, format: &str) -> Result<String, String> {
     // Microseconds where chrono has nanoseconds; a time without a zone prints none.
     let micros = format!("{:06}", time.and_utc().timestamp_subsec_micros());
     let mut own = String::with_capacity(format.len());

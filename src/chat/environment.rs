@@ -3,20 +3,43 @@
 
 use std::sync::Arc;
 
+use chrono::NaiveDateTime;
 use minijinja::value::{Kwargs, Rest, Tuple, ValueKind};
 use minijinja::{Environment, Error, Value};
 
 use super::date;
 use super::format::percent;
 use super::json::tojson;
+use super::marks::Marks;
 use super::math::{math, slice};
 use super::python::{Budget, Outcome, fail, from_int, int, items, measured, number, string, type_name};
-use super::source::{EACH, JOIN, MATH, SLICE, TEXT, VALUE, is_space};
+use super::source::{EACH, JOIN, MATH, SLICE, SPELLED, TEXT, VALUE, is_space};
 use super::text::{capitalize, joined, justify, method, replace, strip};
 
+/// Methods whose first argument is looked for in the text.
+const LOOKING: [&str; 17] = [
+    "split",
+    "rsplit",
+    "partition",
+    "rpartition",
+    "startswith",
+    "endswith",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "find",
+    "rfind",
+    "index",
+    "rindex",
+    "count",
+    "strip",
+    "lstrip",
+    "rstrip",
+];
+
 /// Puts Python's rules into an environment. Everything that makes text takes its bytes off
-/// `budget`.
-pub(super) fn install(env: &mut Environment, budget: &Budget, texts: Vec<String>) {
+/// `budget`. What is looked for in a text, or compared, is spelled without `marks`.
+pub(super) fn install(env: &mut Environment, budget: &Budget, marks: &Arc<Marks>, now: NaiveDateTime, texts: Vec<String>) {
     let texts: Arc<[Value]> = texts.into_iter().map(Value::from).collect();
     env.add_function(TEXT, move |index: usize| texts.get(index).cloned().unwrap_or_default());
     let b = budget.clone();
@@ -36,8 +59,12 @@ pub(super) fn install(env: &mut Environment, budget: &Budget, texts: Vec<String>
     env.add_function(SLICE, move |value: &Value, bounds: Rest<Value>| slice(value, &bounds, &b));
     let b = budget.clone();
     env.add_function(VALUE, move |value: &Value| measured(value.clone(), &b));
+    let m = marks.clone();
+    env.add_function(SPELLED, move |value: &Value| m.spelled(value));
     env.add_function("raise_exception", |message: Value| -> Outcome { fail(message.to_string()) });
-    env.add_function("strftime_now", |format: &str| -> Outcome { date::now(format).map_or_else(fail, |text| Ok(Value::from(text))) });
+    env.add_function("strftime_now", move |format: &str| -> Outcome {
+        date::strftime(now, format).map_or_else(fail, |text| Ok(Value::from(text)))
+    });
     env.add_function("dict", |pairs: Option<&Value>, kwargs: Kwargs| -> Outcome {
         let mut all: Vec<(Value, Value)> = Vec::new();
         if let Some(pairs) = pairs {
@@ -55,8 +82,11 @@ pub(super) fn install(env: &mut Environment, budget: &Budget, texts: Vec<String>
         }
         Ok(Value::from_pairs(all))
     });
-    let b = budget.clone();
-    env.set_unknown_method_callback(move |state, value, name, arguments| method(state, value, name, arguments, &b));
+    let (b, m) = (budget.clone(), marks.clone());
+    env.set_unknown_method_callback(move |state, value, name, arguments| {
+        let needle = if LOOKING.contains(&name) { m.needle(value, arguments) } else { None };
+        method(state, value, name, needle.as_deref().unwrap_or(arguments), &b)
+    });
     let b = budget.clone();
     env.set_formatter(move |out, _, value| {
         let text = string(value, &b)?;
@@ -83,9 +113,10 @@ pub(super) fn install(env: &mut Environment, budget: &Budget, texts: Vec<String>
             None => joined(&separator, values, &b, false),
         }
     });
-    let b = budget.clone();
-    env.add_filter("replace", move |value: &Value, old: &str, new: &Value, count: Option<i64>| {
-        replace(&string(value, &b)?, old, &string(new, &b)?, count, &b)
+    let (b, m) = (budget.clone(), marks.clone());
+    env.add_filter("replace", move |value: &Value, old: &Value, new: &Value, count: Option<i64>| -> Outcome {
+        let old = m.needle(value, std::slice::from_ref(old)).map_or_else(|| old.clone(), |mut needle| needle.swap_remove(0));
+        replace(&string(value, &b)?, &string(&old, &b)?, &string(new, &b)?, count, &b)
     });
     let b = budget.clone();
     env.add_filter("trim", move |value: &Value, set: Option<&str>, kwargs: Kwargs| -> Outcome {

@@ -21,6 +21,7 @@ pub(super) const JOIN: &str = "_redraft_join";
 pub(super) const EACH: &str = "_redraft_each";
 pub(super) const VALUE: &str = "_redraft_value";
 pub(super) const SLICE: &str = "_redraft_slice";
+pub(super) const SPELLED: &str = "_redraft_spelled";
 
 /// A template that minijinja reads without rules for white space.
 #[derive(Debug, PartialEq)]
@@ -28,6 +29,8 @@ pub(super) struct Rewritten {
     pub source: String,
     /// Text between tags; `TEXT(i)` prints it.
     pub texts: Vec<String>,
+    /// Strings of its expressions.
+    pub literals: Vec<String>,
 }
 
 /// Rewrites a template. Errors: what does not parse, with its line.
@@ -35,6 +38,7 @@ pub(super) fn rewrite(source: &str) -> Result<Rewritten, String> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let source = source.strip_suffix('\n').unwrap_or(&source);
     let mut writer = Writer { out: String::with_capacity(source.len() * 2), texts: Vec::new() };
+    let mut literals = Vec::new();
     let mut at = 0;
     // Whether `at` is the beginning of a line, as Jinja2's lexer follows it.
     let mut line_start = true;
@@ -65,6 +69,7 @@ pub(super) fn rewrite(source: &str) -> Result<Rewritten, String> {
             continue;
         }
         let (tokens, end) = tokenize(source, body, if variable { "}}" } else { "%}" }).map_err(fail)?;
+        literals.extend(tokens.iter().filter_map(|token| token.literal()));
         let mut parser = Parser { tokens: &tokens, at: 0, depth: 0 };
         if variable {
             let text = parser.sequence().map_err(fail)?;
@@ -85,7 +90,7 @@ pub(super) fn rewrite(source: &str) -> Result<Rewritten, String> {
         }
         (at, line_start) = after(source, end.at, end.minus, !variable && !end.plus);
     }
-    Ok(Rewritten { source: writer.out, texts: writer.texts })
+    Ok(Rewritten { source: writer.out, texts: writer.texts, literals })
 }
 
 struct Writer {
@@ -180,6 +185,17 @@ impl<'s> Token<'s> {
         match self {
             Token::Text(text) | Token::Number(text) | Token::Name(text) | Token::Op(text) => text,
         }
+    }
+
+    /// What a string says, without its quotes; of the escapes, those that published templates use.
+    fn literal(self) -> Option<String> {
+        let Token::Text(text) = self else { return None };
+        Some(text[1..text.len() - 1].replace("\\n", "\n").replace("\\t", "\t").replace("\\'", "'").replace("\\\"", "\""))
+    }
+
+    /// Whether it compares what stands on both sides of it.
+    fn compares(self) -> bool {
+        matches!(self, Token::Name("in") | Token::Op("==" | "!="))
     }
 }
 
@@ -297,11 +313,20 @@ impl Parser<'_> {
     fn sequence_to(&mut self, close: &str, colon: bool) -> Result<String, String> {
         let mut out = String::new();
         loop {
+            let after = self.at > 0 && self.tokens[self.at - 1].compares();
             match self.peek() {
                 None if !close.is_empty() => return Err("a bracket has no end".into()),
                 None => return Ok(out),
                 Some(Token::Op(op)) if op == close || colon && op == ":" => return Ok(out),
-                Some(token) if self.begins_operand(token) => out += &self.level(0)?,
+                Some(token) if self.begins_operand(token) => {
+                    let operand = self.level(0)?;
+                    let next = self.tokens.get(self.at + usize::from(self.peek() == Some(Token::Name("not"))));
+                    if after || next.is_some_and(|token| token.compares()) {
+                        out += &format!("{SPELLED}({operand}) ")
+                    } else {
+                        out += &operand
+                    }
+                }
                 Some(Token::Op(")" | "]" | "}")) => return Err("a bracket closes another one".into()),
                 Some(_) => self.take(&mut out),
             }
@@ -485,12 +510,12 @@ mod tests {
 
     /// The rewritten source with its texts put back, white space of expressions left out.
     fn shown(source: &str) -> String {
-        let Rewritten { source, texts } = rewrite(source).expect("it parses");
+        let Rewritten { source, texts, .. } = rewrite(source).expect("it parses");
         let mut shown = source;
         for (i, text) in texts.iter().enumerate() {
             shown = shown.replacen(&format!("{{{{ {TEXT}({i}) }}}}"), &format!("<{text}>"), 1);
         }
-        shown.replace(MATH, "M").replace(JOIN, "J").replace(EACH, "E").replace(VALUE, "V").replace(SLICE, "S")
+        shown.replace(MATH, "M").replace(JOIN, "J").replace(EACH, "E").replace(VALUE, "V").replace(SLICE, "S").replace(SPELLED, "=")
     }
 
     #[test]
@@ -516,6 +541,7 @@ mod tests {
         assert_eq!(shown("{{ a + b is none }}"), "{{ M(a , \"+\", b is none )  }}");
         assert_eq!(shown("{{ i is divisibleby 2 + 1 }}"), "{{ M(i is divisibleby 2 , \"+\", 1 )  }}");
         assert_eq!(shown("{% if a and -1 < b %}"), "{% if a and -1 < b  %}");
+        assert_eq!(shown("{% if not a not in b.c and d == 'e' %}"), "{% if not =(a ) not in =(b . c ) and =(d ) == =('e' )  %}");
         assert_eq!(shown("{% set ns.x = ns.x + 1 %}"), "{% set ns . x = M(ns . x , \"+\", 1 )  %}");
         assert_eq!(shown("{{ {'a': {'b': 1}}['a'] }}"), "{{ V({ 'a' : V({ 'b' : 1 } ) } ) [ 'a' ]  }}");
         assert_eq!(shown("{{ 'a' \"b\" }}"), "{{ J('a', \"b\")  }}");

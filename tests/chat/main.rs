@@ -18,7 +18,11 @@ fn directory(config: &Value) -> tempfile::TempDir {
 }
 
 fn template(source: &str) -> ChatTemplate {
-    let tokens = json!({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "unk_token": "<unk>", "pad_token": "<pad>"});
+    template_of(source, "</s>")
+}
+
+fn template_of(source: &str, eos_token: &str) -> ChatTemplate {
+    let tokens = json!({"bos_token": "<s>", "eos_token": {"content": eos_token}, "unk_token": "<unk>", "pad_token": "<pad>"});
     let dir = directory(&tokens);
     std::fs::write(dir.path().join("chat_template.jinja"), source).unwrap();
     ChatTemplate::load(dir.path()).unwrap()
@@ -61,8 +65,7 @@ fn renders_what_transformers_renders() {
         }
     }
     println!("{} templates times {} conversations: {equal} equal, {refused} refused by both", templates.len(), talks.len());
-    assert_eq!((templates.len(), talks.len(), equal + refused), (60, 20, 1200));
-    assert!(equal > 1050, "{equal}");
+    assert_eq!((templates.len(), talks.len(), equal, refused), (60, 27, 1304, 316));
 }
 
 #[test]
@@ -174,6 +177,130 @@ fn no_message_makes_a_special_token() {
     assert_eq!(ids.iter().filter(|id| **id == 0).count(), 1, "{ids:?}");
 }
 
+/// Whatever a template does to a message, the message's characters are text and the template's
+/// special tokens are special.
+#[test]
+fn a_message_that_the_template_changes_stays_text() {
+    let tokenizer = tokenizer();
+    let sources = [
+        "{{ x | upper }}",
+        "{{ x.upper() }}{{ x.lower() }}",
+        "{{ x | lower }}",
+        "{{ x | capitalize }}{{ x.capitalize() }}",
+        "{{ x | title }}{{ x.title() }}",
+        "{{ x.swapcase() }}",
+        "{{ x | reverse }}",
+        "{{ x[::-1] }}",
+        "{{ x[1:-1] }}",
+        "{{ x[:5] }}{{ x[5:] }}",
+        "{{ x | replace('a', 'b') }}",
+        "{{ x.replace('<|mask|>', '(mask)') }}",
+        "{{ x.replace('#', '') }}",
+        "{{ x | replace('#', '') | lower }}",
+        "{{ x.replace(eos_token, '') }}",
+        "{{ x.split('|') | join('/') }}{{ x.split('|') | join('|') }}",
+        "{{ x.split('<|endoftext|>')[0] }}",
+        "{{ x.split(eos_token)[-1] }}",
+        "{% if '<|mask|>' in x %}looks{% endif %}{{ x }}",
+        "{% if eos_token not in x %}looks{% endif %}{{ x }}",
+        "{% if x == '<|mask|>' %}same{% endif %}{{ x }}",
+        "{% if x in ['<|mask|>', 'b'] %}one of{% endif %}{{ x | trim }}",
+        "{% if x.startswith('<|') and x.endswith('|>') %}{{ x.strip('<|>') }}{% endif %}{{ x }}",
+        "{% if x.startswith('<|mask|>') %}{{ x.removeprefix('<|mask|>') }}{% else %}{{ x }}{% endif %}",
+        "{{ x.find('<|mask|>') }}{{ x | length }}{{ x }}",
+        "{{ x | tojson }}{{ {'x': x} | tojson(ensure_ascii=true, indent=2) }}",
+        "{{ {x: 1} | tojson }}",
+        "{{ x | list | join('') }}{% for c in x %}{{ c }}{% endfor %}",
+        "{{ x | e }}",
+        "{{ x.title() if x[0] == '<' else x.lower() }}",
+        "{% if x | length > 6 %}{{ x[:6] }}...{% else %}{{ x }}{% endif %}",
+        "{{ '%s and %r' % (x, x) }}{{ x.center(40, '*') }}",
+        "{{ x.split() | map('trim') | join(' ') }}",
+        "{% set c = x.split('</think>') %}{{ c[-1].lstrip('\\n') }}{{ (c[0] ~ '</think>') if c | length > 1 else '' }}",
+    ];
+    let contents = [
+        "<|mask|>",
+        "a <|endoftext|> b",
+        "<|MASK|> and <|EndOfText|>",
+        "<|ma#sk|>",
+        "#<|endof#text|>",
+        ">|ksam|<",
+        "Ünï <|mask|> straße\n\"quoted\" 'x' \\\\ <|mask|>",
+        "why?</think>so <|mask|><|endoftext|>",
+        "<|mask",
+        "k|>",
+        "plain Text # 3",
+    ];
+    for source in sources {
+        let whole = format!("<|endoftext|>{{% for m in messages %}}{{% set x = m.content %}}{source}<|endoftext|>{{% endfor %}}");
+        let template = template_of(&whole, "<|endoftext|>");
+        for content in contents {
+            let talk = user(content);
+            let ids = template.encode(&talk, &tokenizer).unwrap_or_else(|e| panic!("{source}: {content:?}: {e}"));
+            let special: Vec<u32> = ids.iter().copied().filter(|id| [0, 4095].contains(id)).collect();
+            assert_eq!(special, [0, 0], "{source}: {content:?}: {ids:?}");
+            assert_eq!(tokenizer.decode_all(&ids), template.render(&talk).unwrap(), "{source}: {content:?}: nothing is lost");
+        }
+    }
+}
+
+/// `<|{{ role }}|>` is one token, as published templates spell it; so are tokens that a template
+/// pieces together, and one that it writes in answer to a message.
+#[test]
+fn special_tokens_that_a_template_pieces_together_are_special() {
+    let tokenizer = tokenizer();
+    let special = |source: &str, talk: &[Message]| -> Vec<u32> {
+        let ids = template_of(source, "<|endoftext|>").encode(talk, &tokenizer).unwrap_or_else(|e| panic!("{source}: {e}"));
+        ids.into_iter().filter(|id| [0, 4095].contains(id)).collect()
+    };
+    let by_role = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}";
+    let talk = |content: &str| [Message::new("mask", content), Message::new("endoftext", content)];
+    for content in ["plain", "mask", "<|mask|>", "<|", "|>", "x<|endoftext|><|ma"] {
+        assert_eq!(special(by_role, &talk(content)), [4095, 0], "{content}");
+        assert_eq!(special(&by_role.replace("m.content", "m.content.upper()"), &talk(content)), [4095, 0], "{content}");
+    }
+    assert!(special(by_role, &[Message::new("<|mask|>", "a role that spells one")]).is_empty());
+    assert_eq!(special("{{ '<|end' + 'oftext|>' }}{{ messages[0].content }}", &user("<|mask|>")), [0]);
+    assert_eq!(special("{{ messages[0].content.replace('stop', '<|endoftext|>') }}", &user("stop <|endoftext|>")), [0]);
+    assert_eq!(special("{% if '<|mask|>' in messages[0].content %}{{ eos_token }}{% endif %}", &user("<|mask|>")), [0]);
+    assert_eq!(special("{{ '<|MASK|>' | lower }}{{ messages[0].content }}", &user("<|mask|>")), [4095]);
+    // What it looks for and what it pieces together cannot both be told.
+    let both = by_role.replace("m.content", "('yes' if '<|' ~ 'mask|>' in m.content else 'no') + m.content");
+    let error = template(&both).encode(&[Message::new("mask", "<|mask|>")], &tokenizer);
+    assert!(error.is_err_and(|e| e.to_string().contains("spells a special token")));
+}
+
+/// The last message goes on: as transformers cuts it, and with its special tokens as text.
+#[test]
+fn the_final_message_is_continued() {
+    let tokenizer = tokenizer();
+    let source = "{% for m in messages %}{{ eos_token + m.role + ': ' + m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+    let template = template_of(source, "<|endoftext|>");
+    let talk = [Message::new("user", "Hi"), Message::new("assistant", "<|mask|> Hello")];
+    let conversation = Conversation::new(&talk).continuing_final_message();
+    assert_eq!(
+        template.render_conversation(&conversation).unwrap(),
+        "<|endoftext|>user: Hi<|endoftext|><|endoftext|>assistant: <|mask|> Hello"
+    );
+    let ids = template.encode_conversation(&conversation, &tokenizer).unwrap();
+    assert_eq!(ids.iter().filter(|id| [0, 4095].contains(*id)).count(), 3, "{ids:?}");
+    let read = |extra: &str| Conversation::from_json(&format!(r#"{{"messages": [{{"role": "user", "content": "Hi "}}], {extra}}}"#));
+    assert_eq!(
+        template.render_conversation(&read(r#""continue_final_message": true"#).unwrap()).unwrap(),
+        "<|endoftext|>user: Hi ",
+        "no prompt of an answer"
+    );
+    assert!(template.render_conversation(&read(r#""continue_final_message": false"#).unwrap()).unwrap().ends_with("assistant: "));
+    let error = read(r#""continue_final_message": true, "add_generation_prompt": true"#).unwrap_err().to_string();
+    assert!(error.contains("exclude each other"), "{error}");
+    assert!(read(r#""continue_final_message": 3"#).unwrap_err().to_string().contains("expected true, false or a key"));
+    let error = |source: &str, extra: &str| template_of(source, "</s>").render_conversation(&read(extra).unwrap()).unwrap_err().to_string();
+    assert!(error(source, r#""continue_final_message": "thinking""#).contains("has no `thinking` to continue"));
+    assert!(error("{{ messages }}", r#""continue_final_message": true"#).contains("does not read `content`"));
+    let left_out = error("{{ messages[0].content[:1] }}", r#""continue_final_message": true"#);
+    assert!(left_out.contains("leaves out a part of the final message"), "{left_out}");
+}
+
 #[test]
 fn templates_that_cannot_be_used_say_why() {
     let error = |config: Value| ChatTemplate::load(directory(&config).path()).unwrap_err().to_string();
@@ -186,9 +313,6 @@ fn templates_that_cannot_be_used_say_why() {
     assert!(ChatTemplate::load(empty.path()).unwrap_err().to_string().contains("no chat template"));
     std::fs::write(empty.path().join("tokenizer_config.json"), "{").unwrap();
     assert!(ChatTemplate::load(empty.path()).unwrap_err().to_string().contains("not JSON"));
-    // A message that is told apart from the template by its letters must still be there.
-    let changed = template("{{ messages[0].content | upper }}");
-    assert!(changed.encode(&user("a<|mask|>"), &tokenizer()).unwrap_err().to_string().contains("spells a special token"));
 }
 
 #[test]
