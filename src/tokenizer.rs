@@ -143,6 +143,18 @@ impl Tokenizer {
         if self.spells_special(text) { self.encode_by(self.plain()?, text) } else { self.encode_by(&self.inner, text) }
     }
 
+    /// Ids of `before` and `text` as one text, nothing added, and how many of them stand before the
+    /// first that has a character of `text`: a token may begin in the one and end in the other.
+    pub fn encode_after(&self, before: &str, text: &str) -> Result<(Vec<u32>, usize)> {
+        let whole = format!("{before}{text}");
+        let tokenizer = if self.spells_special(&whole) { self.plain()? } else { &self.inner };
+        guarded(&self.path, "cannot encode the text", || {
+            let encoding = tokenizer.encode(whole.as_str(), false)?;
+            let first = encoding.get_offsets().iter().position(|(_, end)| *end > before.len());
+            Ok((encoding.get_ids().to_vec(), first.unwrap_or(encoding.len())))
+        })
+    }
+
     /// Ids of `text` in which spelled special tokens are those tokens; nothing added. Not for text
     /// from outside.
     pub fn encode_with_special(&self, text: &str) -> Result<Vec<u32>> {

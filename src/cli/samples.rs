@@ -3,7 +3,7 @@
 //!
 //! A generator whose vocabulary is the judge's wrote ids that mean the same to both: they are
 //! scored as they are. Otherwise, or where the generator's directory is not to be found any more,
-//! the text is encoded again, prompt and continuation each by itself.
+//! the text is encoded again, prompt and continuation as one.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
@@ -137,11 +137,10 @@ fn encoded(line: SampleLine, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<boo
     let Some(text) = line.text else {
         return Err(Error::request("key `text` is missing, and ids alone mean nothing to a judge with another vocabulary"));
     };
-    let prompt = match line.prompt {
-        Some(prompt) => tokenizer.encode(&prompt.text)?,
-        None => Vec::new(),
-    };
-    let tokens = tokenizer.encode(&text)?;
-    let counted = (0..prompt.len() + tokens.len()).map(|i| i >= prompt.len()).collect();
-    Ok(([prompt, tokens].concat(), counted))
+    // As one text, since a token may begin in the prompt and end in the continuation; such a one
+    // is counted.
+    let prompt = line.prompt.map(|prompt| prompt.text).unwrap_or_default();
+    let (tokens, first) = tokenizer.encode_after(&prompt, &text)?;
+    let counted = (0..tokens.len()).map(|i| i >= first).collect();
+    Ok((tokens, counted))
 }

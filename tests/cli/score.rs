@@ -127,6 +127,30 @@ fn samples_are_scored_as_ids_behind_their_prompt() {
     assert!(work.run(&["score", "--samples", &file, "--model", &judge]).ok().contains("texts encoded again"));
 }
 
+/// A text that is encoded again is one with its prompt: its tokens are those of the whole, and one
+/// that begins in the prompt counts.
+#[test]
+fn a_sample_read_as_text_is_one_with_its_prompt() {
+    let work = Work::new();
+    for (prompt, text, counted) in [
+        ("One day a dog", " ran home.", " ran home."),
+        ("One day a do", "g ran home.", " dog ran home."),
+        ("One day a ", "dog ran home.", " dog ran home."),
+        ("", "One day a dog", "One day a dog"),
+        ("One day", "", ""),
+    ] {
+        let line = serde_json::json!({"model": "nowhere", "prompt": {"tokens": [1], "text": prompt}, "tokens": [1], "text": text});
+        let other = serde_json::json!({"tokens": [1], "text": "One day a dog"});
+        let found = work.feed(&["score", "--samples", "-", "--format", "json"], &format!("{line}\n{other}\n")).json().remove(0);
+        let whole = work.feed(&["score", "--format", "json"], &format!("{prompt}{text}")).json().remove(0);
+        let tail = work.feed(&["score", "--format", "json"], if counted.is_empty() { "x" } else { counted }).json().remove(0);
+        let len = if counted.is_empty() { 0 } else { ids(&tail["tokens"]).len() };
+        let nll = whole["nll"].as_array().expect("a list");
+        assert_eq!(found["nll"].as_array().expect("a list")[..], nll[nll.len() - len..], "{prompt:?} {text:?}");
+        assert_eq!(found["read_as"], "text");
+    }
+}
+
 /// Infilled samples count what was generated, wherever it stands; `bench --quality --save` writes
 /// the same kind of lines.
 #[test]

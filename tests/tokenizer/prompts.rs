@@ -95,6 +95,29 @@ fn prompt_and_continuation_are_one_text() {
     }
 }
 
+/// As one text, cut wherever: the same ids, and each of the first ones lies in what comes before.
+#[test]
+fn a_text_after_another_is_encoded_with_it() {
+    let text = "The quick brown fox — naïve 日本 👍🏽!\n  <|endoftext|> jumps</s>";
+    for kind in ["gpt2", "qwen2", "llama3", "llama_legacy", "llama_metaspace", "gemma", "unigram", "wordpiece"] {
+        let tokenizer = Tokenizer::load(&files(kind).join("tokenizer.json"), 4096).unwrap();
+        let whole = tokenizer.encode(text).unwrap();
+        let mut last = 0;
+        for at in (0..=text.len()).filter(|at| text.is_char_boundary(*at)) {
+            let (ids, first) = tokenizer.encode_after(&text[..at], &text[at..]).unwrap();
+            assert_eq!(ids, whole, "{kind}: {at}");
+            assert!(first >= last, "{kind}: {at}");
+            last = first;
+            // What the tokens before it decode to is in the text before; unknown ones are spelled.
+            let given = tokenizer.decode_all(&ids[..first]);
+            let given = given.trim_end_matches(char::REPLACEMENT_CHARACTER).trim().to_lowercase();
+            assert!(given.chars().count() <= text[..at].chars().count() || given.contains("unk"), "{kind}: {at}: {given:?}");
+        }
+        assert_eq!(last, whole.len(), "{kind}: all are given");
+        assert_eq!(tokenizer.encode_after("", text).unwrap().1, 0, "{kind}: none is given");
+    }
+}
+
 #[test]
 fn a_second_model_has_the_first_ones_vocabulary() {
     let text = std::fs::read_to_string(Path::new(ROOT).join(SHIPPED).join("tokenizer.json")).unwrap();
