@@ -121,3 +121,54 @@ fn accept(engine: &mut Engine, submission: Submission, failure: &Failure) {
     // A caller that is gone drops its handle, which cancels the request.
     let _ = reply.send(handle);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::core::AnyCore;
+    use crate::api::device::Device;
+    use crate::request::Request;
+
+    /// An engine whose every tick is an error: an earlier one panicked.
+    fn stopped() -> Engine {
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/models/redraft-stories-10m");
+        let mut engine = Engine::builder(dir).device(Device::Cpu).threads(1).max_sequences(2).open().expect("the model that ships");
+        let AnyCore::Cpu(core) = &mut engine.core else { panic!("asked for the CPU") };
+        let prompt = crate::request::Prompt::Tokens { tokens: vec![1], length: 8 };
+        let mut request = Request::new(prompt, crate::Schedule::preset("draft", &crate::Defaults::default()).expect("a preset"), 1, 0);
+        request.draws = Some(Arc::new(|_| panic!("a source of draws that fails")));
+        let handle = core.submit(request).expect("queued");
+        assert!(catch_unwind(AssertUnwindSafe(|| core.run())).is_err());
+        drop(handle);
+        engine
+    }
+
+    #[test]
+    fn a_tick_that_fails_is_told_to_every_request_and_to_whoever_comes_later() {
+        let thread = stopped().spawn();
+        // Two would run and the others wait. What is not queued before the tick is told at once.
+        let outcomes: Vec<Result<RequestHandle>> = (0..7).map(|_| thread.submit("One day", Options::default().length(24))).collect();
+        assert!(outcomes[0].is_ok(), "accepted before the first tick");
+        for outcome in outcomes {
+            let handle = match outcome {
+                Ok(handle) => handle,
+                Err(error) => {
+                    assert!(error.to_string().contains("panicked"), "{error}");
+                    continue;
+                }
+            };
+            let error = loop {
+                match handle.try_wait() {
+                    Some(outcome) => break outcome.expect_err("the engine failed"),
+                    None => std::thread::yield_now(),
+                }
+            };
+            assert!(error.to_string().contains("an earlier tick of this engine panicked"), "{error}");
+            assert!(handle.try_wait().is_none(), "told once");
+        }
+        for thread in [thread.clone(), thread] {
+            let error = thread.submit("Later", Options::default()).err().expect("the engine ended");
+            assert!(error.to_string().contains("an earlier tick of this engine panicked"), "{error}");
+        }
+    }
+}

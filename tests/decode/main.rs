@@ -4,6 +4,7 @@
 
 mod counts;
 mod ends;
+mod failing;
 mod gone;
 mod invariants;
 mod joint;
