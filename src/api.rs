@@ -12,8 +12,10 @@ mod core;
 pub(crate) mod device;
 mod engine;
 mod handle;
+pub mod json;
 pub(crate) mod options;
 mod stream;
+pub(crate) mod text;
 mod thread;
 
 pub use builder::EngineBuilder;

@@ -11,12 +11,10 @@ mod joint;
 mod joint_steps;
 mod steps;
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use crate::backend::{Backend, BannedIds, HostReason};
@@ -26,12 +24,11 @@ use crate::model::registry;
 use crate::model::step::StepNetwork;
 use crate::model::{Model, Progress, Scratch};
 use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
-use crate::request::{Bos, Message, Outcome, stop_at};
-use crate::request::{Output, Prompt, Request, Segment, SubmittedRequest, Timings};
+use crate::request::{Bos, Mailbox, Message, Output, Prompt, Request, Segment, SubmittedRequest, Timings, stop_at};
 use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Scope};
 use crate::scheduler::{self, Budget, Need};
-use crate::sequence::{Event, Finish, Next, Sequence, SequenceSpec, Step, Stop};
+use crate::sequence::{Event, Finish, Forwards, Next, Sequence, SequenceSpec, Step, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -81,15 +78,55 @@ impl EngineOptions {
     }
 }
 
+/// What is in flight in an engine, and the work that it has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
+#[non_exhaustive]
+pub struct EngineStats {
+    /// Requests in flight.
+    pub running: usize,
+    /// Requests that wait for admission.
+    pub queued: usize,
+    /// K/V pages of the pool.
+    pub kv_pages: usize,
+    /// K/V pages that requests hold.
+    pub kv_pages_used: usize,
+    /// Forwards by kind; one that several requests share counts for each of them.
+    pub forwards: Forwards,
+    /// Query rows processed.
+    pub rows: u64,
+    /// Positions that denoising forwards were run for: of the open block, or of the canvas.
+    pub canvas_positions: u64,
+    /// Positions that were masked again.
+    pub remasked: u64,
+    /// Tokens of finished requests.
+    pub tokens: u64,
+}
+
+impl EngineStats {
+    /// Adds the work of a sequence.
+    fn add(&mut self, sequence: &Sequence) {
+        for report in sequence.reports() {
+            self.forwards += report.forwards;
+            self.rows += report.rows as u64;
+            self.canvas_positions += report.canvas_positions as u64;
+            self.remasked += report.remasked.len() as u64;
+        }
+    }
+}
+
 struct RunningSequence {
     id: u64,
     sequence: Sequence,
     table: PageTable,
     committed_pages: usize,
+    /// See [`Need::priority`].
+    priority: i32,
+    /// Rows that count as served when it was admitted.
+    head_start: usize,
     prefix: Option<PrefixKey>,
     /// Where the request ends its text.
     stop: Stop,
-    messages: Sender<Message>,
+    messages: Mailbox,
     cancel: Arc<AtomicBool>,
     submitted: Instant,
     admitted: Instant,
@@ -148,7 +185,8 @@ pub struct Engine<B: Backend> {
     pub(crate) pool: PagePool,
     queue: VecDeque<RunningSequence>,
     active: Vec<RunningSequence>,
-    turn: usize,
+    /// Work of requests that left.
+    retired: EngineStats,
     next_id: u64,
     /// A tick began and did not come to its end: it runs now, or it panicked.
     ticking: bool,
@@ -221,7 +259,7 @@ impl<B: Backend> Engine<B> {
             pool,
             queue: VecDeque::new(),
             active: Vec::new(),
-            turn: 0,
+            retired: EngineStats::default(),
             next_id: 0,
             ticking: false,
         })
@@ -415,8 +453,7 @@ impl<B: Backend> Engine<B> {
             draft: request.draft,
             draws: request.draws,
         })?;
-        let (sender, messages) = channel();
-        let cancel = Arc::new(AtomicBool::new(false));
+        let (messages, submitted) = SubmittedRequest::new();
         let prefix_len = sequence.prefix_len();
         let prefix = (prefix_len > 0).then(|| PrefixKey {
             weights: sequence.prefix_weights(),
@@ -425,27 +462,49 @@ impl<B: Backend> Engine<B> {
             tokens: sequence.canvas().tokens()[..prefix_len].to_vec(),
         });
         let now = Instant::now();
-        self.queue.push_back(RunningSequence {
-            id: self.next_id,
-            sequence,
-            table: PageTable::default(),
-            committed_pages: needed,
-            prefix,
-            stop,
-            messages: sender,
-            cancel: cancel.clone(),
-            submitted: now,
-            admitted: now,
-            timings: Timings::default(),
-            failed: None,
-        });
+        let priority = request.priority;
+        // Behind all that came before with the same priority.
+        let place = self.queue.partition_point(|waiting| waiting.priority <= priority);
+        self.queue.insert(
+            place,
+            RunningSequence {
+                id: self.next_id,
+                sequence,
+                table: PageTable::default(),
+                committed_pages: needed,
+                priority,
+                head_start: 0,
+                prefix,
+                stop,
+                messages,
+                cancel: submitted.cancel.clone(),
+                submitted: now,
+                admitted: now,
+                timings: Timings::default(),
+                failed: None,
+            },
+        );
         self.next_id += 1;
-        Ok(SubmittedRequest { messages, cancel, outcome: RefCell::new(Outcome::Pending) })
+        Ok(submitted)
     }
 
     /// True while something is queued or in flight.
     pub fn is_busy(&self) -> bool {
         !self.queue.is_empty() || !self.active.is_empty()
+    }
+
+    /// What is in flight, and the work done since the engine was made.
+    pub fn stats(&self) -> EngineStats {
+        let mut stats = self.retired;
+        self.active.iter().for_each(|running| stats.add(&running.sequence));
+        let kv_pages = self.pool.capacity();
+        EngineStats {
+            running: self.active.len(),
+            queued: self.queue.len(),
+            kv_pages,
+            kv_pages_used: kv_pages - self.pool.num_free(),
+            ..stats
+        }
     }
 
     /// Pages not held by any sequence, for tests and reports.
@@ -514,6 +573,8 @@ impl<B: Backend> Engine<B> {
             let mut active = self.queue.pop_front().expect("looked at above");
             active.admitted = Instant::now();
             active.timings.queued_ms = ms(active.submitted, active.admitted);
+            // A newcomer is not owed the rows that others got before it came.
+            active.head_start = self.active.iter().map(RunningSequence::served).min().unwrap_or(0);
             active.sequence.start();
             self.active.push(active);
         }
@@ -522,9 +583,7 @@ impl<B: Backend> Engine<B> {
     /// The model that runs next, and the sequences whose next forward it is.
     fn schedule(&mut self) -> (usize, Vec<usize>) {
         let needs = self.advance();
-        let (weights, chosen) = scheduler::schedule(&needs, self.turn, &self.options.budget);
-        self.turn = self.turn.wrapping_add(1) % self.active.len().max(1);
-        (weights, chosen)
+        scheduler::schedule(&needs, &self.options.budget)
     }
 
     /// Brings every sequence to its next forward and says how many rows it needs; `None` for those
@@ -552,7 +611,12 @@ impl<B: Backend> Engine<B> {
             let next = active.sequence.next(&mut events);
             active.send(events);
             needs.push(match next {
-                Next::Forward => active.sequence.step().map(|s| Need { rows: s.rows.len(), weights: s.weights }),
+                Next::Forward => active.sequence.step().map(|step| Need {
+                    rows: step.rows.len(),
+                    weights: step.weights,
+                    priority: active.priority,
+                    served: active.served(),
+                }),
                 Next::Finished => None,
             });
         }
@@ -578,6 +642,8 @@ impl<B: Backend> Engine<B> {
                         done.admitted = Instant::now();
                         done.timings.queued_ms = ms(done.submitted, done.admitted);
                     }
+                    self.retired.add(&done.sequence);
+                    self.retired.tokens += done.sequence.canvas().generated().count() as u64;
                     done.finish();
                 }
             }
@@ -606,6 +672,11 @@ impl<B: Backend> Drop for Engine<B> {
 }
 
 impl RunningSequence {
+    /// See [`Need::served`].
+    fn served(&self) -> usize {
+        self.head_start + self.sequence.reports().iter().map(|report| report.rows).sum::<usize>()
+    }
+
     /// The step that it was chosen for.
     fn step(&self) -> &Step {
         self.sequence.step().expect("chosen for its step")
@@ -630,8 +701,7 @@ impl RunningSequence {
 
     fn send(&self, events: Vec<Event>) {
         for event in events {
-            // A handle that is gone is noticed at the next tick.
-            let _ = self.messages.send(Message::Event(event));
+            self.messages.send(Message::Event(event));
         }
     }
 
@@ -640,7 +710,7 @@ impl RunningSequence {
             Some(error) => Err(error),
             None => Ok(self.output()),
         };
-        let _ = self.messages.send(Message::Finished(Box::new(result)));
+        self.messages.send(Message::Finished(Box::new(result)));
     }
 
     /// Why the text ends where it does: a later stage may have left what ends a text in a draft of

@@ -149,11 +149,13 @@ mod weights;
 #[cfg(feature = "testing")]
 pub mod weights;
 
+pub use api::json;
 pub use api::{
     Device, Engine, EngineBuilder, EngineThread, Generation, ModelInfo, Options, Prompt, RequestHandle, Snapshot, TextEvent, TextStream,
 };
 pub use backend::DType;
 pub use chat::{Conversation, Message};
+pub use engine::EngineStats;
 pub use error::{Error, Result};
 pub use plan::Visibility;
 pub use request::{Bos, Output, Segment, Timings};

@@ -2,9 +2,10 @@
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::Waker;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -81,6 +82,8 @@ pub struct Request {
     pub seed: u64,
     /// Index of this sample among those of one seed.
     pub sample: u32,
+    /// Who goes first: lower values before higher ones. No result depends on it.
+    pub priority: i32,
     pub stop: StopOptions,
     /// See [`crate::sequence::SequenceSpec::separate_commit`].
     pub separate_commit: bool,
@@ -100,6 +103,7 @@ impl Request {
             schedule,
             seed,
             sample,
+            priority: 0,
             stop: StopOptions::default(),
             separate_commit: false,
             forced: Vec::new(),
@@ -166,10 +170,51 @@ pub(crate) enum Message {
     Finished(Box<Result<Output>>),
 }
 
+/// Who waits for messages without blocking a thread. Several messages may make one call.
+#[derive(Default)]
+struct Waiting(Mutex<Option<Waker>>);
+
+impl Waiting {
+    fn set(&self, waker: &Waker) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(waker.clone());
+    }
+
+    fn wake(&self) {
+        // Called without the lock: the other side may look at once.
+        let waker = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+/// The engine's end of a request. Where it is dropped without a result, the engine is gone.
+pub(crate) struct Mailbox {
+    messages: Option<Sender<Message>>,
+    waiting: Arc<Waiting>,
+}
+
+impl Mailbox {
+    /// A handle that is gone is noticed at the next tick.
+    pub(crate) fn send(&self, message: Message) {
+        let _ = self.messages.as_ref().map(|messages| messages.send(message));
+        self.waiting.wake();
+    }
+}
+
+impl Drop for Mailbox {
+    fn drop(&mut self) {
+        // Closed before the other side is told to look.
+        self.messages = None;
+        self.waiting.wake();
+    }
+}
+
 /// The caller's end of a request. Dropping it cancels the request.
 pub struct SubmittedRequest {
     pub(crate) messages: Receiver<Message>,
     pub(crate) cancel: Arc<AtomicBool>,
+    waiting: Arc<Waiting>,
     pub(crate) outcome: RefCell<Outcome>,
 }
 
@@ -182,6 +227,19 @@ pub(crate) enum Outcome {
 }
 
 impl SubmittedRequest {
+    /// Both ends of a request.
+    pub(crate) fn new() -> (Mailbox, SubmittedRequest) {
+        let (sender, messages) = channel();
+        let waiting = Arc::<Waiting>::default();
+        let mailbox = Mailbox { messages: Some(sender), waiting: waiting.clone() };
+        (mailbox, SubmittedRequest { messages, cancel: Arc::default(), waiting, outcome: RefCell::new(Outcome::Pending) })
+    }
+
+    /// Wakes this one, instead of the last one, when the next message comes.
+    pub(crate) fn wake_by(&self, waker: &Waker) {
+        self.waiting.set(waker);
+    }
+
     /// Events that have happened since the last call; never waits.
     pub fn events(&self) -> impl Iterator<Item = Event> + '_ {
         std::iter::from_fn(|| self.next_event(|| Error::EngineGone))

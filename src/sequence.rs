@@ -634,6 +634,7 @@ impl Sequence {
             }
             Kind::Denoise | Kind::Boundary => {
                 report.forwards.denoise += 1;
+                report.canvas_positions += self.unit.len();
                 self.write(&candidates, &chosen, &edits, events);
                 if self.round.is_none() {
                     self.close(!edits.is_empty(), events);
@@ -761,6 +762,7 @@ impl Sequence {
             stage: self.stage().clone(),
             forwards: Forwards::default(),
             rows: 0,
+            canvas_positions: 0,
             remasked: Vec::new(),
             changed: 0,
             edited: 0,

@@ -27,6 +27,8 @@ const MARKS: Range<u32> = 0x10_0000..0x10_fffd;
 
 /// How many tokens before others decide how those are spelled: more than any character has bytes.
 const CONTEXT: usize = 64;
+/// Tokens that are decoded together where the text of each is asked for.
+const PIECES_WINDOW: usize = 8;
 
 /// Bytes that both texts begin with, whole characters.
 fn common(a: &str, b: &str) -> usize {
@@ -341,14 +343,51 @@ impl Tokenizer {
     /// The part of [`Tokenizer::decode_after`] that no later id changes: without bytes of a
     /// character that may still come, which end in replacement characters until it is whole.
     pub fn decode_settled(&self, before: &[u32], ids: &[u32]) -> String {
-        let is_byte = |id: &u32| self.inner.id_to_token(*id).is_some_and(|token| token.len() == 6 && token.starts_with("<0x"));
-        // A run of bytes is read as a whole: one that is none of a character's changes them all,
-        // also over what is left out between them.
-        let is_left_out = |id: &u32| self.token(*id).is_none() || self.added.get(id).is_some_and(|token| token.special);
-        let open = ids.iter().rev().take_while(|id| is_byte(id) || is_left_out(id)).count();
+        let open = ids.iter().rev().take_while(|id| self.is_open(**id)).count();
         let mut text = self.decode_after(before, &ids[..ids.len() - open]);
         text.truncate(text.trim_end_matches(char::REPLACEMENT_CHARACTER).len());
         text
+    }
+
+    /// Whether the text of an id may change with those after it. A run of bytes is read as a whole:
+    /// one that is none of a character's changes them all, also over what is left out between them.
+    fn is_open(&self, id: u32) -> bool {
+        let is_byte = || self.inner.id_to_token(id).is_some_and(|token| token.len() == 6 && token.starts_with("<0x"));
+        is_byte() || self.token(id).is_none() || self.added.get(&id).is_some_and(|token| token.special)
+    }
+
+    /// Text of each of `ids`, which join to [`Tokenizer::decode_after`]: a character of several
+    /// tokens belongs to the last of them.
+    pub fn decode_pieces(&self, before: &[u32], ids: &[u32]) -> Vec<String> {
+        let mut pieces: Vec<String> = Vec::with_capacity(ids.len());
+        // Decoded in short windows, each after all that is before it: the time is linear.
+        let mut window = 0;
+        let mut shown = String::new();
+        let mut given = before.to_vec();
+        for end in 1..=ids.len() {
+            let mut text = self.decode_after(&given, &ids[window..end]);
+            let len = text.len();
+            if end < ids.len() {
+                text.truncate(text.trim_end_matches(char::REPLACEMENT_CHARACTER).len());
+            }
+            let is_whole = text.len() == len;
+            let same = common(&shown, &text);
+            // Bytes that turn out to be none of a character's take back what they were.
+            let mut extra = shown.len() - same;
+            for piece in pieces[window..].iter_mut().rev() {
+                let cut = extra.min(piece.len());
+                piece.truncate(piece.len() - cut);
+                extra -= cut;
+            }
+            pieces.push(text[same..].to_owned());
+            shown = text;
+            if is_whole && end - window >= PIECES_WINDOW && !self.is_open(ids[end - 1]) {
+                given.extend(&ids[window..end]);
+                window = end;
+                shown.clear();
+            }
+        }
+        pieces
     }
 
     /// Text of the end of `before`, and the same with `ids` after it.

@@ -2,6 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::Thread;
 
 use redraft::{DType, Device, Engine, Error, Generation, Options, Prompt, TextEvent};
 
@@ -75,6 +79,8 @@ fn streamed_pieces_join_to_the_text() {
                 TextEvent::Snapshot(snapshot) => {
                     assert_eq!(snapshot.positions.len(), snapshot.tokens.len());
                     assert!(snapshot.positions.is_sorted() && snapshot.stage < 2, "{snapshot:?}");
+                    assert_eq!((snapshot.pieces.len(), snapshot.pieces.concat()), (snapshot.positions.len(), snapshot.text.clone()));
+                    assert!(snapshot.remasked.is_empty() == (snapshot.stage == 0), "{snapshot:?}");
                     snapshots += 1;
                 }
                 TextEvent::Done(result) => done = Some(result.unwrap()),
@@ -85,6 +91,128 @@ fn streamed_pieces_join_to_the_text() {
         assert_eq!((&text, &done.text), (&whole.text, &whole.text), "{preset} {stop:?}");
         assert!(snapshots > 0 && stop.is_none_or(|stop| !text.contains(stop)), "{preset} {stop:?}: {text}");
     }
+}
+
+/// Stands for an executor: counts the wakes, and ends the wait of the thread that polls.
+struct Executor {
+    wakes: AtomicUsize,
+    thread: Thread,
+}
+
+impl Wake for Executor {
+    fn wake(self: Arc<Self>) {
+        self.wakes.fetch_add(1, Ordering::Relaxed);
+        self.thread.unpark();
+    }
+}
+
+/// A task that is pending is woken whenever there is more, and at the end, whatever the end is.
+#[test]
+fn tasks_are_woken() {
+    let thread = engine().spawn();
+    let executor = Arc::new(Executor { wakes: AtomicUsize::new(0), thread: std::thread::current() });
+    let waker = Waker::from(executor.clone());
+    let mut context = Context::from_waker(&waker);
+    let whole = thread.submit("Once upon a time", options()).unwrap().wait().unwrap();
+
+    let mut stream = thread.submit("Once upon a time", options()).unwrap().into_text();
+    let (mut text, mut pending) = (String::new(), 0);
+    let done = loop {
+        match stream.poll_next(&mut context) {
+            Poll::Ready(Some(TextEvent::Delta(delta))) => text += &delta,
+            Poll::Ready(Some(TextEvent::Done(result))) => break result.unwrap(),
+            Poll::Ready(Some(_)) => {}
+            Poll::Ready(None) => panic!("an end without a result"),
+            Poll::Pending => {
+                pending += 1;
+                std::thread::park();
+            }
+        }
+    };
+    assert_eq!((&text, &done.text), (&whole.text, &whole.text));
+    assert!(matches!(stream.poll_next(&mut context), Poll::Ready(None)));
+    assert!(pending > 0 && executor.wakes.load(Ordering::Relaxed) > 0);
+
+    let handle = thread.submit("Once upon a time", options()).unwrap();
+    let waited = loop {
+        match handle.poll_wait(&mut context) {
+            Poll::Ready(result) => break result.unwrap(),
+            Poll::Pending => std::thread::park(),
+        }
+    };
+    assert_eq!(waited.text, whole.text);
+
+    // An engine that is dropped wakes who waits for it.
+    let mut engine = engine();
+    let handle = engine.submit("One day", options()).unwrap();
+    assert!(handle.poll_wait(&mut context).is_pending());
+    let before = executor.wakes.load(Ordering::Relaxed);
+    drop(engine);
+    assert!(executor.wakes.load(Ordering::Relaxed) > before);
+    assert!(matches!(handle.poll_wait(&mut context), Poll::Ready(Err(Error::EngineGone))));
+}
+
+/// Work on the engine's thread, its counters, and what is known of the model beside it.
+#[test]
+fn a_thread_runs_what_it_is_given() {
+    let thread = engine().spawn();
+    let alone = engine().score("Once upon a time").unwrap();
+    assert_eq!(thread.call(|engine| engine.score("Once upon a time")).unwrap().unwrap(), alone);
+    let handles = thread.call(|engine| [1, 2].map(|seed| engine.submit("One day", options().seed(seed)).unwrap())).unwrap();
+    let generations = handles.map(|handle| handle.wait().unwrap());
+    // Looked at after the tick that ended them.
+    thread.call(|_| {}).unwrap();
+    let stats = thread.stats();
+    assert_eq!((stats.running, stats.queued, stats.kv_pages_used), (0, 0, 0), "{stats:?}");
+    assert!(stats.tokens >= 48 && stats.kv_pages > 0, "{stats:?}");
+    let rows: usize = generations.iter().flat_map(|generation| &generation.output.stages).map(|stage| stage.rows).sum();
+    let positions: usize = generations.iter().flat_map(|generation| &generation.output.stages).map(|stage| stage.canvas_positions).sum();
+    assert!(stats.rows >= rows as u64 && stats.canvas_positions >= positions as u64 && positions > 0, "{stats:?}");
+    assert_eq!(thread.model(), &engine().model());
+    assert!(thread.device_name().starts_with("cpu") && thread.tokenizer().is_ok() && thread.failure().is_none());
+
+    let error = thread.call(|_| panic!("as planned")).map(|()| ()).unwrap_err().to_string();
+    assert!(error.contains("as planned"), "{error}");
+    let error = thread.submit("One day", options()).map(drop).unwrap_err().to_string();
+    assert!(error.contains("as planned") && thread.failure().is_some(), "{error}");
+}
+
+/// Among requests that wait, lower priorities are admitted first; the texts are the same.
+#[test]
+fn priorities_change_the_order_alone() {
+    let mut engine = Engine::builder(model()).device(Device::Cpu).threads(2).max_sequences(1).open().unwrap();
+    let alone: Vec<String> = (0..3).map(|seed| engine.generate("One day", options().seed(seed)).unwrap().text).collect();
+    let handles: Vec<_> = [0, 5, -5]
+        .iter()
+        .zip(0..)
+        .map(|(priority, seed)| engine.submit("One day", options().seed(seed).priority(*priority)).unwrap())
+        .collect();
+    let (mut order, mut texts) = (Vec::new(), vec![String::new(); 3]);
+    while engine.tick().unwrap() || order.len() < 3 {
+        for (i, handle) in handles.iter().enumerate() {
+            if let Some(result) = handle.try_wait() {
+                order.push(i);
+                texts[i] = result.unwrap().text;
+            }
+        }
+    }
+    assert_eq!((order, texts), (vec![2, 0, 1], alone));
+}
+
+/// One text of JSON makes the request that the builder makes, and the result prints as the
+/// command's.
+#[test]
+fn requests_and_results_as_json() {
+    let mut engine = engine();
+    let request = r#"{"prompt": "Once upon a time", "length": 24, "seed": 7, "schedule": "did"}"#;
+    let (prompt, asked) = redraft::json::request(request).unwrap();
+    let generation = engine.generate(prompt, asked).unwrap();
+    assert_eq!(generation.text, engine.generate("Once upon a time", options().preset("did")).unwrap().text);
+    assert_eq!(generation.pieces().concat(), generation.text);
+    let object = serde_json::to_value(&generation).unwrap();
+    assert_eq!(object["text"], generation.text);
+    assert_eq!((&object["seed"], &object["stages"][1]["nfe"]), (&7.into(), &generation.output.stages[1].nfe().into()));
+    assert!(object["timings"].get("load_ms").is_none());
 }
 
 /// An engine whose caller ticks: nothing waits, and a wait that could never end is an error.

@@ -168,7 +168,7 @@ impl EngineBuilder {
         };
         let opened = self.device.open(dtype, self.threads)?;
         let core = on_backend!(opened.backend, |backend| self.load(backend, &config)?.into());
-        Ok(Engine { core, dir: self.dir, passed_over: opened.passed_over })
+        Ok(Engine { core, dir: self.dir, passed_over: opened.passed_over, thread: None })
     }
 
     fn load<B: Backend>(&mut self, backend: B, config: &ModelConfig) -> Result<EngineCore<B>> {

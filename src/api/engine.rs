@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::core::{AnyCore, on_core};
-use super::handle::{Generation, RequestHandle, TextRules};
+use super::handle::{Asked, Failure, Generation, RequestHandle};
 use super::options::{Options, Prompt, default_length};
+use super::text::TextRules;
 use crate::chat::{ChatTemplate, Conversation};
 use crate::config::{AttentionMask, ModelConfig};
-use crate::engine::Engine as EngineCore;
+use crate::engine::{Engine as EngineCore, EngineStats};
 use crate::error::{Error, Result};
 use crate::request::{self, Request, STOP_IN_A_HOLE, StopOptions};
 use crate::schedule::Defaults;
@@ -17,7 +18,7 @@ use crate::scoring::scoring_request;
 use crate::tokenizer::Tokenizer;
 
 /// What a loaded model is.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 #[non_exhaustive]
 pub struct ModelInfo {
     /// Name of its family: `llada`, `bd3lm`, ... (README lists them).
@@ -56,6 +57,8 @@ pub struct Engine {
     pub(super) dir: PathBuf,
     /// Why `Device::Auto` did not take the GPU that is there.
     pub(super) passed_over: Option<Error>,
+    /// Why the engine's thread ended, where it has one and it did.
+    pub(super) thread: Option<Failure>,
 }
 
 impl Engine {
@@ -86,9 +89,9 @@ impl Engine {
     ///
     /// Errors: [`Error::Request`] for a prompt, length or schedule that the model cannot serve.
     pub fn submit(&mut self, prompt: impl Into<Prompt>, options: Options) -> Result<RequestHandle> {
-        let (request, text) = self.request(prompt.into(), options)?;
+        let (request, asked) = self.request(prompt.into(), options)?;
         let handle = on_core!(&mut self.core, |core| core.submit(request))?;
-        Ok(RequestHandle::new(handle, text))
+        Ok(RequestHandle::new(handle, asked, self.thread.clone()))
     }
 
     /// One iteration: admits queued requests, runs one forward (or several that the device samples
@@ -183,6 +186,11 @@ impl Engine {
         on_core!(&self.core, |core| core.tokenizer())
     }
 
+    /// What is in flight, and the work done since the engine was opened.
+    pub fn stats(&self) -> EngineStats {
+        on_core!(&self.core, |core| core.stats())
+    }
+
     /// Device, instruction set or GPU, and threads: `cpu (avx512-bf16, 2 threads)`.
     pub fn device_name(&self) -> String {
         on_core!(&self.core, |core| crate::backend::Backend::name(core.backend()))
@@ -194,7 +202,7 @@ impl Engine {
     }
 
     /// Resolves a prompt and its options against the model.
-    fn request(&self, prompt: Prompt, options: Options) -> Result<(Request, TextRules)> {
+    fn request(&self, prompt: Prompt, options: Options) -> Result<(Request, Asked)> {
         let config = self.config();
         let schedule = options.resolve(&options.defaults(config)?)?;
         let infills = matches!(prompt, Prompt::Infill(_) | Prompt::Canvas(_));
@@ -247,14 +255,15 @@ impl Engine {
             before,
             ends: if ignore_eos || infills { Vec::new() } else { config.stop_ids.clone() },
             stop: options.stop.clone(),
-            last_stage: schedule.stages().len() - 1,
             infills,
         };
+        let asked = Asked { rules, seed: options.seed, schedule: schedule.clone() };
         let mut request = Request::new(prompt, schedule, options.seed, options.sample);
+        request.priority = options.priority;
         request.stop = StopOptions { ignore_eos, texts: options.stop, entropy: options.stop_entropy };
         request.draft = draft;
         request.bos = options.bos;
-        Ok((request, rules))
+        Ok((request, asked))
     }
 
     /// Sampling defaults that fit the model: what its directory recommends.

@@ -2,61 +2,24 @@
 #![forbid(unsafe_code)]
 
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
 
+use super::json::GenerationJson;
+use super::text::TextRules;
 use crate::error::{Error, Result};
-use crate::request::{Output, SubmittedRequest, generated_text};
+use crate::request::{Output, SubmittedRequest};
+use crate::schedule::Schedule;
 use crate::sequence::Event;
-use crate::tokenizer::Tokenizer;
 
-/// How token ids become the text of a request.
-#[derive(Clone)]
-pub(crate) struct TextRules {
-    /// `None` for models without one: texts are empty.
-    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
-    /// Given tokens before the first generated one: how a token is spelled depends on them.
-    pub(crate) before: Vec<u32>,
-    /// Ids that end the text, if the model writes them.
-    pub(crate) ends: Vec<u32>,
-    pub(crate) stop: Vec<String>,
-    /// Index of the stage whose committed blocks are final.
-    pub(crate) last_stage: usize,
-    /// The generated positions are holes in a given text.
-    pub(crate) infills: bool,
+/// What a request asked for, as far as its result needs it.
+pub(super) struct Asked {
+    pub(super) rules: TextRules,
+    pub(super) seed: u64,
+    pub(super) schedule: Schedule,
 }
 
-impl TextRules {
-    /// Text of generated tokens: up to the end of text and the first stop text, and whether it ends
-    /// there.
-    pub(crate) fn text(&self, tokens: &[u32]) -> (String, bool) {
-        let Some(tokenizer) = &self.tokenizer else { return (String::new(), false) };
-        generated_text(tokenizer, &self.before, tokens, &self.ends, &self.stop)
-    }
-
-    /// The part of [`TextRules::text`] that no later token changes, and whether the text ends with
-    /// it.
-    pub(crate) fn settled(&self, tokens: &[u32]) -> (String, bool) {
-        let (text, ended) = self.text(tokens);
-        let Some(tokenizer) = self.tokenizer.as_ref().filter(|_| !ended) else { return (text, ended) };
-        let mut text = tokenizer.decode_settled(&self.before, tokens);
-        // What may begin a stop text.
-        let begins = |at: usize| self.stop.iter().any(|stop| stop.starts_with(&text[at..]));
-        if let Some(at) = text.char_indices().map(|(at, _)| at).find(|at| begins(*at)) {
-            text.truncate(at);
-        }
-        (text, false)
-    }
-
-    /// Text of tokens after others, which may be none.
-    pub(crate) fn decode_after(&self, before: &[u32], tokens: &[u32]) -> String {
-        self.tokenizer.as_ref().map_or_else(String::new, |tokenizer| tokenizer.decode_after(before, tokens))
-    }
-
-    pub(crate) fn decode(&self, tokens: &[u32]) -> String {
-        self.tokenizer.as_ref().map_or_else(String::new, |tokenizer| tokenizer.decode(tokens))
-    }
-}
-
-/// A finished text.
+/// A finished text. Serialises as the object that `redraft generate --format json` prints, without
+/// what belongs to the engine.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Generation {
@@ -67,12 +30,30 @@ pub struct Generation {
     pub draft: String,
     /// Tokens, positions, confidence, stages, counters and times.
     pub output: Output,
+    /// Seed of the request.
+    pub seed: u64,
+    /// Schedule of the request, as it was resolved against the model.
+    pub schedule: Schedule,
+    rules: TextRules,
 }
 
 impl Generation {
-    pub(crate) fn new(output: Output, rules: &TextRules) -> Generation {
+    fn new(output: Output, asked: &Asked) -> Generation {
+        let Asked { rules, seed, schedule } = asked;
         let text = if rules.infills { rules.decode(&output.canvas) } else { rules.text(&output.tokens).0 };
-        Generation { text, draft: rules.text(&output.draft).0, output }
+        Generation { text, draft: rules.text(&output.draft).0, output, seed: *seed, schedule: schedule.clone(), rules: rules.clone() }
+    }
+
+    /// Text of each generated token, so that they join to the text of all of them: a character of
+    /// several tokens is the last one's.
+    pub fn pieces(&self) -> Vec<String> {
+        self.rules.pieces(&self.rules.before, &self.output.tokens)
+    }
+}
+
+impl serde::Serialize for Generation {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        GenerationJson::new(&self.output, &self.rules, self.seed, &self.schedule).serialize(serializer)
     }
 }
 
@@ -87,19 +68,14 @@ pub(super) fn cause_of(failure: &Failure) -> Error {
 /// A request in flight. Dropping the handle cancels the request.
 pub struct RequestHandle {
     core: SubmittedRequest,
-    rules: TextRules,
+    asked: Asked,
     /// The engine's thread, where it has one: without, nothing advances while a caller waits.
     thread: Option<Failure>,
 }
 
 impl RequestHandle {
-    pub(super) fn new(core: SubmittedRequest, rules: TextRules) -> RequestHandle {
-        RequestHandle { core, rules, thread: None }
-    }
-
-    pub(super) fn on_thread(mut self, failure: Failure) -> RequestHandle {
-        self.thread = Some(failure);
-        self
+    pub(super) fn new(core: SubmittedRequest, asked: Asked, thread: Option<Failure>) -> RequestHandle {
+        RequestHandle { core, asked, thread }
     }
 
     /// Events since the last call; never waits. Each gives a stage, a step, positions, tokens and
@@ -133,13 +109,34 @@ impl RequestHandle {
         }
     }
 
+    /// [`RequestHandle::wait`] for an executor: pending until the text is finished, and the task is
+    /// woken then. `std::future::poll_fn` makes a future of it.
+    pub fn poll_wait(&self, context: &mut Context<'_>) -> Poll<Result<Generation>> {
+        if let Some(result) = self.try_wait() {
+            return Poll::Ready(result);
+        }
+        self.wake_by(context.waker());
+        // What came between the two looks woke nobody.
+        self.try_wait().map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// Wakes this one, instead of the last one, when something happens.
+    pub(super) fn wake_by(&self, waker: &Waker) {
+        self.core.wake_by(waker);
+    }
+
     /// Ends the request at the next tick; its output then holds what has been revealed.
     pub fn cancel(&self) {
         self.core.cancel();
     }
 
     pub(super) fn rules(&self) -> &TextRules {
-        &self.rules
+        &self.asked.rules
+    }
+
+    /// Index of the stage whose committed blocks are final.
+    pub(super) fn last_stage(&self) -> usize {
+        self.asked.schedule.stages().len() - 1
     }
 
     /// Blocks until a message has come. An event is returned, a result is kept for
@@ -164,6 +161,6 @@ impl RequestHandle {
 
     /// The result that has come, given once.
     pub(super) fn take(&self) -> Option<Result<Generation>> {
-        self.core.take_output().map(|output| output.map(|output| Generation::new(output, &self.rules)))
+        self.core.take_output().map(|output| output.map(|output| Generation::new(output, &self.asked)))
     }
 }

@@ -108,6 +108,7 @@ pub struct Options {
     pub(super) length: Option<usize>,
     pub(super) seed: u64,
     pub(super) sample: u32,
+    pub(super) priority: i32,
     pub(super) temperature: Option<f32>,
     pub(super) top_p: Option<f32>,
     pub(super) top_p_rule: Option<TopPRule>,
@@ -131,6 +132,19 @@ impl Options {
     pub fn preset(mut self, name: impl Into<String>) -> Self {
         self.schedule = Some(Stages::Preset(name.into()));
         self
+    }
+
+    /// A schedule as text: the name of a preset, or stages with a semicolon between two:
+    /// `"block=4,unmask=uniform:1; block=full,remask=0.25,by=snapshot,unmask=linear:12"`.
+    ///
+    /// Errors: [`Error::Request`] for a stage that does not parse. An unknown preset is told when
+    /// the request is submitted.
+    pub fn schedule_text(self, text: &str) -> Result<Self> {
+        if !text.contains('=') {
+            return Ok(self.preset(text.trim()));
+        }
+        let stages: Result<Vec<StageSpec>> = text.split(';').map(|stage| stage.trim().parse()).collect();
+        Ok(self.stages(stages?))
     }
 
     /// Stages as they are spelled: `"block=4,unmask=uniform:1".parse()?`.
@@ -185,6 +199,13 @@ impl Options {
     /// How many of the most probable tokens stages draw from that name no number; 0 for all.
     pub fn top_k(mut self, k: u32) -> Self {
         self.top_k = Some(k);
+        self
+    }
+
+    /// Who goes first where not all requests fit: lower values before higher ones; 0 by default. No
+    /// text depends on it.
+    pub fn priority(mut self, priority: i32) -> Self {
+        self.priority = priority;
         self
     }
 

@@ -5,7 +5,8 @@
 //! in an open block, may still change: it comes as snapshots of the whole text.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::task::{Context, Poll};
 
 use super::handle::{Generation, RequestHandle};
 use crate::error::Result;
@@ -27,19 +28,25 @@ pub enum TextEvent {
 }
 
 /// All positions that have held a generated token, as they are now.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 #[non_exhaustive]
 pub struct Snapshot {
     /// Index of the stage that is at work.
     pub stage: usize,
+    /// Denoising forwards of the stage before the last change.
+    pub step: u32,
     /// Text of the positions below, a dot for each that is masked again.
     pub text: String,
     /// Positions in the sequence, ascending.
     pub positions: Vec<usize>,
     /// Token of each position; `None` while it is masked.
     pub tokens: Vec<Option<u32>>,
+    /// Text of each position, which join to `text`.
+    pub pieces: Vec<String>,
     /// Probability of each token when it was revealed; 0 while its position is masked.
     pub confidence: Vec<f32>,
+    /// Positions that the stage at work masked again, those that have a new token included.
+    pub remasked: Vec<usize>,
 }
 
 /// The text of one request as it is written. As an iterator it waits, which needs an
@@ -49,6 +56,9 @@ pub struct TextStream {
     /// (token, confidence) of every position that was revealed.
     cells: BTreeMap<usize, (Option<u32>, f32)>,
     stage: usize,
+    step: u32,
+    /// What the stage at work masked again.
+    remasked: BTreeSet<usize>,
     /// Positions below it are final.
     final_end: usize,
     /// Deltas so far.
@@ -75,6 +85,8 @@ impl TextStream {
             handle,
             cells: BTreeMap::new(),
             stage: 0,
+            step: 0,
+            remasked: BTreeSet::new(),
             final_end: 0,
             sent: String::new(),
             changed: false,
@@ -131,7 +143,11 @@ impl TextStream {
     }
 
     fn apply(&mut self, event: &Event) {
-        self.stage = usize::from(event.stage);
+        if self.stage != usize::from(event.stage) {
+            self.stage = usize::from(event.stage);
+            self.remasked.clear();
+        }
+        self.step = event.step;
         match event.kind {
             EventKind::Unmask | EventKind::Edit => {
                 for ((position, token), confidence) in event.positions.iter().zip(&event.tokens).zip(&event.confidence) {
@@ -143,9 +159,10 @@ impl TextStream {
                 for position in &event.positions {
                     self.cells.insert(*position, (None, 0.0));
                 }
+                self.remasked.extend(&event.positions);
                 self.changed = true;
             }
-            EventKind::Commit if self.stage == self.handle.rules().last_stage => {
+            EventKind::Commit if self.stage == self.handle.last_stage() => {
                 self.final_end = self.final_end.max(event.positions.last().map_or(0, |position| position + 1));
             }
             EventKind::Commit | EventKind::Done => {}
@@ -170,7 +187,7 @@ impl TextStream {
 
     fn snapshot(&self) -> Snapshot {
         let rules = self.handle.rules();
-        let mut text = String::new();
+        let mut pieces = Vec::with_capacity(self.cells.len());
         // Tokens before the run, masked positions left out.
         let mut before = rules.before.clone();
         let mut run = Vec::new();
@@ -178,20 +195,38 @@ impl TextStream {
             match token {
                 Some(token) => run.push(*token),
                 None => {
-                    text += &rules.decode_after(&before, &run);
+                    pieces.extend(rules.pieces(&before, &run));
                     before.append(&mut run);
-                    text += MASKED;
+                    pieces.push(MASKED.to_owned());
                 }
             }
         }
-        text += &rules.decode_after(&before, &run);
+        pieces.extend(rules.pieces(&before, &run));
         Snapshot {
             stage: self.stage,
-            text,
+            step: self.step,
+            text: pieces.concat(),
             positions: self.cells.keys().copied().collect(),
             tokens: self.cells.values().map(|(token, _)| *token).collect(),
+            pieces,
             confidence: self.cells.values().map(|(_, confidence)| *confidence).collect(),
+            remasked: self.remasked.iter().copied().collect(),
         }
+    }
+
+    /// The next piece for an executor: pending while there is none, and the task is woken when
+    /// something happens. `futures::stream::poll_fn` makes a stream of it. `None` after
+    /// [`TextEvent::Done`].
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<TextEvent>> {
+        if let Some(event) = self.try_next() {
+            return Poll::Ready(Some(event));
+        }
+        if self.finished {
+            return Poll::Ready(None);
+        }
+        self.handle.wake_by(context.waker());
+        // What came between the two looks woke nobody.
+        self.try_next().map_or(Poll::Pending, |event| Poll::Ready(Some(event)))
     }
 }
 

@@ -3,32 +3,34 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use super::engine::Engine;
+use super::engine::{Engine, ModelInfo};
 use super::handle::{Failure, RequestHandle, cause_of};
 use super::options::{Options, Prompt};
+use crate::engine::EngineStats;
 use crate::error::{Error, Result};
+use crate::tokenizer::Tokenizer;
 
-/// A request on its way to the engine's thread, and where its handle goes.
-struct Submission {
-    prompt: Prompt,
-    options: Options,
-    reply: Sender<Result<RequestHandle>>,
-}
+/// What the engine's thread does between two ticks.
+type Job = Box<dyn FnOnce(&mut Engine) + Send>;
 
 /// An engine that runs on a thread of its own. Clones share it; it ends with the last of them,
 /// after the requests in flight.
 #[derive(Clone)]
 pub struct EngineThread {
-    submissions: Option<Sender<Submission>>,
+    jobs: Option<Sender<Job>>,
     thread: Arc<Thread>,
 }
 
 struct Thread {
     handle: Mutex<Option<JoinHandle<()>>>,
     failure: Failure,
+    model: ModelInfo,
+    tokenizer: Result<Arc<Tokenizer>>,
+    device_name: String,
+    stats: Arc<Mutex<EngineStats>>,
 }
 
 impl Engine {
@@ -41,12 +43,21 @@ impl Engine {
 
 impl EngineThread {
     pub(super) fn start(mut engine: Engine) -> EngineThread {
-        let (submissions, inbox) = channel();
+        let (jobs, inbox) = channel();
         let failure: Failure = Arc::default();
-        let kept = failure.clone();
+        engine.thread = Some(failure.clone());
+        let stats = Arc::new(Mutex::new(engine.stats()));
+        let mut thread = Thread {
+            handle: Mutex::default(),
+            failure: failure.clone(),
+            model: engine.model(),
+            tokenizer: engine.tokenizer().cloned(),
+            device_name: engine.device_name(),
+            stats: stats.clone(),
+        };
         let handle = std::thread::spawn(move || {
             // A panic is a fault of ours; requests still get an outcome that says so.
-            let served = catch_unwind(AssertUnwindSafe(|| serve(&mut engine, &inbox, &kept)));
+            let served = catch_unwind(AssertUnwindSafe(|| serve(&mut engine, &inbox, &stats)));
             let error = match served {
                 Ok(Ok(())) => return,
                 Ok(Err(error)) => error,
@@ -56,12 +67,13 @@ impl EngineThread {
                 }
             };
             // Told before the engine is dropped, which is how handles notice.
-            if let Ok(mut failure) = kept.lock() {
+            if let Ok(mut failure) = failure.lock() {
                 *failure = Some(error.clone());
             }
             engine.abandon(&error);
         });
-        EngineThread { submissions: Some(submissions), thread: Arc::new(Thread { handle: Mutex::new(Some(handle)), failure }) }
+        thread.handle = Mutex::new(Some(handle));
+        EngineThread { jobs: Some(jobs), thread: Arc::new(thread) }
     }
 
     /// Queues a request; it is batched with those in flight. Waits only until the engine's thread
@@ -70,18 +82,63 @@ impl EngineThread {
     /// Errors: [`crate::Error::Request`] for a prompt, length or schedule that the model cannot
     /// serve; what ended the engine, or [`crate::Error::EngineGone`], where it ended.
     pub fn submit(&self, prompt: impl Into<Prompt>, options: Options) -> Result<RequestHandle> {
+        let prompt = prompt.into();
+        self.call(|engine| engine.submit(prompt, options))?
+    }
+
+    /// Runs `work` on the engine's thread, between two ticks, and waits for what it returns: to
+    /// score a text, or to submit several requests before the next tick. A panic in it ends the
+    /// engine.
+    ///
+    /// Errors: what ended the engine, or [`crate::Error::EngineGone`], where it ended.
+    pub fn call<R: Send + 'static>(&self, work: impl FnOnce(&mut Engine) -> R + Send + 'static) -> Result<R> {
         let (reply, answer) = channel();
-        let submission = Submission { prompt: prompt.into(), options, reply };
-        let sent = self.submissions.as_ref().is_some_and(|submissions| submissions.send(submission).is_ok());
-        let answer = if sent { answer.recv().ok() } else { None };
-        answer.unwrap_or_else(|| Err(cause_of(&self.thread.failure)))
+        self.post(move |engine| {
+            // A caller that is gone drops what it asked for: a handle in it cancels its request.
+            let _ = reply.send(work(engine));
+        })?;
+        answer.recv().map_err(|_| cause_of(&self.thread.failure))
+    }
+
+    /// [`EngineThread::call`] that does not wait: for callers that must not block. Where the engine
+    /// ends first, `work` is dropped and not run.
+    ///
+    /// Errors: what ended the engine, or [`crate::Error::EngineGone`], where it ended before.
+    pub fn post(&self, work: impl FnOnce(&mut Engine) + Send + 'static) -> Result<()> {
+        let sent = self.jobs.as_ref().is_some_and(|jobs| jobs.send(Box::new(work)).is_ok());
+        if sent { Ok(()) } else { Err(cause_of(&self.thread.failure)) }
+    }
+
+    /// What is in flight, and the work done, after the last tick. Never waits for the engine.
+    pub fn stats(&self) -> EngineStats {
+        *self.thread.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What ended the engine; `None` while it serves.
+    pub fn failure(&self) -> Option<Error> {
+        self.thread.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What the first model is.
+    pub fn model(&self) -> &ModelInfo {
+        &self.thread.model
+    }
+
+    /// The tokenizer. Errors: [`crate::Error::Tokenizer`] that says why there is none.
+    pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>> {
+        self.thread.tokenizer.as_ref().map_err(Clone::clone)
+    }
+
+    /// See [`Engine::device_name`].
+    pub fn device_name(&self) -> &str {
+        &self.thread.device_name
     }
 }
 
 impl Drop for EngineThread {
     /// The last one waits until the requests in flight are finished.
     fn drop(&mut self) {
-        self.submissions = None;
+        self.jobs = None;
         if Arc::strong_count(&self.thread) == 1
             && let Ok(mut handle) = self.thread.handle.lock()
             && let Some(handle) = handle.take()
@@ -93,33 +150,28 @@ impl Drop for EngineThread {
 }
 
 /// Serves until all submitters are gone and nothing is in flight.
-fn serve(engine: &mut Engine, inbox: &Receiver<Submission>, failure: &Failure) -> Result<()> {
+fn serve(engine: &mut Engine, inbox: &Receiver<Job>, stats: &Mutex<EngineStats>) -> Result<()> {
     let mut open = true;
     loop {
         while open {
             match inbox.try_recv() {
-                Ok(submission) => accept(engine, submission, failure),
+                Ok(job) => job(engine),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => open = false,
             }
         }
-        if !engine.tick()? {
+        let busy = engine.tick()?;
+        *stats.lock().unwrap_or_else(PoisonError::into_inner) = engine.stats();
+        if !busy {
             if !open {
                 return Ok(());
             }
             match inbox.recv() {
-                Ok(submission) => accept(engine, submission, failure),
+                Ok(job) => job(engine),
                 Err(_) => open = false,
             }
         }
     }
-}
-
-fn accept(engine: &mut Engine, submission: Submission, failure: &Failure) {
-    let Submission { prompt, options, reply } = submission;
-    let handle = engine.submit(prompt, options).map(|handle| handle.on_thread(failure.clone()));
-    // A caller that is gone drops its handle, which cancels the request.
-    let _ = reply.send(handle);
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 
 use crate::api::device::on_backend;
+use crate::api::json;
 use crate::api::options::{DEFAULT_PRESET, default_length};
 use crate::backend::Backend;
 use crate::chat::{ChatTemplate, Conversation, Message};
@@ -315,6 +316,8 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
         // A hole has its own length: what a model writes into it ends nothing.
         ends: if flags.ignore_eos || flags.infill.is_some() { Vec::new() } else { config.stop_ids.clone() },
         stop: flags.stop.clone(),
+        infills: flags.infill.is_some(),
+        tokenizer: tokenizer.clone(),
     };
 
     let mut watch = (flags.watch && flags.format == Format::Text).then(|| Watch::new(flags.watch_delay)).flatten();
@@ -351,8 +354,8 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
             }
             if let Some(result) = handle.take_output() {
                 let text = result.map(|output| match flags.format {
-                    Format::Text => output::text(&output, &run, tokenizer, flags.samples > 1),
-                    Format::Json | Format::Jsonl => output::json(&output, &run, tokenizer, flags.infill.is_some()),
+                    Format::Text => output::text(&output, &run, flags.samples > 1),
+                    Format::Json | Format::Jsonl => output::json(&output, &run),
                 });
                 match text {
                     Ok(text) => outputs[i] = Some(text),
@@ -398,7 +401,7 @@ impl Trace {
 
     fn write(&mut self, event: &crate::sequence::Event) {
         if self.error.is_none()
-            && let Err(error) = writeln!(self.out, "{}", output::trace_line(event))
+            && let Err(error) = writeln!(self.out, "{}", json::event(event))
         {
             note(format_args!("{}: {error}; going on without the trace", self.path.display()));
             self.error = Some(error);

@@ -94,7 +94,7 @@ pub struct Event {
 
 /// Forwards of a stage by kind; each forward counts once (rows committed inside a denoising forward
 /// cost rows, not forwards).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Forwards {
     /// Forwards over a prompt's whole blocks.
     pub prefill: usize,
@@ -118,6 +118,18 @@ impl Forwards {
     }
 }
 
+impl std::ops::AddAssign for Forwards {
+    fn add_assign(&mut self, other: Forwards) {
+        let Forwards { prefill, denoise, commit, joint, score, guide } = other;
+        self.prefill += prefill;
+        self.denoise += denoise;
+        self.commit += commit;
+        self.joint += joint;
+        self.score += score;
+        self.guide += guide;
+    }
+}
+
 /// What a stage did and cost.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StageReport {
@@ -127,6 +139,8 @@ pub struct StageReport {
     pub forwards: Forwards,
     /// Query rows processed.
     pub rows: usize,
+    /// Positions of the open block, or of the canvas, summed over the denoising forwards.
+    pub canvas_positions: usize,
     /// Positions masked again, ascending.
     pub remasked: Vec<usize>,
     /// Remasked tokens that came back different.

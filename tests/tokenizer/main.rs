@@ -143,6 +143,10 @@ fn pieces_of_a_text_join_to_its_whole() {
                     sent = settled;
                 }
                 assert!(rest.starts_with(&sent), "{kind}: {ids:?} at {cut}: {rest:?} takes {sent:?} back");
+                let pieces = tokenizer.decode_pieces(before, after);
+                assert_eq!((pieces.len(), pieces.concat()), (after.len(), rest), "{kind}: {ids:?} at {cut}");
+                let longest = pieces.iter().map(|piece| piece.chars().count()).max().unwrap_or(0);
+                assert!(longest <= 40, "{kind}: {ids:?} at {cut}: a piece of {longest} characters");
                 checked += 1;
             }
         }
