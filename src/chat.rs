@@ -10,6 +10,7 @@ mod conversation;
 mod date;
 mod disguise;
 mod environment;
+mod filters;
 mod format;
 mod json;
 mod marks;
@@ -58,7 +59,7 @@ impl ChatTemplate {
         let config_path = dir.join("tokenizer_config.json");
         let object = |path: &Path| -> Result<serde_json::Value> {
             let Some(text) = read(path)? else { return Ok(serde_json::Value::Null) };
-            serde_json::from_str(&text).map_err(|e| Error::tokenizer(path, format!("not JSON: {e}")))
+            input_file::parse_json(&text).map_err(|e| Error::tokenizer(path, format!("not JSON: {e}")))
         };
         let config = object(&config_path)?;
         let map = object(&dir.join("special_tokens_map.json"))?;

@@ -216,8 +216,8 @@ impl ModelConfig {
         let path = dir.join("generation_config.json");
         let text = input_file::read_optional_text(&path, MAX_JSON_BYTES).map_err(|e| Error::config(&path, format!("cannot read: {e}")))?;
         let Some(text) = text else { return Ok(()) };
-        let map: Map<String, Value> =
-            serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))?;
+        let value = input_file::parse_json(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))?;
+        let Value::Object(map) = value else { return Err(Error::config(&path, format!("expected a JSON object, found {value}"))) };
         let keys = ConfigJson { path: &path, map: &map, inner: None, parent: "", warnings: config.warnings };
         self.stop_ids.extend(keys.tokens("eos_token_id", self.vocab_size)?);
         self.sampling = SamplingDefaults {
@@ -310,7 +310,7 @@ impl<'a> ConfigJson<'a> {
         }
         let text = input_file::read_text(&path, MAX_JSON_BYTES)
             .map_err(|e| Error::config(&path, format!("cannot read the model's configuration: {e}")))?;
-        let value: Value = serde_json::from_str(&text).map_err(|e| {
+        let value = input_file::parse_json(&text).map_err(|e| {
             let kind = input_file::looks_like(text.as_bytes()).map_or(String::new(), |kind| format!(": {kind}"));
             Error::config(&path, format!("not JSON{kind}: {e}"))
         })?;
@@ -652,7 +652,7 @@ fn tokenizer_eos(dir: &Path, vocab_size: usize, config: &ConfigJson) -> Result<O
     let path = dir.join("tokenizer_config.json");
     let text = input_file::read_optional_text(&path, MAX_JSON_BYTES).map_err(|e| Error::config(&path, format!("cannot read: {e}")))?;
     let Some(text) = text else { return Ok(None) };
-    let value: Value = serde_json::from_str(&text).map_err(|e| Error::config(&path, format!("not JSON: {e}")))?;
+    let value = input_file::parse_json(&text).map_err(|e| Error::config(&path, format!("not JSON: {e}")))?;
     // A text, or an object that describes the token.
     let content = value["eos_token"].as_str().or_else(|| value["eos_token"]["content"].as_str());
     let Some(content) = content else { return Ok(None) };

@@ -85,6 +85,32 @@ pub(crate) fn text_of(mut bytes: Vec<u8>) -> Result<String> {
     })
 }
 
+/// A JSON text as Python reads and writes it: numbers that are not finite, which JSON does not have
+/// (`NaN`, `Infinity`, `-Infinity`), are null.
+pub(crate) fn parse_json(text: &str) -> std::result::Result<serde_json::Value, serde_json::Error> {
+    serde_json::from_str(text).or_else(|error| {
+        let (mut out, mut rest, mut found) = (String::with_capacity(text.len()), text, false);
+        let (mut inside, mut escaped) = (false, false);
+        while let Some(c) = rest.chars().next() {
+            let word = ["NaN", "-Infinity", "Infinity"].into_iter().find(|word| !inside && rest.starts_with(word));
+            match word {
+                Some(word) => {
+                    (found, rest) = (true, &rest[word.len()..]);
+                    out.push_str("null");
+                }
+                None => {
+                    inside ^= c == '"' && !escaped;
+                    escaped = inside && c == '\\' && !escaped;
+                    rest = &rest[c.len_utf8()..];
+                    out.push(c);
+                }
+            }
+        }
+        // An error names its place in the text as it is.
+        if found { serde_json::from_str(&out).map_err(|_| error) } else { Err(error) }
+    })
+}
+
 /// What the first bytes of a file that is not what it should be look like, and the next move.
 pub(crate) fn looks_like(bytes: &[u8]) -> Option<&'static str> {
     let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes).trim_ascii_start();
@@ -170,6 +196,14 @@ mod tests {
         assert!(read_text(&path, 99).unwrap_err().to_string().contains("UTF-16"));
         assert_eq!(read_optional_text(&dir.path().join("none"), 9).unwrap(), None);
         assert!(read(dir.path(), 9).unwrap_err().to_string().contains("found a directory"));
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_null() {
+        let text = r#"{"a": NaN, "b": [0.0, Infinity, -Infinity], "c": "NaN \\" Infinity", "d": 1}"#;
+        let expected = serde_json::json!({"a": null, "b": [0.0, null, null], "c": "NaN \" Infinity", "d": 1});
+        assert_eq!(parse_json(text).unwrap(), expected);
+        assert!(parse_json("{\"a\": NaN").is_err() && parse_json("[nan]").is_err());
     }
 
     #[cfg(unix)]

@@ -8,13 +8,14 @@ use minijinja::value::{Kwargs, Rest, Tuple, ValueKind};
 use minijinja::{Environment, Error, Value};
 
 use super::date;
+use super::filters::{self, bound};
 use super::format::percent;
 use super::json::tojson;
 use super::marks::Marks;
 use super::math::{math, slice};
-use super::python::{Budget, Outcome, fail, from_int, int, items, measured, number, string, type_name};
+use super::python::{Budget, Outcome, fail, int, items, measured, number, string, type_name};
 use super::source::{EACH, JOIN, MATH, SLICE, SPELLED, TEXT, VALUE, is_space};
-use super::text::{capitalize, joined, justify, method, replace, strip};
+use super::text::{capitalize, joined, method, replace, strip, titled};
 
 /// Methods whose first argument is looked for in the text.
 const LOOKING: [&str; 17] = [
@@ -114,9 +115,13 @@ pub(super) fn install(env: &mut Environment, budget: &Budget, marks: &Arc<Marks>
         }
     });
     let (b, m) = (budget.clone(), marks.clone());
-    env.add_filter("replace", move |value: &Value, old: &Value, new: &Value, count: Option<i64>| -> Outcome {
-        let old = m.needle(value, std::slice::from_ref(old)).map_or_else(|| old.clone(), |mut needle| needle.swap_remove(0));
-        replace(&string(value, &b)?, &string(&old, &b)?, &string(new, &b)?, count, &b)
+    env.add_filter("replace", move |value: &Value, arguments: Rest<Value>, kwargs: Kwargs| -> Outcome {
+        let [Some(old), Some(new), count] = bound(["old", "new", "count"], &arguments, &kwargs)? else {
+            return fail("replace: expected what and by what");
+        };
+        let old = m.needle(value, std::slice::from_ref(&old)).map_or(old, |mut needle| needle.swap_remove(0));
+        let count = count.as_ref().and_then(int).and_then(|count| i64::try_from(count).ok());
+        replace(&string(value, &b)?, &string(&old, &b)?, &string(&new, &b)?, count, &b)
     });
     let b = budget.clone();
     env.add_filter("trim", move |value: &Value, set: Option<&str>, kwargs: Kwargs| -> Outcome {
@@ -167,11 +172,6 @@ pub(super) fn install(env: &mut Environment, budget: &Budget, marks: &Arc<Marks>
         },
     );
     let b = budget.clone();
-    env.add_filter("center", move |value: &Value, width: Option<i64>| {
-        let width = width.unwrap_or(80);
-        justify(&string(value, &b)?, width, None, |missing| missing / 2 + (missing & usize::try_from(width).unwrap_or(0) & 1), &b)
-    });
-    let b = budget.clone();
     env.add_filter("format", move |text: &str, arguments: Rest<Value>, kwargs: Kwargs| -> Outcome {
         let names: Vec<&str> = kwargs.args().collect();
         let whole = if names.is_empty() {
@@ -207,23 +207,10 @@ pub(super) fn install(env: &mut Environment, budget: &Budget, marks: &Arc<Marks>
         b.charge(items.len().saturating_mul(size_of::<Value>()))?;
         Ok(Value::from(items))
     });
-    env.add_filter("int", |value: &Value, default: Option<i64>, base: Option<u32>| -> Outcome {
-        let read = match value.as_str() {
-            Some(text) => {
-                let text = text.trim_matches(is_space).replace('_', "");
-                let base = base.unwrap_or(10);
-                let whole = i128::from_str_radix(&text, base.clamp(2, 36)).ok();
-                whole.or_else(|| text.parse::<f64>().ok().filter(|x| x.is_finite()).map(|x| x.trunc() as i128))
-            }
-            None => int(value).or_else(|| number(value).filter(|x| x.is_finite()).map(|x| x.trunc() as i128)),
-        };
-        Ok(from_int(read.unwrap_or_else(|| i128::from(default.unwrap_or(0)))))
-    });
-    env.add_filter("float", |value: &Value, default: Option<f64>| -> Outcome {
-        let read = value.as_str().map_or_else(|| number(value), |text| text.trim_matches(is_space).parse().ok());
-        Ok(Value::from(read.unwrap_or(default.unwrap_or(0.0))))
-    });
 
+    env.add_function("cycler", |values: Rest<Value>| minijinja_contrib::globals::cycler(values.to_vec()));
+    env.add_function("joiner", minijinja_contrib::globals::joiner);
+    filters::install(env, budget);
     env.add_test("sequence", |value: &Value| {
         value.is_undefined() || matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String)
     });
@@ -245,7 +232,7 @@ fn filter_title(text: &str) -> String {
             if inside {
                 out.extend(c.to_lowercase())
             } else {
-                out.extend(c.to_uppercase())
+                titled(c, &mut out)
             }
             inside = true;
         }

@@ -246,6 +246,8 @@ fn formatted(value: &Value, spec: &str, conversion: &str, budget: &Budget) -> Ou
         Some('-') => at += 1,
         _ => {}
     }
+    let prefixed = chars.get(at) == Some(&'#');
+    at += usize::from(prefixed);
     if chars.get(at) == Some(&'0') {
         (fill, align, at) = ('0', align.or(Some('=')), at + 1);
     }
@@ -258,7 +260,8 @@ fn formatted(value: &Value, spec: &str, conversion: &str, budget: &Budget) -> Ou
         (begin < *at).then(|| text.parse().unwrap_or(usize::MAX))
     };
     let width = digits(&mut at).unwrap_or(0);
-    let grouped = chars.get(at) == Some(&',');
+    let group = chars.get(at).copied().filter(|c| matches!(c, ',' | '_'));
+    let grouped = group.is_some();
     at += usize::from(grouped);
     let mut precision = None;
     if chars.get(at) == Some(&'.') {
@@ -278,7 +281,12 @@ fn formatted(value: &Value, spec: &str, conversion: &str, budget: &Budget) -> Ou
         let x = number(value).unwrap_or(0.0);
         let n = int(value);
         let (negative, digits) = match (kind, n) {
-            (None | Some('d'), Some(n)) if precision.is_none() => (n < 0, n.unsigned_abs().to_string()),
+            (None | Some('d' | 'n'), Some(n)) if precision.is_none() => (n < 0, n.unsigned_abs().to_string()),
+            (Some('o'), Some(n)) => (n < 0, format!("{:o}", n.unsigned_abs())),
+            (Some('c'), Some(n)) => match u32::try_from(n).ok().and_then(char::from_u32) {
+                Some(c) => (false, c.to_string()),
+                None => return fail("%c arg not in range(0x110000)"),
+            },
             (Some('x'), Some(n)) => (n < 0, format!("{:x}", n.unsigned_abs())),
             (Some('X'), Some(n)) => (n < 0, format!("{:X}", n.unsigned_abs())),
             (Some('b'), Some(n)) => (n < 0, format!("{:b}", n.unsigned_abs())),
@@ -289,12 +297,16 @@ fn formatted(value: &Value, spec: &str, conversion: &str, budget: &Budget) -> Ou
             (None | Some('g'), _) => (x.is_sign_negative(), general(x.abs(), precision.unwrap_or(6).max(1))),
             (Some(kind), _) => return fail(format!("Unknown format code '{kind}'")),
         };
+        let digits = match kind {
+            Some(kind @ ('x' | 'X' | 'o' | 'b')) if prefixed => format!("0{kind}{digits}"),
+            _ => digits,
+        };
         let digits = if grouped {
             let whole = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
             let mut out = String::new();
             for (i, c) in digits[..whole].chars().enumerate() {
                 if i > 0 && (whole - i) % 3 == 0 {
-                    out.push(',');
+                    out.extend(group);
                 }
                 out.push(c);
             }

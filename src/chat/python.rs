@@ -126,6 +126,14 @@ pub(super) fn repr(value: &Value, out: &mut Charged, depth: usize) -> Outcome<()
     }
 }
 
+/// `str.isprintable` of a character: neither white space but the space, nor of control, nor
+/// private. Of what is not assigned, only the noncharacters.
+pub(super) fn is_printable(c: char) -> bool {
+    let code = u32::from(c);
+    let hidden = matches!(code, 0xad | 0x200b..=0x200f | 0x2028..=0x202e | 0x2060..=0x206f | 0xfeff | 0xe000..=0xf8ff | 0xfff9..=0xfffb | 0xe0000..=0xe007f | 0xf_0000..);
+    c == ' ' || !(c.is_control() || c.is_whitespace() || hidden || code & 0xfffe == 0xfffe)
+}
+
 /// `repr` of a string: in single quotes, unless only those are in it.
 fn quoted(text: &str) -> String {
     let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
@@ -146,8 +154,8 @@ fn quoted(text: &str) -> String {
             _ if code < 0x20 || (0x7f..0xa1).contains(&code) || code == 0xad => {
                 let _ = write!(out, "\\x{code:02x}");
             }
-            c if c.is_whitespace() || matches!(code, 0x200b..=0x200f | 0x2028..=0x202e | 0x2060..=0x206f | 0xfeff | 0xe000..=0xf8ff) => {
-                let _ = write!(out, "\\u{code:04x}");
+            c if !is_printable(c) => {
+                let _ = if code > 0xffff { write!(out, "\\U{code:08x}") } else { write!(out, "\\u{code:04x}") };
             }
             c => out.push(c),
         }

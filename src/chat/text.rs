@@ -6,7 +6,7 @@ use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 
 use super::format::format_method;
-use super::python::{Budget, Charged, Outcome, fail, items, string, type_name};
+use super::python::{Budget, Charged, Outcome, fail, is_printable, items, string, type_name};
 use super::source::is_space;
 
 /// `str.split` and `str.rsplit`.
@@ -46,6 +46,24 @@ fn split(text: &str, separator: Option<&str>, most: Option<i64>, from_end: bool)
     Ok(parts.into_iter().map(Value::from).collect())
 }
 
+/// The title case of a character: a capital, and small letters where it is several.
+pub(super) fn titled(c: char, out: &mut String) {
+    match c {
+        // Digraphs of two capitals have a form with one.
+        '\u{1c4}'..='\u{1c6}' => out.push('\u{1c5}'),
+        '\u{1c7}'..='\u{1c9}' => out.push('\u{1c8}'),
+        '\u{1ca}'..='\u{1cc}' => out.push('\u{1cb}'),
+        '\u{1f1}'..='\u{1f3}' => out.push('\u{1f2}'),
+        _ => {
+            let mut upper = c.to_uppercase();
+            out.extend(upper.next());
+            // An accent or apostrophe in front leaves the letter after it a capital.
+            let small = out.ends_with(char::is_alphabetic) && out.chars().last().is_some_and(|c| c.is_uppercase());
+            upper.for_each(|c| if small { out.extend(c.to_lowercase()) } else { out.push(c) });
+        }
+    }
+}
+
 fn title(text: &str) -> String {
     let mut inside = false;
     let mut out = String::new();
@@ -53,7 +71,7 @@ fn title(text: &str) -> String {
         if inside {
             out.extend(c.to_lowercase())
         } else {
-            out.extend(c.to_uppercase())
+            titled(c, &mut out)
         }
         inside = c.is_alphabetic();
     }
@@ -61,8 +79,50 @@ fn title(text: &str) -> String {
 }
 
 pub(super) fn capitalize(text: &str) -> String {
-    let mut chars = text.chars();
-    chars.next().map_or_else(String::new, |first| first.to_uppercase().collect::<String>() + &chars.as_str().to_lowercase())
+    let (mut out, mut chars) = (String::with_capacity(text.len()), text.chars());
+    if let Some(first) = chars.next() {
+        titled(first, &mut out);
+    }
+    // As a whole, since a sigma at the end of a word has a form of its own.
+    out + &text[text.len() - chars.as_str().len()..].to_lowercase()
+}
+
+/// The zeros of Unicode's decimal digits; nine others follow each.
+const ZEROS: [u32; 62] = [
+    0x30, 0x660, 0x6f0, 0x7c0, 0x966, 0x9e6, 0xa66, 0xae6, 0xb66, 0xbe6, 0xc66, 0xce6, 0xd66, 0xde6, 0xe50, 0xed0, 0xf20, 0x1040, 0x1090,
+    0x17e0, 0x1810, 0x1946, 0x19d0, 0x1a80, 0x1a90, 0x1b50, 0x1bb0, 0x1c40, 0x1c50, 0xa620, 0xa8d0, 0xa900, 0xa9d0, 0xa9f0, 0xaa50, 0xabf0,
+    0xff10, 0x104a0, 0x10d30, 0x11066, 0x110f0, 0x11136, 0x111d0, 0x112f0, 0x11450, 0x114d0, 0x11650, 0x116c0, 0x11730, 0x118e0, 0x11950,
+    0x11c50, 0x11d50, 0x11da0, 0x16a60, 0x16ac0, 0x16b50, 0x1d7ce, 0x1e140, 0x1e2f0, 0x1e950, 0x1fbf0,
+];
+
+/// Digits that are no decimal ones: small, in circles, in brackets, with a full stop.
+const DIGITS: [std::ops::RangeInclusive<u32>; 20] = [
+    0xb2..=0xb3,
+    0xb9..=0xb9,
+    0x1369..=0x1371,
+    0x19da..=0x19da,
+    0x2070..=0x2070,
+    0x2074..=0x2079,
+    0x2080..=0x2089,
+    0x2460..=0x2468,
+    0x2474..=0x247c,
+    0x2488..=0x2490,
+    0x24ea..=0x24ea,
+    0x24f5..=0x24fd,
+    0x24ff..=0x24ff,
+    0x2776..=0x277e,
+    0x2780..=0x2788,
+    0x278a..=0x2792,
+    0x10a40..=0x10a43,
+    0x10e60..=0x10e68,
+    0x11052..=0x1105a,
+    0x1f100..=0x1f10a,
+];
+
+fn is_decimal(c: char) -> bool {
+    let code = u32::from(c);
+    // Those of mathematics come in five styles.
+    ZEROS.iter().any(|zero| (*zero..zero + 10).contains(&code)) || (0x1d7ce..=0x1d7ff).contains(&code)
 }
 
 /// Lines as `str.splitlines` finds them.
@@ -266,7 +326,10 @@ pub(super) fn method(state: &mut State, value: &Value, name: &str, arguments: &[
         "isspace" => all(is_space),
         "isalpha" => all(char::is_alphabetic),
         "isalnum" => all(char::is_alphanumeric),
-        "isdigit" | "isnumeric" | "isdecimal" => all(char::is_numeric),
+        "isnumeric" => all(char::is_numeric),
+        "isdecimal" => all(is_decimal),
+        "isdigit" => all(|c| is_decimal(c) || DIGITS.iter().any(|range| range.contains(&u32::from(c)))),
+        "isprintable" => Ok(Value::from(text.chars().all(is_printable))),
         "isascii" => Ok(Value::from(text.is_ascii())),
         "isidentifier" => {
             let first = text.chars().next().is_some_and(|c| c == '_' || c.is_alphabetic());

@@ -160,7 +160,7 @@ fn read(path: &Path, max_bytes: u64) -> Result<Option<String>> {
 }
 
 fn parse(path: &Path, text: &str) -> Result<Map<String, Value>> {
-    match serde_json::from_str(text) {
+    match input_file::parse_json(text) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(Error::tokenizer(path, "expected a JSON object")),
         Err(error) => {

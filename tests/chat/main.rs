@@ -39,7 +39,8 @@ fn tokenizer() -> Tokenizer {
 #[test]
 fn renders_what_transformers_renders() {
     let (mut templates, mut talks) = (BTreeMap::new(), BTreeMap::new());
-    let (mut equal, mut refused) = (0, 0);
+    let (mut equal, mut refused, mut expressions) = (0, 0, 0);
+    let mut different: Vec<String> = Vec::new();
     for line in include_str!("golden.jsonl").lines() {
         let row: Value = serde_json::from_str(line).unwrap();
         let text = |key: &str| row[key].as_str().map(str::to_owned);
@@ -49,6 +50,17 @@ fn renders_what_transformers_renders() {
             // As text, since a value would sort its keys.
             let (_, value) = line.split_once("\"conversation\": ").unwrap();
             talks.insert(text("talk").unwrap(), Conversation::from_json(value.strip_suffix('}').unwrap()).unwrap());
+        } else if let Some(expression) = text("expression") {
+            let talk = json!({"messages": [{"role": "user", "content": ""}], "chat_template_kwargs": row["values"]});
+            // As text, since a value would sort the keys.
+            let (_, values) = line.split_once("\"values\": ").unwrap();
+            let talk = talk.to_string().replace(&row["values"].to_string(), values.rsplit_once(", \"text\": ").unwrap().0);
+            let found = template(&format!("{{{{ {expression} }}}}")).render_conversation(&Conversation::from_json(&talk).unwrap());
+            let expected = text("text").unwrap();
+            if found.as_ref().ok() != Some(&expected) {
+                different.push(format!("{expression}: {found:?}, transformers {expected:?}"));
+            }
+            expressions += 1;
         } else {
             let (name, talk) = (text("template").unwrap(), text("talk").unwrap());
             let found = templates[&name].render_conversation(&talks[&talk]);
@@ -66,6 +78,8 @@ fn renders_what_transformers_renders() {
     }
     println!("{} templates times {} conversations: {equal} equal, {refused} refused by both", templates.len(), talks.len());
     assert_eq!((templates.len(), talks.len(), equal, refused), (60, 27, 1304, 316));
+    assert!(different.is_empty(), "{} of {expressions} expressions: {}", different.len(), different.join("\n"));
+    assert!(expressions > 300, "{expressions}");
 }
 
 #[test]
