@@ -161,6 +161,26 @@ impl Weights {
         self.random || self.tensors.contains_key(name)
     }
 
+    /// Whether two tensors of a shape hold the same values.
+    ///
+    /// Errors: as [`Weights::tensor`] and [`Tensor::read`].
+    pub fn are_equal(&self, a: &str, b: &str, shape: &[usize]) -> Result<bool> {
+        if self.random {
+            return Ok(true);
+        }
+        let (a, b) = (self.tensor(a, shape)?, self.tensor(b, shape)?);
+        let (mut left, mut right) = (vec![0.0; a.len.min(AT_ONCE)], vec![0.0; a.len.min(AT_ONCE)]);
+        for first in (0..a.len).step_by(AT_ONCE) {
+            let len = AT_ONCE.min(a.len - first);
+            a.read(first, &mut left[..len])?;
+            b.read(first, &mut right[..len])?;
+            if left[..len] != right[..len] {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Every tensor is there, of its shape and of a dtype that is read; else the first few that are
     /// not.
     pub fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {

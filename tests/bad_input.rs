@@ -370,7 +370,6 @@ fn broken_configurations_of_plain_decoders() {
         spoil(name, "partial_rotary_factor", Some(json!(0.5)), &["partial_rotary_factor", "0.5"]);
     }
     spoil("qwen2", "rope_theta", Some(json!("x")), &["rope_theta", "above 0"]);
-    spoil("qwen2", "num_key_value_heads", None, &["num_key_value_heads", "missing"]);
     spoil("qwen2", "num_attention_heads", Some(json!(6)), &["hidden_size 64", "num_attention_heads 6"]);
 }
 
@@ -833,6 +832,8 @@ fn plain_decoders_of_another_shape() {
     const Q: &str = "model.layers.0.self_attn.q_proj";
     for (name, key, value, words) in [
         ("qwen2", "vocab_size", json!(66), ["model.embed_tokens.weight", "[66, 64]", "[67, 64]"]),
+        // As many as query heads, which null says too.
+        ("qwen2", "num_key_value_heads", Value::Null, ["model.layers.0.self_attn.k_proj.weight", "[64, 64]", "[32, 64]"]),
         ("qwen2", "num_key_value_heads", json!(4), ["model.layers.0.self_attn.k_proj.weight", "[64, 64]", "[32, 64]"]),
         ("qwen2", "intermediate_size", json!(64), ["model.layers.0.mlp.gate_proj.weight", "[64, 64]", "[32, 64]"]),
         ("qwen2", "num_hidden_layers", json!(3), ["model.layers.2.", "missing", "expected shape"]),

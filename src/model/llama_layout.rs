@@ -15,6 +15,7 @@ use crate::weights::Weights;
 
 /// Where a layout keeps what the decoder reads; names in a layer come after `{layers}.{i}.`,
 /// projections without `.weight` and `.bias`.
+#[derive(Clone, Copy)]
 pub(super) struct Names {
     pub table: &'static str,
     pub layers: &'static str,
@@ -32,6 +33,7 @@ pub(super) struct Names {
 }
 
 /// The projections in front of attention.
+#[derive(Clone, Copy)]
 pub(super) enum Qkv {
     Separate {
         q: &'static str,
@@ -119,10 +121,30 @@ pub(super) fn layer_tensors(config: &ModelConfig, names: &Names, prefix: &str, e
     list
 }
 
+/// Whether the head is the table of embeddings, and the tensor that is the table.
+///
+/// As transformers 5 reads a tied checkpoint: a head that is there and differs from the table is
+/// the head all the same, and one that is there alone is both.
+pub(super) fn tied<'n>(config: &ModelConfig, table: &'n str, head: &'n str, weights: &Weights) -> Result<(bool, &'n str)> {
+    if !config.switches.tied_head || !weights.contains(head) {
+        return Ok((config.switches.tied_head, table));
+    }
+    if !weights.contains(table) {
+        return Ok((true, head));
+    }
+    Ok((weights.are_equal(table, head, &[config.vocab_size, config.hidden_dim])?, table))
+}
+
 /// Packs a checkpoint. Errors name the missing or misshapen tensor.
 pub(super) fn load<B: Backend>(backend: &B, config: ModelConfig, names: &Names, weights: &Weights, progress: Progress) -> Result<Model<B>> {
     let (c, v) = (config.hidden_dim, config.vocab_size);
-    let tied = config.switches.tied_head;
+    let mut config = config;
+    let mut names = *names;
+    // LLaDA's own code passes over a head that is not asked for.
+    if names.head == NAMES.head {
+        (config.switches.tied_head, names.table) = tied(&config, names.table, names.head, weights)?;
+    }
+    let (tied, names) = (config.switches.tied_head, &names);
     let mut r = WeightLoader::new(backend, weights, progress, &tensors(&config, names))?;
     // A tied table is the head, and held as that alone: of a small model it is a sixth of all
     // weights.

@@ -1,5 +1,7 @@
 //! `redraft score`: texts and samples under every kind of judge.
 
+use std::path::Path;
+
 use serde_json::Value;
 
 use crate::work::{Work, fixture, ids, repository};
@@ -186,6 +188,36 @@ fn infilled_and_saved_samples_are_scored_too() {
 fn json_line(entries: &[(&str, String)]) -> String {
     let body: Vec<String> = entries.iter().map(|(key, value)| format!("{key:?}: {value}")).collect();
     format!("{{{}}}\n", body.join(", "))
+}
+
+/// As transformers 5 reads `tie_word_embeddings`: a head that differs from the table is the head,
+/// and either of the two alone is both.
+#[test]
+fn a_tied_head_is_the_one_that_is_there() {
+    let work = Work::new();
+    let file = std::fs::read(Path::new(&fixture("dream")).join("model.safetensors")).expect("weights");
+    let tensors = safetensors::SafeTensors::deserialize(&file).expect("a safetensors file");
+    let config = std::fs::read_to_string(Path::new(&fixture("dream")).join("config.json")).expect("config.json");
+    let mut config: Value = serde_json::from_str(&config).expect("JSON");
+    let (table, head) = ("model.embed_tokens.weight", "lm_head.weight");
+    let mut mean = |tied: bool, names: &[(&str, &str)]| {
+        config["tie_word_embeddings"] = tied.into();
+        work.write("config.json", &config.to_string());
+        std::fs::copy(Path::new(&fixture("dream")).join("tokenizer.json"), work.path("tokenizer.json")).expect("a copy");
+        let others = tensors.tensors().into_iter().filter(|(name, _)| name != table && name != head);
+        let asked = names.iter().map(|(name, from)| (name.to_string(), tensors.tensor(from).expect("is there")));
+        let all: Vec<_> = others.chain(asked).collect();
+        std::fs::write(work.path("model.safetensors"), safetensors::serialize(all, None).expect("a file")).expect("written");
+        let dir = work.dir.path().display().to_string();
+        work.feed(&["score", "--model", &dir, "--format", "json"], "the end of it").json()[0]["mean_nll"].clone()
+    };
+    let apart = mean(false, &[(table, table), (head, head)]);
+    assert_eq!(mean(true, &[(table, table), (head, head)]), apart, "they differ");
+    let shared = mean(false, &[(table, table), (head, table)]);
+    assert_ne!(shared, apart);
+    for names in [&[(table, table)][..], &[(head, table)], &[(table, table), (head, table)]] {
+        assert_eq!(mean(true, names), shared, "{names:?}");
+    }
 }
 
 #[test]

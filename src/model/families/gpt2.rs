@@ -15,6 +15,7 @@ use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Ml
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::layers::{Dense, Linear, NormWeights};
+use crate::model::llama_layout::tied;
 use crate::model::weight_loader::{Progress, WeightLoader};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
@@ -120,8 +121,10 @@ pub(crate) fn tensors(config: &ModelConfig, weights: &Weights) -> Vec<(String, V
 /// Packs a checkpoint. Errors name the missing or misshapen tensor.
 pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weights, progress: Progress) -> Result<Model<B>> {
     let (c, f, v) = (config.hidden_dim, config.mlp_dim, config.vocab_size);
+    let mut config = config;
     let prefix = prefix(weights);
     let table_name = format!("{prefix}wte.weight");
+    (config.switches.tied_head, _) = tied(&config, &table_name, "lm_head.weight", weights)?;
     let mut r = WeightLoader::new(backend, weights, progress, &tensors(&config, weights))?;
     let table = if config.switches.tied_head { None } else { Some(r.table(&table_name, v, c)?) };
     let positions = r.table(&format!("{prefix}wpe.weight"), config.model_length, c)?;

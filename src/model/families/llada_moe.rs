@@ -25,7 +25,6 @@ pub static FAMILY: Family = Family {
 pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, config, layout: TensorLayout::Llama(&NAMES) };
 
 const DIALECT: Dialect = Dialect {
-    optional_kv_heads: true,
     qk_norm: |keys| keys.flag("qk_layernorm", false),
     // Every layer may have experts.
     mlp_dim: |_| Ok(0),

@@ -25,8 +25,6 @@ pub(in crate::model) static ENTRY: FamilyEntry = FamilyEntry { family: &FAMILY, 
 
 /// What families of the layout read differently.
 pub(in crate::model) struct Dialect {
-    /// `num_key_value_heads` may be absent: then every query head has its own K/V head.
-    pub optional_kv_heads: bool,
     /// Width of a head where `head_dim` is absent; `None` shares the hidden width among the heads.
     pub head_dim: Option<usize>,
     /// Whether q, k and v, and the projection after attention, have biases.
@@ -60,7 +58,6 @@ pub(in crate::model) enum Window {
 
 /// Llama's own, where others begin.
 pub(in crate::model) const DIALECT: Dialect = Dialect {
-    optional_kv_heads: true,
     head_dim: None,
     biases: attention_bias,
     qk_norm: |_| Ok(false),
@@ -72,8 +69,7 @@ pub(in crate::model) const DIALECT: Dialect = Dialect {
 };
 
 /// What other families than Llama have in common.
-pub(in crate::model) const REQUIRED_KV_HEADS: Dialect =
-    Dialect { optional_kv_heads: false, mlp_bias: |_| Ok(false), window: Window::Never, ..DIALECT };
+pub(in crate::model) const REQUIRED_KV_HEADS: Dialect = Dialect { mlp_bias: |_| Ok(false), window: Window::Never, ..DIALECT };
 
 /// One key for all projections of attention.
 pub(in crate::model) fn attention_bias(keys: &ConfigJson) -> Result<(bool, bool)> {
@@ -92,10 +88,9 @@ pub(in crate::model) fn read(dir: &Path, keys: &ConfigJson, family: &'static Fam
     let hidden_dim = keys.size("hidden_size", 1 << 16)?;
     let num_layers = keys.size("num_hidden_layers", 1 << 10)?;
     let num_heads = keys.size("num_attention_heads", 1 << 12)?;
-    let num_kv_heads = match dialect.optional_kv_heads {
-        true => keys.optional_size("num_key_value_heads", 1 << 12)?.unwrap_or(num_heads),
-        false => keys.size("num_key_value_heads", 1 << 12)?,
-    };
+    // Without the key every query head has its own K/V head; shapes show where a class has another
+    // default.
+    let num_kv_heads = keys.optional_size("num_key_value_heads", 1 << 12)?.unwrap_or(num_heads);
     let head_dim = match keys.optional_size("head_dim", 1 << 12)?.or(dialect.head_dim) {
         Some(head_dim) => head_dim,
         None if hidden_dim.is_multiple_of(num_heads) => hidden_dim / num_heads,
