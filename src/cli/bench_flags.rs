@@ -31,10 +31,10 @@ pub(super) struct BenchFlags {
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     pub(super) joint: Option<PathBuf>,
     /// Samples in flight together, comma separated [default: 1; with --quality: 64]
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=4096), allow_negative_numbers = true)]
     pub(super) batch: Vec<u32>,
     /// Generated tokens, comma separated [default: what the model was trained for]
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..), allow_negative_numbers = true)]
     pub(super) length: Vec<u32>,
     /// Single forwards to time, comma separated: ROWS@POSITION runs ROWS rows from POSITION on over
     /// cached K/V of the positions before, each sees all positions up to the last row, and all draw
@@ -49,7 +49,7 @@ pub(super) struct BenchFlags {
     #[arg(long, conflicts_with_all = ["quality", "preset", "stage", "batch", "joint", "plot"])]
     pub(super) no_schedules: bool,
     /// Measured runs per row
-    #[arg(long, default_value_t = 3, conflicts_with = "quality", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, default_value_t = 3, conflicts_with = "quality", value_parser = clap::value_parser!(u32).range(1..=1000), allow_negative_numbers = true)]
     pub(super) runs: u32,
     /// table or json
     #[arg(long, value_enum, default_value = "table")]
@@ -109,10 +109,10 @@ pub(super) struct QualityFlags {
     #[arg(long, value_name = "FILE", requires = "quality")]
     pub(super) train: Vec<PathBuf>,
     /// Samples a row
-    #[arg(long, default_value_t = 256, requires = "quality", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(long, default_value_t = 256, requires = "quality", value_parser = clap::value_parser!(u32).range(1..=100_000), allow_negative_numbers = true)]
     pub(super) samples: u32,
     /// Seed of rows that do not name one
-    #[arg(long, default_value_t = 0, requires = "quality")]
+    #[arg(long, default_value_t = 0, requires = "quality", allow_negative_numbers = true)]
     pub(super) seed: u64,
     /// JSON lines, a row each: {"name", "stages": [..] or "preset", and "temperature", "top_p",
     /// "seed", "model" where wanted} [default: draft, a full refine by snapshot, random, post-hoc

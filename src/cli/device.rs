@@ -32,7 +32,7 @@ pub(crate) struct DeviceFlags {
     #[arg(long, value_enum)]
     pub(super) dtype: Option<DTypeFlag>,
     /// CPU threads, as many as cores at most [default: all cores]
-    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024), allow_negative_numbers = true)]
     pub(super) threads: Option<u16>,
     /// tokenizer.json, where the model directory has none
     #[arg(long, value_name = "FILE")]

@@ -42,13 +42,34 @@ fn shipped(name: &str, missing: &str) -> Result<PathBuf> {
 /// Bytes of a text at most: a device without an end is refused before it fills the memory.
 const MAX_TEXT_BYTES: u64 = 2 << 30;
 
+/// The same of a device, as /dev/zero, which gives gigabytes before the bound is reached.
+const MAX_DEVICE_BYTES: u64 = 1 << 20;
+
+/// Whether it is a device; a terminal, where a person types, is none here.
+fn has_no_end(file: &std::fs::File) -> bool {
+    #[cfg(unix)]
+    {
+        use std::io::IsTerminal;
+        use std::os::unix::fs::FileTypeExt;
+        file.metadata().is_ok_and(|metadata| metadata.file_type().is_char_device()) && !file.is_terminal()
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = file;
+        false
+    }
+}
+
 /// Reads a file, or stdin for `-`. Pipes are fine: a shell makes them of `<(...)`.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
     let mut bytes = Vec::new();
     let outcome = if path == Path::new("-") {
         input_file::read_to_bound(std::io::stdin(), MAX_TEXT_BYTES, &mut bytes)
     } else {
-        std::fs::File::open(path).and_then(|file| input_file::read_to_bound(file, MAX_TEXT_BYTES, &mut bytes))
+        std::fs::File::open(path).and_then(|file| {
+            let bound = if has_no_end(&file) { MAX_DEVICE_BYTES } else { MAX_TEXT_BYTES };
+            input_file::read_to_bound(file, bound, &mut bytes)
+        })
     };
     outcome.and_then(|()| input_file::text_of(bytes)).map_err(|e| Error::io(path, &e))
 }

@@ -62,7 +62,7 @@ pub(super) struct GenerateFlags {
     #[arg(long, value_enum, default_value = "auto", conflicts_with = "chat")]
     bos: BosFlag,
     /// Tokens to generate
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     length: Option<usize>,
     /// draft, did, did-fast, did-lift, did-joint, global, semi-ar, three, or a published sampler:
     /// llada, dream, sdar, llada2, llada21, fast-dllm-v1, fast-dllm-v2
@@ -77,10 +77,10 @@ pub(super) struct GenerateFlags {
     #[arg(long, value_name = "DIR")]
     joint: Option<PathBuf>,
     /// Seed of the counter-based generator
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     seed: u64,
     /// Samples to write, sharing the prompt and the batch
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000), allow_negative_numbers = true)]
     samples: u32,
     /// Softmax temperature of stages that do not name one; 0 is greedy [default: what the model
     /// recommends, or 1]

@@ -73,7 +73,7 @@ pub(super) struct RunFlags {
     #[arg(long, default_value = "cuda", value_parser = parse_place)]
     device: Place,
     /// Timed batches of launches
-    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100_000), allow_negative_numbers = true)]
     repeat: u32,
     /// Launch one by one instead of from a graph, for profilers that look at single launches
     #[arg(long)]

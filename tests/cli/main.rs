@@ -269,6 +269,11 @@ fn exit_codes() {
         (vec!["generate", "--length", "18446744073709551615"], vec!["at most"]),
         (vec!["generate", "--length", "-3"], vec!["-3"]),
         (vec!["generate", "--temperature", "-1"], vec!["--temperature"]),
+        // Numbers that begin with a dash are values.
+        (vec!["generate", "--seed", "-1"], vec!["'-1'", "--seed"]),
+        (vec!["generate", "--length", "-4"], vec!["'-4'", "--length"]),
+        (vec!["generate", "--samples", "-2"], vec!["'-2'", "--samples"]),
+        (vec!["generate", "--threads", "-2"], vec!["'-2'", "--threads"]),
         (vec!["generate", "--temperature", "nan"], vec!["--temperature"]),
         (vec!["generate", "--top-p", "0"], vec!["--top-p"]),
         (vec!["generate", "--top-k", "0"], vec!["--top-k", "all"]),
