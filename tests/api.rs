@@ -171,7 +171,7 @@ fn a_thread_runs_what_it_is_given() {
     assert_eq!(thread.model(), &engine().model());
     assert!(thread.device_name().starts_with("cpu") && thread.tokenizer().is_ok() && thread.failure().is_none());
 
-    let error = thread.call(|_| panic!("as planned")).map(|()| ()).unwrap_err().to_string();
+    let error = thread.call(|_| panic!("as planned")).unwrap_err().to_string();
     assert!(error.contains("as planned"), "{error}");
     let error = thread.submit("One day", options()).map(drop).unwrap_err().to_string();
     assert!(error.contains("as planned") && thread.failure().is_some(), "{error}");
