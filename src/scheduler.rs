@@ -89,7 +89,7 @@ mod tests {
         let budget = Budget { max_rows: 64, max_sequences: 8 };
         let rows = [256, 256, 4, 4, 40];
         let mut served = [0; 5];
-        let mut ticks = [0; 5];
+        let mut ticks = [0u32; 5];
         for _ in 0..1000 {
             let needs: Vec<_> = (0..5).map(|i| need(rows[i], 0, served[i])).collect();
             for i in schedule(&needs, &budget).1 {
