@@ -28,7 +28,7 @@ use crate::request::{Bos, Mailbox, Message, Output, Prompt, Request, Segment, Su
 use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Scope};
 use crate::scheduler::{self, Budget, Need};
-use crate::sequence::{Event, Finish, Forwards, Next, Sequence, SequenceSpec, Step, Stop};
+use crate::sequence::{Event, EventKind, Finish, Forwards, Next, Sequence, SequenceSpec, Step, Stop};
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
@@ -699,8 +699,16 @@ impl RunningSequence {
         freed
     }
 
-    fn send(&self, events: Vec<Event>) {
+    fn send(&mut self, events: Vec<Event>) {
         for event in events {
+            let now = || ms(self.admitted, Instant::now());
+            match event.kind {
+                EventKind::Unmask if self.timings.first_token_ms == 0.0 => self.timings.first_token_ms = now(),
+                EventKind::Commit if self.timings.first_final_ms == 0.0 && self.sequence.is_last_stage(event.stage) => {
+                    self.timings.first_final_ms = now();
+                }
+                _ => {}
+            }
             self.messages.send(Message::Event(event));
         }
     }

@@ -120,6 +120,8 @@ pub struct Timings {
     pub queued_ms: f64,
     /// Until a forward unmasked the first token.
     pub first_token_ms: f64,
+    /// Until the last stage had made its first block final.
+    pub first_final_ms: f64,
     /// Until the first stage ended.
     pub draft_ms: f64,
     /// From there until the last stage ended.

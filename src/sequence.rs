@@ -279,6 +279,11 @@ impl Sequence {
         self.spec.schedule.stages()[0].weights
     }
 
+    /// Whether what this stage commits is final.
+    pub fn is_last_stage(&self, stage: u8) -> bool {
+        usize::from(stage) + 1 == self.spec.schedule.stages().len()
+    }
+
     /// True while the pending step is the prompt's prefill.
     pub fn is_prefilling(&self) -> bool {
         self.pending.as_ref().is_some_and(|s| s.kind == Kind::Prefill)

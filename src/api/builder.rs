@@ -1,6 +1,7 @@
 //! Settings of an engine before its model is loaded.
 #![forbid(unsafe_code)]
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -168,7 +169,7 @@ impl EngineBuilder {
         };
         let opened = self.device.open(dtype, self.threads)?;
         let core = on_backend!(opened.backend, |backend| self.load(backend, &config)?.into());
-        Ok(Engine { core, dir: self.dir, passed_over: opened.passed_over, thread: None })
+        Ok(Engine { core, dir: self.dir, passed_over: opened.passed_over, thread: None, template: OnceCell::new() })
     }
 
     fn load<B: Backend>(&mut self, backend: B, config: &ModelConfig) -> Result<EngineCore<B>> {

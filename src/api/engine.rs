@@ -1,6 +1,7 @@
 //! Engine that callers drive: submit, tick, wait, score.
 #![forbid(unsafe_code)]
 
+use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use crate::chat::{ChatTemplate, Conversation};
 use crate::config::{AttentionMask, ModelConfig};
 use crate::engine::{Engine as EngineCore, EngineStats};
 use crate::error::{Error, Result};
-use crate::request::{self, Request, STOP_IN_A_HOLE, StopOptions};
+use crate::request::{self, Bos, Request, STOP_IN_A_HOLE, StopOptions};
 use crate::schedule::Defaults;
 use crate::scoring::scoring_request;
 use crate::tokenizer::Tokenizer;
@@ -59,6 +60,8 @@ pub struct Engine {
     pub(super) passed_over: Option<Error>,
     /// Why the engine's thread ended, where it has one and it did.
     pub(super) thread: Option<Failure>,
+    /// Chat template of the directory, read when it is first asked for.
+    pub(super) template: OnceCell<Result<Box<ChatTemplate>>>,
 }
 
 impl Engine {
@@ -201,6 +204,23 @@ impl Engine {
         self.passed_over.as_ref()
     }
 
+    /// Ids of a text as a prompt, with what [`Options::bos`] puts before it.
+    ///
+    /// Errors: [`Error::Tokenizer`] where there is none; a checkpoint that names neither BOS nor
+    /// end of text, where one is asked for.
+    pub fn encode_text(&self, text: &str, bos: Bos) -> Result<Vec<u32>> {
+        let tokenizer = self.tokenizer()?;
+        Ok([bos.tokens(self.config(), tokenizer)?, tokenizer.encode(text)?].concat())
+    }
+
+    /// Ids of a conversation, as the chat template of the model's directory renders it.
+    ///
+    /// Errors: [`Error::Tokenizer`] where there is no template, or it refuses the conversation.
+    pub fn encode_chat(&self, conversation: &Conversation) -> Result<Vec<u32>> {
+        let template = self.template.get_or_init(|| ChatTemplate::load(&self.dir).map(Box::new));
+        template.as_ref().map_err(Clone::clone)?.encode_conversation(conversation, self.tokenizer()?)
+    }
+
     /// Resolves a prompt and its options against the model.
     fn request(&self, prompt: Prompt, options: Options) -> Result<(Request, Asked)> {
         let config = self.config();
@@ -209,13 +229,12 @@ impl Engine {
         let mut draft = Vec::new();
         let length = |fixed: usize| options.length.unwrap_or_else(|| default_length(config, fixed));
         let chat = |conversation: &Conversation| -> Result<request::Prompt> {
-            let tokens = ChatTemplate::load(&self.dir)?.encode_conversation(conversation, self.tokenizer()?)?;
+            let tokens = self.encode_chat(conversation)?;
             Ok(request::Prompt::Tokens { length: length(tokens.len()), tokens })
         };
         let prompt = match prompt {
             Prompt::Text(text) => {
-                let tokenizer = self.tokenizer()?;
-                let tokens = [options.bos.tokens(config, tokenizer)?, tokenizer.encode(&text)?].concat();
+                let tokens = self.encode_text(&text, options.bos)?;
                 request::Prompt::Tokens { length: length(tokens.len()), tokens }
             }
             Prompt::Tokens(tokens) => request::Prompt::Tokens { length: length(tokens.len()), tokens },
@@ -225,7 +244,7 @@ impl Engine {
             Prompt::Canvas(canvas) => request::Prompt::Canvas(canvas),
             Prompt::Refine { prompt, draft: text } => {
                 let tokenizer = self.tokenizer()?;
-                let given = [options.bos.tokens(config, tokenizer)?, tokenizer.encode(&prompt)?].concat();
+                let given = self.encode_text(&prompt, options.bos)?;
                 let mut canvas: Vec<Option<u32>> = given.into_iter().map(Some).collect();
                 // Encoded together, so that a token may span neither side by accident of the split.
                 let tokens = tokenizer.encode(&text)?;

@@ -44,6 +44,11 @@ impl Generation {
         Generation { text, draft: rules.text(&output.draft).0, output, seed: *seed, schedule: schedule.clone(), rules: rules.clone() }
     }
 
+    /// Tokens that were given: the prompt, or what stands around the holes.
+    pub fn given_tokens(&self) -> usize {
+        self.output.canvas.len() - self.output.tokens.len()
+    }
+
     /// Text of each generated token, so that they join to the text of all of them: a character of
     /// several tokens is the last one's.
     pub fn pieces(&self) -> Vec<String> {

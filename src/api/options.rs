@@ -14,7 +14,7 @@ use crate::schedule::{Defaults, Schedule, StageSpec};
 pub(crate) const DEFAULT_PRESET: &str = "did-lift";
 
 /// Tokens that are generated where a request names no length and the model serves as many.
-const DEFAULT_LENGTH: usize = 192;
+pub(crate) const DEFAULT_LENGTH: usize = 192;
 
 /// Tokens to generate after `fixed` given ones where a request names no length.
 pub(crate) fn default_length(config: &ModelConfig, fixed: usize) -> usize {

@@ -65,6 +65,10 @@ pub struct TextStream {
     sent: String,
     /// Something provisional changed since the last snapshot.
     changed: bool,
+    /// Snapshots are told.
+    provisional: bool,
+    /// Each change has a snapshot of its own.
+    every_step: bool,
     /// `final_end` when the final text was last looked at.
     seen_end: usize,
     /// The result, while its last text is told.
@@ -90,10 +94,25 @@ impl TextStream {
             final_end: 0,
             sent: String::new(),
             changed: false,
+            provisional: true,
+            every_step: false,
             seen_end: 0,
             result: None,
             finished: false,
         }
+    }
+
+    /// Final text and the end alone, for readers that do not look at what may change.
+    pub fn without_snapshots(mut self) -> TextStream {
+        self.provisional = false;
+        self
+    }
+
+    /// A snapshot for each change, for readers that show or replay all of them. Otherwise a reader
+    /// that is slower than the engine gets several changes in one.
+    pub fn every_step(mut self) -> TextStream {
+        self.every_step = true;
+        self
     }
 
     /// Ends the request at the next tick.
@@ -111,6 +130,9 @@ impl TextStream {
             match self.handle.poll() {
                 Some(event) => self.apply(&event),
                 None => break,
+            }
+            if self.every_step && self.changed {
+                break;
             }
         }
         self.ready()
@@ -134,7 +156,7 @@ impl TextStream {
             }
             return Some(self.finish(result));
         }
-        std::mem::take(&mut self.changed).then(|| TextEvent::Snapshot(self.snapshot()))
+        (std::mem::take(&mut self.changed) && self.provisional).then(|| TextEvent::Snapshot(self.snapshot()))
     }
 
     fn finish(&mut self, result: Result<Generation>) -> TextEvent {

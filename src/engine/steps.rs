@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use super::joint_steps::planned_joint;
-use super::{Engine, RunningSequence, ms};
+use super::{Engine, RunningSequence};
 use crate::backend::{
     Backend, BannedSet, HostPass, HostReason, HostRule, HostSampling, HostSequence, HostWindow, PlannedRun, PlannedStep, RowOutcome,
     RuleSampling, RunCanvas, Sequences, StepOutcome, StepRunner, StepSampling,
@@ -21,7 +21,7 @@ use crate::pages::PagePool;
 use crate::plan::Plan;
 use crate::sampling::SampledToken;
 use crate::schedule::{Bans, Eos};
-use crate::sequence::{EventKind, JointPass, LookaheadStep, Next, SampleRow, Sequence};
+use crate::sequence::{JointPass, LookaheadStep, Next, SampleRow, Sequence};
 
 /// Maximum number of steps submitted to a device at once, and the shorter one of a request's first
 /// submission, so that its first tokens arrive early. Sixteen block-4 steps are four blocks; the
@@ -239,9 +239,6 @@ impl RunningSequences<'_> {
             Ok(()) => {
                 if prefill && let Some(key) = &active.prefix {
                     self.pool.publish(key, active.id, active.table.pages());
-                }
-                if active.timings.first_token_ms == 0.0 && events.iter().any(|e| e.kind == EventKind::Unmask) {
-                    active.timings.first_token_ms = ms(active.admitted, Instant::now());
                 }
             }
         }
