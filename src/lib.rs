@@ -36,6 +36,7 @@
 //! | `sequence`, `scheduler`, `request` | one request's life; which sequences advance; what callers hand in and get back |
 //! | `api` | the public engine on a device chosen at run time, its requests, their streams |
 //! | `engine`, `scoring` | the tick; likelihoods, logits and timed forwards outside of any request |
+//! | `serve` | the HTTP server |
 //! | `cli` | the command line |
 //!
 //! The measures of text that `bench --quality` prints are the crate `redraft-evaluation`, which
@@ -69,6 +70,8 @@ pub mod schedule;
 #[doc(hidden)]
 pub mod cli;
 mod input_file;
+#[cfg(feature = "serve")]
+mod serve;
 
 // The modules behind the public items. Tests and benches reach into them by the feature `testing`,
 // which the package turns on for itself alone (`[dev-dependencies]`).

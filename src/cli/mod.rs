@@ -19,6 +19,8 @@ mod output;
 mod quality;
 mod samples;
 mod score;
+#[cfg(feature = "serve")]
+mod serve;
 mod terminal;
 mod watch;
 
@@ -43,6 +45,9 @@ enum Command {
     Forward(model::ForwardFlags),
     /// Per-token negative log-likelihood and perplexity of a text
     Score(score::ScoreFlags),
+    /// Answer HTTP requests: the OpenAI API with drafts, confidence and infilling, and a page at /
+    #[cfg(feature = "serve")]
+    Serve(Box<serve::ServeFlags>),
     /// Say what a model directory holds
     Inspect(model::InspectFlags),
     /// Measure latency by stage, tokens per second, forwards and rows
@@ -87,6 +92,8 @@ pub fn main() -> u8 {
         Command::Generate(flags) => generate::run(flags),
         Command::Forward(flags) => model::forward(flags),
         Command::Score(flags) => score::run(flags),
+        #[cfg(feature = "serve")]
+        Command::Serve(flags) => serve::run(*flags),
         Command::Inspect(flags) => model::inspect(flags),
         Command::Bench(flags) => bench::run(flags),
         #[cfg(feature = "cuda")]
