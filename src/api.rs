@@ -14,6 +14,7 @@ mod engine;
 mod handle;
 pub mod json;
 pub(crate) mod options;
+mod settings;
 mod stream;
 pub(crate) mod text;
 mod thread;

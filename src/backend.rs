@@ -61,6 +61,16 @@ impl DType {
     }
 }
 
+impl std::str::FromStr for DType {
+    type Err = Error;
+
+    /// Reads a [`DType::name`].
+    fn from_str(text: &str) -> Result<DType> {
+        let known = [DType::F32, DType::Bf16].into_iter().find(|dtype| dtype.name() == text);
+        known.ok_or_else(|| Error::request(format!("dtype: expected f32 or bf16, found `{text}`")))
+    }
+}
+
 /// Shape of the paged K/V store. Slot s of a layer is page `s / page_size`, offset `s % page_size`;
 /// how a page lies in memory is the backend's own business.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -142,6 +142,21 @@ fn tasks_are_woken() {
     };
     assert_eq!(waited.text, whole.text);
 
+    // A stream whose reader waits for the end alone, after its first events.
+    let mut stream = thread.submit("Once upon a time", options()).unwrap().into_text();
+    while stream.poll_next(&mut context).is_pending() {
+        std::thread::park();
+    }
+    let ended = loop {
+        match stream.poll_done(&mut context) {
+            Poll::Ready(result) => break result.expect("once").unwrap(),
+            Poll::Pending => std::thread::park(),
+        }
+    };
+    assert_eq!(ended.text, whole.text);
+    assert!(matches!(stream.poll_done(&mut context), Poll::Ready(None)));
+    assert!(matches!(stream.poll_next(&mut context), Poll::Ready(None)));
+
     // An engine that is dropped wakes who waits for it.
     let mut engine = engine();
     let handle = engine.submit("One day", options()).unwrap();
@@ -213,6 +228,37 @@ fn requests_and_results_as_json() {
     assert_eq!(object["text"], generation.text);
     assert_eq!((&object["seed"], &object["stages"][1]["nfe"]), (&7.into(), &generation.output.stages[1].nfe().into()));
     assert!(object["timings"].get("load_ms").is_none());
+}
+
+/// Settings that were read as JSON act as those of the methods: the device and the type show, and a
+/// request that is too large is refused in the same words.
+#[test]
+fn settings_as_json() {
+    let (dir, file) = (model(), model().join("tokenizer.json"));
+    let text = serde_json::json!({
+        "device": "cpu", "dtype": "bf16", "threads": 1, "max_sequences": 2, "max_rows": 64, "max_positions": 128,
+        "kv_pages": 9, "page_size": 16, "tokenizer": file, "models": [dir], "joint": null,
+    });
+    let read = Engine::builder(&dir).json(&text.to_string()).unwrap().open().unwrap();
+    let set = Engine::builder(&dir).device(Device::Cpu).dtype(DType::Bf16).threads(1).max_sequences(2).max_rows(64);
+    let set = set.max_positions(128).kv_pages(9).page_size(16).tokenizer_file(&file).add_model(&dir).open().unwrap();
+    assert_eq!(read.device_name(), set.device_name());
+    let refused = |mut engine: Engine| engine.generate("a", Options::default().length(300)).unwrap_err().to_string();
+    let [read, set] = [read, set].map(refused);
+    assert!(read == set && read.contains("holds 9"), "{read}\n{set}");
+
+    for (text, expected) in [
+        ("[1", "settings: "),
+        (r#"{"devise": "cpu"}"#, "unknown field `devise`, expected one of"),
+        (r#"{"device": "tpu"}"#, "device: expected auto, cpu, cuda"),
+        (r#"{"dtype": "f16"}"#, "dtype: expected f32 or bf16, found `f16`"),
+        (r#"{"threads": -1}"#, "expected usize"),
+    ] {
+        let error = Engine::builder(&dir).json(text).map(drop).unwrap_err().to_string();
+        assert!(error.contains(expected), "{text}: {error}");
+    }
+    let error = Engine::builder(&dir).tokenizer_file("no/such.json").open().map(drop).unwrap_err();
+    assert!(matches!(&error, Error::Tokenizer { .. }) && error.to_string().contains("no/such.json"), "{error}");
 }
 
 /// An engine whose caller ticks: nothing waits, and a wait that could never end is an error.

@@ -38,6 +38,7 @@ pub struct EngineBuilder {
     kv_pages: Option<usize>,
     page_size: usize,
     tokenizer: Option<Arc<Tokenizer>>,
+    tokenizer_file: Option<PathBuf>,
     more_models: Vec<PathBuf>,
     joint: Option<PathBuf>,
     progress: ProgressFn,
@@ -74,6 +75,7 @@ impl EngineBuilder {
             kv_pages: None,
             page_size,
             tokenizer: None,
+            tokenizer_file: None,
             more_models: Vec::new(),
             joint: None,
             progress: Box::new(|_, _| {}),
@@ -136,6 +138,13 @@ impl EngineBuilder {
         self
     }
 
+    /// The tokenizer of this `tokenizer.json` instead of the directory's own. One that is given by
+    /// [`EngineBuilder::tokenizer`] goes first.
+    pub fn tokenizer_file(mut self, path: impl Into<PathBuf>) -> Self {
+        self.tokenizer_file = Some(path.into());
+        self
+    }
+
     /// Another model with the same vocabulary, for stages that name it: `weights=1` is the first
     /// one added.
     pub fn add_model(mut self, dir: impl Into<PathBuf>) -> Self {
@@ -163,6 +172,9 @@ impl EngineBuilder {
     /// too little memory.
     pub fn open(mut self) -> Result<Engine> {
         let config = registry::read_config(&self.dir)?;
+        if let (None, Some(path)) = (&self.tokenizer, &self.tokenizer_file) {
+            self.tokenizer = Some(Arc::new(Tokenizer::load(path, config.vocab_size)?.masked_by(config.mask_id)?));
+        }
         let dtype = match self.dtype {
             Some(dtype) => dtype,
             None => default_dtype(&self.dir)?,

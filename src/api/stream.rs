@@ -250,6 +250,32 @@ impl TextStream {
         // What came between the two looks woke nobody.
         self.try_next().map_or(Poll::Pending, |event| Poll::Ready(Some(event)))
     }
+
+    /// The result for an executor, without the text on the way: pending while there is none, and
+    /// the task is woken when something happens. `None` where the result was told before. A stream
+    /// that goes on with [`TextStream::poll_next`] has missed nothing.
+    pub fn poll_done(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Generation>>> {
+        if self.finished {
+            return Poll::Ready(None);
+        }
+        if let Some(result) = self.look_for_result() {
+            return Poll::Ready(Some(result));
+        }
+        self.handle.wake_by(context.waker());
+        // What came between the two looks woke nobody.
+        self.look_for_result().map_or(Poll::Pending, |result| Poll::Ready(Some(result)))
+    }
+
+    fn look_for_result(&mut self) -> Option<Result<Generation>> {
+        while self.result.is_none()
+            && let Some(event) = self.handle.poll()
+        {
+            self.apply(&event);
+        }
+        let result = self.result.take().or_else(|| self.handle.take());
+        self.finished = result.is_some();
+        result
+    }
 }
 
 impl Iterator for TextStream {
