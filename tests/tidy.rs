@@ -43,7 +43,7 @@ fn sources() -> Vec<(String, String)> {
 
 /// Those of every package of the workspace.
 fn all_sources() -> Vec<(String, String)> {
-    let members = files("crates").into_iter().filter(|f| f.ends_with(".rs") && f.contains("/src/"));
+    let members = files("crates").into_iter().chain(files("bindings")).filter(|f| f.ends_with(".rs") && f.contains("/src/"));
     let members: Vec<_> = members.map(|f| (f.clone(), read(&f))).collect();
     assert!(members.len() > 5, "crates have files: {}", members.len());
     sources().into_iter().chain(members).collect()
@@ -69,7 +69,7 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
 
 /// Modules where unsafe code may live: vector instructions, the thread pool's handover,
 /// and foreign interfaces.
-const FENCED: [&str; 5] = ["src/cpu/simd.rs", "src/cpu/simd/", "src/cpu/pool.rs", "src/cuda/", "crates/emulator/src/"];
+const FENCED: [&str; 6] = ["src/cpu/simd.rs", "src/cpu/simd/", "src/cpu/pool.rs", "src/cuda/", "crates/emulator/src/", "bindings/c/src/"];
 
 #[test]
 fn unsafe_code_stays_in_its_modules() {
@@ -258,7 +258,8 @@ fn links_lead_somewhere() {
 
 #[test]
 fn every_dependency_has_its_reason() {
-    let manifests = files("crates").into_iter().filter(|f| f.ends_with("/Cargo.toml")).chain(["Cargo.toml".to_owned()]);
+    let manifests =
+        files("crates").into_iter().chain(files("bindings")).filter(|f| f.ends_with("/Cargo.toml")).chain(["Cargo.toml".to_owned()]);
     let (mut broken, mut count) = (Vec::new(), 0);
     for manifest in manifests {
         let text = read(&manifest);
@@ -436,8 +437,10 @@ fn nothing_cites_a_document_outside_of_the_repository() {
     // In halves, or this file would be found.
     let elsewhere = [["design sec", "tion"], ["did-bd", "3lm"], ["adjust-dr", "eam"], ["mini-exp", "eriment"], ["limits-and", "-asks"]]
         .map(|halves| halves.concat());
-    let texts =
-        ["src", "crates", "kernels", "tests", "tools", "docs", "benches"].iter().flat_map(|dir| files(dir)).chain(["README.md".to_owned()]);
+    let texts = ["src", "crates", "bindings", "kernels", "tests", "tools", "docs", "benches"]
+        .iter()
+        .flat_map(|dir| files(dir))
+        .chain(["README.md".to_owned()]);
     let texts = texts.filter(|f| [".rs", ".cu", ".cuh", ".cpp", ".h", ".py", ".md"].iter().any(|end| f.ends_with(end)));
     let cites = |file: String| {
         let text = read(&file);

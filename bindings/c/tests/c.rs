@@ -1,0 +1,217 @@
+//! The C interface as C programs see it: installed, compiled as C99 and as C++, run, and run under
+//! valgrind.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+fn here() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn root() -> PathBuf {
+    here().join("../..")
+}
+
+/// The target directory of this test, whatever it is called.
+fn target() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("a directory above")
+}
+
+/// Runs a command that must succeed.
+fn run(command: &mut Command) -> Output {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let said = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).concat();
+    assert!(output.status.success(), "{command:?}: {}\n{said}", output.status);
+    output
+}
+
+fn text(output: Output) -> String {
+    String::from_utf8(output.stdout).expect("UTF-8").trim_end().to_owned()
+}
+
+/// A tree that `make install` made, with the development build of the library.
+fn installed() -> &'static Path {
+    static TREE: OnceLock<PathBuf> = OnceLock::new();
+    TREE.get_or_init(|| {
+        let tree = Path::new(env!("CARGO_TARGET_TMPDIR")).join("c-install");
+        let _ = std::fs::remove_dir_all(&tree);
+        run(Command::new("make")
+            .arg("-C")
+            .arg(here())
+            .args(["install", "PROFILE=dev", "PREFIX=/usr"])
+            .arg(format!("DESTDIR={}", tree.display()))
+            .arg(format!("CARGO={}", env!("CARGO")))
+            .arg(format!("CARGO_TARGET_DIR={}", target().display())));
+        tree
+    })
+}
+
+/// Compiles a program of ours against the installed tree.
+fn compiled(compiler: &str, source: &str, flags: &[&str], name: &str) -> PathBuf {
+    let tree = installed();
+    let program = tree.join(name);
+    let mut pkg_config = Command::new("pkg-config");
+    pkg_config.args(["--cflags", "--libs", "redraft"]);
+    let found = text(run(pkg_config.env("PKG_CONFIG_PATH", tree.join("usr/lib/pkgconfig")).env("PKG_CONFIG_SYSROOT_DIR", tree)));
+    run(Command::new(compiler)
+        .args(["-Wall", "-Wextra", "-Werror", "-g"])
+        .args(flags)
+        .arg(here().join(source))
+        .args(found.split_whitespace())
+        .arg("-o")
+        .arg(&program));
+    program
+}
+
+/// `program` with the installed library.
+fn with_library(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.env("LD_LIBRARY_PATH", installed().join("usr/lib"));
+    command
+}
+
+/// A model and what `check.c` does with it.
+struct Checked {
+    dir: &'static str,
+    length: u32,
+    kv_pages: u32,
+    /// Fits into the pages, and does not.
+    long: u32,
+    too_long: u32,
+}
+
+const STORIES: Checked = Checked { dir: "models/redraft-stories-10m", length: 24, kv_pages: 28, long: 400, too_long: 500 };
+/// 17,000 parameters: valgrind emulates a fused multiplication by a call, and takes minutes for one
+/// forward of the other.
+const TINY: Checked = Checked { dir: "tests/fixtures/bd3lm-plain", length: 12, kv_pages: 7, long: 90, too_long: 120 };
+
+impl Checked {
+    /// Runs `command` with what `check.c` takes.
+    fn run(&self, command: &mut Command) -> Output {
+        let without_weights = tempfile::tempdir().expect("a directory");
+        let dir = root().join(self.dir);
+        std::fs::copy(dir.join("config.json"), without_weights.path().join("config.json")).expect("copied");
+        let numbers = [self.length, self.kv_pages, self.long, self.too_long].map(|number| number.to_string());
+        run(command.arg(&dir).arg(self.text_of_the_command()).args(numbers).arg(without_weights.path()))
+    }
+
+    /// What the command writes for the prompt and the seed of `check.c`. REDRAFT_COMMAND names
+    /// another binary than that of the README's build.
+    fn text_of_the_command(&self) -> String {
+        let binary = std::env::var_os("REDRAFT_COMMAND").map_or_else(
+            || {
+                // Nothing to do where the README's build is there.
+                run(Command::new(env!("CARGO")).args(["build", "--release", "--locked", "--quiet"]).current_dir(root()));
+                target().join("release/redraft")
+            },
+            PathBuf::from,
+        );
+        let mut command = Command::new(binary);
+        command.args(["generate", "--prompt", "once upon a time", "--seed", "7", "--device", "cpu", "--format", "json", "--length"]);
+        let object = text(run(command.arg(self.length.to_string()).arg("--model").arg(root().join(self.dir))));
+        let object: serde_json::Value = serde_json::from_str(&object).expect("an object");
+        object["text"].as_str().expect("a text").to_owned()
+    }
+}
+
+/// `REDRAFT_WRITE_HEADER=1 cargo test -p redraft-c` writes it.
+#[test]
+fn the_header_is_that_of_the_sources() {
+    let config = cbindgen::Config::from_file(here().join("cbindgen.toml")).expect("a configuration");
+    let mut written = Vec::new();
+    cbindgen::generate_with_config(here(), config).expect("bindings").write(&mut written);
+    let written = String::from_utf8(written).expect("UTF-8");
+    // What Rust callers must keep is said in words above it.
+    let written = without_safety_sections(&written);
+    let path = here().join("include/redraft.h");
+    if std::env::var_os("REDRAFT_WRITE_HEADER").is_some() {
+        std::fs::write(&path, &written).expect("written");
+    }
+    let found = std::fs::read_to_string(&path).unwrap_or_default();
+    let differs = found.lines().zip(written.lines()).position(|(found, written)| found != written);
+    assert!(found == written, "include/redraft.h differs at line {:?}: REDRAFT_WRITE_HEADER=1 writes it", differs.map(|line| line + 1));
+}
+
+/// Sections `# Safety` are for Rust's lints.
+fn without_safety_sections(header: &str) -> String {
+    let mut kept: Vec<&str> = Vec::new();
+    let mut inside = false;
+    for line in header.lines() {
+        if line.trim() == "// # Safety" {
+            inside = true;
+            while kept.last().is_some_and(|line| line.trim() == "//") {
+                kept.pop();
+            }
+        }
+        inside &= line.starts_with("//");
+        if !inside {
+            kept.push(line);
+        }
+    }
+    kept.join("\n") + "\n"
+}
+
+#[test]
+fn a_program_in_c_and_in_cpp() {
+    let programs = [
+        compiled("gcc", "tests/check.c", &["-std=c99", "-pedantic"], "check-c"),
+        compiled("g++", "tests/check.c", &["-x", "c++", "-std=c++11"], "check-cpp"),
+    ];
+    for program in programs {
+        STORIES.run(&mut with_library(program));
+    }
+    // The static library alone.
+    let program = installed().join("check-static");
+    run(Command::new("gcc")
+        .arg("-I")
+        .arg(installed().join("usr/include"))
+        .arg(here().join("tests/check.c"))
+        .arg(installed().join("usr/lib/libredraft.a"))
+        .args(["-lpthread", "-ldl", "-lm", "-o"])
+        .arg(&program));
+    STORIES.run(&mut Command::new(program));
+}
+
+/// No leak, no read of what is not there, no jump on what was not written.
+#[test]
+fn no_leak_and_no_invalid_read() {
+    if Command::new("valgrind").arg("--version").output().is_err() {
+        assert!(std::env::var_os("REDRAFT_REQUIRE_VALGRIND").is_none(), "valgrind is required and not there");
+        return eprintln!("skipped: no valgrind");
+    }
+    let program = compiled("gcc", "tests/check.c", &["-std=c99"], "check-valgrind");
+    // Valgrind shows programs a processor without AVX-512, which it cannot run. Turns are fair: one
+    // thread that looks for events must not starve the engine's.
+    let kinds = "definite,indirect,possible";
+    let mut valgrind = with_library("valgrind");
+    valgrind.args(["--fair-sched=yes", "--leak-check=full", "--error-exitcode=9"]);
+    valgrind.arg(format!("--show-leak-kinds={kinds}")).arg(format!("--errors-for-leak-kinds={kinds}"));
+    valgrind.arg(format!("--suppressions={}", here().join("tests/valgrind.supp").display()));
+    let output = TINY.run(valgrind.arg(program));
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    println!("{said}");
+    assert!(said.contains("ERROR SUMMARY: 0 errors"), "{said}");
+}
+
+#[test]
+fn only_our_names_are_exported() {
+    let library = installed().join("usr/lib/libredraft.so");
+    let symbols = text(run(Command::new("nm").args(["-D", "--defined-only", "--format=posix"]).arg(&library)));
+    let names: Vec<&str> = symbols.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert!(names.len() > 20 && names.iter().all(|name| name.starts_with("redraft_")), "{names:?}");
+    let header = std::fs::read_to_string(here().join("include/redraft.h")).expect("the header");
+    for name in &names {
+        assert!(header.contains(&format!("{name}(")), "{name} is exported and not in the header");
+    }
+    let version = header.lines().find_map(|line| line.strip_prefix("#define REDRAFT_ABI_VERSION ")).expect("a version");
+    let dynamic = text(run(Command::new("readelf").arg("-d").arg(&library)));
+    assert!(dynamic.contains(&format!("[libredraft.so.{version}]")), "{dynamic}");
+}
+
+#[test]
+fn the_example_writes_a_text() {
+    let program = compiled("gcc", "examples/stream.c", &["-std=c99"], "stream");
+    let said = text(run(with_library(program).arg(root().join(STORIES.dir))));
+    assert!(said.contains(" tokens, ") && said.lines().count() >= 2, "{said}");
+}
