@@ -55,7 +55,7 @@ fn compiled(compiler: &str, source: &str, flags: &[&str], name: &str) -> PathBuf
     pkg_config.args(["--cflags", "--libs", "redraft"]);
     let found = text(run(pkg_config.env("PKG_CONFIG_PATH", tree.join("usr/lib/pkgconfig")).env("PKG_CONFIG_SYSROOT_DIR", tree)));
     run(Command::new(compiler)
-        .args(["-Wall", "-Wextra", "-Werror", "-g"])
+        .args(["-Wall", "-Wextra", "-Werror", "-g", "-pthread"])
         .args(flags)
         .arg(here().join(source))
         .args(found.split_whitespace())
