@@ -63,21 +63,21 @@ class Writer:
             events = self.engine.astream(asked.pop("prompt", None), **asked)
         except (redraft.RequestError, TypeError) as error:
             raise HTTPException(400, str(error)) from error
-        return StreamingResponse(lines(events), media_type="application/x-ndjson")
+        return StreamingResponse(self.lines(events), media_type="application/x-ndjson")
 
-
-async def lines(events: AsyncIterator[redraft.Event]) -> AsyncIterator[str]:
-    """Events as lines of JSON. A client that goes away ends this, which cancels the request."""
-    try:
-        async for event in events:
-            if isinstance(event, redraft.Delta):
-                yield json.dumps({"delta": event.text}) + "\n"
-            elif isinstance(event, redraft.Snapshot):
-                yield json.dumps({"provisional": event.text, "stage": event.stage}) + "\n"
-            else:
-                yield json.dumps({"done": event.generation.to_dict()}) + "\n"
-    except redraft.RedraftError as error:
-        yield json.dumps({"error": str(error)}) + "\n"
+    @staticmethod
+    async def lines(events: AsyncIterator[redraft.Event]) -> AsyncIterator[str]:
+        """Events as lines of JSON. A client that goes away ends this, which cancels the request."""
+        try:
+            async for event in events:
+                if isinstance(event, redraft.Delta):
+                    yield json.dumps({"delta": event.text}) + "\n"
+                elif isinstance(event, redraft.Snapshot):
+                    yield json.dumps({"provisional": event.text, "stage": event.stage}) + "\n"
+                else:
+                    yield json.dumps({"done": event.generation.to_dict()}) + "\n"
+        except redraft.RedraftError as error:
+            yield json.dumps({"error": str(error)}) + "\n"
 
 
 app = Writer.bind()
