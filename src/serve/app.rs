@@ -91,6 +91,8 @@ impl App {
             "object": "model",
             "created": self.created,
             "owned_by": "redraft",
+            // Where vLLM names the directory; its benchmark wants the key.
+            "root": self.options.model_name,
             "max_model_len": model.max_length,
             "redraft": model,
         })

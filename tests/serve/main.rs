@@ -397,7 +397,7 @@ fn models_and_the_description_of_the_api() {
     let (_, models) = server.get("/v1/models");
     let models: Value = serde_json::from_str(&models).unwrap();
     assert_eq!((&models["object"], &models["data"][0]["id"]), (&json!("list"), &json!("redraft-stories-10m")));
-    assert_eq!(models["data"][0]["redraft"]["block_len"], 4);
+    assert_eq!((&models["data"][0]["redraft"]["block_len"], &models["data"][0]["root"]), (&json!(4), &models["data"][0]["id"]));
     assert_eq!(server.get("/v1/models/redraft-stories-10m").0, 200);
     assert_eq!(server.get("/v1/models/gpt-4").0, 404);
     // Every path that is described answers, and the other way round.
