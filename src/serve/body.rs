@@ -30,8 +30,11 @@ const WITHOUT_EFFECT: [&str; 12] = [
     "spaces_between_special_tokens",
 ];
 
+/// Whether a value asks for nothing.
+type AsksForNothing = fn(&Value) -> bool;
+
 /// Keys of features that this engine does not have, with the value that asks for nothing.
-const NEUTRAL: [(&str, fn(&Value) -> bool); 16] = [
+const NEUTRAL: [(&str, AsksForNothing); 16] = [
     ("presence_penalty", is_zero),
     ("frequency_penalty", is_zero),
     ("repetition_penalty", is_one),
