@@ -264,6 +264,7 @@ impl<'a> GenerationJson<'a> {
     }
 
     /// With the time that loading took, where an engine was loaded for this text alone.
+    #[cfg(feature = "cli")]
     pub(crate) fn loaded_in(mut self, ms: f64) -> GenerationJson<'a> {
         self.timings.load_ms = Some(round_ms(ms));
         self
