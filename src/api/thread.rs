@@ -185,6 +185,7 @@ mod tests {
     fn stopped() -> Engine {
         let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/models/redraft-stories-10m");
         let mut engine = Engine::builder(dir).device(Device::Cpu).threads(1).max_sequences(2).open().expect("the model that ships");
+        #[allow(irrefutable_let_patterns)] // without the feature cuda there is one backend
         let AnyCore::Cpu(core) = &mut engine.core else { panic!("asked for the CPU") };
         let prompt = crate::request::Prompt::Tokens { tokens: vec![1], length: 8 };
         let mut request = Request::new(prompt, crate::Schedule::preset("draft", &crate::Defaults::default()).expect("a preset"), 1, 0);
