@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn numbers_that_are_not_finite_are_null() {
-        let text = r#"{"a": NaN, "b": [0.0, Infinity, -Infinity], "c": "NaN \\" Infinity", "d": 1}"#;
+        let text = r#"{"a": NaN, "b": [0.0, Infinity, -Infinity], "c": "NaN \" Infinity", "d": 1}"#;
         let expected = serde_json::json!({"a": null, "b": [0.0, null, null], "c": "NaN \" Infinity", "d": 1});
         assert_eq!(parse_json(text).unwrap(), expected);
         assert!(parse_json("{\"a\": NaN").is_err() && parse_json("[nan]").is_err());
