@@ -391,7 +391,7 @@ fn examples_run() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut names: Vec<String> = std::fs::read_dir(dir.join("examples"))
         .unwrap()
-        .map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned())
+        .filter_map(|entry| Some(entry.unwrap().file_name().to_str()?.strip_suffix(".rs")?.to_owned()))
         .collect();
     names.sort();
     assert!(names.len() >= 7, "{names:?}");

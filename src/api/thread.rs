@@ -1,7 +1,8 @@
 //! An engine on a thread of its own: requests come from any thread and wait for their texts there.
 #![forbid(unsafe_code)]
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -61,10 +62,7 @@ impl EngineThread {
             let error = match served {
                 Ok(Ok(())) => return,
                 Ok(Err(error)) => error,
-                Err(panic) => {
-                    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-                    Error::device(format!("the engine's thread panicked: {}", text.unwrap_or("without a word")))
-                }
+                Err(panic) => panicked(panic.as_ref()),
             };
             // Told before the engine is dropped, which is how handles notice.
             if let Ok(mut failure) = failure.lock() {
@@ -93,11 +91,16 @@ impl EngineThread {
     /// Errors: what ended the engine, or [`crate::Error::EngineGone`], where it ended.
     pub fn call<R: Send + 'static>(&self, work: impl FnOnce(&mut Engine) -> R + Send + 'static) -> Result<R> {
         let (reply, answer) = channel();
-        self.post(move |engine| {
+        self.post(move |engine| match catch_unwind(AssertUnwindSafe(|| work(engine))) {
             // A caller that is gone drops what it asked for: a handle in it cancels its request.
-            let _ = reply.send(work(engine));
+            Ok(value) => drop(reply.send(Ok(value))),
+            Err(panic) => {
+                // Told from here: the caller may be faster than the end of the thread.
+                let _ = reply.send(Err(panicked(panic.as_ref())));
+                resume_unwind(panic)
+            }
         })?;
-        answer.recv().map_err(|_| cause_of(&self.thread.failure))
+        answer.recv().unwrap_or_else(|_| Err(cause_of(&self.thread.failure)))
     }
 
     /// [`EngineThread::call`] that does not wait: for callers that must not block. Where the engine
@@ -147,6 +150,12 @@ impl Drop for EngineThread {
             let _ = handle.join();
         }
     }
+}
+
+/// A panic of the engine's thread as an error.
+fn panicked(panic: &(dyn Any + Send)) -> Error {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    Error::device(format!("the engine's thread panicked: {}", text.unwrap_or("without a word")))
 }
 
 /// Serves until all submitters are gone and nothing is in flight.
