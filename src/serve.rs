@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use axum::serve::ListenerExt;
 use tokio::net::TcpListener;
 
 use crate::api::Engine;
@@ -59,6 +60,10 @@ pub(crate) fn run(options: ServerOptions, open: impl FnOnce() -> Result<Engine>)
 async fn serve(listener: TcpListener, app: Arc<App>) -> std::io::Result<()> {
     let (stop, stopped) = tokio::sync::oneshot::channel();
     let routes = routes::router(app.clone());
+    // Chunks are small: without this each waits for the client's delayed acknowledgement of the last.
+    let listener = listener.tap_io(|stream| {
+        let _ = stream.set_nodelay(true);
+    });
     let server = axum::serve(listener, routes).with_graceful_shutdown(async move {
         let _ = stopped.await;
     });
