@@ -63,6 +63,9 @@ impl Answer<'_> {
     fn close(&self, choice: &mut Value, index: usize, generation: &Generation) {
         choice["finish_reason"] = finish_reason(generation.output.finish).into();
         choice["logprobs"] = if self.asked.logprobs { self.logprobs(index, generation) } else { Value::Null };
+        if self.asked.token_ids {
+            choice["token_ids"] = generation.output.tokens.clone().into();
+        }
         if self.asked.details {
             choice["redraft"] = details(generation);
         }

@@ -74,6 +74,8 @@ pub(super) struct Asked {
     pub(super) provisional: Provisional,
     pub(super) logprobs: bool,
     pub(super) details: bool,
+    /// vLLM's `token_ids` beside each text.
+    pub(super) token_ids: bool,
     /// What is logged where prompts are.
     pub(super) prompt_log: String,
 }
@@ -237,6 +239,7 @@ impl Asked {
             return Err(ApiError::param("provisional", "expected stream to be true: what may change is told while it is written"));
         }
         let details = body.take::<bool>("details")?.unwrap_or(true);
+        let token_ids = body.take::<bool>("return_token_ids")?.unwrap_or(false);
         body.finish()?;
         let prompt_log = if app.options.log_prompts { format!("{prompts:?}") } else { String::new() };
         let before = |prompt: &Prompt| -> Result<String, ApiError> {
@@ -259,6 +262,7 @@ impl Asked {
             provisional,
             logprobs,
             details,
+            token_ids,
             prompt_log,
         })
     }

@@ -27,14 +27,14 @@ fn a_completion_is_the_text_of_the_command() {
     let server = Server::start(&[]);
     let alone = generated(&["--prompt", "Once upon a time", "--length", "40", "--seed", "7", "--preset", "did", "--temperature", "0.9"]);
     let body = json!({ "model": "redraft-stories-10m", "prompt": "Once upon a time", "max_tokens": 40, "seed": 7,
-        "schedule": "did", "temperature": 0.9, "logprobs": 0 });
+        "schedule": "did", "temperature": 0.9, "logprobs": 0, "return_token_ids": true });
     let answers: Vec<Value> = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..6).map(|_| scope.spawn(|| server.complete(body.clone()))).collect();
         workers.into_iter().map(|worker| worker.join().unwrap()).collect()
     });
     for answer in &answers {
         let choice = &answer["choices"][0];
-        assert_eq!(choice["text"], alone["text"]);
+        assert_eq!((&choice["text"], &choice["token_ids"]), (&alone["text"], &alone["tokens"]));
         for key in ["tokens", "confidence", "log_prob", "revealed_at", "draft", "schedule", "finish", "seed"] {
             assert_eq!(choice["redraft"][key], alone[key], "{key}");
         }
