@@ -47,11 +47,21 @@ enum PromptJson {
     Tokens(Vec<u32>),
 }
 
+/// One text or several.
 #[derive(Deserialize)]
 #[serde(untagged, expecting = "expected a text, or a list of texts")]
-enum OneOrMore {
+pub(crate) enum OneOrMore {
     One(String),
     More(Vec<String>),
+}
+
+impl OneOrMore {
+    pub(crate) fn into_list(self) -> Vec<String> {
+        match self {
+            OneOrMore::One(text) => vec![text],
+            OneOrMore::More(texts) => texts,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -80,21 +90,23 @@ enum BosJson {
 ///
 /// Errors: [`Error::Request`] that names the key, what was expected and what was found.
 pub fn request(text: &str) -> Result<(Prompt, Options)> {
-    let request: RequestJson = serde_json::from_str(text).map_err(|e| Error::request(format!("request: {e}")))?;
+    let mut request: RequestJson = serde_json::from_str(text).map_err(|e| Error::request(format!("request: {e}")))?;
     let RequestJson { prompt, messages, infill, canvas, draft, .. } = &request;
     let given = [prompt.is_some(), messages.is_some(), infill.is_some(), canvas.is_some()].iter().filter(|given| **given).count();
     let refines_alone = given == 0 && draft.is_some();
     if given != 1 && !refines_alone {
         return Err(Error::request("request: expected one of the keys prompt, messages, infill and canvas"));
     }
-    let options = request.options()?;
-    let prompt = match (request.prompt, request.draft) {
+    let (prompt, draft) = (request.prompt.take(), request.draft.take());
+    let (messages, infill, canvas) = (request.messages.take(), request.infill.take(), request.canvas.take());
+    let options = request.into_options()?;
+    let prompt = match (prompt, draft) {
         (Some(PromptJson::Text(prompt)), Some(draft)) => Prompt::refine(prompt, draft),
         (None, Some(draft)) if refines_alone => Prompt::refine("", draft),
         (_, Some(_)) => return Err(Error::request("draft: expected a prompt of text before it, or none")),
         (Some(PromptJson::Text(prompt)), None) => Prompt::Text(prompt),
         (Some(PromptJson::Tokens(tokens)), None) => Prompt::Tokens(tokens),
-        (None, None) => match (request.messages, request.infill, request.canvas) {
+        (None, None) => match (messages, infill, canvas) {
             (Some(messages), _, _) => Prompt::Conversation(Conversation::from_json(messages.get())?),
             (_, Some(text), _) => Prompt::infill(&text)?,
             (_, _, canvas) => Prompt::Canvas(canvas.unwrap_or_default()),
@@ -104,13 +116,11 @@ pub fn request(text: &str) -> Result<(Prompt, Options)> {
 }
 
 impl RequestJson {
-    fn options(&self) -> Result<Options> {
+    fn into_options(self) -> Result<Options> {
         let mut options = Options { stop_entropy: self.stop_entropy, ..Options::default() };
-        options = match &self.schedule {
-            None => options,
-            Some(OneOrMore::One(text)) => options.schedule_text(text)?,
-            Some(OneOrMore::More(stages)) => options.schedule_text(&stages.join(";"))?,
-        };
+        if let Some(schedule) = self.schedule {
+            options = options.schedule_text(&schedule.into_list().join(";"))?;
+        }
         options.length = self.length;
         options.seed = self.seed.unwrap_or_default();
         options.sample = self.sample.unwrap_or_default();
@@ -122,11 +132,7 @@ impl RequestJson {
             TopPRuleJson::Crossing => TopPRule::Crossing,
         });
         options.top_k = self.top_k;
-        options.stop = match &self.stop {
-            None => Vec::new(),
-            Some(OneOrMore::One(text)) => vec![text.clone()],
-            Some(OneOrMore::More(texts)) => texts.clone(),
-        };
+        options.stop = self.stop.map_or_else(Vec::new, OneOrMore::into_list);
         options.ignore_eos = self.ignore_eos.unwrap_or_default();
         options.bos = match self.bos {
             None | Some(BosJson::Auto) => Bos::Auto,

@@ -55,8 +55,7 @@ impl Answer<'_> {
 
     /// Text of a choice, with the prompt in front where that was asked for.
     fn text(&self, index: usize, generation: &Generation) -> String {
-        let text = if self.asked.hole_alone { generation.pieces().concat() } else { generation.text.clone() };
-        format!("{}{text}", self.asked.echo[index])
+        format!("{}{}", self.asked.echo[index], self.asked.text(generation))
     }
 
     /// What stands at the end of a choice: why it ended, and its tokens.

@@ -7,7 +7,8 @@ use serde_json::value::RawValue;
 use super::app::App;
 use super::body::Body;
 use super::error::ApiError;
-use crate::api::{Options, Prompt};
+use crate::api::json::OneOrMore;
+use crate::api::{Generation, Options, Prompt};
 use crate::chat::Conversation;
 use crate::request::{Bos, Segment};
 use crate::sampling::TopPRule;
@@ -91,13 +92,6 @@ enum PromptsJson {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a text, or a list of texts")]
-enum OneOrMore {
-    One(String),
-    More(Vec<String>),
-}
-
-#[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct StreamOptions {
     include_usage: Option<bool>,
@@ -175,6 +169,12 @@ fn joined_content(mut message: serde_json::Value) -> Result<serde_json::Value, A
 }
 
 impl Asked {
+    /// Text of a choice: what was generated, or the whole text with its holes filled, but of a hole
+    /// before a suffix what fills it.
+    pub(super) fn text(&self, generation: &Generation) -> String {
+        if self.hole_alone { generation.pieces().concat() } else { generation.text.clone() }
+    }
+
     /// Reads the body of `/v1/completions` or `/v1/chat/completions`.
     ///
     /// Errors: what is wrong, with the key.
@@ -321,11 +321,7 @@ fn prompts(
 fn options(body: &mut Body, length: Option<usize>, app: &App) -> Result<Options, ApiError> {
     let mut options = Options::default();
     if let Some(schedule) = body.take::<OneOrMore>("schedule")? {
-        let text = match schedule {
-            OneOrMore::One(text) => text,
-            OneOrMore::More(stages) => stages.join(";"),
-        };
-        options = options.schedule_text(&text).map_err(|e| ApiError::param("schedule", e))?;
+        options = options.schedule_text(&schedule.into_list().join(";")).map_err(|e| ApiError::param("schedule", e))?;
     }
     if let Some(length) = length {
         options = options.length(length);
@@ -349,11 +345,7 @@ fn options(body: &mut Body, length: Option<usize>, app: &App) -> Result<Options,
         Some("crossing") => options = options.top_p_rule(TopPRule::Crossing),
         Some(other) => return Err(ApiError::param("top_p_rule", format!("expected within or crossing, found {other}"))),
     }
-    let stop = match body.take::<OneOrMore>("stop")? {
-        None => Vec::new(),
-        Some(OneOrMore::One(text)) => vec![text],
-        Some(OneOrMore::More(texts)) => texts,
-    };
+    let stop = body.take::<OneOrMore>("stop")?.map_or_else(Vec::new, OneOrMore::into_list);
     if stop.len() > MAX_STOPS {
         return Err(ApiError::param("stop", format!("expected at most {MAX_STOPS} texts, found {}", stop.len())));
     }

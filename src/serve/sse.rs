@@ -75,7 +75,7 @@ async fn write(app: &App, asked: &Asked, id: &str, choices: Vec<Choice>, chunks:
                 Ok(generation) => {
                     app.finished(asked.endpoint.name(), id, &generation);
                     // The holes of a given text have no deltas.
-                    let text = if asked.hole_alone { generation.pieces().concat() } else { generation.text.clone() };
+                    let text = asked.text(&generation);
                     let rest = text.strip_prefix(sent[index].as_str()).unwrap_or_default();
                     send(answer.closing(index, rest, &generation)).await;
                     generations[index] = Some(generation);
