@@ -48,8 +48,6 @@ enum redraft_status
   REDRAFT_ERROR_ENGINE_GONE = -11,
   // A fault of the library: a panic was caught, and the text is what it said.
   REDRAFT_ERROR_PANIC = -12,
-  // An error that this interface has no number for.
-  REDRAFT_ERROR_OTHER = -13,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L

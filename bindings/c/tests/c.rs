@@ -89,11 +89,9 @@ const TINY: Checked = Checked { dir: "tests/fixtures/bd3lm-plain", length: 12, k
 impl Checked {
     /// Runs `command` with what `check.c` takes.
     fn run(&self, command: &mut Command) -> Output {
-        let without_weights = tempfile::tempdir().expect("a directory");
-        let dir = root().join(self.dir);
-        std::fs::copy(dir.join("config.json"), without_weights.path().join("config.json")).expect("copied");
+        let broken = broken_models();
         let numbers = [self.length, self.kv_pages, self.long, self.too_long].map(|number| number.to_string());
-        run(command.arg(&dir).arg(self.text_of_the_command()).args(numbers).arg(without_weights.path()))
+        run(command.arg(root().join(self.dir)).arg(self.text_of_the_command()).args(numbers).arg(broken.path()))
     }
 
     /// What the command writes for the prompt and the seed of `check.c`. REDRAFT_COMMAND names
@@ -112,6 +110,55 @@ impl Checked {
         let object = text(run(command.arg(self.length.to_string()).arg("--model").arg(root().join(self.dir))));
         let object: serde_json::Value = serde_json::from_str(&object).expect("an object");
         object["text"].as_str().expect("a text").to_owned()
+    }
+}
+
+/// Models that cannot be opened, or that compute what cannot be used.
+fn broken_models() -> tempfile::TempDir {
+    let broken = tempfile::tempdir().expect("a directory");
+    let whole = root().join(TINY.dir);
+    let [no_weights, linked, overflow] = ["no-weights", "loop", "overflow"].map(|name| {
+        let dir = broken.path().join(name);
+        std::fs::create_dir(&dir).expect("made");
+        for file in ["config.json", "tokenizer.json"] {
+            std::fs::copy(whole.join(file), dir.join(file)).expect("copied");
+        }
+        dir.join("model.safetensors")
+    });
+    assert!(!no_weights.exists());
+    std::os::unix::fs::symlink("model.safetensors", linked).expect("linked");
+    let weights = std::fs::read(whole.join("model.safetensors")).expect("weights");
+    std::fs::write(overflow, with_infinite_logits(weights)).expect("written");
+    broken
+}
+
+/// A safetensors file, f32, with the largest numbers in the layer that computes the logits.
+fn with_infinite_logits(mut file: Vec<u8>) -> Vec<u8> {
+    let (len, rest) = file.split_first_chunk_mut::<8>().expect("a length");
+    let (header, data) = rest.split_at_mut(u64::from_le_bytes(*len) as usize);
+    let header: serde_json::Value = serde_json::from_slice(header).expect("a header");
+    let place = &header["backbone.output_layer.linear.weight"]["data_offsets"];
+    let [start, end] = [&place[0], &place[1]].map(|at| at.as_u64().expect("a place") as usize);
+    data[start..end].as_chunks_mut().0.fill(f32::MAX.to_le_bytes());
+    file
+}
+
+/// An error that the bindings have no number or class for would be told as a fault of the library.
+#[test]
+fn every_error_has_a_status_and_a_class() {
+    let read = |path: &Path| std::fs::read_to_string(path).expect("a source");
+    let source = read(&root().join("src/error.rs"));
+    let (_, variants) = source.split_once("pub enum Error {\n").expect("the enum");
+    let (variants, _) = variants.split_once("\n}\n").expect("its end");
+    let names = variants.lines().filter_map(|line| line.strip_prefix("    ").filter(|line| line.starts_with(char::is_uppercase)));
+    let names: Vec<&str> = names.map(|line| line.trim_end_matches([' ', '{', ','])).collect();
+    assert!(names.contains(&"Config") && names.contains(&"EngineGone"), "{names:?}");
+    for mapped in [here().join("src/status.rs"), root().join("bindings/python/src/errors.rs")] {
+        let text = read(&mapped);
+        for name in &names {
+            let row = [" { .. } =>", " =>"].iter().any(|rest| text.contains(&format!("Error::{name}{rest}")));
+            assert!(row, "{}: no row for Error::{name}", mapped.display());
+        }
     }
 }
 

@@ -1,10 +1,12 @@
-/* Uses every call of redraft.h as C and as C++, and provokes each error that a caller can.
+/* Uses every call of redraft.h as C and as C++, and provokes each error that a caller can: every
+ * status but REDRAFT_ERROR_PANIC, which says that the library is wrong.
  *
- *     check MODEL_DIR EXPECTED_TEXT LENGTH KV_PAGES LONG TOO_LONG DIR_WITHOUT_WEIGHTS
+ *     check MODEL_DIR EXPECTED_TEXT LENGTH KV_PAGES LONG TOO_LONG BROKEN
  *
  * EXPECTED_TEXT is what the command writes for "once upon a time", seed 7 and LENGTH tokens on the
- * CPU. KV_PAGES pages hold a text of LONG tokens, and none of TOO_LONG. Says nothing and ends with
- * 0 where all is well. */
+ * CPU. KV_PAGES pages hold a text of LONG tokens, and none of TOO_LONG. BROKEN holds models that
+ * lack something: `no-weights`; `loop`, whose weights are a link to themselves; `overflow`, whose
+ * logits are infinite. Says nothing and ends with 0 where all is well. */
 #include <redraft.h>
 
 #include <pthread.h>
@@ -250,8 +252,28 @@ static void check_texts(const redraft_engine *engine) {
   redraft_free(NULL);
 }
 
-static void check_errors(const char *dir, const char *without_weights, const char *too_long, const redraft_engine *engine) {
-  char json[256];
+/* Infinite logits: the forward fails, and every call for the request says so. */
+static void check_overflow(const char *dir) {
+  redraft_engine *engine = NULL;
+  redraft_request *request = NULL;
+  redraft_event_kind kind = REDRAFT_EVENT_DELTA;
+  redraft_status status = REDRAFT_OK;
+  const char *text = NULL;
+  STATUS(redraft_engine_open(dir, "{\"device\": \"cpu\", \"threads\": 1}", &engine), REDRAFT_OK);
+  if (engine == NULL) return;
+  STATUS(redraft_submit(engine, "{\"prompt\": [1, 2], \"length\": 4}", &request), REDRAFT_OK);
+  while ((status = redraft_next(request, -1, &kind, &text, NULL)) == REDRAFT_OK && kind != REDRAFT_EVENT_FAILED) {
+  }
+  CHECK(status == REDRAFT_OK && strstr(text, "finite") != NULL, "status %d", (int)status);
+  STATUS(redraft_next(request, -1, NULL, NULL, NULL), REDRAFT_END);
+  FAILS(redraft_wait(request, -1), REDRAFT_ERROR_KERNEL, "finite");
+  FAILS(redraft_result(request, &text, NULL), REDRAFT_ERROR_KERNEL, "finite");
+  STATUS(redraft_request_free(request), REDRAFT_OK);
+  STATUS(redraft_engine_close(engine), REDRAFT_OK);
+}
+
+static void check_errors(const char *dir, const char *broken, const char *too_long, const redraft_engine *engine) {
+  char json[256], path[512];
   redraft_engine *none = (redraft_engine *)&failures;
   redraft_request *request = (redraft_request *)&failures;
   const char *text = NULL;
@@ -263,8 +285,13 @@ static void check_errors(const char *dir, const char *without_weights, const cha
   FAILS(redraft_engine_open("\xff", NULL, &none), REDRAFT_ERROR_ARGUMENT, "UTF-8");
   FAILS(redraft_engine_open(dir, NULL, NULL), REDRAFT_ERROR_ARGUMENT, "engine");
   FAILS(redraft_engine_open("no/such/directory", NULL, &none), REDRAFT_ERROR_CONFIG, "no/such/directory");
-  FAILS(redraft_engine_open(without_weights, NULL, &none), REDRAFT_ERROR_WEIGHTS, "safetensors");
+  snprintf(path, sizeof path, "%s/no-weights", broken);
+  FAILS(redraft_engine_open(path, NULL, &none), REDRAFT_ERROR_WEIGHTS, "safetensors");
   CHECK(none == NULL, "a handle after an error");
+  snprintf(path, sizeof path, "%s/loop", broken);
+  FAILS(redraft_engine_open(path, NULL, &none), REDRAFT_ERROR_IO, "loop/model.safetensors: ");
+  snprintf(path, sizeof path, "%s/overflow", broken);
+  check_overflow(path);
   FAILS(redraft_engine_open(dir, "{\"devise\": 1}", &none), REDRAFT_ERROR_REQUEST, "devise");
   FAILS(redraft_engine_open(dir, "{\"device\": \"cuda:77\"}", &none), REDRAFT_ERROR_DEVICE, "");
   FAILS(redraft_engine_open(dir, "{\"tokenizer\": \"no.json\"}", &none), REDRAFT_ERROR_TOKENIZER, "no.json");

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import pytest
 
 import redraft
@@ -18,6 +19,21 @@ MODEL = ROOT / "models" / "redraft-stories-10m"
 @pytest.fixture(scope="session")
 def model() -> Path:
     return MODEL
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path) -> Path:
+    """A tiny model whose logits are infinite: its last layer holds the largest numbers of f32."""
+    whole, dir = ROOT / "tests" / "fixtures" / "bd3lm-plain", tmp_path / "overflowing"
+    dir.mkdir()
+    for name in ["config.json", "tokenizer.json"]:
+        (dir / name).write_bytes((whole / name).read_bytes())
+    file = bytearray((whole / "model.safetensors").read_bytes())
+    data = 8 + int.from_bytes(file[:8], "little")
+    start, end = json.loads(file[8:data])["backbone.output_layer.linear.weight"]["data_offsets"]
+    file[data + start : data + end] = np.full((end - start) // 4, np.finfo("<f4").max, "<f4").tobytes()
+    (dir / "model.safetensors").write_bytes(file)
+    return dir
 
 
 @pytest.fixture(scope="session")

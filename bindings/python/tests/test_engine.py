@@ -123,7 +123,7 @@ def test_cancel(engine: redraft.Engine) -> None:
     assert engine.stats["kv_pages_used"] == 0
 
 
-def test_errors_have_kinds(engine: redraft.Engine, model: Path, tmp_path: Path) -> None:
+def test_errors_have_kinds(engine: redraft.Engine, model: Path, overflowing: Path, tmp_path: Path) -> None:
     with pytest.raises(redraft.ConfigError, match="no such model"):
         redraft.Engine("no/such/directory")
     (tmp_path / "config.json").write_text((model / "config.json").read_text())
@@ -150,6 +150,13 @@ def test_errors_have_kinds(engine: redraft.Engine, model: Path, tmp_path: Path) 
     with pytest.raises(redraft.EngineGone, match="closed"):
         small.generate("a")
     small.close()
+    weights = tmp_path / "model.safetensors"
+    weights.symlink_to(weights)
+    with pytest.raises(redraft.FileError, match="model.safetensors: ") as refused:
+        redraft.Engine(tmp_path)
+    assert isinstance(refused.value, OSError)
+    with redraft.Engine(overflowing, device="cpu", threads=1) as broken, pytest.raises(redraft.KernelError, match="finite"):
+        broken.generate([1, 2], length=4)
     assert all(issubclass(getattr(redraft, name), redraft.RedraftError) for name in dir(redraft) if name.endswith("Error"))
 
 
