@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
+use crate::gguf;
 use crate::input_file::{self, MAX_JSON_BYTES};
 use crate::plan::{LogitsRows, Visibility};
 use crate::sampling::{valid_temperature, valid_top_p};
@@ -213,11 +214,7 @@ impl ModelConfig {
     /// What `dir/generation_config.json` adds, where there is one: chat models name there what ends
     /// a turn. Its sampling is advice: a value that cannot be followed is passed over.
     fn read_generation(&mut self, dir: &Path, config: &ConfigJson) -> Result<()> {
-        let path = dir.join("generation_config.json");
-        let text = input_file::read_optional_text(&path, MAX_JSON_BYTES).map_err(|e| Error::config(&path, format!("cannot read: {e}")))?;
-        let Some(text) = text else { return Ok(()) };
-        let value = input_file::parse_json(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))?;
-        let Value::Object(map) = value else { return Err(Error::config(&path, format!("expected a JSON object, found {value}"))) };
+        let Some((path, map)) = json_file(dir, "generation_config.json")? else { return Ok(()) };
         let keys = ConfigJson { path: &path, map: &map, inner: None, parent: "", warnings: config.warnings };
         self.stop_ids.extend(keys.tokens("eos_token_id", self.vocab_size)?);
         self.sampling = SamplingDefaults {
@@ -302,8 +299,12 @@ pub struct ConfigJson<'a> {
 }
 
 impl<'a> ConfigJson<'a> {
-    /// What `read` makes of `dir/config.json`.
+    /// What `read` makes of `dir/config.json`, or of what a GGUF file has in its place.
     pub fn read<T>(dir: &Path, read: impl FnOnce(&ConfigJson) -> Result<T>) -> Result<T> {
+        if let Some(file) = gguf::file_of(dir)? {
+            let map = gguf::json(&file, "config.json")?.unwrap_or_default();
+            return read(&ConfigJson { path: &file, map: &map, inner: None, parent: "", warnings: &RefCell::default() });
+        }
         let path = dir.join("config.json");
         if dir.is_file() || !input_file::exists(&path).unwrap_or(true) {
             return Err(no_config(dir, &path));
@@ -636,6 +637,21 @@ fn block_len_in(name: &str) -> Option<usize> {
     name.rmatch_indices(['-', '_', '.']).find_map(|(at, _)| number(name[at + 1..].strip_prefix('b')?))
 }
 
+/// A JSON object of a directory, or of what a GGUF file has in its place, and the file to name in
+/// errors; none where there is no such file.
+fn json_file(dir: &Path, name: &str) -> Result<Option<(PathBuf, Map<String, Value>)>> {
+    if let Some(file) = gguf::file_of(dir)? {
+        return Ok(gguf::json(&file, name)?.map(|map| (file, map)));
+    }
+    let path = dir.join(name);
+    let text = input_file::read_optional_text(&path, MAX_JSON_BYTES).map_err(|e| Error::config(&path, format!("cannot read: {e}")))?;
+    let Some(text) = text else { return Ok(None) };
+    match input_file::parse_json(&text).map_err(|e| Error::config(&path, format!("expected a JSON object: {e}")))? {
+        Value::Object(map) => Ok(Some((path, map))),
+        value => Err(Error::config(&path, format!("expected a JSON object, found {value}"))),
+    }
+}
+
 /// Tokens that the tokenizer of a directory adds, by id; none, and why, where it has no tokenizer:
 /// another may be named with a flag.
 fn added_tokens(dir: &Path) -> Result<(BTreeMap<u32, AddedToken>, Option<Error>)> {
@@ -649,10 +665,8 @@ fn added_tokens(dir: &Path) -> Result<(BTreeMap<u32, AddedToken>, Option<Error>)
 /// The id of the `eos_token` that `dir/tokenizer_config.json` names, where both are there: what
 /// ends a text for programs that ask the tokenizer.
 fn tokenizer_eos(dir: &Path, vocab_size: usize, config: &ConfigJson) -> Result<Option<u32>> {
-    let path = dir.join("tokenizer_config.json");
-    let text = input_file::read_optional_text(&path, MAX_JSON_BYTES).map_err(|e| Error::config(&path, format!("cannot read: {e}")))?;
-    let Some(text) = text else { return Ok(None) };
-    let value = input_file::parse_json(&text).map_err(|e| Error::config(&path, format!("not JSON: {e}")))?;
+    let Some((path, value)) = json_file(dir, "tokenizer_config.json")? else { return Ok(None) };
+    let value = Value::Object(value);
     // A text, or an object that describes the token.
     let content = value["eos_token"].as_str().or_else(|| value["eos_token"]["content"].as_str());
     let Some(content) = content else { return Ok(None) };
@@ -675,7 +689,7 @@ fn tokenizer_eos(dir: &Path, vocab_size: usize, config: &ConfigJson) -> Result<O
 /// Why a directory has no configuration, and the next move.
 fn no_config(dir: &Path, path: &Path) -> Error {
     if dir.is_file() {
-        let what = "a file: expected the directory that it lies in, with config.json beside the weights";
+        let what = "a file: expected a GGUF file, or the directory that it lies in, with config.json beside the weights";
         return Error::config(dir, what);
     }
     if !dir.exists() {

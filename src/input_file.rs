@@ -35,9 +35,13 @@ pub(crate) fn open(path: &Path) -> Result<File> {
 }
 
 /// Whether there is something of that name: a file that may not be looked at is an error, and so
-/// is a link to nothing.
+/// is a link to nothing. Nothing is in a file, as in one that is a whole model.
 pub(crate) fn exists(path: &Path) -> Result<bool> {
-    Ok(path.try_exists()? || path.is_symlink())
+    match path.try_exists() {
+        Ok(exists) => Ok(exists || path.is_symlink()),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// All bytes of a regular file.
@@ -62,6 +66,24 @@ pub(crate) fn read_optional_text(path: &Path, max_bytes: u64) -> Result<Option<S
         true => read_text(path, max_bytes).map(Some),
         false => Ok(None),
     }
+}
+
+/// Reads at a place of its own, so that threads share a file.
+#[cfg(unix)]
+pub(crate) fn read_exact_at(file: &File, bytes: &mut [u8], at: usize) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at as u64)
+}
+
+/// Reads at a place of its own, so that threads share a file.
+#[cfg(windows)]
+pub(crate) fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: usize) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, at as u64)? {
+            0 => return Err(ErrorKind::UnexpectedEof.into()),
+            read => (bytes, at) = (&mut bytes[read..], at + read),
+        }
+    }
+    Ok(())
 }
 
 /// Everything that `source` gives, up to a bound.
@@ -117,7 +139,7 @@ pub(crate) fn looks_like(bytes: &[u8]) -> Option<&'static str> {
     let begins = |what: &str| text.get(..what.len()).is_some_and(|start| start.eq_ignore_ascii_case(what.as_bytes()));
     const SIGNATURES: [(&[u8], &str); 12] = [
         (b"PK\x03\x04", "a zip archive, as torch.save writes: save the weights again with safetensors"),
-        (b"GGUF", "a GGUF file of llama.cpp: expected the Hugging Face directory with safetensors that it was made from"),
+        (b"GGUF", "a GGUF file of llama.cpp: give its own path as the model's"),
         (b"ggml", "a GGML file: expected the Hugging Face directory with safetensors that it was made from"),
         (b"\x1f\x8b", "gzip data: unpack it first"),
         (b"\xfd7zXZ\x00", "xz data: unpack it first"),

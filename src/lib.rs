@@ -29,7 +29,8 @@
 //! | module | contains |
 //! |---|---|
 //! | `error`, `rng`, `canvas`, `pages`, `plan` | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
-//! | `config`, `weights`, `tokenizer`, `chat` | a checkpoint directory, validated |
+//! | `gguf` | a checkpoint in one file of llama.cpp, in the words of a directory |
+//! | `config`, `weights`, `tokenizer`, `chat` | a checkpoint, validated |
 //! | `schedule`, `sampling` | what a request asks for; which token, which positions are unmasked, which masked again |
 //! | `backend`, `cpu`, `cuda` | ops of a machine, runners of planned steps; the CPU; the CUDA backend |
 //! | `model` | the forward pass and the families |
@@ -111,6 +112,10 @@ pub mod engine;
 mod error;
 #[cfg(feature = "testing")]
 pub mod error;
+#[cfg(not(feature = "testing"))]
+mod gguf;
+#[cfg(feature = "testing")]
+pub mod gguf;
 #[cfg(not(feature = "testing"))]
 mod model;
 #[cfg(feature = "testing")]

@@ -1,5 +1,6 @@
-//! Checkpoint files: safetensors, single or sharded with an index, read as named, shape-checked
-//! tensors.
+//! Checkpoint files: safetensors, single or sharded with an index, or GGUF, read as named,
+//! shape-checked tensors. Names, shapes and the order of rows are those of a directory, whatever
+//! the file has.
 //!
 //! Weights are read once, straight into their packed form. They are read and not mapped: a file
 //! that another program cuts short meanwhile gives an error that names the tensor, where a mapping
@@ -19,7 +20,12 @@ use safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::input_file::{self, MAX_JSON_BYTES};
+use crate::gguf;
+use crate::gguf::blocks::{BlockType, GROUP, Group4, Group8};
+use crate::gguf::container::{READ_TYPES, TensorType};
+use crate::gguf::model::GgufModel;
+use crate::gguf::tensor_names::RowOrder;
+use crate::input_file::{self, MAX_JSON_BYTES, read_exact_at};
 
 /// Bytes of a header at most, as the safetensors crate has it.
 const MAX_HEADER_BYTES: usize = 100_000_000;
@@ -40,7 +46,7 @@ const FIRST_BYTES: usize = 512;
 /// Problems of one checkpoint that an error names.
 const NAMED_PROBLEMS: usize = 4;
 
-/// All tensors of a model directory.
+/// All tensors of a model.
 pub struct Weights {
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
@@ -57,19 +63,78 @@ struct Shard {
 
 struct Entry {
     shard: usize,
-    dtype: Dtype,
+    format: Format,
     shape: Vec<usize>,
     /// Byte range in the shard's file.
     start: usize,
     end: usize,
+    order: RowOrder,
+    /// What a GGUF file calls it, or that of which it is a piece.
+    stored_as: Option<String>,
+}
+
+/// What the elements of a stored tensor are.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Format {
+    F32,
+    F16,
+    Bf16,
+    Blocks(BlockType),
+    /// A type that is not read, with the name that its file format has for it.
+    Other(String),
+}
+
+impl Format {
+    fn of_safetensors(dtype: Dtype) -> Format {
+        match dtype {
+            Dtype::F32 => Format::F32,
+            Dtype::F16 => Format::F16,
+            Dtype::BF16 => Format::Bf16,
+            other => Format::Other(format!("{other:?}")),
+        }
+    }
+
+    fn of_gguf(kind: TensorType) -> Format {
+        match kind {
+            TensorType::F32 => Format::F32,
+            TensorType::F16 => Format::F16,
+            TensorType::Bf16 => Format::Bf16,
+            TensorType::Blocks(kind) => Format::Blocks(kind),
+            TensorType::Other(name, ..) => Format::Other(name.into()),
+        }
+    }
+
+    fn name(&self) -> &str {
+        match self {
+            Format::F32 => "F32",
+            Format::F16 => "F16",
+            Format::Bf16 => "BF16",
+            Format::Blocks(kind) => kind.name(),
+            Format::Other(name) => name,
+        }
+    }
+
+    /// Elements and bytes of the smallest piece that is read by itself.
+    fn piece(&self) -> (usize, usize) {
+        match self {
+            Format::F32 => (1, 4),
+            Format::F16 | Format::Bf16 => (1, 2),
+            Format::Blocks(kind) => (kind.num_values(), kind.num_bytes()),
+            Format::Other(name) => unreachable!("tensors of type {name} are refused before they are read"),
+        }
+    }
 }
 
 impl Weights {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists, or the
+    /// GGUF file that the path names ([`gguf::file_of`]).
     ///
-    /// Errors: a file that is absent, cut short or no safetensors file; a tensor in two shards, or
+    /// Errors: a file that is absent, cut short or of another format; a tensor in two shards, or
     /// in another than the index says.
     pub fn open(dir: &Path) -> Result<Weights> {
+        if let Some(file) = gguf::file_of(dir)? {
+            return Weights::open_gguf(&file);
+        }
         let index = dir.join("model.safetensors.index.json");
         let single = dir.join("model.safetensors");
         let exists = |path: &Path| input_file::exists(path).map_err(|e| Error::io(path, &e));
@@ -100,6 +165,29 @@ impl Weights {
         Ok(weights)
     }
 
+    /// The tensors of a GGUF file and of the others that it was split into.
+    fn open_gguf(file: &Path) -> Result<Weights> {
+        let model = GgufModel::open(file)?;
+        let mut tensors = BTreeMap::new();
+        for tensor in model.tensors()? {
+            let entry = Entry {
+                shard: tensor.part,
+                format: Format::of_gguf(tensor.kind),
+                shape: tensor.shape,
+                start: tensor.bytes.start,
+                end: tensor.bytes.end,
+                order: tensor.order,
+                stored_as: Some(tensor.stored_as.clone()),
+            };
+            if let Some(other) = tensors.insert(tensor.name.clone(), entry) {
+                let what = format!("tensors {} and {} both hold {}", other.stored_as.unwrap_or_default(), tensor.stored_as, tensor.name);
+                return Err(Error::weights(file, what));
+            }
+        }
+        let shards = model.parts.into_iter().map(|part| Shard { path: part.path, file: part.file }).collect();
+        Ok(Weights { shards, tensors, source: file.to_path_buf(), random: false })
+    }
+
     /// What is wrong where the index puts a tensor.
     fn misplaced(&self, tensor: &str, path: &Path) -> Option<Error> {
         let file = |path: &Path| path.file_name().unwrap_or_default().display().to_string();
@@ -127,7 +215,8 @@ impl Weights {
         for (name, info) in metadata.tensors() {
             // Offsets lie within the file, whose length the header agrees with.
             let (start, end) = (data + info.data_offsets.0, data + info.data_offsets.1);
-            let entry = Entry { shard, dtype: info.dtype, shape: info.shape.clone(), start, end };
+            let format = Format::of_safetensors(info.dtype);
+            let entry = Entry { shard, format, shape: info.shape.clone(), start, end, order: RowOrder::Plain, stored_as: None };
             if let Some(other) = self.tensors.insert(name.clone(), entry) {
                 let other = self.shards[other.shard].path.file_name().unwrap_or_default().display();
                 return Err(Error::weights(&path, format!("tensor {name} appears in two shards, the other is {other}")));
@@ -147,11 +236,16 @@ impl Weights {
             return Err(Error::weights(&self.source, format!("tensor {name} is missing; expected shape {shape:?}")));
         };
         let shard = &self.shards[entry.shard];
-        if entry.shape != shape {
-            return Err(Error::weights(&shard.path, format!("tensor {name}: expected shape {shape:?}, found {:?}", entry.shape)));
+        let shown = || entry.stored_as.as_ref().map_or_else(|| name.to_owned(), |stored| format!("{stored} ({name})"));
+        if let Format::Other(found) = &entry.format {
+            let what = match entry.stored_as {
+                Some(_) => format!("type {found} is not read; types that are read: {READ_TYPES}"),
+                None => format!("expected dtype F32, BF16 or F16, found {found}"),
+            };
+            return Err(Error::weights(&shard.path, format!("tensor {}: {what}", shown())));
         }
-        if !matches!(entry.dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16) {
-            return Err(Error::weights(&shard.path, format!("tensor {name}: expected dtype F32, BF16 or F16, found {:?}", entry.dtype)));
+        if entry.shape != shape {
+            return Err(Error::weights(&shard.path, format!("tensor {}: expected shape {shape:?}, found {:?}", shown(), entry.shape)));
         }
         Ok(Tensor { name: name.to_string(), len: shape.iter().product(), data: Data::Stored(entry, shard) })
     }
@@ -199,10 +293,19 @@ impl Weights {
 
     /// The distinct dtypes, for reports.
     pub fn dtypes(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.tensors.values().map(|e| format!("{:?}", e.dtype)).collect();
+        let mut names: Vec<String> = self.tensors.values().map(|e| e.format.name().to_owned()).collect();
         names.sort();
         names.dedup();
         names
+    }
+
+    /// Whether nearly all weights are stored in 16 bits or fewer: all but one in 16, since norms
+    /// and routers of small files are often f32.
+    pub fn are_narrow(&self) -> bool {
+        let elements = |e: &Entry| e.shape.iter().product::<usize>();
+        let is_wide = |e: &&Entry| !matches!(e.format, Format::F16 | Format::Bf16 | Format::Blocks(_));
+        let wide: usize = self.tensors.values().filter(is_wide).map(elements).sum();
+        wide.saturating_mul(16) <= self.num_elements() && self.num_elements() > 0
     }
 }
 
@@ -284,7 +387,7 @@ fn no_weights(dir: &Path) -> String {
         );
     }
     if let Some(name) = found(".gguf") {
-        return format!("{EXPECTED}; found {name}, a file of llama.cpp: download the Hugging Face directory that it was made from");
+        return format!("{EXPECTED}; found {name}, a file of llama.cpp: name the file itself, {}", dir.join(name).display());
     }
     if let Some(name) = [".h5", ".msgpack", ".onnx"].into_iter().find_map(found) {
         return format!("{EXPECTED}; found {name}, weights of another framework");
@@ -362,54 +465,119 @@ impl Tensor<'_> {
                 return Ok(());
             }
         };
-        let size = match entry.dtype {
-            Dtype::F32 => 4,
-            _ => 2,
+        let end = first + dst.len();
+        assert!(end <= self.len, "elements {first}..{end} of tensor {}", self.name);
+        let finite = match entry.order {
+            RowOrder::Plain => self.read_stored(entry, shard, first, dst)?,
+            RowOrder::Interleaved { .. } => self.read_rows(entry, shard, first, dst)?,
         };
-        let range = entry.start + first * size..entry.start + (first + dst.len()) * size;
-        assert!(range.end <= entry.end, "elements {first}..{} of tensor {}", first + dst.len(), self.name);
-        shard.ask_ahead(&range, entry);
-        let mut finite = true;
-        match entry.dtype {
-            Dtype::F32 => {
-                for (i, dst) in dst.chunks_mut(AT_ONCE).enumerate() {
-                    shard.read(bytemuck::cast_slice_mut(dst), range.start + i * AT_ONCE * size, &self.name)?;
-                    if cfg!(target_endian = "big") {
-                        dst.iter_mut().for_each(|value| *value = f32::from_bits(value.to_bits().swap_bytes()));
-                    }
-                    // Without an early end, so that it runs on vectors: the largest magnitude says
-                    // whether to look for the culprit.
-                    let largest = dst.iter().fold(0, |largest, value| largest.max(value.to_bits() & 0x7fff_ffff));
-                    finite &= largest < f32::INFINITY.to_bits();
-                }
-            }
-            dtype => {
-                let mut halves = vec![0u16; dst.len().min(AT_ONCE)];
-                for (i, dst) in dst.chunks_mut(AT_ONCE).enumerate() {
-                    let halves = &mut halves[..dst.len()];
-                    shard.read(bytemuck::cast_slice_mut(halves), range.start + i * AT_ONCE * size, &self.name)?;
-                    if cfg!(target_endian = "big") {
-                        halves.iter_mut().for_each(|half| *half = half.swap_bytes());
-                    }
-                    let largest = halves.iter().fold(0, |largest, half| largest.max(half & 0x7fff));
-                    match dtype {
-                        Dtype::BF16 => {
-                            finite &= largest < half::bf16::INFINITY.to_bits();
-                            dst.iter_mut().zip(&*halves).for_each(|(value, half)| *value = f32::from_bits(u32::from(*half) << 16));
-                        }
-                        // Where the machine has an instruction for it.
-                        _ => {
-                            finite &= largest < half::f16::INFINITY.to_bits();
-                            bytemuck::cast_slice::<u16, half::f16>(halves).convert_to_f32_slice(dst);
-                        }
-                    }
-                }
-            }
-        }
         if !finite && let Some(at) = dst.iter().position(|v| !v.is_finite()) {
             return Err(Error::weights(&shard.path, format!("tensor {}: element {} is {}", self.name, first + at, dst[at])));
         }
         Ok(())
+    }
+
+    /// Elements from `first` on where rows are stored in another order. False: one that was read is
+    /// not finite.
+    fn read_rows(&self, entry: &Entry, shard: &Shard, first: usize, dst: &mut [f32]) -> Result<bool> {
+        let width = entry.width();
+        let (mut finite, mut at, mut rest) = (true, first, dst);
+        let mut span = Vec::new();
+        while !rest.is_empty() {
+            let (row, column) = (at / width, at % width);
+            let whole = if column == 0 { rest.len() / width } else { 0 };
+            let run = entry.run(row, whole.clamp(1, (AT_ONCE / width).max(1)));
+            let len = if whole == 0 { rest.len().min(width - column) } else { run.count * width };
+            let (part, after) = rest.split_at_mut(len);
+            if run.count == 1 {
+                finite &= self.read_stored(entry, shard, run.stored * width + column, part)?;
+            } else {
+                span.resize(run.span() * width, 0.0);
+                finite &= self.read_stored(entry, shard, run.stored * width, &mut span)?;
+                for (row, stored) in part.chunks_exact_mut(width).zip(span.chunks(run.stride * width)) {
+                    row.copy_from_slice(&stored[..width]);
+                }
+            }
+            at += len;
+            rest = after;
+        }
+        Ok(finite)
+    }
+
+    /// Elements from `first` on in the order of the file. False: one of them is not finite.
+    fn read_stored(&self, entry: &Entry, shard: &Shard, first: usize, dst: &mut [f32]) -> Result<bool> {
+        let (len, size) = entry.format.piece();
+        let at = |element: usize| entry.start + element / len * size;
+        shard.ask_ahead(&(at(first)..at((first + dst.len()).next_multiple_of(len))), entry);
+        let mut finite = true;
+        match entry.format {
+            Format::F32 => {
+                for (i, dst) in dst.chunks_mut(AT_ONCE).enumerate() {
+                    shard.read(bytemuck::cast_slice_mut(dst), at(first + i * AT_ONCE), &self.name)?;
+                    if cfg!(target_endian = "big") {
+                        dst.iter_mut().for_each(|value| *value = f32::from_bits(value.to_bits().swap_bytes()));
+                    }
+                    finite &= are_finite(dst);
+                }
+            }
+            Format::Blocks(kind) => {
+                let mut bytes = vec![0; dst.len().div_ceil(len).min(AT_ONCE / len) * size];
+                let mut edge = vec![0.0; len];
+                let (mut element, mut rest) = (first, dst);
+                while !rest.is_empty() {
+                    let (inside, whole) = (element % len, (rest.len() / len).min(AT_ONCE / len));
+                    let part = if inside > 0 || whole == 0 {
+                        // A piece of one block.
+                        shard.read(&mut bytes[..size], at(element), &self.name)?;
+                        kind.decode(&bytes[..size], &mut edge);
+                        let part = rest.split_off_mut(..rest.len().min(len - inside)).expect("a part");
+                        part.copy_from_slice(&edge[inside..inside + part.len()]);
+                        part
+                    } else {
+                        let bytes = &mut bytes[..whole * size];
+                        shard.read(bytes, at(element), &self.name)?;
+                        let part = rest.split_off_mut(..whole * len).expect("a part");
+                        kind.decode(bytes, part);
+                        part
+                    };
+                    finite &= are_finite(part);
+                    element += part.len();
+                }
+            }
+            Format::F16 | Format::Bf16 => {
+                let mut halves = vec![0u16; dst.len().min(AT_ONCE)];
+                for (i, dst) in dst.chunks_mut(AT_ONCE).enumerate() {
+                    let halves = &mut halves[..dst.len()];
+                    shard.read(bytemuck::cast_slice_mut(halves), at(first + i * AT_ONCE), &self.name)?;
+                    if cfg!(target_endian = "big") {
+                        halves.iter_mut().for_each(|half| *half = half.swap_bytes());
+                    }
+                    let largest = halves.iter().fold(0, |largest, half| largest.max(half & 0x7fff));
+                    if entry.format == Format::Bf16 {
+                        finite &= largest < half::bf16::INFINITY.to_bits();
+                        dst.iter_mut().zip(&*halves).for_each(|(value, half)| *value = f32::from_bits(u32::from(*half) << 16));
+                    } else {
+                        // Where the machine has an instruction for it.
+                        finite &= largest < half::f16::INFINITY.to_bits();
+                        bytemuck::cast_slice::<u16, half::f16>(halves).convert_to_f32_slice(dst);
+                    }
+                }
+            }
+            Format::Other(ref name) => unreachable!("tensors of type {name} are refused before they are read"),
+        }
+        Ok(finite)
+    }
+
+    /// The groups of a matrix as they are stored, where its rows are groups of 32 values with codes
+    /// of 4 or 8 bits.
+    pub fn blocks(&self) -> Option<StoredBlocks<'_>> {
+        let Data::Stored(entry, shard) = self.data else { return None };
+        match entry.format {
+            Format::Blocks(kind) if entry.shape.len() == 2 && kind.groups().is_some() => {
+                Some(StoredBlocks { name: &self.name, kind, entry, shard })
+            }
+            _ => None,
+        }
     }
 
     /// The whole tensor.
@@ -422,6 +590,105 @@ impl Tensor<'_> {
         values.resize(self.len, 0.0);
         self.read(0, &mut values)?;
         Ok(values)
+    }
+}
+
+/// Whether all values are finite. Without an early end, so that it runs on vectors: the largest
+/// magnitude says whether to look for the culprit.
+fn are_finite(values: &[f32]) -> bool {
+    let largest = values.iter().fold(0, |largest, value| largest.max(value.to_bits() & 0x7fff_ffff));
+    largest < f32::INFINITY.to_bits()
+}
+
+impl Entry {
+    /// Elements of a row; those of a vector are rows.
+    fn width(&self) -> usize {
+        self.shape.get(1).copied().unwrap_or(1)
+    }
+
+    /// The rows from `row` on, `most` of them at most, that lie a fixed number of rows apart.
+    fn run(&self, row: usize, most: usize) -> Run {
+        match self.order {
+            RowOrder::Plain => Run { stored: row, count: most, stride: 1 },
+            RowOrder::Interleaved { head_dim } => {
+                let (half, inside) = (head_dim / 2, row % head_dim);
+                let stored = row - inside + inside % half * 2 + inside / half;
+                Run { stored, count: most.min(half - inside % half), stride: 2 }
+            }
+        }
+    }
+}
+
+/// Rows of a tensor: `count` of them, `stride` apart from `stored` on.
+struct Run {
+    stored: usize,
+    count: usize,
+    stride: usize,
+}
+
+impl Run {
+    /// Rows from the first to the last.
+    fn span(&self) -> usize {
+        (self.count - 1) * self.stride + 1
+    }
+}
+
+/// A matrix whose rows are groups of 32 values, as the file has them.
+pub struct StoredBlocks<'a> {
+    name: &'a str,
+    kind: BlockType,
+    entry: &'a Entry,
+    shard: &'a Shard,
+}
+
+impl StoredBlocks<'_> {
+    /// The type: its [`BlockType::groups`] says whether [`StoredBlocks::read8`] or
+    /// [`StoredBlocks::read4`] reads it.
+    pub fn kind(&self) -> BlockType {
+        self.kind
+    }
+
+    /// Groups of a row.
+    pub fn groups_per_row(&self) -> usize {
+        self.entry.width() / GROUP
+    }
+
+    /// Groups of the rows from `first` on, as many rows as `dst` has groups for.
+    ///
+    /// Errors: a scale that is not finite, and those of reading.
+    pub fn read8(&self, first: usize, dst: &mut [Group8]) -> Result<()> {
+        self.read(first, dst, |bytes, dst| self.kind.groups8(bytes, dst), |group| group.scale.is_finite())
+    }
+
+    /// The same of 4 bits.
+    pub fn read4(&self, first: usize, dst: &mut [Group4]) -> Result<()> {
+        let finite = |group: &Group4| (group.scale * 15.0 + group.min).is_finite() && group.min.is_finite();
+        self.read(first, dst, |bytes, dst| self.kind.groups4(bytes, dst), finite)
+    }
+
+    fn read<G>(&self, first: usize, dst: &mut [G], decode: impl Fn(&[u8], &mut [G]), finite: impl Fn(&G) -> bool) -> Result<()> {
+        let groups = self.groups_per_row();
+        let (rows, row_bytes) = (dst.len() / groups, self.entry.width() / self.kind.num_values() * self.kind.num_bytes());
+        assert!(dst.len().is_multiple_of(groups) && first + rows <= self.entry.shape[0], "{rows} rows from {first} of {}", self.name);
+        let mut bytes = Vec::new();
+        let (mut row, mut rest) = (first, dst);
+        while !rest.is_empty() {
+            let run = self.entry.run(row, (rest.len() / groups).min((AT_ONCE / self.entry.width()).max(1)));
+            bytes.resize(run.span() * row_bytes, 0);
+            let start = self.entry.start + run.stored * row_bytes;
+            self.shard.ask_ahead(&(start..start + bytes.len()), self.entry);
+            self.shard.read(&mut bytes, start, self.name)?;
+            let part = rest.split_off_mut(..run.count * groups).expect("as many rows");
+            for (i, (dst, bytes)) in part.chunks_exact_mut(groups).zip(bytes.chunks(run.stride * row_bytes)).enumerate() {
+                decode(&bytes[..row_bytes], dst);
+                if let Some(at) = dst.iter().position(|group| !finite(group)) {
+                    let what = format!("tensor {}: the scale of columns {} on of row {} is not finite", self.name, at * GROUP, row + i);
+                    return Err(Error::weights(&self.shard.path, what));
+                }
+            }
+            row += run.count;
+        }
+        Ok(())
     }
 }
 
@@ -452,22 +719,4 @@ impl Shard {
 
     #[cfg(not(target_os = "linux"))]
     fn ask_ahead(&self, _read: &Range<usize>, _tensor: &Entry) {}
-}
-
-/// Reads at a place of its own, so that threads share a file.
-#[cfg(unix)]
-fn read_exact_at(file: &File, bytes: &mut [u8], at: usize) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, bytes, at as u64)
-}
-
-/// Reads at a place of its own, so that threads share a file.
-#[cfg(windows)]
-fn read_exact_at(file: &File, mut bytes: &mut [u8], mut at: usize) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, bytes, at as u64)? {
-            0 => return Err(ErrorKind::UnexpectedEof.into()),
-            read => (bytes, at) = (&mut bytes[read..], at + read),
-        }
-    }
-    Ok(())
 }

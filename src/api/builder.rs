@@ -226,11 +226,10 @@ impl From<EngineCore<crate::cuda::Cuda>> for AnyCore {
     }
 }
 
-/// f32, and bf16 where all weights are stored in 16 bits and would take more than
+/// f32, and bf16 where nearly all weights are stored in 16 bits or fewer and would take more than
 /// [`SMALL_MODEL_BYTES`] in f32.
 pub(crate) fn default_dtype(dir: &Path) -> Result<DType> {
     let weights = Weights::open(dir)?;
-    let halves = weights.dtypes().iter().all(|dtype| matches!(dtype.as_str(), "BF16" | "F16"));
     let large = weights.num_elements().saturating_mul(4) > SMALL_MODEL_BYTES;
-    Ok(if halves && large { DType::Bf16 } else { DType::F32 })
+    Ok(if weights.are_narrow() && large { DType::Bf16 } else { DType::F32 })
 }
