@@ -20,6 +20,7 @@ mod source;
 mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,6 +33,7 @@ use self::disguise::{Disguise, LEAST, Place, WAYS, Way};
 use self::marks::{Marks, Spans, Specials};
 use self::python::Budget;
 use crate::error::{Error, Result};
+use crate::gguf;
 use crate::input_file::{self, MAX_JSON_BYTES};
 use crate::tokenizer::{SPECIAL_NAMES, Tokenizer, caught};
 
@@ -54,14 +56,19 @@ pub struct ChatTemplate {
 impl ChatTemplate {
     /// Reads the templates of a model directory: `chat_template.jinja` and
     /// `chat_templates/*.jinja`, or the key `chat_template` of `tokenizer_config.json` (a string,
-    /// or a list of `{name, template}`). Errors name the files that were looked at.
+    /// or a list of `{name, template}`), or those of a GGUF file. Errors name the files that were
+    /// looked at.
     pub fn load(dir: &Path) -> Result<ChatTemplate> {
-        let config_path = dir.join("tokenizer_config.json");
+        let gguf_file = gguf::file_of(dir)?;
+        let config_path = gguf_file.clone().unwrap_or_else(|| dir.join("tokenizer_config.json"));
         let object = |path: &Path| -> Result<serde_json::Value> {
             let Some(text) = read(path)? else { return Ok(serde_json::Value::Null) };
             input_file::parse_json(&text).map_err(|e| Error::tokenizer(path, format!("not JSON: {e}")))
         };
-        let config = object(&config_path)?;
+        let config = match &gguf_file {
+            Some(file) => gguf::json(file, "tokenizer_config.json")?.unwrap_or_default().into(),
+            None => object(&config_path)?,
+        };
         let map = object(&dir.join("special_tokens_map.json"))?;
         // A token is a string, or an object with its spelling as `content`.
         let token = |name: &str| {
@@ -95,8 +102,11 @@ impl ChatTemplate {
                     }
                 }
                 None | Some(serde_json::Value::Null) => {
-                    let what = "no chat template: expected chat_template.jinja, or the key chat_template in tokenizer_config.json; a base model has none";
-                    return Err(Error::tokenizer(dir, what));
+                    let expected = match &gguf_file {
+                        Some(_) => "expected metadata key `tokenizer.chat_template`",
+                        None => "expected chat_template.jinja, or the key chat_template in tokenizer_config.json",
+                    };
+                    return Err(Error::tokenizer(dir, format!("no chat template: {expected}; a base model has none")));
                 }
                 Some(other) => return Err(wrong(format!("expected a string or a list, found {other}"))),
             }
@@ -262,7 +272,8 @@ fn read(path: &Path) -> Result<Option<String>> {
 fn more_templates(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        // Nothing is in a file that is a whole model.
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(Vec::new()),
         Err(error) => return Err(Error::io(dir, &error)),
     };
     let mut found = Vec::new();

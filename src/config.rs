@@ -468,7 +468,7 @@ impl<'a> ConfigJson<'a> {
         if let Some(id) = self.token("mask_token_id", vocab_size)? {
             return Ok(id);
         }
-        let path = dir.join("tokenizer.json");
+        let path = tokenizer::place(dir)?;
         let (added, absent) = added_tokens(dir)?;
         let spelled = |text: &str| added.iter().find(|(_, token)| token.content == text).map(|(id, _)| *id);
         match MASK_SPELLINGS.into_iter().find_map(spelled) {
@@ -655,7 +655,7 @@ fn json_file(dir: &Path, name: &str) -> Result<Option<(PathBuf, Map<String, Valu
 /// Tokens that the tokenizer of a directory adds, by id; none, and why, where it has no tokenizer:
 /// another may be named with a flag.
 fn added_tokens(dir: &Path) -> Result<(BTreeMap<u32, AddedToken>, Option<Error>)> {
-    match tokenizer::added_tokens(&dir.join("tokenizer.json")) {
+    match tokenizer::added_tokens(&tokenizer::place(dir)?) {
         Ok(added) => Ok((added, None)),
         Err(error) if Tokenizer::is_in(dir) => Err(error),
         Err(error) => Ok((BTreeMap::new(), Some(error))),
@@ -689,7 +689,7 @@ fn tokenizer_eos(dir: &Path, vocab_size: usize, config: &ConfigJson) -> Result<O
 /// Why a directory has no configuration, and the next move.
 fn no_config(dir: &Path, path: &Path) -> Error {
     if dir.is_file() {
-        let what = "a file: expected a GGUF file, or the directory that it lies in, with config.json beside the weights";
+        let what = "a file: expected the directory that it lies in, with config.json beside the weights, or a GGUF file";
         return Error::config(dir, what);
     }
     if !dir.exists() {

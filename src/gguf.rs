@@ -10,8 +10,10 @@ pub mod architecture;
 pub mod blocks;
 pub mod container;
 pub mod model;
+pub mod pre_tokenizer;
 pub mod rope_factors;
 pub mod tensor_names;
+pub mod tokenizer;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -72,8 +74,19 @@ pub fn json(file: &Path, name: &str) -> Result<Option<Map<String, Value>>> {
             let metadata = Container::open(file)?;
             generation_config(&metadata).map(Some).map_err(|what| Error::config(file, what))
         }
+        "tokenizer.json" | "tokenizer_config.json" => {
+            let metadata = Container::open(file)?;
+            let object = if name == "tokenizer.json" { tokenizer::tokenizer(&metadata) } else { tokenizer::tokenizer_config(&metadata) };
+            object.map(Some).map_err(|what| Error::tokenizer(file, what))
+        }
         _ => Ok(None),
     }
+}
+
+/// Whether a model is a GGUF file with tokens in it.
+pub fn has_tokenizer(model: &Path) -> bool {
+    let file = file_of(model).ok().flatten();
+    file.and_then(|file| Container::open(&file).ok()).is_some_and(|metadata| metadata.has("tokenizer.ggml.tokens"))
 }
 
 /// Recommended sampling: `general.sampling.*`.

@@ -16,10 +16,11 @@ use std::sync::OnceLock;
 use serde_json::Value;
 
 use self::definition::filler;
-pub use self::definition::{AddedToken, MASK_SPELLINGS, SPECIAL_NAMES, added_tokens};
+pub use self::definition::{AddedToken, MASK_SPELLINGS, SPECIAL_NAMES, added_tokens, place};
 pub(crate) use self::guard::caught;
 use self::guard::guarded;
 use crate::error::{Error, Result};
+use crate::gguf;
 
 /// Characters that stand for special tokens inside a text that is encoded in one piece: those of
 /// the last private plane.
@@ -57,7 +58,8 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Reads `tokenizer.json` and what the files beside it add, and checks it against the model's
-    /// vocabulary. Where there is none, `vocab.json` and `merges.txt` in its directory are read.
+    /// vocabulary. Where there is none, `vocab.json` and `merges.txt` in its directory are read. A
+    /// GGUF file has all of it inside.
     ///
     /// Errors: [`Error::Tokenizer`] with the file and what it lacks.
     pub fn load(path: &Path, vocab_size: usize) -> Result<Tokenizer> {
@@ -94,15 +96,15 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// The tokenizer of a model directory. `mask_id`: the id that hides a token, see
+    /// The tokenizer of a model directory or GGUF file. `mask_id`: the id that hides a token, see
     /// [`Tokenizer::masked_by`].
     pub fn of(dir: &Path, vocab_size: usize, mask_id: Option<u32>) -> Result<Tokenizer> {
-        Tokenizer::load(&dir.join("tokenizer.json"), vocab_size)?.masked_by(mask_id)
+        Tokenizer::load(&place(dir)?, vocab_size)?.masked_by(mask_id)
     }
 
-    /// Whether a model directory has a tokenizer of its own.
+    /// Whether a model has a tokenizer of its own.
     pub fn is_in(dir: &Path) -> bool {
-        ["tokenizer.json", "vocab.json"].iter().any(|name| dir.join(name).exists())
+        gguf::has_tokenizer(dir) || ["tokenizer.json", "vocab.json"].iter().any(|name| dir.join(name).exists())
     }
 
     /// Whatever the file says of the token `id`, no text spells it: for the id that hides a token.

@@ -112,7 +112,8 @@ impl BlockType {
         }
     }
 
-    /// Values of whole blocks. `dst` has [`BlockType::num_values`] of them for each block of `bytes`.
+    /// Values of whole blocks: `dst` has [`BlockType::num_values`] of them for each block of
+    /// `bytes`.
     pub fn decode(self, bytes: &[u8], dst: &mut [f32]) {
         assert_eq!(bytes.len() / self.num_bytes() * self.num_values(), dst.len(), "whole blocks of {}", self.name());
         match self {

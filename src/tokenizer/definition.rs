@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::gguf;
 use crate::input_file::{self, MAX_JSON_BYTES, MAX_TOKENIZER_BYTES};
 
 /// How many times longer the replacements of a normalizer may make a text. Published ones make a
@@ -104,6 +105,11 @@ pub(super) fn filler(id: u32) -> String {
     format!("\u{10fffe}{id} \u{10ffff}")
 }
 
+/// Where a model's tokenizer is: in `tokenizer.json`, or in the GGUF file that the model is.
+pub fn place(model: &Path) -> Result<PathBuf> {
+    Ok(gguf::file_of(model)?.unwrap_or_else(|| model.join("tokenizer.json")))
+}
+
 /// Added tokens of `path` and the files beside it, by id.
 pub fn added_tokens(path: &Path) -> Result<BTreeMap<u32, AddedToken>> {
     let json = object(path)?;
@@ -142,8 +148,12 @@ pub(super) fn define(path: &Path, vocab_size: usize) -> Result<Definition> {
     Ok(Definition { json, added, fillers, prefix })
 }
 
-/// The JSON object of `path`, or one made of the vocabulary files beside it.
+/// The JSON object of `path`, or one made of the vocabulary files beside it; of a GGUF file, what
+/// it has in the place of both.
 fn object(path: &Path) -> Result<Map<String, Value>> {
+    if let Some(file) = gguf::file_of(path)? {
+        return Ok(gguf::json(&file, "tokenizer.json")?.unwrap_or_default());
+    }
     let wrong = |error: Error| match error {
         Error::Tokenizer { path, what, .. } => Error::tokenizer(&path, format!("not a tokenizer: {what}")),
         other => other,
@@ -170,8 +180,11 @@ fn parse(path: &Path, text: &str) -> Result<Map<String, Value>> {
     }
 }
 
-/// A JSON object beside `path`, if there is such a file.
+/// A JSON object beside `path`, if there is such a file, or in a GGUF file.
 pub(super) fn side(path: &Path, name: &str) -> Result<Option<(PathBuf, Map<String, Value>)>> {
+    if let Some(file) = gguf::file_of(path)? {
+        return Ok(gguf::json(&file, name)?.map(|map| (file, map)));
+    }
     let file = path.with_file_name(name);
     let text = read(&file, MAX_JSON_BYTES)?;
     text.map(|text| parse(&file, &text).map(|map| (file, map))).transpose()

@@ -5,6 +5,7 @@
 
 mod build;
 mod hostile;
+mod tokens;
 mod weights;
 
 use std::path::{Path, PathBuf};
@@ -22,6 +23,17 @@ fn root() -> &'static Path {
 
 fn file(name: &str) -> PathBuf {
     root().join("tests/gguf/files").join(name)
+}
+
+/// The published file that some tests take, where it is there; `.ci/run` fetches it. With
+/// REDRAFT_REQUIRE_SMOLLM2 its absence is a failure.
+fn smollm2() -> Option<PathBuf> {
+    let path = std::env::var_os("REDRAFT_SMOLLM2_GGUF").map(PathBuf::from);
+    if path.is_none() {
+        assert!(std::env::var_os("REDRAFT_REQUIRE_SMOLLM2").is_none(), "REDRAFT_SMOLLM2_GGUF names no file");
+        eprintln!("skipped: REDRAFT_SMOLLM2_GGUF names no file");
+    }
+    path
 }
 
 /// Names of the fixtures that are there in f32.
