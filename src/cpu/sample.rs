@@ -35,7 +35,7 @@ pub fn sample(
     banned: &[u32],
     draws: &[Draw],
 ) -> Result<Vec<SampledToken>> {
-    let Packed { n: vocab, k, .. } = *head;
+    let (vocab, k) = (head.n(), head.k());
     let mut sampled = Vec::with_capacity(draws.len());
     let mut scratch = context.logits();
     for (chunk, draws) in draws.chunks(CHUNK).enumerate() {
@@ -497,10 +497,10 @@ impl Kernel for Above<'_> {
         let mut sums = Vec::with_capacity(self.logits.len().div_ceil(TILE));
         for (logits, masses) in self.logits.chunks(TILE).zip(self.masses.chunks(TILE)) {
             let mut sum = simd.splat(0.0);
-            in_lanes(logits, masses, |logits, masses| {
-                let mass = simd.select_gt(simd.load(logits), simd.splat(self.threshold), simd.load(masses), simd.splat(0.0));
+            for (logits, masses) in Lanes::of(logits, masses) {
+                let mass = simd.select_gt(simd.load(&logits), simd.splat(self.threshold), simd.load(&masses), simd.splat(0.0));
                 sum = simd.add(sum, mass);
-            });
+            }
             sums.push(f64::from(simd.sum(sum)));
         }
         sums
@@ -531,14 +531,14 @@ impl Kernel for Thresholds<'_> {
         for (logits, masses) in self.logits.chunks(TILE).zip(self.masses.chunks(TILE)) {
             let mut sums = [zero; 3];
             let mut between = zero;
-            in_lanes(logits, masses, |logits, masses| {
-                let (logits, masses) = (simd.load(logits), simd.load(masses));
+            for (logits, masses) in Lanes::of(logits, masses) {
+                let (logits, masses) = (simd.load(&logits), simd.load(&masses));
                 for i in 0..3 {
                     sums[i] = simd.add(sums[i], simd.select_gt(logits, thresholds[i], masses, zero));
                 }
                 let above_low = simd.select_gt(logits, low, one, zero);
                 between = simd.add(between, simd.select_gt(logits, high, zero, above_low));
-            });
+            }
             for (mass, sum) in above.mass.iter_mut().zip(sums) {
                 *mass += f64::from(simd.sum(sum));
             }
@@ -563,29 +563,50 @@ impl Kernel for Between<'_> {
     fn run<S: Simd>(self, simd: S) {
         let (low, high) = (simd.splat(self.low), simd.splat(self.high));
         let mut at = self.first;
-        in_lanes(self.logits, self.logits, |logits, _| {
-            let logits = simd.load(logits);
+        for (logits, _) in Lanes::of(self.logits, self.logits) {
+            let logits = simd.load(&logits);
             let mut mask = simd.mask_ge(high, logits) & !simd.mask_ge(low, logits);
             while mask != 0 {
                 self.ids.push(at as u32 + mask.trailing_zeros());
                 mask &= mask - 1;
             }
             at += LANES;
-        });
+        }
     }
 }
 
-/// Calls `each` with sixteen elements of both at a time, the last ones padded with -inf.
-#[inline(always)]
-fn in_lanes(a: &[f32], b: &[f32], mut each: impl FnMut(&[f32; LANES], &[f32; LANES])) {
-    let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-    for (a, b) in a.iter().zip(b) {
-        each(a, b);
+/// Sixteen elements of both at a time, the last ones padded with -inf.
+///
+/// A loop over them, and not a function that takes a closure: what a closure does with vectors is
+/// not compiled for the instruction set, and each of its instructions becomes a call.
+struct Lanes<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+}
+
+impl<'a> Lanes<'a> {
+    #[inline(always)]
+    fn of(a: &'a [f32], b: &'a [f32]) -> Lanes<'a> {
+        Lanes { a, b }
     }
-    if !a_tail.is_empty() {
-        let mut last = [[f32::NEG_INFINITY; LANES]; 2];
-        last[0][..a_tail.len()].copy_from_slice(a_tail);
-        last[1][..b_tail.len()].copy_from_slice(b_tail);
-        each(&last[0], &last[1]);
+}
+
+impl Iterator for Lanes<'_> {
+    type Item = ([f32; LANES], [f32; LANES]);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Self::Item> {
+        if let (Some((a, a_rest)), Some((b, b_rest))) = (self.a.split_first_chunk(), self.b.split_first_chunk()) {
+            (self.a, self.b) = (a_rest, b_rest);
+            return Some((*a, *b));
+        }
+        if self.a.is_empty() {
+            return None;
+        }
+        let mut last = ([f32::NEG_INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        last.0[..self.a.len()].copy_from_slice(self.a);
+        last.1[..self.b.len()].copy_from_slice(self.b);
+        (self.a, self.b) = (&[], &[]);
+        Some(last)
     }
 }
