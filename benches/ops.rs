@@ -67,7 +67,7 @@ fn noise(len: usize, seed: u64) -> Vec<f32> {
 }
 
 fn pack(cpu: &Cpu, weight: &[f32], n: usize, k: usize) -> redraft::cpu::Weight {
-    cpu.weight(WeightShape::Matrix { n, k }, &|first, dst| {
+    cpu.weight(WeightShape::Matrix { n, k }, &|first: usize, dst: &mut [f32]| {
         dst.copy_from_slice(&weight[first * k..][..dst.len()]);
         Ok(())
     })
@@ -196,7 +196,7 @@ fn moe(c: &mut Criterion) {
     for cpu in cpus() {
         let weights: Vec<f32> = noise(num_experts * 2 * inner * width, 7).iter().map(|w| w * 0.1).collect();
         let experts = |n: usize, k: usize| {
-            cpu.weight(WeightShape::Experts { num: num_experts, n, k }, &|first, dst| {
+            cpu.weight(WeightShape::Experts { num: num_experts, n, k }, &|first: usize, dst: &mut [f32]| {
                 dst.copy_from_slice(&weights[first * k..][..dst.len()]);
                 Ok(())
             })
@@ -302,7 +302,7 @@ fn shortlist(c: &mut Criterion) {
     let cpu = &cpus()[0];
     for (vocab, k) in [(4096, 256), (152_064, 3584)] {
         // Made row by row: the larger head is 2.2 GB in f32.
-        let head = cpu.weight(WeightShape::Matrix { n: vocab, k }, &|first, dst| {
+        let head = cpu.weight(WeightShape::Matrix { n: vocab, k }, &|first: usize, dst: &mut [f32]| {
             dst.copy_from_slice(&noise(dst.len(), first as u64));
             Ok(())
         });

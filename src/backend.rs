@@ -18,6 +18,7 @@
 //! On the host or on the device, the network runs the same ops in the same order.
 #![forbid(unsafe_code)]
 
+pub mod groups;
 pub mod host;
 pub mod measure;
 pub mod rope;
@@ -30,7 +31,9 @@ pub use steps::{
     WindowShortlist,
 };
 
+use crate::backend::groups::{Group4, Group8};
 use crate::error::{Error, Result};
+use crate::packed_weights::PackedWords;
 use crate::plan::Plan;
 use crate::sampling::{Draw, SampledToken};
 
@@ -68,6 +71,107 @@ impl std::str::FromStr for DType {
     fn from_str(text: &str) -> Result<DType> {
         let known = [DType::F32, DType::Bf16].into_iter().find(|dtype| dtype.name() == text);
         known.ok_or_else(|| Error::request(format!("dtype: expected f32 or bf16, found `{text}`")))
+    }
+}
+
+/// How a weight lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WeightFormat {
+    /// 32-bit floats.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Groups of 32 along k: codes of 8 bits and one scale, 8.5 bits a value.
+    Q8,
+    /// Groups of 32 along k: codes of 4 bits, one scale and one minimum, 5 bits a value.
+    Q4,
+}
+
+impl WeightFormat {
+    const ALL: [WeightFormat; 4] = [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Q8, WeightFormat::Q4];
+
+    /// `f32`, `bf16`, `q8` or `q4`.
+    pub fn name(self) -> &'static str {
+        match self {
+            WeightFormat::F32 => "f32",
+            WeightFormat::Bf16 => "bf16",
+            WeightFormat::Q8 => "q8",
+            WeightFormat::Q4 => "q4",
+        }
+    }
+
+    /// Bits of a value, its share of scale and minimum included.
+    pub fn bits(self) -> f64 {
+        match self {
+            WeightFormat::F32 => 32.0,
+            WeightFormat::Bf16 => 16.0,
+            WeightFormat::Q8 => 8.5,
+            WeightFormat::Q4 => 5.0,
+        }
+    }
+
+    /// The type of its numbers, where they are floats.
+    pub fn float(self) -> Option<DType> {
+        match self {
+            WeightFormat::F32 => Some(DType::F32),
+            WeightFormat::Bf16 => Some(DType::Bf16),
+            WeightFormat::Q8 | WeightFormat::Q4 => None,
+        }
+    }
+}
+
+/// Types of the numbers that a model has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NumberTypes {
+    /// Of K/V, and of weights that are floats.
+    pub(crate) dtype: DType,
+    /// Of weights that products read, where somebody said so.
+    pub(crate) weights: Option<WeightFormat>,
+}
+
+impl NumberTypes {
+    /// `dtype` and `weights` as they were asked for; `default` is the dtype where neither says it.
+    ///
+    /// Errors: weights of one float type and a dtype of the other.
+    pub(crate) fn of(dtype: Option<DType>, weights: Option<WeightFormat>, default: impl FnOnce() -> Result<DType>) -> Result<NumberTypes> {
+        let dtype = match (dtype, weights.and_then(WeightFormat::float)) {
+            (Some(dtype), Some(float)) if dtype != float => {
+                let (dtype, float) = (dtype.name(), float.name());
+                return Err(Error::request(format!("weights {float} and dtype {dtype}: expected one type, or weights q8 or q4")));
+            }
+            (Some(dtype), _) | (None, Some(dtype)) => dtype,
+            (None, None) => default()?,
+        };
+        Ok(NumberTypes { dtype, weights })
+    }
+
+    /// `bf16`, or `q4 with bf16`.
+    #[cfg(feature = "cli")]
+    pub(crate) fn name(self) -> String {
+        match self.weights.filter(|weights| weights.float().is_none()) {
+            Some(weights) => format!("{} with {}", weights.name(), self.dtype.name()),
+            None => self.dtype.name().into(),
+        }
+    }
+}
+
+impl From<DType> for WeightFormat {
+    fn from(dtype: DType) -> WeightFormat {
+        match dtype {
+            DType::F32 => WeightFormat::F32,
+            DType::Bf16 => WeightFormat::Bf16,
+        }
+    }
+}
+
+impl std::str::FromStr for WeightFormat {
+    type Err = Error;
+
+    /// Reads a [`WeightFormat::name`].
+    fn from_str(text: &str) -> Result<WeightFormat> {
+        let known = WeightFormat::ALL.into_iter().find(|format| format.name() == text);
+        known.ok_or_else(|| Error::request(format!("weights: expected f32, bf16, q8 or q4, found `{text}`")))
     }
 }
 
@@ -245,9 +349,29 @@ pub enum Activation {
     Input(usize),
 }
 
-/// Reads rows of a weight on demand, for several threads at once: `fill(first_row, dst)` writes
-/// `dst.len() / k` rows of k f32 values.
-pub type RowSource<'a> = dyn Fn(usize, &mut [f32]) -> Result<()> + Sync + 'a;
+/// Rows of a weight, read on demand by several threads at once. A closure of the signature of
+/// [`RowSource::read`] is one.
+pub trait RowSource: Sync {
+    /// Writes `dst.len() / k` rows of k values, from `first_row` on.
+    fn read(&self, first_row: usize, dst: &mut [f32]) -> Result<()>;
+
+    /// Writes the groups of some rows as they are stored, from `first_row` on; false where they are
+    /// not stored in groups of 8 bits.
+    fn read_q8(&self, _first_row: usize, _dst: &mut [Group8]) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// The same of 4 bits.
+    fn read_q4(&self, _first_row: usize, _dst: &mut [Group4]) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+impl<F: Fn(usize, &mut [f32]) -> Result<()> + Sync> RowSource for F {
+    fn read(&self, first_row: usize, dst: &mut [f32]) -> Result<()> {
+        self(first_row, dst)
+    }
+}
 
 /// How a weight lies in memory, which follows from the ops that read it. Row-major at the source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -306,13 +430,17 @@ pub trait Backend: Sized {
     /// Runs planned steps, on the host or on a device that samples by itself.
     type Runner: StepRunner<Self> + Default;
 
+    /// Whether weights may lie in groups of 8 or 4 bits.
+    const HAS_GROUPS: bool;
     /// Maximum number of ids that a list of `shortlist` may hold.
     const MAX_SHORTLIST: usize;
 
     /// Device name for reports, e.g. `cpu (avx512-bf16, 2 threads)`.
     fn name(&self) -> String;
-    /// Weight and K/V dtype.
+    /// Type of K/V, and of weights that are floats.
     fn dtype(&self) -> DType;
+    /// What weights become that products read, where somebody said so; otherwise they are floats.
+    fn weight_format(&self) -> Option<WeightFormat>;
 
     /// Zeros for activations, from one allocation where the backend can.
     fn alloc<const N: usize>(&self, parts: [Activation; N]) -> Result<[Self::Buffer; N]>;
@@ -322,8 +450,19 @@ pub trait Backend: Sized {
     fn download(&self, src: &Self::Buffer, offset: usize, dst: &mut [f32]) -> Result<()>;
     /// Waits for everything enqueued.
     fn synchronize(&self) -> Result<()>;
-    /// Packs a weight, reading it some rows at a time so that no second full copy exists.
-    fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Self::Weight>;
+    /// Packs a weight, reading it some rows at a time so that no second full copy exists. Floats
+    /// are of [`Backend::dtype`].
+    fn weight_as(&self, format: WeightFormat, shape: WeightShape, source: &dyn RowSource) -> Result<Self::Weight>;
+    /// Takes a weight in groups whose words lie ready, as [`Backend::words`] gives them.
+    ///
+    /// Errors: words of another weight.
+    fn weight_of_words(&self, format: WeightFormat, shape: WeightShape, words: PackedWords) -> Result<Self::Weight>;
+    /// The words of a weight in groups, one part after the other; nothing for floats.
+    fn words<'w>(&self, weight: &'w Self::Weight) -> Vec<&'w [u32]>;
+    /// Packs a weight in [`Backend::dtype`].
+    fn weight(&self, shape: WeightShape, source: &dyn RowSource) -> Result<Self::Weight> {
+        self.weight_as(self.dtype().into(), shape, source)
+    }
     /// Buffers for the routing of up to `rows` rows through experts of this shape.
     fn routing(&self, rows: usize, shape: ExpertShape) -> Result<Self::Routing>;
     /// Pages filled with NaN: a slot that is read before it is written poisons the result instead
@@ -353,7 +492,8 @@ pub trait Backend: Sized {
     ) -> Result<()>;
     /// `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`, n halved by [`Epilogue::SwiGlu`]. With
     /// bf16 weights x is rounded to bf16 (nearest even) first; f32 accumulation over k in a fixed
-    /// order.
+    /// order. With weights in groups ([`groups`]) a backend may round x to 8 bits a value, under a
+    /// scale for each 32 of a row.
     fn linear(
         &self,
         rows: usize,

@@ -22,6 +22,9 @@ use crate::tokenizer::{self, AddedToken, MASK_SPELLINGS, Tokenizer};
 /// further out were never seen.
 pub const MAX_STRETCH: usize = 4;
 
+/// What `quantization_config` calls the weights that `redraft quantize` writes.
+pub const QUANT_METHOD: &str = "redraft";
+
 /// A family of checkpoints as their configurations name it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Family {
@@ -340,9 +343,11 @@ impl<'a> ConfigJson<'a> {
         }
     }
 
-    /// Weights in integers or 8-bit floats have scales beside them that are not read here.
+    /// Weights in integers or 8-bit floats have scales beside them that are not read here, but for
+    /// those of `redraft quantize`.
     fn refuse_quantised(&self) -> Result<()> {
-        let quantised = self.get("quantization_config").filter(|v| **v != Value::Bool(false));
+        let ours = |found: &&Value| found.get("quant_method").and_then(Value::as_str) == Some(QUANT_METHOD);
+        let quantised = self.get("quantization_config").filter(|v| **v != Value::Bool(false) && !ours(v));
         quantised.map_or(Ok(()), |found| {
             let method = found.get("quant_method").map_or(String::new(), |method| format!(" ({method})"));
             let what = "quantised weights are not supported, expected f32, bf16 or f16 tensors";

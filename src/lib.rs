@@ -30,6 +30,7 @@
 //! |---|---|
 //! | `error`, `rng`, `canvas`, `pages`, `plan` | the error type; keyed randomness; a sequence's positions; page counting; one forward as data |
 //! | `gguf` | a checkpoint in one file of llama.cpp, in the words of a directory |
+//! | `file_bytes`, `packed_weights` | a file that is mapped; weights of 8 and 4 bits in files |
 //! | `config`, `weights`, `tokenizer`, `chat` | a checkpoint, validated |
 //! | `schedule`, `sampling` | what a request asks for; which token, which positions are unmasked, which masked again |
 //! | `backend`, `cpu`, `cuda` | ops of a machine, runners of planned steps; the CPU; the CUDA backend |
@@ -70,6 +71,7 @@ pub mod schedule;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
+mod file_bytes;
 mod input_file;
 #[cfg(feature = "serve")]
 mod serve;
@@ -121,6 +123,10 @@ mod model;
 #[cfg(feature = "testing")]
 pub mod model;
 #[cfg(not(feature = "testing"))]
+mod packed_weights;
+#[cfg(feature = "testing")]
+pub mod packed_weights;
+#[cfg(not(feature = "testing"))]
 mod pages;
 #[cfg(feature = "testing")]
 pub mod pages;
@@ -159,9 +165,10 @@ pub mod weights;
 
 pub use api::json;
 pub use api::{
-    Device, Engine, EngineBuilder, EngineThread, Generation, ModelInfo, Options, Prompt, RequestHandle, Snapshot, TextEvent, TextStream,
+    Device, Engine, EngineBuilder, EngineThread, Generation, ModelInfo, Options, Prompt, Quantized, RequestHandle, Snapshot, TextEvent,
+    TextStream, quantize,
 };
-pub use backend::DType;
+pub use backend::{DType, WeightFormat};
 pub use chat::{Conversation, Message};
 pub use engine::EngineStats;
 pub use error::{Error, Result};

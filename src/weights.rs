@@ -9,23 +9,29 @@
 //! the values of either version: only its length and what is not finite are noticed.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use half::slice::HalfFloatSliceExt;
 use safetensors::tensor::{Dtype, Metadata};
 use serde_json::Value;
 
+use crate::backend::groups::{GROUP, Group8};
+use crate::backend::{DType, WeightFormat};
 use crate::error::{Error, Result};
+use crate::file_bytes::FileBytes;
 use crate::gguf;
-use crate::gguf::blocks::{BlockType, GROUP, Group4, Group8};
+use crate::gguf::blocks::{BlockType, Group4, Groups};
 use crate::gguf::container::{READ_TYPES, TensorType};
 use crate::gguf::model::GgufModel;
 use crate::gguf::tensor_names::RowOrder;
 use crate::input_file::{self, MAX_JSON_BYTES, read_exact_at};
+use crate::packed_weights::{DTYPE_KEY, ELEMENTS_KEY, FORMAT_KEY, LAYOUT, LAYOUT_KEY, Loaded, Observer, PackedWords, SEPARATOR};
 
 /// Bytes of a header at most, as the safetensors crate has it.
 const MAX_HEADER_BYTES: usize = 100_000_000;
@@ -54,6 +60,20 @@ pub struct Weights {
     source: PathBuf,
     /// Any tensor of any shape, with values of its own making ([`Weights::random`]).
     random: bool,
+    packed: Option<Packed>,
+    observer: RefCell<Option<Observer>>,
+}
+
+/// Weights that lie packed in a file that `redraft quantize` wrote.
+struct Packed {
+    format: WeightFormat,
+    dtype: DType,
+    elements: usize,
+    /// Byte ranges by joined names.
+    weights: BTreeMap<String, Range<usize>>,
+    /// Names of the tensors that they were made from.
+    names: BTreeSet<String>,
+    file: Arc<FileBytes>,
 }
 
 struct Shard {
@@ -139,7 +159,7 @@ impl Weights {
         let single = dir.join("model.safetensors");
         let exists = |path: &Path| input_file::exists(path).map_err(|e| Error::io(path, &e));
         if exists(&single)? {
-            let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: single.clone(), random: false };
+            let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: single.clone(), ..Weights::empty() };
             weights.add_shard(single)?;
             return Ok(weights);
         }
@@ -147,7 +167,7 @@ impl Weights {
             return Err(Error::weights(&single, no_weights(dir)));
         }
         let named = Index::read(dir, &index)?;
-        let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: index.clone(), random: false };
+        let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: index.clone(), ..Weights::empty() };
         let mut problems = Vec::new();
         for (path, tensors) in named.files() {
             if exists(&path)? {
@@ -185,7 +205,7 @@ impl Weights {
             }
         }
         let shards = model.parts.into_iter().map(|part| Shard { path: part.path, file: part.file }).collect();
-        Ok(Weights { shards, tensors, source: file.to_path_buf(), random: false })
+        Ok(Weights { shards, tensors, source: file.to_path_buf(), ..Weights::empty() })
     }
 
     /// What is wrong where the index puts a tensor.
@@ -203,7 +223,71 @@ impl Weights {
     /// depend on its name and index alone. For benches, where the shape matters and the text does
     /// not.
     pub fn random() -> Weights {
-        Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: PathBuf::from("random weights"), random: true }
+        Weights { source: PathBuf::from("random weights"), random: true, ..Weights::empty() }
+    }
+
+    fn empty() -> Weights {
+        let source = PathBuf::new();
+        Weights { shards: Vec::new(), tensors: BTreeMap::new(), source, random: false, packed: None, observer: RefCell::default() }
+    }
+
+    /// Tells `observer` what a load makes of these weights.
+    pub fn observed_by(self, observer: Observer) -> Weights {
+        Weights { observer: RefCell::new(Some(observer)), ..self }
+    }
+
+    pub(crate) fn is_observed(&self) -> bool {
+        self.observer.borrow().is_some()
+    }
+
+    pub(crate) fn observe(&self, loaded: Loaded) -> Result<()> {
+        self.observer.borrow_mut().as_mut().map_or(Ok(()), |observer| observer(loaded))
+    }
+
+    /// The words of a weight that lies packed, made from the tensors of these names, and the format
+    /// that its file is in.
+    ///
+    /// Errors: words that do not lie on words.
+    pub(crate) fn packed<N: AsRef<str>>(&self, names: &[N]) -> Result<Option<(WeightFormat, PackedWords)>> {
+        let Some(packed) = &self.packed else { return Ok(None) };
+        let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
+        let Some(bytes) = packed.weights.get(&names.join(&SEPARATOR.to_string())) else { return Ok(None) };
+        let words = PackedWords::new(&packed.file, bytes.clone());
+        let words = words.ok_or_else(|| Error::weights(&self.source, format!("packed weight {}: not on whole words", names[0])))?;
+        Ok(Some((packed.format, words)))
+    }
+
+    /// Whether a tensor is a part of a weight that lies packed.
+    pub(crate) fn is_in_packed(&self, name: &str) -> bool {
+        self.packed.as_ref().is_some_and(|packed| packed.names.contains(name))
+    }
+
+    /// Format of the weights that lie packed, and the type of the floats beside them.
+    pub(crate) fn packed_types(&self) -> Option<(WeightFormat, DType)> {
+        self.packed.as_ref().map(|packed| (packed.format, packed.dtype))
+    }
+
+    /// What of a file is packed.
+    ///
+    /// Errors: another layout than the one that is read here.
+    fn add_packed(&mut self, file: &File, metadata: &Metadata, data: usize) -> std::result::Result<(), String> {
+        let texts = metadata.metadata().as_ref();
+        let Some(layout) = texts.and_then(|texts| texts.get(LAYOUT_KEY)) else { return Ok(()) };
+        if layout != LAYOUT {
+            return Err(format!("packed weights of layout {layout}: expected {LAYOUT}; quantise the checkpoint again"));
+        }
+        let text = |key: &str| texts.and_then(|texts| texts.get(key)).ok_or_else(|| format!("metadata `{key}` is missing"));
+        let format = text(FORMAT_KEY)?.parse().map_err(|e| format!("metadata `{FORMAT_KEY}`: {e}"))?;
+        let dtype = text(DTYPE_KEY)?.parse().map_err(|e| format!("metadata `{DTYPE_KEY}`: {e}"))?;
+        let elements = text(ELEMENTS_KEY)?.parse().map_err(|e| format!("metadata `{ELEMENTS_KEY}`: {e}"))?;
+        let file = Arc::new(FileBytes::open(file).map_err(|e| format!("cannot read: {e}"))?);
+        let mut packed = Packed { format, dtype, elements, weights: BTreeMap::new(), names: BTreeSet::new(), file };
+        for (name, info) in metadata.tensors().into_iter().filter(|(_, info)| info.dtype == Dtype::U32) {
+            packed.names.extend(name.split(SEPARATOR).map(str::to_owned));
+            packed.weights.insert(name, data + info.data_offsets.0..data + info.data_offsets.1);
+        }
+        self.packed = Some(packed);
+        Ok(())
     }
 
     fn add_shard(&mut self, path: PathBuf) -> Result<()> {
@@ -211,6 +295,7 @@ impl Weights {
         let file = input_file::open(&path).map_err(|e| wrong(format!("cannot open: {e}")))?;
         let len = file.metadata().map_err(|e| wrong(format!("cannot open: {e}")))?.len();
         let (metadata, data) = header(&file, len).map_err(wrong)?;
+        self.add_packed(&file, &metadata, data).map_err(wrong)?;
         let shard = self.shards.len();
         for (name, info) in metadata.tensors() {
             // Offsets lie within the file, whose length the header agrees with.
@@ -252,7 +337,7 @@ impl Weights {
 
     /// Whether there is a tensor of the name.
     pub fn contains(&self, name: &str) -> bool {
-        self.random || self.tensors.contains_key(name)
+        self.random || self.tensors.contains_key(name) || self.is_in_packed(name)
     }
 
     /// Whether two tensors of a shape hold the same values.
@@ -278,12 +363,19 @@ impl Weights {
     /// Every tensor is there, of its shape and of a dtype that is read; else the first few that are
     /// not.
     pub fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<()> {
-        fail_if_any(expected.iter().filter_map(|(name, shape)| self.tensor(name, shape).err()).collect())
+        let absent = |(name, shape): &(String, Vec<usize>)| if self.is_in_packed(name) { None } else { self.tensor(name, shape).err() };
+        fail_if_any(expected.iter().filter_map(absent).collect())
+    }
+
+    /// Names of all tensors.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
     }
 
     /// Number of elements over all tensors (buffers included).
     pub fn num_elements(&self) -> usize {
-        self.tensors.values().map(|e| e.shape.iter().product::<usize>()).sum()
+        let stored = || self.tensors.values().map(|e| e.shape.iter().product::<usize>()).sum();
+        self.packed.as_ref().map_or_else(stored, |packed| packed.elements)
     }
 
     /// Bytes of tensor data.
@@ -293,7 +385,11 @@ impl Weights {
 
     /// The distinct dtypes, for reports.
     pub fn dtypes(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.tensors.values().map(|e| e.format.name().to_owned()).collect();
+        let name = |entry: &Entry| match (&entry.format, &self.packed) {
+            (Format::Other(name), Some(packed)) if name == "U32" => packed.format.name().to_owned(),
+            (format, _) => format.name().to_owned(),
+        };
+        let mut names: Vec<String> = self.tensors.values().map(name).collect();
         names.sort();
         names.dedup();
         names
@@ -578,6 +674,13 @@ impl Tensor<'_> {
             }
             _ => None,
         }
+    }
+
+    /// The format in memory that keeps a tensor in blocks best: groups as they are, and 8 bits for
+    /// blocks of other kinds. `None` for floats.
+    pub(crate) fn format(&self) -> Option<WeightFormat> {
+        let Data::Stored(Entry { format: Format::Blocks(kind), .. }, _) = self.data else { return None };
+        Some(if kind.groups() == Some(Groups::Four) { WeightFormat::Q4 } else { WeightFormat::Q8 })
     }
 
     /// The whole tensor.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::core::AnyCore;
 use super::device::{Device, on_backend};
 use super::engine::Engine;
-use crate::backend::{Backend, DType};
+use crate::backend::{Backend, DType, NumberTypes, WeightFormat};
 use crate::config::ModelConfig;
 use crate::engine::{Engine as EngineCore, EngineOptions};
 use crate::error::{Error, Result};
@@ -31,6 +31,7 @@ pub struct EngineBuilder {
     dir: PathBuf,
     device: Device,
     dtype: Option<DType>,
+    weights: Option<WeightFormat>,
     threads: Option<usize>,
     max_sequences: usize,
     max_rows: usize,
@@ -68,6 +69,7 @@ impl EngineBuilder {
             dir,
             device: Device::default(),
             dtype: None,
+            weights: None,
             threads: None,
             max_sequences: budget.max_sequences,
             max_rows: budget.max_rows,
@@ -88,10 +90,18 @@ impl EngineBuilder {
         self
     }
 
-    /// Type of weights and K/V. By default f32, and bf16 for checkpoints of 16-bit weights that
-    /// would take more than 1 GiB in f32.
+    /// Type of K/V and of weights that are floats. By default f32, and bf16 for checkpoints of
+    /// 16-bit weights that would take more than 1 GiB in f32.
     pub fn dtype(mut self, dtype: DType) -> Self {
         self.dtype = Some(dtype);
+        self
+    }
+
+    /// What weights that products read become while they are loaded, from any checkpoint. By
+    /// default floats of [`EngineBuilder::dtype`]. Table and head keep 8 bits under
+    /// [`WeightFormat::Q4`]; norms, biases and routers of experts stay floats.
+    pub fn weights(mut self, format: WeightFormat) -> Self {
+        self.weights = Some(format);
         self
     }
 
@@ -175,11 +185,8 @@ impl EngineBuilder {
         if let (None, Some(path)) = (&self.tokenizer, &self.tokenizer_file) {
             self.tokenizer = Some(Arc::new(Tokenizer::load(path, config.vocab_size)?.masked_by(config.mask_id)?));
         }
-        let dtype = match self.dtype {
-            Some(dtype) => dtype,
-            None => default_dtype(&self.dir)?,
-        };
-        let opened = self.device.open(dtype, self.threads)?;
+        let types = NumberTypes::of(self.dtype, self.weights, || default_dtype(&self.dir))?;
+        let opened = self.device.open(types, self.threads)?;
         let core = on_backend!(opened.backend, |backend| self.load(backend, &config)?.into());
         Ok(Engine { core, dir: self.dir, passed_over: opened.passed_over, thread: None, template: OnceCell::new() })
     }
@@ -230,6 +237,9 @@ impl From<EngineCore<crate::cuda::Cuda>> for AnyCore {
 /// [`SMALL_MODEL_BYTES`] in f32.
 pub(crate) fn default_dtype(dir: &Path) -> Result<DType> {
     let weights = Weights::open(dir)?;
+    if let Some((_, dtype)) = weights.packed_types() {
+        return Ok(dtype);
+    }
     let large = weights.num_elements().saturating_mul(4) > SMALL_MODEL_BYTES;
     Ok(if weights.are_narrow() && large { DType::Bf16 } else { DType::F32 })
 }

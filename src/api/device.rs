@@ -4,7 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::backend::DType;
+use crate::backend::NumberTypes;
 use crate::cpu::Cpu;
 use crate::error::{Error, Result};
 
@@ -87,23 +87,24 @@ pub(crate) struct Opened {
 }
 
 impl Device {
-    /// Opens the device for weights of `dtype`; `threads` of the CPU, all cores where none is
+    /// Opens the device for numbers of these types; `threads` of the CPU, all cores where none is
     /// named.
     ///
     /// Errors: [`Error::Device`] where the device is absent or refused.
-    pub(crate) fn open(self, dtype: DType, threads: Option<usize>) -> Result<Opened> {
+    pub(crate) fn open(self, types: NumberTypes, threads: Option<usize>) -> Result<Opened> {
+        let NumberTypes { dtype, weights } = types;
         let cpu = || -> Result<AnyBackend> {
             let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-            Ok(AnyBackend::Cpu(Cpu::new(threads, dtype)?))
+            Ok(AnyBackend::Cpu(Cpu::new(threads, dtype)?.with_weights(weights)))
         };
         let opened = |backend| Ok(Opened { backend, passed_over: None });
         #[cfg(feature = "cuda")]
         {
             use crate::cuda::{Cuda, Gpu, emulated, is_there};
-            let gpu = |index| Ok(AnyBackend::Cuda(Cuda::new(Box::new(Gpu::open(index)?), dtype)?));
+            let gpu = |index| Ok(AnyBackend::Cuda(Cuda::new(Box::new(Gpu::open(index)?), dtype)?.with_weights(weights)));
             match self {
                 Device::Cuda(index) => opened(gpu(index)?),
-                Device::Emu(arch) => opened(AnyBackend::Cuda(Cuda::new(emulated(arch, threads)?, dtype)?)),
+                Device::Emu(arch) => opened(AnyBackend::Cuda(Cuda::new(emulated(arch, threads)?, dtype)?.with_weights(weights))),
                 Device::Auto => {
                     let gpu = match is_there() {
                         Ok(false) => return opened(cpu()?),

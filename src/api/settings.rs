@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 struct SettingsJson {
     device: Option<String>,
     dtype: Option<String>,
+    weights: Option<String>,
     threads: Option<usize>,
     max_sequences: Option<usize>,
     max_rows: Option<usize>,
@@ -27,10 +28,11 @@ struct SettingsJson {
 
 impl EngineBuilder {
     /// Reads settings from a JSON object: `device` (`"auto"`, `"cpu"`, `"cuda:0"`), `dtype`
-    /// (`"f32"`, `"bf16"`), `threads`, `max_sequences`, `max_rows`, `max_positions`, `kv_pages` and
-    /// `page_size`, which mean what the methods of the same names do; `tokenizer` (the path of a
-    /// `tokenizer.json`), `models` (directories, as [`EngineBuilder::add_model`] takes them) and
-    /// `joint` (a directory, as [`EngineBuilder::joint_sampler`] takes it).
+    /// (`"f32"`, `"bf16"`), `weights` (`"f32"`, `"bf16"`, `"q8"`, `"q4"`), `threads`,
+    /// `max_sequences`, `max_rows`, `max_positions`, `kv_pages` and `page_size`, which mean what the
+    /// methods of the same names do; `tokenizer` (the path of a `tokenizer.json`), `models`
+    /// (directories, as [`EngineBuilder::add_model`] takes them) and `joint` (a directory, as
+    /// [`EngineBuilder::joint_sampler`] takes it).
     ///
     /// Errors: [`Error::Request`] that names the key, what was expected and what was found.
     pub fn json(mut self, text: &str) -> Result<EngineBuilder> {
@@ -40,6 +42,9 @@ impl EngineBuilder {
         }
         if let Some(dtype) = settings.dtype {
             self = self.dtype(dtype.parse()?);
+        }
+        if let Some(weights) = settings.weights {
+            self = self.weights(weights.parse()?);
         }
         type Set = fn(EngineBuilder, usize) -> EngineBuilder;
         let counts: [(Option<usize>, Set); 6] = [

@@ -26,8 +26,8 @@ pub trait Measure: Backend {
     fn ceilings(&self, weight_bytes: usize) -> Result<Ceilings>;
 }
 
-/// Operations per second of `x (rows, k) weight (n, k)^T` on a backend, the best of `runs` products
-/// of numbers that are not zero.
+/// Operations per second of `x (rows, k) weight (n, k)^T` on a backend, the weight in the format of
+/// its models, the best of `runs` products of numbers that are not zero.
 pub fn product_rate<B: Backend>(backend: &B, [rows, n, k]: [usize; 3], runs: usize) -> Result<f64> {
     let value = |i: usize| (i % 17) as f32 / 17.0 - 0.5;
     let source = |first: usize, dst: &mut [f32]| {
@@ -35,7 +35,8 @@ pub fn product_rate<B: Backend>(backend: &B, [rows, n, k]: [usize; 3], runs: usi
         Ok(())
     };
     let square = backend.weight(WeightShape::Matrix { n: k, k }, &source)?;
-    let weight = backend.weight(WeightShape::Matrix { n, k }, &source)?;
+    let format = backend.weight_format().unwrap_or(backend.dtype().into());
+    let weight = backend.weight_as(format, WeightShape::Matrix { n, k }, &source)?;
     // Rows that are not zero: a product of zeros with a bias.
     let bias = backend.upload(&(0..k).map(value).collect::<Vec<_>>())?;
     let zeros = [rows * k, rows * k, rows * n].map(Activation::F32);

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::api::device::on_backend;
 use crate::backend::measure::{Ceilings, Measure};
-use crate::backend::{Backend, DType, ExpertShape, HostReason};
+use crate::backend::{Backend, ExpertShape, HostReason};
 use crate::cli::bench_flags::{BenchFlags, Forward};
 use crate::cli::device::decoded_len;
 use crate::cli::engine::{attach_joint, drain, load};
@@ -27,8 +27,7 @@ use crate::config::{Mlp, ModelConfig};
 use crate::cpu::Cpu;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::model::registry;
-use crate::model::shapes;
+use crate::model::{WeightRole, registry, shapes};
 use crate::plan::Visibility;
 use crate::request::{Output, Prompt, Request};
 use crate::schedule::Schedule;
@@ -159,7 +158,7 @@ pub(super) fn run(mut flags: BenchFlags) -> Result<()> {
     let options = options.with_pages_for(longest);
     // Random weights of a shape have no directory.
     let checkpoint = flags.shape.is_none().then_some(config.dir.as_path());
-    let dtype = flags.device.dtype(checkpoint)?;
+    let types = flags.device.types(checkpoint)?.name();
     let Measured { device, load_ms, ceilings, probes, rows } = on_backend!(flags.device.backend(checkpoint)?, |backend| {
         let loading = Instant::now();
         let mut engine = match &flags.shape {
@@ -171,16 +170,16 @@ pub(super) fn run(mut flags: BenchFlags) -> Result<()> {
         sweep(&mut engine, load_ms, &flags, &schedules, &lengths)?
     });
     if let Some(path) = &flags.plot {
-        let svg = plot(&rows, &format!("{label}, {device}, {}", dtype.name()));
+        let svg = plot(&rows, &format!("{label}, {device}, {types}"));
         write_atomically(path, |out| out.write_all(svg.as_bytes()))?;
     }
     let text = if flags.format == Format::Json {
         format!(
             "{}\n",
-            json!({"model": label, "device": device, "dtype": dtype.name(), "runs": flags.runs, "load_ms": load_ms, "ceilings": ceilings, "forwards": probes, "rows": rows})
+            json!({"model": label, "device": device, "dtype": types, "runs": flags.runs, "load_ms": load_ms, "ceilings": ceilings, "forwards": probes, "rows": rows})
         )
     } else {
-        let head = format!("{label}, {device}, {}, loaded in {:.1} s, medians of {} runs", dtype.name(), load_ms / 1e3, flags.runs);
+        let head = format!("{label}, {device}, {types}, loaded in {:.1} s, medians of {} runs", load_ms / 1e3, flags.runs);
         table(&head, &ceilings, &probes, &rows)
     };
     print(&text)?;
@@ -204,7 +203,7 @@ fn sweep<B: Measure>(
     lengths: &[u32],
 ) -> Result<Measured> {
     let (config, backend) = (engine.config(), engine.backend());
-    let ceilings = CeilingsRow::from(backend.ceilings(weight_bytes(config, backend.dtype(), 1))?);
+    let ceilings = CeilingsRow::from(backend.ceilings(weight_bytes(config, backend, 1))?);
     let probes = probe(engine, &ceilings, flags, *lengths.iter().max().expect("not empty") as usize + 1)?;
     let mut progress = Progress::new("measuring");
     let mut rows = Vec::new();
@@ -227,9 +226,12 @@ fn gflop(config: &ModelConfig, rows: usize, sampled: usize) -> f64 {
 
 /// Bytes of the weights a forward of `rows` rows reads: layers and head, without the embedding
 /// table. Of experts those that rows go to, if every choice were as likely as any other.
-fn weight_bytes(config: &ModelConfig, dtype: DType, rows: usize) -> usize {
+fn weight_bytes(config: &ModelConfig, backend: &impl Backend, rows: usize) -> usize {
     let touched = |_: f64, top_k: f64, experts: f64| experts * (1.0 - (1.0 - top_k / experts).powi(rows as i32));
-    products(config, 1.0, 1.0, touched) as usize * dtype.bytes()
+    let head = (config.hidden_dim * config.vocab_size) as f64;
+    let bits = |role: WeightRole| role.format(backend.weight_format(), backend.dtype().into()).bits();
+    let layers = products(config, 1.0, 1.0, touched) - head;
+    ((layers * bits(WeightRole::Layer) + head * bits(WeightRole::Head)) / 8.0) as usize
 }
 
 /// Elements of the weights of a forward, each counted once for each of the rows that go through it;
@@ -293,7 +295,7 @@ fn probe<B: Backend>(engine: &mut Engine<B>, ceilings: &CeilingsRow, flags: &Ben
         let Timing { mut times_ms, launches, recorded } = engine.time_forward(&timed, flags.runs.max(5) as usize)?;
         let (rows, median_ms) = (timed.range.len(), median(&mut times_ms));
         let gflop = gflop(engine.config(), rows, timed.sampled);
-        let read_ms = weight_bytes(engine.config(), engine.backend().dtype(), rows) as f64 / ceilings.read_gb_per_s / 1e6;
+        let read_ms = weight_bytes(engine.config(), engine.backend(), rows) as f64 / ceilings.read_gb_per_s / 1e6;
         let floor_ms = (gflop / ceilings.matrix_gflop_per_s * 1e3).max(read_ms);
         probes.push(Probe {
             name: name.clone(),

@@ -8,9 +8,9 @@ use clap::Args;
 
 use crate::api::builder::default_dtype;
 use crate::api::device::{AnyBackend, Device};
-use crate::backend::{Backend, DType};
+use crate::backend::{Backend, DType, NumberTypes, WeightFormat};
 use crate::cli::engine::load;
-use crate::cli::flags::DTypeFlag;
+use crate::cli::flags::{DTypeFlag, WeightsFlag};
 use crate::cli::terminal::note;
 use crate::config::ModelConfig;
 use crate::engine::{Engine, EngineOptions};
@@ -27,10 +27,14 @@ pub(crate) struct DeviceFlags {
     /// rounding of sm_90a or of ARCH (slow, needs g++)
     #[arg(long, default_value = "auto")]
     pub(super) device: Device,
-    /// Weights and K/V in this type [default: f32, or bf16 for 16-bit checkpoints of more than 1
-    /// GiB in f32]
+    /// K/V, and weights that are floats, in this type [default: f32, or bf16 for 16-bit checkpoints
+    /// of more than 1 GiB in f32]
     #[arg(long, value_enum)]
     pub(super) dtype: Option<DTypeFlag>,
+    /// Weights in this format, made while they are loaded; q8 and q4 take 8.5 and 5 bits a value
+    /// [default: floats of --dtype]
+    #[arg(long, value_enum)]
+    pub(super) weights: Option<WeightsFlag>,
     /// CPU threads, as many as cores at most [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024), allow_negative_numbers = true)]
     pub(super) threads: Option<u16>,
@@ -50,19 +54,16 @@ impl DeviceFlags {
             // Threads wait for each other at every product: more than the cores are slower.
             note(format_args!("--threads {threads}: this process may use {cores} cores, and uses as many threads"));
         }
-        let opened = self.device.open(self.dtype(dir)?, threads.map(|threads| threads.min(cores)))?;
+        let opened = self.device.open(self.types(dir)?, threads.map(|threads| threads.min(cores)))?;
         if let Some(error) = opened.passed_over {
             note(format_args!("{error}; going on with the CPU"));
         }
         Ok(opened.backend)
     }
 
-    pub(crate) fn dtype(&self, dir: Option<&Path>) -> Result<DType> {
-        match (self.dtype, dir) {
-            (Some(dtype), _) => Ok(dtype.into()),
-            (None, Some(dir)) => default_dtype(dir),
-            (None, None) => Ok(DType::F32),
-        }
+    /// Types of a model's numbers; `dir` as in [`DeviceFlags::backend`].
+    pub(crate) fn types(&self, dir: Option<&Path>) -> Result<NumberTypes> {
+        NumberTypes::of(self.dtype.map(DType::from), self.weights.map(WeightFormat::from), || dir.map_or(Ok(DType::F32), default_dtype))
     }
 
     /// Loads a model for sequences of `len` decoded positions, `sequences` at a time, with just

@@ -3,7 +3,7 @@
 
 use clap::ValueEnum;
 
-use crate::backend::DType;
+use crate::backend::{DType, WeightFormat};
 use crate::sampling::TopPRule;
 
 /// `--format`.
@@ -25,6 +25,26 @@ impl From<DTypeFlag> for DType {
         match flag {
             DTypeFlag::F32 => DType::F32,
             DTypeFlag::Bf16 => DType::Bf16,
+        }
+    }
+}
+
+/// `--weights`.
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum WeightsFlag {
+    F32,
+    Bf16,
+    Q8,
+    Q4,
+}
+
+impl From<WeightsFlag> for WeightFormat {
+    fn from(flag: WeightsFlag) -> WeightFormat {
+        match flag {
+            WeightsFlag::F32 => WeightFormat::F32,
+            WeightsFlag::Bf16 => WeightFormat::Bf16,
+            WeightsFlag::Q8 => WeightFormat::Q8,
+            WeightsFlag::Q4 => WeightFormat::Q4,
         }
     }
 }

@@ -17,6 +17,7 @@ mod kernels;
 mod model;
 mod output;
 mod quality;
+mod quantize;
 mod samples;
 mod score;
 #[cfg(feature = "serve")]
@@ -48,6 +49,8 @@ enum Command {
     /// Answer HTTP requests: the OpenAI API with drafts, confidence and infilling, and a page at /
     #[cfg(feature = "serve")]
     Serve(Box<serve::ServeFlags>),
+    /// Write a checkpoint again with weights of 8 or 4 bits, which then load at once
+    Quantize(quantize::QuantizeFlags),
     /// Say what a model directory holds
     Inspect(model::InspectFlags),
     /// Measure latency by stage, tokens per second, forwards and rows
@@ -94,6 +97,7 @@ pub fn main() -> u8 {
         Command::Score(flags) => score::run(flags),
         #[cfg(feature = "serve")]
         Command::Serve(flags) => serve::run(*flags),
+        Command::Quantize(flags) => quantize::run(flags),
         Command::Inspect(flags) => model::inspect(flags),
         Command::Bench(flags) => bench::run(flags),
         #[cfg(feature = "cuda")]

@@ -101,13 +101,17 @@ fn open(flags: &ServeFlags, dir: &Path) -> Result<Engine> {
     let config = registry::read_config(dir)?;
     let mut progress = Progress::on_terminal("loading");
     let shown = dir.display().to_string();
+    let types = flags.device.types(Some(dir))?;
     let mut builder = Engine::builder(dir)
         .device(flags.device.device)
-        .dtype(flags.device.dtype(Some(dir))?)
+        .dtype(types.dtype)
         .tokenizer(flags.device.tokenizer(&config)?)
         .max_sequences(flags.max_sequences as usize)
         .max_rows(flags.max_rows as usize)
         .progress(move |done, total| progress.show(|| format!("{shown}: {:.2} of {:.2} GB", done as f64 / 1e9, total as f64 / 1e9)));
+    if let Some(format) = types.weights {
+        builder = builder.weights(format);
+    }
     if let Some(threads) = flags.device.threads {
         builder = builder.threads(threads.into());
     }

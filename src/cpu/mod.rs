@@ -19,6 +19,7 @@ mod norm;
 pub mod oracle;
 #[allow(unsafe_code)]
 pub mod pool;
+mod read_rows;
 mod rope;
 mod route;
 mod sample;
@@ -31,9 +32,10 @@ use std::sync::{Arc, Mutex};
 use crate::backend::host::HostSteps;
 use crate::backend::{
     Activation, Backend, Candidates, DType, Epilogue, ExpertChoice, ExpertShape, HeadNorm, HeadShape, Inspect, KvShape, Norm, Rotation,
-    Router, RowSource, WeightShape,
+    Router, RowSource, WeightFormat, WeightShape,
 };
 use crate::error::{Error, Result};
+use crate::packed_weights::PackedWords;
 use crate::plan::Plan;
 use crate::sampling::{Draw, SampledToken};
 
@@ -45,6 +47,7 @@ use simd::Isa;
 /// The CPU as a [`Backend`].
 pub struct Cpu {
     dtype: DType,
+    weight_format: Option<WeightFormat>,
     context: CpuContext,
 }
 
@@ -76,7 +79,14 @@ impl Cpu {
             attention_states: Mutex::default(),
             spare_rows: Mutex::default(),
         };
-        Ok(Cpu { dtype, context })
+        Ok(Cpu { dtype, weight_format: None, context })
+    }
+
+    /// Makes weights of models into this format, where it is one; floats are those of the dtype.
+    pub fn with_weights(self, format: Option<WeightFormat>) -> Cpu {
+        let float = format.and_then(WeightFormat::float);
+        assert!(float.is_none_or(|dtype| dtype == self.dtype), "weights in {float:?} beside {:?}", self.dtype);
+        Cpu { weight_format: format, ..self }
     }
 }
 
@@ -118,14 +128,14 @@ impl Weight {
     fn width(&self) -> usize {
         match &self.0 {
             WeightLayout::Table(table) => table.width(),
-            _ => self.packed().k,
+            _ => self.packed().k(),
         }
     }
 
     /// Rows by their index, as f32.
-    fn rows(&self, ids: &[u32], out: &mut [f32]) {
+    pub fn rows(&self, ids: &[u32], out: &mut [f32]) {
         match &self.0 {
-            WeightLayout::Table(table) => embed::embed(ids, table, out),
+            WeightLayout::Table(table) => table.rows(ids, out),
             _ => self.packed().rows(ids, out),
         }
     }
@@ -178,6 +188,7 @@ impl Backend for Cpu {
     /// The host is where the network runs: nothing is saved by sampling elsewhere.
     type Runner = HostSteps;
 
+    const HAS_GROUPS: bool = true;
     const MAX_SHORTLIST: usize = usize::MAX;
 
     fn name(&self) -> String {
@@ -187,6 +198,10 @@ impl Backend for Cpu {
 
     fn dtype(&self) -> DType {
         self.dtype
+    }
+
+    fn weight_format(&self) -> Option<WeightFormat> {
+        self.weight_format
     }
 
     fn alloc<const N: usize>(&self, parts: [Activation; N]) -> Result<[Buffer; N]> {
@@ -212,18 +227,35 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Weight> {
+    fn weight_as(&self, format: WeightFormat, shape: WeightShape, source: &dyn RowSource) -> Result<Weight> {
         let (WeightShape::Matrix { n, k } | WeightShape::Table { n, k } | WeightShape::Experts { n, k, .. }) = shape;
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
-        let (context, dtype) = (&self.context, self.dtype);
+        assert!(format.float().is_none_or(|dtype| dtype == self.dtype), "a weight in {} on {:?}", format.name(), self.dtype);
+        let context = &self.context;
         Ok(Weight(match shape {
-            WeightShape::Matrix { .. } => WeightLayout::Packed(linear::Packed::new(context, dtype, n, k, source)?),
-            WeightShape::Table { .. } => WeightLayout::Table(embed::Table::new(context, dtype, n, k, source)?),
+            WeightShape::Matrix { .. } => WeightLayout::Packed(linear::Packed::new(context, format, n, k, source)?),
+            WeightShape::Table { .. } => WeightLayout::Table(embed::Table::new(context, format, n, k, source)?),
             WeightShape::Experts { num, .. } => {
                 assert!(num > 0, "{num} weights of {n} x {k}");
-                WeightLayout::Experts(moe::ExpertWeights::new(context, dtype, num, n, k, source)?)
+                WeightLayout::Experts(moe::ExpertWeights::new(context, format, num, n, k, source)?)
             }
         }))
+    }
+
+    fn weight_of_words(&self, format: WeightFormat, shape: WeightShape, words: PackedWords) -> Result<Weight> {
+        Ok(Weight(match shape {
+            WeightShape::Matrix { n, k } => WeightLayout::Packed(linear::Packed::of_words(format, n, k, words)?),
+            WeightShape::Table { n, k } => WeightLayout::Table(embed::Table::of_words(format, n, k, words)?),
+            WeightShape::Experts { num, n, k } => WeightLayout::Experts(moe::ExpertWeights::of_words(format, num, n, k, words)?),
+        }))
+    }
+
+    fn words<'w>(&self, weight: &'w Weight) -> Vec<&'w [u32]> {
+        match &weight.0 {
+            WeightLayout::Packed(packed) => packed.words().into_iter().collect(),
+            WeightLayout::Table(table) => table.words().into_iter().collect(),
+            WeightLayout::Experts(experts) => experts.0.iter().filter_map(linear::Packed::words).collect(),
+        }
     }
 
     fn routing(&self, _rows: usize, shape: ExpertShape) -> Result<Routing> {
@@ -287,7 +319,7 @@ impl Backend for Cpu {
 
     fn linear(&self, rows: usize, x: &Buffer, weight: &Weight, bias: Option<&Buffer>, epilogue: Epilogue, out: &mut Buffer) -> Result<()> {
         let weight = weight.packed();
-        let (n, k) = (weight.n, weight.k);
+        let (n, k) = (weight.n(), weight.k());
         let width = epilogue.out_width(n);
         assert!(
             x.0.len() >= rows * k && out.0.len() >= rows * width,
@@ -315,7 +347,7 @@ impl Backend for Cpu {
         let ExpertShape { num_experts, top_k, hidden_dim, expert_dim } = routing.0.shape;
         let (up, down) = (up.expert_weights(), down.expert_weights());
         for (experts, n, k) in [(up, 2 * expert_dim, hidden_dim), (down, hidden_dim, expert_dim)] {
-            let fits = experts.0.len() == num_experts && experts.0.iter().all(|weight| (weight.n, weight.k) == (n, k));
+            let fits = experts.0.len() == num_experts && experts.0.iter().all(|weight| (weight.n(), weight.k()) == (n, k));
             assert!(fits, "weights for {:?}", routing.0.shape);
         }
         let len = routing.0.choices.len() / top_k * hidden_dim;
@@ -378,8 +410,8 @@ impl Backend for Cpu {
         draws: &[Draw],
     ) -> Result<Vec<SampledToken>> {
         let (head, bias, rows) = (head.packed(), bias.map(|b| &b.0[..]), draws.len());
-        assert!(hidden.0.len() >= rows * head.k, "hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
-        assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
+        assert!(hidden.0.len() >= rows * head.k(), "hidden of {} for {rows} rows of {}", hidden.0.len(), head.k());
+        assert!(bias.is_none_or(|b| b.len() == head.n()), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n());
         match candidates {
             Candidates::AllBut(banned) => sample::sample(&self.context, &hidden.0, head, bias, banned, draws),
             Candidates::Shortlists { lists, which } => {
@@ -401,8 +433,8 @@ impl Backend for Cpu {
         n: usize,
     ) -> Result<Shortlists> {
         let (head, bias) = (head.packed(), bias.map(|b| &b.0[..]));
-        assert!(n > 0 && hidden.0.len() >= rows * head.k, "lists of {n}, hidden of {} for {rows} rows of {}", hidden.0.len(), head.k);
-        assert!(bias.is_none_or(|b| b.len() == head.n), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n);
+        assert!(n > 0 && hidden.0.len() >= rows * head.k(), "lists of {n}, hidden of {} for {rows} rows of {}", hidden.0.len(), head.k());
+        assert!(bias.is_none_or(|b| b.len() == head.n()), "bias of {:?} for {} columns", bias.map(<[f32]>::len), head.n());
         shortlist::shortlist(&self.context, rows, &hidden.0, head, bias, banned, n).map(Shortlists)
     }
 }

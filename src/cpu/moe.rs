@@ -2,20 +2,56 @@
 //! of the experts.
 #![forbid(unsafe_code)]
 
-use crate::backend::{DType, Epilogue, ExpertShape, RowSource};
+use crate::backend::groups::{Group4, Group8};
+use crate::backend::{Epilogue, ExpertShape, RowSource, WeightFormat};
 use crate::cpu::context::CpuContext;
 use crate::cpu::linear::{self, Packed};
 use crate::cpu::route::Routing;
 use crate::cpu::simd::LANES;
 use crate::error::Result;
+use crate::packed_weights::PackedWords;
+
+/// The rows of one expert, which begin at `first`.
+struct OneExpert<'a> {
+    source: &'a dyn RowSource,
+    first: usize,
+}
+
+impl RowSource for OneExpert<'_> {
+    fn read(&self, first_row: usize, dst: &mut [f32]) -> Result<()> {
+        self.source.read(self.first + first_row, dst)
+    }
+
+    fn read_q8(&self, first_row: usize, dst: &mut [Group8]) -> Result<bool> {
+        self.source.read_q8(self.first + first_row, dst)
+    }
+
+    fn read_q4(&self, first_row: usize, dst: &mut [Group4]) -> Result<bool> {
+        self.source.read_q4(self.first + first_row, dst)
+    }
+}
 
 /// `num` weights of (n, k), packed each for itself: a panel never spans two experts.
 pub struct ExpertWeights(pub Vec<Packed>);
 
 impl ExpertWeights {
-    pub fn new(context: &CpuContext, dtype: DType, num: usize, n: usize, k: usize, source: &RowSource) -> Result<ExpertWeights> {
-        let pack = |i: usize| Packed::new(context, dtype, n, k, &|first, dst| source(i * n + first, dst));
+    pub fn new(
+        context: &CpuContext,
+        format: WeightFormat,
+        num: usize,
+        n: usize,
+        k: usize,
+        source: &dyn RowSource,
+    ) -> Result<ExpertWeights> {
+        let pack = |i: usize| Packed::new(context, format, n, k, &OneExpert { source, first: i * n });
         (0..num).map(pack).collect::<Result<_>>().map(ExpertWeights)
+    }
+
+    /// Takes words that lie ready.
+    pub fn of_words(format: WeightFormat, num: usize, n: usize, k: usize, words: PackedWords) -> Result<ExpertWeights> {
+        // Blocks are whole cache lines, so that nothing is padded.
+        let each = words.len() / num;
+        (0..num).map(|i| Packed::of_words(format, n, k, words.part(i * each..(i + 1) * each))).collect::<Result<_>>().map(ExpertWeights)
     }
 }
 

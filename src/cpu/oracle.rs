@@ -6,7 +6,11 @@
 //! [`crate::sampling::sample_row`].
 #![forbid(unsafe_code)]
 
-use crate::backend::{DType, Epilogue, ExpertShape, HeadNorm, HeadShape, Norm, NormKind, Rope, Rotation, Router, RouterScore};
+use crate::backend::groups::{GROUP, Group4, Group8};
+use crate::backend::{
+    DType, Epilogue, ExpertShape, HeadNorm, HeadShape, Norm, NormKind, Rope, Rotation, Router, RouterScore, WeightFormat,
+};
+use crate::cpu::simd::groups::ActivationGroup;
 use crate::plan::Plan;
 
 /// The value that `dtype` stores for `x`: bf16 rounds to nearest even.
@@ -15,6 +19,35 @@ pub fn stored(dtype: DType, x: f32) -> f32 {
         DType::F32 => x,
         DType::Bf16 => half::bf16::from_f32(x).to_f32(),
     }
+}
+
+/// What `format` keeps of the rows of `values (n, k)`.
+///
+/// Panics: values that no group holds.
+pub fn kept(format: WeightFormat, values: &[f32], k: usize) -> Vec<f32> {
+    let group = |values: &[f32]| -> Vec<f32> {
+        let mut group = [values[values.len() - 1]; GROUP];
+        group[..values.len()].copy_from_slice(values);
+        let kept = match format {
+            WeightFormat::Q8 => Group8::of(&group).expect("values of a weight").values(),
+            WeightFormat::Q4 => Group4::of(&group).expect("values of a weight").values(),
+            WeightFormat::F32 => group.map(|x| stored(DType::F32, x)),
+            WeightFormat::Bf16 => group.map(|x| stored(DType::Bf16, x)),
+        };
+        kept[..values.len()].to_vec()
+    };
+    values.chunks_exact(k).flat_map(|row| row.chunks(GROUP)).flat_map(group).collect()
+}
+
+/// What the CPU's products with weights in groups keep of the rows of `x (rows, k)`.
+pub fn kept_activations(x: &[f32], k: usize) -> Vec<f32> {
+    let group = |values: &[f32]| -> Vec<f32> {
+        let mut group = [0.0; GROUP];
+        group[..values.len()].copy_from_slice(values);
+        let kept = ActivationGroup::of(&group);
+        (0..values.len()).map(|i| kept.scale * kept.code(i) as f32).collect()
+    };
+    x.chunks_exact(k).flat_map(|row| row.chunks(GROUP)).flat_map(group).collect()
 }
 
 /// `out (T, k)`: row t is row `ids[t]` of `table (V, k)`, as stored.

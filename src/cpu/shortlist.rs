@@ -4,12 +4,12 @@
 //! more than the n-th largest logit, so what is not below it is put in order and the rest is never
 //! looked at again. Listed ids lie scattered over the vocabulary, and in the panels of a packed
 //! weight every step of a row lies in a line of its own: the head is therefore kept a second time
-//! by rows ([`linear::ByRows`]), and a logit is a dot product along k, sixteen words at a time.
+//! by rows ([`linear::ByRows`]), and a logit is a dot product along k.
 #![forbid(unsafe_code)]
 
-use crate::backend::{DType, Epilogue, not_on_shortlist};
+use crate::backend::{Epilogue, not_on_shortlist};
 use crate::cpu::context::CpuContext;
-use crate::cpu::linear::{self, ByRows, Packed};
+use crate::cpu::linear::{self, Packed};
 use crate::cpu::sample::{Between, CHUNK, sample_row};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::{Error, Result};
@@ -17,9 +17,6 @@ use crate::sampling::{Draw, SampledToken};
 
 /// Ids of a group whose maximum is kept: four vectors.
 const GROUP: usize = 4 * LANES;
-
-/// Dot products that are computed side by side, so that the latency of one is hidden by the others.
-const DOTS: usize = 8;
 
 /// Lists of ids, ascending.
 pub struct Shortlists {
@@ -42,7 +39,7 @@ pub fn shortlist(
     banned: &[u32],
     n: usize,
 ) -> Result<Shortlists> {
-    let Packed { n: vocab, k, .. } = *head;
+    let (vocab, k) = (head.n(), head.k());
     let mut ids = vec![Vec::new(); rows];
     let mut scratch = context.logits();
     for (chunk, ids) in ids.chunks_mut(CHUNK).enumerate() {
@@ -119,12 +116,11 @@ pub fn sample_shortlist(
     let longest = which.iter().map(|list| lists.ids[*list as usize].len()).max().unwrap_or(0);
     let mut results: Vec<Option<Result<SampledToken>>> = vec![None; draws.len()];
     let mut rows: Vec<_> = results.iter_mut().zip(which).zip(draws).collect();
-    context.pool_for(draws.len() * longest * by_rows.stride).chunks(&mut rows, 1, &|i, row| {
+    context.pool_for(draws.len() * longest * head.k()).chunks(&mut rows, 1, &|i, row| {
         let ((result, which), draw) = &mut row[0];
         let ids = &lists.ids[**which as usize];
         let mut logits = vec![0.0; ids.len()];
-        let x = by_rows.words_of(context, &hidden[i * head.k..][..head.k]);
-        context.isa.run(Dots { x: &x, weight: by_rows, ids, out: &mut logits });
+        by_rows.products(context, &hidden[i * head.k()..][..head.k()], ids, &mut logits);
         if let Some(bias) = bias {
             logits.iter_mut().zip(ids).for_each(|(logit, id)| *logit += bias[*id as usize]);
         }
@@ -148,54 +144,10 @@ fn sample_from_list(context: &CpuContext, row: usize, ids: &[u32], logits: &[f32
     Ok(SampledToken { token: ids[sampled.token as usize], ..sampled })
 }
 
-/// `out[i] = x . row ids[i]`: lane l takes words l, l + 16, ... in ascending order, then the lanes
-/// are summed.
-struct Dots<'a> {
-    x: &'a [u32],
-    weight: &'a ByRows,
-    ids: &'a [u32],
-    out: &'a mut [f32],
-}
-
-impl Kernel for Dots<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        match self.weight.dtype {
-            DType::F32 => self.dots::<S, false>(simd),
-            DType::Bf16 => self.dots::<S, true>(simd),
-        }
-    }
-}
-
-impl Dots<'_> {
-    #[inline(always)]
-    fn dots<S: Simd, const BF16: bool>(self, simd: S) {
-        let (x, _) = self.x.as_chunks::<LANES>();
-        for (ids, out) in self.ids.chunks(DOTS).zip(self.out.chunks_mut(DOTS)) {
-            // The places of a short group hold its last row again.
-            let mut rows = [&x[..0]; DOTS];
-            for (i, row) in rows.iter_mut().enumerate() {
-                *row = self.weight.row(ids[i.min(ids.len() - 1)]);
-            }
-            let mut sums = [simd.splat(0.0); DOTS];
-            for (block, x) in x.iter().enumerate() {
-                let x = simd.words(x);
-                for (sum, row) in sums.iter_mut().zip(rows) {
-                    let w = simd.words(&row[block]);
-                    *sum = if BF16 { simd.step_bf16(*sum, x, w) } else { simd.step_f32(*sum, x, w) };
-                }
-            }
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = simd.sum(sum);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::DType;
     use crate::cpu::Cpu;
 
     /// Against sorting everything: ties, few groups and many, -inf, zeros of either sign.

@@ -7,11 +7,14 @@
 //! between ISAs they may differ in rounding (fused or separate multiply-add, the internal order of
 //! `vdpbf16ps`).
 
+pub mod groups;
 mod portable;
+pub mod tile;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+#[cfg(target_arch = "x86_64")]
+mod x86_groups;
 
-pub mod tile;
 mod vector;
 
 pub use vector::{Kernel, LANES, Simd};
@@ -23,11 +26,11 @@ use x86::{Avx2, Avx512};
 /// Instruction sets with their own code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// AVX-512 with `vdpbf16ps`.
+    /// AVX-512 with `vdpbf16ps` and VNNI, which no processor with the former lacks.
     Avx512Bf16,
     /// AVX-512 F, BW, DQ, VL.
     Avx512,
-    /// AVX2 with FMA.
+    /// AVX2 with FMA and F16C.
     Avx2,
     /// Plain Rust, any machine.
     Portable,

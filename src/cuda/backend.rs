@@ -20,7 +20,7 @@ use super::state::{Batch, Buffer, Cuda, KvCache, Origin, Rows, Weight};
 use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{
     Activation, Backend, Candidates, DType, Epilogue, ExpertChoice, ExpertShape, HeadShape, Inspect, KvShape, Norm, Rotation, Router,
-    RowList, RowSource, WeightShape,
+    RowList, RowSource, WeightFormat, WeightShape,
 };
 use crate::cuda::driver::interface::Address;
 use crate::cuda::ops::attention::Attention;
@@ -32,6 +32,7 @@ use crate::cuda::ops::rope_append::{HeadNorm, RopeAppend};
 use crate::cuda::ops::sample::SampleOp;
 use crate::cuda::ops::{attention, embed, gather, guidance, linear, norm, rope_append, sample, shortlist};
 use crate::error::{Error, Result};
+use crate::packed_weights::PackedWords;
 use crate::plan::Plan;
 use crate::sampling::{Draw, SampledToken};
 
@@ -45,6 +46,7 @@ impl Backend for Cuda {
     type Routing = Routing;
     type Runner = DeviceSteps;
 
+    const HAS_GROUPS: bool = false;
     const MAX_SHORTLIST: usize = shortlist::MAX_SHORTLIST as usize;
 
     fn name(&self) -> String {
@@ -97,11 +99,26 @@ impl Backend for Cuda {
         self.context.driver.synchronize()
     }
 
-    fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Weight> {
+    fn weight_as(&self, format: WeightFormat, shape: WeightShape, source: &dyn RowSource) -> Result<Weight> {
+        if format.float() != Some(self.dtype) {
+            return Err(Error::device(format!("weights in {} are not there on CUDA yet", format.name())));
+        }
         match shape {
             WeightShape::Matrix { n, k } | WeightShape::Table { n, k } => self.upload_rows(n, k, source),
             WeightShape::Experts { num, n, k } => self.upload_rows(num * n, k, source),
         }
+    }
+
+    fn weight_of_words(&self, format: WeightFormat, _shape: WeightShape, _words: PackedWords) -> Result<Weight> {
+        Err(Error::device(format!("weights in {} are not there on CUDA yet", format.name())))
+    }
+
+    fn words<'w>(&self, _weight: &'w Weight) -> Vec<&'w [u32]> {
+        Vec::new()
+    }
+
+    fn weight_format(&self) -> Option<WeightFormat> {
+        self.weight_format
     }
 
     fn routing(&self, rows: usize, shape: ExpertShape) -> Result<Routing> {

@@ -9,7 +9,7 @@ use std::thread;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use crate::backend::{DType, HeadShape, KvShape, RowSource};
+use crate::backend::{DType, HeadShape, KvShape, RowSource, WeightFormat};
 use crate::cuda::context::{CudaContext, Memory};
 use crate::cuda::driver::interface::{Address, Driver, Graph};
 use crate::cuda::ops::attention::{self, Regime};
@@ -36,6 +36,7 @@ pub(super) type Rotations = HashMap<(usize, [u32; 7]), (usize, Memory)>;
 pub struct Cuda {
     pub(super) context: CudaContext,
     pub(super) dtype: DType,
+    pub(super) weight_format: Option<WeightFormat>,
     /// The bit mask of the last list of banned ids.
     pub(super) banned: RefCell<Option<(Vec<u32>, usize, Memory)>>,
     pub(super) rotations: RefCell<Rotations>,
@@ -122,6 +123,7 @@ impl Cuda {
         Ok(Cuda {
             context: CudaContext::new(driver)?,
             dtype,
+            weight_format: None,
             banned: RefCell::default(),
             rotations: RefCell::default(),
             graphs: RefCell::default(),
@@ -129,6 +131,13 @@ impl Cuda {
             runs: Cell::new(true),
             step_buffers: RefCell::default(),
         })
+    }
+
+    /// Makes weights of models into this format, where it is one; floats are those of the dtype.
+    pub fn with_weights(self, format: Option<WeightFormat>) -> Cuda {
+        let float = format.and_then(WeightFormat::float);
+        assert!(float.is_none_or(|dtype| dtype == self.dtype), "weights in {float:?} beside {:?}", self.dtype);
+        Cuda { weight_format: format, ..self }
     }
 
     /// Whether repeated steps are recorded and replayed as graphs (they are, unless a test
@@ -163,7 +172,7 @@ impl Cuda {
 
     /// The (n, k) values of `source`, in the weight dtype. Threads read and round the rows of a
     /// panel, and one copies it to the device.
-    pub(super) fn upload_rows(&self, n: usize, k: usize, source: &RowSource) -> Result<Weight> {
+    pub(super) fn upload_rows(&self, n: usize, k: usize, source: &dyn RowSource) -> Result<Weight> {
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
         let row_bytes = k * self.dtype.bytes();
         let memory = self.context.memory(n * row_bytes)?;
@@ -299,14 +308,14 @@ impl Cuda {
 
 /// Rows of `source` in `dtype`: each part from its first row on, on a thread of its own. Bytes are
 /// aligned for either type.
-fn read_parts(dtype: DType, k: usize, source: &RowSource, parts: Vec<(usize, &mut [u8])>) -> Result<()> {
+fn read_parts(dtype: DType, k: usize, source: &dyn RowSource, parts: Vec<(usize, &mut [u8])>) -> Result<()> {
     let read = |(first, bytes): (usize, &mut [u8])| match dtype {
-        DType::F32 => source(first, bytemuck::cast_slice_mut(bytes)),
+        DType::F32 => source.read(first, bytemuck::cast_slice_mut(bytes)),
         DType::Bf16 => {
             let rounded: &mut [bf16] = bytemuck::cast_slice_mut(bytes);
             let mut values = vec![0.0f32; rounded.len()];
             debug_assert_eq!(values.len() % k, 0, "whole rows");
-            source(first, &mut values)?;
+            source.read(first, &mut values)?;
             rounded.convert_from_f32_slice(&values);
             Ok(())
         }

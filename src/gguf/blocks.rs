@@ -6,8 +6,8 @@
 
 use half::f16;
 
-/// Values of a group that shares one scale, in every type that [`Groups`] names.
-pub const GROUP: usize = 32;
+pub use crate::backend::groups::{GROUP, Group8};
+
 /// Values of a block of the k-types, which have scales of scales.
 const SUPER: usize = 256;
 
@@ -41,24 +41,13 @@ pub enum Groups {
     Four,
 }
 
-/// 32 values of 8 bits: value i is `scale * codes[i]`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Group8 {
-    pub scale: f16,
-    pub codes: [i8; GROUP],
-}
-
-/// 32 values of 4 bits: value i is `scale * codes[i] + min`, codes from 0 to 15.
+/// 32 values of 4 bits: value i is `scale * codes[i] + min`, codes from 0 to 15. Unlike in
+/// [`crate::backend::groups::Group4`] scale and minimum may be products, which f16 rounds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Group4 {
     pub scale: f32,
     pub min: f32,
     pub codes: [u8; GROUP],
-}
-
-impl Group8 {
-    /// Zeros.
-    pub const ZERO: Group8 = Group8 { scale: f16::ZERO, codes: [0; GROUP] };
 }
 
 impl Group4 {

@@ -9,7 +9,7 @@ use crate::config::{ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::layers::{Dense, Linear};
 use crate::model::moe;
-use crate::model::weight_loader::{Progress, WeightLoader};
+use crate::model::weight_loader::{Progress, WeightLoader, WeightRole};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
@@ -132,6 +132,10 @@ pub(super) fn tied<'n>(config: &ModelConfig, table: &'n str, head: &'n str, weig
     if !weights.contains(table) {
         return Ok((true, head));
     }
+    // A head of its own was packed because it differs.
+    if weights.is_in_packed(head) {
+        return Ok((false, table));
+    }
     Ok((weights.are_equal(table, head, &[config.vocab_size, config.hidden_dim])?, table))
 }
 
@@ -154,7 +158,7 @@ pub(super) fn load<B: Backend>(backend: &B, config: ModelConfig, names: &Names, 
         layers.push(load_layer(&mut r, &config, names, &format!("{}.{i}", names.layers), config.experts(i))?);
     }
     let final_norm = r.norm(names.final_norm, c)?;
-    let head = r.matrix(if tied { names.table } else { names.head }, v, c, None)?;
+    let head = r.matrix(WeightRole::Head, if tied { names.table } else { names.head }, v, c, None)?;
     Ok(Model::new(config, table, layers, final_norm, Linear { weight: head, bias: None }))
 }
 
@@ -183,7 +187,7 @@ pub(super) fn load_layer<B: Backend>(
         Some(experts) => FeedForward::Experts(moe::load(r, experts, prefix)?),
         None => FeedForward::Dense(Dense {
             up: r.interleaved_linear(&name(names.gate), &name(names.up), f, c, switches.mlp_bias)?,
-            down: r.linear(&name(names.down), c, f, switches.mlp_bias)?,
+            down: r.linear(WeightRole::Layer, &name(names.down), c, f, switches.mlp_bias)?,
         }),
     };
     Ok(Layer {
@@ -195,7 +199,7 @@ pub(super) fn load_layer<B: Backend>(
         } else {
             None
         },
-        attn_out: r.linear(&name(names.attn_out), c, config.heads.q_width(), switches.attn_out_bias)?,
+        attn_out: r.linear(WeightRole::Layer, &name(names.attn_out), c, config.heads.q_width(), switches.attn_out_bias)?,
         mlp_norm: r.norm(&name(names.mlp_norm), c)?,
         mlp,
     })

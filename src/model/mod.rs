@@ -24,6 +24,8 @@ pub mod step;
 mod weight_loader;
 
 pub use weight_loader::Progress;
+#[cfg(feature = "cli")]
+pub(crate) use weight_loader::WeightRole;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

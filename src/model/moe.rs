@@ -10,7 +10,7 @@ use crate::backend::{Backend, Epilogue, ExpertShape, Router};
 use crate::config::{ModelConfig, Moe};
 use crate::error::Result;
 use crate::model::layers::{Dense, Linear};
-use crate::model::weight_loader::WeightLoader;
+use crate::model::weight_loader::{WeightLoader, WeightRole};
 
 /// Names in a layer, projections without `.weight`. All published layouts share them but for the
 /// shared expert, which few have.
@@ -78,7 +78,7 @@ pub(super) fn tensors(config: &ModelConfig, moe: &Moe, layer: &str) -> Vec<(Stri
 /// Packs them.
 pub(super) fn load<B: Backend>(r: &mut WeightLoader<B>, moe: &Moe, layer: &str) -> Result<MoeLayer<B>> {
     let ExpertShape { num_experts, hidden_dim: c, expert_dim: f, .. } = moe.shape;
-    let router = r.linear(&format!("{layer}.{ROUTER}"), num_experts, c, false)?;
+    let router = r.linear(WeightRole::Router, &format!("{layer}.{ROUTER}"), num_experts, c, false)?;
     let bias = if moe.router_bias { Some(r.vector(&format!("{layer}.{ROUTER_BIAS}"), num_experts)?) } else { None };
     let names = |leaf: &str| (0..num_experts).map(|expert| format!("{layer}.{EXPERTS}.{expert}.{leaf}.weight")).collect::<Vec<_>>();
     let up = r.interleaved_stack(&names(GATE), &names(UP), f, c)?;
@@ -86,7 +86,7 @@ pub(super) fn load<B: Backend>(r: &mut WeightLoader<B>, moe: &Moe, layer: &str) 
     let shared = match moe.shared_dim {
         Some(width) => Some(Dense {
             up: r.interleaved_linear(&format!("{layer}.{SHARED}.{GATE}"), &format!("{layer}.{SHARED}.{UP}"), width, c, false)?,
-            down: r.linear(&format!("{layer}.{SHARED}.{DOWN}"), c, width, false)?,
+            down: r.linear(WeightRole::Layer, &format!("{layer}.{SHARED}.{DOWN}"), c, width, false)?,
         }),
         None => None,
     };

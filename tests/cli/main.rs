@@ -1,6 +1,7 @@
 //! The command line as scripts see it: bytes on stdout, lines on stderr, exit codes. Every test has
 //! a fresh directory.
 
+mod quantize;
 mod score;
 mod streams;
 mod work;

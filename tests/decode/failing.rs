@@ -3,10 +3,13 @@
 use std::cell::Cell;
 
 use redraft::backend::host::HostSteps;
-use redraft::backend::{Activation, Candidates, Epilogue, ExpertShape, HeadShape, KvShape, Norm, Rotation, Router, RowSource, WeightShape};
+use redraft::backend::{
+    Activation, Candidates, Epilogue, ExpertShape, HeadShape, KvShape, Norm, Rotation, Router, RowSource, WeightFormat, WeightShape,
+};
 use redraft::engine::Engine;
 use redraft::error::Result;
 use redraft::model::shapes;
+use redraft::packed_weights::PackedWords;
 use redraft::plan::Plan;
 use redraft::sampling::{Draw, SampledToken};
 use redraft::{Backend, Cpu, DType, EngineOptions, Error};
@@ -41,6 +44,7 @@ impl Backend for Failing {
     type Routing = <Cpu as Backend>::Routing;
     type Runner = HostSteps;
 
+    const HAS_GROUPS: bool = Cpu::HAS_GROUPS;
     const MAX_SHORTLIST: usize = Cpu::MAX_SHORTLIST;
 
     fn embed(&self, batch: &Self::Batch, table: &Self::Weight, positions: Option<&Self::Weight>, out: &mut Self::Buffer) -> Result<()> {
@@ -66,8 +70,17 @@ impl Backend for Failing {
     fn synchronize(&self) -> Result<()> {
         self.cpu.synchronize()
     }
-    fn weight(&self, shape: WeightShape, source: &RowSource) -> Result<Self::Weight> {
-        self.cpu.weight(shape, source)
+    fn weight_as(&self, format: WeightFormat, shape: WeightShape, source: &dyn RowSource) -> Result<Self::Weight> {
+        self.cpu.weight_as(format, shape, source)
+    }
+    fn weight_of_words(&self, format: WeightFormat, shape: WeightShape, words: PackedWords) -> Result<Self::Weight> {
+        self.cpu.weight_of_words(format, shape, words)
+    }
+    fn words<'w>(&self, weight: &'w Self::Weight) -> Vec<&'w [u32]> {
+        self.cpu.words(weight)
+    }
+    fn weight_format(&self) -> Option<WeightFormat> {
+        self.cpu.weight_format()
     }
     fn routing(&self, rows: usize, shape: ExpertShape) -> Result<Self::Routing> {
         self.cpu.routing(rows, shape)

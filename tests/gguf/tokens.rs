@@ -1,5 +1,5 @@
-//! Tokenizers in files: the ids that llama.cpp gives the same texts (`write_gguf_tokens.py`), special
-//! tokens, chat templates.
+//! Tokenizers in files: the ids that llama.cpp gives the same texts (`write_gguf_tokens.py`),
+//! special tokens, chat templates.
 
 use std::path::Path;
 

@@ -121,6 +121,6 @@ fn gelu_is_accurate_over_its_whole_range() {
 #[should_panic(expected = "a product needs a matrix")]
 fn a_table_is_not_a_weight() {
     let b = Cpu::new(1, DType::F32).unwrap();
-    let table = b.weight(WeightShape::Table { n: 1, k: 1 }, &|_, _| Ok(())).unwrap();
+    let table = b.weight(WeightShape::Table { n: 1, k: 1 }, &|_: usize, _: &mut [f32]| Ok(())).unwrap();
     let _ = b.linear(1, &b.put(&[0.0]), &table, None, Epilogue::Store, &mut b.put(&[0.0]));
 }

@@ -11,6 +11,7 @@ mod machines;
 mod moe;
 mod norm;
 mod pool;
+mod quantised;
 mod rope;
 mod route;
 mod sample;
@@ -50,7 +51,7 @@ pub trait TestBackend: Inspect {
 
     /// Packs an (n, k) weight that lies in memory.
     fn pack(&self, weight: &[f32], n: usize, k: usize) -> Self::Weight {
-        self.weight(WeightShape::Matrix { n, k }, &|first, dst| {
+        self.weight(WeightShape::Matrix { n, k }, &|first: usize, dst: &mut [f32]| {
             dst.copy_from_slice(&weight[first * k..][..dst.len()]);
             Ok(())
         })

@@ -36,7 +36,7 @@ impl Layer {
     fn run<B: TestBackend>(&self, b: &B, first: usize, rows: usize, room: usize) -> Vec<f32> {
         let ExpertShape { num_experts, hidden_dim: c, expert_dim: f, .. } = self.shape;
         let experts = |weights: &[f32], n: usize, k: usize| {
-            b.weight(WeightShape::Experts { num: num_experts, n, k }, &|first, dst| {
+            b.weight(WeightShape::Experts { num: num_experts, n, k }, &|first: usize, dst: &mut [f32]| {
                 dst.copy_from_slice(&weights[first * k..][..dst.len()]);
                 Ok(())
             })

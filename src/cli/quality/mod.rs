@@ -24,7 +24,7 @@ use serde::Serialize;
 use self::report::{Cost, Human, PairedRow, Report};
 use self::rows::{EvalRow, RowSampling, Rows};
 use crate::api::device::on_backend;
-use crate::backend::{Backend, DType};
+use crate::backend::{Backend, NumberTypes};
 use crate::cli::bench_flags::BenchFlags;
 use crate::cli::device::{DeviceFlags, decoded_len};
 use crate::cli::engine::{attach_joint, drain, load};
@@ -71,7 +71,7 @@ struct EvalRun<'a> {
     judge: ModelConfig,
     tokenizer: Arc<Tokenizer>,
     /// Of the generators' weights; the judge computes in f32.
-    dtype: DType,
+    types: NumberTypes,
     /// Between documents.
     end_of_text: u32,
     length: usize,
@@ -135,7 +135,7 @@ impl<'a> EvalRun<'a> {
             Error::config(&writer.dir.join("config.json"), "key `eos_token_id` is missing: --quality tells documents apart by it")
         })?;
         let tokenizer = flags.device.tokenizer(writer)?;
-        let dtype = flags.device.dtype(Some(&writer.dir))?;
+        let types = flags.device.types(Some(&writer.dir))?;
         check_vocabularies(&rows, &judge, &tokenizer, &flags.device)?;
 
         let mut job = EvalRun {
@@ -144,7 +144,7 @@ impl<'a> EvalRun<'a> {
             rows,
             judge,
             tokenizer,
-            dtype,
+            types,
             end_of_text,
             length,
             batch,
@@ -246,7 +246,7 @@ impl<'a> EvalRun<'a> {
             models: (!self.more_models.is_empty()).then(|| models.collect()),
             judge: name(&self.judge),
             device: String::new(),
-            dtype: self.dtype.name(),
+            dtype: self.types.name(),
             samples: asked.samples,
             length: self.length,
             seed: asked.seed,
@@ -384,7 +384,7 @@ impl<'a> EvalRun<'a> {
 
     /// The judge computes in f32 whatever type the generator has: its figures are for comparing.
     fn load_judge(&self) -> Result<Box<dyn Scorer>> {
-        let flags = DeviceFlags { dtype: Some(DTypeFlag::F32), ..self.flags.device.clone() };
+        let flags = DeviceFlags { dtype: Some(DTypeFlag::F32), weights: None, ..self.flags.device.clone() };
         on_backend!(flags.backend(Some(&self.judge.dir))?, |backend| {
             Ok(Box::new(flags.engine(backend, &self.judge.dir, Some(self.tokenizer.clone()), self.length + 1, JUDGED_AT_ONCE)?))
         })

@@ -15,7 +15,7 @@ pub(super) struct Report {
     pub models: Option<Vec<String>>,
     pub judge: String,
     pub device: String,
-    pub dtype: &'static str,
+    pub dtype: String,
     pub samples: u32,
     pub length: usize,
     pub seed: u64,

@@ -1,6 +1,8 @@
 //! Sixteen f32 lanes as a value: the operations that an instruction set gives, and code over them.
 #![forbid(unsafe_code)]
 
+use crate::cpu::simd::groups::{self, ActivationGroup, COLUMNS, Q4_WORDS, Q8_WORDS};
+
 /// Lanes of one vector value.
 pub const LANES: usize = 16;
 
@@ -64,6 +66,17 @@ pub trait Simd: Copy {
     fn step_bf16(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F;
     /// Asks for the line at `address` in L2; any address is allowed.
     fn prefetch(self, address: usize);
+
+    /// See [`groups::add_q8`], whose bits every set gives.
+    #[inline(always)]
+    fn add_q8(self, block: &[u32; Q8_WORDS], x: &[ActivationGroup], sums: &mut [[f32; COLUMNS]]) {
+        groups::add_q8(block, x, sums);
+    }
+    /// See [`groups::add_q4`], whose bits every set gives.
+    #[inline(always)]
+    fn add_q4(self, block: &[u32; Q4_WORDS], x: &[ActivationGroup], sums: &mut [[f32; COLUMNS]]) {
+        groups::add_q4(block, x, sums);
+    }
 
     /// e^x with a relative error of at most 2^-22; below -87.3 it is 0, NaN stays NaN, and above
     /// 88.3 the result is meaningless.

@@ -2,13 +2,15 @@
 
 use std::arch::x86_64::*;
 
+use crate::cpu::simd::groups::{ActivationGroup, COLUMNS, Q4_WORDS, Q8_WORDS};
 use crate::cpu::simd::vector::{Kernel, LANES, Simd};
+use crate::cpu::simd::x86_groups;
 
-/// AVX-512 F, BW, DQ, VL and, with `BF16`, `vdpbf16ps`.
+/// AVX-512 F, BW, DQ, VL and, with `BF16`, `vdpbf16ps` and VNNI.
 #[derive(Clone, Copy)]
 pub struct Avx512<const BF16: bool>(());
 
-/// AVX2 and FMA; sixteen lanes are two registers.
+/// AVX2, FMA and F16C; sixteen lanes are two registers.
 #[derive(Clone, Copy)]
 pub struct Avx2(());
 
@@ -21,19 +23,21 @@ impl<const BF16: bool> Avx512<BF16> {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma");
-        (base && (!BF16 || is_x86_feature_detected!("avx512bf16"))).then_some(Self(()))
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c");
+        let more = || is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+        (base && (!BF16 || more())).then_some(Self(()))
     }
 
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         #[inline(never)]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         fn plain<K: Kernel, const BF16: bool>(simd: Avx512<BF16>, kernel: K) -> K::Output {
             kernel.run(simd)
         }
         #[inline(never)]
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma,f16c")]
         fn bf16<K: Kernel, const BF16: bool>(simd: Avx512<BF16>, kernel: K) -> K::Output {
             kernel.run(simd)
         }
@@ -45,17 +49,18 @@ impl<const BF16: bool> Avx512<BF16> {
 impl Avx2 {
     #[inline]
     pub fn detect() -> Option<Self> {
-        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
+        let all = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+        all.then_some(Self(()))
     }
 
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         #[inline(never)]
-        #[target_feature(enable = "avx2,fma")]
+        #[target_feature(enable = "avx2,fma,f16c")]
         fn entry<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
             kernel.run(simd)
         }
-        // SAFETY: `self` exists, so `detect` saw both features.
+        // SAFETY: `self` exists, so `detect` saw its features.
         unsafe { entry(self, kernel) }
     }
 }
@@ -202,18 +207,23 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         // SAFETY: a hint; it never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address)) }
     }
+    #[inline(always)]
+    fn add_q8(self, block: &[u32; Q8_WORDS], x: &[ActivationGroup], sums: &mut [[f32; COLUMNS]]) {
+        // SAFETY: features as in `op`; VNNI comes with BF16.
+        unsafe { if BF16 { x86_groups::add_q8_vnni(block, x, sums) } else { x86_groups::add_q8_avx2(block, x, sums) } }
+    }
+    #[inline(always)]
+    fn add_q4(self, block: &[u32; Q4_WORDS], x: &[ActivationGroup], sums: &mut [[f32; COLUMNS]]) {
+        // SAFETY: features as in `op`; VNNI comes with BF16.
+        unsafe { if BF16 { x86_groups::add_q4_vnni(block, x, sums) } else { x86_groups::add_q4_avx2(block, x, sums) } }
+    }
 }
 
 /// The two halves of a sixteen-lane value.
 type Pair<T> = [T; 2];
 
-impl Avx2 {
-    #[inline(always)]
-    fn pair<T: Copy, R>(a: Pair<T>, f: impl Fn(T) -> R) -> Pair<R> {
-        [f(a[0]), f(a[1])]
-    }
-}
-
+// Both halves are written out: a closure over one of them would not be compiled for AVX2, and each
+// of its instructions would be a call.
 impl Simd for Avx2 {
     type F = Pair<__m256>;
     type W = Pair<__m256i>;
@@ -269,16 +279,16 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn round(self, x: Self::F) -> Self::F {
-        op!(Self::pair(x, |x| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x)))
+        const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        op!([_mm256_round_ps::<NEAREST>(x[0]), _mm256_round_ps::<NEAREST>(x[1])])
     }
     #[inline(always)]
     fn scale(self, x: Self::F, n: Self::F) -> Self::F {
         op!({
-            let power = Self::pair(n, |n| {
-                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-            });
-            self.mul(x, power)
+            let bias = _mm256_set1_epi32(127);
+            let biased = [_mm256_add_epi32(_mm256_cvtps_epi32(n[0]), bias), _mm256_add_epi32(_mm256_cvtps_epi32(n[1]), bias)];
+            let power = [_mm256_slli_epi32::<23>(biased[0]), _mm256_slli_epi32::<23>(biased[1])];
+            self.mul(x, [_mm256_castsi256_ps(power[0]), _mm256_castsi256_ps(power[1])])
         })
     }
     #[inline(always)]
@@ -318,7 +328,8 @@ impl Simd for Avx2 {
     fn store_bf16(self, x: Self::F, to: &mut [u16; LANES]) {
         // SAFETY: writes the sixteen halves at `to`, unaligned; features as in `op`.
         unsafe {
-            let halves = Self::pair(x, |x| {
+            let mut halves = [_mm256_setzero_si256(); 2];
+            for (half, x) in halves.iter_mut().zip(x) {
                 let bits = _mm256_castps_si256(x);
                 let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
                 let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
@@ -326,8 +337,8 @@ impl Simd for Avx2 {
                 // to infinity.
                 let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
                 let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-                _mm256_srli_epi32::<16>(_mm256_blendv_epi8(nearest, quiet, nan))
-            });
+                *half = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(nearest, quiet, nan));
+            }
             // packus works within 128-bit lanes: bring the quarters back in order.
             let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(halves[0], halves[1]));
             _mm256_storeu_si256(to.as_mut_ptr().cast(), packed);
@@ -338,7 +349,8 @@ impl Simd for Avx2 {
         // SAFETY: reads the sixteen halves at `x`, unaligned; features as in `op`.
         unsafe {
             let halves = [_mm_loadu_si128(x.as_ptr().cast()), _mm_loadu_si128(x.as_ptr().add(8).cast())];
-            Self::pair(halves, |h| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(h))))
+            let wide = [_mm256_cvtepu16_epi32(halves[0]), _mm256_cvtepu16_epi32(halves[1])];
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide[0])), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide[1]))]
         }
     }
 
@@ -362,15 +374,29 @@ impl Simd for Avx2 {
     fn step_bf16(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F {
         op!({
             let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-            let low = |w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w));
-            let high = |w| _mm256_castsi256_ps(_mm256_and_si256(w, mask));
-            let half = |i: usize| _mm256_fmadd_ps(high(a[i]), high(b[i]), _mm256_fmadd_ps(low(a[i]), low(b[i]), acc[i]));
-            [half(0), half(1)]
+            let mut sums = acc;
+            for i in 0..2 {
+                let (a_low, b_low) = (_mm256_slli_epi32::<16>(a[i]), _mm256_slli_epi32::<16>(b[i]));
+                sums[i] = _mm256_fmadd_ps(_mm256_castsi256_ps(a_low), _mm256_castsi256_ps(b_low), sums[i]);
+                let (a_high, b_high) = (_mm256_and_si256(a[i], mask), _mm256_and_si256(b[i], mask));
+                sums[i] = _mm256_fmadd_ps(_mm256_castsi256_ps(a_high), _mm256_castsi256_ps(b_high), sums[i]);
+            }
+            sums
         })
     }
     #[inline(always)]
     fn prefetch(self, address: usize) {
         // SAFETY: a hint; it never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address)) }
+    }
+    #[inline(always)]
+    fn add_q8(self, block: &[u32; Q8_WORDS], x: &[ActivationGroup], sums: &mut [[f32; COLUMNS]]) {
+        // SAFETY: features as in `op`.
+        unsafe { x86_groups::add_q8_avx2(block, x, sums) }
+    }
+    #[inline(always)]
+    fn add_q4(self, block: &[u32; Q4_WORDS], x: &[ActivationGroup], sums: &mut [[f32; COLUMNS]]) {
+        // SAFETY: features as in `op`.
+        unsafe { x86_groups::add_q4_avx2(block, x, sums) }
     }
 }

@@ -15,7 +15,7 @@ use crate::config::{AttentionMask, Classes, ConfigJson, DecoderFlags, Family, Ml
 use crate::error::Result;
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::layers::{Dense, Linear, NormWeights};
-use crate::model::weight_loader::{Progress, WeightLoader};
+use crate::model::weight_loader::{Progress, WeightLoader, WeightRole};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
@@ -164,7 +164,7 @@ fn norm<B: Backend>(r: &mut WeightLoader<B>, name: &str, width: usize, modulatio
 
 /// `W c + b` for a modulation of `parts` vectors of `width`.
 fn modulation<B: Backend>(r: &mut WeightLoader<B>, name: &str, condition: &[f64], parts: usize, width: usize) -> Result<Vec<f32>> {
-    let weight = r.tensor(&format!("{name}.weight"), &[parts * width, condition.len()])?.to_vec()?;
+    let weight = r.numbers(&format!("{name}.weight"), &[parts * width, condition.len()])?;
     let bias = r.values(&format!("{name}.bias"), parts * width)?;
     Ok(affine(&weight, &bias, condition).map(|v| v as f32).collect())
 }
@@ -192,9 +192,9 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
             // sigma = 0: every cosine is 1, every sine 0, cosines first.
             let mut timestep = vec![1.0f64; TIMESTEP_DIM / 2];
             timestep.resize(TIMESTEP_DIM, 0.0);
-            let w1 = r.tensor("backbone.sigma_map.mlp.0.weight", &[d, TIMESTEP_DIM])?.to_vec()?;
+            let w1 = r.numbers("backbone.sigma_map.mlp.0.weight", &[d, TIMESTEP_DIM])?;
             let b1 = r.values("backbone.sigma_map.mlp.0.bias", d)?;
-            let w2 = r.tensor("backbone.sigma_map.mlp.2.weight", &[d, d])?.to_vec()?;
+            let w2 = r.numbers("backbone.sigma_map.mlp.2.weight", &[d, d])?;
             let b2 = r.values("backbone.sigma_map.mlp.2.bias", d)?;
             let hidden: Vec<f64> = affine(&w1, &b1, &timestep).map(silu).collect();
             // The backbone applies SiLU once more to the embedder's output.
@@ -214,7 +214,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
         Some(condition) => Some(modulation(&mut r, "backbone.output_layer.adaLN_modulation", condition, 2, c)?),
     };
     let final_norm = norm(&mut r, "backbone.output_layer.norm_final.weight", c, modulation.as_ref().map(|m| m.split_at(c)))?;
-    let head = r.linear("backbone.output_layer.linear", v, c, true)?;
+    let head = r.linear(WeightRole::Head, "backbone.output_layer.linear", v, c, true)?;
     Ok(Model::new(config, Some(table), layers, final_norm, head))
 }
 
@@ -240,13 +240,16 @@ pub(in crate::model) fn load_layer<B: Backend>(
     }
     Ok(Layer {
         attn_norm: norm(r, &name("norm1.weight"), c, pair(0))?,
-        qkv: Linear { weight: r.matrix(&name("attn_qkv.weight"), 3 * c, c, None)?, bias: None },
+        qkv: Linear { weight: r.matrix(WeightRole::Layer, &name("attn_qkv.weight"), 3 * c, c, None)?, bias: None },
         head_norm: None,
-        attn_out: Linear { weight: r.matrix(&name("attn_out.weight"), c, c, part(2))?, bias: None },
+        attn_out: Linear { weight: r.matrix(WeightRole::Layer, &name("attn_out.weight"), c, c, part(2))?, bias: None },
         mlp_norm: norm(r, &name("norm2.weight"), c, pair(3))?,
         mlp: FeedForward::Dense(Dense {
-            up: r.linear(&name("mlp.0"), f, c, true)?,
-            down: Linear { weight: r.matrix(&name("mlp.2.weight"), c, f, part(5))?, bias: Some(r.backend.upload(&down_bias)?) },
+            up: r.linear(WeightRole::Layer, &name("mlp.0"), f, c, true)?,
+            down: Linear {
+                weight: r.matrix(WeightRole::Layer, &name("mlp.2.weight"), c, f, part(5))?,
+                bias: Some(r.backend.upload(&down_bias)?),
+            },
         }),
     })
 }

@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::model::family::{FamilyEntry, TensorLayout};
 use crate::model::layers::{Dense, Linear, NormWeights};
 use crate::model::llama_layout::tied;
-use crate::model::weight_loader::{Progress, WeightLoader};
+use crate::model::weight_loader::{Progress, WeightLoader, WeightRole};
 use crate::model::{FeedForward, Layer, Model};
 use crate::weights::Weights;
 
@@ -141,7 +141,7 @@ pub(crate) fn load<B: Backend>(backend: &B, config: ModelConfig, weights: &Weigh
         layers.push(Layer { attn_norm, qkv, head_norm: None, attn_out, mlp_norm: norm(&mut r, &name("ln_2"), c)?, mlp });
     }
     let final_norm = norm(&mut r, &format!("{prefix}ln_f"), c)?;
-    let head = r.matrix(if config.switches.tied_head { &table_name } else { "lm_head.weight" }, v, c, None)?;
+    let head = r.matrix(WeightRole::Head, if config.switches.tied_head { &table_name } else { "lm_head.weight" }, v, c, None)?;
     Ok(Model { positions: Some(positions), ..Model::new(config, table, layers, final_norm, Linear { weight: head, bias: None }) })
 }
 

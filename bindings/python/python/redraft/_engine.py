@@ -176,11 +176,11 @@ class Engine:
     batched, and each has the text that it would have alone.
 
     ``path`` is a Hugging Face directory. ``device`` is ``auto``, ``cpu`` or ``cuda:0``; ``dtype``
-    ``f32`` or ``bf16``; ``threads`` those of the CPU. ``max_sequences`` requests are in flight at
-    once (8), with ``max_rows`` rows in one forward (512), and pages for ``max_positions`` positions
-    each, or ``kv_pages`` pages of ``page_size`` positions in all. ``tokenizer`` is the path of
-    another tokenizer.json, ``models`` more models for stages that name them, ``joint`` the directory
-    of a joint sampler."""
+    ``f32`` or ``bf16``; ``weights`` ``f32``, ``bf16``, ``q8`` or ``q4``; ``threads`` those of the
+    CPU. ``max_sequences`` requests are in flight at once (8), with ``max_rows`` rows in one forward
+    (512), and pages for ``max_positions`` positions each, or ``kv_pages`` pages of ``page_size``
+    positions in all. ``tokenizer`` is the path of another tokenizer.json, ``models`` more models for
+    stages that name them, ``joint`` the directory of a joint sampler."""
 
     def __init__(
         self,
@@ -188,6 +188,7 @@ class Engine:
         *,
         device: str = "auto",
         dtype: Optional[str] = None,
+        weights: Optional[str] = None,
         threads: Optional[int] = None,
         max_sequences: Optional[int] = None,
         max_rows: Optional[int] = None,
@@ -201,6 +202,7 @@ class Engine:
         settings = {
             "device": device,
             "dtype": dtype,
+            "weights": weights,
             "threads": threads,
             "max_sequences": max_sequences,
             "max_rows": max_rows,

@@ -1,0 +1,525 @@
+//! Products with weights of f32 or bf16.
+//!
+//! A packed weight is a list of panels of 64 columns; a panel is `(steps, 64)` words, a step being
+//! one k in f32 or two neighbouring k in bf16 (the layout `vdpbf16ps` reads). One task takes some
+//! panels and a range of rows and walks the rows in tiles, so a panel comes from memory once and
+//! from L2 afterwards.
+//!
+//! A tile keeps 24 vectors of sums in registers: 6 rows by a panel. One or two rows take two panels
+//! side by side, so that eight sums at least are in flight and hide the latency of the multiply.
+//! Seven to twelve rows take one tall tile of half a panel: a panel's words come from L2 at about
+//! 24 bytes a cycle, and each read then serves all rows. Accumulation over k is in ascending order
+//! for every shape, hence a row's result does not depend on its neighbours.
+#![forbid(unsafe_code)]
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use crate::backend::{DType, Epilogue, RowSource};
+use crate::cpu::context::CpuContext;
+use crate::cpu::linear::epilogue::Output;
+use crate::cpu::memory::Aligned;
+use crate::cpu::pool::Order;
+use crate::cpu::read_rows::read_in_parts;
+use crate::cpu::simd::tile::{self, Piece};
+use crate::cpu::simd::{Kernel, LANES, Simd};
+use crate::error::Result;
+
+/// Columns of a panel: four vectors.
+pub const PANEL: usize = 64;
+
+/// Steps of a part of a panel, 128 KiB: with the part that comes next and 100 Ki words of x it
+/// stays within a core's L2 of 1 MiB while all rows of a task go by.
+const PART: usize = 512;
+
+/// Words of one part's steps of x, over the rows of a task.
+const X_WORDS: usize = 100 << 10;
+
+/// Where all packed weights together exceed this, a forward finds them in memory and not in L3. Few
+/// rows then ask for what they will read, 4 KiB in advance: 39 GB/s instead of 33 on one core at
+/// four rows, but a fifth slower from L3.
+const STREAM_WORDS: usize = 8 << 20;
+const AHEAD: usize = 4096;
+
+/// Dot products that are computed side by side, so that the latency of one is hidden by the others.
+const DOTS: usize = 8;
+
+/// An (n, k) weight in panels.
+pub struct Packed {
+    pub n: usize,
+    pub k: usize,
+    dtype: DType,
+    /// Words along k: k in f32, k / 2 rounded up in bf16.
+    steps: usize,
+    /// (panels, steps, 64); columns past n and the odd half past k are zero.
+    words: Aligned<u32>,
+    by_rows: OnceLock<ByRows>,
+    /// Words of all packed weights of the machine, these included.
+    all_words: Arc<AtomicUsize>,
+}
+
+impl Drop for Packed {
+    fn drop(&mut self) {
+        self.all_words.fetch_sub(self.words.len(), Ordering::Relaxed);
+    }
+}
+
+impl Packed {
+    /// Reads the (n, k) rows sixteen at a time, a vector of columns of a panel, on all threads.
+    pub fn new(context: &CpuContext, dtype: DType, n: usize, k: usize, source: &dyn RowSource) -> Result<Packed> {
+        let steps = steps(dtype, k);
+        let words = Aligned::zeroed(n.div_ceil(PANEL) * steps * PANEL)?;
+        context.packed_words.fetch_add(words.len(), Ordering::Relaxed);
+        let mut packed = Packed { n, k, dtype, steps, words, by_rows: OnceLock::new(), all_words: context.packed_words.clone() };
+        read_in_parts(context, &mut packed.words, steps * PANEL, &|i, panel, room| {
+            room.resize(LANES * (k + steps), 0.0);
+            let (wide, words) = room.split_at_mut(LANES * k);
+            let words: &mut [u32] = bytemuck::cast_slice_mut(words);
+            for column in (0..PANEL.min(n - i * PANEL)).step_by(LANES) {
+                let first = i * PANEL + column;
+                let height = LANES.min(n - first);
+                let wide = &mut wide[..height * k];
+                source.read(first, wide)?;
+                if dtype == DType::F32 {
+                    pack_columns(bytemuck::cast_slice(wide), steps, &mut panel[column..]);
+                } else {
+                    let words = &mut words[..height * steps];
+                    context.isa.run(Round { x: wide, k, words: bytemuck::cast_slice_mut(words) });
+                    pack_columns(words, steps, &mut panel[column..]);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(packed)
+    }
+
+    /// Rows of the weight by their index, as f32: `out[i, :] = weight[ids[i], :]`. They lie a line
+    /// of the panel apart, which costs a few microseconds a row.
+    pub fn rows(&self, ids: &[u32], out: &mut [f32]) {
+        for (&id, out) in ids.iter().zip(out.chunks_exact_mut(self.k)) {
+            let id = id as usize;
+            assert!(id < self.n, "token id {id} of a table of {} rows", self.n);
+            let words = self.panel(id / PANEL).iter().skip(id % PANEL).step_by(PANEL);
+            match self.dtype {
+                DType::F32 => out.iter_mut().zip(words).for_each(|(out, word)| *out = f32::from_bits(*word)),
+                DType::Bf16 => {
+                    for (out, word) in out.chunks_mut(2).zip(words) {
+                        let pair = [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)];
+                        out.copy_from_slice(&pair[..out.len()]);
+                    }
+                }
+            }
+        }
+    }
+
+    fn panel(&self, panel: usize) -> &[u32] {
+        &self.words[panel * self.steps * PANEL..][..self.steps * PANEL]
+    }
+
+    /// The weight by rows, made of the panels when it is first asked for.
+    ///
+    /// Errors: memory that the system refuses.
+    pub fn by_rows(&self, context: &CpuContext) -> Result<&ByRows> {
+        if let Some(rows) = self.by_rows.get() {
+            return Ok(rows);
+        }
+        let stride = self.steps.next_multiple_of(LANES);
+        let mut words = Aligned::zeroed(self.n * stride)?;
+        context.pool_for(self.words.len()).chunks(&mut words, PANEL * stride, &|panel, rows| {
+            let count = rows.len() / stride;
+            for (step, line) in self.panel(panel).chunks_exact(PANEL).enumerate() {
+                for (row, word) in line[..count].iter().enumerate() {
+                    rows[row * stride + step] = *word;
+                }
+            }
+        });
+        Ok(self.by_rows.get_or_init(|| ByRows { dtype: self.dtype, k: self.k, stride, words }))
+    }
+
+    /// Bytes of the packed weight.
+    pub fn bytes(&self) -> usize {
+        (self.words.len() + self.by_rows.get().map_or(0, |rows| rows.words.len())) * size_of::<u32>()
+    }
+}
+
+/// The same (n, k) values row by row, for products with few and scattered rows.
+pub struct ByRows {
+    dtype: DType,
+    k: usize,
+    /// Words of a row: whole vectors, with zeros at its end.
+    stride: usize,
+    words: Aligned<u32>,
+}
+
+impl ByRows {
+    /// See [`super::ByRows::products`].
+    pub fn products(&self, context: &CpuContext, x: &[f32], ids: &[u32], out: &mut [f32]) {
+        let x = self.words_of(context, x);
+        context.isa.run(Dots { x: &x, weight: self, ids, out });
+    }
+
+    /// Row `id` in vectors.
+    fn row(&self, id: u32) -> &[[u32; LANES]] {
+        self.words[id as usize * self.stride..][..self.stride].as_chunks().0
+    }
+
+    /// `x (k)` as the words that a row is multiplied with: rounded to bf16 pairs where the weight
+    /// is bf16.
+    fn words_of(&self, context: &CpuContext, x: &[f32]) -> Vec<u32> {
+        let mut words = vec![0; self.stride];
+        match self.dtype {
+            DType::F32 => words[..self.k].copy_from_slice(bytemuck::cast_slice(x)),
+            DType::Bf16 => {
+                let steps = steps(self.dtype, self.k);
+                context.isa.run(Round { x, k: self.k, words: bytemuck::cast_slice_mut(&mut words[..steps]) });
+            }
+        }
+        words
+    }
+}
+
+/// Words that k values take.
+fn steps(dtype: DType, k: usize) -> usize {
+    k.div_ceil(4 / dtype.bytes())
+}
+
+/// `words (up to 16, steps)` into the first columns of `panel (steps, 64)`.
+fn pack_columns(words: &[u32], steps: usize, panel: &mut [u32]) {
+    // Sixteen steps at a time: what is read and what is written stay in L1, and all columns of a
+    // step are one line.
+    const BLOCK: usize = 16;
+    for (block, panel) in panel.chunks_mut(BLOCK * PANEL).enumerate() {
+        for (column, words) in words.chunks_exact(steps).enumerate() {
+            for (step, word) in panel.chunks_mut(PANEL).zip(&words[block * BLOCK..]) {
+                step[column] = *word;
+            }
+        }
+    }
+}
+
+/// `x (rows, k)` as words `(rows, steps)`: itself in f32, rounded to bf16 pairs in `scratch`
+/// otherwise.
+fn words_of<'a>(
+    context: &CpuContext,
+    dtype: DType,
+    rows: usize,
+    k: usize,
+    x: &'a [f32],
+    scratch: &'a mut Aligned<u32>,
+) -> Result<&'a [u32]> {
+    let x = &x[..rows * k];
+    if dtype == DType::F32 {
+        return Ok(bytemuck::cast_slice(x));
+    }
+    let steps = steps(dtype, k);
+    let words = scratch.reserve(rows * steps)?;
+    // 16 KiB of x per task at least.
+    let rows_at_once = (4096 / k.max(1)).max(rows.div_ceil(4 * context.pool.threads())).max(1);
+    // An element costs about as much as eight multiply-adds of a product.
+    context.pool_for(8 * rows * k).chunks(words, rows_at_once * steps, &|i, words| {
+        let x = &x[i * rows_at_once * k..];
+        context.isa.run(Round { x, k, words: bytemuck::cast_slice_mut(words) });
+    });
+    Ok(words)
+}
+
+/// Rounds rows of k f32 to rows of k bf16, padded with a zero to a whole word.
+pub struct Round<'a> {
+    pub x: &'a [f32],
+    pub k: usize,
+    pub words: &'a mut [u16],
+}
+
+impl Kernel for Round<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let width = self.k.next_multiple_of(2);
+        for (x, words) in self.x.chunks_exact(self.k).zip(self.words.chunks_exact_mut(width)) {
+            let (blocks, tail) = x.as_chunks::<LANES>();
+            let (out_blocks, out_tail) = words.as_chunks_mut::<LANES>();
+            for (x, out) in blocks.iter().zip(out_blocks.iter_mut()) {
+                simd.store_bf16(simd.load(x), out);
+            }
+            // An odd k that fills its last vector up to one half leaves no tail in x's blocks but
+            // may in the words'.
+            let mut last = [0.0; LANES];
+            last[..tail.len()].copy_from_slice(tail);
+            let mut rounded = [0; LANES];
+            simd.store_bf16(simd.load(&last), &mut rounded);
+            match out_blocks.get_mut(blocks.len()) {
+                Some(out) => *out = rounded,
+                None => out_tail.copy_from_slice(&rounded[..out_tail.len()]),
+            }
+        }
+    }
+}
+
+/// See [`super::linear`].
+pub fn linear(
+    context: &CpuContext,
+    rows: usize,
+    x: &[f32],
+    weight: &Packed,
+    bias: Option<&[f32]>,
+    epilogue: Epilogue,
+    out: &mut [f32],
+) -> Result<()> {
+    let Packed { n, k, steps, .. } = *weight;
+    if rows == 0 {
+        return Ok(());
+    }
+    let mut scratch = context.words();
+    let x = words_of(context, weight.dtype, rows, k, x, &mut scratch)?;
+    let panels = n.div_ceil(PANEL);
+    let pool = context.pool_for(rows * panels * PANEL * steps);
+    let (row_bounds, panels_at_once) = divide(pool.threads(), rows, panels, steps);
+    let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * PANEL));
+    pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
+        context.isa.run(Panels { x, weight, output: Output { tile, bias, epilogue } });
+    });
+    Ok(())
+}
+
+/// See [`super::grouped`].
+pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Packed], epilogue: Epilogue, out: &mut [f32]) -> Result<()> {
+    let (Some(&rows), Some(&&Packed { n, k, steps, dtype, .. })) = (bounds.last(), weights.first()) else { return Ok(()) };
+    if rows == 0 {
+        return Ok(());
+    }
+    let mut scratch = context.words();
+    let x = words_of(context, dtype, rows, k, x, &mut scratch)?;
+    let panels = n.div_ceil(PANEL);
+    let pool = context.pool_for(rows * panels * PANEL * steps);
+    // Groups that outgrow L2 are cut as a product alone would be.
+    let tallest = (X_WORDS / part_of(steps)).clamp(1, 96);
+    let mut row_bounds = vec![0];
+    for group in bounds.windows(2).filter(|group| group[0] < group[1]) {
+        let (first, height) = (group[0], group[1] - group[0]);
+        let cuts = height.div_ceil(tallest);
+        row_bounds.extend((1..=cuts).map(|i| first + i * height / cuts));
+    }
+    let tasks = if pool.threads() > 1 { (8 * pool.threads()).div_ceil(row_bounds.len() - 1) } else { 1 };
+    let panels_at_once = match panels.div_ceil(tasks.min(panels)) {
+        1 => 1,
+        several => several.next_multiple_of(2),
+    };
+    let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * PANEL));
+    pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
+        let weight = weights[bounds.partition_point(|bound| *bound <= tile.rows.start) - 1];
+        context.isa.run(Panels { x, weight, output: Output { tile, bias: None, epilogue } });
+    });
+    Ok(())
+}
+
+/// Row bounds and panels of a task. Rows are cut where x outgrows L2, or where the panels are too
+/// few for the threads (every cut reads the panels again). Panels are cut so that the threads end
+/// together, into tasks worth half a microsecond at least.
+fn divide(threads: usize, rows: usize, panels: usize, steps: usize) -> (Vec<usize>, usize) {
+    let mut cuts = (rows * part_of(steps)).div_ceil(X_WORDS).min(rows.div_ceil(96));
+    let mut panels_at_once = panels;
+    if threads > 1 {
+        let smallest = 1 << 16;
+        let panel_work = rows.div_ceil(cuts) * steps * PANEL;
+        // An even number where there are plenty: few rows read two side by side.
+        panels_at_once = (panels / (8 * threads)).max(smallest / panel_work.max(1)).clamp(1, panels);
+        if panels_at_once > 1 {
+            panels_at_once = panels_at_once.next_multiple_of(2);
+        }
+        let columns = panels.div_ceil(panels_at_once);
+        if columns * cuts < 4 * threads {
+            cuts = (4 * threads).div_ceil(columns).min(rows.div_ceil(24)).max(cuts);
+        }
+    }
+    ((0..=cuts).map(|i| i * rows / cuts).collect(), panels_at_once)
+}
+
+/// Steps of a part: equal parts of at most [`PART`].
+fn part_of(steps: usize) -> usize {
+    steps.div_ceil(steps.div_ceil(PART))
+}
+
+/// The panels and rows of one output tile.
+struct Panels<'a, 'b> {
+    /// (rows, steps)
+    x: &'a [u32],
+    weight: &'a Packed,
+    output: Output<'a, 'b>,
+}
+
+impl Kernel for Panels<'_, '_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        match self.weight.dtype {
+            DType::F32 => self.panels::<S, false>(simd),
+            DType::Bf16 => self.panels::<S, true>(simd),
+        }
+    }
+}
+
+/// Position of a register tile: `rows` rows from `row` on, panels from `panel` on, steps
+/// `first_step..last_step`.
+#[derive(Clone, Copy)]
+struct At {
+    row: usize,
+    rows: usize,
+    panel: usize,
+    first_step: usize,
+    last_step: usize,
+    /// Address from which the tile's steps prefetch, and whether each asks for four lines.
+    ahead: usize,
+    greedy: bool,
+}
+
+/// Most vectors of sums of a tile.
+const SUMS: usize = 24;
+
+/// Sums of a tile, on a cache line.
+#[repr(align(64))]
+struct Sums([[f32; LANES]; SUMS]);
+
+impl Panels<'_, '_> {
+    #[inline(always)]
+    fn panels<S: Simd, const BF16: bool>(&mut self, simd: S) {
+        let Packed { steps, ref words, .. } = *self.weight;
+        let rows = self.output.tile.rows.clone();
+        let panel_width = self.output.epilogue.out_width(PANEL);
+        let panels = self.output.tile.cols.start / panel_width..self.output.tile.cols.end.div_ceil(panel_width);
+        let streams = self.weight.all_words.load(Ordering::Relaxed) > STREAM_WORDS;
+        let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
+        let tallest = if BF16 { S::BF16_ROWS } else { 6 };
+        let blocks = if tall { 1 } else { rows.len().div_ceil(tallest) };
+        let part = if blocks == 1 { steps } else { part_of(steps) };
+        // Where k is walked in parts, the sums of every block wait for the next part.
+        let mut one = Sums([[0.0; LANES]; SUMS]);
+        let mut all = Aligned::<f32>::zeroed(if part < steps { blocks * SUMS * LANES } else { 0 }).expect("a tile's sums fit");
+        let (all, _) = all.as_chunks_mut::<LANES>();
+        let mut panel = panels.start;
+        while panel < panels.end {
+            let width = if S::WIDE && rows.len() <= 2 { 2.min(panels.end - panel) } else { 1 };
+            let mut first_step = 0;
+            while first_step < steps {
+                let last_step = steps.min(first_step + part);
+                for block in 0..blocks {
+                    // Blocks of nearly equal height: one of two rows would wait for its own sums.
+                    let row = rows.start + block * rows.len() / blocks;
+                    let height = rows.start + (block + 1) * rows.len() / blocks - row;
+                    // One block asks for what it will read itself. Several ask for the part that
+                    // comes next, the first four a line per step and the others again for the last
+                    // lines; spread over all, the requests come 5 % too late.
+                    let step = PANEL * size_of::<u32>();
+                    let here = words.as_ptr().addr() + (panel * steps + first_step) * step;
+                    let next = here + (last_step - first_step) * step;
+                    let (ahead, greedy) = match blocks {
+                        1 => (here + AHEAD, streams),
+                        2 | 3 if block == 0 => (next, true),
+                        2 | 3 => (here, false),
+                        _ => (next + block.min(3) * (last_step - first_step) * step / 4, false),
+                    };
+                    let at = At { row, rows: height, panel, first_step, last_step, ahead, greedy };
+                    if !S::WIDE {
+                        for column in (0..PANEL).step_by(LANES) {
+                            let sums = if all.is_empty() { &mut one.0 } else { &mut all[(4 * block + column / LANES) * 6..] };
+                            self.columns(simd, at, column, sums, |simd, rows, product: tile::Product<1>| {
+                                product.run::<S, BF16>(simd, rows)
+                            });
+                        }
+                        continue;
+                    }
+                    let sums = if all.is_empty() { &mut one.0 } else { &mut all[block * SUMS..] };
+                    if tall {
+                        let run = |simd, rows, product: tile::Product<2>| product.run_tall::<S, BF16>(simd, rows);
+                        self.columns(simd, at, 0, sums, run);
+                        self.columns(simd, at, PANEL / 2, sums, run);
+                    } else if width == 2 {
+                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<8>| product.run_wide::<S, BF16>(simd, rows));
+                    } else {
+                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<4>| {
+                            if at.greedy { product.run_greedy::<S, BF16>(simd, rows) } else { product.run::<S, BF16>(simd, rows) }
+                        });
+                    }
+                }
+                first_step = last_step;
+            }
+            panel += width;
+        }
+    }
+
+    /// One register tile from `column` of the panel on: the product by `run` into `sums`, then, at
+    /// the end of k, the output.
+    #[inline(always)]
+    fn columns<S: Simd, const NV: usize>(
+        &mut self,
+        simd: S,
+        at: At,
+        column: usize,
+        sums: &mut [[f32; LANES]],
+        run: impl Fn(S, usize, tile::Product<NV>),
+    ) {
+        const PER_PANEL: usize = PANEL / LANES;
+        let Panels { x, weight, .. } = *self;
+        let steps = weight.steps;
+        let col = at.panel * PANEL + column;
+        if self.output.epilogue.out_width(col) >= self.output.tile.cols.end {
+            return;
+        }
+        let mut b = [&weight.words[..]; NV];
+        for (v, b) in b.iter_mut().enumerate() {
+            *b = &weight.panel(at.panel + v / PER_PANEL)[at.first_step * PANEL + column + v % PER_PANEL * LANES..];
+        }
+        let pieces = [Piece { steps: at.last_step - at.first_step, b }];
+        let a = &x[at.row * steps + at.first_step..];
+        let fresh = at.first_step == 0;
+        let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: PANEL, sums, sums_stride: NV, fresh, ahead: at.ahead };
+        run(simd, at.rows, product);
+        if at.last_step == steps {
+            self.output.finish(simd, at.row..at.row + at.rows, col, NV, sums);
+        }
+    }
+}
+
+/// `out[i] = x . row ids[i]`: lane l takes words l, l + 16, ... in ascending order, then the lanes
+/// are summed.
+struct Dots<'a> {
+    x: &'a [u32],
+    weight: &'a ByRows,
+    ids: &'a [u32],
+    out: &'a mut [f32],
+}
+
+impl Kernel for Dots<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        match self.weight.dtype {
+            DType::F32 => self.dots::<S, false>(simd),
+            DType::Bf16 => self.dots::<S, true>(simd),
+        }
+    }
+}
+
+impl Dots<'_> {
+    #[inline(always)]
+    fn dots<S: Simd, const BF16: bool>(self, simd: S) {
+        let (x, _) = self.x.as_chunks::<LANES>();
+        for (ids, out) in self.ids.chunks(DOTS).zip(self.out.chunks_mut(DOTS)) {
+            // The places of a short group hold its last row again.
+            let mut rows = [&x[..0]; DOTS];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = self.weight.row(ids[i.min(ids.len() - 1)]);
+            }
+            let mut sums = [simd.splat(0.0); DOTS];
+            for (block, x) in x.iter().enumerate() {
+                let x = simd.words(x);
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    let w = simd.words(&row[block]);
+                    *sum = if BF16 { simd.step_bf16(*sum, x, w) } else { simd.step_f32(*sum, x, w) };
+                }
+            }
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = simd.sum(sum);
+            }
+        }
+    }
+}
