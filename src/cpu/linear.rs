@@ -11,7 +11,7 @@ mod quantised;
 
 use crate::backend::{DType, Epilogue, RowSource, WeightFormat};
 use crate::cpu::context::CpuContext;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::packed_weights::PackedWords;
 
 pub use float::Round;
