@@ -179,3 +179,8 @@ pub use sequence::{Event, EventKind, Finish, Forwards, StageReport};
 pub use tokenizer::{AddedToken, Tokenizer};
 #[cfg(feature = "testing")]
 pub use {backend::Backend, cpu::Cpu, engine::EngineOptions, scheduler::Budget};
+
+/// The Rust of a page compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/embedding.md")]
+struct Embedding;
