@@ -1,7 +1,7 @@
 //! A file's bytes, mapped where the system maps files, and read where it does not.
 //!
-//! A mapped file that another program cuts short ends the process that reads beyond its end. So only
-//! files that are kept to be mapped are opened here; published checkpoints are read
+//! A mapped file that another program cuts short ends the process that reads beyond its end. So
+//! only files that are kept to be mapped are opened here; published checkpoints are read
 //! ([`crate::weights`]).
 
 use std::fs::File;

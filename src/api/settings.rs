@@ -29,8 +29,8 @@ struct SettingsJson {
 impl EngineBuilder {
     /// Reads settings from a JSON object: `device` (`"auto"`, `"cpu"`, `"cuda:0"`), `dtype`
     /// (`"f32"`, `"bf16"`), `weights` (`"f32"`, `"bf16"`, `"q8"`, `"q4"`), `threads`,
-    /// `max_sequences`, `max_rows`, `max_positions`, `kv_pages` and `page_size`, which mean what the
-    /// methods of the same names do; `tokenizer` (the path of a `tokenizer.json`), `models`
+    /// `max_sequences`, `max_rows`, `max_positions`, `kv_pages` and `page_size`, which mean what
+    /// the methods of the same names do; `tokenizer` (the path of a `tokenizer.json`), `models`
     /// (directories, as [`EngineBuilder::add_model`] takes them) and `joint` (a directory, as
     /// [`EngineBuilder::joint_sampler`] takes it).
     ///
