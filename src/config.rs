@@ -260,7 +260,7 @@ impl ModelConfig {
     /// The id before the first token of a text.
     pub fn first_id(&self) -> Result<u32> {
         let what = "neither `bos_token_id` nor `eos_token_id`: no token stands before the first of a text";
-        self.bos_id.ok_or_else(|| Error::config(&self.dir.join("config.json"), what))
+        self.bos_id.ok_or_else(|| Error::config(&config_file(&self.dir), what))
     }
 
     /// The id that hides a token, or the news that this model cannot fill masks.
@@ -640,6 +640,11 @@ fn block_len_in(name: &str) -> Option<usize> {
     }
     // The last one: names count billions of parameters too, but with the letter at the end.
     name.rmatch_indices(['-', '_', '.']).find_map(|(at, _)| number(name[at + 1..].strip_prefix('b')?))
+}
+
+/// The file that errors about a model's configuration name.
+pub fn config_file(model: &Path) -> PathBuf {
+    if model.is_file() { model.to_path_buf() } else { model.join("config.json") }
 }
 
 /// A JSON object of a directory, or of what a GGUF file has in its place, and the file to name in

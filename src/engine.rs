@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::backend::{Backend, BannedIds, HostReason};
-use crate::config::{AttentionMask, ModelConfig};
+use crate::config::{AttentionMask, ModelConfig, config_file};
 use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::model::step::StepNetwork;
@@ -29,7 +29,7 @@ use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Scope};
 use crate::scheduler::{self, Budget, Need};
 use crate::sequence::{Event, EventKind, Finish, Forwards, Next, Sequence, SequenceSpec, Step, Stop};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{self, Tokenizer};
 use crate::weights::Weights;
 
 /// Sizes of an engine.
@@ -277,12 +277,12 @@ impl<B: Backend> Engine<B> {
             let found = format!("{} tokens, {}", config.vocab_size, mask(&config));
             let expected = format!("{}, {}", first.vocab_size, mask(first));
             return Err(Error::config(
-                &model_dir.join("config.json"),
+                &config_file(model_dir),
                 format!("vocabulary of {found}: expected that of the first model, {expected}"),
             ));
         }
         if config.attention == AttentionMask::Causal {
-            return Err(Error::config(&model_dir.join("config.json"), "an autoregressive checkpoint cannot run a stage"));
+            return Err(Error::config(&config_file(model_dir), "an autoregressive checkpoint cannot run a stage"));
         }
         self.check_vocabulary(model_dir, &config)?;
         let model = registry::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
@@ -299,7 +299,7 @@ impl<B: Backend> Engine<B> {
         let spelled = |token: Option<String>| token.map_or("no token".into(), |token| format!("`{token}`"));
         let (expected, found) = (spelled(expected), spelled(found));
         Err(Error::tokenizer(
-            &model_dir.join("tokenizer.json"),
+            &tokenizer::place(model_dir)?,
             format!("id {id} is {found}: expected the first model's vocabulary, where it is {expected}"),
         ))
     }

@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::gguf::container::{Container, MAGIC};
-use crate::gguf::model::{GgufModel, split_stem};
+use crate::gguf::model::{GgufModel, Summary, split_stem};
 use crate::input_file;
 
 /// The GGUF file that a path to a model names: itself, or the only one in a directory that has no
@@ -81,6 +81,11 @@ pub fn json(file: &Path, name: &str) -> Result<Option<Map<String, Value>>> {
         }
         _ => Ok(None),
     }
+}
+
+/// What a model's file is made of; `None` for a directory of files.
+pub fn summary(model: &Path) -> Result<Option<Summary>> {
+    file_of(model)?.map(|file| Ok(GgufModel::open(&file)?.summary())).transpose()
 }
 
 /// Whether a model is a GGUF file with tokens in it.

@@ -46,8 +46,8 @@ pub struct EngineBuilder {
 }
 
 impl Engine {
-    /// Opens a Hugging Face directory (`config.json`, `*.safetensors`, `tokenizer.json`) on the
-    /// best device.
+    /// Opens a Hugging Face directory (`config.json`, `*.safetensors`, `tokenizer.json`) or a GGUF
+    /// file on the best device.
     ///
     /// Errors: [`crate::Error::Config`], [`crate::Error::Weights`] or [`crate::Error::Tokenizer`]
     /// with the file and what it lacks.

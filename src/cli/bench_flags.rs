@@ -12,8 +12,8 @@ use crate::schedule::StageSpec;
 
 #[derive(Args)]
 pub(super) struct BenchFlags {
-    /// Model directory [default: the model that ships]. With --quality, repeat it for stages with
-    /// weights=1, 2, ...
+    /// Model directory or GGUF file [default: the model that ships]. With --quality, repeat it for
+    /// stages with weights=1, 2, ...
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     pub(super) model: Vec<PathBuf>,
     /// Random weights of a published shape instead of a checkpoint: bd3lm-owt (170M), sdar-8b or

@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::schedule::Schedule;
 use crate::scheduler::Budget;
 use crate::sequence::Sequence;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{self, Tokenizer};
 
 /// Where and how the network runs.
 #[derive(Args, Clone)]
@@ -38,7 +38,7 @@ pub(crate) struct DeviceFlags {
     /// CPU threads, as many as cores at most [default: all cores]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024), allow_negative_numbers = true)]
     pub(super) threads: Option<u16>,
-    /// tokenizer.json, where the model directory has none
+    /// tokenizer.json or GGUF file, where the model has no tokenizer
     #[arg(long, value_name = "FILE")]
     pub(super) tokenizer: Option<PathBuf>,
 }
@@ -83,7 +83,7 @@ impl DeviceFlags {
     /// The tokenizer that `--tokenizer` names, or the directory's own; prompts are measured with it
     /// before anything large is loaded.
     pub(crate) fn tokenizer(&self, config: &ModelConfig) -> Result<Arc<Tokenizer>> {
-        let path = self.tokenizer.clone().unwrap_or_else(|| config.dir.join("tokenizer.json"));
+        let path = self.tokenizer.clone().map_or_else(|| tokenizer::place(&config.dir), Ok)?;
         Tokenizer::load(&path, config.vocab_size)?.masked_by(config.mask_id).map(Arc::new)
     }
 

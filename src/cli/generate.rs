@@ -31,8 +31,8 @@ use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
 pub(super) struct GenerateFlags {
-    /// Model directory: config.json, model.safetensors, tokenizer.json [default: the model that
-    /// ships]. Repeat it for stages with weights=1, 2, ...
+    /// Model: a directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    /// [default: the model that ships]. Repeat it for stages with weights=1, 2, ...
     #[arg(long, value_name = "DIR")]
     model: Vec<PathBuf>,
     /// Text to continue

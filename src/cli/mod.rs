@@ -51,7 +51,7 @@ enum Command {
     Serve(Box<serve::ServeFlags>),
     /// Write a checkpoint again with weights of 8 or 4 bits, which then load at once
     Quantize(quantize::QuantizeFlags),
-    /// Say what a model directory holds
+    /// Say what a model directory or GGUF file holds
     Inspect(model::InspectFlags),
     /// Measure latency by stage, tokens per second, forwards and rows
     Bench(bench_flags::BenchFlags),

@@ -14,6 +14,8 @@ use crate::cli::terminal::print;
 use crate::config::{AttentionMask, Mlp, ModelConfig, Moe};
 use crate::engine::Engine;
 use crate::error::{Error, Result, Shown};
+use crate::gguf;
+use crate::gguf::model::TensorKind;
 use crate::model::registry;
 use crate::plan::Visibility;
 use crate::tokenizer::Tokenizer;
@@ -21,7 +23,7 @@ use crate::weights::Weights;
 
 #[derive(Args)]
 pub(super) struct ForwardFlags {
-    /// Model directory [default: the model that ships]
+    /// Model directory or GGUF file [default: the model that ships]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Token ids, comma separated
@@ -83,7 +85,7 @@ pub(super) fn forward(flags: ForwardFlags) -> Result<()> {
 
 #[derive(Args)]
 pub(super) struct InspectFlags {
-    /// Model directory [default: the model that ships]
+    /// Model directory or GGUF file [default: the model that ships]
     #[arg(value_name = "DIR")]
     dir: Option<PathBuf>,
     /// table or json
@@ -96,6 +98,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let config = registry::read_config(&dir)?;
     let weights = Weights::open(&dir)?;
     let tokenizer = Tokenizer::of(&dir, config.vocab_size, config.mask_id);
+    let summary = gguf::summary(&dir)?;
     let problems = registry::check(&config, &weights);
     let attention = match config.attention {
         AttentionMask::BlockCausal(block_len) if config.guessed_block_len => format!("block-causal, block length {block_len} (a guess)"),
@@ -124,7 +127,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let switches = config.switches;
     let id = |id: Option<u32>| id.map_or("none".into(), |id| id.to_string());
     if flags.format == Format::Json {
-        let object = json!({
+        let mut object = json!({
             "dir": dir.display().to_string(), "family": config.family.name, "parameters": parameters, "bytes": weights.num_bytes(),
             "dtypes": weights.dtypes(), "vocab_size": config.vocab_size, "hidden_dim": config.hidden_dim, "num_layers": config.num_layers,
             "num_heads": config.heads.num_heads, "num_kv_heads": config.heads.num_kv_heads, "head_dim": config.heads.head_dim,
@@ -137,6 +140,16 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
             "kv_bytes_per_token": {"f32": kv(4), "bf16": kv(2)}, "unsupported": unsupported,
             "stop_ids": config.stop_ids, "warnings": warnings,
         });
+        if let Some(summary) = &summary {
+            let tensors = summary
+                .tensors
+                .iter()
+                .map(|t| json!({"name": t.name, "type": t.kind, "count": t.count, "elements": t.num_elements, "bytes": t.num_bytes}));
+            object["gguf"] = json!({
+                "name": summary.name, "version": summary.version, "files": summary.num_files, "architecture": summary.architecture,
+                "tokenizer": summary.tokenizer, "tensors": tensors.collect::<Vec<_>>(),
+            });
+        }
         print(&format!("{object}\n"))?;
         return Ok(());
     }
@@ -167,8 +180,8 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
         layers += &format!(", {} of {} experts of {} in {count} of them", shape.top_k, shape.num_experts, shape.expert_dim);
         layers += &shared_dim.map_or(String::new(), |width| format!(", {width} shared"));
     }
-    let rows = [
-        ("directory", dir.display().to_string()),
+    let mut rows = vec![
+        (if summary.is_some() { "file" } else { "directory" }, dir.display().to_string()),
         ("family", config.family.name.into()),
         ("parameters", format!("{parameters} (buffers included), {} as {}", mib(weights.num_bytes()), weights.dtypes().join(", "))),
         ("layers", layers),
@@ -187,6 +200,18 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
         ("warnings", if warnings.is_empty() { "none".into() } else { warnings.join("; ") }),
         ("unsupported", if unsupported.is_empty() { "nothing".into() } else { unsupported.join("; ") }),
     ];
+    if let Some(summary) = summary {
+        let files = if summary.num_files == 1 { String::new() } else { format!(" in {} files", summary.num_files) };
+        let tokenizer = summary.tokenizer.map_or("none".into(), |kind| Shown::line(&kind).to_string());
+        rows.push(("GGUF", format!("version {}{files}, architecture {}", summary.version, summary.architecture)));
+        rows.push(("tokenizer", tokenizer));
+        for (i, TensorKind { name, kind, count, num_elements, num_bytes }) in summary.tensors.iter().enumerate() {
+            let bits = *num_bytes as f64 * 8.0 / *num_elements as f64;
+            let name = Shown::line(name).to_string();
+            let label = if i == 0 { "tensors" } else { "" };
+            rows.push((label, format!("{name:<24} {kind:<5} {count:>4} times, {:>9}, {bits:.2} bits a value", mib(*num_bytes))));
+        }
+    }
     let table: String = rows.iter().map(|(name, value)| format!("{name:<17} {value}\n")).collect();
     print(&table)?;
     Ok(())

@@ -36,7 +36,7 @@ const AT_ONCE: usize = 64;
 
 #[derive(Args)]
 pub(super) struct ScoreFlags {
-    /// Model directory of the judge [default: the model that ships]
+    /// Model directory or GGUF file of the judge [default: the model that ships]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
     /// Text to score, - for stdin

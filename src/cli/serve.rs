@@ -17,13 +17,14 @@ use crate::serve::{self, ServerOptions};
 
 #[derive(Args)]
 pub(super) struct ServeFlags {
-    /// Model directory [default: the model that ships]. Repeat it for stages with weights=1, 2, ...
+    /// Model directory or GGUF file [default: the model that ships]. Repeat it for stages with
+    /// weights=1, 2, ...
     #[arg(long, value_name = "DIR")]
     model: Vec<PathBuf>,
     /// Address and port; port 0 takes a free one. Only this machine reaches the default
     #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:8080")]
     addr: SocketAddr,
-    /// What requests call the model [default: the name of its directory]
+    /// What requests call the model [default: the name of its directory or file]
     #[arg(long, value_name = "NAME")]
     model_name: Option<String>,
     /// Joint sampler of the (first) model [default: joint/ in the model's directory]

@@ -2,6 +2,7 @@
 //! and the name, shape and place of every tensor.
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -335,6 +336,65 @@ fn heads(metadata: &Container, architecture: &'static Architecture) -> Checked<H
         return Err(format!("{}: expected {head_dim}, the width of keys, found {width}", keys.name("attention.value_length")));
     }
     Ok(Heads { num_heads, num_kv_heads, head_dim })
+}
+
+/// What a file is made of, for reports.
+pub struct Summary {
+    /// `general.name`.
+    pub name: Option<String>,
+    pub version: u32,
+    pub num_files: usize,
+    pub architecture: &'static str,
+    /// Kind and pre-tokenizer; `None` without a tokenizer.
+    pub tokenizer: Option<String>,
+    /// By name without layers.
+    pub tensors: Vec<TensorKind>,
+}
+
+/// Tensors of one name and type over all layers.
+pub struct TensorKind {
+    pub name: String,
+    pub kind: &'static str,
+    pub count: usize,
+    pub num_elements: usize,
+    pub num_bytes: usize,
+}
+
+impl GgufModel {
+    /// What the files are made of.
+    pub fn summary(&self) -> Summary {
+        let metadata = self.metadata();
+        let text = |key: &str| metadata.text(key).ok().flatten();
+        let tokenizer = text("tokenizer.ggml.model").map(|model| match text("tokenizer.ggml.pre").filter(|_| model == "gpt2") {
+            Some(pre) => format!("{model} ({pre})"),
+            None => model.to_owned(),
+        });
+        let mut kinds: BTreeMap<(&str, &str), TensorKind> = BTreeMap::new();
+        for tensor in self.parts.iter().flat_map(|part| &part.tensors) {
+            let name = match tensor.name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+                Some((_, name)) => name,
+                None => &tensor.name,
+            };
+            let kind = kinds.entry((name, tensor.kind.name())).or_insert_with(|| TensorKind {
+                name: name.to_owned(),
+                kind: tensor.kind.name(),
+                count: 0,
+                num_elements: 0,
+                num_bytes: 0,
+            });
+            kind.count += 1;
+            kind.num_elements += tensor.dims.iter().product::<usize>();
+            kind.num_bytes += tensor.bytes.len();
+        }
+        Summary {
+            name: text("general.name").map(str::to_owned),
+            version: metadata.version,
+            num_files: self.parts.len(),
+            architecture: self.architecture.name,
+            tokenizer,
+            tensors: kinds.into_values().collect(),
+        }
+    }
 }
 
 /// The id of a special token. SentencePiece files without the keys have BOS 1 and end of text 2, as

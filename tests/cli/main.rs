@@ -445,6 +445,36 @@ fn forward_writes_the_logits() {
     assert_eq!(left, 3, "no temporary file is left");
 }
 
+/// A GGUF file writes and scores what its directory does.
+#[test]
+fn a_gguf_file_is_a_model() {
+    let work = Work::new();
+    let file = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/gguf/files").join(name).display().to_string();
+    let text = work.write("text", "the men on the hill");
+    let generated = |model: &str| {
+        let args = ["generate", "--model", model, "--prompt", "the men", "--length", "24", "--seed", "5", "--format", "json"];
+        let object = work.run(&args).json().remove(0);
+        (object["text"].clone(), object["tokens"].clone())
+    };
+    assert_eq!(generated(&file("dream-f32.gguf")), generated(&fixture("dream")));
+    let scored = |model: &str| work.run(&["score", "--model", model, "--file", &text]).ok();
+    assert_eq!(scored(&file("llama-f32.gguf")), scored(&fixture("llama")));
+    let out = work.path("logits").display().to_string();
+    work.run(&["forward", "--model", &file("llada-f32.gguf"), "--tokens", "1,2,3", "--out", &out]).ok();
+    let (table, object) = {
+        let inspect = |more: &[&str]| work.run(&[&["inspect", &file("llama-q8_0.gguf")], more].concat());
+        (inspect(&[]).ok(), inspect(&["--format", "json"]).json().remove(0))
+    };
+    for word in
+        ["version 3, architecture llama", "gpt2 (gpt-2)", "ffn_down.weight          F16", "attn_q.weight            Q8_0", "8.50 bits"]
+    {
+        assert!(table.contains(word), "no `{word}` in:\n{table}");
+    }
+    assert_eq!(object["gguf"]["architecture"], "llama");
+    assert_eq!(object["family"], "llama");
+    work.run(&["generate", "--model", &file("llama-q8_0.gguf"), "--prompt", "the"]).fails(2, &["llama-q8_0.gguf", "autoregressive"]);
+}
+
 #[test]
 fn inspect_says_what_a_directory_holds() {
     let work = Work::new();

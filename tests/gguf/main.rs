@@ -5,6 +5,7 @@
 
 mod build;
 mod hostile;
+mod smollm2;
 mod tokens;
 mod weights;
 

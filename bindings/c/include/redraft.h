@@ -117,11 +117,12 @@ const char *redraft_last_error(void);
 // Frees a text or an array that a call gave to its caller. NULL is fine.
 void redraft_free(void *memory);
 
-// Opens a Hugging Face directory (`config.json`, `*.safetensors`, `tokenizer.json`).
+// Opens a Hugging Face directory (`config.json`, `*.safetensors`, `tokenizer.json`) or a GGUF
+// file.
 // `settings_json` is NULL, or an object with any of `device` ("auto", "cpu", "cuda:0"), `dtype`
 // ("f32", "bf16"), `weights` ("f32", "bf16", "q8", "q4"), `threads`, `max_sequences` (requests
 // in flight at once, 8), `max_rows` (512), `max_positions` (of one sequence), `kv_pages`,
-// `page_size`, `tokenizer` (path of a tokenizer.json), `models` (directories of more models for
+// `page_size`, `tokenizer` (path of a tokenizer.json), `models` (paths of more models for
 // stages that name them), `joint` (a directory with a joint sampler).
 //
 // Errors: REDRAFT_ERROR_CONFIG, _WEIGHTS, _TOKENIZER or _IO with the file and what it lacks;

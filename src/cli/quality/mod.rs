@@ -31,7 +31,7 @@ use crate::cli::engine::{attach_joint, drain, load};
 use crate::cli::files::{judge_dir, model_dir, read_text};
 use crate::cli::flags::{DTypeFlag, Format};
 use crate::cli::terminal::{Progress, note, print};
-use crate::config::{AttentionMask, ModelConfig};
+use crate::config::{AttentionMask, ModelConfig, config_file};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
@@ -114,7 +114,7 @@ impl<'a> EvalRun<'a> {
         let judge = registry::read_config(&judge_dir(asked.judge.as_deref())?)?;
         if judge.attention != AttentionMask::Causal {
             let what = "expected an autoregressive checkpoint as --judge, found one that is trained for diffusion";
-            return Err(Error::config(&judge.dir.join("config.json"), what));
+            return Err(Error::config(&config_file(&judge.dir), what));
         }
         let batch = single_value("--batch", &flags.batch)?.unwrap_or(DEFAULT_BATCH).min(asked.samples) as usize;
         let trained = rows.models.iter().chain([&judge]).map(|config| config.model_length).min().expect("a judge");
@@ -132,7 +132,7 @@ impl<'a> EvalRun<'a> {
         }
         let writer = &rows.models[0];
         let end_of_text = writer.eos_id.ok_or_else(|| {
-            Error::config(&writer.dir.join("config.json"), "key `eos_token_id` is missing: --quality tells documents apart by it")
+            Error::config(&config_file(&writer.dir), "key `eos_token_id` is missing: --quality tells documents apart by it")
         })?;
         let tokenizer = flags.device.tokenizer(writer)?;
         let types = flags.device.types(Some(&writer.dir))?;
@@ -459,7 +459,7 @@ fn check_vocabularies(rows: &Rows, judge: &ModelConfig, tokenizer: &Tokenizer, f
     let first = &rows.models[0];
     if first.vocab_size >= MAX_VOCAB {
         let what = format!("vocab_size {}: --quality counts n-grams of fewer than {MAX_VOCAB} different tokens", first.vocab_size);
-        return Err(Error::config(&first.dir.join("config.json"), what));
+        return Err(Error::config(&config_file(&first.dir), what));
     }
     for other in rows.models[1..].iter().chain([judge]) {
         let mean = |what: String| Error::config(&other.dir, format!("{what}: expected the vocabulary of {}", first.dir.display()));

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::cli::files::read_text;
 use crate::cli::generate;
-use crate::config::{AttentionMask, ModelConfig};
+use crate::config::{AttentionMask, ModelConfig, config_file};
 use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::schedule::{Schedule, StageSpec};
@@ -152,7 +152,7 @@ impl Rows {
 fn check_generates(config: &ModelConfig) -> Result<()> {
     if config.attention == AttentionMask::Causal {
         let what = "this checkpoint is autoregressive: it scores text (--judge), it cannot generate by diffusion";
-        return Err(Error::config(&config.dir.join("config.json"), what));
+        return Err(Error::config(&config_file(&config.dir), what));
     }
     Ok(())
 }

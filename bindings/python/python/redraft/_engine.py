@@ -175,12 +175,13 @@ class Engine:
     """A loaded model on a thread of its own. Threads and tasks may share it: their requests are
     batched, and each has the text that it would have alone.
 
-    ``path`` is a Hugging Face directory. ``device`` is ``auto``, ``cpu`` or ``cuda:0``; ``dtype``
-    ``f32`` or ``bf16``; ``weights`` ``f32``, ``bf16``, ``q8`` or ``q4``; ``threads`` those of the
-    CPU. ``max_sequences`` requests are in flight at once (8), with ``max_rows`` rows in one forward
-    (512), and pages for ``max_positions`` positions each, or ``kv_pages`` pages of ``page_size``
-    positions in all. ``tokenizer`` is the path of another tokenizer.json, ``models`` more models for
-    stages that name them, ``joint`` the directory of a joint sampler."""
+    ``path`` is a Hugging Face directory or a GGUF file. ``device`` is ``auto``, ``cpu`` or
+    ``cuda:0``; ``dtype`` ``f32`` or ``bf16``; ``weights`` ``f32``, ``bf16``, ``q8`` or ``q4``;
+    ``threads`` those of the CPU. ``max_sequences`` requests are in flight at once (8), with
+    ``max_rows`` rows in one forward (512), and pages for ``max_positions`` positions each, or
+    ``kv_pages`` pages of ``page_size`` positions in all. ``tokenizer`` is the path of another
+    tokenizer.json, ``models`` more models for stages that name them, ``joint`` the directory of a
+    joint sampler."""
 
     def __init__(
         self,
