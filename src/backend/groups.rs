@@ -42,7 +42,8 @@ impl Group8 {
     /// Errors: a magnitude beyond what the scale can hold, 8.3 million.
     #[inline(always)]
     pub fn of(values: &[f32; GROUP]) -> Result<Group8> {
-        let largest = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        let [low, high] = range(values);
+        let largest = low.abs().max(high.abs());
         let scale = f16::from_f32(largest / 127.0);
         if !scale.is_finite() {
             return Err(too_large(largest));
@@ -71,16 +72,13 @@ impl Group4 {
 
     /// Of some ranges, the one whose codes give the smallest sum of squared errors: the range of
     /// all values, and narrower ones that sacrifice the outermost. Scale and min of a range are the
-    /// least squares fit to its codes. Over the weights of a language model that takes a fifth off
-    /// the squared error of the full range alone (docs/quantised.md).
+    /// least squares fit to its codes. Over the weights of the two models that ship that takes 12
+    /// and 15 % off the squared error of the full range alone.
     ///
     /// Errors: a magnitude beyond what f16 can hold.
     #[inline(always)]
     pub fn of(values: &[f32; GROUP]) -> Result<Group4> {
-        let (mut low, mut high) = (values[0], values[0]);
-        for value in values {
-            (low, high) = (low.min(*value), high.max(*value));
-        }
+        let [low, high] = range(values);
         let largest = low.abs().max(high.abs());
         if !f16::from_f32(largest).is_finite() {
             return Err(too_large(largest));
@@ -111,18 +109,19 @@ impl Group4 {
             let difference = scale * f32::from(*code) + min - value;
             *error = difference * difference;
         }
-        errors.iter().sum()
+        sum(&errors)
     }
 
     /// Scale and min by least squares over the codes.
     #[inline(always)]
     fn fit(&mut self, values: &[f32; GROUP]) {
-        let (mut code_sum, mut square_sum, mut value_sum, mut product_sum) = (0, 0, 0.0, 0.0);
-        for (code, value) in self.codes.iter().zip(values) {
+        let (mut code_sum, mut square_sum, mut products) = (0, 0, [0.0; GROUP]);
+        for ((code, value), product) in self.codes.iter().zip(values).zip(&mut products) {
             let code = i32::from(*code);
             (code_sum, square_sum) = (code_sum + code, square_sum + code * code);
-            (value_sum, product_sum) = (value_sum + value, product_sum + code as f32 * value);
+            *product = code as f32 * value;
         }
+        let (value_sum, product_sum) = (sum(values), sum(&products));
         let (n, code_sum, square_sum) = (GROUP as f32, code_sum as f32, square_sum as f32);
         let determinant = n * square_sum - code_sum * code_sum;
         // All codes are equal.
@@ -140,6 +139,30 @@ impl Group4 {
         let (scale, min) = (self.scale.to_f32(), self.min.to_f32());
         self.codes.map(|code| scale * f32::from(code) + min)
     }
+}
+
+/// The sum, eight by eight, so that it runs on vectors.
+#[inline(always)]
+fn sum(values: &[f32; GROUP]) -> f32 {
+    let mut lanes = [0.0; 8];
+    for part in values.as_chunks::<8>().0 {
+        for (lane, value) in lanes.iter_mut().zip(part) {
+            *lane += value;
+        }
+    }
+    lanes.iter().sum()
+}
+
+/// The least and the largest value, likewise.
+#[inline(always)]
+fn range(values: &[f32; GROUP]) -> [f32; 2] {
+    let (mut low, mut high) = ([values[0]; 8], [values[0]; 8]);
+    for part in values.as_chunks::<8>().0 {
+        for ((low, high), value) in low.iter_mut().zip(&mut high).zip(part) {
+            (*low, *high) = (low.min(*value), high.max(*value));
+        }
+    }
+    [low.into_iter().fold(f32::INFINITY, f32::min), high.into_iter().fold(f32::NEG_INFINITY, f32::max)]
 }
 
 /// Shares of the range that [`Group4::of`] gives up, half on each side.
