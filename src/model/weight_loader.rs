@@ -112,7 +112,7 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
             return self.backend.weight_of_words(role.format(Some(format), float), shape, words);
         }
         let format = match self.backend.weight_format() {
-            // As the file has it, where somebody quantised it.
+            // As the file has it, where it is quantised.
             None if B::HAS_GROUPS && role != WeightRole::Router => source.format().unwrap_or(float),
             asked => role.format(asked, float),
         };
@@ -284,16 +284,20 @@ struct LoaderRows<'a> {
     read: ReadRows<'a>,
     /// Where every row is a whole row of a tensor.
     rows: Option<(&'a [Tensor<'a>], Place<'a>)>,
+    /// The groups that all tensors are in.
+    groups: Option<Groups>,
 }
 
 impl<'a> LoaderRows<'a> {
     fn whole(tensors: &'a [Tensor<'a>], read: ReadRows<'a>, place: Place<'a>) -> LoaderRows<'a> {
-        LoaderRows { read, rows: Some((tensors, place)) }
+        let groups_of = |tensor: &Tensor| tensor.blocks().and_then(|blocks| blocks.kind().groups());
+        let groups = tensors.first().and_then(groups_of).filter(|groups| tensors.iter().all(|tensor| groups_of(tensor) == Some(*groups)));
+        LoaderRows { read, rows: Some((tensors, place)), groups }
     }
 
     /// Rows that are computed, or parts of those of a tensor.
     fn parts(read: ReadRows<'a>) -> LoaderRows<'a> {
-        LoaderRows { read, rows: None }
+        LoaderRows { read, rows: None, groups: None }
     }
 
     /// The format that keeps the tensors best where they are in blocks: 8 bits for several kinds.
@@ -305,11 +309,7 @@ impl<'a> LoaderRows<'a> {
 
     /// The blocks of a row and its place there, if all tensors are in such groups.
     fn stored(&self, row: usize, groups: Groups) -> Option<(StoredBlocks<'a>, usize)> {
-        let (tensors, place) = self.rows?;
-        let in_groups = |tensor: &Tensor| tensor.blocks().is_some_and(|blocks| blocks.kind().groups() == Some(groups));
-        if !tensors.iter().all(in_groups) {
-            return None;
-        }
+        let (tensors, place) = self.rows.filter(|_| self.groups == Some(groups))?;
         let (tensor, row) = place(row);
         Some((tensors[tensor].blocks()?, row))
     }
