@@ -126,7 +126,7 @@ impl WeightFormat {
 pub(crate) struct NumberTypes {
     /// Of K/V, and of weights that are floats.
     pub(crate) dtype: DType,
-    /// Of weights that products read, where somebody said so.
+    /// Of weights that products read, where the caller chose one.
     pub(crate) weights: Option<WeightFormat>,
 }
 
@@ -439,7 +439,8 @@ pub trait Backend: Sized {
     fn name(&self) -> String;
     /// Type of K/V, and of weights that are floats.
     fn dtype(&self) -> DType;
-    /// What weights become that products read, where somebody said so; otherwise they are floats.
+    /// What weights become that products read, where the caller chose a format; otherwise they are
+    /// as the file has them.
     fn weight_format(&self) -> Option<WeightFormat>;
 
     /// Zeros for activations, from one allocation where the backend can.

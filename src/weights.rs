@@ -53,6 +53,7 @@ const FIRST_BYTES: usize = 512;
 const NAMED_PROBLEMS: usize = 4;
 
 /// All tensors of a model.
+#[derive(Default)]
 pub struct Weights {
     shards: Vec<Shard>,
     tensors: BTreeMap<String, Entry>,
@@ -159,7 +160,7 @@ impl Weights {
         let single = dir.join("model.safetensors");
         let exists = |path: &Path| input_file::exists(path).map_err(|e| Error::io(path, &e));
         if exists(&single)? {
-            let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: single.clone(), ..Weights::empty() };
+            let mut weights = Weights { source: single.clone(), ..Weights::default() };
             weights.add_shard(single)?;
             return Ok(weights);
         }
@@ -167,7 +168,7 @@ impl Weights {
             return Err(Error::weights(&single, no_weights(dir)));
         }
         let named = Index::read(dir, &index)?;
-        let mut weights = Weights { shards: Vec::new(), tensors: BTreeMap::new(), source: index.clone(), ..Weights::empty() };
+        let mut weights = Weights { source: index.clone(), ..Weights::default() };
         let mut problems = Vec::new();
         for (path, tensors) in named.files() {
             if exists(&path)? {
@@ -205,7 +206,7 @@ impl Weights {
             }
         }
         let shards = model.parts.into_iter().map(|part| Shard { path: part.path, file: part.file }).collect();
-        Ok(Weights { shards, tensors, source: file.to_path_buf(), ..Weights::empty() })
+        Ok(Weights { shards, tensors, source: file.to_path_buf(), ..Weights::default() })
     }
 
     /// What is wrong where the index puts a tensor.
@@ -223,12 +224,7 @@ impl Weights {
     /// depend on its name and index alone. For benches, where the shape matters and the text does
     /// not.
     pub fn random() -> Weights {
-        Weights { source: PathBuf::from("random weights"), random: true, ..Weights::empty() }
-    }
-
-    fn empty() -> Weights {
-        let source = PathBuf::new();
-        Weights { shards: Vec::new(), tensors: BTreeMap::new(), source, random: false, packed: None, observer: RefCell::default() }
+        Weights { source: PathBuf::from("random weights"), random: true, ..Weights::default() }
     }
 
     /// Tells `observer` what a load makes of these weights.
@@ -385,11 +381,11 @@ impl Weights {
 
     /// The distinct dtypes, for reports.
     pub fn dtypes(&self) -> Vec<String> {
-        let name = |entry: &Entry| match (&entry.format, &self.packed) {
-            (Format::Other(name), Some(packed)) if name == "U32" => packed.format.name().to_owned(),
-            (format, _) => format.name().to_owned(),
+        let dtype = |(name, entry): (&String, &Entry)| match &self.packed {
+            Some(packed) if packed.weights.contains_key(name) => packed.format.name().to_owned(),
+            _ => entry.format.name().to_owned(),
         };
-        let mut names: Vec<String> = self.tensors.values().map(name).collect();
+        let mut names: Vec<String> = self.tensors.iter().map(dtype).collect();
         names.sort();
         names.dedup();
         names

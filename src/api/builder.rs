@@ -236,10 +236,14 @@ impl From<EngineCore<crate::cuda::Cuda>> for AnyCore {
 /// f32, and bf16 where nearly all weights are stored in 16 bits or fewer and would take more than
 /// [`SMALL_MODEL_BYTES`] in f32.
 pub(crate) fn default_dtype(dir: &Path) -> Result<DType> {
-    let weights = Weights::open(dir)?;
+    Weights::open(dir).map(|weights| dtype_of(&weights))
+}
+
+/// [`default_dtype`] of weights that are open.
+pub(super) fn dtype_of(weights: &Weights) -> DType {
     if let Some((_, dtype)) = weights.packed_types() {
-        return Ok(dtype);
+        return dtype;
     }
     let large = weights.num_elements().saturating_mul(4) > SMALL_MODEL_BYTES;
-    Ok(if weights.are_narrow() && large { DType::Bf16 } else { DType::F32 })
+    if weights.are_narrow() && large { DType::Bf16 } else { DType::F32 }
 }

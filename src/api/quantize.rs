@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use serde_json::{Value, json};
 
-use super::builder::default_dtype;
+use super::builder::dtype_of;
 use crate::backend::WeightFormat;
 use crate::config::QUANT_METHOD;
 use crate::cpu::Cpu;
@@ -76,7 +76,7 @@ pub fn quantize(
     }
     write_config(dir, &unfinished.0, format)?;
 
-    let dtype = default_dtype(dir)?;
+    let dtype = dtype_of(&weights);
     let cpu = Cpu::new(threads.unwrap_or(0), dtype)?.with_weights(Some(format));
     let path = unfinished.0.join("model.safetensors");
     let file = fs::File::create_new(&path).map_err(|e| at(&path, e))?;

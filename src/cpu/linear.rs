@@ -1,10 +1,11 @@
 //! Matrix products with weights packed once: `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`.
 //!
 //! `float` has the products with weights of f32 or bf16, `quantised` those with weights in groups
-//! of 8 or 4 bits, `epilogue` what follows both. In either the result of a row does not depend on
-//! its neighbours.
+//! of 8 or 4 bits, `epilogue` what follows both, `cuts` how rows of several weights are shared out.
+//! In either the result of a row does not depend on its neighbours.
 #![forbid(unsafe_code)]
 
+mod cuts;
 mod epilogue;
 mod float;
 mod quantised;

@@ -17,6 +17,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::backend::{DType, Epilogue, RowSource};
 use crate::cpu::context::CpuContext;
+use crate::cpu::linear::cuts::{cut_groups, group_of};
 use crate::cpu::linear::epilogue::Output;
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::Order;
@@ -293,12 +294,7 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Pa
     let pool = context.pool_for(rows * panels * PANEL * steps);
     // Groups that outgrow L2 are cut as a product alone would be.
     let tallest = (X_WORDS / part_of(steps)).clamp(1, 96);
-    let mut row_bounds = vec![0];
-    for group in bounds.windows(2).filter(|group| group[0] < group[1]) {
-        let (first, height) = (group[0], group[1] - group[0]);
-        let cuts = height.div_ceil(tallest);
-        row_bounds.extend((1..=cuts).map(|i| first + i * height / cuts));
-    }
+    let row_bounds = cut_groups(bounds, tallest);
     let tasks = if pool.threads() > 1 { (8 * pool.threads()).div_ceil(row_bounds.len() - 1) } else { 1 };
     let panels_at_once = match panels.div_ceil(tasks.min(panels)) {
         1 => 1,
@@ -306,7 +302,7 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Pa
     };
     let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * PANEL));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
-        let weight = weights[bounds.partition_point(|bound| *bound <= tile.rows.start) - 1];
+        let weight = weights[group_of(bounds, tile.rows.start)];
         context.isa.run(Panels { x, weight, output: Output { tile, bias: None, epilogue } });
     });
     Ok(())

@@ -1,21 +1,22 @@
 //! Products with weights in groups of 8 or 4 bits.
 //!
 //! A packed weight is a list of panels of 32 columns; a panel is one block after the other, a block
-//! the group of each of its columns ([`crate::cpu::simd::groups`], which has the law too). Rows of
-//! x become groups once. A task takes some panels and some rows: block by block, it unpacks the
-//! codes once and takes every row past them, so a single row runs at the speed of the memory and
-//! many at that of the integer units. Sums wait in L1.
+//! the group of each of its columns ([`crate::cpu::simd::groups`], which defines the products
+//! too). Rows of x become groups once. A task takes some panels and some rows: block by block, it
+//! unpacks the codes once and takes every row past them, so a single row runs at the speed of the
+//! memory and many at that of the integer units. Sums wait in L1.
 //!
-//! Integer products serve many rows as well as few: for 128 rows they take half the time of f32
-//! tiles over the same values on AVX2 (docs/quantised.md), so nothing is widened.
+//! Integer products serve many rows as well as few: a pass of 128 rows takes six tenths of its time
+//! with f32 tiles on AVX2 (docs/quantised.md), so nothing is widened.
 #![forbid(unsafe_code)]
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::sync::OnceLock;
 
 use crate::backend::groups::{GROUP, Group4, Group8};
 use crate::backend::{Epilogue, RowSource, WeightFormat};
 use crate::cpu::context::CpuContext;
+use crate::cpu::linear::cuts::{cut_groups, group_of};
 use crate::cpu::linear::epilogue::Output;
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::Order;
@@ -102,20 +103,10 @@ impl Packed {
         let mut words = Aligned::zeroed(n.div_ceil(COLUMNS) * panel_words)?;
         read_in_parts(context, &mut words, panel_words, &|i, panel, room| {
             let (first, rows) = (i * COLUMNS, COLUMNS.min(n - i * COLUMNS));
-            let put = |blocks: &mut [u32], column: usize, row: &Stored| {
-                for (at, block) in blocks.chunks_exact_mut(bits.block_words()).enumerate() {
-                    match row {
-                        Stored::Eight(groups) => groups::put_q8(block.try_into().expect("a block of q8"), column, &groups[at]),
-                        Stored::Four(groups) => groups::put_q4(block.try_into().expect("a block of q4"), column, &groups[at]),
-                    }
-                }
-            };
-            if let Some(stored) = Stored::read(source, bits, first, num_groups)? {
-                put(panel, 0, &stored);
-                for column in 1..rows {
-                    let stored = Stored::read(source, bits, first + column, num_groups)?;
-                    put(panel, column, &stored.expect("rows are stored alike"));
-                }
+            let is_stored = each_stored_row(source, bits, first..first + rows, num_groups, |column, groups| {
+                panel.chunks_exact_mut(bits.block_words()).zip(groups).for_each(|(block, group)| group.put(block, column));
+            })?;
+            if is_stored {
                 return Ok(());
             }
             room.resize(rows * k, 0.0);
@@ -144,10 +135,11 @@ impl Packed {
     /// The groups of a row.
     fn row(&self, row: usize) -> impl Iterator<Item = RowGroup> {
         let (panel, column) = (self.panel(row / COLUMNS), row % COLUMNS);
-        panel.chunks_exact(self.bits.block_words()).map(move |block| match self.bits {
-            Bits::Eight => RowGroup::from(groups::get_q8(q8_block(block), column)),
-            Bits::Four => RowGroup::from(groups::get_q4(q4_block(block), column)),
-        })
+        let group = move |block: &[u32]| match self.bits {
+            Bits::Eight => Group::Eight(groups::get_q8(q8_block(block), column)),
+            Bits::Four => Group::Four(groups::get_q4(q4_block(block), column)),
+        };
+        panel.chunks_exact(self.bits.block_words()).map(move |block| RowGroup::from(group(block)))
     }
 
     /// See [`super::Packed::rows`].
@@ -188,34 +180,63 @@ fn q4_block(block: &[u32]) -> &[u32; Q4_WORDS] {
     block.try_into().expect("a block of q4")
 }
 
-/// The groups of a row as a file has them.
-enum Stored {
-    Eight(Vec<Group8>),
-    Four(Vec<Group4>),
+/// A group of either kind.
+enum Group {
+    Eight(Group8),
+    Four(Group4),
 }
 
-impl Stored {
-    /// Those of a row; `None` where it is not stored in groups of so many bits.
-    fn read(source: &dyn RowSource, bits: Bits, row: usize, num_groups: usize) -> Result<Option<Stored>> {
+impl Group {
+    /// Of 32 values, or of fewer: the last value fills what is short, which widens no range.
+    #[inline(always)]
+    fn of(bits: Bits, values: &[f32]) -> Result<Group> {
+        let mut filled = [values[values.len() - 1]; GROUP];
+        filled[..values.len()].copy_from_slice(values);
         Ok(match bits {
-            Bits::Eight => {
-                let mut groups = vec![Group8::ZERO; num_groups];
-                source.read_q8(row, &mut groups)?.then_some(Stored::Eight(groups))
-            }
-            Bits::Four => {
-                let mut groups = vec![Group4::ZERO; num_groups];
-                source.read_q4(row, &mut groups)?.then_some(Stored::Four(groups))
-            }
+            Bits::Eight => Group::Eight(Group8::of(&filled)?),
+            Bits::Four => Group::Four(Group4::of(&filled)?),
         })
     }
 
-    /// As groups whose codes lie side by side.
-    fn row_groups(self) -> Vec<RowGroup> {
+    /// Puts it into a block of its kind.
+    #[inline(always)]
+    fn put(&self, block: &mut [u32], column: usize) {
         match self {
-            Stored::Eight(groups) => groups.into_iter().map(RowGroup::from).collect(),
-            Stored::Four(groups) => groups.into_iter().map(RowGroup::from).collect(),
+            Group::Eight(group) => groups::put_q8(block.try_into().expect("a block of q8"), column, group),
+            Group::Four(group) => groups::put_q4(block.try_into().expect("a block of q4"), column, group),
         }
     }
+}
+
+/// Calls `take(i, groups)` with the groups of row i of `rows` as a file has them. False: they are
+/// not stored in groups of so many bits, and it was not called.
+fn each_stored_row(
+    source: &dyn RowSource,
+    bits: Bits,
+    rows: Range<usize>,
+    num_groups: usize,
+    mut take: impl FnMut(usize, Vec<Group>),
+) -> Result<bool> {
+    for (i, row) in rows.enumerate() {
+        let groups: Vec<Group> = match bits {
+            Bits::Eight => {
+                let mut groups = vec![Group8::ZERO; num_groups];
+                if !source.read_q8(row, &mut groups)? {
+                    return Ok(false);
+                }
+                groups.into_iter().map(Group::Eight).collect()
+            }
+            Bits::Four => {
+                let mut groups = vec![Group4::ZERO; num_groups];
+                if !source.read_q4(row, &mut groups)? {
+                    return Ok(false);
+                }
+                groups.into_iter().map(Group::Four).collect()
+            }
+        };
+        take(i, groups);
+    }
+    Ok(true)
 }
 
 /// The rows of a panel, (rows, k), as blocks.
@@ -232,23 +253,11 @@ impl Kernel for Quantise<'_> {
     fn run<S: Simd>(self, _simd: S) -> Result<()> {
         for (column, row) in self.rows.chunks_exact(self.k).enumerate() {
             for (block, values) in self.panel.chunks_exact_mut(self.bits.block_words()).zip(row.chunks(GROUP)) {
-                let group = filled(values);
-                match self.bits {
-                    Bits::Eight => groups::put_q8(block.try_into().expect("a block of q8"), column, &Group8::of(&group)?),
-                    Bits::Four => groups::put_q4(block.try_into().expect("a block of q4"), column, &Group4::of(&group)?),
-                }
+                Group::of(self.bits, values)?.put(block, column);
             }
         }
         Ok(())
     }
-}
-
-/// A group whose last value fills what is short, which widens no range.
-#[inline(always)]
-fn filled(values: &[f32]) -> [f32; GROUP] {
-    let mut group = [values[values.len() - 1]; GROUP];
-    group[..values.len()].copy_from_slice(values);
-    group
 }
 
 /// Rows (rows, k) as [`RowGroup`] of each.
@@ -265,11 +274,7 @@ impl Kernel for QuantiseRows<'_> {
     fn run<S: Simd>(self, _simd: S) -> Result<()> {
         let values = self.rows.chunks_exact(self.k).flat_map(|row| row.chunks(GROUP));
         for (words, values) in self.words.chunks_exact_mut(RowGroup::WORDS).zip(values) {
-            let group = match self.bits {
-                Bits::Eight => RowGroup::from(Group8::of(&filled(values))?),
-                Bits::Four => RowGroup::from(Group4::of(&filled(values))?),
-            };
-            words.copy_from_slice(bytemuck::cast_slice(&[group]));
+            words.copy_from_slice(bytemuck::cast_slice(&[RowGroup::from(Group::of(self.bits, values)?)]));
         }
         Ok(())
     }
@@ -304,15 +309,14 @@ impl RowGroup {
     }
 }
 
-impl From<Group8> for RowGroup {
-    fn from(group: Group8) -> RowGroup {
-        RowGroup { codes: group.codes, scale: group.scale.to_f32(), min: 0.0 }
-    }
-}
-
-impl From<Group4> for RowGroup {
-    fn from(group: Group4) -> RowGroup {
-        RowGroup { codes: group.codes.map(|code| code as i8), scale: group.scale.to_f32(), min: group.min.to_f32() }
+impl From<Group> for RowGroup {
+    fn from(group: Group) -> RowGroup {
+        match group {
+            Group::Eight(group) => RowGroup { codes: group.codes, scale: group.scale.to_f32(), min: 0.0 },
+            Group::Four(group) => {
+                RowGroup { codes: group.codes.map(|code| code as i8), scale: group.scale.to_f32(), min: group.min.to_f32() }
+            }
+        }
     }
 }
 
@@ -324,18 +328,15 @@ impl ByRows {
         let at_once = (READ_VALUES / k).max(1);
         read_in_parts(context, &mut words, at_once * row_words, &|i, words, room| {
             let num_groups = k.div_ceil(GROUP);
-            if let Some(stored) = Stored::read(source, bits, i * at_once, num_groups)? {
-                let mut stored = Some(stored);
-                for (row, words) in words.chunks_exact_mut(row_words).enumerate() {
-                    let groups = match stored.take() {
-                        Some(first) => first,
-                        None => Stored::read(source, bits, i * at_once + row, num_groups)?.expect("rows are stored alike"),
-                    };
-                    words.copy_from_slice(bytemuck::cast_slice(&groups.row_groups()));
-                }
+            let rows = words.len() / row_words;
+            let is_stored = each_stored_row(source, bits, i * at_once..i * at_once + rows, num_groups, |row, groups| {
+                let groups: Vec<RowGroup> = groups.into_iter().map(RowGroup::from).collect();
+                words[row * row_words..][..row_words].copy_from_slice(bytemuck::cast_slice(&groups));
+            })?;
+            if is_stored {
                 return Ok(());
             }
-            room.resize(words.len() / row_words * k, 0.0);
+            room.resize(rows * k, 0.0);
             source.read(i * at_once, room)?;
             context.isa.run(QuantiseRows { bits, k, rows: room, words })
         })?;
@@ -485,17 +486,12 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Pa
     let mut scratch = context.words();
     let x = groups_of(context, rows, k, &x[..rows * k], &mut scratch)?;
     let pool = context.pool_for(work(rows, n, k));
-    let mut row_bounds = vec![0];
-    for group in bounds.windows(2).filter(|group| group[0] < group[1]) {
-        let (first, height) = (group[0], group[1] - group[0]);
-        let cuts = height.div_ceil(tallest(k));
-        row_bounds.extend((1..=cuts).map(|i| first + i * height / cuts));
-    }
+    let row_bounds = cut_groups(bounds, tallest(k));
     let height = rows.div_ceil(row_bounds.len() - 1);
     let panels_at_once = panels_of_a_task(pool.threads(), height, n.div_ceil(COLUMNS), k);
     let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * COLUMNS));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
-        let weight = weights[bounds.partition_point(|bound| *bound <= tile.rows.start) - 1];
+        let weight = weights[group_of(bounds, tile.rows.start)];
         context.isa.run(Panels { x, rows, weight, output: Output { tile, bias: None, epilogue } });
     });
     Ok(())

@@ -1,5 +1,5 @@
 //! Products of weights in groups of 32 ([`crate::backend::groups`]) with activations in groups of
-//! 32: the layout of both, and the law that every instruction set follows to the bit.
+//! 32: the layout of both, and the definition that every instruction set follows to the bit.
 //!
 //! Activations of a group become int8 codes under a scale of their own, so a group's products are
 //! integers and their sum is exact in any order. What is rounded is the same everywhere: one
@@ -117,7 +117,7 @@ fn get_half(words: &[u32], at: usize) -> f16 {
     f16::from_bits((words[at / 2] >> (16 * (at % 2))) as u16)
 }
 
-/// The law, over a block of q8 and the same group of several rows.
+/// The definition, over a block of q8 and the same group of several rows.
 pub fn add_q8(block: &[u32; Q8_WORDS], x: &[ActivationGroup], sums: &mut [[f32; COLUMNS]]) {
     for (x, sums) in x.iter().zip(sums) {
         let mut products = [0; COLUMNS];
@@ -135,7 +135,7 @@ pub fn add_q8(block: &[u32; Q8_WORDS], x: &[ActivationGroup], sums: &mut [[f32; 
     }
 }
 
-/// The law, over a block of q4 and the same group of several rows.
+/// The definition, over a block of q4 and the same group of several rows.
 pub fn add_q4(block: &[u32; Q4_WORDS], x: &[ActivationGroup], sums: &mut [[f32; COLUMNS]]) {
     for (x, sums) in x.iter().zip(sums) {
         let mut products = [0; COLUMNS];
