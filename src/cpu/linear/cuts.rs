@@ -1,8 +1,8 @@
 //! Rows of several weights, cut into the tasks of one job.
 #![forbid(unsafe_code)]
 
-/// Bounds of the tasks' rows, from 0 on: rows `bounds[g]..bounds[g + 1]` of weight g in equal pieces
-/// of at most `tallest` rows.
+/// Bounds of the tasks' rows, from 0 on: rows `bounds[g]..bounds[g + 1]` of weight g in equal
+/// pieces of at most `tallest` rows.
 pub(super) fn cut_groups(bounds: &[usize], tallest: usize) -> Vec<usize> {
     let mut row_bounds = vec![0];
     for group in bounds.windows(2).filter(|group| group[0] < group[1]) {
