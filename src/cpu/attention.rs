@@ -385,7 +385,7 @@ fn weigh<S: Simd, const BF16: bool, const NV: usize>(
     }
     let a_stride = if BF16 { TILE / 2 } else { TILE };
     let (pieces, sums, sums_stride) = (&columns[..pieces.len()], &mut sums[vector..], width / LANES);
-    Product { a, a_stride, pieces, b_stride: width, sums, sums_stride, fresh: false, ahead: a.as_ptr().addr() }.run::<S, BF16>(simd, rows);
+    Product { a, a_stride, pieces, b_stride: width, sums, sums_stride, fresh: false, ahead: &[] }.run::<S, BF16, 0>(simd, rows);
     NV
 }
 
@@ -405,8 +405,8 @@ fn score<S: Simd, const BF16: bool, const NV: usize>(
         *b = groups[group + v].0;
     }
     let (pieces, sums) = (&[Piece { steps, b }], &mut scores[group..]);
-    Product { a: q, a_stride: steps, pieces, b_stride: LANES, sums, sums_stride: GROUPS, fresh: true, ahead: b[0].as_ptr().addr() }
-        .run::<S, BF16>(simd, rows);
+    Product { a: q, a_stride: steps, pieces, b_stride: LANES, sums, sums_stride: GROUPS, fresh: true, ahead: &[] }
+        .run::<S, BF16, 0>(simd, rows);
     NV
 }
 

@@ -40,7 +40,7 @@ const X_WORDS: usize = 100 << 10;
 /// rows then ask for what they will read, 4 KiB in advance: 39 GB/s instead of 33 on one core at
 /// four rows, but a fifth slower from L3.
 const STREAM_WORDS: usize = 8 << 20;
-const AHEAD: usize = 4096;
+const AHEAD: usize = 4096 / size_of::<u32>();
 
 /// Dot products that are computed side by side, so that the latency of one is hidden by the others.
 const DOTS: usize = 8;
@@ -363,9 +363,9 @@ struct At {
     panel: usize,
     first_step: usize,
     last_step: usize,
-    /// Address from which the tile's steps prefetch, and whether each asks for four lines.
+    /// First word of what the tile's steps prefetch, and lines that each asks for.
     ahead: usize,
-    greedy: bool,
+    lines: usize,
 }
 
 /// Most vectors of sums of a tile.
@@ -404,21 +404,20 @@ impl Panels<'_, '_> {
                     // One block asks for what it will read itself. Several ask for the part that
                     // comes next, the first four a line per step and the others again for the last
                     // lines; spread over all, the requests come 5 % too late.
-                    let step = PANEL * size_of::<u32>();
-                    let here = words.as_ptr().addr() + (panel * steps + first_step) * step;
-                    let next = here + (last_step - first_step) * step;
-                    let (ahead, greedy) = match blocks {
-                        1 => (here + AHEAD, streams),
-                        2 | 3 if block == 0 => (next, true),
-                        2 | 3 => (here, false),
-                        _ => (next + block.min(3) * (last_step - first_step) * step / 4, false),
+                    let here = (panel * steps + first_step) * PANEL;
+                    let part_words = (last_step - first_step) * PANEL;
+                    let (ahead, lines) = match blocks {
+                        1 => (here + AHEAD, if streams { 4 } else { 1 }),
+                        2 | 3 if block == 0 => (here + part_words, 4),
+                        2 | 3 => (here, 0),
+                        _ => (here + part_words + block.min(3) * part_words / 4, 1),
                     };
-                    let at = At { row, rows: height, panel, first_step, last_step, ahead, greedy };
+                    let at = At { row, rows: height, panel, first_step, last_step, ahead, lines };
                     if !S::WIDE {
                         for column in (0..PANEL).step_by(LANES) {
                             let sums = if all.is_empty() { &mut one.0 } else { &mut all[(4 * block + column / LANES) * 6..] };
                             self.columns(simd, at, column, sums, |simd, rows, product: tile::Product<1>| {
-                                product.run::<S, BF16>(simd, rows)
+                                if at.lines == 0 { product.run::<S, BF16, 0>(simd, rows) } else { product.run::<S, BF16, 1>(simd, rows) }
                             });
                         }
                         continue;
@@ -431,8 +430,10 @@ impl Panels<'_, '_> {
                     } else if width == 2 {
                         self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<8>| product.run_wide::<S, BF16>(simd, rows));
                     } else {
-                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<4>| {
-                            if at.greedy { product.run_greedy::<S, BF16>(simd, rows) } else { product.run::<S, BF16>(simd, rows) }
+                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<4>| match at.lines {
+                            0 => product.run::<S, BF16, 0>(simd, rows),
+                            1 => product.run::<S, BF16, 1>(simd, rows),
+                            _ => product.run::<S, BF16, 4>(simd, rows),
                         });
                     }
                 }
@@ -467,7 +468,10 @@ impl Panels<'_, '_> {
         let pieces = [Piece { steps: at.last_step - at.first_step, b }];
         let a = &x[at.row * steps + at.first_step..];
         let fresh = at.first_step == 0;
-        let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: PANEL, sums, sums_stride: NV, fresh, ahead: at.ahead };
+        // What would lie past the weight is replaced by its end.
+        let ahead_len = at.lines * pieces[0].steps * LANES;
+        let ahead = &weight.words[at.ahead.min(weight.words.len() - ahead_len)..][..ahead_len];
+        let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: PANEL, sums, sums_stride: NV, fresh, ahead };
         run(simd, at.rows, product);
         if at.last_step == steps {
             self.output.finish(simd, at.row..at.row + at.rows, col, NV, sums);

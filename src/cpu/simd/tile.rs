@@ -27,38 +27,22 @@ pub struct Product<'a, const NV: usize> {
     pub sums_stride: usize,
     /// Start from zeros instead of from `sums`.
     pub fresh: bool,
-    /// Address from which each step prefetches the next lines. Any address is safe; one that is not
-    /// mapped costs a page walk.
-    pub ahead: usize,
+    /// Words that the steps prefetch, `PF` lines each: never what lies outside of a buffer, since an
+    /// address that is not mapped costs a page walk (59 ns on a virtual machine, a step takes 2 to 5).
+    pub ahead: &'a [u32],
 }
 
 impl<const NV: usize> Product<'_, NV> {
-    /// One to six rows, one line prefetched per step.
+    /// One to six rows, `PF` lines prefetched per step.
     #[inline(always)]
-    pub fn run<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
+    pub fn run<S: Simd, const BF16: bool, const PF: usize>(self, simd: S, rows: usize) {
         match rows {
-            1 => simd.outlined(Tile::<BF16, 1, NV, 1>(self)),
-            2 => simd.outlined(Tile::<BF16, 2, NV, 1>(self)),
-            3 => simd.outlined(Tile::<BF16, 3, NV, 1>(self)),
-            4 => simd.outlined(Tile::<BF16, 4, NV, 1>(self)),
-            5 => simd.outlined(Tile::<BF16, 5, NV, 1>(self)),
-            6 => simd.outlined(Tile::<BF16, 6, NV, 1>(self)),
-            _ => panic!("a tile of {rows} rows"),
-        }
-    }
-}
-
-impl Product<'_, 4> {
-    /// One to six rows, four lines prefetched per step.
-    #[inline(always)]
-    pub fn run_greedy<S: Simd, const BF16: bool>(self, simd: S, rows: usize) {
-        match rows {
-            1 => simd.outlined(Tile::<BF16, 1, 4, 4>(self)),
-            2 => simd.outlined(Tile::<BF16, 2, 4, 4>(self)),
-            3 => simd.outlined(Tile::<BF16, 3, 4, 4>(self)),
-            4 => simd.outlined(Tile::<BF16, 4, 4, 4>(self)),
-            5 => simd.outlined(Tile::<BF16, 5, 4, 4>(self)),
-            6 => simd.outlined(Tile::<BF16, 6, 4, 4>(self)),
+            1 => simd.outlined(Tile::<BF16, 1, NV, PF>(self)),
+            2 => simd.outlined(Tile::<BF16, 2, NV, PF>(self)),
+            3 => simd.outlined(Tile::<BF16, 3, NV, PF>(self)),
+            4 => simd.outlined(Tile::<BF16, 4, NV, PF>(self)),
+            5 => simd.outlined(Tile::<BF16, 5, NV, PF>(self)),
+            6 => simd.outlined(Tile::<BF16, 6, NV, PF>(self)),
             _ => panic!("a tile of {rows} rows"),
         }
     }
@@ -108,6 +92,8 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
                 }
             }
         }
+        let total: usize = pieces.iter().map(|piece| piece.steps).sum();
+        assert!(total * PF * LANES <= ahead.len(), "a tile prefetches {PF} lines in {total} steps of {} words", ahead.len());
         let mut first = 0;
         for piece in pieces {
             let steps = piece.steps;
@@ -119,7 +105,8 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
             }
             for step in 0..steps {
                 for line in 0..PF {
-                    simd.prefetch(ahead.wrapping_add((step * PF + line) * LANES * size_of::<u32>()));
+                    let line = (first + step) * PF + line;
+                    simd.prefetch(ahead.as_ptr().addr() + line * LANES * size_of::<u32>());
                 }
                 let mut columns = [simd.word(0); NV];
                 for (column, b) in columns.iter_mut().zip(piece.b) {
