@@ -68,6 +68,19 @@ impl Isa {
         }
     }
 
+    /// [`Simd::PANEL`] of this set.
+    pub fn panel(self) -> usize {
+        struct Panel;
+        impl Kernel for Panel {
+            type Output = usize;
+            #[inline(always)]
+            fn run<S: Simd>(self, _simd: S) -> usize {
+                S::PANEL
+            }
+        }
+        self.run(Panel)
+    }
+
     /// Runs `kernel` compiled for this set; the best available one below it where the machine lacks
     /// it.
     #[inline]

@@ -1,15 +1,17 @@
 //! Products with weights of f32 or bf16.
 //!
-//! A packed weight is a list of panels of 64 columns; a panel is `(steps, 64)` words, a step being
-//! one k in f32 or two neighbouring k in bf16 (the layout `vdpbf16ps` reads). One task takes some
-//! panels and a range of rows and walks the rows in tiles, so a panel comes from memory once and
-//! from L2 afterwards.
+//! A packed weight is a list of panels; a panel is `(steps, columns)` words, a step being one k in
+//! f32 or two neighbouring k in bf16 (the layout `vdpbf16ps` reads). It has the columns of the
+//! register tile: 64 on AVX-512, 16 elsewhere ([`Simd::PANEL`]). One task takes some panels and a
+//! range of rows and walks the rows in tiles, so a panel comes from memory once and from the caches
+//! afterwards.
 //!
-//! A tile keeps 24 vectors of sums in registers: 6 rows by a panel. One or two rows take two panels
-//! side by side, so that eight sums at least are in flight and hide the latency of the multiply.
-//! Seven to twelve rows take one tall tile of half a panel: a panel's words come from L2 at about
-//! 24 bytes a cycle, and each read then serves all rows. Accumulation over k is in ascending order
-//! for every shape, hence a row's result does not depend on its neighbours.
+//! A tile keeps its sums in registers: 6 rows by a panel, 24 vectors on AVX-512 and 6 elsewhere.
+//! Few rows take several panels side by side, so that enough sums are in flight to hide the latency
+//! of the multiply. On AVX-512, seven to twelve rows take one tall tile of half a panel: a panel's
+//! words come from L2 at about 24 bytes a cycle, and each read then serves all rows. Accumulation
+//! over k is in ascending order for every shape, hence a row's result does not depend on its
+//! neighbours.
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,9 +27,6 @@ use crate::cpu::read_rows::read_in_parts;
 use crate::cpu::simd::tile::{self, Piece};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::Result;
-
-/// Columns of a panel: four vectors.
-pub const PANEL: usize = 64;
 
 /// Steps of a part of a panel, 128 KiB: with the part that comes next and 100 Ki words of x it
 /// stays within a core's L2 of 1 MiB while all rows of a task go by.
@@ -52,7 +51,9 @@ pub struct Packed {
     dtype: DType,
     /// Words along k: k in f32, k / 2 rounded up in bf16.
     steps: usize,
-    /// (panels, steps, 64); columns past n and the odd half past k are zero.
+    /// Columns of a panel: [`Simd::PANEL`] of the context.
+    panel_width: usize,
+    /// (panels, steps, panel width); columns past n and the odd half past k are zero.
     words: Aligned<u32>,
     by_rows: OnceLock<ByRows>,
     /// Words of all packed weights of the machine, these included.
@@ -68,25 +69,26 @@ impl Drop for Packed {
 impl Packed {
     /// Reads the (n, k) rows sixteen at a time, a vector of columns of a panel, on all threads.
     pub fn new(context: &CpuContext, dtype: DType, n: usize, k: usize, source: &dyn RowSource) -> Result<Packed> {
-        let steps = steps(dtype, k);
-        let words = Aligned::zeroed(n.div_ceil(PANEL) * steps * PANEL)?;
+        let (steps, panel_width) = (steps(dtype, k), context.isa.panel());
+        let words = Aligned::zeroed(n.div_ceil(panel_width) * steps * panel_width)?;
         context.packed_words.fetch_add(words.len(), Ordering::Relaxed);
-        let mut packed = Packed { n, k, dtype, steps, words, by_rows: OnceLock::new(), all_words: context.packed_words.clone() };
-        read_in_parts(context, &mut packed.words, steps * PANEL, &|i, panel, room| {
+        let (by_rows, all_words) = (OnceLock::new(), context.packed_words.clone());
+        let mut packed = Packed { n, k, dtype, steps, panel_width, words, by_rows, all_words };
+        read_in_parts(context, &mut packed.words, steps * panel_width, &|i, panel, room| {
             room.resize(LANES * (k + steps), 0.0);
             let (wide, words) = room.split_at_mut(LANES * k);
             let words: &mut [u32] = bytemuck::cast_slice_mut(words);
-            for column in (0..PANEL.min(n - i * PANEL)).step_by(LANES) {
-                let first = i * PANEL + column;
+            for column in (0..panel_width.min(n - i * panel_width)).step_by(LANES) {
+                let first = i * panel_width + column;
                 let height = LANES.min(n - first);
                 let wide = &mut wide[..height * k];
                 source.read(first, wide)?;
                 if dtype == DType::F32 {
-                    pack_columns(bytemuck::cast_slice(wide), steps, &mut panel[column..]);
+                    pack_columns(bytemuck::cast_slice(wide), steps, panel_width, &mut panel[column..]);
                 } else {
                     let words = &mut words[..height * steps];
                     context.isa.run(Round { x: wide, k, words: bytemuck::cast_slice_mut(words) });
-                    pack_columns(words, steps, &mut panel[column..]);
+                    pack_columns(words, steps, panel_width, &mut panel[column..]);
                 }
             }
             Ok(())
@@ -100,7 +102,7 @@ impl Packed {
         for (&id, out) in ids.iter().zip(out.chunks_exact_mut(self.k)) {
             let id = id as usize;
             assert!(id < self.n, "token id {id} of a table of {} rows", self.n);
-            let words = self.panel(id / PANEL).iter().skip(id % PANEL).step_by(PANEL);
+            let words = self.panel(id / self.panel_width).iter().skip(id % self.panel_width).step_by(self.panel_width);
             match self.dtype {
                 DType::F32 => out.iter_mut().zip(words).for_each(|(out, word)| *out = f32::from_bits(*word)),
                 DType::Bf16 => {
@@ -114,7 +116,8 @@ impl Packed {
     }
 
     fn panel(&self, panel: usize) -> &[u32] {
-        &self.words[panel * self.steps * PANEL..][..self.steps * PANEL]
+        let len = self.steps * self.panel_width;
+        &self.words[panel * len..][..len]
     }
 
     /// The weight by rows, made of the panels when it is first asked for.
@@ -126,9 +129,9 @@ impl Packed {
         }
         let stride = self.steps.next_multiple_of(LANES);
         let mut words = Aligned::zeroed(self.n * stride)?;
-        context.pool_for(self.words.len()).chunks(&mut words, PANEL * stride, &|panel, rows| {
+        context.pool_for(self.words.len()).chunks(&mut words, self.panel_width * stride, &|panel, rows| {
             let count = rows.len() / stride;
-            for (step, line) in self.panel(panel).chunks_exact(PANEL).enumerate() {
+            for (step, line) in self.panel(panel).chunks_exact(self.panel_width).enumerate() {
                 for (row, word) in line[..count].iter().enumerate() {
                     rows[row * stride + step] = *word;
                 }
@@ -184,14 +187,14 @@ fn steps(dtype: DType, k: usize) -> usize {
     k.div_ceil(4 / dtype.bytes())
 }
 
-/// `words (up to 16, steps)` into the first columns of `panel (steps, 64)`.
-fn pack_columns(words: &[u32], steps: usize, panel: &mut [u32]) {
+/// `words (up to 16, steps)` into the first columns of `panel (steps, width)`.
+fn pack_columns(words: &[u32], steps: usize, width: usize, panel: &mut [u32]) {
     // Sixteen steps at a time: what is read and what is written stay in L1, and all columns of a
     // step are one line.
     const BLOCK: usize = 16;
-    for (block, panel) in panel.chunks_mut(BLOCK * PANEL).enumerate() {
+    for (block, panel) in panel.chunks_mut(BLOCK * width).enumerate() {
         for (column, words) in words.chunks_exact(steps).enumerate() {
-            for (step, word) in panel.chunks_mut(PANEL).zip(&words[block * BLOCK..]) {
+            for (step, word) in panel.chunks_mut(width).zip(&words[block * BLOCK..]) {
                 step[column] = *word;
             }
         }
@@ -266,16 +269,15 @@ pub fn linear(
     epilogue: Epilogue,
     out: &mut [f32],
 ) -> Result<()> {
-    let Packed { n, k, steps, .. } = *weight;
+    let Packed { n, k, steps, panel_width, .. } = *weight;
     if rows == 0 {
         return Ok(());
     }
     let mut scratch = context.words();
     let x = words_of(context, weight.dtype, rows, k, x, &mut scratch)?;
-    let panels = n.div_ceil(PANEL);
-    let pool = context.pool_for(rows * panels * PANEL * steps);
-    let (row_bounds, panels_at_once) = divide(pool.threads(), rows, panels, steps);
-    let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * PANEL));
+    let pool = context.pool_for(rows * n * steps);
+    let (row_bounds, columns) = divide(pool.threads(), rows, n, panel_width, steps);
+    let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(columns));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
         context.isa.run(Panels { x, weight, output: Output { tile, bias, epilogue } });
     });
@@ -284,23 +286,19 @@ pub fn linear(
 
 /// See [`super::grouped`].
 pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Packed], epilogue: Epilogue, out: &mut [f32]) -> Result<()> {
-    let (Some(&rows), Some(&&Packed { n, k, steps, dtype, .. })) = (bounds.last(), weights.first()) else { return Ok(()) };
+    let (Some(&rows), Some(&&Packed { n, k, steps, panel_width, dtype, .. })) = (bounds.last(), weights.first()) else { return Ok(()) };
     if rows == 0 {
         return Ok(());
     }
     let mut scratch = context.words();
     let x = words_of(context, dtype, rows, k, x, &mut scratch)?;
-    let panels = n.div_ceil(PANEL);
-    let pool = context.pool_for(rows * panels * PANEL * steps);
+    let pool = context.pool_for(rows * n * steps);
     // Groups that outgrow L2 are cut as a product alone would be.
     let tallest = (X_WORDS / part_of(steps)).clamp(1, 96);
     let row_bounds = cut_groups(bounds, tallest);
     let tasks = if pool.threads() > 1 { (8 * pool.threads()).div_ceil(row_bounds.len() - 1) } else { 1 };
-    let panels_at_once = match panels.div_ceil(tasks.min(panels)) {
-        1 => 1,
-        several => several.next_multiple_of(2),
-    };
-    let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * PANEL));
+    let columns = round_columns(n.div_ceil(tasks), panel_width);
+    let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(columns));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
         let weight = weights[group_of(bounds, tile.rows.start)];
         context.isa.run(Panels { x, weight, output: Output { tile, bias: None, epilogue } });
@@ -308,26 +306,31 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Pa
     Ok(())
 }
 
-/// Row bounds and panels of a task. Rows are cut where x outgrows L2, or where the panels are too
-/// few for the threads (every cut reads the panels again). Panels are cut so that the threads end
+/// Row bounds and columns of a task. Rows are cut where x outgrows L2, or where the columns are too
+/// few for the threads (every cut reads the panels again). Columns are cut so that the threads end
 /// together, into tasks worth half a microsecond at least.
-fn divide(threads: usize, rows: usize, panels: usize, steps: usize) -> (Vec<usize>, usize) {
+fn divide(threads: usize, rows: usize, n: usize, panel_width: usize, steps: usize) -> (Vec<usize>, usize) {
     let mut cuts = (rows * part_of(steps)).div_ceil(X_WORDS).min(rows.div_ceil(96));
-    let mut panels_at_once = panels;
+    let mut columns = n;
     if threads > 1 {
         let smallest = 1 << 16;
-        let panel_work = rows.div_ceil(cuts) * steps * PANEL;
-        // An even number where there are plenty: few rows read two side by side.
-        panels_at_once = (panels / (8 * threads)).max(smallest / panel_work.max(1)).clamp(1, panels);
-        if panels_at_once > 1 {
-            panels_at_once = panels_at_once.next_multiple_of(2);
-        }
-        let columns = panels.div_ceil(panels_at_once);
-        if columns * cuts < 4 * threads {
-            cuts = (4 * threads).div_ceil(columns).min(rows.div_ceil(24)).max(cuts);
+        let column_work = rows.div_ceil(cuts) * steps;
+        columns = round_columns((n / (8 * threads)).max(smallest / column_work.max(1)).min(n), panel_width);
+        let tasks = n.div_ceil(columns);
+        if tasks * cuts < 4 * threads {
+            cuts = (4 * threads).div_ceil(tasks).min(rows.div_ceil(24)).max(cuts);
         }
     }
-    ((0..=cuts).map(|i| i * rows / cuts).collect(), panels_at_once)
+    ((0..=cuts).map(|i| i * rows / cuts).collect(), columns)
+}
+
+/// Columns of a task, at least one, as whole panels, and a multiple of what few rows read side by
+/// side where there is more than one.
+fn round_columns(columns: usize, panel_width: usize) -> usize {
+    match columns.div_ceil(panel_width) {
+        0 | 1 => panel_width,
+        _ => columns.next_multiple_of(2 * panel_width),
+    }
 }
 
 /// Steps of a part: equal parts of at most [`PART`].
@@ -378,9 +381,10 @@ struct Sums([[f32; LANES]; SUMS]);
 impl Panels<'_, '_> {
     #[inline(always)]
     fn panels<S: Simd, const BF16: bool>(&mut self, simd: S) {
-        let Packed { steps, ref words, .. } = *self.weight;
+        let steps = self.weight.steps;
         let rows = self.output.tile.rows.clone();
-        let panel_width = self.output.epilogue.out_width(PANEL);
+        assert!(self.weight.panel_width == S::PANEL, "panels of {} columns, packed for another set", self.weight.panel_width);
+        let panel_width = self.output.epilogue.out_width(S::PANEL);
         let panels = self.output.tile.cols.start / panel_width..self.output.tile.cols.end.div_ceil(panel_width);
         let streams = self.weight.all_words.load(Ordering::Relaxed) > STREAM_WORDS;
         let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
@@ -404,29 +408,28 @@ impl Panels<'_, '_> {
                     // One block asks for what it will read itself. Several ask for the part that
                     // comes next, the first four a line per step and the others again for the last
                     // lines; spread over all, the requests come 5 % too late.
-                    let here = (panel * steps + first_step) * PANEL;
-                    let part_words = (last_step - first_step) * PANEL;
+                    let here = (panel * steps + first_step) * S::PANEL;
+                    let part_words = (last_step - first_step) * S::PANEL;
                     let (ahead, lines) = match blocks {
+                        1 if !S::WIDE => (here + AHEAD, 1),
+                        _ if !S::WIDE => (here + part_words, usize::from(block == 0)),
                         1 => (here + AHEAD, if streams { 4 } else { 1 }),
                         2 | 3 if block == 0 => (here + part_words, 4),
                         2 | 3 => (here, 0),
                         _ => (here + part_words + block.min(3) * part_words / 4, 1),
                     };
                     let at = At { row, rows: height, panel, first_step, last_step, ahead, lines };
+                    let sums = if all.is_empty() { &mut one.0 } else { &mut all[block * SUMS..] };
                     if !S::WIDE {
-                        for column in (0..PANEL).step_by(LANES) {
-                            let sums = if all.is_empty() { &mut one.0 } else { &mut all[(4 * block + column / LANES) * 6..] };
-                            self.columns(simd, at, column, sums, |simd, rows, product: tile::Product<1>| {
-                                if at.lines == 0 { product.run::<S, BF16, 0>(simd, rows) } else { product.run::<S, BF16, 1>(simd, rows) }
-                            });
-                        }
+                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<1>| {
+                            if at.lines == 0 { product.run::<S, BF16, 0>(simd, rows) } else { product.run::<S, BF16, 1>(simd, rows) }
+                        });
                         continue;
                     }
-                    let sums = if all.is_empty() { &mut one.0 } else { &mut all[block * SUMS..] };
                     if tall {
                         let run = |simd, rows, product: tile::Product<2>| product.run_tall::<S, BF16>(simd, rows);
                         self.columns(simd, at, 0, sums, run);
-                        self.columns(simd, at, PANEL / 2, sums, run);
+                        self.columns(simd, at, S::PANEL / 2, sums, run);
                     } else if width == 2 {
                         self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<8>| product.run_wide::<S, BF16>(simd, rows));
                     } else {
@@ -454,16 +457,16 @@ impl Panels<'_, '_> {
         sums: &mut [[f32; LANES]],
         run: impl Fn(S, usize, tile::Product<NV>),
     ) {
-        const PER_PANEL: usize = PANEL / LANES;
+        let per_panel = S::PANEL / LANES;
         let Panels { x, weight, .. } = *self;
         let steps = weight.steps;
-        let col = at.panel * PANEL + column;
+        let col = at.panel * S::PANEL + column;
         if self.output.epilogue.out_width(col) >= self.output.tile.cols.end {
             return;
         }
         let mut b = [&weight.words[..]; NV];
         for (v, b) in b.iter_mut().enumerate() {
-            *b = &weight.panel(at.panel + v / PER_PANEL)[at.first_step * PANEL + column + v % PER_PANEL * LANES..];
+            *b = &weight.panel(at.panel + v / per_panel)[at.first_step * S::PANEL + column + v % per_panel * LANES..];
         }
         let pieces = [Piece { steps: at.last_step - at.first_step, b }];
         let a = &x[at.row * steps + at.first_step..];
@@ -471,7 +474,7 @@ impl Panels<'_, '_> {
         // What would lie past the weight is replaced by its end.
         let ahead_len = at.lines * pieces[0].steps * LANES;
         let ahead = &weight.words[at.ahead.min(weight.words.len() - ahead_len)..][..ahead_len];
-        let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: PANEL, sums, sums_stride: NV, fresh, ahead };
+        let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: S::PANEL, sums, sums_stride: NV, fresh, ahead };
         run(simd, at.rows, product);
         if at.last_step == steps {
             self.output.finish(simd, at.row..at.row + at.rows, col, NV, sums);

@@ -21,8 +21,13 @@ pub trait Simd: Copy {
     type F: Copy;
     /// 16 x 32-bit words.
     type W: Copy;
-    /// Whether the register file holds 24 accumulators beside the operands; else twelve.
+    /// Whether the register file holds 24 accumulators beside the operands; else six, of two
+    /// registers each.
     const WIDE: bool;
+    /// Columns of a panel of a packed weight: those of the register tile, so that its steps read
+    /// one contiguous stream. In panels of four tiles, each tile of AVX2 read every fourth line, at
+    /// half the speed from memory.
+    const PANEL: usize = if Self::WIDE { 4 * LANES } else { LANES };
     /// Rows of a register tile on bf16 pairs: six, or four where a pair is widened into two
     /// operands that need registers too.
     const BF16_ROWS: usize;
