@@ -152,13 +152,20 @@ impl Queries<'_, '_> {
         state.scores.reserve(MAX_ROWS * TILE).expect(SMALL);
         state.pairs.reserve(MAX_ROWS * TILE / 2).expect(SMALL);
         state.last_pair.reserve(layout.value_width).expect(SMALL);
-        let q_words = state.q.reserve(queries * layout.key_steps).expect(SMALL);
-        for (query, words) in q_words.chunks_exact_mut(layout.key_steps).enumerate() {
+        let stride = layout.key_steps * S::x_words(BF16);
+        let q_words = state.q.reserve(queries * stride).expect(SMALL);
+        for (query, words) in q_words.chunks_exact_mut(stride).enumerate() {
             let row = self.tile.rows.start + query / queries_per_head;
             let first = row * self.heads.qkv_width() + self.tile.cols.start + query % queries_per_head * head_dim;
             let q = &self.qkv[first..first + head_dim];
             if !BF16 {
                 words.copy_from_slice(bytemuck::cast_slice(q));
+                continue;
+            }
+            if !S::MULTIPLIES_PAIRS {
+                // The half past an odd D is zero.
+                let rounded = q.iter().map(|&q| half::bf16::from_f32(q).to_f32()).chain([0.0]);
+                words.iter_mut().zip(rounded).for_each(|(word, q)| *word = q.to_bits());
                 continue;
             }
             let (q, tail) = q.as_chunks::<LANES>();
@@ -238,7 +245,7 @@ fn step<S: Simd, const BF16: bool>(
 
     // Compute q.k for each group of keys that at least one query can see. Keys beyond a query's
     // own limit are masked below.
-    let q = &state.q[from * layout.key_steps..];
+    let q = &state.q[from * layout.key_steps * S::x_words(BF16)..];
     let (scores, _) = state.scores.as_chunks_mut::<LANES>();
     let num_groups = most.div_ceil(LANES);
     let mut group = 0;
@@ -289,7 +296,11 @@ fn step<S: Simd, const BF16: bool>(
             if BF16 {
                 let pair = &mut pairs[m * GROUPS + g];
                 simd.store_bf16(exponential, pair);
-                mass = simd.add(mass, simd.load_bf16(pair));
+                let rounded = simd.load_bf16(pair);
+                if !S::MULTIPLIES_PAIRS {
+                    simd.store(rounded, scores);
+                }
+                mass = simd.add(mass, rounded);
             } else {
                 simd.store(exponential, scores);
                 mass = simd.add(mass, exponential);
@@ -347,8 +358,9 @@ fn values<S: Simd, const BF16: bool>(
         pieces[num_pieces] = (1, &state.last_pair);
         num_pieces += 1;
     }
-    let weights: &[u32] = if BF16 { &state.pairs } else { bytemuck::cast_slice(&state.scores) };
-    let a = &weights[(rows.start * TILE + range.start * LANES) / per_word..];
+    let in_pairs = BF16 && S::MULTIPLIES_PAIRS;
+    let weights: &[u32] = if in_pairs { &state.pairs } else { bytemuck::cast_slice(&state.scores) };
+    let a = &weights[(rows.start * TILE + range.start * LANES) / if in_pairs { 2 } else { 1 }..];
     let (sums, _) = state.sums[(from + rows.start) * width..].as_chunks_mut::<LANES>();
     let pieces = &pieces[..num_pieces];
     let mut vector = 0;
@@ -383,7 +395,7 @@ fn weigh<S: Simd, const BF16: bool, const NV: usize>(
         }
         *column = Piece { steps, b };
     }
-    let a_stride = if BF16 { TILE / 2 } else { TILE };
+    let a_stride = if BF16 && S::MULTIPLIES_PAIRS { TILE / 2 } else { TILE };
     let (pieces, sums, sums_stride) = (&columns[..pieces.len()], &mut sums[vector..], width / LANES);
     Product { a, a_stride, pieces, b_stride: width, sums, sums_stride, fresh: false, ahead: &[] }.run::<S, BF16, 0>(simd, rows);
     NV
@@ -405,7 +417,7 @@ fn score<S: Simd, const BF16: bool, const NV: usize>(
         *b = groups[group + v].0;
     }
     let (pieces, sums) = (&[Piece { steps, b }], &mut scores[group..]);
-    Product { a: q, a_stride: steps, pieces, b_stride: LANES, sums, sums_stride: GROUPS, fresh: true, ahead: &[] }
+    Product { a: q, a_stride: steps * S::x_words(BF16), pieces, b_stride: LANES, sums, sums_stride: GROUPS, fresh: true, ahead: &[] }
         .run::<S, BF16, 0>(simd, rows);
     NV
 }

@@ -81,6 +81,19 @@ impl Isa {
         self.run(Panel)
     }
 
+    /// [`Simd::x_words`] of this set.
+    pub fn x_words(self, bf16: bool) -> usize {
+        struct XWords(bool);
+        impl Kernel for XWords {
+            type Output = usize;
+            #[inline(always)]
+            fn run<S: Simd>(self, _simd: S) -> usize {
+                S::x_words(self.0)
+            }
+        }
+        self.run(XWords(bf16))
+    }
+
     /// Runs `kernel` compiled for this set; the best available one below it where the machine lacks
     /// it.
     #[inline]

@@ -201,8 +201,8 @@ fn pack_columns(words: &[u32], steps: usize, width: usize, panel: &mut [u32]) {
     }
 }
 
-/// `x (rows, k)` as words `(rows, steps)`: itself in f32, rounded to bf16 pairs in `scratch`
-/// otherwise.
+/// `x (rows, k)` as the words of a product, (rows, steps) or (rows, 2 steps): itself in f32; in
+/// `scratch` and rounded to bf16 otherwise, as pairs or as f32 ([`Simd::x_words`]).
 fn words_of<'a>(
     context: &CpuContext,
     dtype: DType,
@@ -216,15 +216,52 @@ fn words_of<'a>(
         return Ok(bytemuck::cast_slice(x));
     }
     let steps = steps(dtype, k);
-    let words = scratch.reserve(rows * steps)?;
+    let stride = steps * context.isa.x_words(true);
+    let words = scratch.reserve(rows * stride)?;
     // 16 KiB of x per task at least.
     let rows_at_once = (4096 / k.max(1)).max(rows.div_ceil(4 * context.pool.threads())).max(1);
     // An element costs about as much as eight multiply-adds of a product.
-    context.pool_for(8 * rows * k).chunks(words, rows_at_once * steps, &|i, words| {
-        let x = &x[i * rows_at_once * k..];
-        context.isa.run(Round { x, k, words: bytemuck::cast_slice_mut(words) });
+    context.pool_for(8 * rows * k).chunks(words, rows_at_once * stride, &|i, words| {
+        context.isa.run(XWords { x: &x[i * rows_at_once * k..], k, words });
     });
     Ok(words)
+}
+
+/// Rounds rows of k f32 to bf16, as x of a product wants them.
+struct XWords<'a> {
+    x: &'a [f32],
+    k: usize,
+    words: &'a mut [u32],
+}
+
+impl Kernel for XWords<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        if S::MULTIPLIES_PAIRS {
+            return Round { x: self.x, k: self.k, words: bytemuck::cast_slice_mut(self.words) }.run(simd);
+        }
+        let width = self.k.next_multiple_of(2);
+        let words: &mut [f32] = bytemuck::cast_slice_mut(self.words);
+        for (x, out) in self.x.chunks_exact(self.k).zip(words.chunks_exact_mut(width)) {
+            let mut pairs = [0; LANES];
+            let (blocks, tail) = x.as_chunks::<LANES>();
+            let (out_blocks, out_tail) = out.as_chunks_mut::<LANES>();
+            for (x, out) in blocks.iter().zip(out_blocks.iter_mut()) {
+                simd.store_bf16(simd.load(x), &mut pairs);
+                simd.store(simd.load_bf16(&pairs), out);
+            }
+            // An odd k has a zero at its end, which may complete a block.
+            let mut last = [0.0; LANES];
+            last[..tail.len()].copy_from_slice(tail);
+            simd.store_bf16(simd.load(&last), &mut pairs);
+            simd.store(simd.load_bf16(&pairs), &mut last);
+            match out_blocks.get_mut(blocks.len()) {
+                Some(out) => *out = last,
+                None => out_tail.copy_from_slice(&last[..out_tail.len()]),
+            }
+        }
+    }
 }
 
 /// Rounds rows of k f32 to rows of k bf16, padded with a zero to a whole word.
@@ -340,7 +377,7 @@ fn part_of(steps: usize) -> usize {
 
 /// The panels and rows of one output tile.
 struct Panels<'a, 'b> {
-    /// (rows, steps)
+    /// See [`words_of`].
     x: &'a [u32],
     weight: &'a Packed,
     output: Output<'a, 'b>,
@@ -421,19 +458,19 @@ impl Panels<'_, '_> {
                     let at = At { row, rows: height, panel, first_step, last_step, ahead, lines };
                     let sums = if all.is_empty() { &mut one.0 } else { &mut all[block * SUMS..] };
                     if !S::WIDE {
-                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<1>| {
+                        self.columns::<S, BF16, 1>(simd, at, 0, sums, |simd, rows, product| {
                             if at.lines == 0 { product.run::<S, BF16, 0>(simd, rows) } else { product.run::<S, BF16, 1>(simd, rows) }
                         });
                         continue;
                     }
                     if tall {
                         let run = |simd, rows, product: tile::Product<2>| product.run_tall::<S, BF16>(simd, rows);
-                        self.columns(simd, at, 0, sums, run);
-                        self.columns(simd, at, S::PANEL / 2, sums, run);
+                        self.columns::<S, BF16, 2>(simd, at, 0, sums, run);
+                        self.columns::<S, BF16, 2>(simd, at, S::PANEL / 2, sums, run);
                     } else if width == 2 {
-                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<8>| product.run_wide::<S, BF16>(simd, rows));
+                        self.columns::<S, BF16, 8>(simd, at, 0, sums, |simd, rows, product| product.run_wide::<S, BF16>(simd, rows));
                     } else {
-                        self.columns(simd, at, 0, sums, |simd, rows, product: tile::Product<4>| match at.lines {
+                        self.columns::<S, BF16, 4>(simd, at, 0, sums, |simd, rows, product| match at.lines {
                             0 => product.run::<S, BF16, 0>(simd, rows),
                             1 => product.run::<S, BF16, 1>(simd, rows),
                             _ => product.run::<S, BF16, 4>(simd, rows),
@@ -449,7 +486,7 @@ impl Panels<'_, '_> {
     /// One register tile from `column` of the panel on: the product by `run` into `sums`, then, at
     /// the end of k, the output.
     #[inline(always)]
-    fn columns<S: Simd, const NV: usize>(
+    fn columns<S: Simd, const BF16: bool, const NV: usize>(
         &mut self,
         simd: S,
         at: At,
@@ -469,12 +506,13 @@ impl Panels<'_, '_> {
             *b = &weight.panel(at.panel + v / per_panel)[at.first_step * S::PANEL + column + v % per_panel * LANES..];
         }
         let pieces = [Piece { steps: at.last_step - at.first_step, b }];
-        let a = &x[at.row * steps + at.first_step..];
+        let a_stride = steps * S::x_words(BF16);
+        let a = &x[at.row * a_stride + at.first_step * S::x_words(BF16)..];
         let fresh = at.first_step == 0;
         // What would lie past the weight is replaced by its end.
         let ahead_len = at.lines * pieces[0].steps * LANES;
         let ahead = &weight.words[at.ahead.min(weight.words.len() - ahead_len)..][..ahead_len];
-        let product = tile::Product { a, a_stride: steps, pieces: &pieces, b_stride: S::PANEL, sums, sums_stride: NV, fresh, ahead };
+        let product = tile::Product { a, a_stride, pieces: &pieces, b_stride: S::PANEL, sums, sums_stride: NV, fresh, ahead };
         run(simd, at.rows, product);
         if at.last_step == steps {
             self.output.finish(simd, at.row..at.row + at.rows, col, NV, sums);

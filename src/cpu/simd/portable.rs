@@ -19,7 +19,8 @@ impl Simd for Portable {
     type F = F;
     type W = [u32; LANES];
     const WIDE: bool = false;
-    const BF16_ROWS: usize = 4;
+    const MULTIPLIES_PAIRS: bool = false;
+    const BF16_ROWS: usize = 5;
 
     #[inline(never)]
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
@@ -118,10 +119,16 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn step_bf16(self, acc: F, a: [u32; LANES], b: [u32; LANES]) -> F {
-        std::array::from_fn(|i| {
-            let low = f32::from_bits(a[i] << 16) * f32::from_bits(b[i] << 16) + acc[i];
-            f32::from_bits(a[i] & 0xffff_0000) * f32::from_bits(b[i] & 0xffff_0000) + low
-        })
+        let acc = self.fma(self.low_halves(a), self.low_halves(b), acc);
+        self.fma(self.high_halves(a), self.high_halves(b), acc)
+    }
+    #[inline(always)]
+    fn low_halves(self, pairs: [u32; LANES]) -> F {
+        pairs.map(|pair| f32::from_bits(pair << 16))
+    }
+    #[inline(always)]
+    fn high_halves(self, pairs: [u32; LANES]) -> F {
+        pairs.map(|pair| f32::from_bits(pair & 0xffff_0000))
     }
     #[inline(always)]
     fn prefetch(self, _address: usize) {}

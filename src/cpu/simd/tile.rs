@@ -17,7 +17,7 @@ pub struct Piece<'a, const NV: usize> {
 
 /// `sums[m][v] (+)= sum over steps of a[m][step] b[v][step]`, steps ascending through the pieces.
 pub struct Product<'a, const NV: usize> {
-    /// Row m starts at word `m * a_stride`.
+    /// Row m starts at word `m * a_stride`; [`Simd::x_words`] words a step.
     pub a: &'a [u32],
     pub a_stride: usize,
     pub pieces: &'a [Piece<'a, NV>],
@@ -97,7 +97,7 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
         let mut first = 0;
         for piece in pieces {
             let steps = piece.steps;
-            let reads = (M - 1) * a_stride + first + steps;
+            let reads = (M - 1) * a_stride + (first + steps) * S::x_words(BF16);
             assert!(reads <= a.len(), "a tile reads {M} rows of {steps} words at {first}, stride {a_stride}, from {}", a.len());
             let reads = if steps == 0 { 0 } else { (steps - 1) * b_stride + LANES };
             for b in piece.b {
@@ -114,12 +114,25 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
                     // `b[v]`.
                     *column = simd.words(unsafe { &*b.as_ptr().add(step * b_stride).cast() });
                 }
-                for (m, row) in sums.iter_mut().enumerate() {
-                    // SAFETY: `m < M` and `step < steps`; the first assertion bounds the last word
-                    // of the last row.
-                    let x = simd.word(unsafe { *a.as_ptr().add(m * a_stride + first + step) });
-                    for v in 0..NV {
-                        row[v] = if BF16 { simd.step_bf16(row[v], x, columns[v]) } else { simd.step_f32(row[v], x, columns[v]) };
+                for half in 0..S::x_words(BF16) {
+                    let mut halves = [simd.splat(0.0); NV];
+                    if S::x_words(BF16) == 2 {
+                        for (wide, pairs) in halves.iter_mut().zip(columns) {
+                            *wide = if half == 0 { simd.low_halves(pairs) } else { simd.high_halves(pairs) };
+                        }
+                    }
+                    for (m, row) in sums.iter_mut().enumerate() {
+                        let word = m * a_stride + (first + step) * S::x_words(BF16) + half;
+                        // SAFETY: `m < M`, `step < steps` and `half < x_words`; the first assertion
+                        // bounds the last word of the last row.
+                        let x = unsafe { *a.as_ptr().add(word) };
+                        for v in 0..NV {
+                            row[v] = match (BF16, S::MULTIPLIES_PAIRS) {
+                                (false, _) => simd.step_f32(row[v], simd.word(x), columns[v]),
+                                (true, true) => simd.step_bf16(row[v], simd.word(x), columns[v]),
+                                (true, false) => simd.fma(simd.splat(f32::from_bits(x)), halves[v], row[v]),
+                            };
+                        }
                     }
                 }
             }

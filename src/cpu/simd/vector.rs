@@ -28,9 +28,19 @@ pub trait Simd: Copy {
     /// one contiguous stream. In panels of four tiles, each tile of AVX2 read every fourth line, at
     /// half the speed from memory.
     const PANEL: usize = if Self::WIDE { 4 * LANES } else { LANES };
-    /// Rows of a register tile on bf16 pairs: six, or four where a pair is widened into two
-    /// operands that need registers too.
+    /// Whether one instruction multiplies bf16 pairs. Elsewhere both halves are widened, and the x
+    /// of a product is given as the two f32 that its rounded pair stands for: as pairs, each row
+    /// would be widened again for every panel, and the tile would have registers for four rows.
+    const MULTIPLIES_PAIRS: bool;
+    /// Rows of a register tile on bf16 pairs: six, or fewer where the halves of the columns would
+    /// not find registers beside the sums.
     const BF16_ROWS: usize;
+
+    /// Words of x in a step of a product.
+    #[inline(always)]
+    fn x_words(bf16: bool) -> usize {
+        if bf16 && !Self::MULTIPLIES_PAIRS { 2 } else { 1 }
+    }
 
     /// Runs `kernel` as a function of its own, compiled for this set.
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output;
@@ -69,6 +79,10 @@ pub trait Simd: Copy {
     fn step_f32(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F;
     /// `acc + a.low b.low + a.high b.high` on bf16 pairs.
     fn step_bf16(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F;
+    /// The lower halves of bf16 pairs as f32.
+    fn low_halves(self, pairs: Self::W) -> Self::F;
+    /// The upper halves of bf16 pairs as f32.
+    fn high_halves(self, pairs: Self::W) -> Self::F;
     /// Asks for the line at `address` in L2; any address is allowed.
     fn prefetch(self, address: usize);
 

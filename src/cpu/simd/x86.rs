@@ -78,7 +78,9 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     type W = __m512i;
     // 24 accumulators, at most eight of B and one of A; 32 registers, B may come from memory.
     const WIDE: bool = true;
-    const BF16_ROWS: usize = if BF16 { 6 } else { 4 };
+    const MULTIPLIES_PAIRS: bool = BF16;
+    // Without the instruction, four registers of pairs, four of halves and twenty of sums.
+    const BF16_ROWS: usize = if BF16 { 6 } else { 5 };
 
     #[inline(always)]
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
@@ -194,13 +196,18 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
             if BF16 {
                 _mm512_dpbf16_ps(acc, std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b))
             } else {
-                let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-                let low = |w| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(w));
-                let acc = _mm512_fmadd_ps(low(a), low(b), acc);
-                let high = |w| _mm512_castsi512_ps(_mm512_and_si512(w, high));
-                _mm512_fmadd_ps(high(a), high(b), acc)
+                let acc = _mm512_fmadd_ps(self.low_halves(a), self.low_halves(b), acc);
+                _mm512_fmadd_ps(self.high_halves(a), self.high_halves(b), acc)
             }
         }
+    }
+    #[inline(always)]
+    fn low_halves(self, pairs: __m512i) -> __m512 {
+        op!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)))
+    }
+    #[inline(always)]
+    fn high_halves(self, pairs: __m512i) -> __m512 {
+        op!(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32))))
     }
     #[inline(always)]
     fn prefetch(self, address: usize) {
@@ -229,7 +236,9 @@ impl Simd for Avx2 {
     type W = Pair<__m256i>;
     // Six values are twelve registers of sixteen.
     const WIDE: bool = false;
-    const BF16_ROWS: usize = 4;
+    const MULTIPLIES_PAIRS: bool = false;
+    // 128 rows of 768 x 768, in percent of the peak: 97 with five rows, 89 with six.
+    const BF16_ROWS: usize = 5;
 
     #[inline(always)]
     fn outlined<K: Kernel>(self, kernel: K) -> K::Output {
@@ -372,16 +381,18 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn step_bf16(self, acc: Self::F, a: Self::W, b: Self::W) -> Self::F {
+        let acc = self.fma(self.low_halves(a), self.low_halves(b), acc);
+        self.fma(self.high_halves(a), self.high_halves(b), acc)
+    }
+    #[inline(always)]
+    fn low_halves(self, pairs: Self::W) -> Self::F {
+        op!([_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[0])), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs[1]))])
+    }
+    #[inline(always)]
+    fn high_halves(self, pairs: Self::W) -> Self::F {
         op!({
-            let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-            let mut sums = acc;
-            for i in 0..2 {
-                let (a_low, b_low) = (_mm256_slli_epi32::<16>(a[i]), _mm256_slli_epi32::<16>(b[i]));
-                sums[i] = _mm256_fmadd_ps(_mm256_castsi256_ps(a_low), _mm256_castsi256_ps(b_low), sums[i]);
-                let (a_high, b_high) = (_mm256_and_si256(a[i], mask), _mm256_and_si256(b[i], mask));
-                sums[i] = _mm256_fmadd_ps(_mm256_castsi256_ps(a_high), _mm256_castsi256_ps(b_high), sums[i]);
-            }
-            sums
+            let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            [_mm256_castsi256_ps(_mm256_and_si256(pairs[0], high)), _mm256_castsi256_ps(_mm256_and_si256(pairs[1], high))]
         })
     }
     #[inline(always)]
