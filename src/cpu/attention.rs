@@ -397,7 +397,8 @@ fn weigh<S: Simd, const BF16: bool, const NV: usize>(
     }
     let a_stride = if BF16 && S::MULTIPLIES_PAIRS { TILE / 2 } else { TILE };
     let (pieces, sums, sums_stride) = (&columns[..pieces.len()], &mut sums[vector..], width / LANES);
-    Product { a, a_stride, pieces, b_stride: width, sums, sums_stride, fresh: false, ahead: &[] }.run::<S, BF16, 0>(simd, rows);
+    Product { a, a_stride, pieces, b_stride: width, sums, sums_stride, fresh: false, ahead: &[], ahead_step: 0 }
+        .run::<S, BF16, 0>(simd, rows);
     NV
 }
 
@@ -417,8 +418,18 @@ fn score<S: Simd, const BF16: bool, const NV: usize>(
         *b = groups[group + v].0;
     }
     let (pieces, sums) = (&[Piece { steps, b }], &mut scores[group..]);
-    Product { a: q, a_stride: steps * S::x_words(BF16), pieces, b_stride: LANES, sums, sums_stride: GROUPS, fresh: true, ahead: &[] }
-        .run::<S, BF16, 0>(simd, rows);
+    Product {
+        a: q,
+        a_stride: steps * S::x_words(BF16),
+        pieces,
+        b_stride: LANES,
+        sums,
+        sums_stride: GROUPS,
+        fresh: true,
+        ahead: &[],
+        ahead_step: 0,
+    }
+    .run::<S, BF16, 0>(simd, rows);
     NV
 }
 

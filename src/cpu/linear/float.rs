@@ -28,9 +28,9 @@ use crate::cpu::simd::tile::{self, Piece};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::Result;
 
-/// Steps of a part of a panel, 128 KiB: with the part that comes next and 100 Ki words of x it
+/// Words of a part of a panel, 128 KiB: with the part that comes next and 100 Ki words of x it
 /// stays within a core's L2 of 1 MiB while all rows of a task go by.
-const PART: usize = 512;
+const PART_WORDS: usize = 32 << 10;
 
 /// Words of one part's steps of x, over the rows of a task.
 const X_WORDS: usize = 100 << 10;
@@ -331,7 +331,7 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Pa
     let x = words_of(context, dtype, rows, k, x, &mut scratch)?;
     let pool = context.pool_for(rows * n * steps);
     // Groups that outgrow L2 are cut as a product alone would be.
-    let tallest = (X_WORDS / part_of(steps)).clamp(1, 96);
+    let tallest = (X_WORDS / part_of(steps, panel_width)).clamp(1, 96);
     let row_bounds = cut_groups(bounds, tallest);
     let tasks = if pool.threads() > 1 { (8 * pool.threads()).div_ceil(row_bounds.len() - 1) } else { 1 };
     let columns = round_columns(n.div_ceil(tasks), panel_width);
@@ -347,7 +347,7 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Pa
 /// few for the threads (every cut reads the panels again). Columns are cut so that the threads end
 /// together, into tasks worth half a microsecond at least.
 fn divide(threads: usize, rows: usize, n: usize, panel_width: usize, steps: usize) -> (Vec<usize>, usize) {
-    let mut cuts = (rows * part_of(steps)).div_ceil(X_WORDS).min(rows.div_ceil(96));
+    let mut cuts = (rows * part_of(steps, panel_width)).div_ceil(X_WORDS).min(rows.div_ceil(96));
     let mut columns = n;
     if threads > 1 {
         let smallest = 1 << 16;
@@ -370,9 +370,9 @@ fn round_columns(columns: usize, panel_width: usize) -> usize {
     }
 }
 
-/// Steps of a part: equal parts of at most [`PART`].
-fn part_of(steps: usize) -> usize {
-    steps.div_ceil(steps.div_ceil(PART))
+/// Steps of a part: equal parts of at most [`PART_WORDS`].
+fn part_of(steps: usize, panel_width: usize) -> usize {
+    steps.div_ceil((steps * panel_width).div_ceil(PART_WORDS))
 }
 
 /// The panels and rows of one output tile.
@@ -403,9 +403,9 @@ struct At {
     panel: usize,
     first_step: usize,
     last_step: usize,
-    /// First word of what the tile's steps prefetch, and lines that each asks for.
+    /// First word of what the tile prefetches, and words for each step.
     ahead: usize,
-    lines: usize,
+    ahead_step: usize,
 }
 
 /// Most vectors of sums of a tile.
@@ -427,7 +427,7 @@ impl Panels<'_, '_> {
         let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
         let tallest = if BF16 { S::BF16_ROWS } else { 6 };
         let blocks = if tall { 1 } else { rows.len().div_ceil(tallest) };
-        let part = if blocks == 1 { steps } else { part_of(steps) };
+        let part = if blocks == 1 { steps } else { part_of(steps, S::PANEL) };
         // Where k is walked in parts, the sums of every block wait for the next part.
         let mut one = Sums([[0.0; LANES]; SUMS]);
         let mut all = Aligned::<f32>::zeroed(if part < steps { blocks * SUMS * LANES } else { 0 }).expect("a tile's sums fit");
@@ -442,24 +442,13 @@ impl Panels<'_, '_> {
                     // Blocks of nearly equal height: one of two rows would wait for its own sums.
                     let row = rows.start + block * rows.len() / blocks;
                     let height = rows.start + (block + 1) * rows.len() / blocks - row;
-                    // One block asks for what it will read itself. Several ask for the part that
-                    // comes next, the first four a line per step and the others again for the last
-                    // lines; spread over all, the requests come 5 % too late.
                     let here = (panel * steps + first_step) * S::PANEL;
-                    let part_words = (last_step - first_step) * S::PANEL;
-                    let (ahead, lines) = match blocks {
-                        1 if !S::WIDE => (here + AHEAD, 1),
-                        _ if !S::WIDE => (here + part_words, usize::from(block == 0)),
-                        1 => (here + AHEAD, if streams { 4 } else { 1 }),
-                        2 | 3 if block == 0 => (here + part_words, 4),
-                        2 | 3 => (here, 0),
-                        _ => (here + part_words + block.min(3) * part_words / 4, 1),
-                    };
-                    let at = At { row, rows: height, panel, first_step, last_step, ahead, lines };
+                    let (ahead, ahead_step) = ahead::<S>(streams && width == 1, blocks, block, (last_step - first_step) * S::PANEL);
+                    let at = At { row, rows: height, panel, first_step, last_step, ahead: here + ahead, ahead_step };
                     let sums = if all.is_empty() { &mut one.0 } else { &mut all[block * SUMS..] };
                     if !S::WIDE {
                         self.columns::<S, BF16, 1>(simd, at, 0, sums, |simd, rows, product| {
-                            if at.lines == 0 { product.run::<S, BF16, 0>(simd, rows) } else { product.run::<S, BF16, 1>(simd, rows) }
+                            if ahead_step == 0 { product.run::<S, BF16, 0>(simd, rows) } else { product.run::<S, BF16, 1>(simd, rows) }
                         });
                         continue;
                     }
@@ -470,9 +459,9 @@ impl Panels<'_, '_> {
                     } else if width == 2 {
                         self.columns::<S, BF16, 8>(simd, at, 0, sums, |simd, rows, product| product.run_wide::<S, BF16>(simd, rows));
                     } else {
-                        self.columns::<S, BF16, 4>(simd, at, 0, sums, |simd, rows, product| match at.lines {
+                        self.columns::<S, BF16, 4>(simd, at, 0, sums, |simd, rows, product| match ahead_step {
                             0 => product.run::<S, BF16, 0>(simd, rows),
-                            1 => product.run::<S, BF16, 1>(simd, rows),
+                            LANES => product.run::<S, BF16, 1>(simd, rows),
                             _ => product.run::<S, BF16, 4>(simd, rows),
                         });
                     }
@@ -510,12 +499,48 @@ impl Panels<'_, '_> {
         let a = &x[at.row * a_stride + at.first_step * S::x_words(BF16)..];
         let fresh = at.first_step == 0;
         // What would lie past the weight is replaced by its end.
-        let ahead_len = at.lines * pieces[0].steps * LANES;
+        let ahead_len = at.ahead_step * pieces[0].steps;
         let ahead = &weight.words[at.ahead.min(weight.words.len() - ahead_len)..][..ahead_len];
-        let product = tile::Product { a, a_stride, pieces: &pieces, b_stride: S::PANEL, sums, sums_stride: NV, fresh, ahead };
+        let product = tile::Product {
+            a,
+            a_stride,
+            pieces: &pieces,
+            b_stride: S::PANEL,
+            sums,
+            sums_stride: NV,
+            fresh,
+            ahead,
+            ahead_step: at.ahead_step,
+        };
         run(simd, at.rows, product);
         if at.last_step == steps {
             self.output.finish(simd, at.row..at.row + at.rows, col, NV, sums);
+        }
+    }
+}
+
+/// What block `block` of `blocks` prefetches while it meets a part of a panel: words from the
+/// part's beginning to the first, and words for each step. One block asks for what it will read
+/// itself, several for the part that comes next.
+#[inline(always)]
+fn ahead<S: Simd>(greedy: bool, blocks: usize, block: usize, part_words: usize) -> (usize, usize) {
+    match blocks {
+        1 if S::WIDE && greedy => (AHEAD, 4 * LANES),
+        1 => (AHEAD, LANES),
+        // Of more than three blocks, the first four ask for a line a step and the others again for
+        // the last lines; spread over all, the requests come 5 % too late.
+        2 | 3 if S::WIDE => {
+            if block == 0 {
+                (part_words, 4 * LANES)
+            } else {
+                (0, 0)
+            }
+        }
+        _ if S::WIDE => (part_words + block.min(3) * part_words / 4, LANES),
+        // A step has one line, and one block would ask faster than the memory delivers.
+        _ => {
+            let asking = 1 << blocks.min(8).ilog2();
+            if block < asking { (part_words + block * part_words / asking, LANES / asking) } else { (0, 0) }
         }
     }
 }

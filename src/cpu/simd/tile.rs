@@ -27,13 +27,15 @@ pub struct Product<'a, const NV: usize> {
     pub sums_stride: usize,
     /// Start from zeros instead of from `sums`.
     pub fresh: bool,
-    /// Words that the steps prefetch, `PF` lines each: never what lies outside of a buffer, since an
-    /// address that is not mapped costs a page walk (59 ns on a virtual machine, a step takes 2 to 5).
+    /// Words that the steps prefetch: never what lies outside of a buffer, since an address that is
+    /// not mapped costs a page walk (59 ns on a virtual machine, a step takes 2 to 5).
     pub ahead: &'a [u32],
+    /// Words by which a step asks for more of them than the one before.
+    pub ahead_step: usize,
 }
 
 impl<const NV: usize> Product<'_, NV> {
-    /// One to six rows, `PF` lines prefetched per step.
+    /// One to six rows, up to `PF` lines prefetched per step.
     #[inline(always)]
     pub fn run<S: Simd, const BF16: bool, const PF: usize>(self, simd: S, rows: usize) {
         match rows {
@@ -82,7 +84,7 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Product { a, a_stride, pieces, b_stride, sums: memory, sums_stride, fresh, ahead } = self.0;
+        let Product { a, a_stride, pieces, b_stride, sums: memory, sums_stride, fresh, ahead, ahead_step } = self.0;
         let mut sums = [[simd.splat(0.0); NV]; M];
         if !fresh {
             for (m, row) in sums.iter_mut().enumerate() {
@@ -93,7 +95,7 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
             }
         }
         let total: usize = pieces.iter().map(|piece| piece.steps).sum();
-        assert!(total * PF * LANES <= ahead.len(), "a tile prefetches {PF} lines in {total} steps of {} words", ahead.len());
+        assert!(PF == 0 || total * ahead_step <= ahead.len(), "a tile prefetches {total} x {ahead_step} of {} words", ahead.len());
         let mut first = 0;
         for piece in pieces {
             let steps = piece.steps;
@@ -105,8 +107,8 @@ impl<const BF16: bool, const M: usize, const NV: usize, const PF: usize> Kernel 
             }
             for step in 0..steps {
                 for line in 0..PF {
-                    let line = (first + step) * PF + line;
-                    simd.prefetch(ahead.as_ptr().addr() + line * LANES * size_of::<u32>());
+                    let word = (first + step) * ahead_step + line * LANES;
+                    simd.prefetch(ahead.as_ptr().addr() + word * size_of::<u32>());
                 }
                 let mut columns = [simd.word(0); NV];
                 for (column, b) in columns.iter_mut().zip(piece.b) {
