@@ -124,3 +124,39 @@ fn nan_and_infinity_survive_bf16_rounding() {
         assert_eq!(wide[3..5], [f32::INFINITY, f32::NEG_INFINITY], "{}", isa.name());
     }
 }
+
+/// Names of the functions in an ELF image, mangled.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn function_names(image: &[u8]) -> Vec<&str> {
+    const SYMBOL_TABLE: usize = 2;
+    const FUNCTION: u8 = 2;
+    let number = |at: usize, len: usize| image[at..][..len].iter().rev().fold(0usize, |number, byte| number << 8 | usize::from(*byte));
+    let (sections, section_len, num_sections) = (number(0x28, 8), number(0x3a, 2), number(0x3c, 2));
+    let header = |i: usize| sections + i * section_len;
+    let content = |header: usize| &image[number(header + 0x18, 8)..][..number(header + 0x20, 8)];
+    let tables = (0..num_sections).map(header).filter(|header| number(header + 4, 4) == SYMBOL_TABLE);
+    let names_of = |table: usize| {
+        let names = content(header(number(table + 0x28, 4)));
+        let symbols = content(table).chunks_exact(24).filter(|symbol| symbol[4] & 15 == FUNCTION);
+        symbols.map(|symbol| {
+            let name = &names[u32::from_le_bytes([symbol[0], symbol[1], symbol[2], symbol[3]]) as usize..];
+            std::str::from_utf8(&name[..name.iter().position(|byte| *byte == 0).unwrap()]).unwrap()
+        })
+    };
+    tables.flat_map(names_of).collect()
+}
+
+/// A closure does not inherit the target features of the kernel around it. Where the compiler does
+/// not inline one, each intrinsic in it is a call: 32 of them for 16 logits of a nucleus, once,
+/// which took a quarter of a pass.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[test]
+fn no_vector_instruction_is_a_function() {
+    let image = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+    let names = function_names(&image);
+    assert!(names.iter().any(|name| name.contains("Avx2")), "no kernel among {} functions", names.len());
+    // Those that ask which features there are.
+    let asks = |name: &str| name.contains("xsave") || name.contains("cpuid");
+    let outlined: Vec<_> = names.iter().filter(|name| name.contains("core_arch") && !asks(name)).collect();
+    assert!(outlined.is_empty(), "{} intrinsics are functions of their own: {outlined:#?}", outlined.len());
+}
