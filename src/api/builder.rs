@@ -105,7 +105,8 @@ impl EngineBuilder {
         self
     }
 
-    /// CPU threads; all cores by default. The result does not depend on them.
+    /// CPU threads, as many as the process may run at once at most; one for each physical core by
+    /// default. The result does not depend on them.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
         self

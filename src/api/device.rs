@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use crate::backend::NumberTypes;
 use crate::cpu::Cpu;
+use crate::cpu::topology::logical_cores;
 use crate::error::{Error, Result};
 
 /// Where the network runs. Parses from and prints as `auto`, `cpu`, `cuda:0`, `emu:sm_90a`.
@@ -87,14 +88,15 @@ pub(crate) struct Opened {
 }
 
 impl Device {
-    /// Opens the device for numbers of these types; `threads` of the CPU, all cores where none is
-    /// named.
+    /// Opens the device for numbers of these types; `threads` of the CPU, as many as the process
+    /// may run at once at most, and one for each physical core where none is named.
     ///
     /// Errors: [`Error::Device`] where the device is absent or refused.
     pub(crate) fn open(self, types: NumberTypes, threads: Option<usize>) -> Result<Opened> {
         let NumberTypes { dtype, weights } = types;
         let cpu = || -> Result<AnyBackend> {
-            let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+            // Threads wait for each other at every product: more than there are would be slower.
+            let threads = threads.map_or(0, |threads| threads.min(logical_cores()));
             Ok(AnyBackend::Cpu(Cpu::new(threads, dtype)?.with_weights(weights)))
         };
         let opened = |backend| Ok(Opened { backend, passed_over: None });

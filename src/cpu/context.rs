@@ -9,16 +9,18 @@ use crate::cpu::memory::Aligned;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::Isa;
 
-/// Work, in multiply-adds, below which sharing it costs more than it saves. A worker that is awake
-/// joins within a microsecond where the cores share a cache and takes several where they do not,
-/// and what it wrote has to come back; one core does half a million multiply-adds in two.
-const INLINE_WORK: usize = 1 << 19;
+/// Microseconds of work below which sharing it costs more than it saves. A worker that is awake
+/// joins within one where the cores share a cache and takes several where they do not, and what it
+/// wrote has to come back.
+const INLINE_US: usize = 2;
 
 /// What the ops share: instructions, threads, scratch memory.
 pub(super) struct CpuContext {
     pub(super) isa: Isa,
     pub(super) pool: Pool,
     pub(super) serial: Pool,
+    /// Bytes of a core's L2.
+    pub(super) l2_bytes: usize,
     /// Words of all packed weights that live.
     pub(super) packed_words: Arc<AtomicUsize>,
     /// x as words, of the product that runs.
@@ -35,7 +37,7 @@ pub(super) struct CpuContext {
 impl CpuContext {
     /// The threads where `work` multiply-adds are worth it, the calling thread alone where not.
     pub(super) fn pool_for(&self, work: usize) -> &Pool {
-        if work < INLINE_WORK { &self.serial } else { &self.pool }
+        if work < INLINE_US * self.isa.multiply_adds_per_us() { &self.serial } else { &self.pool }
     }
 
     // Scratch holds nothing between calls, so a panic that poisoned it did no damage.

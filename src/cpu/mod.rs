@@ -26,6 +26,7 @@ mod sample;
 mod shortlist;
 #[allow(unsafe_code)]
 pub mod simd;
+pub(crate) mod topology;
 
 use std::sync::{Arc, Mutex};
 
@@ -52,8 +53,8 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// `threads` counts the calling thread; 0 means one per available core. The best instruction
-    /// set of the machine is used.
+    /// `threads` counts the calling thread; 0 means one for each physical core that the process may
+    /// use. The best instruction set of the machine is used.
     pub fn new(threads: usize, dtype: DType) -> Result<Cpu> {
         Cpu::with_isa(threads, dtype, Isa::detect())
     }
@@ -64,7 +65,7 @@ impl Cpu {
             return Err(Error::device(format!("this machine lacks {}; it runs {}", isa.name(), Isa::detect().name())));
         }
         let threads = match threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            0 => topology::cores(),
             threads => threads,
         };
         let start = |threads| Pool::new(threads).map_err(|error| Error::device(format!("cannot start {threads} threads: {error}")));
@@ -72,6 +73,7 @@ impl Cpu {
             isa,
             pool: start(threads)?,
             serial: start(1)?,
+            l2_bytes: topology::l2_bytes(),
             packed_words: Arc::default(),
             words: Mutex::default(),
             logits: Mutex::default(),

@@ -28,12 +28,29 @@ use crate::cpu::simd::tile::{self, Piece};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::error::Result;
 
-/// Words of a part of a panel, 128 KiB: with the part that comes next and 100 Ki words of x it
-/// stays within a core's L2 of 1 MiB while all rows of a task go by.
-const PART_WORDS: usize = 32 << 10;
+/// What stays in a core's L2 while all rows of a task go by. More than L2 of 1 MiB gives was not
+/// measured to help.
+#[derive(Clone, Copy)]
+struct Blocking {
+    /// Words of a part of a panel. The part that comes next lies beside it, so that both take at
+    /// most half of L2; shorter ones cost more calls of the tile.
+    part_words: usize,
+    /// Steps of x, over one part and the rows of a task.
+    x_steps: usize,
+}
 
-/// Words of one part's steps of x, over the rows of a task.
-const X_WORDS: usize = 100 << 10;
+impl Blocking {
+    fn of(context: &CpuContext, dtype: DType) -> Blocking {
+        let l2_words = context.l2_bytes / size_of::<u32>();
+        let x_words = (l2_words * 2 / 5).min(100 << 10);
+        Blocking { part_words: (l2_words / 4).min(32 << 10), x_steps: x_words / context.isa.x_words(dtype == DType::Bf16) }
+    }
+
+    /// Steps of a part: equal parts of at most `part_words`.
+    fn part(self, steps: usize, panel_width: usize) -> usize {
+        steps.div_ceil((steps * panel_width).div_ceil(self.part_words))
+    }
+}
 
 /// Where all packed weights together exceed this, a forward finds them in memory and not in L3. Few
 /// rows then ask for what they will read, 4 KiB in advance: 39 GB/s instead of 33 on one core at
@@ -313,10 +330,11 @@ pub fn linear(
     let mut scratch = context.words();
     let x = words_of(context, weight.dtype, rows, k, x, &mut scratch)?;
     let pool = context.pool_for(rows * n * steps);
-    let (row_bounds, columns) = divide(pool.threads(), rows, n, panel_width, steps);
+    let blocking = Blocking::of(context, weight.dtype);
+    let (row_bounds, columns) = divide(blocking, pool.threads(), rows, n, panel_width, steps);
     let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(columns));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
-        context.isa.run(Panels { x, weight, output: Output { tile, bias, epilogue } });
+        context.isa.run(Panels { blocking, x, weight, output: Output { tile, bias, epilogue } });
     });
     Ok(())
 }
@@ -331,14 +349,15 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Pa
     let x = words_of(context, dtype, rows, k, x, &mut scratch)?;
     let pool = context.pool_for(rows * n * steps);
     // Groups that outgrow L2 are cut as a product alone would be.
-    let tallest = (X_WORDS / part_of(steps, panel_width)).clamp(1, 96);
+    let blocking = Blocking::of(context, dtype);
+    let tallest = (blocking.x_steps / blocking.part(steps, panel_width)).clamp(1, 96);
     let row_bounds = cut_groups(bounds, tallest);
     let tasks = if pool.threads() > 1 { (8 * pool.threads()).div_ceil(row_bounds.len() - 1) } else { 1 };
     let columns = round_columns(n.div_ceil(tasks), panel_width);
     let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(columns));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
         let weight = weights[group_of(bounds, tile.rows.start)];
-        context.isa.run(Panels { x, weight, output: Output { tile, bias: None, epilogue } });
+        context.isa.run(Panels { blocking, x, weight, output: Output { tile, bias: None, epilogue } });
     });
     Ok(())
 }
@@ -346,8 +365,8 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Pa
 /// Row bounds and columns of a task. Rows are cut where x outgrows L2, or where the columns are too
 /// few for the threads (every cut reads the panels again). Columns are cut so that the threads end
 /// together, into tasks worth half a microsecond at least.
-fn divide(threads: usize, rows: usize, n: usize, panel_width: usize, steps: usize) -> (Vec<usize>, usize) {
-    let mut cuts = (rows * part_of(steps, panel_width)).div_ceil(X_WORDS).min(rows.div_ceil(96));
+fn divide(blocking: Blocking, threads: usize, rows: usize, n: usize, panel_width: usize, steps: usize) -> (Vec<usize>, usize) {
+    let mut cuts = (rows * blocking.part(steps, panel_width)).div_ceil(blocking.x_steps).min(rows.div_ceil(96));
     let mut columns = n;
     if threads > 1 {
         let smallest = 1 << 16;
@@ -370,13 +389,9 @@ fn round_columns(columns: usize, panel_width: usize) -> usize {
     }
 }
 
-/// Steps of a part: equal parts of at most [`PART_WORDS`].
-fn part_of(steps: usize, panel_width: usize) -> usize {
-    steps.div_ceil((steps * panel_width).div_ceil(PART_WORDS))
-}
-
 /// The panels and rows of one output tile.
 struct Panels<'a, 'b> {
+    blocking: Blocking,
     /// See [`words_of`].
     x: &'a [u32],
     weight: &'a Packed,
@@ -427,7 +442,7 @@ impl Panels<'_, '_> {
         let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
         let tallest = if BF16 { S::BF16_ROWS } else { 6 };
         let blocks = if tall { 1 } else { rows.len().div_ceil(tallest) };
-        let part = if blocks == 1 { steps } else { part_of(steps, S::PANEL) };
+        let part = if blocks == 1 { steps } else { self.blocking.part(steps, S::PANEL) };
         // Where k is walked in parts, the sums of every block wait for the next part.
         let mut one = Sums([[0.0; LANES]; SUMS]);
         let mut all = Aligned::<f32>::zeroed(if part < steps { blocks * SUMS * LANES } else { 0 }).expect("a tile's sums fit");
