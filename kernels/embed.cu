@@ -1,5 +1,6 @@
 // embed: out[t, :] = table[ids[t], :], widened to f32; where positions are learned, +
-// position_table[positions[t], :].
+// position_table[positions[t], :]. Tables are floats of one type, or in groups of GROUP_BITS and
+// POSITION_BITS.
 //
 // Layout: one CTA per row t; threads stride over the row, four elements at a time where the row is
 // aligned for it.
@@ -7,15 +8,15 @@
 // memory.
 // An id outside the vocabulary, or a position outside its table, gives a row of NaN, which the next
 // NaN check reports, instead of a read out of bounds.
-#include "common.cuh"
+#include "groups.cuh"
 
 struct EmbedParams {
     const u32* ids;              // (T); a canvas where `index` is given
     const u32* index;            // (T) places in `ids`, or null: row t reads ids[t]
-    const void* table;           // (vocab, width) f32 or bf16
+    const void* table;           // (vocab, width) f32 or bf16, or blocks
     float* out;                  // (T, width)
     const u32* positions;        // (T); read where there is a second table
-    const void* position_table;  // (num_positions, width) of the same type, or null
+    const void* position_table;  // (num_positions, width) of the same type or blocks, or null
     u32 width;
     u32 vocab;
     u32 num_positions;
@@ -33,30 +34,29 @@ FIELD(EmbedParams, num_positions, 56);
 FIELD(EmbedParams, padding, 60);
 LAYOUT(EmbedParams, 64);
 
-template <typename Table>
+template <typename T>
 __device__ __forceinline__ void embed_row(const EmbedParams& p) {
     const u32 id = p.ids[p.index ? p.index[blockIdx.x] : blockIdx.x];
     float* out = p.out + (u64)blockIdx.x * p.width;
-    const Table* second = (const Table*)p.position_table;
+    const bool second = p.position_table != 0;
     const u32 position = second ? p.positions[blockIdx.x] : 0;
     if (id >= p.vocab || (second && position >= p.num_positions)) {
         for (u32 i = threadIdx.x; i < p.width; i += THREADS) out[i] = quiet_nan();
         return;
     }
-    const Table* row = (const Table*)p.table + (u64)id * p.width;
-    if (second) second += (u64)position * p.width;
-    const bool tables = (u64)row % (4 * sizeof(Table)) == 0 && (u64)second % (4 * sizeof(Table)) == 0;
-    if (p.width % 4 == 0 && tables && (u64)out % sizeof(float4) == 0) {
+    const auto row = weight_row<T, GROUP_BITS>(p.table, id, p.width);
+    const auto added = weight_row<T, POSITION_BITS>(p.position_table, position, p.width);
+    if (p.width % 4 == 0 && has_quads(row) && (!second || has_quads(added)) && (u64)out % sizeof(float4) == 0) {
         for (u32 i = threadIdx.x * 4; i < p.width; i += THREADS * 4) {
-            float4 x = load4(row + i);
+            float4 x = quad_at(row, i);
             if (second) {
-                const float4 y = load4(second + i);
+                const float4 y = quad_at(added, i);
                 x = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
             }
             *(float4*)(out + i) = x;
         }
     } else {
-        for (u32 i = threadIdx.x; i < p.width; i += THREADS) out[i] = load1(row + i) + (second ? load1(second + i) : 0.0f);
+        for (u32 i = threadIdx.x; i < p.width; i += THREADS) out[i] = value_at(row, i) + (second ? value_at(added, i) : 0.0f);
     }
 }
 

@@ -1,5 +1,5 @@
-// linear: out (rows, n) <- epilogue(x (rows, k) weight (n, k)^T + bias), x and weight of one type,
-// sums in f32 in the order of `gemm.cuh`.
+// linear: out (rows, n) <- epilogue(x (rows, k) weight (n, k)^T + bias), x and weight of one type, or
+// the weight in groups of GROUP_BITS; sums in f32 in the order of `gemm.cuh`.
 //
 // Layout: CTA x computes one tile of TILE_ROWS x TILE_COLS (eight row tiles share the columns that
 // are in L2 before the next columns come);
@@ -10,7 +10,8 @@
 // streamed once through small tiles and K is split until the machine is full; above that, 128 x
 // 128. The choice never changes a bit of the result.
 // TILE_CTAS, the CTAs that a multiprocessor should hold, bounds the registers.
-// Cost: up to 64 rows, n k weights from memory, once; above, 2 rows n k operations on the tensor
+// Cost: up to 64 rows, n k weights from memory, once (of 4 bits about four instructions each, which
+// memory just covers); above, 2 rows n k operations on the tensor
 // cores (bf16) or FMA units (f32).
 //
 // An adaLN gate has no epilogue: gate * (x W^T + b) is a product with scaled weight rows and a
@@ -25,7 +26,7 @@
 
 struct LinearParams {
     const void* x;       // (rows, k) f32 or bf16
-    const void* weight;  // (n, k), the same type
+    const void* weight;  // (n, k), the same type or blocks
     const float* bias;   // (n) or null
     void* out;           // (rows, n), or (rows, n / 2) under swiglu; f32 or bf16
     float4* partials;    // (segments, tiles, registers / 4, THREADS) where gridDim.y > 1
@@ -131,7 +132,7 @@ __device__ __forceinline__ bool gather_segments(const LinearParams& p, u32 segme
 
 template <typename T>
 __device__ __forceinline__ void linear_tile(const LinearParams& p, u8* shared) {
-    typedef ProductTile<T, TILE_ROWS, TILE_COLS, TILE_COL_WARPS, TILE_STAGES> Tile;
+    typedef ProductTile<T, GROUP_BITS, TILE_ROWS, TILE_COLS, TILE_COL_WARPS, TILE_STAGES> Tile;
     constexpr u32 quads = Tile::col_tiles * Tile::row_tiles;
     const u32 row_tiles = (p.rows + Tile::rows - 1) / Tile::rows;
     const u32 col_tiles = (p.n + Tile::cols - 1) / Tile::cols;
@@ -147,7 +148,7 @@ __device__ __forceinline__ void linear_tile(const LinearParams& p, u8* shared) {
     const bool split = gridDim.y > 1;
     typename Tile::Sums total;
     clear<Tile>(total);
-    product<Tile>(operands<T>(p.x, p.weight, p.rows, p.n, p.k), row0, col0, first, last, shared, [&](u32 segment, typename Tile::Sums& sums) {
+    product<Tile>(operands<Tile>(p.x, p.weight, p.rows, p.n, p.k), row0, col0, first, last, shared, [&](u32 segment, typename Tile::Sums& sums) {
         if (!split) {
             accumulate<Tile>(total, sums);
             return;

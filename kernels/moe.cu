@@ -14,7 +14,7 @@
 
 struct MoeParams {
     const void* x;       // (places, k) f32 or bf16
-    const void* weight;  // (experts, n, k), the same type
+    const void* weight;  // (experts, n, k), the same type or blocks
     void* out;           // (places, n), or (places, n / 2) under swiglu; f32 or bf16
     const uint4* tiles;  // (num_tiles) expert, first place, places, 0
     const u32* num_tiles;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void finish_tile(const MoeParams& p, u32 first, u32 c
 
 template <typename T>
 __device__ __forceinline__ void moe_tile(const MoeParams& p, u8* shared) {
-    typedef ProductTile<T, TILE_ROWS, TILE_COLS, TILE_COL_WARPS, TILE_STAGES> Tile;
+    typedef ProductTile<T, GROUP_BITS, TILE_ROWS, TILE_COLS, TILE_COL_WARPS, TILE_STAGES> Tile;
     const u32 col_tiles = (p.n + Tile::cols - 1) / Tile::cols;
     const u32 index = blockIdx.x / col_tiles;
     if (index >= *p.num_tiles) return;
@@ -68,10 +68,10 @@ __device__ __forceinline__ void moe_tile(const MoeParams& p, u8* shared) {
     const u32 count = of.z;
     const u32 col0 = blockIdx.x % col_tiles * Tile::cols;
     const T* x = (const T*)p.x + (u64)first * p.k;
-    const T* weight = (const T*)p.weight + (u64)of.x * p.n * p.k;
+    const u8* weight = weight_at<T, GROUP_BITS>(p.weight, of.x, p.n, p.k);
     typename Tile::Sums total;
     clear<Tile>(total);
-    product<Tile>(operands<T>(x, weight, count, p.n, p.k), 0, col0, 0, num_segments(p.k), shared,
+    product<Tile>(operands<Tile>(x, weight, count, p.n, p.k), 0, col0, 0, num_segments(p.k), shared,
                   [&](u32, typename Tile::Sums& sums) { accumulate<Tile>(total, sums); });
     float* tile = (float*)shared;
     lay_out<Tile>(total, tile);

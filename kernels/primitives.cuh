@@ -30,6 +30,13 @@ __device__ __forceinline__ unsigned short bf16_from_f32(float value) {
     return bits;
 }
 
+// Exact.
+__device__ __forceinline__ float f32_from_f16(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
 // Two at once: `low` in the low half.
 __device__ __forceinline__ unsigned bf16x2_from_f32(float low, float high) {
     unsigned bits;

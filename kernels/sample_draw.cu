@@ -18,7 +18,7 @@
 
 struct SampleDrawParams {
     const void* hidden;         // (rows, k) f32 or bf16
-    const void* head;           // (vocab, k), the same type
+    const void* head;           // (vocab, k), the same type or blocks
     const float* bias;          // (vocab) or null
     const u32* banned;          // a bit for every id, or null
     const DrawRecord* draws;    // (rows)
@@ -85,11 +85,11 @@ __device__ __forceinline__ double choice_mass(const TileRecord& t, float max, do
 // and where banned.
 template <typename T>
 __device__ __forceinline__ const float* piece_logits(const SampleDrawParams& p, u32 piece, u8* shared) {
-    typedef ProductTile<T, 8, PIECE_IDS, 2, STAGES> Tile;
+    typedef ProductTile<T, GROUP_BITS, 8, PIECE_IDS, 2, STAGES> Tile;
     typename Tile::Sums total;
     clear<Tile>(total);
     const T* row = (const T*)p.hidden + (u64)blockIdx.x * p.k;
-    product<Tile>(operands<T>(row, p.head, 1, p.vocab, p.k), 0, piece * PIECE_IDS, 0, num_segments(p.k), shared,
+    product<Tile>(operands<Tile>(row, p.head, 1, p.vocab, p.k), 0, piece * PIECE_IDS, 0, num_segments(p.k), shared,
                   [&](u32, typename Tile::Sums& sums) { accumulate<Tile>(total, sums); });
     float* logits = (float*)shared;
     lay_out<Tile>(total, logits);

@@ -14,10 +14,11 @@
 // Cost: count k weights per row, gathered; bound by their latency. The sort takes 55 rounds for
 // 1,024 ids, each with a barrier.
 #include "sample.cuh"
+#include "groups.cuh"
 
 struct SampleShortlistParams {
     const void* hidden;         // (rows, k) f32 or bf16
-    const void* head;           // (vocab, k), the same type
+    const void* head;           // (vocab, k), the same type or blocks
     const float* bias;          // (vocab) or null
     const u32* ids;             // (lists, count) ascending, NO_ID at the end of a shorter list
     const u32* which;           // (rows) the list of each row
@@ -44,12 +45,12 @@ static_assert((MAX_SHORTLIST & (MAX_SHORTLIST - 1)) == 0, "what is sorted is fil
 
 // Over all k; every lane ends with it.
 template <typename T>
-__device__ __forceinline__ float dot(const T* x, const T* w, u32 k, bool aligned) {
+__device__ __forceinline__ float dot(const T* x, const WeightRow<T, GROUP_BITS>& w, u32 k, bool aligned) {
     float sum = 0.0f;
     if (aligned) {
 #pragma unroll 4
         for (u32 at = lane_id() * 4; at < k; at += 128) {
-            const float4 a = load4(x + at), b = load4(w + at);
+            const float4 a = load4(x + at), b = quad_at(w, at);
             sum = fmaf(a.x, b.x, sum);
             sum = fmaf(a.y, b.y, sum);
             sum = fmaf(a.z, b.z, sum);
@@ -57,7 +58,7 @@ __device__ __forceinline__ float dot(const T* x, const T* w, u32 k, bool aligned
         }
     } else {
         for (u32 at = lane_id() * 4; at < k; at += 128) {
-            for (u32 i = at; i < at + 4 && i < k; ++i) sum = fmaf(load1(x + i), load1(w + i), sum);
+            for (u32 i = at; i < at + 4 && i < k; ++i) sum = fmaf(load1(x + i), value_at(w, i), sum);
         }
     }
     return warp_sum(sum);
@@ -142,12 +143,12 @@ __device__ __forceinline__ void sample_shortlist_row(const SampleShortlistParams
     SampledRecord* out = p.sampled + blockIdx.x;
     const u32* list = p.ids + (u64)p.which[blockIdx.x] * p.count;
     const T* x = (const T*)p.hidden + (u64)blockIdx.x * p.k;
-    const bool aligned = (u64)p.hidden % 16 == 0 && (u64)p.head % 16 == 0 && p.k % 4 == 0;
+    const bool aligned = (u64)p.hidden % 16 == 0 && (GROUP_BITS != 0 || (u64)p.head % 16 == 0) && p.k % 4 == 0;
     for (u32 i = warp_id(); i < p.count; i += WARPS) {
         const u32 id = list[i];
         float logit = -infinity();
         if (id != NO_ID) {  // uniform over the warp
-            logit = dot(x, (const T*)p.head + (u64)id * p.k, p.k, aligned);
+            logit = dot(x, weight_row<T, GROUP_BITS>(p.head, id, p.k), p.k, aligned);
             if (p.bias) logit += p.bias[id];
         }
         if (lane_id() == 0) {

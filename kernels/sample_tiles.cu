@@ -20,7 +20,7 @@
 
 struct SampleTilesParams {
     const void* hidden;        // (rows, k) f32 or bf16
-    const void* head;          // (vocab, k), the same type
+    const void* head;          // (vocab, k), the same type or blocks
     const float* bias;         // (vocab) or null
     const u32* banned;         // a bit for every id, or null
     const DrawRecord* draws;   // (rows)
@@ -108,7 +108,7 @@ __device__ __forceinline__ void summarise(const SampleTilesParams& p, const floa
 
 template <typename T>
 __device__ __forceinline__ void sample_tile(const SampleTilesParams& p, u8* shared) {
-    typedef ProductTile<T, TILE_ROWS, IDS, TILE_COL_WARPS, TILE_STAGES> Tile;
+    typedef ProductTile<T, GROUP_BITS, TILE_ROWS, IDS, TILE_COL_WARPS, TILE_STAGES> Tile;
     const u32 row_tiles = (p.rows + Tile::rows - 1) / Tile::rows;
     const u32 id_tiles = (p.vocab + IDS - 1) / IDS;
     const u32 group = blockIdx.x / (8 * id_tiles) * 8;
@@ -125,7 +125,7 @@ __device__ __forceinline__ void sample_tile(const SampleTilesParams& p, u8* shar
 
     typename Tile::Sums total;
     clear<Tile>(total);
-    product<Tile>(operands<T>(p.hidden, p.head, p.rows, p.vocab, p.k), row0, id_tile * IDS, 0, num_segments(p.k), shared,
+    product<Tile>(operands<Tile>(p.hidden, p.head, p.rows, p.vocab, p.k), row0, id_tile * IDS, 0, num_segments(p.k), shared,
                   [&](u32, typename Tile::Sums& sums) { accumulate<Tile>(total, sums); });
     float* tile = (float*)shared;
     lay_out<Tile>(total, tile);

@@ -18,6 +18,7 @@
 //! On the host or on the device, the network runs the same ops in the same order.
 #![forbid(unsafe_code)]
 
+pub mod group_blocks;
 pub mod groups;
 pub mod host;
 pub mod measure;
@@ -367,6 +368,26 @@ pub trait RowSource: Sync {
     }
 }
 
+/// The rows of a source from one on.
+pub struct RowsFrom<'a> {
+    pub source: &'a dyn RowSource,
+    pub first: usize,
+}
+
+impl RowSource for RowsFrom<'_> {
+    fn read(&self, first_row: usize, dst: &mut [f32]) -> Result<()> {
+        self.source.read(self.first + first_row, dst)
+    }
+
+    fn read_q8(&self, first_row: usize, dst: &mut [Group8]) -> Result<bool> {
+        self.source.read_q8(self.first + first_row, dst)
+    }
+
+    fn read_q4(&self, first_row: usize, dst: &mut [Group4]) -> Result<bool> {
+        self.source.read_q4(self.first + first_row, dst)
+    }
+}
+
 impl<F: Fn(usize, &mut [f32]) -> Result<()> + Sync> RowSource for F {
     fn read(&self, first_row: usize, dst: &mut [f32]) -> Result<()> {
         self(first_row, dst)
@@ -430,8 +451,6 @@ pub trait Backend: Sized {
     /// Runs planned steps, on the host or on a device that samples by itself.
     type Runner: StepRunner<Self> + Default;
 
-    /// Whether weights may lie in groups of 8 or 4 bits.
-    const HAS_GROUPS: bool;
     /// Maximum number of ids that a list of `shortlist` may hold.
     const MAX_SHORTLIST: usize;
 
@@ -458,8 +477,9 @@ pub trait Backend: Sized {
     ///
     /// Errors: words of another weight.
     fn weight_of_words(&self, format: WeightFormat, shape: WeightShape, words: PackedWords) -> Result<Self::Weight>;
-    /// The words of a weight in groups, one part after the other; nothing for floats.
-    fn words<'w>(&self, weight: &'w Self::Weight) -> Vec<&'w [u32]>;
+    /// The words of a weight in groups, one part after the other, and no parts for floats; `None`
+    /// where they are not in the memory of the host.
+    fn words<'w>(&self, weight: &'w Self::Weight) -> Option<Vec<&'w [u32]>>;
     /// Packs a weight in [`Backend::dtype`].
     fn weight(&self, shape: WeightShape, source: &dyn RowSource) -> Result<Self::Weight> {
         self.weight_as(self.dtype().into(), shape, source)

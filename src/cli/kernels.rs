@@ -7,8 +7,10 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
 use crate::api::Device;
+use crate::backend::group_blocks::Bits;
+use crate::backend::{NumberTypes, WeightFormat};
 use crate::cli::files::read_text;
-use crate::cli::flags::{DTypeFlag, Format};
+use crate::cli::flags::{DTypeFlag, Format, WeightsFlag};
 use crate::cli::terminal::{Piped, print};
 use crate::cuda;
 use crate::cuda::context::CudaContext;
@@ -58,16 +60,19 @@ pub(super) struct RunFlags {
     #[arg(required_unless_present = "list")]
     name: Option<String>,
     /// Kernels to run one after the other in this process, a line each: NAME [KEY=VAL,...]
-    /// [dtype=bf16|f32]; - is stdin. Prints one JSON object a line, with "error" where a kernel
+    /// [dtype=bf16|f32] [weights=q8|q4]; - is stdin. Prints one JSON object a line, with "error" where a kernel
     /// failed
     #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "shape", "format"])]
     list: Option<PathBuf>,
     /// Numbers of the shape, where the defaults do not fit
     #[arg(long, value_name = "KEY=VAL,...", value_delimiter = ',')]
     shape: Vec<String>,
-    /// Type of weights and K/V, where a line names none
+    /// Type of activations, weights and K/V, where a line names none
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: DTypeFlag,
+    /// Format of weights, where it is another and a line names none
+    #[arg(long, value_enum)]
+    weights: Option<WeightsFlag>,
     /// cuda, cuda:INDEX, or emu[:ARCH]: the same kernels on the host, for correctness and not for
     /// speed
     #[arg(long, default_value = "cuda", value_parser = parse_place)]
@@ -168,6 +173,8 @@ struct ListLine<'a> {
     shape: Vec<String>,
     /// As typed; none where the line names none.
     dtype: Option<&'a str>,
+    /// The same.
+    weights: Option<&'a str>,
 }
 
 /// Lines that are neither empty nor a `#` comment.
@@ -177,9 +184,11 @@ fn lines_of<'a>(text: &'a str) -> Vec<ListLine<'a>> {
         let mut words = text.split_whitespace();
         let name = words.next().unwrap_or_default();
         let pairs: Vec<&str> = words.flat_map(|word| word.split(',')).filter(|pair| !pair.is_empty()).collect();
-        let dtype = pairs.iter().filter_map(|pair| pair.strip_prefix("dtype=")).next_back();
-        let shape = pairs.iter().filter(|pair| !pair.starts_with("dtype=")).map(|pair| pair.to_string()).collect();
-        ListLine { number, text, name, shape, dtype }
+        let last = |key: &str| pairs.iter().filter_map(|pair| pair.strip_prefix(key)).next_back();
+        let (dtype, weights) = (last("dtype="), last("weights="));
+        let is_number = |pair: &&&str| !pair.starts_with("dtype=") && !pair.starts_with("weights=");
+        let shape = pairs.iter().filter(is_number).map(|pair| pair.to_string()).collect();
+        ListLine { number, text, name, shape, dtype, weights }
     };
     lines.filter(|(_, text)| !text.is_empty()).map(parse).collect()
 }
@@ -203,8 +212,13 @@ fn bench_list(asked: &RunFlags, list: &Path) -> Result<()> {
             None => asked.dtype,
             Some(name) => DTypeFlag::from_str(name, false).map_err(|_| Error::request(format!("dtype={name}: expected bf16 or f32")))?,
         };
+        let weights = match line.weights {
+            None => asked.weights.map(WeightFormat::from),
+            Some(name) => Some(name.parse::<WeightFormat>()?),
+        };
+        let (name, shape, weights) = (line.name, &line.shape[..], bits_of(dtype, weights)?);
         let RunFlags { repeat, plain, small, .. } = *asked;
-        cuda::bench_kernel(&context, &cuda::BenchRequest { name: line.name, shape: &line.shape, dtype: dtype.into(), repeat, plain, small })
+        cuda::bench_kernel(&context, &cuda::BenchRequest { name, shape, dtype: dtype.into(), weights, repeat, plain, small })
     };
     let mut failed = 0;
     for line in &lines {
@@ -228,7 +242,8 @@ fn bench_list(asked: &RunFlags, list: &Path) -> Result<()> {
 fn bench_kernel(asked: &RunFlags) -> Result<()> {
     let RunFlags { name, shape, repeat, plain, small, .. } = asked;
     let name = name.as_deref().expect("clap demands a name or a list");
-    let bench = cuda::BenchRequest { name, shape, dtype: asked.dtype.into(), repeat: *repeat, plain: *plain, small: *small };
+    let weights = bits_of(asked.dtype, asked.weights.map(WeightFormat::from))?;
+    let bench = cuda::BenchRequest { name, shape, dtype: asked.dtype.into(), weights, repeat: *repeat, plain: *plain, small: *small };
     bench.check()?;
     let report = cuda::bench_kernel(&context(asked.device)?, &bench)?;
     let text = if asked.format == Format::Json {
@@ -245,6 +260,12 @@ fn bench_kernel(asked: &RunFlags) -> Result<()> {
     print(&text).map(drop)
 }
 
+/// The bits of weights in groups; none for floats, which are of the dtype.
+fn bits_of(dtype: DTypeFlag, weights: Option<WeightFormat>) -> Result<Option<Bits>> {
+    let types = NumberTypes::of(Some(dtype.into()), weights, || Ok(dtype.into()))?;
+    types.weights.filter(|format| format.float().is_none()).map(Bits::of).transpose()
+}
+
 fn to_json<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_string_pretty(value).expect("plain data") + "\n"
 }
@@ -255,11 +276,11 @@ mod tests {
 
     #[test]
     fn lines_of_a_list() {
-        let text = "# at three shapes\nlinear\n\n  linear rows=8,n=768  dtype=f32 # few rows\ncopy mebibytes=1 dtype=bf16\n";
+        let text = "# at three shapes\nlinear\n\n  linear rows=8,n=768  dtype=f32 weights=q4 # few rows\ncopy mebibytes=1 dtype=bf16\n";
         let lines = lines_of(text);
         assert_eq!(
-            lines.iter().map(|line| (line.number, line.name, line.dtype)).collect::<Vec<_>>(),
-            [(2, "linear", None), (4, "linear", Some("f32")), (5, "copy", Some("bf16")),]
+            lines.iter().map(|line| (line.number, line.name, line.dtype, line.weights)).collect::<Vec<_>>(),
+            [(2, "linear", None, None), (4, "linear", Some("f32"), Some("q4")), (5, "copy", Some("bf16"), None),]
         );
         assert_eq!(lines.iter().map(|line| line.shape.join(" ")).collect::<Vec<_>>(), ["", "rows=8 n=768", "mebibytes=1"]);
         assert!(lines_of("\n # nothing\n").is_empty());

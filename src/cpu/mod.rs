@@ -190,7 +190,6 @@ impl Backend for Cpu {
     /// The host is where the network runs: nothing is saved by sampling elsewhere.
     type Runner = HostSteps;
 
-    const HAS_GROUPS: bool = true;
     const MAX_SHORTLIST: usize = usize::MAX;
 
     fn name(&self) -> String {
@@ -252,12 +251,12 @@ impl Backend for Cpu {
         }))
     }
 
-    fn words<'w>(&self, weight: &'w Weight) -> Vec<&'w [u32]> {
-        match &weight.0 {
+    fn words<'w>(&self, weight: &'w Weight) -> Option<Vec<&'w [u32]>> {
+        Some(match &weight.0 {
             WeightLayout::Packed(packed) => packed.words().into_iter().collect(),
             WeightLayout::Table(table) => table.words().into_iter().collect(),
             WeightLayout::Experts(experts) => experts.0.iter().filter_map(linear::Packed::words).collect(),
-        }
+        })
     }
 
     fn routing(&self, _rows: usize, shape: ExpertShape) -> Result<Routing> {

@@ -2,34 +2,13 @@
 //! of the experts.
 #![forbid(unsafe_code)]
 
-use crate::backend::groups::{Group4, Group8};
-use crate::backend::{Epilogue, ExpertShape, RowSource, WeightFormat};
+use crate::backend::{Epilogue, ExpertShape, RowSource, RowsFrom, WeightFormat};
 use crate::cpu::context::CpuContext;
 use crate::cpu::linear::{self, Packed};
 use crate::cpu::route::Routing;
 use crate::cpu::simd::LANES;
 use crate::error::Result;
 use crate::packed_weights::PackedWords;
-
-/// The rows of one expert, which begin at `first`.
-struct OneExpert<'a> {
-    source: &'a dyn RowSource,
-    first: usize,
-}
-
-impl RowSource for OneExpert<'_> {
-    fn read(&self, first_row: usize, dst: &mut [f32]) -> Result<()> {
-        self.source.read(self.first + first_row, dst)
-    }
-
-    fn read_q8(&self, first_row: usize, dst: &mut [Group8]) -> Result<bool> {
-        self.source.read_q8(self.first + first_row, dst)
-    }
-
-    fn read_q4(&self, first_row: usize, dst: &mut [Group4]) -> Result<bool> {
-        self.source.read_q4(self.first + first_row, dst)
-    }
-}
 
 /// `num` weights of (n, k), packed each for itself: a panel never spans two experts.
 pub struct ExpertWeights(pub Vec<Packed>);
@@ -43,7 +22,7 @@ impl ExpertWeights {
         k: usize,
         source: &dyn RowSource,
     ) -> Result<ExpertWeights> {
-        let pack = |i: usize| Packed::new(context, format, n, k, &OneExpert { source, first: i * n });
+        let pack = |i: usize| Packed::new(context, format, n, k, &RowsFrom { source, first: i * n });
         (0..num).map(pack).collect::<Result<_>>().map(ExpertWeights)
     }
 

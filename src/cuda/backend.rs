@@ -1,7 +1,7 @@
 //! The CUDA backend: checks the contract of each op, then hands it to the launcher of the same
 //! name. Which machine runs the launches, a GPU or the emulation, is the driver's business.
 //!
-//! Weights lie row-major as in the checkpoint. The residual stream and fused QKV rows are f32; what
+//! Weights of floats lie row-major as in the checkpoint, those in groups in blocks. The residual stream and fused QKV rows are f32; what
 //! only products read (normed rows, attention output, MLP) is in the weight dtype. K/V:
 //! `[layer][page][kv head][offset][head_dim]`, keys and values apart.
 #![forbid(unsafe_code)]
@@ -17,6 +17,7 @@ use super::packed_arrays::PackedArrays;
 use super::shortlists::Shortlists;
 use super::signature::{BatchShape, TileShape};
 use super::state::{Batch, Buffer, Cuda, KvCache, Origin, Rows, Weight};
+use crate::backend::group_blocks::{Bits, TableRows, matrix_words, unpadded};
 use crate::backend::measure::{Ceilings, Measure};
 use crate::backend::{
     Activation, Backend, Candidates, DType, Epilogue, ExpertChoice, ExpertShape, HeadShape, Inspect, KvShape, Norm, Rotation, Router,
@@ -46,7 +47,6 @@ impl Backend for Cuda {
     type Routing = Routing;
     type Runner = DeviceSteps;
 
-    const HAS_GROUPS: bool = false;
     const MAX_SHORTLIST: usize = shortlist::MAX_SHORTLIST as usize;
 
     fn name(&self) -> String {
@@ -100,21 +100,31 @@ impl Backend for Cuda {
     }
 
     fn weight_as(&self, format: WeightFormat, shape: WeightShape, source: &dyn RowSource) -> Result<Weight> {
-        if format.float() != Some(self.dtype) {
-            return Err(Error::device(format!("weights in {} are not there on CUDA yet", format.name())));
+        let (num, n, k) = match shape {
+            WeightShape::Matrix { n, k } | WeightShape::Table { n, k } => (1, n, k),
+            WeightShape::Experts { num, n, k } => (num, n, k),
+        };
+        if let Some(dtype) = format.float() {
+            assert!(dtype == self.dtype, "a weight in {} on {:?}", format.name(), self.dtype);
+            return self.upload_rows(num * n, k, source);
         }
-        match shape {
-            WeightShape::Matrix { n, k } | WeightShape::Table { n, k } => self.upload_rows(n, k, source),
-            WeightShape::Experts { num, n, k } => self.upload_rows(num * n, k, source),
-        }
+        self.upload_blocks(Bits::of(format)?, num, n, k, source)
     }
 
-    fn weight_of_words(&self, format: WeightFormat, _shape: WeightShape, _words: PackedWords) -> Result<Weight> {
-        Err(Error::device(format!("weights in {} are not there on CUDA yet", format.name())))
+    fn weight_of_words(&self, format: WeightFormat, shape: WeightShape, words: PackedWords) -> Result<Weight> {
+        let bits = Bits::of(format)?;
+        let (num, n, k) = match shape {
+            // A table lies row by row in the file, and in blocks on the device.
+            WeightShape::Table { n, k } => return self.upload_blocks(bits, 1, n, k, &TableRows::new(bits, n, k, &words)?),
+            WeightShape::Matrix { n, k } => (1, n, k),
+            WeightShape::Experts { num, n, k } => (num, n, k),
+        };
+        let len = unpadded(words.len(), num * matrix_words(bits, n, k))?;
+        Ok(Weight { memory: self.upload_words(&words[..len])?, bits: Some(bits), n: num * n, k })
     }
 
-    fn words<'w>(&self, _weight: &'w Weight) -> Vec<&'w [u32]> {
-        Vec::new()
+    fn words<'w>(&self, _weight: &'w Weight) -> Option<Vec<&'w [u32]>> {
+        None
     }
 
     fn weight_format(&self) -> Option<WeightFormat> {
@@ -177,8 +187,8 @@ impl Backend for Cuda {
             dtype: self.dtype,
             ids: batch.arrays.ids,
             index: batch.arrays.index,
-            table: table.memory.address(),
-            positions: positions.map(|p| (batch.arrays.positions, p.memory.address(), p.n as u32)),
+            table: table.at(),
+            positions: positions.map(|p| (batch.arrays.positions, p.at(), p.n as u32)),
             out: out.address,
         };
         embed::embed(&self.context, &op)
@@ -214,7 +224,7 @@ impl Backend for Cuda {
             n: n as u32,
             k: k as u32,
             x,
-            weight: weight.memory.address(),
+            weight: weight.at(),
             dtype: self.dtype,
             bias: bias.map(Buffer::address),
             epilogue,
@@ -237,8 +247,7 @@ impl Backend for Cuda {
         assert!(fits(up, 2 * expert_dim, hidden_dim) && fits(down, hidden_dim, expert_dim), "weights for {:?}", routing.arrays.shape);
         let len = routing.arrays.rows as usize * hidden_dim;
         assert!(out.dtype == DType::F32 && x.len.min(out.len) >= len, "x of {}, out of {} for {len} elements", x.len, out.len);
-        let (up, down) = (up.memory.address(), down.memory.address());
-        routing.arrays.moe(&self.context, x.address, x.dtype, up, down, out.address)
+        routing.arrays.moe(&self.context, x.address, x.dtype, up.at(), down.at(), out.address)
     }
 
     fn rope_append(
@@ -370,7 +379,7 @@ impl Backend for Cuda {
             vocab: n as u32,
             hidden,
             dtype: self.dtype,
-            head: head.memory.address(),
+            head: head.at(),
             bias: bias.map(Buffer::address),
             banned: self.banned_mask(banned, n)?,
             draws: draws_memory.address(),

@@ -9,7 +9,7 @@ mod cublaslt;
 
 use cublaslt::{SquareProduct, WORKSPACE_BYTES};
 
-use super::state::{Cuda, Weight};
+use super::state::Cuda;
 use crate::backend::measure::{Ceilings, product_rate};
 use crate::backend::{Backend, DType, Epilogue, WeightShape};
 use crate::cuda::ops::linear;
@@ -89,14 +89,13 @@ fn large_product(cuda: &Cuda) -> Result<(f64, String)> {
     let [x, weight] = [cuda.weight(square, &noise)?, cuda.weight(square, &noise)?];
     let (dtype, side) = (cuda.weight_dtype(), SIDE as u32);
     let out = cuda.context.memory(SIDE * SIDE * dtype.bytes())?;
-    let address = |weight: &Weight| weight.memory.address();
     let op = Linear {
         rows: side,
         n: side,
         k: side,
         dtype,
-        x: address(&x),
-        weight: address(&weight),
+        x: x.at().address,
+        weight: weight.at(),
         bias: None,
         epilogue: Epilogue::Store,
         out: out.address(),
@@ -111,7 +110,7 @@ fn large_product(cuda: &Cuda) -> Result<(f64, String)> {
         let product = SquareProduct::open(side)?;
         let workspace = cuda.context.memory(WORKSPACE_BYTES).map_err(|error| error.to_string())?;
         let enqueue = || {
-            let enqueued = product.enqueue(op.x, op.weight, op.out, workspace.address(), stream);
+            let enqueued = product.enqueue(op.x, op.weight.address, op.out, workspace.address(), stream);
             enqueued.map_err(Error::device)
         };
         seconds(cuda, PRODUCTS, &enqueue).map_err(|error| error.to_string())

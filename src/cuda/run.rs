@@ -272,7 +272,7 @@ impl DeviceRun {
             vocab: head.n as u32,
             hidden,
             dtype: cuda.weight_dtype(),
-            head: head.memory.address(),
+            head: head.at(),
             bias: bias.map(Buffer::address),
             banned: cuda.banned_mask(&self.banned, head.n)?,
             draws: self.draws + (part.first_sampled * size_of::<DrawRecord>()) as u64,

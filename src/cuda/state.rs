@@ -9,12 +9,14 @@ use std::thread;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
-use crate::backend::{DType, HeadShape, KvShape, RowSource, WeightFormat};
+use crate::backend::group_blocks::{Bits, COLUMNS, Panels, panel_words, quantise_panel};
+use crate::backend::{DType, HeadShape, KvShape, RowSource, RowsFrom, WeightFormat};
 use crate::cuda::context::{CudaContext, Memory};
 use crate::cuda::driver::interface::{Address, Driver, Graph};
 use crate::cuda::ops::attention::{self, Regime};
 use crate::cuda::ops::gather::{self, Gather};
 use crate::cuda::ops::sample;
+use crate::cuda::ops::weight::WeightAt;
 use crate::cuda::packed_arrays::PlanPointers;
 use crate::cuda::signature::{BatchShape, Signature, TileShape};
 use crate::cuda::step_buffers::StepBuffers;
@@ -71,14 +73,22 @@ impl Buffer {
     }
 }
 
-/// A weight (n, k), row-major; of experts, those of all of them one below the other.
+/// A weight (n, k), row-major or in blocks; of experts, those of all of them one below the other.
 pub struct Weight {
     pub(super) memory: Memory,
+    /// Of a code, where it is in blocks.
+    pub(super) bits: Option<Bits>,
     pub(super) n: usize,
     pub(super) k: usize,
 }
 
-/// ConfigJson and values of all layers.
+impl Weight {
+    pub(super) fn at(&self) -> WeightAt {
+        WeightAt { address: self.memory.address(), bits: self.bits }
+    }
+}
+
+/// Keys and values of all layers.
 pub struct KvCache {
     pub(super) keys: Memory,
     pub(super) values: Memory,
@@ -170,24 +180,51 @@ impl Cuda {
         Ok(memory)
     }
 
-    /// The (n, k) values of `source`, in the weight dtype. Threads read and round the rows of a
-    /// panel, and one copies it to the device.
+    /// The (n, k) values of `source`, in the weight dtype.
     pub(super) fn upload_rows(&self, n: usize, k: usize, source: &dyn RowSource) -> Result<Weight> {
         assert!(n > 0 && k > 0, "a weight of {n} x {k}");
-        let row_bytes = k * self.dtype.bytes();
-        let memory = self.context.memory(n * row_bytes)?;
-        let threads = thread::available_parallelism().map_or(1, |cores| cores.get());
+        let dtype = self.dtype;
         let part = (UPLOAD_BYTES / (k * 4)).clamp(1, n);
-        let panel = (part * threads).min(n);
-        let mut bytes = vec![0u64; (panel * row_bytes).div_ceil(8)];
+        let memory = self.upload_parts(n, k * dtype.bytes(), part, &|first, bytes| read_rows(dtype, first, source, bytes))?;
+        Ok(Weight { memory, bits: None, n, k })
+    }
+
+    /// `num` weights of (n, k) in blocks, one behind the other.
+    pub(super) fn upload_blocks(&self, bits: Bits, num: usize, n: usize, k: usize, source: &dyn RowSource) -> Result<Weight> {
+        assert!(num > 0 && n > 0 && k > 0, "{num} weights of {n} x {k}");
+        let (panels, words) = (n.div_ceil(COLUMNS), panel_words(bits, k));
+        let part = (UPLOAD_BYTES / (COLUMNS * k * 4)).clamp(1, num * panels);
+        let fill = |first: usize, bytes: &mut [u8]| {
+            let mut room = Vec::new();
+            let parts: &mut [u32] = bytemuck::cast_slice_mut(bytes);
+            // The buffer is used again and again, and a panel must begin as zeros.
+            parts.fill(0);
+            for (i, panel) in (first..).zip(parts.chunks_exact_mut(words)) {
+                let rows = RowsFrom { source, first: i / panels * n };
+                let of = Panels { bits, n, k, source: &rows };
+                of.fill(i % panels, panel, &mut room, |rows, panel| quantise_panel(bits, k, rows, panel))?;
+            }
+            Ok(())
+        };
+        let memory = self.upload_parts(num * panels, words * size_of::<u32>(), part, &fill)?;
+        Ok(Weight { memory, bits: Some(bits), n: num * n, k })
+    }
+
+    /// `len` items of `item_bytes`. Threads fill parts of some items each, from the first of a part
+    /// on, and one copies them to the device. Bytes are aligned for words.
+    fn upload_parts(&self, len: usize, item_bytes: usize, part: usize, fill: &FillPart) -> Result<Memory> {
+        let memory = self.context.memory(len * item_bytes)?;
+        let threads = thread::available_parallelism().map_or(1, |cores| cores.get());
+        let at_once = (part * threads).min(len);
+        let mut bytes = vec![0u64; (at_once * item_bytes).div_ceil(8)];
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut bytes);
-        for first in (0..n).step_by(panel) {
-            let bytes = &mut bytes[..panel.min(n - first) * row_bytes];
-            let parts: Vec<(usize, &mut [u8])> = (first..n).step_by(part).zip(bytes.chunks_mut(part * row_bytes)).collect();
-            read_parts(self.dtype, k, source, parts)?;
-            self.context.driver.write(memory.address() + (first * row_bytes) as u64, bytes)?;
+        for first in (0..len).step_by(at_once) {
+            let bytes = &mut bytes[..at_once.min(len - first) * item_bytes];
+            let parts: Vec<(usize, &mut [u8])> = (first..len).step_by(part).zip(bytes.chunks_mut(part * item_bytes)).collect();
+            fill_parts(fill, parts)?;
+            self.context.driver.write(memory.address() + (first * item_bytes) as u64, bytes)?;
         }
-        Ok(Weight { memory, n, k })
+        Ok(memory)
     }
 
     /// The bit mask over `vocab` ids of the banned ones.
@@ -306,25 +343,30 @@ impl Cuda {
     }
 }
 
-/// Rows of `source` in `dtype`: each part from its first row on, on a thread of its own. Bytes are
-/// aligned for either type.
-fn read_parts(dtype: DType, k: usize, source: &dyn RowSource, parts: Vec<(usize, &mut [u8])>) -> Result<()> {
-    let read = |(first, bytes): (usize, &mut [u8])| match dtype {
+/// Fills items from one on, into bytes that are aligned for words.
+type FillPart<'a> = dyn Fn(usize, &mut [u8]) -> Result<()> + Sync + 'a;
+
+/// Rows of `source` from `first` on, in `dtype`.
+fn read_rows(dtype: DType, first: usize, source: &dyn RowSource, bytes: &mut [u8]) -> Result<()> {
+    match dtype {
         DType::F32 => source.read(first, bytemuck::cast_slice_mut(bytes)),
         DType::Bf16 => {
             let rounded: &mut [bf16] = bytemuck::cast_slice_mut(bytes);
             let mut values = vec![0.0f32; rounded.len()];
-            debug_assert_eq!(values.len() % k, 0, "whole rows");
             source.read(first, &mut values)?;
             rounded.convert_from_f32_slice(&values);
             Ok(())
         }
-    };
+    }
+}
+
+/// Fills each part, on a thread of its own.
+fn fill_parts(fill: &FillPart, parts: Vec<(usize, &mut [u8])>) -> Result<()> {
     if parts.len() == 1 {
-        return parts.into_iter().try_for_each(read);
+        return parts.into_iter().try_for_each(|(first, bytes)| fill(first, bytes));
     }
     thread::scope(|scope| {
-        let threads: Vec<_> = parts.into_iter().map(|part| scope.spawn(|| read(part))).collect();
+        let threads: Vec<_> = parts.into_iter().map(|(first, bytes)| scope.spawn(move || fill(first, bytes))).collect();
         threads.into_iter().try_for_each(|thread| thread.join().expect("reading does not panic"))
     })
 }

@@ -113,14 +113,18 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
         }
         let format = match self.backend.weight_format() {
             // As the file has it, where it is quantised.
-            None if B::HAS_GROUPS && role != WeightRole::Router => source.format().unwrap_or(float),
+            None if role != WeightRole::Router => source.format().unwrap_or(float),
             asked => role.format(asked, float),
         };
         let weight = self.backend.weight_as(format, shape, source)?;
         if self.weights.is_observed() {
             let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
             match (format.float(), shape, &names[..]) {
-                (None, _, names) => self.weights.observe(Loaded::Packed { names, words: self.backend.words(&weight) })?,
+                (None, _, names) => {
+                    let words = self.backend.words(&weight);
+                    let words = words.ok_or_else(|| Error::request("weights are packed into a file on the CPU".to_owned()))?;
+                    self.weights.observe(Loaded::Packed { names, words })?;
+                }
                 (Some(_), WeightShape::Matrix { n, k }, [name]) => {
                     let mut values = vec![0.0; n * k];
                     source.read(0, &mut values)?;

@@ -44,7 +44,6 @@ impl Backend for Failing {
     type Routing = <Cpu as Backend>::Routing;
     type Runner = HostSteps;
 
-    const HAS_GROUPS: bool = Cpu::HAS_GROUPS;
     const MAX_SHORTLIST: usize = Cpu::MAX_SHORTLIST;
 
     fn embed(&self, batch: &Self::Batch, table: &Self::Weight, positions: Option<&Self::Weight>, out: &mut Self::Buffer) -> Result<()> {
@@ -76,7 +75,7 @@ impl Backend for Failing {
     fn weight_of_words(&self, format: WeightFormat, shape: WeightShape, words: PackedWords) -> Result<Self::Weight> {
         self.cpu.weight_of_words(format, shape, words)
     }
-    fn words<'w>(&self, weight: &'w Self::Weight) -> Vec<&'w [u32]> {
+    fn words<'w>(&self, weight: &'w Self::Weight) -> Option<Vec<&'w [u32]>> {
         self.cpu.words(weight)
     }
     fn weight_format(&self) -> Option<WeightFormat> {

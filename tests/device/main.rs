@@ -18,6 +18,7 @@ mod support;
 mod invariants;
 mod parity;
 mod passes;
+mod quantised;
 mod sizes;
 mod tokens;
 

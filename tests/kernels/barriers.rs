@@ -18,7 +18,7 @@ const USERS: &[(&str, &[Check])] = &[
     ("sample_nucleus.cu", &[sample::edges_of_nuclei, sample::walks]),
     ("sample_tiles.cu", &[sample::equals_the_reference]),
     ("moe.cu", &[moe::holds]),
-    ("gemm.cuh", &[linear::holds]),
+    ("gemm.cuh", &[linear::groups_hold, linear::holds]),
     ("linear.cu", &[linear::holds]),
     ("sample_shortlist.cu", &[sample_shortlist::equals_the_reference, sample_shortlist::edges]),
     ("select.cuh", &[unmask::holds, sample::edges_of_nuclei, sample::walks]),

@@ -10,9 +10,13 @@ use std::thread::available_parallelism;
 
 use bytemuck::Pod;
 use half::bf16;
-use redraft::backend::DType;
+use redraft::WeightFormat;
+use redraft::backend::group_blocks::{Bits, COLUMNS, Panels, quantise_panel};
+use redraft::backend::{DType, RowsFrom};
+use redraft::cpu::oracle;
 use redraft::cuda::context::CudaContext;
 use redraft::cuda::driver::{Address, Driver};
+use redraft::cuda::ops::weight::WeightAt;
 use redraft::cuda::tensor_core::TensorCore;
 use redraft::cuda::{Copies, Edit, EmulatorOptions, Schedule};
 
@@ -224,4 +228,61 @@ impl<'m> Operand<'m> {
             Operand::Bf16(array) => array.read()?.into_iter().map(bf16::to_f32).collect(),
         })
     }
+}
+
+/// A weight on the machine: floats, or groups in blocks.
+pub enum TestWeight<'m> {
+    Floats(Operand<'m>),
+    Blocks(Bits, Array<'m, u32>),
+}
+
+impl<'m> TestWeight<'m> {
+    /// `num` weights of (n, k), one behind the other. Floats begin `skew` elements behind an
+    /// aligned address; behind them lie `behind` of NaN, and behind blocks one of NaN.
+    pub fn new(
+        context: &'m CudaContext,
+        dtype: DType,
+        bits: Option<Bits>,
+        (num, n, k): (usize, usize, usize),
+        values: &[f32],
+        (skew, behind): (usize, usize),
+    ) -> Self {
+        let Some(bits) = bits else {
+            return TestWeight::Floats(Operand::new(context, dtype, &[values, &vec![f32::NAN; behind]].concat(), skew));
+        };
+        let read = |first: usize, dst: &mut [f32]| {
+            dst.copy_from_slice(&values[first * k..][..dst.len()]);
+            Ok(())
+        };
+        let mut words = Vec::new();
+        for weight in 0..num {
+            let rows = RowsFrom { source: &read, first: weight * n };
+            let panels = Panels { bits, n, k, source: &rows };
+            for i in 0..n.div_ceil(COLUMNS) {
+                let mut panel = vec![0; panels.words()];
+                panels.fill(i, &mut panel, &mut Vec::new(), |rows, panel| quantise_panel(bits, k, rows, panel)).expect("small values");
+                words.extend(panel);
+            }
+        }
+        words.resize(words.len() + bits.block_words(), u32::MAX);
+        TestWeight::Blocks(bits, Array::new(context, &words))
+    }
+
+    pub fn at(&self) -> WeightAt {
+        match self {
+            TestWeight::Floats(operand) => WeightAt::floats(operand.address()),
+            TestWeight::Blocks(bits, array) => WeightAt { address: array.address(), bits: Some(*bits) },
+        }
+    }
+}
+
+/// What a weight of these rows of k stands for: of floats and of the values of groups, what `dtype`
+/// holds of them.
+pub fn kept(dtype: DType, bits: Option<Bits>, values: &[f32], k: usize) -> Vec<f32> {
+    let kept = match bits {
+        None => values.to_vec(),
+        Some(Bits::Eight) => oracle::kept(WeightFormat::Q8, values, k),
+        Some(Bits::Four) => oracle::kept(WeightFormat::Q4, values, k),
+    };
+    kept.into_iter().map(|v| oracle::stored(dtype, v)).collect()
 }

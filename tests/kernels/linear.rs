@@ -1,13 +1,15 @@
 //! `linear` sums as `gemm.cuh` specifies, bit by bit, by every tile, whole and split, for a row
 //! alone and among others, at any alignment; and errs at most twice as much as a plain f32 loop.
+//! A weight in groups gives the bits of a weight of its values.
 
+use redraft::backend::group_blocks::Bits;
 use redraft::backend::{DType, Epilogue};
 use redraft::cpu::oracle;
 use redraft::cuda::context::{COUNTERS, CudaContext};
 use redraft::cuda::ops::linear;
 use redraft::cuda::ops::linear::Linear;
 
-use crate::emulator::{Array, Operand, any_machine, gemm_dot, machines, noise, same_bits, words};
+use crate::emulator::{Array, Operand, TestWeight, any_machine, gemm_dot, kept, machines, noise, same_bits, words};
 
 /// Rows of NaN behind x and the weight, which nothing may read, and room behind the output, which
 /// nothing may write.
@@ -19,16 +21,20 @@ struct Case {
     n: usize,
     k: usize,
     dtype: DType,
+    /// Of a weight in groups.
+    bits: Option<Bits>,
     epilogue: Epilogue,
     with_bias: bool,
     out_dtype: DType,
-    /// x, weight and out start one element behind an aligned address.
+    /// x, a weight of floats and out start one element behind an aligned address.
     skewed: bool,
 }
 
 /// The operands of a case, on the host.
 struct Data {
     x: Vec<f32>,
+    /// As it was before it was stored, and what it stands for.
+    source: Vec<f32>,
     weight: Vec<f32>,
     bias: Option<Vec<f32>>,
     before: Vec<f32>,
@@ -39,7 +45,9 @@ impl Case {
         let Case { rows, n, k, dtype, epilogue, .. } = *self;
         let stored = |values: Vec<f32>| values.into_iter().map(|v| oracle::stored(dtype, v)).collect();
         let before = if epilogue == Epilogue::Add { noise(4, rows * n) } else { vec![f32::NAN; rows * epilogue.out_width(n)] };
-        Data { x: stored(noise(1, rows * k)), weight: stored(noise(2, n * k)), bias: self.with_bias.then(|| noise(3, n)), before }
+        let source = noise(2, n * k);
+        let weight = kept(dtype, self.bits, &source, k);
+        Data { x: stored(noise(1, rows * k)), source, weight, bias: self.with_bias.then(|| noise(3, n)), before }
     }
 
     /// Rows `[first, first + rows)` of the product, cut as `shape` says.
@@ -51,12 +59,12 @@ impl Case {
         rows: usize,
         shape: Option<&linear::Shape>,
     ) -> Result<Vec<f32>, String> {
-        let Case { n, k, dtype, epilogue, out_dtype, skewed, .. } = *self;
+        let Case { n, k, dtype, bits, epilogue, out_dtype, skewed, .. } = *self;
         let width = epilogue.out_width(n);
         let skew = usize::from(skewed);
         let extended = |values: &[f32], behind: usize| [values, &vec![f32::NAN; behind]].concat();
         let x = Operand::new(context, dtype, &extended(&data.x[first * k..(first + rows) * k], BEHIND * k), skew);
-        let weight = Operand::new(context, dtype, &extended(&data.weight, BEHIND * k), skew);
+        let weight = TestWeight::new(context, dtype, bits, (1, n, k), &data.source, (skew, BEHIND * k));
         let bias = data.bias.as_ref().map(|bias| Array::new(context, bias));
         let before = extended(&data.before[first * width..(first + rows) * width], BEHIND * width);
         let out = Operand::new(context, out_dtype, &before, skew);
@@ -66,7 +74,7 @@ impl Case {
             k: k as u32,
             dtype,
             x: x.address(),
-            weight: weight.address(),
+            weight: weight.at(),
             bias: bias.as_ref().map(Array::address),
             epilogue,
             out: out.address(),
@@ -178,12 +186,35 @@ pub fn holds(context: &CudaContext) -> Result<(), String> {
         (2, 3, 1100, Bf16, Gelu, F32),
     ];
     for (i, (rows, n, k, dtype, epilogue, out_dtype)) in cases.into_iter().enumerate() {
-        Case { rows, n, k, dtype, epilogue, with_bias: i % 3 != 0, out_dtype, skewed: false }.holds(context)?;
+        Case { rows, n, k, dtype, bits: None, epilogue, with_bias: i % 3 != 0, out_dtype, skewed: false }.holds(context)?;
     }
     let mut counters = vec![1u8; 4 * COUNTERS];
     words(context.driver.read(context.counters(), &mut counters))?;
     if counters.iter().any(|byte| *byte != 0) {
         return Err("a counter is not zero between two products".to_owned());
+    }
+    Ok(())
+}
+
+/// The same of weights in groups: a column and a group more or less than whole ones, both types of
+/// x, tiles that turn codes into values in registers and those that do it in shared memory.
+pub fn groups_hold(context: &CudaContext) -> Result<(), String> {
+    use DType::{Bf16, F32};
+    use Epilogue::{Add, Gelu, Store, SwiGlu};
+    let cases = [
+        (1, 1, 1, Bf16, Store, F32),
+        (3, 7, 33, F32, Add, F32),
+        (9, 66, 255, Bf16, Gelu, Bf16),
+        (17, 34, 289, Bf16, Store, F32),
+        (65, 30, 520, Bf16, SwiGlu, Bf16),
+        (65, 12, 600, F32, Store, F32),
+        (130, 200, 72, Bf16, Add, F32),
+    ];
+    for bits in [Bits::Eight, Bits::Four] {
+        for (i, (rows, n, k, dtype, epilogue, out_dtype)) in cases.into_iter().enumerate() {
+            let case = Case { rows, n, k, dtype, bits: Some(bits), epilogue, with_bias: i % 2 != 0, out_dtype, skewed: false };
+            case.holds(context)?;
+        }
     }
     Ok(())
 }
@@ -194,13 +225,18 @@ fn one_row_has_one_result() {
 }
 
 #[test]
+fn weights_in_groups_give_the_bits_of_their_values() {
+    machines().iter().for_each(|context| groups_hold(context).unwrap());
+}
+
+#[test]
 fn gelu_is_accurate_over_its_whole_range() {
     let context = &any_machine();
     let v: Vec<f32> = (-400..400).map(|i| i as f32 * 0.1).chain([0.0, -0.0, 1e-30, 1e4, -1e4, 1e30, -1e30]).collect();
     // x = v through a 1 x 1 identity, so the product is exact.
     let (rows, n, k, dtype) = (v.len(), 1, 1, DType::F32);
-    let case = Case { rows, n, k, dtype, epilogue: Epilogue::Gelu, with_bias: false, out_dtype: dtype, skewed: false };
-    let data = Data { weight: vec![1.0], bias: None, before: vec![f32::NAN; rows], x: v };
+    let case = Case { rows, n, k, dtype, bits: None, epilogue: Epilogue::Gelu, with_bias: false, out_dtype: dtype, skewed: false };
+    let data = Data { source: vec![1.0], weight: vec![1.0], bias: None, before: vec![f32::NAN; rows], x: v };
     let found = case.run(context, &data, 0, rows, None).unwrap();
     for (v, found) in data.x.iter().zip(found) {
         let exact = oracle::gelu_tanh(f64::from(*v));

@@ -2,11 +2,12 @@
 //! share an expert; `moe_combine` adds in the order of the experts.
 
 use redraft::backend::DType;
+use redraft::backend::group_blocks::Bits;
 use redraft::cpu::oracle;
 use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::moe::{Combine, Grouped, combine, every_tile_rows, grouped};
 
-use crate::emulator::{Array, Operand, gemm_dot, machines, noise, same_bits, words};
+use crate::emulator::{Array, Operand, TestWeight, gemm_dot, kept, machines, noise, same_bits, words};
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -15,6 +16,8 @@ struct Case {
     n: usize,
     k: usize,
     dtype: DType,
+    /// Of weights in groups.
+    bits: Option<Bits>,
     swiglu: bool,
     out_dtype: DType,
 }
@@ -25,7 +28,7 @@ impl Case {
     }
 
     fn run(&self, context: &CudaContext, x: &[f32], weight: &[f32], tile_rows: u32, skew: usize) -> Result<Vec<f32>, String> {
-        let Case { counts, n, k, dtype, swiglu, out_dtype } = *self;
+        let Case { counts, n, k, dtype, bits, swiglu, out_dtype } = *self;
         let (mut tiles, mut first) = (Vec::new(), 0);
         for (expert, count) in counts.iter().enumerate() {
             for at in (0..*count).step_by(tile_rows as usize) {
@@ -38,14 +41,14 @@ impl Case {
         tiles.resize(tiles.len() + 2, [u32::MAX; 4]);
         let tiles_at = Array::new(context, tiles.as_flattened());
         let x = Operand::new(context, dtype, x, skew);
-        let weight = Operand::new(context, dtype, weight, skew);
+        let weight = TestWeight::new(context, dtype, bits, (counts.len(), n, k), weight, (skew, 0));
         let out = Operand::new(context, out_dtype, &vec![f32::NAN; first * self.width()], skew);
         let op = Grouped {
             n: n as u32,
             k: k as u32,
             dtype,
             x: x.address(),
-            weight: weight.address(),
+            weight: weight.at(),
             swiglu,
             out: out.address(),
             out_dtype,
@@ -59,16 +62,17 @@ impl Case {
     }
 
     fn holds(&self, context: &CudaContext) -> Result<(), String> {
-        let Case { counts, n, k, dtype, swiglu, out_dtype } = *self;
+        let Case { counts, n, k, dtype, bits, swiglu, out_dtype } = *self;
         let stored = |values: Vec<f32>| values.into_iter().map(|v| oracle::stored(dtype, v)).collect::<Vec<f32>>();
         let rows: usize = counts.iter().sum();
-        let (x, weight) = (stored(noise(1, rows * k)), stored(noise(2, counts.len() * n * k)));
+        let (x, source) = (stored(noise(1, rows * k)), noise(2, counts.len() * n * k));
+        let weight = kept(dtype, bits, &source, k);
         let expert_of: Vec<usize> = counts.iter().enumerate().flat_map(|(e, count)| std::iter::repeat_n(e, *count)).collect();
         let mut specified = Vec::new();
         for (x, expert) in x.chunks_exact(k).zip(&expert_of) {
             specified.extend(weight[expert * n * k..][..n * k].chunks_exact(k).map(|w| gemm_dot(context, dtype, x, w)));
         }
-        let first = self.run(context, &x, &weight, every_tile_rows()[0], 0)?;
+        let first = self.run(context, &x, &source, every_tile_rows()[0], 0)?;
         if swiglu || out_dtype == DType::Bf16 {
             let exact = specified.chunks_exact(if swiglu { 2 } else { 1 }).map(|v| match v {
                 [gate, up] => gate / (1.0 + (-gate).exp()) * up,
@@ -86,7 +90,7 @@ impl Case {
         }
         for tile_rows in every_tile_rows() {
             for skew in [0, 1] {
-                let again = self.run(context, &x, &weight, tile_rows, skew)?;
+                let again = self.run(context, &x, &source, tile_rows, skew)?;
                 same_bits(&first, &again, &format!("{self:?} in tiles of {tile_rows}, skew {skew}"))?;
             }
         }
@@ -137,9 +141,27 @@ pub fn holds(context: &CudaContext) -> Result<(), String> {
         (&[2, 33], 12, 600, Bf16, false, F32),
         (&[4, 1], 20, 72, F32, true, Bf16),
     ] {
-        Case { counts, n, k, dtype, swiglu, out_dtype }.holds(context)?;
+        Case { counts, n, k, dtype, bits: None, swiglu, out_dtype }.holds(context)?;
     }
     sums(context)
+}
+
+/// The same of experts in groups, each in blocks of its own.
+pub fn groups_hold(context: &CudaContext) -> Result<(), String> {
+    use DType::{Bf16, F32};
+    for bits in [Bits::Eight, Bits::Four] {
+        for (counts, n, k, dtype, swiglu, out_dtype) in
+            [(&[3, 0, 9][..], 34, 33, Bf16, false, F32), (&[0, 2, 17, 0, 1], 70, 64, Bf16, true, Bf16), (&[5, 8], 35, 264, F32, false, F32)]
+        {
+            Case { counts, n, k, dtype, bits: Some(bits), swiglu, out_dtype }.holds(context)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn experts_in_groups_give_the_bits_of_their_values() {
+    machines().iter().for_each(|context| groups_hold(context).unwrap());
 }
 
 #[test]

@@ -300,6 +300,38 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     ),
     ("row stored past the end", linear::holds, ("linear.cu", "if (row0 + row < p.rows && col0 + col < p.n)", "if (col0 + col < p.n)")),
     ("columns stored past the end", linear::holds, ("linear.cu", "if (i < count) store1(out + i,", "store1(out + i,")),
+    (
+        "codes multiplied before their values are there for all",
+        linear::groups_hold,
+        ("gemm.cuh", "                    __syncthreads();  // the values of this block are there for all\n", ""),
+    ),
+    ("halves of a byte in the wrong order", linear::groups_hold, ("groups.cuh", ">> quad % 2 * 4 &", ">> (1 - quad % 2) * 4 &")),
+    ("minimum of a group left out", linear::groups_hold, ("groups.cuh", "fmaf(s.scale, code, s.min)", "s.scale * code")),
+    ("codes of 8 bits off by one", linear::groups_hold, ("groups.cuh", "8388736.0f", "8388735.0f")),
+    ("groups past the end of a panel", linear::groups_hold, ("gemm.cuh", " && first + at / block_bytes<Tile::bits>() < groups;", ";")),
+    ("panels past the last column", linear::groups_hold, ("gemm.cuh", "valid = col0 + panel * BLOCK_COLUMNS < cols &&", "valid =")),
+    (
+        "scale of another column",
+        linear::groups_hold,
+        ("gemm.cuh", "scale_of<Tile::bits>(block, col % BLOCK_COLUMNS + 8)", "scale_of<Tile::bits>(block, col % BLOCK_COLUMNS)"),
+    ),
+    ("codes of another k", linear::groups_hold, ("gemm.cuh", "quad + 2, shift, high)", "quad + 1, shift, high)")),
+    ("pair of a quad chosen by another lane", linear::groups_hold, ("gemm.cuh", "shift = lane % 2 * 16;", "shift = lane / 2 % 2 * 16;")),
+    (
+        "panels of an expert that are not whole",
+        moe::groups_hold,
+        ("groups.cuh", "(u64)((n + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS)", "(u64)(n / BLOCK_COLUMNS)"),
+    ),
+    (
+        "row of a table in the block of another",
+        embed::groups_hold,
+        ("groups.cuh", "(u64)(row / BLOCK_COLUMNS) * num_groups", "(u64)((row + 1) / BLOCK_COLUMNS) * num_groups"),
+    ),
+    (
+        "value of a listed id not rounded",
+        sample_shortlist::groups_hold,
+        ("groups.cuh", "rounded(value_of<bits>(codes >> 24, s), type)", "value_of<bits>(codes >> 24, s)"),
+    ),
     ("up of the neighbour", linear::holds, ("linear.cu", "silu(v[2]) * v[3]", "silu(v[2]) * v[1]")),
     ("sum with the residual not written back", norm::holds, ("norm.cu", "            store_quad(x, col, p.width, wide, v);\n", "")),
     (

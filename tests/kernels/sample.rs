@@ -7,12 +7,13 @@
 
 use half::bf16;
 use redraft::backend::DType;
+use redraft::backend::group_blocks::Bits;
 use redraft::cuda::Edit;
 use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::sample::{DrawRecord, SampleOp, SampledRecord, flag, needs_nucleus, sample_in, status};
 use redraft::sampling::{Draw, SampledToken, TopK, TopKOrder, TopPRule, sample_row};
 
-use crate::emulator::{Array, edited_machines, gemm_dot, machines, noise, words};
+use crate::emulator::{Array, Operand, TestWeight, edited_machines, gemm_dot, kept, machines, noise, words};
 
 pub const PLAIN: Draw =
     Draw { u: 0.5, temperature: 1.0, top_p: 1.0, top_p_rule: TopPRule::Within, top_k: None, forced: None, truncated_confidence: false };
@@ -24,6 +25,10 @@ struct Case {
     dtype: DType,
     vocab: usize,
     k: usize,
+    /// Of a head in groups.
+    bits: Option<Bits>,
+    /// As it was before it was stored, and what it stands for.
+    source: Vec<f32>,
     head: Vec<f32>,
     hidden: Vec<f32>,
     bias: Option<Vec<f32>>,
@@ -35,17 +40,18 @@ impl Case {
     /// that a product is exact.
     fn of_rows(rows: &[Vec<f32>]) -> Case {
         let (k, vocab) = (rows.len(), rows[0].len());
-        let head = (0..vocab * k).map(|i| rows[i % k][i / k]).collect();
+        let head: Vec<f32> = (0..vocab * k).map(|i| rows[i % k][i / k]).collect();
         let hidden = (0..k * k).map(|i| f32::from(i / k == i % k)).collect();
-        Case { dtype: DType::F32, vocab, k, head, hidden, bias: None, banned: Vec::new() }
+        Case { dtype: DType::F32, vocab, k, bits: None, source: head.clone(), head, hidden, bias: None, banned: Vec::new() }
     }
 
-    fn random(dtype: DType, rows: usize, vocab: usize, k: usize) -> Case {
+    fn random(dtype: DType, bits: Option<Bits>, rows: usize, vocab: usize, k: usize) -> Case {
         let round = |v: Vec<f32>| -> Vec<f32> {
             v.into_iter().map(|v| if dtype == DType::Bf16 { bf16::from_f32(v).to_f32() } else { v }).collect()
         };
-        let (head, hidden) = (round(noise(31, vocab * k)), round(noise(32, rows * k)));
-        Case { dtype, vocab, k, head, hidden, bias: Some(noise(33, vocab)), banned: vec![7] }
+        let (source, hidden) = (noise(31, vocab * k), round(noise(32, rows * k)));
+        let head = kept(dtype, bits, &source, k);
+        Case { dtype, vocab, k, bits, source, head, hidden, bias: Some(noise(33, vocab)), banned: vec![7] }
     }
 
     fn rows(&self) -> usize {
@@ -71,18 +77,8 @@ impl Case {
         chunk_bytes: usize,
     ) -> Result<Vec<SampledRecord>, String> {
         let asked: Vec<DrawRecord> = draws.iter().enumerate().map(|(i, draw)| record(i, draw.as_ref())).collect();
-        let hidden = &self.hidden[rows.start * self.k..rows.end * self.k];
-        let rounded = |v: &[f32]| -> Vec<bf16> { v.iter().map(|v| bf16::from_f32(*v)).collect() };
-        // One of the two pairs is what the kernels read.
-        let (full, half) = if self.dtype == DType::F32 {
-            ((&self.head[..], hidden), (&[][..], &[][..]))
-        } else {
-            ((&[][..], &[][..]), (&self.head[..], hidden))
-        };
-        let (head32, hidden32) = (Array::new(context, full.0), Array::new(context, full.1));
-        let (head16, hidden16) = (Array::new(context, &rounded(half.0)), Array::new(context, &rounded(half.1)));
-        let (head, hidden) =
-            if self.dtype == DType::F32 { (head32.address(), hidden32.address()) } else { (head16.address(), hidden16.address()) };
+        let hidden = Operand::new(context, self.dtype, &self.hidden[rows.start * self.k..rows.end * self.k], 0);
+        let head = TestWeight::new(context, self.dtype, self.bits, (1, self.vocab, self.k), &self.source, (0, 0));
         let bias = self.bias.as_ref().map(|bias| Array::new(context, bias));
         let mut mask = vec![0u32; self.vocab.div_ceil(32)];
         self.banned.iter().filter(|id| (**id as usize) < self.vocab).for_each(|id| mask[*id as usize / 32] |= 1 << (id % 32));
@@ -94,9 +90,9 @@ impl Case {
             rows: draws.len() as u32,
             k: self.k as u32,
             vocab: self.vocab as u32,
-            hidden,
+            hidden: hidden.address(),
             dtype: self.dtype,
-            head,
+            head: head.at(),
             bias: bias.as_ref().map(Array::address),
             banned: banned.as_ref().map(Array::address),
             draws: draw_records.address(),
@@ -414,41 +410,47 @@ pub fn refusals(context: &CudaContext) -> Result<(), String> {
     Ok(())
 }
 
-/// The same bits alone, in batches that take every tile, in chunks, and beside rows of the other
-/// route or of padding.
-fn alone_as_in_company(context: &CudaContext) -> Result<(), String> {
-    for dtype in [DType::F32, DType::Bf16] {
-        // 304: two segments of K, and rows whose bytes are a multiple of 16; the cases of single
-        // features cover what is not.
-        let case = Case::random(dtype, 70, 290, 304);
-        let all_kinds = kinds(9, case.vocab);
-        let draws: Vec<Option<Draw>> = (0..70).map(|i| (i % 9 != 4).then(|| all_kinds[i % all_kinds.len()])).collect();
-        let all = case.run(context, 0..70, &draws, 64 << 20)?;
-        let mut clear = 0;
-        for row in [0, 1, 2, 3, 5, 14, 20, 69] {
-            let logits = case.logits(context, row);
-            let draw = draws[row].expect("not padding");
-            if is_clear(&logits, &case.banned, &draw) {
-                clear += 1;
-                let want = sample_row(&logits, &case.banned, &draw).map_err(|e| e.to_string())?;
-                let got = all[row].sampled(row).map_err(|e| e.to_string())?;
-                agree(&got, &want).map_err(|e| format!("{dtype:?}, row {row}, {draw:?}: {e}"))?;
-            }
+/// The same bits alone, in batches that take every tile, and beside rows of the other route or of
+/// padding; those of the reference.
+fn in_company(context: &CudaContext, dtype: DType, bits: Option<Bits>) -> Result<(), String> {
+    // 304: two segments of K, and rows whose bytes are a multiple of 16; the cases of single
+    // features cover what is not.
+    let case = Case::random(dtype, bits, 70, 290, 304);
+    let all_kinds = kinds(9, case.vocab);
+    let draws: Vec<Option<Draw>> = (0..70).map(|i| (i % 9 != 4).then(|| all_kinds[i % all_kinds.len()])).collect();
+    let all = case.run(context, 0..70, &draws, 64 << 20)?;
+    let mut clear = 0;
+    for row in [0, 1, 2, 3, 5, 14, 20, 69] {
+        let logits = case.logits(context, row);
+        let draw = draws[row].expect("not padding");
+        if is_clear(&logits, &case.banned, &draw) {
+            clear += 1;
+            let want = sample_row(&logits, &case.banned, &draw).map_err(|e| e.to_string())?;
+            let got = all[row].sampled(row).map_err(|e| e.to_string())?;
+            agree(&got, &want).map_err(|e| format!("{dtype:?}, row {row}, {draw:?}: {e}"))?;
         }
-        if clear < 4 {
-            return Err(format!("{clear} of 8 rows are clear of boundaries"));
-        }
-        for (rows, chunk_bytes) in [(0..1, 64 << 20), (69..70, 64 << 20), (5..17, 64 << 20), (30..60, 64 << 20), (6..70, 64 << 20)] {
-            let part = case.run(context, rows.clone(), &draws[rows.clone()], chunk_bytes)?;
-            for (i, (got, want)) in part.iter().zip(&all[rows.clone()]).enumerate() {
-                if draws[rows.start + i].is_some() && (SampledRecord { position: want.position, ..*got }) != *want {
-                    return Err(format!("{dtype:?}, row {i} of {rows:?}: {got:?}, among all rows {want:?}"));
-                }
+    }
+    if clear < 4 {
+        return Err(format!("{clear} of 8 rows are clear of boundaries"));
+    }
+    for (rows, chunk_bytes) in [(0..1, 64 << 20), (69..70, 64 << 20), (5..17, 64 << 20), (30..60, 64 << 20), (6..70, 64 << 20)] {
+        let part = case.run(context, rows.clone(), &draws[rows.clone()], chunk_bytes)?;
+        for (i, (got, want)) in part.iter().zip(&all[rows.clone()]).enumerate() {
+            if draws[rows.start + i].is_some() && (SampledRecord { position: want.position, ..*got }) != *want {
+                return Err(format!("{dtype:?}, row {i} of {rows:?}: {got:?}, among all rows {want:?}"));
             }
         }
     }
+    Ok(())
+}
+
+/// [`in_company`], and in chunks.
+fn alone_as_in_company(context: &CudaContext) -> Result<(), String> {
+    for dtype in [DType::F32, DType::Bf16] {
+        in_company(context, dtype, None)?;
+    }
     // 128 rows are the least of a chunk: 150 go through in two.
-    let case = Case::random(DType::F32, 150, 40, 3);
+    let case = Case::random(DType::F32, None, 150, 40, 3);
     let draws: Vec<_> = (0..150).map(|i| Some([PLAIN, NUCLEUS][i % 2])).collect();
     if case.run(context, 0..150, &draws, 1)? != case.run(context, 0..150, &draws, 64 << 20)? {
         return Err("in chunks of rows: other sampled tokens".to_owned());
@@ -460,6 +462,18 @@ pub fn holds(context: &CudaContext) -> Result<(), String> {
     [equals_the_reference, walks, edges_of_nuclei, most_probable, extremes, refusals, alone_as_in_company]
         .iter()
         .try_for_each(|part| part(context))
+}
+
+/// Heads in groups: both routes see the logits of their values.
+pub fn groups_hold(context: &CudaContext) -> Result<(), String> {
+    [Bits::Eight, Bits::Four]
+        .into_iter()
+        .try_for_each(|bits| [DType::F32, DType::Bf16].into_iter().try_for_each(|dtype| in_company(context, dtype, Some(bits))))
+}
+
+#[test]
+fn heads_in_groups_are_sampled_by_their_values() {
+    machines().iter().for_each(|context| groups_hold(context).unwrap());
 }
 
 /// A row whose masses are fewer than they were a moment ago, as damaged memory would have it: a

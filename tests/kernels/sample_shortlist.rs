@@ -6,12 +6,13 @@
 
 use half::bf16;
 use redraft::backend::DType;
+use redraft::backend::group_blocks::Bits;
 use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::sample::{DrawRecord, SampledRecord, status};
 use redraft::cuda::ops::shortlist::{NO_ID, SampleShortlistOp, sample_shortlist};
 use redraft::sampling::{Draw, TopK, TopKOrder, TopPRule, sample_row};
 
-use crate::emulator::{Array, machines, noise, words};
+use crate::emulator::{Array, Operand, TestWeight, kept, machines, noise, words};
 use crate::sample::{PLAIN, agree, is_clear, kinds};
 
 /// A head, rows of hidden states for it, already rounded to `dtype`, and lists of ids.
@@ -19,6 +20,10 @@ struct Case {
     dtype: DType,
     vocab: usize,
     k: usize,
+    /// Of a head in groups.
+    bits: Option<Bits>,
+    /// As it was before it was stored, and what it stands for.
+    source: Vec<f32>,
     head: Vec<f32>,
     hidden: Vec<f32>,
     bias: Option<Vec<f32>>,
@@ -27,12 +32,13 @@ struct Case {
 }
 
 impl Case {
-    fn random(dtype: DType, rows: usize, vocab: usize, k: usize, count: usize) -> Case {
+    fn random(dtype: DType, bits: Option<Bits>, rows: usize, vocab: usize, k: usize, count: usize) -> Case {
         let scale = 4.0 / (k as f32).sqrt();
         let round = |v: Vec<f32>| -> Vec<f32> {
             v.into_iter().map(|v| if dtype == DType::Bf16 { bf16::from_f32(v).to_f32() } else { v }).collect()
         };
-        let head = round(noise(31, vocab * k).iter().map(|v| v * scale).collect());
+        let source: Vec<f32> = noise(31, vocab * k).iter().map(|v| v * scale).collect();
+        let head = kept(dtype, bits, &source, k);
         // Ascending, with gaps; the last ones are shorter than there is room.
         let list = |i: usize| -> Vec<u32> {
             let weight = noise(70 + i as u64, vocab);
@@ -43,14 +49,26 @@ impl Case {
             ids
         };
         let hidden = round(noise(32, rows * k));
-        Case { dtype, vocab, k, head, hidden, bias: Some(noise(33, vocab)), count, lists: (0..3).map(list).collect() }
+        Case { dtype, vocab, k, bits, source, head, hidden, bias: Some(noise(33, vocab)), count, lists: (0..3).map(list).collect() }
     }
 
     /// Lists of everything over logits that are given: one feature, so that products are exact.
     fn of_row(logits: Vec<f32>, rows: usize) -> Case {
         let vocab = logits.len();
         let lists = vec![(0..vocab as u32).collect()];
-        Case { dtype: DType::F32, vocab, k: 1, head: logits, hidden: vec![1.0; rows], bias: None, count: vocab + 3, lists }
+        let source = logits.clone();
+        Case {
+            dtype: DType::F32,
+            vocab,
+            k: 1,
+            bits: None,
+            source,
+            head: logits,
+            hidden: vec![1.0; rows],
+            bias: None,
+            count: vocab + 3,
+            lists,
+        }
     }
 
     /// Logits of a list, as the kernel sums them: lane l takes quads l, l + 32, ... of k, then the
@@ -79,10 +97,8 @@ impl Case {
         which: &[u32],
         draws: &[Draw],
     ) -> Result<Vec<SampledRecord>, String> {
-        let half = |v: &[f32]| -> Vec<bf16> { v.iter().map(|v| bf16::from_f32(*v)).collect() };
-        let hidden = &self.hidden[rows.start * self.k..rows.end * self.k];
-        let (head32, hidden32) = (Array::new(context, &self.head), Array::new(context, hidden));
-        let (head16, hidden16) = (Array::new(context, &half(&self.head)), Array::new(context, &half(hidden)));
+        let hidden = Operand::new(context, self.dtype, &self.hidden[rows.start * self.k..rows.end * self.k], 0);
+        let head = TestWeight::new(context, self.dtype, self.bits, (1, self.vocab, self.k), &self.source, (0, 0));
         let bias = self.bias.as_ref().map(|bias| Array::new(context, bias));
         let padded = |list: &Vec<u32>| list.iter().copied().chain(std::iter::repeat(NO_ID)).take(self.count).collect::<Vec<u32>>();
         let ids = Array::new(context, &self.lists.iter().flat_map(padded).collect::<Vec<u32>>());
@@ -91,13 +107,12 @@ impl Case {
             draws.iter().enumerate().map(|(i, d)| DrawRecord { position: 1000 + i as u32, ..DrawRecord::from(d) }).collect();
         let draws = Array::new(context, &records);
         let sampled = Array::new(context, &vec![SampledRecord { token: 77, chosen: 77, ..SampledRecord::default() }; records.len()]);
-        let wide = self.dtype == DType::F32;
         let op = SampleShortlistOp {
             rows: records.len() as u32,
             k: self.k as u32,
-            hidden: if wide { hidden32.address() } else { hidden16.address() },
+            hidden: hidden.address(),
             dtype: self.dtype,
-            head: if wide { head32.address() } else { head16.address() },
+            head: head.at(),
             bias: bias.as_ref().map(Array::address),
             count: self.count as u32,
             ids: ids.address(),
@@ -150,7 +165,7 @@ pub fn equals_the_reference(context: &CudaContext) -> Result<(), String> {
     for (seed, (vocab, k, count)) in [(5, 3, 2), (40, 40, 33), (700, 130, 300), (90, 268, 64)].into_iter().enumerate() {
         for dtype in [DType::F32, DType::Bf16] {
             let draws = kinds(seed as u64, count);
-            let case = Case::random(dtype, draws.len(), vocab, k, count);
+            let case = Case::random(dtype, None, draws.len(), vocab, k, count);
             let which: Vec<u32> = (0..draws.len() as u32).map(|row| (row + 1) % 3).collect();
             clear += case.agrees(context, &which, &draws, "kinds of draws")?;
             total += draws.len();
@@ -159,8 +174,31 @@ pub fn equals_the_reference(context: &CudaContext) -> Result<(), String> {
     // The longest list.
     let draws = [PLAIN, Draw { top_p: 0.7003, u: 0.4, truncated_confidence: true, ..PLAIN }];
     total += 2;
-    clear += Case::random(DType::F32, 2, 1100, 8, 1024).agrees(context, &[0, 1], &draws, "the longest list")?;
+    clear += Case::random(DType::F32, None, 2, 1100, 8, 1024).agrees(context, &[0, 1], &draws, "the longest list")?;
     if clear * 10 < total * 8 { Err(format!("{clear} of {total} draws are clear of boundaries")) } else { Ok(()) }
+}
+
+/// Heads in groups: the logits of their values, at rows and widths that fill no block.
+pub fn groups_hold(context: &CudaContext) -> Result<(), String> {
+    for (vocab, k, count) in [(40, 40, 33), (90, 267, 64)] {
+        for bits in [Bits::Eight, Bits::Four] {
+            for dtype in [DType::F32, DType::Bf16] {
+                let draws = kinds(k as u64, count);
+                let case = Case::random(dtype, Some(bits), draws.len(), vocab, k, count);
+                let which: Vec<u32> = (0..draws.len() as u32).map(|row| (row + 1) % 3).collect();
+                let clear = case.agrees(context, &which, &draws, &format!("{bits:?}"))?;
+                if clear * 10 < draws.len() * 8 {
+                    return Err(format!("{clear} of {} draws are clear of boundaries", draws.len()));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn heads_in_groups_are_sampled_by_their_values() {
+    machines().iter().for_each(|context| groups_hold(context).unwrap());
 }
 
 /// Equal logits, and boundaries that are met exactly: nuclei, top-k, uniforms at both ends.
@@ -250,7 +288,7 @@ pub fn refusals(context: &CudaContext) -> Result<(), String> {
 /// The same bits alone and in company.
 fn alone_as_in_company(context: &CudaContext) -> Result<(), String> {
     let draws = kinds(9, 50);
-    let case = Case::random(DType::Bf16, draws.len(), 200, 72, 50);
+    let case = Case::random(DType::Bf16, None, draws.len(), 200, 72, 50);
     let which: Vec<u32> = (0..draws.len() as u32).map(|row| row % 3).collect();
     let asked: Vec<Draw> =
         draws.iter().zip(&which).map(|(d, list)| Draw { forced: d.forced.map(|_| case.lists[*list as usize][0]), ..*d }).collect();

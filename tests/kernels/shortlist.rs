@@ -5,6 +5,7 @@ use half::bf16;
 use redraft::backend::DType;
 use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::shortlist::{NO_ID, ShortlistOp, shortlist_in};
+use redraft::cuda::ops::weight::WeightAt;
 
 use crate::emulator::{Array, machines, noise, words};
 
@@ -35,7 +36,7 @@ fn lists(
         vocab: vocab as u32,
         hidden: if wide { hidden32.address() } else { hidden16.address() },
         dtype,
-        head: if wide { head32.address() } else { head16.address() },
+        head: WeightAt::floats(if wide { head32.address() } else { head16.address() }),
         bias: None,
         banned: mask.as_ref().map(Array::address),
         count: count as u32,

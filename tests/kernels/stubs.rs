@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use redraft::backend::DType;
 use redraft::cuda::context::CudaContext;
 use redraft::cuda::ops::embed::{Embed, EmbedParams, embed};
+use redraft::cuda::ops::weight::WeightAt;
 use redraft::cuda::params::Params;
 use redraft::cuda::{Driver, Gpu};
 use redraft::error::Result;
@@ -87,8 +88,17 @@ fn too_much(gpu: &Gpu) -> Result<String> {
 }
 
 fn launches(context: &CudaContext) -> Result<()> {
-    let op =
-        Embed { rows: 5, width: 64, vocab: 11, dtype: DType::Bf16, ids: 0x1000, index: None, table: 0x2000, positions: None, out: 0x3000 };
+    let op = Embed {
+        rows: 5,
+        width: 64,
+        vocab: 11,
+        dtype: DType::Bf16,
+        ids: 0x1000,
+        index: None,
+        table: WeightAt::floats(0x2000),
+        positions: None,
+        out: 0x3000,
+    };
     embed(context, &op)?;
     embed(context, &Embed { rows: 0, ..op })?;
     context.driver.begin_capture()?;

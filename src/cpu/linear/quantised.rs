@@ -1,30 +1,34 @@
 //! Products with weights in groups of 8 or 4 bits.
 //!
-//! A packed weight is a list of panels of 32 columns; a panel is one block after the other, a block
-//! the group of each of its columns ([`crate::cpu::simd::groups`], which defines the products
-//! too). Rows of x become groups once. A task takes some panels and some rows: block by block, it
-//! unpacks the codes once and takes every row past them, so a single row runs at the speed of the
-//! memory and many at that of the integer units. Sums wait in L1.
+//! A packed weight is a list of panels of blocks ([`crate::backend::group_blocks`];
+//! [`crate::cpu::simd::groups`] defines the products). Rows of x become groups once. A task takes
+//! some panels and some rows: block by block, it unpacks the codes once and takes every row past
+//! them, so a single row runs at the speed of the memory and many at that of the integer units.
+//! Sums wait in L1.
 //!
 //! Integer products serve many rows as well as few: a pass of 128 rows takes nine tenths of its
 //! time with f32 tiles on AVX2 in q8 and seven tenths in q4 (docs/quantised.md), so nothing is
 //! widened.
 #![forbid(unsafe_code)]
 
-use std::ops::{Deref, Range};
+use std::ops::Deref;
 use std::sync::OnceLock;
 
-use crate::backend::groups::{GROUP, Group4, Group8};
-use crate::backend::{Epilogue, RowSource, WeightFormat};
+pub use crate::backend::group_blocks::Bits;
+use crate::backend::group_blocks::{
+    self, COLUMNS, Group, RowGroup, column_of, each_stored_row, matrix_words, panel_words, quantise_panel, table_words, unpadded,
+};
+use crate::backend::groups::GROUP;
+use crate::backend::{Epilogue, RowSource};
 use crate::cpu::context::CpuContext;
 use crate::cpu::linear::cuts::{cut_groups, group_of};
 use crate::cpu::linear::epilogue::Output;
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::Order;
 use crate::cpu::read_rows::{READ_VALUES, read_in_parts};
-use crate::cpu::simd::groups::{self, ActivationGroup, COLUMNS, Q4_WORDS, Q8_WORDS};
+use crate::cpu::simd::groups::ActivationGroup;
 use crate::cpu::simd::{Kernel, LANES, Simd};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::packed_weights::PackedWords;
 
 /// Rows that pass a block at once: their sums take 8 KiB.
@@ -32,33 +36,6 @@ const ROWS: usize = 64;
 
 /// Bytes of x that a task's rows may have, a part of L2: they are read again for every panel.
 const X_BYTES: usize = 192 << 10;
-
-/// Bits of a code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bits {
-    Eight,
-    Four,
-}
-
-impl Bits {
-    /// Those of a format in groups.
-    ///
-    /// Errors: floats.
-    pub fn of(format: WeightFormat) -> Result<Bits> {
-        match format {
-            WeightFormat::Q8 => Ok(Bits::Eight),
-            WeightFormat::Q4 => Ok(Bits::Four),
-            WeightFormat::F32 | WeightFormat::Bf16 => Err(Error::request(format!("expected a weight in groups, found {}", format.name()))),
-        }
-    }
-
-    fn block_words(self) -> usize {
-        match self {
-            Bits::Eight => Q8_WORDS,
-            Bits::Four => Q4_WORDS,
-        }
-    }
-}
 
 /// Words of its own, or those of a file.
 enum Words {
@@ -76,12 +53,10 @@ impl Deref for Words {
     }
 }
 
-/// The words of a weight that has `expected` of them; behind them, words may fill a cache line.
-fn unpadded(words: PackedWords, expected: usize) -> Result<Words> {
-    if words.len() < expected || words.len() - expected >= LANES {
-        return Err(Error::request(format!("a packed weight of {} words: expected {expected}", words.len())));
-    }
-    Ok(Words::File(words.part(0..expected)))
+/// The words of a weight that has `expected` of them.
+fn words_of_file(words: PackedWords, expected: usize) -> Result<Words> {
+    let len = unpadded(words.len(), expected)?;
+    Ok(Words::File(words.part(0..len)))
 }
 
 /// An (n, k) weight in panels.
@@ -89,8 +64,6 @@ pub struct Packed {
     pub n: usize,
     pub k: usize,
     bits: Bits,
-    /// Groups of a row.
-    num_groups: usize,
     /// (panels, groups) blocks. Columns past n are zeros.
     words: Words,
     by_rows: OnceLock<ByRows>,
@@ -99,29 +72,18 @@ pub struct Packed {
 impl Packed {
     /// Reads the (n, k) rows of a panel at a time, on all threads.
     pub fn new(context: &CpuContext, bits: Bits, n: usize, k: usize, source: &dyn RowSource) -> Result<Packed> {
-        let num_groups = k.div_ceil(GROUP);
-        let panel_words = num_groups * bits.block_words();
-        let mut words = Aligned::zeroed(n.div_ceil(COLUMNS) * panel_words)?;
-        read_in_parts(context, &mut words, panel_words, &|i, panel, room| {
-            let (first, rows) = (i * COLUMNS, COLUMNS.min(n - i * COLUMNS));
-            let is_stored = each_stored_row(source, bits, first..first + rows, num_groups, |column, groups| {
-                panel.chunks_exact_mut(bits.block_words()).zip(groups).for_each(|(block, group)| group.put(block, column));
-            })?;
-            if is_stored {
-                return Ok(());
-            }
-            room.resize(rows * k, 0.0);
-            source.read(first, room)?;
-            context.isa.run(Quantise { bits, k, rows: room, panel })
+        let panels = group_blocks::Panels { bits, n, k, source };
+        let mut words = Aligned::zeroed(matrix_words(bits, n, k))?;
+        read_in_parts(context, &mut words, panels.words(), &|i, panel, room| {
+            panels.fill(i, panel, room, |rows, panel| context.isa.run(Quantise { bits, k, rows, panel }))
         })?;
-        Ok(Packed { n, k, bits, num_groups, words: Words::Own(words), by_rows: OnceLock::new() })
+        Ok(Packed { n, k, bits, words: Words::Own(words), by_rows: OnceLock::new() })
     }
 
     /// See [`super::Packed::of_words`].
     pub fn of_words(bits: Bits, n: usize, k: usize, words: PackedWords) -> Result<Packed> {
-        let num_groups = k.div_ceil(GROUP);
-        let words = unpadded(words, n.div_ceil(COLUMNS) * num_groups * bits.block_words())?;
-        Ok(Packed { n, k, bits, num_groups, words, by_rows: OnceLock::new() })
+        let words = words_of_file(words, matrix_words(bits, n, k))?;
+        Ok(Packed { n, k, bits, words, by_rows: OnceLock::new() })
     }
 
     pub fn words(&self) -> &[u32] {
@@ -129,18 +91,13 @@ impl Packed {
     }
 
     fn panel(&self, panel: usize) -> &[u32] {
-        let words = self.num_groups * self.bits.block_words();
+        let words = panel_words(self.bits, self.k);
         &self.words[panel * words..][..words]
     }
 
     /// The groups of a row.
     fn row(&self, row: usize) -> impl Iterator<Item = RowGroup> {
-        let (panel, column) = (self.panel(row / COLUMNS), row % COLUMNS);
-        let group = move |block: &[u32]| match self.bits {
-            Bits::Eight => Group::Eight(groups::get_q8(q8_block(block), column)),
-            Bits::Four => Group::Four(groups::get_q4(q4_block(block), column)),
-        };
-        panel.chunks_exact(self.bits.block_words()).map(move |block| RowGroup::from(group(block)))
+        column_of(self.bits, self.panel(row / COLUMNS), row % COLUMNS).map(RowGroup::from)
     }
 
     /// See [`super::Packed::rows`].
@@ -158,8 +115,8 @@ impl Packed {
         if let Some(rows) = self.by_rows.get() {
             return Ok(rows);
         }
-        let mut words = Aligned::zeroed(self.n * self.num_groups * RowGroup::WORDS)?;
-        context.pool.chunks(&mut words, self.num_groups * RowGroup::WORDS, &|row, words| {
+        let mut words = Aligned::zeroed(table_words(self.n, self.k))?;
+        context.pool.chunks(&mut words, table_words(1, self.k), &|row, words| {
             for (words, group) in words.chunks_exact_mut(RowGroup::WORDS).zip(self.row(row)) {
                 words.copy_from_slice(bytemuck::cast_slice(&[group]));
             }
@@ -171,73 +128,6 @@ impl Packed {
     pub fn bytes(&self) -> usize {
         (self.words.len() + self.by_rows.get().map_or(0, |rows| rows.words.len())) * size_of::<u32>()
     }
-}
-
-fn q8_block(block: &[u32]) -> &[u32; Q8_WORDS] {
-    block.try_into().expect("a block of q8")
-}
-
-fn q4_block(block: &[u32]) -> &[u32; Q4_WORDS] {
-    block.try_into().expect("a block of q4")
-}
-
-/// A group of either kind.
-enum Group {
-    Eight(Group8),
-    Four(Group4),
-}
-
-impl Group {
-    /// Of 32 values, or of fewer: the last value fills what is short, which widens no range.
-    #[inline(always)]
-    fn of(bits: Bits, values: &[f32]) -> Result<Group> {
-        let mut filled = [values[values.len() - 1]; GROUP];
-        filled[..values.len()].copy_from_slice(values);
-        Ok(match bits {
-            Bits::Eight => Group::Eight(Group8::of(&filled)?),
-            Bits::Four => Group::Four(Group4::of(&filled)?),
-        })
-    }
-
-    /// Puts it into a block of its kind.
-    #[inline(always)]
-    fn put(&self, block: &mut [u32], column: usize) {
-        match self {
-            Group::Eight(group) => groups::put_q8(block.try_into().expect("a block of q8"), column, group),
-            Group::Four(group) => groups::put_q4(block.try_into().expect("a block of q4"), column, group),
-        }
-    }
-}
-
-/// Calls `take(i, groups)` with the groups of row i of `rows` as a file has them. False: they are
-/// not stored in groups of so many bits, and it was not called.
-fn each_stored_row(
-    source: &dyn RowSource,
-    bits: Bits,
-    rows: Range<usize>,
-    num_groups: usize,
-    mut take: impl FnMut(usize, Vec<Group>),
-) -> Result<bool> {
-    for (i, row) in rows.enumerate() {
-        let groups: Vec<Group> = match bits {
-            Bits::Eight => {
-                let mut groups = vec![Group8::ZERO; num_groups];
-                if !source.read_q8(row, &mut groups)? {
-                    return Ok(false);
-                }
-                groups.into_iter().map(Group::Eight).collect()
-            }
-            Bits::Four => {
-                let mut groups = vec![Group4::ZERO; num_groups];
-                if !source.read_q4(row, &mut groups)? {
-                    return Ok(false);
-                }
-                groups.into_iter().map(Group::Four).collect()
-            }
-        };
-        take(i, groups);
-    }
-    Ok(true)
 }
 
 /// The rows of a panel, (rows, k), as blocks.
@@ -252,12 +142,7 @@ impl Kernel for Quantise<'_> {
     type Output = Result<()>;
     #[inline(always)]
     fn run<S: Simd>(self, _simd: S) -> Result<()> {
-        for (column, row) in self.rows.chunks_exact(self.k).enumerate() {
-            for (block, values) in self.panel.chunks_exact_mut(self.bits.block_words()).zip(row.chunks(GROUP)) {
-                Group::of(self.bits, values)?.put(block, column);
-            }
-        }
-        Ok(())
+        quantise_panel(self.bits, self.k, self.rows, self.panel)
     }
 }
 
@@ -290,42 +175,11 @@ pub struct ByRows {
     words: Words,
 }
 
-/// A group whose codes lie side by side: `scale * code + min`.
-#[repr(C)]
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-struct RowGroup {
-    codes: [i8; GROUP],
-    scale: f32,
-    min: f32,
-}
-
-impl RowGroup {
-    const WORDS: usize = size_of::<RowGroup>() / size_of::<u32>();
-
-    /// The first values that it stands for.
-    fn values(&self, out: &mut [f32]) {
-        for (out, code) in out.iter_mut().zip(self.codes) {
-            *out = self.scale * f32::from(code) + self.min;
-        }
-    }
-}
-
-impl From<Group> for RowGroup {
-    fn from(group: Group) -> RowGroup {
-        match group {
-            Group::Eight(group) => RowGroup { codes: group.codes, scale: group.scale.to_f32(), min: 0.0 },
-            Group::Four(group) => {
-                RowGroup { codes: group.codes.map(|code| code as i8), scale: group.scale.to_f32(), min: group.min.to_f32() }
-            }
-        }
-    }
-}
-
 impl ByRows {
     /// Reads the rows of an (n, k) weight some at a time, on all threads.
     pub fn new(context: &CpuContext, bits: Bits, n: usize, k: usize, source: &dyn RowSource) -> Result<ByRows> {
-        let row_words = k.div_ceil(GROUP) * RowGroup::WORDS;
-        let mut words = Aligned::zeroed(n * row_words)?;
+        let row_words = table_words(1, k);
+        let mut words = Aligned::zeroed(table_words(n, k))?;
         let at_once = (READ_VALUES / k).max(1);
         read_in_parts(context, &mut words, at_once * row_words, &|i, words, room| {
             let num_groups = k.div_ceil(GROUP);
@@ -346,7 +200,7 @@ impl ByRows {
 
     /// See [`super::Packed::of_words`].
     pub fn of_words(bits: Bits, n: usize, k: usize, words: PackedWords) -> Result<ByRows> {
-        let words = unpadded(words, n * k.div_ceil(GROUP) * RowGroup::WORDS)?;
+        let words = words_of_file(words, table_words(n, k))?;
         Ok(ByRows { n, k, bits, words })
     }
 
@@ -572,8 +426,8 @@ impl Kernel for Panel<'_> {
         for (block, x) in blocks {
             let x = &x[..self.sums.len()];
             match self.bits {
-                Bits::Eight => simd.add_q8(q8_block(block), x, self.sums),
-                Bits::Four => simd.add_q4(q4_block(block), x, self.sums),
+                Bits::Eight => simd.add_q8(block.try_into().expect("a block of q8"), x, self.sums),
+                Bits::Four => simd.add_q4(block.try_into().expect("a block of q4"), x, self.sums),
             }
         }
     }

@@ -15,8 +15,10 @@ use half::bf16;
 use serde::Serialize;
 
 use crate::backend::DType;
+use crate::backend::group_blocks::{Bits, COLUMNS, panel_words, quantise_panel};
 use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Driver, Graph, Limits};
+use crate::cuda::ops::weight::{WeightAt, weight_bytes};
 use crate::error::{Error, Result};
 
 /// One number of a shape.
@@ -31,6 +33,8 @@ pub struct Key {
 /// One kernel that can be run alone.
 pub struct KernelBench {
     pub name: &'static str,
+    /// Whether it has weights that may be in groups.
+    pub reads_weights: bool,
     pub keys: &'static [Key],
     pub(in crate::cuda) prepare: fn(&Inputs, &Shape) -> Result<Op>,
 }
@@ -84,6 +88,9 @@ impl Op {
 pub struct Shape {
     #[serde(serialize_with = "name_of")]
     pub(in crate::cuda) dtype: DType,
+    /// Of a code, where weights are in groups.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "name_of_bits")]
+    pub(in crate::cuda) weights: Option<Bits>,
     #[serde(flatten)]
     values: serde_json::Map<String, serde_json::Value>,
 }
@@ -92,9 +99,17 @@ fn name_of<S: serde::Serializer>(dtype: &DType, serializer: S) -> std::result::R
     serializer.serialize_str(dtype.name())
 }
 
+fn name_of_bits<S: serde::Serializer>(bits: &Option<Bits>, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    match bits {
+        None => serializer.serialize_none(),
+        Some(Bits::Eight) => serializer.serialize_str("q8"),
+        Some(Bits::Four) => serializer.serialize_str("q4"),
+    }
+}
+
 impl Shape {
     /// Defaults, with `given` ("KEY=VALUE") in their place.
-    pub(super) fn resolve(bench: &KernelBench, given: &[String], dtype: DType, small: bool) -> Result<Shape> {
+    pub(super) fn resolve(bench: &KernelBench, given: &[String], dtype: DType, weights: Option<Bits>, small: bool) -> Result<Shape> {
         let default = |key: &Key| (key.name.to_owned(), if small { key.small } else { key.device }.into());
         let mut values: serde_json::Map<_, _> = bench.keys.iter().map(default).collect();
         for pair in given {
@@ -109,7 +124,10 @@ impl Shape {
                 .ok_or_else(|| Error::request(format!("--shape {pair}: expected {name}=N with N from 1 to {}", u32::MAX)))?;
             *slot = number.into();
         }
-        Ok(Shape { dtype, values })
+        if weights.is_some() && !bench.reads_weights {
+            return Err(Error::request(format!("--weights: {} reads no weights in groups", bench.name)));
+        }
+        Ok(Shape { dtype, weights, values })
     }
 
     pub(in crate::cuda) fn get(&self, name: &str) -> u32 {
@@ -184,6 +202,24 @@ impl<'a> Inputs<'a> {
         Ok(address)
     }
 
+    /// `num` weights of (n, k), one behind the other, of numbers in [-1, 1).
+    pub(in crate::cuda) fn weights(&self, num: u32, n: u32, k: u32, shape: &Shape) -> Result<WeightAt> {
+        let Some(bits) = shape.weights else {
+            return Ok(WeightAt::floats(self.noise(num * n, k, shape.dtype)?));
+        };
+        // One panel, many times: its codes are random, and no cache sees that panels are alike.
+        let values: Vec<f32> = (0..COLUMNS * k as usize).map(|_| (self.next() >> 8) as f32 / (1 << 23) as f32 - 1.0).collect();
+        let mut panel = vec![0u32; panel_words(bits, k as usize)];
+        quantise_panel(bits, k as usize, &values, &mut panel)?;
+        let panel: &[u8] = bytemuck::cast_slice(&panel);
+        let bytes = num as usize * weight_bytes(shape.dtype, shape.weights, n as usize, k as usize);
+        let address = self.alloc(bytes)?;
+        for start in (0..bytes).step_by(panel.len()) {
+            self.driver.write(address + start as u64, panel)?;
+        }
+        Ok(WeightAt { address, bits: Some(bits) })
+    }
+
     /// Records as they are.
     pub(in crate::cuda) fn records<T: bytemuck::NoUninit>(&self, records: &[T]) -> Result<Address> {
         self.upload(bytemuck::cast_slice(records))
@@ -208,6 +244,8 @@ pub struct BenchRequest<'a> {
     /// "KEY=VALUE".
     pub shape: &'a [String],
     pub dtype: DType,
+    /// Of a code of its weights, where they are in groups.
+    pub weights: Option<Bits>,
     /// Timed batches of launches.
     pub repeat: u32,
     /// Launch one by one instead of from a graph: profilers then see every launch by itself.
@@ -251,7 +289,7 @@ const MAX_LAUNCHES: usize = 512;
 pub(in crate::cuda) fn run(context: &CudaContext, bench: &KernelBench, request: &BenchRequest) -> Result<Report> {
     let driver = context.driver.as_ref();
     let small = request.small || driver.is_emulated();
-    let shape = Shape::resolve(bench, request.shape, request.dtype, small)?;
+    let shape = Shape::resolve(bench, request.shape, request.dtype, request.weights, small)?;
     let inputs = Inputs::new(driver)?;
     let before = inputs.lent_bytes.get();
     let mut ops = vec![(bench.prepare)(&inputs, &shape)?];
@@ -344,7 +382,7 @@ mod tests {
     fn shapes_are_defaults_with_changes() {
         let embed = kernel_bench_named("embed").unwrap();
         let of = |given: &[&str], small| {
-            Shape::resolve(embed, &given.iter().map(|pair| pair.to_string()).collect::<Vec<_>>(), DType::Bf16, small)
+            Shape::resolve(embed, &given.iter().map(|pair| pair.to_string()).collect::<Vec<_>>(), DType::Bf16, None, small)
         };
         let shape = of(&["rows=7", "vocab=12"], false).unwrap();
         assert_eq!(["rows", "width", "vocab"].map(|name| shape.get(name)), [7, 4096, 12]);

@@ -19,7 +19,7 @@ use crate::cuda::ops::select_masked::{SelectMasked, SequenceSummary, StepRecord}
 use crate::cuda::ops::shortlist::{SampleShortlistOp, ShortlistOp};
 use crate::cuda::ops::unmask::UnmaskParams;
 use crate::cuda::ops::{
-    attention, embed, gather, guidance, linear, moe, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask,
+    attention, embed, gather, guidance, linear, moe, norm, remask, rope_append, route, sample, select_masked, shortlist, unmask, weight,
 };
 use crate::error::{Error, Result};
 use crate::sampling::{Rank, UnmaskStep};
@@ -36,6 +36,7 @@ const fn key(name: &'static str, device: u32, small: u32) -> Key {
 pub static KERNEL_BENCHES: &[KernelBench] = &[
     KernelBench {
         name: "attention",
+        reads_weights: false,
         keys: &[
             key("sequences", 8, 2),
             key("rows", 32, 5),
@@ -46,41 +47,71 @@ pub static KERNEL_BENCHES: &[KernelBench] = &[
         ],
         prepare: attention,
     },
-    KernelBench { name: "copy", keys: &[key("mebibytes", 1024, 1)], prepare: copy },
-    KernelBench { name: "embed", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("vocab", 50_258, 100)], prepare: embed },
-    KernelBench { name: "gather", keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
-    KernelBench { name: "guidance", keys: &[key("rows", 128, 5), key("width", 4096, 66)], prepare: apply_guidance },
-    KernelBench { name: "linear", keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)], prepare: linear },
+    KernelBench { name: "copy", reads_weights: false, keys: &[key("mebibytes", 1024, 1)], prepare: copy },
+    KernelBench {
+        name: "embed",
+        reads_weights: true,
+        keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("vocab", 50_258, 100)],
+        prepare: embed,
+    },
+    KernelBench { name: "gather", reads_weights: false, keys: &[key("rows", 8192, 5), key("width", 8192, 66)], prepare: gather },
+    KernelBench { name: "guidance", reads_weights: false, keys: &[key("rows", 128, 5), key("width", 4096, 66)], prepare: apply_guidance },
+    KernelBench {
+        name: "linear",
+        reads_weights: true,
+        keys: &[key("rows", 1024, 5), key("n", 12_288, 70), key("k", 4096, 300)],
+        prepare: linear,
+    },
     KernelBench {
         name: "moe",
+        reads_weights: true,
         keys: &[key("rows", 64, 5), key("experts", 256, 6), key("top_k", 8, 2), key("hidden", 2048, 40), key("inner", 512, 24)],
         prepare: moe,
     },
-    KernelBench { name: "norm", keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)], prepare: norm },
-    KernelBench { name: "remask", keys: &[key("sequences", 64, 3), key("len", 1024, 40)], prepare: remask },
+    KernelBench {
+        name: "norm",
+        reads_weights: false,
+        keys: &[key("rows", 4096, 5), key("width", 4096, 66), key("rms", 1, 1)],
+        prepare: norm,
+    },
+    KernelBench { name: "remask", reads_weights: false, keys: &[key("sequences", 64, 3), key("len", 1024, 40)], prepare: remask },
     KernelBench {
         name: "rope_append",
+        reads_weights: false,
         keys: &[key("rows", 1024, 5), key("heads", 32, 4), key("kv_heads", 8, 2), key("head_dim", 128, 32)],
         prepare: rope_append,
     },
-    KernelBench { name: "route", keys: &[key("rows", 1024, 5), key("experts", 256, 6), key("top_k", 8, 2)], prepare: route },
+    KernelBench {
+        name: "route",
+        reads_weights: false,
+        keys: &[key("rows", 1024, 5), key("experts", 256, 6), key("top_k", 8, 2)],
+        prepare: route,
+    },
     KernelBench {
         name: "sample",
+        reads_weights: true,
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("top_p_percent", 100, 100)],
         prepare: sample,
     },
     KernelBench {
         name: "sample_shortlist",
+        reads_weights: true,
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9), key("top_p_percent", 100, 100)],
         prepare: sample_shortlist,
     },
-    KernelBench { name: "select_masked", keys: &[key("sequences", 64, 3), key("rows", 32, 5)], prepare: select_masked },
+    KernelBench {
+        name: "select_masked",
+        reads_weights: false,
+        keys: &[key("sequences", 64, 3), key("rows", 32, 5)],
+        prepare: select_masked,
+    },
     KernelBench {
         name: "shortlist",
+        reads_weights: true,
         keys: &[key("rows", 128, 5), key("k", 4096, 40), key("vocab", 126_464, 100), key("ids", 256, 9)],
         prepare: shortlist,
     },
-    KernelBench { name: "unmask", keys: &[key("sequences", 64, 3), key("rows", 32, 5)], prepare: unmask },
+    KernelBench { name: "unmask", reads_weights: false, keys: &[key("sequences", 64, 3), key("rows", 32, 5)], prepare: unmask },
 ];
 
 /// The entry of a name.
@@ -93,7 +124,7 @@ pub(super) fn kernel_bench_named(name: &str) -> Result<&'static KernelBench> {
 impl BenchRequest<'_> {
     /// Refuses names and shapes that are not there, before any machine is opened.
     pub fn check(&self) -> Result<()> {
-        Shape::resolve(kernel_bench_named(self.name)?, self.shape, self.dtype, self.small).map(drop)
+        Shape::resolve(kernel_bench_named(self.name)?, self.shape, self.dtype, self.weights, self.small).map(drop)
     }
 }
 
@@ -255,7 +286,7 @@ fn sample(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         vocab,
         hidden: inputs.noise(rows, k, dtype)?,
         dtype,
-        head: inputs.noise(vocab, k, dtype)?,
+        head: inputs.weights(1, vocab, k, shape)?,
         bias: Some(inputs.noise(1, vocab, DType::F32)?),
         banned: Some(inputs.words(vocab.div_ceil(32), |index, _| u32::from(index == 0))?),
         draws,
@@ -263,13 +294,18 @@ fn sample(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         any_fused: top_p == 1.0,
         any_nucleus: top_p < 1.0,
     };
-    let bytes = (count(rows, k) + count(vocab, k)) * dtype.bytes() as u64;
+    let bytes = count(rows, k) * dtype.bytes() as u64 + weight_bytes(shape, vocab, k);
     let words = rows * (size_of::<SampledRecord>() / 4) as u32;
     Ok(Op::new(bytes, move |context| sample::sample(context, &op)).flop(2 * count(rows, k) * u64::from(vocab)).result(
         sampled,
         u64::from(words),
         DType::F32,
     ))
+}
+
+/// Bytes of an (n, k) weight.
+fn weight_bytes(shape: &Shape, n: u32, k: u32) -> u64 {
+    weight::weight_bytes(shape.dtype, shape.weights, n as usize, k as usize) as u64
 }
 
 /// The head of all rows, of which only the ids remain.
@@ -282,13 +318,13 @@ fn shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         vocab,
         hidden: inputs.noise(rows, k, dtype)?,
         dtype,
-        head: inputs.noise(vocab, k, dtype)?,
+        head: inputs.weights(1, vocab, k, shape)?,
         bias: Some(inputs.noise(1, vocab, DType::F32)?),
         banned: Some(inputs.words(vocab.div_ceil(32), |index, _| u32::from(index == 0))?),
         count: ids,
         ids: inputs.space(rows, ids, DType::F32)?,
     };
-    let bytes = (count(rows, k) + count(vocab, k)) * dtype.bytes() as u64;
+    let bytes = count(rows, k) * dtype.bytes() as u64 + weight_bytes(shape, vocab, k);
     Ok(Op::new(bytes, move |context| shortlist::shortlist(context, &op)).flop(2 * count(rows, k) * u64::from(vocab)))
 }
 
@@ -312,7 +348,7 @@ fn sample_shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         k,
         hidden: inputs.noise(rows, k, dtype)?,
         dtype,
-        head: inputs.noise(vocab, k, dtype)?,
+        head: inputs.weights(1, vocab, k, shape)?,
         bias: Some(inputs.noise(1, vocab, DType::F32)?),
         count: ids,
         ids: inputs.words(small_count(rows, ids)?, |at, random| at % ids * part + random % part)?,
@@ -320,8 +356,10 @@ fn sample_shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         draws,
         sampled,
     };
-    let (bytes, words) =
-        ((count(rows, ids) + u64::from(rows)) * u64::from(k) * dtype.bytes() as u64, rows * (size_of::<SampledRecord>() / 4) as u32);
+    let (bytes, words) = (
+        count(rows, k) * dtype.bytes() as u64 + count(rows, ids) * weight_bytes(shape, 32, k) / 32,
+        rows * (size_of::<SampledRecord>() / 4) as u32,
+    );
     let launch = move |context: &_| shortlist::sample_shortlist(context, &op);
     Ok(Op::new(bytes, launch).flop(2 * count(rows, ids) * u64::from(k)).result(sampled, u64::from(words), DType::F32))
 }
@@ -329,9 +367,9 @@ fn sample_shortlist(inputs: &Inputs, shape: &Shape) -> Result<Op> {
 fn embed(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, width, vocab, dtype) = (shape.get("rows"), shape.get("width"), shape.get("vocab"), shape.dtype);
     let ids = inputs.words(rows, |_, random| random % vocab)?;
-    let (table, out) = (inputs.noise(vocab, width, dtype)?, inputs.space(rows, width, DType::F32)?);
+    let (table, out) = (inputs.weights(1, vocab, width, shape)?, inputs.space(rows, width, DType::F32)?);
     let op = Embed { rows, width, vocab, dtype, ids, index: None, table, positions: None, out };
-    let bytes = count(rows, width) * (dtype.bytes() as u64 + 4);
+    let bytes = 4 * count(rows, width) + u64::from(rows) * weight_bytes(shape, 32, width) / 32;
     Ok(Op::new(bytes, move |context| embed::embed(context, &op)).result(out, count(rows, width), DType::F32))
 }
 
@@ -405,10 +443,10 @@ fn moe(inputs: &Inputs, shape: &Shape) -> Result<Op> {
         ..space
     };
     let used = rows_of.iter().filter(|rows| !rows.is_empty()).count() as u64;
-    let weights = |n: u32, k: u32| inputs.noise(num_experts * n, k, dtype);
+    let weights = |n: u32, k: u32| inputs.weights(num_experts, n, k, shape);
     let (up, down) = (weights(2 * f, c)?, weights(c, f)?);
     let (x, out) = (inputs.noise(rows, c, dtype)?, inputs.space(rows, c, DType::F32)?);
-    let bytes = 3 * used * count(c, f) * dtype.bytes() as u64 + count(rows, c) * (dtype.bytes() as u64 + 8);
+    let bytes = used * (weight_bytes(shape, 2 * f, c) + weight_bytes(shape, c, f)) + count(rows, c) * (dtype.bytes() as u64 + 8);
     let launch = move |context: &_| places.moe(context, x, dtype, up, down, out);
     Ok(Op::new(bytes, launch).flop(6 * count(rows, top_k) * count(c, f)))
 }
@@ -431,11 +469,11 @@ fn gather(inputs: &Inputs, shape: &Shape) -> Result<Op> {
 
 fn linear(inputs: &Inputs, shape: &Shape) -> Result<Op> {
     let (rows, n, k, dtype) = (shape.get("rows"), shape.get("n"), shape.get("k"), shape.dtype);
-    let (x, weight) = (inputs.noise(rows, k, dtype)?, inputs.noise(n, k, dtype)?);
+    let (x, weight) = (inputs.noise(rows, k, dtype)?, inputs.weights(1, n, k, shape)?);
     let bias = Some(inputs.noise(1, n, DType::F32)?);
     let out = inputs.space(rows, n, dtype)?;
     let op = Linear { rows, n, k, dtype, x, weight, bias, epilogue: Epilogue::Store, out, out_dtype: dtype };
-    let bytes = (count(rows, k) + count(n, k) + count(rows, n)) * dtype.bytes() as u64;
+    let bytes = (count(rows, k) + count(rows, n)) * dtype.bytes() as u64 + weight_bytes(shape, n, k);
     let launch = move |context: &_| linear::linear(context, &op);
     Ok(Op::new(bytes, launch).flop(2 * count(rows, n) * u64::from(k)).result(out, count(rows, n), dtype))
 }

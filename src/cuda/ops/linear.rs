@@ -3,9 +3,12 @@
 //! choice may follow the machine.
 #![forbid(unsafe_code)]
 
+use crate::backend::group_blocks::{Bits, COLUMNS};
+use crate::backend::groups::GROUP;
 use crate::backend::{DType, Epilogue};
 use crate::cuda::context::{COUNTERS, CudaContext};
 use crate::cuda::driver::interface::{Address, Build, Launch};
+use crate::cuda::ops::weight::{KINDS, WeightAt, bits_define};
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -13,11 +16,11 @@ use crate::error::Result;
 const K_SEGMENT: u32 = 256;
 
 params! {
-    /// `linear`: entries `linear_f32` and `linear_bf16` by the type of x and weight.
+    /// `linear`: entries `linear_f32` and `linear_bf16` by the type of x.
     LinearParams, 72 bytes {
         /// (rows, k) f32 or bf16.
         x: u64 = 0,
-        /// (n, k), the same type.
+        /// (n, k), the same type or blocks.
         weight: u64 = 8,
         /// (n) f32, or 0 for none.
         bias: u64 = 16,
@@ -45,44 +48,73 @@ pub(in crate::cuda) struct ProductBuild {
     pub(in crate::cuda) threads: u32,
     /// Warps side by side along the columns.
     col_warps: u32,
-    stages: u32,
+    /// Where the weight is of floats, and where it is in groups.
+    floats: Pipeline,
+    groups: Pipeline,
+}
+
+/// How deep a build reads ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::cuda) struct Pipeline {
+    pub(in crate::cuda) stages: u32,
     /// CTAs that one multiprocessor of an A100 or H100 holds, by shared memory and registers.
-    resident: u32,
+    pub(in crate::cuda) resident: u32,
+}
+
+/// A [`Pipeline`].
+pub(in crate::cuda) const fn pipeline(stages: u32, resident: u32) -> Pipeline {
+    Pipeline { stages, resident }
 }
 
 /// By rows. The first three stream the weight: a CTA has most of a segment in flight (8 x 32: 20 of
 /// 20 KiB and 6 CTAs, so that 132 multiprocessors ask for 16 MB at once). The last fills 96 of the
 /// 99 KiB that every machine has.
 pub(in crate::cuda) const TILES: [ProductBuild; 5] = [
-    ProductBuild { rows: 8, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 6 },
-    ProductBuild { rows: 16, cols: 32, threads: 64, col_warps: 2, stages: 5, resident: 5 },
-    ProductBuild { rows: 32, cols: 64, threads: 128, col_warps: 4, stages: 4, resident: 4 },
-    ProductBuild { rows: 64, cols: 64, threads: 128, col_warps: 2, stages: 4, resident: 3 },
-    ProductBuild { rows: 128, cols: 128, threads: 256, col_warps: 2, stages: 3, resident: 1 },
+    ProductBuild { rows: 8, cols: 32, threads: 64, col_warps: 2, floats: pipeline(5, 6), groups: pipeline(8, 6) },
+    ProductBuild { rows: 16, cols: 32, threads: 64, col_warps: 2, floats: pipeline(5, 5), groups: pipeline(8, 5) },
+    ProductBuild { rows: 32, cols: 64, threads: 128, col_warps: 4, floats: pipeline(4, 4), groups: pipeline(6, 4) },
+    ProductBuild { rows: 64, cols: 64, threads: 128, col_warps: 2, floats: pipeline(4, 3), groups: pipeline(4, 3) },
+    ProductBuild { rows: 128, cols: 128, threads: 256, col_warps: 2, floats: pipeline(3, 1), groups: pipeline(3, 1) },
 ];
 
 impl ProductBuild {
-    /// A stage is 128 bytes of K for every row of both operands.
-    pub(in crate::cuda) fn shared_bytes(&self) -> u32 {
-        self.stages * (self.rows + self.cols) * 128
+    fn pipeline(&self, bits: Option<Bits>) -> Pipeline {
+        if bits.is_none() { self.floats } else { self.groups }
     }
 
-    pub(in crate::cuda) fn build(&self) -> Build {
+    /// Dynamic shared memory of a CTA; `dtype` is the type of x.
+    pub(in crate::cuda) fn shared_bytes(&self, dtype: DType, bits: Option<Bits>) -> u32 {
+        product_bytes(dtype, bits, self.rows, self.cols, self.threads / 32 / self.col_warps, self.pipeline(bits).stages)
+    }
+
+    pub(in crate::cuda) fn build(&self, bits: Option<Bits>) -> Build {
         let defines = vec![
+            ("GROUP_BITS", bits_define(bits)),
             ("THREADS", self.threads),
             ("TILE_ROWS", self.rows),
             ("TILE_COLS", self.cols),
             ("TILE_COL_WARPS", self.col_warps),
-            ("TILE_STAGES", self.stages),
-            ("TILE_CTAS", self.resident),
+            ("TILE_STAGES", self.pipeline(bits).stages),
+            ("TILE_CTAS", self.pipeline(bits).resident),
         ];
         Build { stem: "linear", defines }
     }
 }
 
+/// `shared_bytes` of a tile in `kernels/gemm.cuh`: stages of 128 bytes of K for every row of x and
+/// of a weight of floats, or of the blocks of a weight in groups; and the area where the values of
+/// these stand, unless every column belongs to one warp and x is bf16.
+pub(in crate::cuda) fn product_bytes(dtype: DType, bits: Option<Bits>, rows: u32, cols: u32, row_warps: u32, stages: u32) -> u32 {
+    let Some(bits) = bits else { return stages * (rows + cols) * 128 };
+    let blocks = 128 / dtype.bytes() / GROUP * cols as usize / COLUMNS;
+    let stage = (rows * 128 + (blocks * bits.block_words() * size_of::<u32>()) as u32).next_multiple_of(128);
+    let in_registers = dtype == DType::Bf16 && row_warps == 1;
+    stages * stage + if in_registers { 0 } else { cols * 128 }
+}
+
 /// The builds of this kernel.
 pub(in crate::cuda) fn builds() -> Vec<Build> {
-    TILES.iter().map(ProductBuild::build).collect()
+    KINDS.into_iter().flat_map(|bits| TILES.iter().map(move |tile| tile.build(bits))).collect()
 }
 
 /// How one product is cut.
@@ -99,7 +131,7 @@ impl Shape {
         let tiles = rows.div_ceil(tile.rows) * n.div_ceil(tile.cols);
         let segments = k.div_ceil(K_SEGMENT);
         // K is split where it takes more CTAs to fill the machine once, and never beyond that.
-        let wanted = (tile.resident * num_sms / tiles.max(1)).clamp(1, segments.max(1));
+        let wanted = (tile.floats.resident * num_sms / tiles.max(1)).clamp(1, segments.max(1));
         Shape { tile, tiles, segments, segments_per_cta: segments.div_ceil(wanted).max(1) }
     }
 
@@ -116,8 +148,8 @@ impl Shape {
         ctas.div_ceil(u64::from(num_sms.max(1))) * cta * if self.tile.rows < 128 { 7 } else { 5 }
     }
 
-    fn launch(&self) -> Launch {
-        Launch { grid: [self.tiles, self.splits(), 1], block: self.tile.threads, shared_bytes: self.tile.shared_bytes() }
+    fn launch(&self, dtype: DType, bits: Option<Bits>) -> Launch {
+        Launch { grid: [self.tiles, self.splits(), 1], block: self.tile.threads, shared_bytes: self.tile.shared_bytes(dtype, bits) }
     }
 
     fn partial_bytes(&self) -> usize {
@@ -143,10 +175,10 @@ pub struct Linear {
     pub rows: u32,
     pub n: u32,
     pub k: u32,
-    /// Of x and weight.
+    /// Of x, and of a weight of floats.
     pub dtype: DType,
     pub x: Address,
-    pub weight: Address,
+    pub weight: WeightAt,
     /// (n) f32.
     pub bias: Option<Address>,
     pub epilogue: Epilogue,
@@ -181,7 +213,7 @@ pub fn linear_as(context: &CudaContext, op: &Linear, shape: &Shape) -> Result<()
     assert!(!split || shape.tiles as usize <= COUNTERS, "{} counters", shape.tiles);
     let params = LinearParams {
         x,
-        weight,
+        weight: weight.address,
         bias: bias.unwrap_or(0),
         out,
         partials: if split { context.workspace(shape.partial_bytes())? } else { 0 },
@@ -202,7 +234,7 @@ pub fn linear_as(context: &CudaContext, op: &Linear, shape: &Shape) -> Result<()
         DType::F32 => "linear_f32",
         DType::Bf16 => "linear_bf16",
     };
-    context.launch(shape.tile.build(), entry, shape.launch(), &params)
+    context.launch(shape.tile.build(weight.bits), entry, shape.launch(dtype, weight.bits), &params)
 }
 
 #[cfg(test)]
@@ -235,12 +267,14 @@ mod tests {
                 let shape = shape(rows, n, k, SMS);
                 let Shape { tile, tiles, segments, segments_per_cta } = shape;
                 assert!(segments_per_cta * shape.splits() >= segments && segments_per_cta * (shape.splits() - 1) < segments, "{shape:?}");
-                assert!(shape.splits() == 1 || tiles * shape.splits() <= tile.resident * SMS, "{shape:?}");
+                assert!(shape.splits() == 1 || tiles * shape.splits() <= tile.floats.resident * SMS, "{shape:?}");
                 assert!(tiles * tile.rows * tile.cols >= rows * n, "{shape:?}");
-                assert!(shape.launch().shared_bytes + 128 <= 101_376, "{shape:?}");
+                for (dtype, bits) in [DType::F32, DType::Bf16].into_iter().flat_map(|dtype| KINDS.map(|bits| (dtype, bits))) {
+                    assert!(shape.launch(dtype, bits).shared_bytes + 128 <= 101_376, "{shape:?}");
+                }
             }
         }
-        assert!(shape(0, 768, 768, SMS).launch().is_empty());
+        assert!(shape(0, 768, 768, SMS).launch(DType::F32, None).is_empty());
     }
 
     /// Half as many multiprocessors never ask for more splits.

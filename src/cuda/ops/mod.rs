@@ -15,3 +15,4 @@ pub mod sample;
 pub mod select_masked;
 pub mod shortlist;
 pub mod unmask;
+pub mod weight;

@@ -4,22 +4,24 @@
 
 use bytemuck::cast_slice_mut;
 
+use crate::backend::group_blocks::Bits;
 use crate::backend::{DType, ExpertChoice, ExpertShape, RouterScore};
 use crate::cuda::context::{CudaContext, Memory};
 use crate::cuda::driver::interface::{Address, Build, Launch};
 use crate::cuda::ops::gather::Gather;
 use crate::cuda::ops::linear::{ProductBuild, TILES};
 use crate::cuda::ops::route::Route;
+use crate::cuda::ops::weight::{KINDS, WeightAt};
 use crate::cuda::ops::{gather, route};
 use crate::cuda::params::params;
 use crate::error::Result;
 
 params! {
-    /// `moe`: entries `moe_f32` and `moe_bf16` by the type of x and weight.
+    /// `moe`: entries `moe_f32` and `moe_bf16` by the type of x.
     MoeParams, 56 bytes {
         /// (places, k) f32 or bf16.
         x: u64 = 0,
-        /// (experts, n, k), the same type.
+        /// (experts, n, k), the same type or blocks.
         weight: u64 = 8,
         /// (places, n), or (places, n / 2) under SwiGLU; f32 or bf16.
         out: u64 = 16,
@@ -60,8 +62,8 @@ const COMBINE_THREADS: u32 = 256;
 /// Of [`TILES`]: 8, 32, 64 and 128 rows.
 const GROUPED: [usize; 4] = [0, 2, 3, 4];
 
-fn build(tile: &ProductBuild) -> Build {
-    Build { stem: "moe", ..tile.build() }
+fn build(tile: &ProductBuild, bits: Option<Bits>) -> Build {
+    Build { stem: "moe", ..tile.build(bits) }
 }
 
 fn combine_build() -> Build {
@@ -70,7 +72,8 @@ fn combine_build() -> Build {
 
 /// The builds of these kernels.
 pub(in crate::cuda) fn builds() -> Vec<Build> {
-    GROUPED.iter().map(|i| build(&TILES[*i])).chain([combine_build()]).collect()
+    let of = |bits| GROUPED.iter().map(move |i| build(&TILES[*i], bits));
+    KINDS.into_iter().flat_map(of).chain([combine_build()]).collect()
 }
 
 /// Rows of the tiles that there are.
@@ -97,10 +100,10 @@ pub(in crate::cuda) fn tile_rows(shape: ExpertShape, rows: u32) -> u32 {
 pub struct Grouped {
     pub n: u32,
     pub k: u32,
-    /// Of x and weight.
+    /// Of x, and of a weight of floats.
     pub dtype: DType,
     pub x: Address,
-    pub weight: Address,
+    pub weight: WeightAt,
     /// `out (places, n / 2)` is `silu(v[2 j]) v[2 j + 1]`.
     pub swiglu: bool,
     pub out: Address,
@@ -119,13 +122,23 @@ pub fn grouped(context: &CudaContext, op: &Grouped) -> Result<()> {
     let tile = tile_of(tile_rows);
     let ctas = u64::from(max_tiles) * u64::from(n.div_ceil(tile.cols));
     let ctas = u32::try_from(ctas).unwrap_or_else(|_| panic!("{max_tiles} tiles of {n} columns: more than a grid holds"));
-    let params =
-        MoeParams { x, weight, out, tiles, num_tiles, n, k, swiglu: u32::from(swiglu), out_bf16: u32::from(out_dtype == DType::Bf16) };
+    let params = MoeParams {
+        x,
+        weight: weight.address,
+        out,
+        tiles,
+        num_tiles,
+        n,
+        k,
+        swiglu: u32::from(swiglu),
+        out_bf16: u32::from(out_dtype == DType::Bf16),
+    };
     let entry = match dtype {
         DType::F32 => "moe_f32",
         DType::Bf16 => "moe_bf16",
     };
-    context.launch(build(tile), entry, Launch { grid: [ctas, 1, 1], block: tile.threads, shared_bytes: tile.shared_bytes() }, &params)
+    let shared_bytes = tile.shared_bytes(dtype, weight.bits);
+    context.launch(build(tile, weight.bits), entry, Launch { grid: [ctas, 1, 1], block: tile.threads, shared_bytes }, &params)
 }
 
 /// `out (rows, width) += sum over j of weight[t, j] y[place[t, j], :]`.
@@ -213,14 +226,14 @@ impl MoeArrays {
     }
 
     /// See [`crate::backend::Backend::moe`]; `x` is f32 or in the weight dtype.
-    pub fn moe(&self, context: &CudaContext, x: Address, x_dtype: DType, up: Address, down: Address, out: Address) -> Result<()> {
+    pub fn moe(&self, context: &CudaContext, x: Address, x_dtype: DType, up: WeightAt, down: WeightAt, out: Address) -> Result<()> {
         let MoeArrays { dtype, shape, rows, weight, token, place, tiles, num_tiles, input, inner, output, .. } = *self;
         let [top_k, c, f] = [shape.top_k, shape.hidden_dim, shape.expert_dim].map(|size| size as u32);
         let gather = Gather { count: rows * top_k, width: c, rows: Some(token), x, x_dtype, out: input, out_dtype: dtype };
         gather::gather(context, &gather)?;
         let tile_rows = tile_rows(shape, rows);
         let max_tiles = route::max_tiles(shape, rows, tile_rows);
-        let product = |n: u32, k: u32, x: Address, weight: Address, swiglu: bool, out: Address, out_dtype: DType| {
+        let product = |n: u32, k: u32, x: Address, weight: WeightAt, swiglu: bool, out: Address, out_dtype: DType| {
             grouped(context, &Grouped { n, k, dtype, x, weight, swiglu, out, out_dtype, tiles, num_tiles, max_tiles, tile_rows })
         };
         product(2 * f, c, input, up, true, inner, dtype)?;

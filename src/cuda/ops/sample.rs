@@ -8,11 +8,13 @@
 //! samples its own.
 #![forbid(unsafe_code)]
 
+use crate::backend::group_blocks::Bits;
 use crate::backend::{DType, Epilogue};
 use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
 use crate::cuda::ops::linear;
-use crate::cuda::ops::linear::Linear;
+use crate::cuda::ops::linear::{Linear, Pipeline, pipeline};
+use crate::cuda::ops::weight::{KINDS, WeightAt, bits_define};
 use crate::cuda::params::params;
 use crate::error::{Error, Result};
 use crate::sampling::{Draw, SampledToken, TopK, TopKOrder, TopPRule};
@@ -128,12 +130,11 @@ pub fn needs_nucleus(draw: &Draw) -> bool {
 }
 
 params! {
-    /// `sample_tiles`: entries `sample_tiles_f32` and `sample_tiles_bf16` by the type of hidden and
-    /// head.
+    /// `sample_tiles`: entries `sample_tiles_f32` and `sample_tiles_bf16` by the type of hidden.
     SampleTilesParams, 64 bytes {
         /// (rows, k) f32 or bf16.
         hidden: u64 = 0,
-        /// (vocab, k), the same type.
+        /// (vocab, k), the same type or blocks.
         head: u64 = 8,
         /// (vocab) f32, or 0 for none.
         bias: u64 = 16,
@@ -199,35 +200,41 @@ struct TilesBuild {
     threads: u32,
     /// Warps side by side along the ids.
     col_warps: u32,
-    stages: u32,
-    /// CTAs that one multiprocessor should hold.
-    resident: u32,
+    /// Where the head is of floats, and where it is in groups.
+    floats: Pipeline,
+    groups: Pipeline,
 }
 
 /// By rows; up to 64 all rows share one reading of the head. The last fills 96 of the 99 KiB that
 /// every machine has.
 const TILES: [TilesBuild; 5] = [
-    TilesBuild { rows: 8, threads: 128, col_warps: 4, stages: 4, resident: 3 },
-    TilesBuild { rows: 16, threads: 128, col_warps: 4, stages: 4, resident: 3 },
-    TilesBuild { rows: 32, threads: 128, col_warps: 4, stages: 4, resident: 2 },
-    TilesBuild { rows: 64, threads: 256, col_warps: 4, stages: 3, resident: 2 },
-    TilesBuild { rows: 128, threads: 256, col_warps: 2, stages: 3, resident: 1 },
+    TilesBuild { rows: 8, threads: 128, col_warps: 4, floats: pipeline(4, 3), groups: pipeline(6, 3) },
+    TilesBuild { rows: 16, threads: 128, col_warps: 4, floats: pipeline(4, 3), groups: pipeline(6, 3) },
+    TilesBuild { rows: 32, threads: 128, col_warps: 4, floats: pipeline(4, 2), groups: pipeline(6, 2) },
+    TilesBuild { rows: 64, threads: 256, col_warps: 4, floats: pipeline(3, 2), groups: pipeline(4, 1) },
+    TilesBuild { rows: 128, threads: 256, col_warps: 2, floats: pipeline(3, 1), groups: pipeline(3, 1) },
 ];
 
 impl TilesBuild {
-    fn build(&self) -> Build {
+    fn pipeline(&self, bits: Option<Bits>) -> Pipeline {
+        if bits.is_none() { self.floats } else { self.groups }
+    }
+
+    fn build(&self, bits: Option<Bits>) -> Build {
         let defines = vec![
+            ("GROUP_BITS", bits_define(bits)),
             ("THREADS", self.threads),
             ("TILE_ROWS", self.rows),
             ("TILE_COL_WARPS", self.col_warps),
-            ("TILE_STAGES", self.stages),
-            ("TILE_CTAS", self.resident),
+            ("TILE_STAGES", self.pipeline(bits).stages),
+            ("TILE_CTAS", self.pipeline(bits).resident),
         ];
         Build { stem: "sample_tiles", defines }
     }
 
-    fn launch(&self, rows: u32, vocab: u32) -> Launch {
-        let shared_bytes = self.stages * (self.rows + IDS) * 128;
+    fn launch(&self, rows: u32, vocab: u32, dtype: DType, bits: Option<Bits>) -> Launch {
+        let shared_bytes =
+            linear::product_bytes(dtype, bits, self.rows, IDS, self.threads / 32 / self.col_warps, self.pipeline(bits).stages);
         Launch { grid: [rows.div_ceil(self.rows) * vocab.div_ceil(IDS), 1, 1], block: self.threads, shared_bytes }
     }
 }
@@ -237,13 +244,13 @@ fn tile(rows: u32) -> TilesBuild {
     *TILES.iter().find(|tile| rows <= tile.rows).unwrap_or(&TILES[TILES.len() - 1])
 }
 
-fn draw_build() -> Build {
-    Build { stem: "sample_draw", defines: vec![("THREADS", 64), ("MAX_GROUPS", MAX_GROUPS)] }
+fn draw_build(bits: Option<Bits>) -> Build {
+    Build { stem: "sample_draw", defines: vec![("GROUP_BITS", bits_define(bits)), ("THREADS", 64), ("MAX_GROUPS", MAX_GROUPS)] }
 }
 
-/// Five stages of 8 + 32 rows of 128 bytes.
-fn draw_launch(rows: u32) -> Launch {
-    Launch { grid: [rows, 1, 1], block: 64, shared_bytes: 5 * (8 + 32) * 128 }
+/// Five stages of a tile of 8 x 32.
+fn draw_launch(rows: u32, dtype: DType, bits: Option<Bits>) -> Launch {
+    Launch { grid: [rows, 1, 1], block: 64, shared_bytes: linear::product_bytes(dtype, bits, 8, 32, 1, 5) }
 }
 
 fn nucleus_build() -> Build {
@@ -252,7 +259,8 @@ fn nucleus_build() -> Build {
 
 /// The builds of these kernels.
 pub(in crate::cuda) fn builds() -> Vec<Build> {
-    TILES.iter().map(TilesBuild::build).chain([draw_build(), nucleus_build()]).collect()
+    let of = |bits| TILES.iter().map(move |tile| tile.build(bits)).chain([draw_build(bits)]);
+    KINDS.into_iter().flat_map(of).chain([nucleus_build()]).collect()
 }
 
 /// Rows of a chunk: as many as `bytes` hold at `row_bytes` each, in whole tiles of 128 where there
@@ -269,10 +277,10 @@ pub struct SampleOp {
     pub vocab: u32,
     /// (rows, k) of `dtype`.
     pub hidden: Address,
-    /// Of hidden and head.
+    /// Of hidden, and of a head of floats.
     pub dtype: DType,
     /// (vocab, k).
-    pub head: Address,
+    pub head: WeightAt,
     /// (vocab) f32.
     pub bias: Option<Address>,
     /// (vocab) bits, in whole words.
@@ -336,10 +344,11 @@ fn fused(context: &CudaContext, op: &SampleOp, tiles: Address) -> Result<()> {
         DType::Bf16 => ["sample_tiles_bf16", "sample_draw_bf16"],
     };
     let tile = tile(rows);
+    let WeightAt { address: head, bits } = head;
     let params = SampleTilesParams { hidden, head, bias, banned, draws, tiles, rows, vocab, k, padding: 0 };
-    context.launch(tile.build(), tiles_entry, tile.launch(rows, vocab), &params)?;
+    context.launch(tile.build(bits), tiles_entry, tile.launch(rows, vocab, dtype, bits), &params)?;
     let params = SampleDrawParams { hidden, head, bias, banned, draws, tiles, sampled, vocab, k };
-    context.launch(draw_build(), draw_entry, draw_launch(rows), &params)
+    context.launch(draw_build(bits), draw_entry, draw_launch(rows, dtype, bits), &params)
 }
 
 fn nucleus(context: &CudaContext, op: &SampleOp, logits: Address) -> Result<()> {
@@ -361,12 +370,16 @@ mod tests {
             let tile = tile(rows);
             assert_eq!(tile.rows, height, "{rows} rows");
             for vocab in [1, 128, 129, 50_258] {
-                let launch = tile.launch(rows, vocab);
+                let launch = tile.launch(rows, vocab, DType::Bf16, None);
                 assert_eq!(launch.grid, [rows.div_ceil(height) * vocab.div_ceil(128), 1, 1]);
                 assert!(launch.shared_bytes + 1024 <= 101_376 && launch.block == tile.threads, "{launch:?}");
             }
         }
-        assert!(tile(0).launch(0, 50_258).is_empty());
+        for (dtype, bits) in [DType::F32, DType::Bf16].into_iter().flat_map(|dtype| KINDS.map(|bits| (dtype, bits))) {
+            let largest = TILES.iter().map(|tile| tile.launch(1, 1, dtype, bits).shared_bytes).max();
+            assert!(largest.is_some_and(|bytes| bytes + 1024 <= 101_376), "{dtype:?} {bits:?}: {largest:?}");
+        }
+        assert!(tile(0).launch(0, 50_258, DType::F32, None).is_empty());
     }
 
     #[test]
@@ -381,7 +394,7 @@ mod tests {
             vocab: 7,
             hidden: 1000,
             dtype: DType::Bf16,
-            head: 1,
+            head: WeightAt::floats(1),
             bias: None,
             banned: None,
             draws: 0,

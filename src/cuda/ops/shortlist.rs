@@ -5,12 +5,14 @@
 //! [`NO_ID`].
 #![forbid(unsafe_code)]
 
+use crate::backend::group_blocks::Bits;
 use crate::backend::{DType, Epilogue};
 use crate::cuda::context::CudaContext;
 use crate::cuda::driver::interface::{Address, Build, Launch};
 use crate::cuda::ops::linear;
 use crate::cuda::ops::linear::Linear;
 use crate::cuda::ops::sample::{CHUNK_BYTES, chunk_rows};
+use crate::cuda::ops::weight::{KINDS, WeightAt, bits_define};
 use crate::cuda::params::params;
 use crate::error::Result;
 
@@ -38,11 +40,11 @@ params! {
 
 params! {
     /// `sample_shortlist`: entries `sample_shortlist_f32` and `sample_shortlist_bf16` by the type
-    /// of hidden and head.
+    /// of hidden.
     SampleShortlistParams, 64 bytes {
         /// (rows, k) f32 or bf16.
         hidden: u64 = 0,
-        /// (vocab, k), the same type.
+        /// (vocab, k), the same type or blocks.
         head: u64 = 8,
         /// (vocab) f32, or 0 for none.
         bias: u64 = 16,
@@ -63,13 +65,14 @@ fn shortlist_build() -> Build {
     Build { stem: "shortlist", defines: vec![("THREADS", THREADS)] }
 }
 
-fn sample_shortlist_build() -> Build {
-    Build { stem: "sample_shortlist", defines: vec![("THREADS", THREADS), ("MAX_SHORTLIST", MAX_SHORTLIST)] }
+fn sample_shortlist_build(bits: Option<Bits>) -> Build {
+    let defines = vec![("GROUP_BITS", bits_define(bits)), ("THREADS", THREADS), ("MAX_SHORTLIST", MAX_SHORTLIST)];
+    Build { stem: "sample_shortlist", defines }
 }
 
 /// The builds of these kernels.
 pub(in crate::cuda) fn builds() -> Vec<Build> {
-    vec![shortlist_build(), sample_shortlist_build()]
+    [shortlist_build()].into_iter().chain(KINDS.map(sample_shortlist_build)).collect()
 }
 
 /// `ids[r]` = the `count` largest logits of `hidden[r] head^T + bias`.
@@ -79,10 +82,10 @@ pub struct ShortlistOp {
     pub vocab: u32,
     /// (rows, k) of `dtype`.
     pub hidden: Address,
-    /// Of hidden and head.
+    /// Of hidden, and of a head of floats.
     pub dtype: DType,
     /// (vocab, k).
-    pub head: Address,
+    pub head: WeightAt,
     /// (vocab) f32.
     pub bias: Option<Address>,
     /// (vocab) bits, in whole words.
@@ -126,10 +129,10 @@ pub struct SampleShortlistOp {
     pub k: u32,
     /// (rows, k) of `dtype`.
     pub hidden: Address,
-    /// Of hidden and head.
+    /// Of hidden, and of a head of floats.
     pub dtype: DType,
     /// (vocab, k).
-    pub head: Address,
+    pub head: WeightAt,
     /// (vocab) f32.
     pub bias: Option<Address>,
     /// Capacity of a list in ids, at most [`MAX_SHORTLIST`].
@@ -151,6 +154,6 @@ pub fn sample_shortlist(context: &CudaContext, op: &SampleShortlistOp) -> Result
         DType::F32 => "sample_shortlist_f32",
         DType::Bf16 => "sample_shortlist_bf16",
     };
-    let params = SampleShortlistParams { hidden, head, bias: bias.unwrap_or(0), ids, which, draws, sampled, count, k };
-    context.launch(sample_shortlist_build(), entry, Launch::line(rows, THREADS), &params)
+    let params = SampleShortlistParams { hidden, head: head.address, bias: bias.unwrap_or(0), ids, which, draws, sampled, count, k };
+    context.launch(sample_shortlist_build(head.bits), entry, Launch::line(rows, THREADS), &params)
 }
