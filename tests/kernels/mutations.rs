@@ -407,7 +407,7 @@ const BUGS: &[(&str, Check, (&str, &str, &str))] = &[
     ),
     ("tiles beyond the list", moe::holds, ("moe.cu", "if (index >= *p.num_tiles) return;", "")),
     ("rows of the next expert", moe::holds, ("moe.cu", "if (row >= count || col >= p.n) continue;", "if (col >= p.n) continue;")),
-    ("everyone through the first expert", moe::holds, ("moe.cu", "(u64)of.x * p.n * p.k", "(u64)0")),
+    ("everyone through the first expert", moe::holds, ("moe.cu", "(p.weight, of.x, p.n", "(p.weight, 0u, p.n")),
     ("up before gate", moe::holds, ("moe.cu", "silu(v.x) * v.y", "silu(v.y) * v.x")),
     ("a sum that starts from the residual", moe::holds, ("moe_combine.cu", "out[i] += sum;", "out[i] = sum;")),
     ("ties to the higher expert", route::holds, ("route.cu", "b.key == a.key && b.id < a.id", "b.key == a.key && b.id > a.id")),

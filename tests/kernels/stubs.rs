@@ -217,7 +217,10 @@ fn built_code_is_found_again() {
     let _ = std::fs::remove_dir_all(&cache);
     assert_eq!([compiles(&[]), compiles(&[])], [1, 0]);
     let name = entry().file_name().unwrap().to_string_lossy().into_owned();
-    assert!(name.starts_with("embed-THREADS=128-sm_90a-nvrtc13.0-130088aabbccddee-") && name.ends_with(".cubin"), "{name}");
+    assert!(
+        name.starts_with("embed-GROUP_BITS=0-POSITION_BITS=0-THREADS=128-sm_90a-nvrtc13.0-130088aabbccddee-") && name.ends_with(".cubin"),
+        "{name}"
+    );
     // Another device, another compiler.
     assert_eq!([compiles(&[("STUB_CC", "80")]), compiles(&[("STUB_NVRTC", "124"), ("STUB_DRIVER", "12040")])], [1, 1]);
     std::fs::write(entry(), "damaged").unwrap();
@@ -323,7 +326,10 @@ fn a_kernel_built_beforehand_that_is_damaged() {
     has(&without_compiler(&dir, &[]), &["launches: ", &format!("{name} of REDRAFT_KERNELS_DIR is not there, and ")]);
     std::fs::write(&embed, &whole).unwrap();
     let env = [("STUB_FAIL", "ModuleLoadData=209")];
-    has(&without_compiler(&dir, &env), &["launches: ", "cuModuleLoadData of embed-THREADS=128-sm_90a-", "CUDA_ERROR_NO_BINARY_FOR_GPU"]);
+    has(
+        &without_compiler(&dir, &env),
+        &["launches: ", "cuModuleLoadData of embed-GROUP_BITS=0-POSITION_BITS=0-THREADS=128-sm_90a-", "CUDA_ERROR_NO_BINARY_FOR_GPU"],
+    );
     has(&without_compiler(&dir, &[]), &["launches: done"]);
 }
 
@@ -349,7 +355,7 @@ fn what_a_workload_loads_can_be_recorded_and_built() {
     assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 2 * (redraft::cuda::builds().len() + 1));
     // On a GPU as under emulation.
     report("launches", &scratch("cache-log"), &[("REDRAFT_KERNEL_LOG", log.to_str().unwrap())]);
-    assert_eq!(std::fs::read_to_string(&log).unwrap(), format!("{line}\nembed THREADS=128\n"));
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), format!("{line}\nembed GROUP_BITS=0 POSITION_BITS=0 THREADS=128\n"));
 
     std::fs::write(&log, "attention THREADS=128\n").unwrap();
     let (code, _, err) = redraft(&args, Some(&stubs().compiler), &[]);
@@ -435,7 +441,13 @@ fn a_failing_launch_names_the_kernel() {
 fn a_driver_older_than_the_compiler() {
     let env = [("STUB_FAIL", "ModuleLoadData=209"), ("STUB_DRIVER", "12040")];
     let text = report("launches", &scratch("cache-old"), &env);
-    has(&text, &["launches: cuda:0: embed-THREADS=128-sm_90a-nvrtc13.0-", "cannot be loaded: CUDA_ERROR_NO_BINARY_FOR_GPU"]);
+    has(
+        &text,
+        &[
+            "launches: cuda:0: embed-GROUP_BITS=0-POSITION_BITS=0-THREADS=128-sm_90a-nvrtc13.0-",
+            "cannot be loaded: CUDA_ERROR_NO_BINARY_FOR_GPU",
+        ],
+    );
     has(&text, &["the driver speaks CUDA 12.4 and this code is of CUDA 13.0: update the driver to 580 or later, or set REDRAFT_NVRTC_DIR"]);
 }
 

@@ -150,11 +150,11 @@ mod tests {
     fn lines_that_name_no_build() {
         for (line, part) in [
             ("\nattend THREADS=1", "line 2: kernel \"attend\": expected one of attention, embed, "),
-            ("embed", "line 1: embed: expected 1 constants: THREADS"),
-            ("embed THREADS=128 MORE=1", "embed: expected 1 constants: THREADS"),
-            ("embed THREAD=128", "embed: expected THREADS=NUMBER, found \"THREAD=128\""),
-            ("embed THREADS=-1", "expected THREADS=NUMBER"),
-            ("embed THREADS=4294967296", "expected THREADS=NUMBER"),
+            ("gather", "line 1: gather: expected 1 constants: THREADS"),
+            ("gather THREADS=128 MORE=1", "gather: expected 1 constants: THREADS"),
+            ("gather THREAD=128", "gather: expected THREADS=NUMBER, found \"THREAD=128\""),
+            ("gather THREADS=-1", "expected THREADS=NUMBER"),
+            ("gather THREADS=4294967296", "expected THREADS=NUMBER"),
         ] {
             let text = parse_builds(line).unwrap_err().to_string();
             assert!(text.contains(part), "{text}");
