@@ -253,6 +253,16 @@ impl Weights {
         Ok(Some((packed.format, words)))
     }
 
+    /// An error that knows neither file nor tensor, of the weight that is made from the tensors of
+    /// these names; others stay as they are.
+    pub(crate) fn name_in<N: AsRef<str>>(&self, names: &[N], error: Error) -> Error {
+        let Error::Request { what } = error else { return error };
+        let first = names.first().map_or("", AsRef::as_ref);
+        let path = self.tensors.get(first).map_or(&self.source, |entry| &self.shards[entry.shard].path);
+        let more = if names.len() > 1 { format!(" and {} more", names.len() - 1) } else { String::new() };
+        Error::weights(path, format!("tensor {first}{more}: {what}"))
+    }
+
     /// Whether a tensor is a part of a weight that lies packed.
     pub(crate) fn is_in_packed(&self, name: &str) -> bool {
         self.packed.as_ref().is_some_and(|packed| packed.names.contains(name))

@@ -109,14 +109,15 @@ impl<'a, B: Backend> WeightLoader<'a, B> {
     fn pack<N: AsRef<str>>(&self, role: WeightRole, shape: WeightShape, names: &[N], source: &LoaderRows) -> Result<B::Weight> {
         let float = self.backend.dtype().into();
         if let Some((format, words)) = self.weights.packed(names)? {
-            return self.backend.weight_of_words(role.format(Some(format), float), shape, words);
+            let weight = self.backend.weight_of_words(role.format(Some(format), float), shape, words);
+            return weight.map_err(|error| self.weights.name_in(names, error));
         }
         let format = match self.backend.weight_format() {
             // As the file has it, where it is quantised.
             None if role != WeightRole::Router => source.format().unwrap_or(float),
             asked => role.format(asked, float),
         };
-        let weight = self.backend.weight_as(format, shape, source)?;
+        let weight = self.backend.weight_as(format, shape, source).map_err(|error| self.weights.name_in(names, error))?;
         if self.weights.is_observed() {
             let names: Vec<&str> = names.iter().map(AsRef::as_ref).collect();
             match (format.float(), shape, &names[..]) {

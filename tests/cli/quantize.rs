@@ -65,6 +65,38 @@ fn texts_do_not_depend_on_batch_or_threads() {
     }
 }
 
+/// Errors of single weights name file and tensor: a value beyond a group, and words of other sizes
+/// than config.json's.
+#[test]
+fn weights_that_do_not_fit_are_named() {
+    let work = Work::new();
+    let forward = |dir: &str, more: &[&str]| {
+        work.run(&[&["forward", "--tokens", "5,6", "--out", "logits", "--device", "cpu", "--model", dir], more].concat())
+    };
+    std::fs::create_dir(work.path("large")).expect("a directory");
+    for name in ["config.json", "tokenizer.json", "model.safetensors"] {
+        std::fs::copy(std::path::Path::new(&fixture("dream")).join(name), work.path(&format!("large/{name}"))).expect("copied");
+    }
+    let path = work.path("large/model.safetensors");
+    let mut bytes = std::fs::read(&path).expect("weights");
+    let name = "model.layers.0.mlp.down_proj.weight";
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let at = tensors.tensor(name).expect("a tensor").data().as_ptr().addr() - bytes.as_ptr().addr();
+    bytes[at..at + 4].copy_from_slice(&1e8f32.to_le_bytes());
+    std::fs::write(&path, &bytes).expect("written");
+    let large = work.path("large").display().to_string();
+    for format in ["q8", "q4"] {
+        forward(&large, &["--weights", format]).fails(1, &["model.safetensors", name, "magnitude 100000000"]);
+    }
+    let q8 = quantize(&work, &fixture("dream"), "q8", "q8");
+    let config = work.path("q8/config.json");
+    let text = std::fs::read_to_string(&config).expect("a config");
+    let mut value: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    value["intermediate_size"] = (value["intermediate_size"].as_u64().expect("a size") + 32).into();
+    std::fs::write(&config, value.to_string()).expect("written");
+    forward(&q8, &[]).fails(1, &["model.safetensors", "gate_proj.weight and 1 more", "words: expected"]);
+}
+
 #[test]
 fn what_cannot_be_quantised_says_why() {
     let work = Work::new();
