@@ -12,7 +12,7 @@ use std::ops::Range;
 pub enum State {
     /// Given by the user: prompt or infilling context.
     Fixed,
-    /// Holds MASK.
+    /// Holds MASK, or [`crate::plan::NO_MASK`].
     Masked,
     /// Chosen by the model.
     Revealed,

@@ -14,7 +14,7 @@ use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
 use crate::gguf;
 use crate::input_file::{self, MAX_JSON_BYTES};
-use crate::plan::{LogitsRows, Visibility};
+use crate::plan::{LogitsRows, NO_MASK, Visibility};
 use crate::sampling::{valid_temperature, valid_top_p};
 use crate::tokenizer::{self, AddedToken, MASK_SPELLINGS, Tokenizer};
 
@@ -70,7 +70,8 @@ pub enum AttentionMask {
     BlockCausal(usize),
     /// Masked diffusion over the whole sequence.
     Full,
-    /// Autoregressive: row i predicts token i + 1. A judge, not a generator.
+    /// Autoregressive: row i predicts token i + 1. It writes from left to right, one token a
+    /// forward, and judges texts.
     Causal,
 }
 
@@ -150,8 +151,9 @@ pub struct ModelConfig {
     /// sequence is served.
     pub sliding_window: Option<usize>,
     pub attention: AttentionMask,
-    /// Logits are shifted, as in the autoregressive model that the weights were adapted from:
-    /// [`LogitsRows::Before`]. Autoregressive checkpoints do not say so here: scoring knows.
+    /// Logits of a diffusion model are shifted, as in the autoregressive model that its weights
+    /// were adapted from. Those of autoregressive checkpoints always are:
+    /// [`ModelConfig::logits_rows`].
     pub shift: bool,
     /// Width of the conditioning vector whose adaLN modulation is folded at load; `None` without
     /// adaLN.
@@ -190,7 +192,7 @@ pub struct SamplingDefaults {
 impl ModelConfig {
     /// Which row of a forward holds the logits of a position.
     pub fn logits_rows(&self) -> LogitsRows {
-        self.shift.into()
+        (self.shift || self.is_autoregressive()).into()
     }
 
     /// Adds what every family has in common: every id that ends a text, recommended sampling, and
@@ -263,12 +265,14 @@ impl ModelConfig {
         self.bos_id.ok_or_else(|| Error::config(&config_file(&self.dir), what))
     }
 
-    /// The id that hides a token, or the news that this model cannot fill masks.
-    pub fn masking(&self) -> Result<u32> {
-        let what = "this checkpoint is autoregressive, it can score but not generate by diffusion";
-        self.mask_id
-            .filter(|_| self.attention != AttentionMask::Causal)
-            .ok_or_else(|| Error::request(format!("{}: {what}", self.dir.display())))
+    /// Whether the model predicts each token from those before it alone.
+    pub fn is_autoregressive(&self) -> bool {
+        self.attention == AttentionMask::Causal
+    }
+
+    /// What a masked position holds: MASK, or [`NO_MASK`] where there is none.
+    pub fn hidden_id(&self) -> u32 {
+        self.mask_id.unwrap_or(NO_MASK)
     }
 
     /// The experts of a layer, where it has them.

@@ -24,9 +24,10 @@ use crate::model::registry;
 use crate::model::step::StepNetwork;
 use crate::model::{Model, Progress, Scratch};
 use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
+use crate::plan::Visibility;
 use crate::request::{Bos, Mailbox, Message, Output, Prompt, Request, Segment, SubmittedRequest, Timings, stop_at};
 use crate::sampling::{TopKOrder, top_k_of};
-use crate::schedule::{Defaults, Eos, Scope};
+use crate::schedule::{Defaults, Eos, Schedule, Scope, Stage};
 use crate::scheduler::{self, Budget, Need};
 use crate::sequence::{Event, EventKind, Finish, Forwards, Next, Sequence, SequenceSpec, Step, Stop};
 use crate::tokenizer::{self, Tokenizer};
@@ -329,7 +330,7 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Sampling defaults that fit the model: what its directory recommends; block scope for block
-    /// diffusion, canvas scope for full attention.
+    /// diffusion, canvas scope for full attention, blocks of one for autoregressive checkpoints.
     pub fn defaults(config: &ModelConfig) -> Defaults {
         let scope = if config.attention == AttentionMask::Full { Scope::Canvas } else { Scope::Block };
         let general = Defaults::default();
@@ -338,10 +339,35 @@ impl<B: Backend> Engine<B> {
             top_p: config.sampling.top_p.unwrap_or(general.top_p),
             top_k: top_k_of(config.sampling.top_k.unwrap_or(0), TopKOrder::Before),
             scope,
-            // Under full attention a block is only what is sampled together.
-            block_len: if let AttentionMask::BlockCausal(len) = config.attention { len } else { general.block_len },
+            block_len: match config.attention {
+                AttentionMask::BlockCausal(len) => len,
+                AttentionMask::Causal => 1,
+                // A block is only what is sampled together.
+                AttentionMask::Full => general.block_len,
+            },
             ..general
         }
+    }
+
+    /// Refuses schedules that the model cannot follow: an autoregressive one writes blocks of one
+    /// position, each from those before it, and has no MASK to hide one again.
+    ///
+    /// Errors: [`Error::Request`] that names the first such stage, and what was expected.
+    pub fn check_schedule(config: &ModelConfig, schedule: &Schedule) -> Result<()> {
+        let is_sound = |index: usize, stage: &Stage| {
+            index == 0 && stage.visibility() == Visibility::BlockCausal(1) && !stage.is_joint() && stage.edit().is_none()
+        };
+        let mut stages = schedule.stages().iter().enumerate();
+        if config.is_autoregressive()
+            && let Some((index, stage)) = stages.find(|(index, stage)| !is_sound(*index, stage))
+        {
+            return Err(Error::request(format!(
+                "{}: stage {index}: this checkpoint is autoregressive, it writes from left to right, one token a forward: expected one \
+                 stage with block=1,visible=block (preset ar), without edit and sampler, found {stage}",
+                config.dir.display()
+            )));
+        }
+        Ok(())
     }
 
     /// The canvas of a prompt, with the first tokens of [`Bos::Auto`] where it is text.
@@ -361,7 +387,15 @@ impl<B: Backend> Engine<B> {
         };
         let mut canvas = Vec::new();
         if matches!(prompt, Prompt::Text { .. } | Prompt::Infill(_)) {
-            canvas.extend(bos.tokens(config, self.tokenizer()?)?.into_iter().map(Some));
+            let text = match prompt {
+                Prompt::Text { text, .. } => text,
+                Prompt::Infill(segments) => match segments.first() {
+                    Some(Segment::Text(text)) => text,
+                    _ => "",
+                },
+                _ => "",
+            };
+            canvas.extend(bos.before(text, config, self.tokenizer()?)?.into_iter().map(Some));
         }
         match prompt {
             Prompt::Text { text, length } => {
@@ -398,7 +432,6 @@ impl<B: Backend> Engine<B> {
     /// pool has in all.
     pub fn submit(&mut self, request: Request) -> Result<SubmittedRequest> {
         let config = self.config();
-        let mask_id = config.masking()?;
         if let Some(missing) = request.schedule.stages().iter().map(|s| s.weights).find(|w| *w >= self.models.len()) {
             return Err(Error::request(format!(
                 "a stage names weights={missing}, {} models are loaded (counted from 0)",
@@ -417,8 +450,14 @@ impl<B: Backend> Engine<B> {
                 "stage {index}: eos={eos}, but the checkpoint's `eos_token_id` names no token that ends a text"
             )));
         }
+        for loaded in &self.models {
+            Self::check_schedule(loaded.model.config(), &request.schedule)?;
+        }
         let stages_joint = self.check_joint(&request.schedule)?;
         let fixed = self.canvas_after(request.bos, &request.prompt)?;
+        if config.is_autoregressive() {
+            check_continues(&fixed)?;
+        }
         let mut stop = Stop { tokens: Vec::new(), entropy: request.stop.entropy, text: None };
         if !request.stop.ignore_eos {
             stop.tokens.extend(&config.stop_ids);
@@ -442,9 +481,9 @@ impl<B: Backend> Engine<B> {
         }
         let sequence = Sequence::new(SequenceSpec {
             fixed,
-            mask_id,
+            mask_id: config.hidden_id(),
             schedule: request.schedule,
-            shifted: self.models.iter().map(|loaded| loaded.model.config().shift).collect(),
+            shifted: self.models.iter().map(|loaded| loaded.model.config().logits_rows().are_shifted()).collect(),
             seed: request.seed,
             sample: request.sample,
             stop: stop.clone(),
@@ -760,6 +799,21 @@ impl RunningSequence {
             timings: Timings { draft_ms, refine_ms, total_ms: ms(self.admitted, Instant::now()), ..self.timings },
         }
     }
+}
+
+/// What an autoregressive model can continue: given tokens, then positions to generate.
+fn check_continues(fixed: &[Option<u32>]) -> Result<()> {
+    let given = fixed.iter().take_while(|token| token.is_some()).count();
+    if given == 0 && !fixed.is_empty() {
+        let what = "an autoregressive checkpoint predicts each token from those before it: expected a prompt, or BOS before it";
+        return Err(Error::request(what));
+    }
+    if let Some(after) = fixed[given..].iter().position(Option::is_some) {
+        let what =
+            format!("position {} is given after a hole: an autoregressive checkpoint continues a text, it fills no holes", given + after);
+        return Err(Error::request(what));
+    }
+    Ok(())
 }
 
 pub(crate) fn ms(from: Instant, to: Instant) -> f64 {

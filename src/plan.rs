@@ -8,6 +8,11 @@
 //! block b sees blocks <= b).
 #![forbid(unsafe_code)]
 
+/// What a masked position holds where the model has no MASK: outside of every vocabulary, so that
+/// no prompt names it and nothing samples it. Such a model is autoregressive; its forwards compute
+/// given and unmasked positions alone, and [`Plan::push`] asserts it.
+pub const NO_MASK: u32 = u32::MAX;
+
 /// Which keys a query sees inside its sequence, in absolute positions from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Visibility {
@@ -154,6 +159,7 @@ impl Plan {
     pub fn push(&mut self, rows: &[(usize, u32)], pages: &[u32], page_size: usize, visibility: Visibility, len: usize) {
         for &(position, id) in rows {
             assert!(position < len, "row at position {position} of a sequence of {len}");
+            assert_ne!(id, NO_MASK, "a row for the masked position {position} of a model without MASK");
             let page = pages[position / page_size] as usize;
             self.ids.push(id);
             self.positions.push(position as u32);

@@ -39,7 +39,8 @@ pub enum Segment {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Bos {
     /// What the family's own script and the post-processor of its tokenizer put there: BOS for
-    /// BD3-LM and MDLM; for the others what `tokenizer.json` says, which is mostly nothing.
+    /// BD3-LM and MDLM; for the others what `tokenizer.json` says, which is mostly nothing. An
+    /// autoregressive model predicts no first token: where nothing is given, as [`Bos::Yes`].
     #[default]
     Auto,
     /// The checkpoint's BOS, or where it names none, its end of text.
@@ -49,13 +50,15 @@ pub enum Bos {
 }
 
 impl Bos {
-    /// Ids before the first token of a text.
+    /// Ids before `text`, the given beginning of a sequence.
     ///
     /// Errors: a checkpoint that names neither BOS nor end of text, where one is asked for.
-    pub(crate) fn tokens(self, config: &ModelConfig, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    pub(crate) fn before(self, text: &str, config: &ModelConfig, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        let prefix = tokenizer.prefix();
+        let starts_from_nothing = config.is_autoregressive() && text.is_empty() && prefix.is_empty();
         match self {
             Bos::No => Ok(Vec::new()),
-            Bos::Auto if !config.family.begins_with_bos => Ok(tokenizer.prefix().to_vec()),
+            Bos::Auto if !config.family.begins_with_bos && !starts_from_nothing => Ok(prefix.to_vec()),
             Bos::Auto | Bos::Yes => Ok(vec![config.first_id()?]),
         }
     }

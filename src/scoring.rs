@@ -228,7 +228,7 @@ impl<B: Backend> Engine<B> {
     ///
     /// Errors: [`Error::OutOfPages`] for a sequence longer than the pool, and those of the forward.
     pub fn time_forward(&mut self, timed: &TimedForward, runs: usize) -> Result<Timing> {
-        let mask_id = self.config().masking()?;
+        let mask_id = self.timed_id();
         let TimedForward { ref range, sampled, visibility, len, .. } = *timed;
         assert!(range.end <= len && (1..=range.len()).contains(&sampled), "{sampled} rows of {range:?} of {len}");
         let rows: Vec<_> = (0..len).map(|position| (position, mask_id)).collect();
@@ -256,10 +256,15 @@ impl<B: Backend> Engine<B> {
         outcome
     }
 
+    /// What the rows of a timed forward hold: any id that can be embedded.
+    fn timed_id(&self) -> u32 {
+        self.config().mask_id.unwrap_or(0)
+    }
+
     /// The forward as a step, sampled by rules where the runner takes them. What was sampled last
     /// is checked: every sampled row has a token.
     fn time_step(&mut self, timed: &TimedForward, plan: Plan, runs: usize) -> Result<Timing> {
-        let mask_id = self.config().masking()?;
+        let mask_id = self.timed_id();
         let TimedForward { ref range, sampled, len, .. } = *timed;
         let sampling = if self.runner.looks_ahead(&self.backend) {
             let logits = self.config().logits_rows();

@@ -23,7 +23,8 @@
 //! row of a block holds the logits of the next block's first position, and sees nothing of that
 //! block. One forward, the *boundary forward*, writes the finished blocks' final K/V and unmasks
 //! that position; then the block is denoised. [Fast-dLLM v2] It is the commit and the next token of
-//! the autoregressive reading in one.
+//! the autoregressive reading in one. An autoregressive model is decoded by these alone: in blocks
+//! of one position, no other forward is left, and no masked position is ever a row.
 #![forbid(unsafe_code)]
 
 mod forwards;
@@ -40,7 +41,7 @@ pub use report::{ENTROPY_WINDOW, Event, EventKind, Finish, Forwards, StageReport
 
 use crate::canvas::{Canvas, State};
 use crate::error::{Error, Result};
-use crate::plan::{Kind, LogitsRows, Visibility};
+use crate::plan::{Kind, LogitsRows, NO_MASK, Visibility};
 use crate::rng::{self, DrawKey, STAGE_STEP, TIME_STEP, Uniforms};
 use crate::sampling::{self, BlockProgress, Candidate, Draw, GeneratedToken, Rank, RemaskBy, SampledToken, ScoringForwards};
 use crate::schedule::{Edit, Eos, KvPolicy, SamplingParams, Schedule, Stage};
@@ -50,10 +51,11 @@ use crate::schedule::{Edit, Eos, KvPolicy, SamplingParams, Schedule, Stage};
 pub struct SequenceSpec {
     /// The canvas: `Some(token)` fixed, `None` to be generated.
     pub fixed: Vec<Option<u32>>,
+    /// MASK, or [`NO_MASK`] of a model that has none.
     pub mask_id: u32,
     pub schedule: Schedule,
     /// For each model that a stage may name: whether its logits are shifted
-    /// ([`crate::config::ModelConfig::shift`]).
+    /// ([`crate::config::ModelConfig::logits_rows`]).
     pub shifted: Vec<bool>,
     pub seed: u64,
     pub sample: u32,
@@ -311,6 +313,13 @@ impl Sequence {
     pub fn cancel(&mut self) {
         self.pending = None;
         self.cut(self.requested_len);
+        // A caller cannot read what hides a token there. All masks are at the end: nothing given is
+        // cut.
+        if self.spec.mask_id == NO_MASK
+            && let Some(first) = self.canvas.next_masked(0)
+        {
+            self.cut(first);
+        }
         self.finish = Finish::Cancelled;
         self.phase = Phase::Finished;
     }

@@ -401,3 +401,37 @@ fn examples_run() {
         assert!(output.status.success() && output.stdout.len() > 20, "{name}: {output:?}");
     }
 }
+
+/// The judge that ships writes too: its default is one token a forward, every door is the same, and
+/// deltas join to the text.
+#[test]
+fn an_autoregressive_model_writes_and_streams() {
+    let judge = model().with_file_name("redraft-judge");
+    let mut engine = Engine::builder(&judge).device(Device::Cpu).threads(2).open().expect("the judge that ships");
+    let info = engine.model();
+    assert!(info.generates && info.autoregressive && info.block_len.is_none());
+    let whole = engine.generate("Once upon a time", options()).unwrap();
+    assert_eq!(whole.output.stages[0].forwards.denoise, whole.output.tokens.len());
+    assert_eq!(engine.generate("Once upon a time", options().preset("ar")).unwrap().output.tokens, whole.output.tokens);
+    let nll = engine.score(&format!("Once upon a time{}", whole.text)).unwrap();
+    assert!(nll.iter().sum::<f64>() / (nll.len() as f64) < 4.0, "a text of its own is likely: {nll:?}");
+    assert!(!engine.generate("", options()).unwrap().text.is_empty(), "a text from nothing");
+    for (prompt, options) in [
+        (Prompt::from("One day"), options().preset("did")),
+        (Prompt::infill("One [____:4] day.").unwrap(), Options::default()),
+        (Prompt::refine("One day", "a dog sat."), Options::default()),
+    ] {
+        assert!(matches!(engine.generate(prompt, options), Err(Error::Request { .. })));
+    }
+
+    let thread = engine.spawn();
+    let (mut text, mut deltas) = (String::new(), 0);
+    for event in thread.submit("Once upon a time", options()).unwrap().into_text() {
+        if let TextEvent::Delta(delta) = event {
+            text += &delta;
+            deltas += 1;
+        }
+    }
+    assert_eq!(text, whole.text);
+    assert!(deltas > 1, "{deltas} pieces of 24 tokens");
+}

@@ -474,8 +474,8 @@ fn mistakes_are_named_before_anything_runs() {
     }
     work.write("rows.jsonl", "{\"name\":\"a\",\"preset\":\"draft\",\"model\":\"nowhere\"}\n");
     with(&["--rows", "rows.jsonl"]).fails(1, &["nowhere", "no such model directory"]);
-    work.write("rows.jsonl", "{\"name\":\"a\",\"preset\":\"draft\",\"model\":\"judge\"}\n");
-    with(&["--rows", "rows.jsonl"]).fails(1, &["judge", "autoregressive"]);
+    work.write("rows.jsonl", "{\"name\":\"a\",\"preset\":\"did\",\"model\":\"judge\"}\n");
+    with(&["--rows", "rows.jsonl"]).fails(2, &["judge", "autoregressive"]);
 
     let quality = |args: &[&str]| work.run(&[&["bench", "--quality"], &tiny[..], args].concat());
     quality(&["--judge", "nowhere"]).fails(1, &["nowhere", "no such model directory"]);

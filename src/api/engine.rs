@@ -32,8 +32,11 @@ pub struct ModelInfo {
     pub trained_length: usize,
     /// Block length of a block diffusion model; `None` where attention is full or causal.
     pub block_len: Option<usize>,
-    /// Whether it fills masks. An autoregressive model scores text alone.
+    /// Whether it generates text: all that load do.
     pub generates: bool,
+    /// Whether it predicts each token from those before it alone: it continues a text, one token a
+    /// forward, and cannot fill holes or refine.
+    pub autoregressive: bool,
     /// What its directory says that was not followed, and why.
     pub warnings: Vec<String>,
 }
@@ -174,7 +177,8 @@ impl Engine {
                 AttentionMask::BlockCausal(block_len) => Some(block_len),
                 AttentionMask::Full | AttentionMask::Causal => None,
             },
-            generates: config.attention != AttentionMask::Causal,
+            generates: true,
+            autoregressive: config.is_autoregressive(),
             warnings: config.warnings.clone(),
         }
     }
@@ -210,7 +214,7 @@ impl Engine {
     /// end of text, where one is asked for.
     pub fn encode_text(&self, text: &str, bos: Bos) -> Result<Vec<u32>> {
         let tokenizer = self.tokenizer()?;
-        Ok([bos.tokens(self.config(), tokenizer)?, tokenizer.encode(text)?].concat())
+        Ok([bos.before(text, self.config(), tokenizer)?, tokenizer.encode(text)?].concat())
     }
 
     /// Ids of a conversation, as the chat template of the model's directory renders it.
@@ -224,7 +228,7 @@ impl Engine {
     /// Resolves a prompt and its options against the model.
     fn request(&self, prompt: Prompt, options: Options) -> Result<(Request, Asked)> {
         let config = self.config();
-        let schedule = options.resolve(&options.defaults(config)?)?;
+        let schedule = options.resolve(config)?;
         let infills = matches!(prompt, Prompt::Infill(_) | Prompt::Canvas(_));
         let mut draft = Vec::new();
         let length = |fixed: usize| options.length.unwrap_or_else(|| default_length(config, fixed));

@@ -10,8 +10,11 @@ use crate::request::{Bos, Segment, parse_infill};
 use crate::sampling::{TopKOrder, TopPRule, top_k_of, valid_temperature, valid_top_p};
 use crate::schedule::{Defaults, Schedule, StageSpec};
 
-/// Schedule of requests that name none.
-pub(crate) const DEFAULT_PRESET: &str = "did-lift";
+/// Schedule of requests that name none: what an autoregressive checkpoint can follow, or the one
+/// that the evidence is for.
+pub(crate) fn default_preset(config: &ModelConfig) -> &'static str {
+    if config.is_autoregressive() { "ar" } else { "did-lift" }
+}
 
 /// Tokens that are generated where a request names no length and the model serves as many.
 pub(crate) const DEFAULT_LENGTH: usize = 192;
@@ -95,8 +98,8 @@ impl From<Vec<Message>> for Prompt {
     }
 }
 
-/// How the text is made. [`Options::default`] is the preset `did-lift` with what the model's
-/// directory recommends.
+/// How the text is made. [`Options::default`] is the preset `did-lift`, or `ar` for an
+/// autoregressive checkpoint, with what the model's directory recommends.
 ///
 /// ```
 /// use redraft::Options;
@@ -259,12 +262,13 @@ impl Options {
         Ok(defaults)
     }
 
-    /// The schedule under `defaults`.
-    pub(crate) fn resolve(&self, defaults: &Defaults) -> Result<Schedule> {
+    /// The schedule for a model.
+    pub(crate) fn resolve(&self, config: &ModelConfig) -> Result<Schedule> {
+        let defaults = self.defaults(config)?;
         match &self.schedule {
-            None => Schedule::preset(DEFAULT_PRESET, defaults),
-            Some(Stages::Preset(name)) => Schedule::preset(name, defaults),
-            Some(Stages::Specs(specs)) => Schedule::resolve(specs, defaults),
+            None => Schedule::preset(default_preset(config), &defaults),
+            Some(Stages::Preset(name)) => Schedule::preset(name, &defaults),
+            Some(Stages::Specs(specs)) => Schedule::resolve(specs, &defaults),
             Some(Stages::Resolved(schedule)) => Ok(schedule.clone()),
         }
     }

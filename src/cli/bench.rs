@@ -33,7 +33,7 @@ use crate::request::{Output, Prompt, Request};
 use crate::schedule::Schedule;
 use crate::scoring::{TimedForward, Timing};
 
-/// What is measured without `--preset` and `--stage`.
+/// What is measured without `--preset` and `--stage`, where the model fills masks.
 const DEFAULT_PRESETS: [&str; 3] = ["draft", "did", "did-fast"];
 
 /// One measured configuration.
@@ -120,9 +120,6 @@ pub(super) fn run(mut flags: BenchFlags) -> Result<()> {
     if let [_, second, ..] = &flags.model[..] {
         return Err(Error::request(format!("--model {}: more than one model goes with --quality only", second.display())));
     }
-    if flags.preset.is_empty() && !flags.no_schedules {
-        flags.preset = DEFAULT_PRESETS.map(String::from).to_vec();
-    }
     if flags.batch.is_empty() {
         flags.batch = vec![1];
     }
@@ -133,7 +130,10 @@ pub(super) fn run(mut flags: BenchFlags) -> Result<()> {
             (dir.display().to_string(), registry::read_config(&dir)?)
         }
     };
-    config.masking()?;
+    if flags.preset.is_empty() && !flags.no_schedules {
+        let presets = if config.is_autoregressive() { &["ar"][..] } else { &DEFAULT_PRESETS };
+        flags.preset = presets.iter().map(|name| name.to_string()).collect();
+    }
     let lengths = if flags.length.is_empty() { vec![(config.model_length - 1) as u32] } else { flags.length.clone() };
     let longest_forward = flags.forward.iter().map(|forward| forward.len()).max();
     let longest_text = *lengths.iter().max().expect("not empty") as usize + 1;
@@ -148,6 +148,7 @@ pub(super) fn run(mut flags: BenchFlags) -> Result<()> {
     } else {
         vec![("stages".into(), Schedule::resolve(&flags.stage, &defaults)?)]
     };
+    schedules.iter().try_for_each(|(_, schedule)| Engine::<Cpu>::check_schedule(&config, schedule))?;
     config.check_len(longest)?;
     // A last block that is decoded to its end needs pages for all of it.
     let longest = schedules.iter().map(|(_, schedule)| decoded_len(schedule, longest_text)).fold(longest, usize::max);

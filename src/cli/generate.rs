@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 
 use crate::api::device::on_backend;
 use crate::api::json;
-use crate::api::options::{DEFAULT_PRESET, default_length};
+use crate::api::options::{default_length, default_preset};
 use crate::backend::Backend;
 use crate::chat::{ChatTemplate, Conversation, Message};
 use crate::cli::device::{DeviceFlags, decoded_len, note_length};
@@ -64,10 +64,11 @@ pub(super) struct GenerateFlags {
     /// Tokens to generate
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     length: Option<usize>,
-    /// draft, did, did-fast, did-lift, did-joint, global, semi-ar, three, or a published sampler:
-    /// llada, dream, sdar, llada2, llada21, fast-dllm-v1, fast-dllm-v2
-    #[arg(long, default_value = DEFAULT_PRESET, conflicts_with = "stage")]
-    preset: String,
+    /// draft, did, did-fast, did-lift, did-joint, ar, global, semi-ar, three, or a published
+    /// sampler: llada, dream, sdar, llada2, llada21, fast-dllm-v1, fast-dllm-v2 [default: did-lift,
+    /// or ar for an autoregressive checkpoint]
+    #[arg(long, conflicts_with = "stage")]
+    preset: Option<String>,
     /// A stage, e.g. block=4,unmask=uniform:1 then
     /// block=full,remask=0.35,by=snapshot,unmask=linear:12,order=uniform,kv=exact
     #[arg(long, value_name = "KEY=VAL,...")]
@@ -210,7 +211,11 @@ impl GenerateFlags {
         let bos = Bos::from(self.bos);
         if let Some(text) = &self.infill {
             let segments = parse_infill(text)?;
-            let mut len = bos.tokens(config, tokenizer)?.len();
+            let begins = match segments.first() {
+                Some(Segment::Text(text)) => text,
+                _ => "",
+            };
+            let mut len = bos.before(begins, config, tokenizer)?.len();
             for segment in &segments {
                 len = len.saturating_add(match segment {
                     Segment::Text(text) => tokenizer.encode(text)?.len(),
@@ -226,7 +231,7 @@ impl GenerateFlags {
         };
         let fixed = match &chat {
             Some(tokens) => tokens.len(),
-            None => bos.tokens(config, tokenizer)?.len() + tokenizer.encode(&text)?.len(),
+            None => bos.before(&text, config, tokenizer)?.len() + tokenizer.encode(&text)?.len(),
         };
         let length = self.length.unwrap_or_else(|| default_length(config, fixed));
         let prompt = match chat {
@@ -257,10 +262,14 @@ impl GenerateFlags {
 pub(super) fn run(flags: GenerateFlags) -> Result<()> {
     let dir = model_dir(flags.model.first().map(PathBuf::as_path))?;
     let config = registry::read_config(&dir)?;
-    config.masking()?;
     let defaults = defaults(&config, flags.temperature, flags.top_p, flags.top_p_rule, flags.top_k)?;
-    let schedule =
-        if flags.stage.is_empty() { Schedule::preset(&flags.preset, &defaults)? } else { Schedule::resolve(&flags.stage, &defaults)? };
+    let schedule = if flags.stage.is_empty() {
+        Schedule::preset(flags.preset.as_deref().unwrap_or_else(|| default_preset(&config)), &defaults)?
+    } else {
+        Schedule::resolve(&flags.stage, &defaults)?
+    };
+    // Said before anything is loaded.
+    Engine::<Cpu>::check_schedule(&config, &schedule)?;
     if flags.stop_entropy.is_some_and(|h| !h.is_finite() || h < 0.0) {
         return Err(Error::request("--stop-entropy: expected a finite number of nats, at least 0"));
     }

@@ -104,14 +104,11 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
         AttentionMask::BlockCausal(block_len) if config.guessed_block_len => format!("block-causal, block length {block_len} (a guess)"),
         AttentionMask::BlockCausal(block_len) => format!("block-causal, published block length {block_len}"),
         AttentionMask::Full => "full".into(),
-        AttentionMask::Causal => "causal (a judge for `score`; cannot generate)".into(),
+        AttentionMask::Causal => "causal: generates left to right, one token a forward (`--preset ar`); a judge for `score`".into(),
     };
     let warnings: Vec<String> = config.warnings.iter().map(|warning| Shown::line(warning).to_string()).collect();
     let mut unsupported: Vec<String> = problems.iter().map(ToString::to_string).collect();
     unsupported.extend(tokenizer.as_ref().err().map(ToString::to_string));
-    if config.attention == AttentionMask::Causal {
-        unsupported.push("generate: the checkpoint is autoregressive".into());
-    }
     let kv = |bytes| config.kv_bytes_per_token(bytes);
     let parameters = weights.num_elements();
     let rope = match config.rope.scaling {

@@ -74,9 +74,8 @@ pub(super) struct ServeFlags {
 
 pub(super) fn run(flags: ServeFlags) -> Result<()> {
     let dir = model_dir(flags.model.first().map(PathBuf::as_path))?;
-    let config = registry::read_config(&dir)?;
-    // An autoregressive model does not generate here: said before anything is loaded.
-    config.masking()?;
+    // A directory that holds no model is told before the server starts.
+    registry::read_config(&dir)?;
     if flags.api_key.iter().any(|key| key.trim().is_empty()) {
         return Err(Error::request("--api-key: expected a key, found an empty one"));
     }

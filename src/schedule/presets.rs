@@ -28,7 +28,7 @@ pub struct Preset {
 const DRAFT: &str = "block=trained,unmask=uniform:1";
 
 /// Every preset.
-pub static PRESETS: [Preset; 15] = [
+pub static PRESETS: [Preset; 16] = [
     Preset { name: "draft", stages: &[DRAFT], doc: "a draft alone: blocks of the trained length, one token a forward (BD3-LM)" },
     Preset {
         name: "did",
@@ -62,6 +62,11 @@ pub static PRESETS: [Preset; 15] = [
             "block=full,remask=0.2,by=snapshot,unmask=linear:12,order=uniform",
         ],
         doc: "a draft refined twice, by blocks of 64 and by the whole text",
+    },
+    Preset {
+        name: "ar",
+        stages: &["block=1,visible=block,unmask=left:1"],
+        doc: "autoregression: each token from those before it, one a forward; what autoregressive checkpoints follow, and their default",
     },
     Preset { name: "global", stages: &["block=full,unmask=uniform:1"], doc: "plain masked diffusion, one token a forward (MDLM)" },
     Preset {

@@ -318,13 +318,36 @@ fn exit_codes() {
 }
 
 #[test]
-fn an_autoregressive_checkpoint_judges_and_does_not_generate() {
+fn an_autoregressive_checkpoint_generates_and_judges() {
     let work = Work::new();
     for name in ["bd3lm-ar", "qwen2", "qwen3", "llama"] {
         let judge = fixture(name);
-        let refused = ["autoregressive, it can score but not generate by diffusion", name];
-        work.run(&["generate", "--model", &judge, "--length", "4"]).fails(2, &refused);
-        work.run(&["bench", "--model", &judge]).fails(2, &refused);
+        let generate = |more: &[&str]| work.run(&[&["generate", "--model", &judge, "--length", "9", "--ignore-eos"], more].concat());
+        let json = |more: &[&str]| generate(&[more, &["--format", "json"]].concat()).json().remove(0);
+        let (nothing, after) = (json(&["--trace", "trace"]), json(&["--prompt", "the end", "--temperature", "0"]));
+        assert_eq!(nothing["prompt_tokens"], 1, "{name}: BOS");
+        for object in [&nothing, &after] {
+            assert_eq!(object["tokens"].as_array().expect("ids").len(), 9, "{name}");
+            let forwards = &object["stages"][0]["forwards"];
+            assert_eq!((&forwards["denoise"], &forwards["prefill"]), (&9.into(), &1.into()), "{name}: {forwards}");
+            assert_eq!((&object["stages"][0]["block_len"], &object["stages"][0]["nfe"]), (&1.into(), &9.into()), "{name}");
+        }
+        let trace = std::fs::read_to_string(work.path("trace")).expect("a trace");
+        assert_eq!(trace.lines().filter(|line| line.contains("\"reveal\"")).count(), 9, "{name}");
+        assert_eq!(json(&["--prompt", "the end", "--temperature", "0", "--preset", "ar"])["tokens"], after["tokens"], "{name}");
+
+        let one = ["autoregressive", "block=1,visible=block", "preset ar", name];
+        generate(&["--preset", "did-lift"]).fails(2, &one);
+        generate(&["--stage", "block=4"]).fails(2, &one);
+        generate(&["--stage", "block=1,visible=canvas"]).fails(2, &one);
+        generate(&["--bos", "no"]).fails(2, &["expected a prompt, or BOS"]);
+        work.run(&["generate", "--model", &judge, "--infill", "a [____:2] b"]).fails(2, &["fills no holes"]);
+        let bench = work.run(&["bench", "--model", &judge, "--length", "8", "--runs", "1", "--format", "json"]).json().remove(0);
+        assert_eq!((&bench["rows"][0]["schedule"], bench["rows"].as_array().map(Vec::len)), (&"ar".into(), Some(1)), "{bench}");
+        work.run(&["bench", "--model", &judge, "--preset", "did"]).fails(2, &one);
+        let inspect = work.run(&["inspect", &judge, "--format", "json"]).json().remove(0);
+        assert!(inspect["attention"].as_str().expect("a text").contains("generates left to right"), "{inspect}");
+        assert_eq!(inspect["unsupported"], serde_json::json!([]), "{name}");
         work.feed(&["score", "--model", &judge, "--visibility", "block:4"], "a").fails(2, &["--visibility", "causal"]);
         // Logits under causal visibility: what follows changes nothing.
         let forward = |tokens: &str| {
@@ -472,7 +495,9 @@ fn a_gguf_file_is_a_model() {
     }
     assert_eq!(object["gguf"]["architecture"], "llama");
     assert_eq!(object["family"], "llama");
-    work.run(&["generate", "--model", &file("llama-q8_0.gguf"), "--prompt", "the"]).fails(2, &["llama-q8_0.gguf", "autoregressive"]);
+    let generate = |more: &[&str]| work.run(&[&["generate", "--model", &file("llama-q8_0.gguf"), "--prompt", "the"], more].concat());
+    assert!(!generate(&["--length", "8", "--ignore-eos"]).ok().is_empty());
+    generate(&["--preset", "did"]).fails(2, &["llama-q8_0.gguf", "autoregressive"]);
 }
 
 #[test]
@@ -539,7 +564,9 @@ fn inspect_says_what_a_directory_holds() {
         }
         let unsupported = object["unsupported"].as_array().expect("a list");
         assert_eq!(object["shift"], ["Dream", "Fast_dLLM_Qwen", "rnd1"].contains(&kind), "{dir}");
-        assert_eq!(unsupported.is_empty(), (!plain || adapted) && !dir.ends_with("bd3lm-ar") && kind != "gpt2", "{dir}: {unsupported:?}");
+        assert!(unsupported.is_empty(), "{dir}: {unsupported:?}");
+        let is_causal = plain && !adapted || dir.ends_with("bd3lm-ar") || kind == "gpt2";
+        assert_eq!(object["attention"].as_str().map(|text| text.starts_with("causal:")), Some(is_causal), "{dir}");
         let table = work.run(&["inspect", &dir]).ok();
         assert!(table.contains("family") && table.contains("K/V per token"), "{dir}: {table}");
     }

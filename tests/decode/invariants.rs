@@ -162,7 +162,7 @@ fn impossible_requests_name_their_mistake() {
     assert!(!engine.is_busy(), "nothing was queued");
 
     let mut judge = crate::support::engine(&fixture().with_file_name("bd3lm-ar"));
-    let error = judge.submit(request(&[1], 4, &draft, 0, 0)).err().expect("an autoregressive checkpoint").to_string();
+    let error = judge.submit(request(&[1], 4, &preset("did"), 0, 0)).err().expect("an autoregressive checkpoint").to_string();
     assert!(error.contains("autoregressive"), "{error}");
     for options in [
         EngineOptions { page_size: 0, ..options() },

@@ -2,6 +2,7 @@
 //! cannot hide, and the engine over real checkpoints, where a result must depend on the request
 //! alone and every forward and row is accounted for.
 
+mod autoregressive;
 mod counts;
 mod ends;
 mod failing;

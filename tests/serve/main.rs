@@ -432,3 +432,17 @@ fn flags_that_are_wrong() {
         assert!(!output.status.success() && text.contains(word), "{flags:?}: {text}");
     }
 }
+
+/// The judge that ships is autoregressive: it serves completions, and says what it cannot do.
+#[test]
+fn an_autoregressive_model_is_served() {
+    let server = Server::of(&model().with_file_name("redraft-judge"), &[]);
+    let body = json!({ "prompt": "Once upon a time", "max_tokens": 20, "seed": 3, "logprobs": 0, "return_token_ids": true });
+    let answer = server.complete(body.clone());
+    let choice = &answer["choices"][0];
+    assert!(choice["text"].as_str().is_some_and(|text| !text.is_empty()), "{answer}");
+    assert_eq!(joined(&choice["logprobs"]["tokens"]), choice["text"].as_str().unwrap());
+    assert_eq!(server.complete(body)["choices"][0]["token_ids"], choice["token_ids"], "one seed, one text");
+    let (status, error) = server.post("/v1/completions", &json!({ "prompt": "One day", "max_tokens": 8, "schedule": "did" }));
+    assert!(status == 400 && error.to_string().contains("autoregressive"), "{status}: {error}");
+}

@@ -136,7 +136,8 @@ redraft_status redraft_engine_open(const char *dir,
 redraft_status redraft_engine_close(redraft_engine *engine);
 
 // What the model is: a JSON object with `architecture`, `vocab_size`, `max_length`,
-// `trained_length`, `block_len`, `generates`, `warnings`. `redraft_free` frees it.
+// `trained_length`, `block_len`, `generates`, `autoregressive`, `warnings`. `redraft_free` frees
+// it.
 redraft_status redraft_model_info(const redraft_engine *engine, char **json);
 
 // What is in flight and what was done, after the last forward: a JSON object. Never waits for the

@@ -75,7 +75,8 @@ pub unsafe extern "C" fn redraft_engine_close(engine: *mut Engine) -> Status {
 }
 
 /// What the model is: a JSON object with `architecture`, `vocab_size`, `max_length`,
-/// `trained_length`, `block_len`, `generates`, `warnings`. `redraft_free` frees it.
+/// `trained_length`, `block_len`, `generates`, `autoregressive`, `warnings`. `redraft_free` frees
+/// it.
 ///
 /// # Safety
 ///

@@ -7,7 +7,9 @@ use serde::Deserialize;
 
 use crate::cli::files::read_text;
 use crate::cli::generate;
-use crate::config::{AttentionMask, ModelConfig, config_file};
+use crate::config::ModelConfig;
+use crate::cpu::Cpu;
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::model::registry;
 use crate::schedule::{Schedule, StageSpec};
@@ -60,7 +62,6 @@ const HEADLINE_RATIO: f64 = 0.35;
 
 impl Rows {
     pub(super) fn new(model: ModelConfig, num_weights: usize, sampling: RowSampling) -> Result<Rows> {
-        check_generates(&model)?;
         Ok(Rows { models: vec![model], rows: Vec::new(), num_weights: num_weights.max(1), sampling })
     }
 
@@ -133,6 +134,7 @@ impl Rows {
             let known = self.num_weights;
             return Err(Error::request(format!("a stage names weights={missing}, {known} models are given with --model (counted from 0)")));
         }
+        Engine::<Cpu>::check_schedule(&self.models[model], &schedule)?;
         self.rows.push(EvalRow { name: name.into(), model, schedule, seed });
         Ok(())
     }
@@ -143,16 +145,7 @@ impl Rows {
             return Ok(known);
         }
         let config = registry::read_config(dir)?;
-        check_generates(&config)?;
         self.models.push(config);
         Ok(self.models.len() - 1)
     }
-}
-
-fn check_generates(config: &ModelConfig) -> Result<()> {
-    if config.attention == AttentionMask::Causal {
-        let what = "this checkpoint is autoregressive: it scores text (--judge), it cannot generate by diffusion";
-        return Err(Error::config(&config_file(&config.dir), what));
-    }
-    Ok(())
 }
