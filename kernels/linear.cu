@@ -1,5 +1,5 @@
-// linear: out (rows, n) <- epilogue(x (rows, k) weight (n, k)^T + bias), x and weight of one type, or
-// the weight in groups of GROUP_BITS; sums in f32 in the order of `gemm.cuh`.
+// linear: out (rows, n) <- epilogue(x (rows, k) weight (n, k)^T + bias), x and weight of one type,
+// or the weight in groups of GROUP_BITS; sums in f32 in the order of `gemm.cuh`.
 //
 // Layout: CTA x computes one tile of TILE_ROWS x TILE_COLS (eight row tiles share the columns that
 // are in L2 before the next columns come);

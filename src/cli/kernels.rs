@@ -60,8 +60,8 @@ pub(super) struct RunFlags {
     #[arg(required_unless_present = "list")]
     name: Option<String>,
     /// Kernels to run one after the other in this process, a line each: NAME [KEY=VAL,...]
-    /// [dtype=bf16|f32] [weights=q8|q4]; - is stdin. Prints one JSON object a line, with "error" where a kernel
-    /// failed
+    /// [dtype=bf16|f32] [weights=q8|q4]; - is stdin. Prints one JSON object a line, with "error"
+    /// where a kernel failed
     #[arg(long, value_name = "FILE", conflicts_with_all = ["name", "shape", "format"])]
     list: Option<PathBuf>,
     /// Numbers of the shape, where the defaults do not fit

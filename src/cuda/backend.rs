@@ -1,9 +1,9 @@
 //! The CUDA backend: checks the contract of each op, then hands it to the launcher of the same
 //! name. Which machine runs the launches, a GPU or the emulation, is the driver's business.
 //!
-//! Weights of floats lie row-major as in the checkpoint, those in groups in blocks. The residual stream and fused QKV rows are f32; what
-//! only products read (normed rows, attention output, MLP) is in the weight dtype. K/V:
-//! `[layer][page][kv head][offset][head_dim]`, keys and values apart.
+//! Weights of floats lie row-major as in the checkpoint, those in groups in blocks. The residual
+//! stream and fused QKV rows are f32; what only products read (normed rows, attention output, MLP)
+//! is in the weight dtype. K/V: `[layer][page][kv head][offset][head_dim]`, keys and values apart.
 #![forbid(unsafe_code)]
 
 use std::cell::RefCell;

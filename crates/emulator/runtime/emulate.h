@@ -178,7 +178,8 @@ static inline unsigned short bf16_from_f32(float value) {
     return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 static inline float f32_from_f16(unsigned short bits) {
-    // The exponent's bias is 112 smaller; infinity and NaN keep theirs, and only they are that large.
+    // The exponent's bias is 112 smaller; infinity and NaN keep theirs, and only they are that
+    // large.
     const unsigned magnitude = (bits & 0x7fffu) << 13;
     const float value = magnitude < 0x7c00u << 13 ? __uint_as_float(magnitude) * 0x1p112f : __uint_as_float(magnitude | 0x7f800000u);
     return bits & 0x8000u ? -value : value;
