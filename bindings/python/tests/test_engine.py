@@ -203,7 +203,9 @@ def test_threads_share_an_engine(engine: redraft.Engine) -> None:
 def test_ctrl_c_ends_a_wait(model: Path) -> None:
     program = textwrap.dedent(
         """
-        import sys, time, redraft
+        import signal, sys, time, redraft
+        # What a shell starts in the background ignores the signal, and its children too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         engine = redraft.Engine(sys.argv[1], device="cpu", threads=1)
         engine.generate("One day", length=4)
         print("ready", flush=True)
