@@ -1,7 +1,8 @@
 //! Matrix products with weights packed once: `out (rows, n) <- epilogue(x (rows, k) W^T + bias)`.
 //!
 //! `float` has the products with weights of f32 or bf16, `quantised` those with weights in groups
-//! of 8 or 4 bits, `epilogue` what follows both, `cuts` how rows of several weights are shared out.
+//! of 8 or 4 bits, `epilogue` what follows both, `cuts` how rows of several weights are shared out,
+//! `residence` whether weights come from L3 or from memory.
 //! In either the result of a row does not depend on its neighbours.
 #![forbid(unsafe_code)]
 
@@ -9,6 +10,7 @@ mod cuts;
 mod epilogue;
 mod float;
 mod quantised;
+mod residence;
 
 use crate::backend::{DType, Epilogue, RowSource, WeightFormat};
 use crate::cpu::context::CpuContext;
@@ -50,8 +52,8 @@ impl Packed {
     /// Takes words that lie ready.
     ///
     /// Errors: words of another weight.
-    pub fn of_words(format: WeightFormat, n: usize, k: usize, words: PackedWords) -> Result<Packed> {
-        quantised::Packed::of_words(Bits::of(format)?, n, k, words).map(Packed::Quantised)
+    pub fn of_words(context: &CpuContext, format: WeightFormat, n: usize, k: usize, words: PackedWords) -> Result<Packed> {
+        quantised::Packed::of_words(context, Bits::of(format)?, n, k, words).map(Packed::Quantised)
     }
 
     /// The words of a weight in groups.

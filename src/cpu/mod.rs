@@ -245,9 +245,11 @@ impl Backend for Cpu {
 
     fn weight_of_words(&self, format: WeightFormat, shape: WeightShape, words: PackedWords) -> Result<Weight> {
         Ok(Weight(match shape {
-            WeightShape::Matrix { n, k } => WeightLayout::Packed(linear::Packed::of_words(format, n, k, words)?),
+            WeightShape::Matrix { n, k } => WeightLayout::Packed(linear::Packed::of_words(&self.context, format, n, k, words)?),
             WeightShape::Table { n, k } => WeightLayout::Table(embed::Table::of_words(format, n, k, words)?),
-            WeightShape::Experts { num, n, k } => WeightLayout::Experts(moe::ExpertWeights::of_words(format, num, n, k, words)?),
+            WeightShape::Experts { num, n, k } => {
+                WeightLayout::Experts(moe::ExpertWeights::of_words(&self.context, format, num, n, k, words)?)
+            }
         }))
     }
 

@@ -27,10 +27,20 @@ impl ExpertWeights {
     }
 
     /// Takes words that lie ready.
-    pub fn of_words(format: WeightFormat, num: usize, n: usize, k: usize, words: PackedWords) -> Result<ExpertWeights> {
+    pub fn of_words(
+        context: &CpuContext,
+        format: WeightFormat,
+        num: usize,
+        n: usize,
+        k: usize,
+        words: PackedWords,
+    ) -> Result<ExpertWeights> {
         // Blocks are whole cache lines, so that nothing is padded.
         let each = words.len() / num;
-        (0..num).map(|i| Packed::of_words(format, n, k, words.part(i * each..(i + 1) * each))).collect::<Result<_>>().map(ExpertWeights)
+        (0..num)
+            .map(|i| Packed::of_words(context, format, n, k, words.part(i * each..(i + 1) * each)))
+            .collect::<Result<_>>()
+            .map(ExpertWeights)
     }
 }
 

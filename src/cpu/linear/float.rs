@@ -14,13 +14,13 @@
 //! neighbours.
 #![forbid(unsafe_code)]
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use crate::backend::{DType, Epilogue, RowSource};
 use crate::cpu::context::CpuContext;
 use crate::cpu::linear::cuts::{cut_groups, group_of};
 use crate::cpu::linear::epilogue::Output;
+use crate::cpu::linear::residence::{AHEAD, Residence};
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::Order;
 use crate::cpu::read_rows::read_in_parts;
@@ -52,12 +52,6 @@ impl Blocking {
     }
 }
 
-/// Where all packed weights together exceed this, a forward finds them in memory and not in L3. Few
-/// rows then ask for what they will read, 4 KiB in advance: 39 GB/s instead of 33 on one core at
-/// four rows, but a fifth slower from L3.
-const STREAM_WORDS: usize = 8 << 20;
-const AHEAD: usize = 4096 / size_of::<u32>();
-
 /// Dot products that are computed side by side, so that the latency of one is hidden by the others.
 const DOTS: usize = 8;
 
@@ -73,14 +67,7 @@ pub struct Packed {
     /// (panels, steps, panel width); columns past n and the odd half past k are zero.
     words: Aligned<u32>,
     by_rows: OnceLock<ByRows>,
-    /// Words of all packed weights of the machine, these included.
-    all_words: Arc<AtomicUsize>,
-}
-
-impl Drop for Packed {
-    fn drop(&mut self) {
-        self.all_words.fetch_sub(self.words.len(), Ordering::Relaxed);
-    }
+    residence: Residence,
 }
 
 impl Packed {
@@ -88,9 +75,8 @@ impl Packed {
     pub fn new(context: &CpuContext, dtype: DType, n: usize, k: usize, source: &dyn RowSource) -> Result<Packed> {
         let (steps, panel_width) = (steps(dtype, k), context.isa.panel());
         let words = Aligned::zeroed(n.div_ceil(panel_width) * steps * panel_width)?;
-        context.packed_words.fetch_add(words.len(), Ordering::Relaxed);
-        let (by_rows, all_words) = (OnceLock::new(), context.packed_words.clone());
-        let mut packed = Packed { n, k, dtype, steps, panel_width, words, by_rows, all_words };
+        let residence = Residence::new(&context.packed_words, words.len());
+        let mut packed = Packed { n, k, dtype, steps, panel_width, words, by_rows: OnceLock::new(), residence };
         read_in_parts(context, &mut packed.words, steps * panel_width, &|i, panel, room| {
             room.resize(LANES * (k + steps), 0.0);
             let (wide, words) = room.split_at_mut(LANES * k);
@@ -438,7 +424,7 @@ impl Panels<'_, '_> {
         assert!(self.weight.panel_width == S::PANEL, "panels of {} columns, packed for another set", self.weight.panel_width);
         let panel_width = self.output.epilogue.out_width(S::PANEL);
         let panels = self.output.tile.cols.start / panel_width..self.output.tile.cols.end.div_ceil(panel_width);
-        let streams = self.weight.all_words.load(Ordering::Relaxed) > STREAM_WORDS;
+        let streams = self.weight.residence.streams();
         let tall = S::WIDE && !streams && (7..=12).contains(&rows.len());
         let tallest = if BF16 { S::BF16_ROWS } else { 6 };
         let blocks = if tall { 1 } else { rows.len().div_ceil(tallest) };

@@ -23,6 +23,7 @@ use crate::backend::{Epilogue, RowSource};
 use crate::cpu::context::CpuContext;
 use crate::cpu::linear::cuts::{cut_groups, group_of};
 use crate::cpu::linear::epilogue::Output;
+use crate::cpu::linear::residence::{AHEAD, Residence};
 use crate::cpu::memory::Aligned;
 use crate::cpu::pool::Order;
 use crate::cpu::read_rows::{READ_VALUES, read_in_parts};
@@ -67,6 +68,7 @@ pub struct Packed {
     /// (panels, groups) blocks. Columns past n are zeros.
     words: Words,
     by_rows: OnceLock<ByRows>,
+    residence: Residence,
 }
 
 impl Packed {
@@ -77,13 +79,17 @@ impl Packed {
         read_in_parts(context, &mut words, panels.words(), &|i, panel, room| {
             panels.fill(i, panel, room, |rows, panel| context.isa.run(Quantise { bits, k, rows, panel }))
         })?;
-        Ok(Packed { n, k, bits, words: Words::Own(words), by_rows: OnceLock::new() })
+        Ok(Packed::with(context, bits, n, k, Words::Own(words)))
     }
 
     /// See [`super::Packed::of_words`].
-    pub fn of_words(bits: Bits, n: usize, k: usize, words: PackedWords) -> Result<Packed> {
-        let words = words_of_file(words, matrix_words(bits, n, k))?;
-        Ok(Packed { n, k, bits, words, by_rows: OnceLock::new() })
+    pub fn of_words(context: &CpuContext, bits: Bits, n: usize, k: usize, words: PackedWords) -> Result<Packed> {
+        Ok(Packed::with(context, bits, n, k, words_of_file(words, matrix_words(bits, n, k))?))
+    }
+
+    fn with(context: &CpuContext, bits: Bits, n: usize, k: usize, words: Words) -> Packed {
+        let residence = Residence::new(&context.packed_words, words.len());
+        Packed { n, k, bits, words, by_rows: OnceLock::new(), residence }
     }
 
     pub fn words(&self) -> &[u32] {
@@ -93,6 +99,14 @@ impl Packed {
     fn panel(&self, panel: usize) -> &[u32] {
         let words = panel_words(self.bits, self.k);
         &self.words[panel * words..][..words]
+    }
+
+    /// What [`AHEAD`] of the panel's words is to be asked for: as many words, or what is left of
+    /// them.
+    fn ahead(&self, panel: usize) -> &[u32] {
+        let words = panel_words(self.bits, self.k);
+        let first = (panel * words + AHEAD).min(self.words.len());
+        &self.words[first..self.words.len().min(first + words)]
     }
 
     /// The groups of a row.
@@ -389,6 +403,7 @@ impl Kernel for Panels<'_, '_> {
         let panel_width = self.output.epilogue.out_width(COLUMNS);
         let panels = self.output.tile.cols.start / panel_width..self.output.tile.cols.end.div_ceil(panel_width);
         let mut sums = Sums([[0.0; COLUMNS]; ROWS]);
+        let streams = self.weight.residence.streams();
         for panel in panels {
             for first in rows.clone().step_by(ROWS) {
                 let rows = first..rows.end.min(first + ROWS);
@@ -396,7 +411,9 @@ impl Kernel for Panels<'_, '_> {
                 sums.fill([0.0; COLUMNS]);
                 let x = &self.x[rows.start..];
                 let words = self.weight.panel(panel);
-                simd.outlined(Panel { bits: self.weight.bits, words, x, x_stride: self.rows, sums });
+                // The rows that pass first bring the panel for all.
+                let ahead = if streams && rows.start == self.output.tile.rows.start { self.weight.ahead(panel) } else { &[] };
+                simd.outlined(Panel { bits: self.weight.bits, words, ahead, x, x_stride: self.rows, sums });
                 self.output.finish(simd, rows, panel * COLUMNS, COLUMNS / LANES, sums.as_flattened().as_chunks().0);
             }
         }
@@ -411,6 +428,8 @@ struct Sums([[f32; COLUMNS]; ROWS]);
 struct Panel<'a> {
     bits: Bits,
     words: &'a [u32],
+    /// Words to prefetch, a block of them with each block.
+    ahead: &'a [u32],
     /// The rows' groups, `x_stride` apart.
     x: &'a [ActivationGroup],
     x_stride: usize,
@@ -421,9 +440,14 @@ impl Kernel for Panel<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let blocks = self.words.chunks_exact(self.bits.block_words()).zip(self.x.chunks(self.x_stride));
+        let block_words = self.bits.block_words();
+        let blocks = self.words.chunks_exact(block_words).zip(self.x.chunks(self.x_stride));
+        let mut ahead = self.ahead.chunks(block_words);
         // Not in closures, which would not be compiled for the instruction set.
         for (block, x) in blocks {
+            for line in ahead.next().unwrap_or_default().chunks(LANES) {
+                simd.prefetch(line.as_ptr().addr());
+            }
             let x = &x[..self.sums.len()];
             match self.bits {
                 Bits::Eight => simd.add_q8(block.try_into().expect("a block of q8"), x, self.sums),
