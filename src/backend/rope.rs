@@ -97,6 +97,9 @@ impl Rotations {
 /// computed in f64 from the f32 angle.
 pub fn extend_rotations(rope: Rope, head_dim: usize, positions: usize, table: &mut Vec<f32>) {
     let half = rope.rotary_dim(head_dim) / 2;
+    if table.len() >= positions * 2 * half {
+        return;
+    }
     let frequencies: Vec<f32> = (0..half).map(|i| rope.frequency(i, head_dim)).collect();
     for position in table.len() / (2 * half).max(1)..positions {
         let angles = || frequencies.iter().map(|f| f64::from(position as f32 * f));

@@ -27,7 +27,7 @@ use crate::cpu::simd::tile::{Piece, Product};
 use crate::cpu::simd::{Kernel, LANES, Simd};
 use crate::plan::Plan;
 
-/// ConfigJson of a tile, four vectors of scores.
+/// Keys of a tile, four vectors of scores.
 const TILE: usize = 64;
 const GROUPS: usize = TILE / LANES;
 
@@ -43,8 +43,8 @@ pub fn attention(context: &CpuContext, plan: &Plan, heads: HeadShape, qkv: &[f32
     let HeadShape { num_heads, num_kv_heads, head_dim } = heads;
     let queries_per_head = num_heads / num_kv_heads;
     let rows_at_once = (TASK_QUERIES / queries_per_head).max(1);
-    let mut row_bounds = vec![0];
-    let mut sequences = Vec::new();
+    let (mut row_bounds, mut sequences) = (context.spare_list(), context.spare_list());
+    row_bounds.push(0);
     let mut work = 0;
     for (s, rows) in plan.indptr.windows(2).enumerate() {
         let rows = rows[0] as usize..rows[1] as usize;
@@ -63,6 +63,8 @@ pub fn attention(context: &CpuContext, plan: &Plan, heads: HeadShape, qkv: &[f32
         let kv_head = tile.cols.start / (queries_per_head * head_dim);
         context.isa.run(Queries { context, heads, qkv, visible: &plan.visible, pages, head: kv.head(layer, kv_head), tile });
     });
+    context.keep_spare_list(row_bounds);
+    context.keep_spare_list(sequences);
 }
 
 /// The queries of one output tile: rows of one sequence, all heads that share one K/V head.
@@ -76,7 +78,7 @@ struct Queries<'a, 'b> {
     tile: Tile<'b, f32>,
 }
 
-/// ConfigJson and values of the groups of a tile; empty past the last visible key.
+/// Keys and values of the groups of a tile; empty past the last visible key.
 type Groups<'a> = [(&'a [u32], &'a [u32]); GROUPS];
 
 impl Kernel for Queries<'_, '_> {

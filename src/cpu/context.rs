@@ -30,6 +30,8 @@ pub(super) struct CpuContext {
     pub(super) rotations: Mutex<Rotations>,
     /// One for each thread that was ever inside attention at once.
     pub(super) attention_states: Mutex<Vec<AttentionState>>,
+    /// Empty lists of indices that ops fill, one for each that was ever in use at once.
+    pub(super) spare_lists: Mutex<Vec<Vec<usize>>>,
     /// One for each thread that was ever inside a nucleus at once: as long as the vocabulary.
     pub(super) spare_rows: Mutex<Vec<Vec<f32>>>,
 }
@@ -52,6 +54,14 @@ impl CpuContext {
     }
     pub(super) fn keep_attention_state(&self, state: AttentionState) {
         self.attention_states.lock().unwrap_or_else(PoisonError::into_inner).push(state);
+    }
+    /// An empty list with the room of earlier ones.
+    pub(super) fn spare_list(&self) -> Vec<usize> {
+        self.spare_lists.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+    pub(super) fn keep_spare_list(&self, mut list: Vec<usize>) {
+        list.clear();
+        self.spare_lists.lock().unwrap_or_else(PoisonError::into_inner).push(list);
     }
     pub(super) fn spare_row(&self) -> Vec<f32> {
         self.spare_rows.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()

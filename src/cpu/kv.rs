@@ -77,7 +77,7 @@ pub struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    /// ConfigJson and values of the group of slots that begins at `slot`.
+    /// Keys and values of the group of slots that begins at `slot`.
     #[inline(always)]
     pub fn group(&self, slot: usize) -> (&'a [u32], &'a [u32]) {
         let group = slot / self.layout.lanes;
@@ -133,7 +133,7 @@ impl KvCache {
         Head { layout: self.layout, keys: &self.keys[at * keys..][..len * keys], values: &self.values[at * values..][..len * values] }
     }
 
-    /// ConfigJson and values of `layer`, (K, pages, words of a page), to write with [`Append`].
+    /// Keys and values of `layer`, (K, pages, words of a page), to write with [`Append`].
     pub fn layer_mut(&mut self, layer: usize) -> (&mut [u32], &mut [u32]) {
         let pages = self.shape.num_kv_heads * self.shape.num_pages;
         let (keys, values) = (pages * self.layout.key_page(), pages * self.layout.value_page());
@@ -161,7 +161,7 @@ pub struct Append<'a> {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    ConfigJson,
+    Keys,
     Values,
 }
 
@@ -171,43 +171,35 @@ impl Kernel for Append<'_> {
     fn run<S: Simd>(self, simd: S) {
         let layout = self.layout;
         let lanes = layout.lanes;
-        // D as stored, padded to whole vectors with zeros: the half past an odd D meets a zero of
-        // q.
-        let mut narrow = vec![0u16; layout.value_width];
-        let mut wide = vec![0.0f32; layout.value_width];
         for (row, &slot) in self.rows.chunks_exact(self.width).zip(self.slots) {
             let (group, lane) = (slot as usize / lanes, slot as usize % lanes);
             let row = &row[self.first..][..self.head_dim];
-            if layout.dtype == DType::Bf16 {
-                wide[..self.head_dim].copy_from_slice(row);
-                for (wide, narrow) in wide.as_chunks::<LANES>().0.iter().zip(narrow.as_chunks_mut::<LANES>().0) {
-                    simd.store_bf16(simd.load(wide), narrow);
-                }
-            }
+            let group = match self.kind {
+                Kind::Keys => &mut self.words[group * layout.key_group()..][..layout.key_group()],
+                Kind::Values => &mut self.words[group * layout.value_group()..][..layout.value_group()],
+            };
             match (self.kind, layout.dtype) {
-                (Kind::ConfigJson, DType::F32) => {
-                    let group = &mut self.words[group * layout.key_group()..][..layout.key_group()];
-                    scatter(group, lanes, lane, row.iter().map(|key| key.to_bits()));
-                }
-                (Kind::ConfigJson, DType::Bf16) => {
-                    let group = &mut self.words[group * layout.key_group()..][..layout.key_group()];
-                    let (pairs, _) = narrow.as_chunks::<2>();
-                    scatter(group, lanes, lane, pairs.iter().map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16));
-                }
+                (Kind::Keys, DType::F32) => scatter(group, lanes, lane, row.iter().map(|key| key.to_bits())),
                 (Kind::Values, DType::F32) => {
-                    let group = &mut self.words[group * layout.value_group()..][..layout.value_group()];
                     group[lane * layout.value_width..][..self.head_dim].copy_from_slice(bytemuck::cast_slice(row));
                 }
-                (Kind::Values, DType::Bf16) => {
-                    let group = &mut self.words[group * layout.value_group()..][..layout.value_group()];
-                    let group = &mut group[lane / 2 * layout.value_width..][..self.head_dim];
-                    if lane.is_multiple_of(2) {
-                        for (word, &half) in group.iter_mut().zip(&narrow) {
-                            *word = *word & 0xffff_0000 | u32::from(half);
+                (kind, DType::Bf16) => {
+                    for (block, row) in row.chunks(LANES).enumerate() {
+                        // Zeros at the end: the half past an odd D meets a zero of q.
+                        let (mut wide, mut narrow) = ([0.0; LANES], [0; LANES]);
+                        wide[..row.len()].copy_from_slice(row);
+                        simd.store_bf16(simd.load(&wide), &mut narrow);
+                        if kind == Kind::Keys {
+                            let pairs = narrow.as_chunks::<2>().0.iter();
+                            let words = pairs.map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16);
+                            scatter(&mut group[block * LANES / 2 * lanes..], lanes, lane, words);
+                            continue;
                         }
-                    } else {
-                        for (word, &half) in group.iter_mut().zip(&narrow) {
-                            *word = *word & 0x0000_ffff | u32::from(half) << 16;
+                        let words = &mut group[lane / 2 * layout.value_width + block * LANES..][..row.len()];
+                        if lane.is_multiple_of(2) {
+                            words.iter_mut().zip(narrow).for_each(|(word, half)| *word = *word & 0xffff_0000 | u32::from(half));
+                        } else {
+                            words.iter_mut().zip(narrow).for_each(|(word, half)| *word = *word & 0x0000_ffff | u32::from(half) << 16);
                         }
                     }
                 }

@@ -75,6 +75,7 @@ impl Cpu {
             serial: start(1)?,
             l2_bytes: topology::l2_bytes(),
             packed_words: Arc::default(),
+            spare_lists: Mutex::default(),
             words: Mutex::default(),
             logits: Mutex::default(),
             rotations: Mutex::default(),

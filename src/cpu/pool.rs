@@ -11,8 +11,8 @@
 //! for a whole step rayon still takes 1.3 times as long on a small model, and as long on a large
 //! one (benches/pool.rs, and benches/reports/2026-11-27-pool-rayon.md).
 //!
-//! Also contains the safe ways to write disjoint parts of one buffer: [`Pool::chunks`] and
-//! [`Pool::tiles`].
+//! Also contains the safe ways to write disjoint parts of one buffer: [`Pool::chunks`],
+//! [`Pool::chunks_of_two`] and [`Pool::tiles`].
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -36,6 +36,7 @@ const OPEN: u64 = 1 << 15;
 const INSIDE: u64 = OPEN - 1;
 
 type Task<'a> = dyn Fn(usize) + Sync + 'a;
+type TwoChunks<'a, T> = dyn Fn(usize, &mut [T], &mut [T]) + Sync + 'a;
 
 /// A value alone on its cache line pair (adjacent-line prefetch).
 #[repr(align(128))]
@@ -234,6 +235,25 @@ impl Pool {
         });
     }
 
+    /// Runs `body(i, chunk, chunk)` for the chunks of two buffers of as many chunks, each given
+    /// with the elements of its chunks.
+    pub fn chunks_of_two<T: Send>(&self, one: (&mut [T], usize), two: (&mut [T], usize), body: &TwoChunks<'_, T>) {
+        let ((one, one_len), (two, two_len)) = (one, two);
+        let num = one.len() / one_len;
+        assert!(one.len() == num * one_len && two.len() == num * two_len, "{} x {one_len} beside {} x {two_len}", one.len(), two.len());
+        let bases = (SendPtr(one.as_mut_ptr()), SendPtr(two.as_mut_ptr()));
+        self.run(num, &|i| {
+            let bases = &bases;
+            // SAFETY: by the assertion chunk i lies in its buffer; chunks do not overlap, each
+            // index runs once and both buffers are borrowed mutably for the whole call.
+            let (one, two) = unsafe {
+                let one = std::slice::from_raw_parts_mut(bases.0.0.add(i * one_len), one_len);
+                (one, std::slice::from_raw_parts_mut(bases.1.0.add(i * two_len), two_len))
+            };
+            body(i, one, two);
+        });
+    }
+
     /// Cuts the row-major `data` of `width` columns into tiles at the ascending `row_bounds` and
     /// every `col_step` columns, and runs `body` once for each.
     pub fn tiles<T: Send>(
@@ -282,8 +302,8 @@ impl Drop for Pool {
 }
 
 struct SendPtr<T>(*mut T);
-// SAFETY: threads use it only for the disjoint ranges that `chunks` and `tiles` hand out, of
-// elements that are Send.
+// SAFETY: threads use it only for the disjoint ranges that `chunks`, `chunks_of_two` and `tiles`
+// hand out, of elements that are Send.
 unsafe impl<T: Send> Sync for SendPtr<T> {}
 
 /// Which tiles a thread meets one after the other.

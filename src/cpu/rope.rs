@@ -47,13 +47,12 @@ pub fn rope_append(
     let first_key = heads.q_width();
     let first_value = first_key + num_kv_heads * head_dim;
     let append = |kind: Kind, head: usize, words: &mut [u32]| {
-        let first = head * head_dim + if kind == Kind::ConfigJson { first_key } else { first_value };
+        let first = head * head_dim + if kind == Kind::Keys { first_key } else { first_value };
         context.isa.run(Append { layout, kind, rows: qkv, width, first, head_dim, slots: &plan.slots, words });
     };
-    let mut regions: Vec<_> = keys.chunks_exact_mut(key_words).zip(values.chunks_exact_mut(value_words)).collect();
-    context.pool_for(32 * rows * num_kv_heads * head_dim).chunks(&mut regions, 1, &|head, region| {
-        let (keys, values) = &mut region[0];
-        append(Kind::ConfigJson, head, keys);
+    let pool = context.pool_for(32 * rows * num_kv_heads * head_dim);
+    pool.chunks_of_two((keys, key_words), (values, value_words), &|head, keys, values| {
+        append(Kind::Keys, head, keys);
         append(Kind::Values, head, values);
     });
 }

@@ -1,4 +1,4 @@
-//! `attention` over the paged store, and the store itself. ConfigJson and values enter through
+//! `attention` over the paged store, and the store itself. Keys and values enter through
 //! `rope_append` at position 0, where the rotation is exact, so that both sides hold the same
 //! numbers.
 

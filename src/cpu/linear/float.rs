@@ -317,11 +317,14 @@ pub fn linear(
     let x = words_of(context, weight.dtype, rows, k, x, &mut scratch)?;
     let pool = context.pool_for(rows * n * steps);
     let blocking = Blocking::of(context, weight.dtype);
-    let (row_bounds, columns) = divide(blocking, pool.threads(), rows, n, panel_width, steps);
+    let (cuts, columns) = divide(blocking, pool.threads(), rows, n, panel_width, steps);
+    let mut row_bounds = context.spare_list();
+    row_bounds.extend((0..=cuts).map(|i| i * rows / cuts));
     let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(columns));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
         context.isa.run(Panels { blocking, x, weight, output: Output { tile, bias, epilogue } });
     });
+    context.keep_spare_list(row_bounds);
     Ok(())
 }
 
@@ -348,10 +351,10 @@ pub fn grouped(context: &CpuContext, bounds: &[usize], x: &[f32], weights: &[&Pa
     Ok(())
 }
 
-/// Row bounds and columns of a task. Rows are cut where x outgrows L2, or where the columns are too
-/// few for the threads (every cut reads the panels again). Columns are cut so that the threads end
-/// together, into tasks worth half a microsecond at least.
-fn divide(blocking: Blocking, threads: usize, rows: usize, n: usize, panel_width: usize, steps: usize) -> (Vec<usize>, usize) {
+/// Into how many parts the rows are cut, and the columns of a task. Rows are cut where x outgrows
+/// L2, or where the columns are too few for the threads (every cut reads the panels again). Columns
+/// are cut so that the threads end together, into tasks worth half a microsecond at least.
+fn divide(blocking: Blocking, threads: usize, rows: usize, n: usize, panel_width: usize, steps: usize) -> (usize, usize) {
     let mut cuts = (rows * blocking.part(steps, panel_width)).div_ceil(blocking.x_steps).min(rows.div_ceil(96));
     let mut columns = n;
     if threads > 1 {
@@ -363,7 +366,7 @@ fn divide(blocking: Blocking, threads: usize, rows: usize, n: usize, panel_width
             cuts = (4 * threads).div_ceil(tasks).min(rows.div_ceil(24)).max(cuts);
         }
     }
-    ((0..=cuts).map(|i| i * rows / cuts).collect(), columns)
+    (cuts, columns)
 }
 
 /// Columns of a task, at least one, as whole panels, and a multiple of what few rows read side by

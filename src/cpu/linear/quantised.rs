@@ -338,11 +338,13 @@ pub fn linear(
     if pool.threads() > 1 && columns * cuts < 4 * pool.threads() {
         cuts = (4 * pool.threads()).div_ceil(columns).min(rows.div_ceil(16)).max(cuts);
     }
-    let row_bounds: Vec<usize> = (0..=cuts).map(|i| i * rows / cuts).collect();
+    let mut row_bounds = context.spare_list();
+    row_bounds.extend((0..=cuts).map(|i| i * rows / cuts));
     let (width, tile_width) = (epilogue.out_width(n), epilogue.out_width(panels_at_once * COLUMNS));
     pool.tiles(&mut out[..rows * width], width, &row_bounds, tile_width, Order::ColumnsFirst, &|tile| {
         context.isa.run(Panels { x, rows, weight, output: Output { tile, bias, epilogue } });
     });
+    context.keep_spare_list(row_bounds);
     Ok(())
 }
 

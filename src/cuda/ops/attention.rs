@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 
 const THREADS: u32 = 128;
 
-/// ConfigJson of a tile, and of a chunk: the work of a CTA where few queries are at hand.
+/// Keys of a tile, and of a chunk: the work of a CTA where few queries are at hand.
 const TILE_KEYS: u32 = 64;
 const CHUNK_KEYS: u32 = 256;
 
