@@ -110,6 +110,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
     let mut unsupported: Vec<String> = problems.iter().map(ToString::to_string).collect();
     unsupported.extend(tokenizer.as_ref().err().map(ToString::to_string));
     let kv = |bytes| config.kv_bytes_per_token(bytes);
+    let huge_pages = crate::cpu::topology::huge_pages();
     let parameters = weights.num_elements();
     let rope = match config.rope.scaling {
         RopeScaling::None => format!("base {}", config.rope.base),
@@ -135,7 +136,7 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
             "rope": rope,
             "mask_id": config.mask_id, "bos_id": config.bos_id, "eos_id": config.eos_id, "pad_id": config.pad_id,
             "kv_bytes_per_token": {"f32": kv(4), "bf16": kv(2)}, "unsupported": unsupported,
-            "stop_ids": config.stop_ids, "warnings": warnings,
+            "stop_ids": config.stop_ids, "warnings": warnings, "huge_pages": huge_pages,
         });
         if let Some(summary) = &summary {
             let tensors = summary
@@ -194,6 +195,14 @@ pub(super) fn inspect(flags: InspectFlags) -> Result<()> {
         ("adaLN", config.cond_dim.map_or("none".into(), |d| format!("constant condition of width {d}, folded at load"))),
         ("K/V per token", format!("{} bytes in f32, {} in bf16", kv(4), kv(2))),
         ("K/V per sequence", format!("{} in f32, {} in bf16", mib(kv(4) * config.model_length), mib(kv(2) * config.model_length))),
+        (
+            "huge pages",
+            match huge_pages.as_deref() {
+                Some("never") => "the system gives none".into(),
+                Some(word) => format!("for weights of 8 MiB and more (the system's choice: {word})"),
+                None => "not known to this system".into(),
+            },
+        ),
         ("warnings", if warnings.is_empty() { "none".into() } else { warnings.join("; ") }),
         ("unsupported", if unsupported.is_empty() { "nothing".into() } else { unsupported.join("; ") }),
     ];

@@ -1,5 +1,6 @@
-//! Facts of the machine that no instruction tells: the cores that this process may use, and the
-//! size of a core's L2. Where the system does not say, what is most common.
+//! Facts of the machine that no instruction tells: the cores that this process may use, the size of
+//! a core's L2, and whether the system gives huge pages. Where the system does not say, what is
+//! most common.
 #![forbid(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -56,6 +57,19 @@ fn bytes(size: &str) -> Option<usize> {
     digits.parse::<usize>().ok()?.checked_mul(unit).filter(|bytes| *bytes > 0)
 }
 
+/// How the system gives huge pages to buffers that ask for them with `madvise`, as those of 8 MiB
+/// and more do (`memory`): `always`, `madvise` and `never` are its words; none where it has no such
+/// choice.
+pub fn huge_pages() -> Option<String> {
+    let choices = read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
+    Some(chosen(&choices)?.to_owned())
+}
+
+/// `always [madvise] never`: the word in brackets.
+fn chosen(choices: &str) -> Option<&str> {
+    Some(choices.split_once('[')?.1.split_once(']')?.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,6 +79,7 @@ mod tests {
         assert_eq!(cpus("\t0-2,5,7-8\n"), Some(vec![0, 1, 2, 5, 7, 8]));
         assert_eq!(cpus("0"), Some(vec![0]));
         assert_eq!(cpus(""), None);
+        assert_eq!((chosen("always [madvise] never\n"), chosen("always\n")), (Some("madvise"), None));
         assert_eq!((bytes("512K\n"), bytes("2M"), bytes("0K"), bytes("many")), (Some(512 << 10), Some(2 << 20), None, None));
     }
 
