@@ -12,6 +12,6 @@ class Missing(Exception):
 
 
 def table():
-    from peers import llama, pytorch
+    from peers import llama, pytorch, reference
 
-    return {peer.NAME: peer for peer in (pytorch, llama)}
+    return {peer.NAME: peer for peer in (pytorch, llama, reference)}
