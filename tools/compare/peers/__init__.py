@@ -12,6 +12,6 @@ class Missing(Exception):
 
 
 def table():
-    from peers import llama, pytorch, reference
+    from peers import llama, pytorch, reference, server
 
-    return {peer.NAME: peer for peer in (pytorch, llama, reference)}
+    return {peer.NAME: peer for peer in (pytorch, llama, reference, server)}
