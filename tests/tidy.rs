@@ -369,6 +369,7 @@ fn scripts_test_themselves() {
         &["tools/gpu_probe.py", "--self-test"],
         &["tools/compare_outputs", "--self-test"],
         &["tools/compare/run", "--self-test"],
+        &["tools/count_instructions", "--self-test"],
     ];
     for script in scripts {
         let output = match std::process::Command::new("python3").args(script).current_dir(root()).output() {
