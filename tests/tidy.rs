@@ -360,8 +360,8 @@ fn tests_for_a_gpu_machine_exist() {
 
 /// What runs on a GPU machine was tried without one: results are read rightly, nothing absent is
 /// passed, children end with their parent. The comparison of two builds reports a difference, a
-/// failure and a time-out, and its requests name every fixture, preset and rule. The comparison with
-/// other engines prints no speed where outputs differ.
+/// failure and a time-out, and its requests name every fixture, preset and rule. The comparison
+/// with other engines prints no speed where outputs differ.
 #[test]
 fn scripts_test_themselves() {
     let scripts = [
