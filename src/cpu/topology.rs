@@ -60,12 +60,14 @@ fn bytes(size: &str) -> Option<usize> {
 /// How the system gives huge pages to buffers that ask for them with `madvise`, as those of 8 MiB
 /// and more do (`memory`): `always`, `madvise` and `never` are its words; none where it has no such
 /// choice.
+#[cfg(feature = "cli")]
 pub fn huge_pages() -> Option<String> {
     let choices = read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").ok()?;
     Some(chosen(&choices)?.to_owned())
 }
 
 /// `always [madvise] never`: the word in brackets.
+#[cfg(feature = "cli")]
 fn chosen(choices: &str) -> Option<&str> {
     Some(choices.split_once('[')?.1.split_once(']')?.0)
 }
@@ -79,8 +81,13 @@ mod tests {
         assert_eq!(cpus("\t0-2,5,7-8\n"), Some(vec![0, 1, 2, 5, 7, 8]));
         assert_eq!(cpus("0"), Some(vec![0]));
         assert_eq!(cpus(""), None);
-        assert_eq!((chosen("always [madvise] never\n"), chosen("always\n")), (Some("madvise"), None));
         assert_eq!((bytes("512K\n"), bytes("2M"), bytes("0K"), bytes("many")), (Some(512 << 10), Some(2 << 20), None, None));
+    }
+
+    #[cfg(feature = "cli")]
+    #[test]
+    fn the_choice_of_huge_pages_stands_in_brackets() {
+        assert_eq!((chosen("always [madvise] never\n"), chosen("always\n")), (Some("madvise"), None));
     }
 
     #[test]
