@@ -20,7 +20,8 @@ def fetched(directory):
     if not sdist.exists():
         archive = directory / f"{sdist.name}.tar.gz"
         if not archive.exists():
-            subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", directory, f"llama-cpp-python=={VERSION}"], check=True)
+            # Of this package alone the source: what builds its metadata comes as wheels.
+            subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", directory, f"llama-cpp-python=={VERSION}"], check=True)
         with tarfile.open(archive) as files:
             files.extractall(directory, filter="data")
     return sdist
@@ -39,4 +40,8 @@ def build(directory, jobs):
 
 
 def main(directory):
-    build(pathlib.Path(directory), os.cpu_count() or 1)
+    """What is half built goes on when it is asked for again."""
+    try:
+        build(pathlib.Path(directory), os.cpu_count() or 1)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"--build-llama: {error.cmd[0]} ended with code {error.returncode}; what it said stands above") from None

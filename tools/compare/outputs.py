@@ -41,16 +41,16 @@ def compare_tokens(what, ours, theirs, exact=True):
 
 
 # Largest relative error of logits (rms of the difference over rms of the logits, each row less its
-# mean) and mean KL in nats. Limits are some times what agreeing programs were seen to differ by over
-# the random 162M shape of 12 layers; unrelated logits differ by 1.4.
+# mean) and mean KL in nats. Limits are some times what agreeing programs were seen to differ by
+# over the random 162M shape of 12 layers; unrelated logits differ by 1.4.
 LOGIT_LIMITS = {
     # Both compute in f32 and sum in other orders.
     "f32": {"relative_rms": 1e-4, "mean_kl": 1e-6},
     # Weights in f32; llama.cpp keeps K/V in f16.
     "f32-f16kv": {"relative_rms": 3e-2, "mean_kl": 5e-3},
-    # Both round weights alike, and what is between products in their own ways: each is 0.027 from f32.
+    # Both round weights alike, the rest in their own ways: each is 0.027 from f32.
     "bf16": {"relative_rms": 1e-1, "mean_kl": 2e-2},
-    # The same stored groups; each rounds the rows of x to 8 bits in its own way, 0.08 from f32.
+    # The same stored groups; each rounds rows to 8 bits in its own way: 0.08 from f32.
     "stored": {"relative_rms": 2e-1, "mean_kl": 1e-1},
     # Weights made q4 here beside the peer's unquantised ones: what the format loses. Random weights
     # lose far more than trained ones, 0.58 at 12 layers, so this tells a wrong forward and no more.

@@ -127,6 +127,7 @@ def contest_of(o, same, best, schedule, model):
 
     label = f"redraft serve, {schedule}" + (", another model than the peer's" if o.other_model else "")
     bests = [ours(best, o.best_schedule or schedule, f"redraft serve, q4, {o.best_schedule or schedule}")]
+    bests[0].note = "weights of 4 bits" + (f", schedule {o.best_schedule}" if o.best_schedule else "") + ": other texts than the peer's"
     notes = [f"ours serves {model.name}; prompts, token limit, temperature 0 and seeds are the same for both",
              "usage.completion_tokens was checked in every answer; 1000 / (ms a token of all requests) is tokens per second"]
     if o.other_model:
