@@ -14,7 +14,7 @@ use crate::backend::{ExpertShape, HeadShape, NormKind, Rope, RouterScore};
 use crate::error::{Error, Result};
 use crate::gguf;
 use crate::input_file::{self, MAX_JSON_BYTES};
-use crate::plan::{LogitsRows, NO_MASK, Visibility};
+use crate::plan::{LogitsRows, Visibility};
 use crate::sampling::{valid_temperature, valid_top_p};
 use crate::tokenizer::{self, AddedToken, MASK_SPELLINGS, Tokenizer};
 
@@ -268,11 +268,6 @@ impl ModelConfig {
     /// Whether the model predicts each token from those before it alone.
     pub fn is_autoregressive(&self) -> bool {
         self.attention == AttentionMask::Causal
-    }
-
-    /// What a masked position holds: MASK, or [`NO_MASK`] where there is none.
-    pub fn hidden_id(&self) -> u32 {
-        self.mask_id.unwrap_or(NO_MASK)
     }
 
     /// The experts of a layer, where it has them.

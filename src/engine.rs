@@ -11,7 +11,7 @@ mod joint;
 mod joint_steps;
 mod steps;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,7 +24,7 @@ use crate::model::registry;
 use crate::model::step::StepNetwork;
 use crate::model::{Model, Progress, Scratch};
 use crate::pages::{PagePool, PageTable, PrefixKey, PrefixState};
-use crate::plan::Visibility;
+use crate::plan::{NO_MASK, Visibility};
 use crate::request::{Bos, Mailbox, Message, Output, Prompt, Request, Segment, SubmittedRequest, Timings, stop_at};
 use crate::sampling::{TopKOrder, top_k_of};
 use crate::schedule::{Defaults, Eos, Schedule, Scope, Stage};
@@ -267,42 +267,73 @@ impl<B: Backend> Engine<B> {
     }
 
     /// Loads another model for stages that name it (`weights=INDEX`), with K/V pages of its own.
-    /// Returns the index.
+    /// Returns the index. Ids that not every model knows are never drawn from then on.
     ///
-    /// Errors: as [`Engine::load`], or a vocabulary that differs from the first model's.
+    /// Errors: as [`Engine::load`], or a vocabulary that is not the first model's. Models may have
+    /// embeddings for different numbers of ids, as where one of them has MASK among its padding, if
+    /// their tokenizers can be compared.
     pub fn add_model(&mut self, model_dir: &Path, progress: Progress) -> Result<usize> {
         let config = registry::read_config(model_dir)?;
-        let first = self.config();
-        if (config.vocab_size, config.mask_id) != (first.vocab_size, first.mask_id) {
-            let mask = |config: &ModelConfig| config.mask_id.map_or("no MASK".into(), |id| format!("MASK {id}"));
-            let found = format!("{} tokens, {}", config.vocab_size, mask(&config));
-            let expected = format!("{}, {}", first.vocab_size, mask(first));
-            return Err(Error::config(
-                &config_file(model_dir),
-                format!("vocabulary of {found}: expected that of the first model, {expected}"),
-            ));
-        }
-        if config.attention == AttentionMask::Causal {
-            return Err(Error::config(&config_file(model_dir), "an autoregressive checkpoint cannot run a stage"));
-        }
-        self.check_vocabulary(model_dir, &config)?;
+        let unknown = self.unknown_ids(model_dir, &config)?;
         let model = registry::load(&self.backend, config, &Weights::open(model_dir)?, progress)?;
         self.models.push(LoadedModel::new(&self.backend, model, self.pool.capacity(), &self.options)?);
+        if !unknown.is_empty() {
+            let BannedIds { never, end, last, .. } = std::mem::take(&mut self.banned);
+            let never: BTreeSet<u32> = never.into_iter().chain(unknown).collect();
+            self.banned = BannedIds::new(never.into_iter().collect(), end, last);
+        }
         Ok(self.models.len() - 1)
     }
 
+    /// Ids that another model or the ones before it cannot read or write: those past the smaller
+    /// table of embeddings, those without a token in one of the vocabularies, and its MASK.
+    ///
     /// Refuses a model whose ids mean other tokens than the first model's. Published ones have no
-    /// tokenizer of their own: they are not asked.
-    fn check_vocabulary(&self, model_dir: &Path, config: &ModelConfig) -> Result<()> {
-        let (Ok(first), true) = (&self.tokenizer, Tokenizer::is_in(model_dir)) else { return Ok(()) };
+    /// tokenizer of their own: they are not asked, and must have as many ids.
+    fn unknown_ids(&self, model_dir: &Path, config: &ModelConfig) -> Result<Vec<u32>> {
+        let first = self.config();
+        let place = || config_file(model_dir);
+        let before = self.models.iter().map(|loaded| loaded.model.config()).find(|config| config.mask_id.is_some());
+        if let (Some(mask), Some(&ModelConfig { vocab_size, mask_id: Some(expected), .. })) = (config.mask_id, before)
+            && mask != expected
+        {
+            let found = config.vocab_size;
+            let what =
+                format!("vocabulary of {found} tokens, MASK {mask}: expected that of the model before, {vocab_size}, MASK {expected}");
+            return Err(Error::config(&place(), what));
+        }
+        let mut unknown: Vec<u32> = config.mask_id.into_iter().collect();
+        let sizes = self.models.iter().map(|loaded| loaded.model.config().vocab_size).chain([config.vocab_size]);
+        let (least, most) = sizes.fold((usize::MAX, 0), |(least, most), size| (least.min(size), most.max(size)));
+        unknown.extend(least as u32..most as u32);
+        let (Ok(tokenizer), true) = (&self.tokenizer, Tokenizer::is_in(model_dir)) else {
+            if config.vocab_size != first.vocab_size {
+                let (found, expected) = (config.vocab_size, first.vocab_size);
+                let what =
+                    format!("vocabulary of {found} tokens: expected that of the first model, {expected}, or two tokenizers to compare");
+                return Err(Error::config(&place(), what));
+            }
+            return Ok(unknown);
+        };
         let other = Tokenizer::of(model_dir, config.vocab_size, config.mask_id)?;
-        let Some((id, expected, found)) = first.first_difference(&other) else { return Ok(()) };
-        let spelled = |token: Option<String>| token.map_or("no token".into(), |token| format!("`{token}`"));
-        let (expected, found) = (spelled(expected), spelled(found));
-        Err(Error::tokenizer(
-            &tokenizer::place(model_dir)?,
-            format!("id {id} is {found}: expected the first model's vocabulary, where it is {expected}"),
-        ))
+        match tokenizer.known_to_one(&other) {
+            Ok(alone) => unknown.extend(alone),
+            Err((id, expected, found)) => {
+                let what = format!("id {id} is `{found}`: expected the first model's vocabulary, where it is `{expected}`");
+                return Err(Error::tokenizer(&tokenizer::place(model_dir)?, what));
+            }
+        }
+        Ok(unknown)
+    }
+
+    /// What a masked position holds: MASK of the models that have one.
+    fn hidden_id(&self) -> u32 {
+        self.models.iter().find_map(|loaded| loaded.model.config().mask_id).unwrap_or(NO_MASK)
+    }
+
+    /// Ids that every model has an embedding of.
+    fn vocab_size(&self) -> usize {
+        self.models.iter().map(|loaded| loaded.model.config().vocab_size).min().unwrap_or(0)
     }
 
     /// The first model's configuration.
@@ -349,23 +380,23 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// Refuses schedules that the model cannot follow: an autoregressive one writes blocks of one
-    /// position, each from those before it, and has no MASK to hide one again.
+    /// Refuses schedules that the models cannot follow: an autoregressive one writes blocks of one
+    /// position, each from those before it, and has no MASK to hide one again. So it drafts, and
+    /// what refines is another model. `models` are those that stages name, by index.
     ///
     /// Errors: [`Error::Request`] that names the first such stage, and what was expected.
-    pub fn check_schedule(config: &ModelConfig, schedule: &Schedule) -> Result<()> {
+    pub fn check_schedule(models: &[&ModelConfig], schedule: &Schedule) -> Result<()> {
         let is_sound = |index: usize, stage: &Stage| {
             index == 0 && stage.visibility() == Visibility::BlockCausal(1) && !stage.is_joint() && stage.edit().is_none()
         };
-        let mut stages = schedule.stages().iter().enumerate();
-        if config.is_autoregressive()
-            && let Some((index, stage)) = stages.find(|(index, stage)| !is_sound(*index, stage))
-        {
-            return Err(Error::request(format!(
-                "{}: stage {index}: this checkpoint is autoregressive, it writes from left to right, one token a forward: expected one \
-                 stage with block=1,visible=block (preset ar), without edit and sampler, found {stage}",
-                config.dir.display()
-            )));
+        for (index, stage) in schedule.stages().iter().enumerate() {
+            if let Some(config) = models.get(stage.weights).filter(|config| config.is_autoregressive() && !is_sound(index, stage)) {
+                return Err(Error::request(format!(
+                    "{}: stage {index}: this checkpoint is autoregressive, it writes from left to right, one token a forward: expected it \
+                     in the first stage alone, with block=1,visible=block (preset ar), without edit and sampler, found {stage}",
+                    config.dir.display()
+                )));
+            }
         }
         Ok(())
     }
@@ -417,8 +448,9 @@ impl<B: Backend> Engine<B> {
             Prompt::Canvas(given) => canvas.clone_from(given),
         }
         self.check_len(canvas.len())?;
-        if let Some(id) = canvas.iter().flatten().find(|id| **id as usize >= config.vocab_size) {
-            return Err(Error::request(format!("token id {id} is outside the vocabulary of {}", config.vocab_size)));
+        let vocab_size = self.vocab_size();
+        if let Some(id) = canvas.iter().flatten().find(|id| **id as usize >= vocab_size) {
+            return Err(Error::request(format!("token id {id} is outside the vocabulary of {vocab_size}")));
         }
         Ok(canvas)
     }
@@ -428,10 +460,17 @@ impl<B: Backend> Engine<B> {
         self.models.iter().try_for_each(|loaded| loaded.model.config().check_len(len))
     }
 
+    /// Tokens that end a text of a schedule: those of every model that runs a stage of it,
+    /// ascending.
+    pub fn ends(&self, schedule: &Schedule) -> Vec<u32> {
+        let models = schedule.stages().iter().filter_map(|stage| self.models.get(stage.weights));
+        let ends: BTreeSet<u32> = models.flat_map(|loaded| loaded.model.config().stop_ids.iter().copied()).collect();
+        ends.into_iter().collect()
+    }
+
     /// Queues a request. Errors: a prompt or schedule that cannot be served, or more pages than the
     /// pool has in all.
     pub fn submit(&mut self, request: Request) -> Result<SubmittedRequest> {
-        let config = self.config();
         if let Some(missing) = request.schedule.stages().iter().map(|s| s.weights).find(|w| *w >= self.models.len()) {
             return Err(Error::request(format!(
                 "a stage names weights={missing}, {} models are loaded (counted from 0)",
@@ -450,17 +489,16 @@ impl<B: Backend> Engine<B> {
                 "stage {index}: eos={eos}, but the checkpoint's `eos_token_id` names no token that ends a text"
             )));
         }
-        for loaded in &self.models {
-            Self::check_schedule(loaded.model.config(), &request.schedule)?;
-        }
+        let configs: Vec<&ModelConfig> = self.models.iter().map(|loaded| loaded.model.config()).collect();
+        Self::check_schedule(&configs, &request.schedule)?;
         let stages_joint = self.check_joint(&request.schedule)?;
         let fixed = self.canvas_after(request.bos, &request.prompt)?;
-        if config.is_autoregressive() {
+        if configs[request.schedule.stages()[0].weights].is_autoregressive() {
             check_continues(&fixed)?;
         }
         let mut stop = Stop { tokens: Vec::new(), entropy: request.stop.entropy, text: None };
         if !request.stop.ignore_eos {
-            stop.tokens.extend(&config.stop_ids);
+            stop.tokens = self.ends(&request.schedule);
         }
         if let Some(empty) = request.stop.texts.iter().find(|t| t.is_empty()) {
             return Err(Error::request(format!("stop text `{empty}` is empty")));
@@ -481,7 +519,7 @@ impl<B: Backend> Engine<B> {
         }
         let sequence = Sequence::new(SequenceSpec {
             fixed,
-            mask_id: config.hidden_id(),
+            mask_id: self.hidden_id(),
             schedule: request.schedule,
             shifted: self.models.iter().map(|loaded| loaded.model.config().logits_rows().are_shifted()).collect(),
             seed: request.seed,

@@ -307,6 +307,25 @@ impl Tokenizer {
         ids.map(|id| (id, self.token(id), other.token(id))).find(|(_, mine, others)| mine != others)
     }
 
+    /// Ids that are a token in one of the two alone, ascending.
+    ///
+    /// Errors: the first id that is a token in both and not the same, with both tokens.
+    pub fn known_to_one(&self, other: &Tokenizer) -> std::result::Result<Vec<u32>, (u32, String, String)> {
+        if self.same_vocabulary(other) {
+            return Ok(Vec::new());
+        }
+        let ids: BTreeSet<u32> = [self, other].iter().flat_map(|tokenizer| tokenizer.inner.get_vocab(true).into_values()).collect();
+        let mut alone = Vec::new();
+        for id in ids {
+            match (self.token(id), other.token(id)) {
+                (Some(mine), Some(others)) if mine != others => return Err((id, mine, others)),
+                (Some(_), None) | (None, Some(_)) => alone.push(id),
+                _ => {}
+            }
+        }
+        Ok(alone)
+    }
+
     fn try_decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
         // The crate knows special tokens by what they decode to, which normalizers change.
         let left_out = |id: &u32| self.fillers.contains(id) || skip_special && self.added.get(id).is_some_and(|token| token.special);

@@ -148,7 +148,7 @@ pub(super) fn run(mut flags: BenchFlags) -> Result<()> {
     } else {
         vec![("stages".into(), Schedule::resolve(&flags.stage, &defaults)?)]
     };
-    schedules.iter().try_for_each(|(_, schedule)| Engine::<Cpu>::check_schedule(&config, schedule))?;
+    schedules.iter().try_for_each(|(_, schedule)| Engine::<Cpu>::check_schedule(&[&config], schedule))?;
     config.check_len(longest)?;
     // A last block that is decoded to its end needs pages for all of it.
     let longest = schedules.iter().map(|(_, schedule)| decoded_len(schedule, longest_text)).fold(longest, usize::max);

@@ -269,7 +269,9 @@ pub(super) fn run(flags: GenerateFlags) -> Result<()> {
         Schedule::resolve(&flags.stage, &defaults)?
     };
     // Said before anything is loaded.
-    Engine::<Cpu>::check_schedule(&config, &schedule)?;
+    let others: Vec<ModelConfig> = flags.model.iter().skip(1).map(|dir| registry::read_config(dir)).collect::<Result<_>>()?;
+    let models: Vec<&ModelConfig> = std::iter::once(&config).chain(&others).collect();
+    Engine::<Cpu>::check_schedule(&models, &schedule)?;
     if flags.stop_entropy.is_some_and(|h| !h.is_finite() || h < 0.0) {
         return Err(Error::request("--stop-entropy: expected a finite number of nats, at least 0"));
     }
@@ -323,7 +325,7 @@ fn generate<B: Backend>(backend: B, job: &Job) -> Result<()> {
         load_ms,
         models: std::iter::once(dir).chain(flags.model.iter().skip(1)).map(|d| d.display().to_string()).collect(),
         // A hole has its own length: what a model writes into it ends nothing.
-        ends: if flags.ignore_eos || flags.infill.is_some() { Vec::new() } else { config.stop_ids.clone() },
+        ends: if flags.ignore_eos || flags.infill.is_some() { Vec::new() } else { engine.ends(schedule) },
         stop: flags.stop.clone(),
         infills: flags.infill.is_some(),
         tokenizer: tokenizer.clone(),

@@ -104,7 +104,7 @@ impl<B: Backend> Engine<B> {
         if let StepSampling::Draws(HostSampling { because: Some(reason), .. }) = &steps[0].sampling {
             *self.host_steps.entry(*reason).or_default() += 1;
         }
-        let mask_id = self.config().hidden_id();
+        let mask_id = self.hidden_id();
         let loaded = &mut self.models[weights];
         let model = (loaded.model.config().dir.clone(), self.backend.dtype().name());
         let run = PlannedRun { steps, banned: &self.banned, mask_id };

@@ -309,7 +309,7 @@ pub static STAGE_KEYS: [StageKey; 28] = [
         name: "weights",
         values: "the index of a --model, from 0",
         default: "0",
-        doc: "which `--model` runs the stage (give `--model` more than once; same vocabulary, K/V pages of its own)",
+        doc: "which `--model` runs the stage (give `--model` more than once; same tokenizer, K/V pages of its own)",
         set: |spec, text| fill(&mut spec.weights, text.parse().ok().filter(|n| *n < MAX_MODELS)),
         print: |stage| Some(stage.weights).filter(|index| *index > 0).map(|index| index.to_string()),
     },

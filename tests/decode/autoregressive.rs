@@ -192,3 +192,73 @@ fn forced_tokens_have_the_judges_likelihoods() {
     }
     assert_eq!(output.tokens, tokens[1..]);
 }
+
+/// Two models in one engine, an autoregressive one and a diffusion model, by the names of their
+/// fixtures.
+fn pair(first: &str, second: &str, threads: usize) -> Engine<Cpu> {
+    let mut engine = engine_with(&checkpoint(first), threads, DType::F32, options());
+    assert_eq!(engine.add_model(&checkpoint(second), &mut |_, _| {}).expect("the same vocabulary"), 1);
+    engine
+}
+
+/// A draft by an autoregressive model is that model's text, and what a diffusion model refines are
+/// the tokens of which the first was least sure, whichever of the two was loaded first.
+#[test]
+fn a_diffusion_model_refines_an_autoregressive_draft() {
+    for (draws, refines, block) in
+        [("qwen2", "dream", "full"), ("qwen3", "sdar", "full"), ("llama", "fast-dllm", "full"), ("qwen2", "sdar", "4")]
+    {
+        let label = format!("{draws}, then {refines}");
+        let stages = |draft: usize, refine: usize| {
+            let first = format!("block=1,visible=block,unmask=left:1,weights={draft}");
+            schedule(&[&first, &format!("block={block},remask=0.4,by=snapshot,unmask=linear:3,weights={refine}")])
+        };
+        let only = schedule(&["block=1,visible=block,unmask=left:1"]);
+        let requests: Vec<Request> = (0..3).map(|i| request(&[5, 6, 7, 8, 9][..2 + i as usize], 15, &stages(0, 1), 7, i)).collect();
+        let expected = alone(&mut pair(draws, refines, 1), &requests, &label);
+        let drafts: Vec<Request> = requests.iter().map(|asked| Request { schedule: only.clone(), ..asked.clone() }).collect();
+        let drafts = alone(&mut pair(draws, refines, 1), &drafts, &label);
+        for (output, draft) in expected.iter().zip(&drafts) {
+            assert_eq!(output.draft, draft.tokens, "{label}");
+            assert_eq!(output.stages[0].forwards.denoise, 15, "{label}: one forward a token");
+            let mut weakest: Vec<usize> = (0..15).collect();
+            weakest.sort_by(|&a, &b| draft.confidence[a].total_cmp(&draft.confidence[b]));
+            let mut weakest: Vec<usize> = weakest[..6].iter().map(|i| draft.positions[*i]).collect();
+            weakest.sort_unstable();
+            let mut remasked = output.stages[1].remasked.clone();
+            remasked.sort_unstable();
+            assert_eq!(remasked, weakest, "{label}");
+        }
+        assert!(expected.iter().any(|output| output.tokens != output.draft), "{label}: nothing was written anew");
+
+        let mut engine = pair(draws, refines, 2);
+        let free = engine.free_pages();
+        same(&together(&mut engine, &requests, &label), &expected, true, &label);
+        assert_eq!(engine.free_pages(), free, "{label}: pages are back");
+        let turned: Vec<Request> = requests.iter().map(|asked| Request { schedule: stages(1, 0), ..asked.clone() }).collect();
+        same(&together(&mut pair(refines, draws, 2), &turned, &label), &expected, true, &format!("{label}, loaded the other way round"));
+    }
+}
+
+/// What the pair cannot do is refused in words: an autoregressive model that refines, holes for one
+/// that drafts; holes for a diffusion model are served beside it.
+#[test]
+fn an_autoregressive_model_of_a_pair_drafts_alone() {
+    let mut engine = pair("dream", "qwen2", 1);
+    let mut refused = |asked: Request, words: &[&str]| {
+        let error = engine.submit(asked).err().unwrap_or_else(|| panic!("{words:?} was served")).to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "no {words:?} in: {error}");
+    };
+    let after = schedule(&["block=full,unmask=linear:3", "block=1,visible=block,remask=0.3,by=snapshot,weights=1"]);
+    refused(request(&[1, 2], 4, &after, 0, 0), &["qwen2", "stage 1", "first stage alone"]);
+    let first = schedule(&["block=1,visible=block,unmask=left:1,weights=1", "block=full,remask=0.3,unmask=linear:2"]);
+    let holes = |stages: &Schedule| Request::new(Prompt::Canvas(vec![Some(1), None, Some(3)]), stages.clone(), 0, 0);
+    refused(holes(&first), &["position 2", "fills no holes"]);
+    let filled = alone(&mut engine, &[holes(&schedule(&["block=full,unmask=linear:1"]))], "a hole").remove(0);
+    assert_eq!((filled.canvas[0], filled.canvas[2]), (1, 3));
+
+    // MASK of the one is no token of the other: neither draws it.
+    assert!(engine.banned().contains(&66), "{:?}", engine.banned());
+    let error = engine.add_model(&checkpoint("bd3lm-adaln"), &mut |_, _| {}).expect_err("another vocabulary").to_string();
+    assert!(error.contains("expected"), "{error}");
+}

@@ -22,13 +22,20 @@ fn agree(dir: &Path, requests: &[Request], label: &str) {
 
 /// The same with a joint sampler beside the model.
 pub fn agree_with(dir: &Path, joint: Option<&Path>, requests: &[Request], label: &str) {
+    agree_between(dir, None, joint, requests, label);
+}
+
+/// The same with another model beside the first.
+fn agree_between(dir: &Path, other: Option<&Path>, joint: Option<&Path>, requests: &[Request], label: &str) {
     let cpu = Cpu::new(2, DType::F32).expect("the CPU is always there");
     let mut engine = Engine::load(dir, cpu, options()).unwrap_or_else(|e| panic!("{label}: {e}"));
+    add(&mut engine, other);
     attach(&mut engine, joint);
     let expected = together(&mut engine, requests, label);
     for backend in backends(DType::F32) {
         let label = format!("{label} on {}", backend.name());
         let mut engine = Engine::load(dir, backend, options()).unwrap_or_else(|e| panic!("{label}: {e}"));
+        add(&mut engine, other);
         attach(&mut engine, joint);
         let found = together(&mut engine, requests, &label);
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
@@ -40,6 +47,12 @@ pub fn agree_with(dir: &Path, joint: Option<&Path>, requests: &[Request], label:
             let (found, expected) = (Essence { confidence: Vec::new(), ..found }, Essence { confidence: Vec::new(), ..expected });
             assert_eq!(found, expected, "{label}: request {i}");
         }
+    }
+}
+
+fn add<B: Backend>(engine: &mut Engine<B>, other: Option<&Path>) {
+    if let Some(dir) = other {
+        engine.add_model(dir, &mut |_, _| {}).expect("a model of the same vocabulary");
     }
 }
 
@@ -160,6 +173,13 @@ fn tokens_equal_the_cpus_for_autoregressive_checkpoints() {
     for name in ["llama", "qwen3-moe", "gpt2"] {
         agree(&fixture(name), &ragged(&preset("ar"), [14, 9, 21]), name);
     }
+}
+
+/// A draft by one model, refined by another: each runs over K/V of its own.
+#[test]
+fn tokens_equal_the_cpus_for_a_draft_of_another_model() {
+    let stages = schedule(&["block=1,visible=block,unmask=left:1", "block=full,remask=0.4,by=snapshot,unmask=linear:2,weights=1"]);
+    agree_between(&fixture("qwen2"), Some(&fixture("dream")), None, &ragged(&stages, [8, 9, 12]), "qwen2, then dream");
 }
 
 #[test]

@@ -134,7 +134,7 @@ impl Rows {
             let known = self.num_weights;
             return Err(Error::request(format!("a stage names weights={missing}, {known} models are given with --model (counted from 0)")));
         }
-        Engine::<Cpu>::check_schedule(&self.models[model], &schedule)?;
+        Engine::<Cpu>::check_schedule(&[&self.models[model]], &schedule)?;
         self.rows.push(EvalRow { name: name.into(), model, schedule, seed });
         Ok(())
     }
