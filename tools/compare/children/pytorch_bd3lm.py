@@ -342,19 +342,21 @@ def time_forward(runner, o, rows, prefix):
 
 
 def write_logits(runner, o):
+    """One .npy for each shape of --logits, of the first ids of --ids."""
     import numpy
 
-    ((rows, prefix),) = o.logits
-    ids = torch.tensor(json.loads(o.ids.read_text()), device=runner.device)
-    if prefix:
-        kv = runner.peer.cache()
-        runner.fill(kv, ids[:prefix])
-        logits = runner.block(ids[prefix:], kv, prefix)
-    else:
-        logits = runner.full(ids, None)
-    if len(logits) != rows:
-        raise SystemExit(f"--ids: expected {prefix + rows} ids, found {len(ids)}")
-    numpy.save(o.out, logits.float().cpu().numpy())
+    given = json.loads(o.ids.read_text())
+    for rows, prefix in o.logits:
+        if prefix + rows > len(given):
+            raise SystemExit(f"--ids: expected {prefix + rows} ids, found {len(given)}")
+        ids = torch.tensor(given[: prefix + rows], device=runner.device)
+        if prefix:
+            kv = runner.peer.cache()
+            runner.fill(kv, ids[:prefix])
+            logits = runner.block(ids[prefix:], kv, prefix)
+        else:
+            logits = runner.full(ids, None)
+        numpy.save(o.out / f"pytorch-{rows}@{prefix}.npy", logits.float().cpu().numpy())
 
 
 def shapes(text):
@@ -382,9 +384,9 @@ def main():
     parse.add_argument("--runs", type=int, default=5)
     parse.add_argument("--warmup", type=int, default=3)
     parse.add_argument("--check-only", action="store_true", help="check the arithmetic and time nothing")
-    parse.add_argument("--logits", type=shapes, help="one ROWS@POSITION whose logits are written")
+    parse.add_argument("--logits", type=shapes, help="ROWS@POSITION, comma separated, whose logits are written")
     parse.add_argument("--ids", type=pathlib.Path, help="JSON array of the ids that they are of")
-    parse.add_argument("--out", type=pathlib.Path, help="where logits go, as .npy")
+    parse.add_argument("--out", type=pathlib.Path, help="the directory where logits go, as .npy")
     o = parse.parse_args()
     torch.set_num_threads(o.threads)
     runner = Runner(o.model, o.mode, o.device)

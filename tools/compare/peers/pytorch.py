@@ -1,5 +1,6 @@
 """PyTorch: BD3-LM written for speed (`children/pytorch_bd3lm.py`), eager and compiled."""
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -8,7 +9,7 @@ import sys
 import machine
 import outputs
 from contest import Contest, Side, Step
-from ours import nfe, test_of
+from ours import nfe, shapes_text, test_of
 from peers import Missing
 
 NAME = "pytorch"
@@ -74,8 +75,7 @@ def contest_of(o, redraft, facts, mode, length, shapes, notes):
         found |= {names[name]: text["median"] for name, text in report["texts"].items()}
         return found | {"the reference's arithmetic of one draw for a block": report["sample"]["median"]}
 
-    forwards = ",".join(f"{rows}@{position}" for rows, position in shapes)
-    theirs = Side(f"PyTorch {mode}", [Step(child("--forward", forwards, "--texts", ",".join(names)), read)])
+    theirs = Side(f"PyTorch {mode}", [Step(child("--forward", shapes_text(shapes), "--texts", ",".join(names)), read)])
 
     def text(setting, name, schedule):
         return Step(*redraft.text(model, setting, names[name], schedule, length))
@@ -84,22 +84,32 @@ def contest_of(o, redraft, facts, mode, length, shapes, notes):
         steps = [Step(*redraft.forwards(model, setting, shapes)), text(setting, "draft", DRAFT), text(setting, "drawn", DRAWN), text(setting, "refine", REFINE)]
         return Side(f"redraft {setting}", steps, checks)
 
+    few = min(shapes, key=lambda shape: (shape[1] > 0, sum(shape)))
+    checked = [few, *[shape for shape in shapes if shape[1] and shape != few][-1:]]
+    ids = outputs.some_ids(max(map(sum, checked)), facts["mask_id"])
+
+    @functools.cache
+    def said():
+        """Logits and greedy texts of one child: what is compiled is compared compiled, and to
+        compile takes minutes."""
+        file = redraft.place / "ids.json"
+        file.write_text(json.dumps(ids))
+        words = ["--logits", shapes_text(checked), "--ids", file, "--out", redraft.place, "--texts", "draft,refine", "--check-only"]
+        return json.loads(machine.answer(child(*words)).out)["texts"]
+
     def logits_check(setting, shape, limits, what):
         def check():
             import numpy as np
 
-            ids = outputs.some_ids(sum(shape), facts["mask_id"])
-            file, out = redraft.place / "ids.json", redraft.place / "pytorch.npy"
-            ours = redraft.logits(model, setting, shape, ids)
-            file.write_text(json.dumps(ids))
-            # What is compiled is compared compiled.
-            machine.answer(child("--logits", "@".join(map(str, shape)), "--ids", file, "--out", out))
-            return outputs.compare_logits(f"logits, {what}, {test_of(shape)}", ours, np.load(out), outputs.LOGIT_LIMITS[limits])
+            said()
+            theirs = np.load(redraft.place / f"pytorch-{shapes_text([shape])}.npy")
+            ours = redraft.logits(model, setting, shape, ids[: sum(shape)])
+            return outputs.compare_logits(f"logits, {what}, {test_of(shape)}", ours, theirs, outputs.LOGIT_LIMITS[limits])
 
         return check
 
     def texts_check():
-        report = json.loads(machine.answer(child("--texts", "draft,refine", "--check-only")).out)["texts"]
+        report = said()
         ours = [redraft.generate(model, setting, schedule, length) for schedule in (DRAFT, REFINE)]
         for name, generated in zip(("draft", "refine"), ours):
             if nfe(generated) != report[name]["nfe"]:
@@ -109,9 +119,6 @@ def contest_of(o, redraft, facts, mode, length, shapes, notes):
         what = "tokens of the greedy texts at equal NFE" + ("" if exact else ", told and not required in bf16, where near ties fall either way")
         return outputs.compare_tokens(what, tokens, report["draft"]["tokens"] + report["refine"]["tokens"], exact)
 
-    few = min(shapes, key=lambda shape: (shape[1] > 0, sum(shape)))
-    over = [shape for shape in shapes if shape[1]]
-    checked = [few, *over[-1:]]
     best = [side("q4", [logits_check("q4", few, "q4", "what 4 bits lose")])]
     fast = [text("q4", "refine", FAST)]
     if (model / "joint" / "config.json").exists():
